@@ -1,0 +1,1 @@
+"""Checkpoints in and out: safetensors, Hugging Face and Paddle names, Orbax."""

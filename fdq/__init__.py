@@ -1,0 +1,1 @@
+"""fdq: quantize large language models in JAX and decode them fast."""

