@@ -1,0 +1,315 @@
+"""Makes `models/<name>/`: tiny random float32 models with the logits that transformers gives them.
+
+    python make_models.py                 # all models
+    python make_models.py qwen3 llama     # some of them
+    python make_models.py --check         # only reload and verify what is there
+
+Every parameter is random, norms and biases too, with a spread that keeps attention, routing and
+logits far from uniform. A seed is kept only if greedy decoding and expert selection are well
+posed: no step may hang on a difference smaller than `MIN_MARGIN`.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import transformers
+
+HERE = pathlib.Path(__file__).resolve().parent
+MIN_MARGIN = 1e-3
+MIN_ROUTE_MARGIN = 3e-4
+LOGITS_LENGTH, GREEDY_STEPS = 24, 16
+PROMPTS = {"": (2, 8), "_short": (1, 5), "_long": (1, 13)}  # suffix -> [batch, prompt length]
+
+COMMON = dict(
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    attn_implementation="eager",
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,  # so that 24 positions already see the rescaled bands
+)
+
+MODELS = {
+    "ernie4_5": transformers.Ernie4_5Config(
+        **COMMON, vocab_size=96, num_hidden_layers=2, intermediate_size=96, head_dim=32
+    ),
+    "ernie4_5_bias": transformers.Ernie4_5Config(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        head_dim=16,
+        use_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "ernie4_5_moe": transformers.Ernie4_5_MoeConfig(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=3,
+        intermediate_size=96,
+        moe_intermediate_size=16,
+        moe_num_experts=8,
+        moe_k=3,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+    ),
+    "ernie4_5_moe_untied": transformers.Ernie4_5_MoeConfig(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=0,
+        moe_layer_start_index=1,
+        tie_word_embeddings=False,
+    ),
+    "llama": transformers.LlamaConfig(
+        **COMMON,
+        vocab_size=112,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_parameters=LLAMA3_ROPE,
+    ),
+    "llama_bias": transformers.LlamaConfig(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+    ),
+    "qwen2": transformers.Qwen2Config(
+        **COMMON,
+        vocab_size=128,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+    ),
+    "qwen3": transformers.Qwen3Config(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        head_dim=32,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+    ),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=3,
+        intermediate_size=64,
+        head_dim=16,
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+    ),
+    "qwen3_moe_nonorm": transformers.Qwen3MoeConfig(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        head_dim=32,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        decoder_sparse_step=2,
+        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+    ),
+}
+
+
+def randomize(model: torch.nn.Module, rng: np.random.Generator) -> None:
+    """Overwrites every parameter of `model`; the spread depends on what the parameter does."""
+    for name, parameter in model.named_parameters():
+        value = rng.standard_normal(tuple(parameter.shape))
+        if "e_score_correction_bias" in name:
+            value *= 0.15
+        elif "embed_tokens" in name or "lm_head" in name:
+            value *= 0.35
+        elif "norm" in name:
+            value = 1.0 + 0.25 * value
+        elif name.endswith("bias"):
+            value *= 0.3
+        elif name.endswith("mlp.gate.weight"):
+            value *= 1.5 / np.sqrt(parameter.shape[-1])
+        else:
+            value *= 1.3 / np.sqrt(parameter.shape[-1])
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(value.astype(np.float32)))
+
+
+@contextlib.contextmanager
+def route_margins(model: torch.nn.Module) -> Iterator[list[float]]:
+    """Yields a list that collects, per router call, the smallest gap at the top-k boundary."""
+    margins: list[float] = []
+
+    def hook(router, args, output):
+        score = torch.softmax(output[0].float(), dim=-1)
+        if hasattr(router, "moe_statics"):
+            score = score + router.moe_statics.e_score_correction_bias.reshape(1, -1)
+        ordered = score.sort(dim=-1, descending=True).values
+        margins.append(float((ordered[:, router.top_k - 1] - ordered[:, router.top_k]).min()))
+
+    routers = [
+        m for n, m in model.named_modules() if n.endswith("mlp.gate") and hasattr(m, "top_k")
+    ]
+    handles = [m.register_forward_hook(hook) for m in routers]
+    yield margins
+    for handle in handles:
+        handle.remove()
+
+
+def expected(model: transformers.PreTrainedModel, rng: np.random.Generator) -> dict:
+    """Runs the model: logits without a cache, greedy tokens and their logits with one."""
+    vocab = model.config.vocab_size
+    input_ids = rng.integers(3, vocab, (2, LOGITS_LENGTH))
+    arrays = {"input_ids": input_ids.astype(np.int32)}
+    margin = np.inf
+    with torch.no_grad(), route_margins(model) as routes:
+        arrays["logits"] = model(torch.from_numpy(input_ids), use_cache=False).logits.numpy()
+        for suffix, shape in PROMPTS.items():
+            prompt = rng.integers(3, vocab, shape)
+            run = model.generate(
+                torch.from_numpy(prompt),
+                attention_mask=torch.ones(shape, dtype=torch.int64),
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=None,
+                pad_token_id=0,
+                max_new_tokens=GREEDY_STEPS,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            greedy_logits = torch.stack(run.logits, dim=1)
+            top2 = greedy_logits.topk(2, dim=-1).values
+            margin = min(margin, float((top2[..., 0] - top2[..., 1]).min()))
+            arrays["prompt" + suffix] = prompt.astype(np.int32)
+            arrays["greedy" + suffix] = run.sequences[:, shape[1] :].numpy().astype(np.int32)
+            arrays["greedy_logits" + suffix] = greedy_logits.numpy()
+    arrays["margin"] = np.float32(margin)
+    arrays["route_margin"] = np.float32(min(routes, default=np.inf))
+    return arrays
+
+
+def old_spelling(config: dict) -> dict:
+    """The keys that transformers 4 wrote and that most published checkpoints still carry."""
+    config = dict(config)
+    rope = dict(config.pop("rope_parameters"))
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    if "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
+    config["transformers_version"] = "4.57.0"
+    return config
+
+
+def make(name: str) -> None:
+    """Writes `models/<name>/{config.json, model.safetensors, expected.npz}`."""
+    folder = HERE / "models" / name
+    for attempt in range(100):
+        rng = np.random.default_rng([zlib.crc32(name.encode()), attempt])
+        model = transformers.AutoModelForCausalLM.from_config(
+            MODELS[name], dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        randomize(model, rng)
+        arrays = expected(model, rng)
+        if arrays["margin"] > MIN_MARGIN and arrays["route_margin"] > MIN_ROUTE_MARGIN:
+            break
+    else:
+        raise RuntimeError(f"{name}: no well-posed seed in 100")
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    old = json.dumps(old_spelling(model.config.to_diff_dict()), indent=2, sort_keys=True)
+    (folder / "config_v4.json").write_text(old + "\n")
+    np.savez_compressed(folder / "expected.npz", **arrays)
+    print(f"{name}: attempt {attempt}")
+
+
+def same_meaning(a: transformers.PreTrainedConfig, b: transformers.PreTrainedConfig) -> bool:
+    """Whether two configs agree in everything but the version that wrote them."""
+    ignore = ("transformers_version", "architectures", "_name_or_path")
+    a, b = ({k: v for k, v in c.to_dict().items() if k not in ignore} for c in (a, b))
+    return a == b
+
+
+def check(name: str) -> None:
+    """Reloads one model from its files and compares it with its `expected.npz`."""
+    folder = HERE / "models" / name
+    arrays = dict(np.load(folder / "expected.npz"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.std() > 0.05, f"{name}: {parameter_name} is not random"
+    with torch.no_grad():
+        logits = model(torch.from_numpy(arrays["input_ids"]).long(), use_cache=False).logits.numpy()
+        np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=2e-5)
+        for suffix in PROMPTS:  # the greedy path again, without a cache
+            prompt, greedy = arrays["prompt" + suffix], arrays["greedy" + suffix]
+            ids = torch.from_numpy(np.concatenate([prompt, greedy], axis=1)).long()
+            again = model(ids, use_cache=False).logits[:, prompt.shape[1] - 1 : -1].numpy()
+            np.testing.assert_array_equal(again.argmax(-1), greedy)
+            np.testing.assert_allclose(again, arrays["greedy_logits" + suffix], rtol=0, atol=5e-5)
+        for router in [m for m in model.modules() if hasattr(m, "moe_statics")]:
+            router.moe_statics.e_score_correction_bias.zero_()
+            unbiased = model(torch.from_numpy(arrays["input_ids"]).long()).logits.numpy()
+            assert abs(unbiased - logits).max() > 0.1, f"{name}: correction bias has no effect"
+    old = json.loads((folder / "config_v4.json").read_text())
+    new = transformers.AutoConfig.from_pretrained(folder)
+    assert same_meaning(type(new).from_dict(old), new), f"{name}: config_v4.json differs"
+    assert len(np.unique(arrays["greedy"])) > 4, f"{name}: greedy output repeats itself"
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    print(
+        f"{name:20s} {kind:13s} {size / 1000:6.0f} kB  logits std {logits.std():.2f}"
+        f"  margin {arrays['margin']:.4f}  route margin {arrays['route_margin']:.5f}"
+        f"  distinct greedy {len(np.unique(arrays['greedy']))}"
+    )
+
+
+def main() -> None:
+    """Makes (unless `--check`) and verifies the named models, by default all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(MODELS), metavar="name")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in options.names:
+        if not options.check:
+            make(name)
+        check(name)
+
+
+if __name__ == "__main__":
+    main()
