@@ -26,24 +26,24 @@ MIN_ROUTE_MARGIN = 3e-4
 LOGITS_LENGTH, GREEDY_STEPS = 24, 16
 PROMPTS = {"": (2, 8), "_short": (1, 5), "_long": (1, 13)}  # suffix -> [batch, prompt length]
 
-COMMON = dict(
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    attn_implementation="eager",
-)
-LLAMA3_ROPE = dict(
-    rope_type="llama3",
-    rope_theta=500000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,  # so that 24 positions already see the rescaled bands
-)
+COMMON = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # so that 24 positions already see the rescaled bands
+}
 
 MODELS = {
     "ernie4_5": transformers.Ernie4_5Config(
@@ -97,7 +97,7 @@ MODELS = {
         intermediate_size=96,
         attention_bias=True,
         mlp_bias=True,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
     "qwen2": transformers.Qwen2Config(
         **COMMON,
@@ -105,7 +105,7 @@ MODELS = {
         num_hidden_layers=2,
         intermediate_size=96,
         tie_word_embeddings=True,
-        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
     "qwen3": transformers.Qwen3Config(
         **COMMON,
@@ -114,7 +114,7 @@ MODELS = {
         intermediate_size=64,
         head_dim=32,
         tie_word_embeddings=True,
-        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
     "qwen3_moe": transformers.Qwen3MoeConfig(
         **COMMON,
@@ -127,7 +127,7 @@ MODELS = {
         num_experts_per_tok=2,
         norm_topk_prob=True,
         mlp_only_layers=[1],
-        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
     "qwen3_moe_nonorm": transformers.Qwen3MoeConfig(
         **COMMON,
@@ -140,7 +140,7 @@ MODELS = {
         num_experts_per_tok=2,
         norm_topk_prob=False,
         decoder_sparse_step=2,
-        rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
 }
 
