@@ -25,7 +25,7 @@ NOTES = {
     "<weight>/<float>/<type>_g<group>/codes": "[k, n] int8, logical codes, layout undone",
     "<weight>/<float>/<type>_g<group>/scale": "[ceil(k/group), n] uint16, bits of the scale",
     "group": "-1 is one scale per column; llm_int8 has float32 scales and the plain [n, k] layout",
-    "zero column": "column 0 of `normal`: scale 0, codes +127 or -7 (Paddle clips NaN); decodes to 0",
+    "zero column": "column 0 of `normal`: scale 0 and codes +127 or -7, which decode to 0",
 }
 
 
