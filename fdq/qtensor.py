@@ -7,11 +7,15 @@ global scale where the format has one; ``fdq.formats`` says what each format add
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from fdq.formats import FORMATS
 from fdq.scheme import WeightSpec
 
 # The order is the order of the pytree's children: appending is safe, reordering is not.
@@ -61,6 +65,99 @@ class QTensor:
         """The arrays that this format has, by field name, in pytree order."""
         pairs = ((name, getattr(self, name)) for name in ARRAY_FIELDS)
         return {name: value for name, value in pairs if value is not None}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., K, N)`` of the weight, derived from the codes (right inside vmap and scan)."""
+        return layout_of(self).shape(self)
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays take, packed as they are."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.arrays().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales included, by weight."""
+        return 8 * self.nbytes / self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way to lay the arrays of a QTensor out; ``LAYOUTS`` holds them by name.
+
+    Attributes:
+      shape: QTensor in this layout -> ``(..., K, N)``; must work on abstract arrays.
+      to_canonical: QTensor in this layout -> the same weight in the layout of checkpoints.
+      from_canonical: its inverse.
+    """
+
+    shape: Callable[[QTensor], tuple[int, ...]]
+    to_canonical: Callable[[QTensor], QTensor]
+    from_canonical: Callable[[QTensor], QTensor]
+
+
+def _canonical_shape(q: QTensor) -> tuple[int, ...]:
+    return FORMATS[q.spec.format].shape_from_codes(tuple(q.codes.shape), q.padding)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "canonical": Layout(shape=_canonical_shape, to_canonical=lambda q: q, from_canonical=lambda q: q)
+}
+"""Layouts by name. ``fdq.ops`` adds those that its kernels want."""
+
+
+def layout_of(q: QTensor) -> Layout:
+    """The layout of ``q``; ValueError if nobody registered it."""
+    if q.layout not in LAYOUTS:
+        raise ValueError(
+            f"Unknown QTensor layout {q.layout!r}; known are {', '.join(LAYOUTS)}. "
+            "Layouts of fdq.prepare are registered by `import fdq`."
+        )
+    return LAYOUTS[q.layout]
+
+
+def materialize(q: QTensor) -> QTensor:
+    """A QTensor whose fields are ``nnx.Variable`` s -> the same with the arrays they hold."""
+    changes = {
+        name: value.get_value()
+        for name, value in q.arrays().items()
+        if isinstance(value, nnx.Variable)
+    }
+    return dataclasses.replace(q, **changes) if changes else q
+
+
+def canonical(q: QTensor) -> QTensor:
+    """``q`` in the layout of checkpoints, with plain arrays."""
+    return layout_of(q).to_canonical(materialize(q))
+
+
+def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Any:
+    """The weight that ``q`` stands for.
+
+    Args:
+      q: arrays, tracers, ``nnx.Variable`` s or ``jax.ShapeDtypeStruct`` s, in any layout and with
+        any leading axes.
+      dtype: of the result; values are formed in float32 and then cast.
+
+    Returns:
+      ``[..., K, N]``; a ``ShapeDtypeStruct`` if ``q`` holds those.
+    """
+    q = materialize(q)
+    if isinstance(q.codes, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda q: dequantize(q, dtype), q)
+    q = layout_of(q).to_canonical(q)
+    return FORMATS[q.spec.format].decode(q.arrays(), q.spec, padding=q.padding, dtype=dtype)
 
 
 def _flatten_with_keys(q: QTensor):

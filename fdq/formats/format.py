@@ -1,0 +1,225 @@
+"""What every weight format provides: ``Format``, and its common case ``ScaledFormat``.
+
+A format turns a weight ``[..., K, N]`` into a dict of arrays (the fields of a ``QTensor``) and
+back. Choosing codes is split in two, so that every quantizer can do the first part its own way:
+
+1. *parameters* (``scale``, ``zero`` ...), from ``fit`` (closed form) or from a search over
+   ``candidates``; always as stored, that is already rounded to their dtype;
+2. *codes* for given parameters: ``encode``.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq import packing
+from fdq.formats import grouping
+from fdq.scheme import WeightSpec
+
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Parameters to try in a search for the least squared error.
+
+    Attributes:
+      count: how many there are.
+      at: maps an int32 index to parameters as stored.
+      refit: whether the best scale may be replaced by the least-squares scale of its codes.
+    """
+
+    count: int
+    at: Callable[[jax.Array], Arrays]
+    refit: bool = True
+
+
+class Format(abc.ABC):
+    """One way to store a weight; an entry of ``FORMATS``.
+
+    Attributes:
+      name: the ``WeightSpec.format`` that it reads.
+      bits: bits of one code, without scales.
+      methods: names of the ways to choose parameters; the first is the default.
+    """
+
+    name: str
+    bits: int
+    methods: tuple[str, ...]
+
+    def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
+        """Raises ValueError if a ``[k, n]`` weight cannot be stored as ``spec`` says."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
+        """Parameters of a float32 weight ``[..., K, N]`` by a closed form (``method``)."""
+
+    @abc.abstractmethod
+    def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
+        """A float32 weight ``[..., K, N]`` -> every array of the format, ``codes`` included."""
+
+    @abc.abstractmethod
+    def decode(
+        self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """The arrays -> ``[..., K, N]``; formed in float32, then cast to ``dtype``."""
+
+    @abc.abstractmethod
+    def shape_from_codes(self, codes: tuple[int, ...], padding: int) -> tuple[int, ...]:
+        """Shape of the codes -> shape of the weight."""
+
+    @abc.abstractmethod
+    def padding(self, k: int) -> int:
+        """Unused rows of the last packed unit of a weight with ``k`` rows."""
+
+    @abc.abstractmethod
+    def expected_distortion(
+        self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
+    ) -> float:
+        """E|w - w'|^2 for a weight ``[k, N]`` of independent N(0, 1) numbers, N large.
+
+        ``distortion_kind`` says whether the figure is an integral or a simulation.
+        """
+
+    def distortion_kind(self, spec: WeightSpec, method: str | None = None) -> str:
+        """``"integral"`` (numeric, exact to ~1%) or ``"simulated"`` (seeded sample, ~1%)."""
+        return "simulated" if self.pick_method(spec, method) == "search" else "integral"
+
+    def shape_from_arrays(self, arrays: Arrays, spec: WeightSpec, padding: int = 0):
+        """Shape ``(..., K, N)`` of the weight that the arrays (abstract ones too) stand for."""
+        del spec
+        return self.shape_from_codes(tuple(arrays["codes"].shape), padding)
+
+    def pick_method(self, spec: WeightSpec, method: str | None, path: str = "<array>") -> str:
+        """The method meant by ``method`` (None is the default); ValueError names the others."""
+        choices = self.methods_for(spec)
+        if method is None:
+            return choices[0]
+        if method not in choices:
+            raise ValueError(
+                f"{path}: format {spec.format} has no method {method!r} for zero_point="
+                f"{spec.zero_point!r}; use one of {', '.join(map(repr, choices))}."
+            )
+        return method
+
+    def methods_for(self, spec: WeightSpec) -> tuple[str, ...]:
+        """The methods that ``spec`` allows, the default first."""
+        del spec
+        return self.methods
+
+    def abstract(self, shape: tuple[int, ...], spec: WeightSpec) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the arrays of a weight of ``shape``, without computing anything."""
+        w = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        return jax.eval_shape(lambda w: self.encode(w, spec), w)
+
+    def bits_per_weight(self, spec: WeightSpec, shape: tuple[int, ...]) -> float:
+        """Stored bits, codes and everything beside them, by the number of weights in ``shape``."""
+        arrays = self.abstract(shape, spec)
+        stored = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays.values())
+        return 8 * stored / math.prod(shape)
+
+
+class ScaledFormat(Format):
+    """A format with levels of its own and one scale per group: ``w ~= scale * level``.
+
+    Subclasses say what the levels are (``project``), how a level is stored (``to_codes`` and
+    ``from_codes``) and which scales to try.
+    """
+
+    granularities: tuple[str, ...]
+
+    def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
+        """Raises ValueError if a ``[k, n]`` weight cannot be grouped as ``spec`` says."""
+        grouping.check_granularity(spec, k, n, path, self.granularities)
+
+    @abc.abstractmethod
+    def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
+        """The level nearest to ``u = w / scale`` (float32, any shape); ``zero`` broadcasts."""
+
+    @abc.abstractmethod
+    def to_codes(self, levels: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
+        """Levels ``[..., K, N]`` as returned by ``project`` -> codes, not yet packed."""
+
+    @abc.abstractmethod
+    def from_codes(self, codes: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
+        """Inverse of ``to_codes``, float32."""
+
+    def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
+        """The parameters that a search tries; ValueError where the format has no search."""
+        raise ValueError(f"Format {self.name} has no search; use method='absmax'.")
+
+    def lopsided(self, spec: WeightSpec) -> bool:
+        """Whether a negative scale gives other levels than a positive one."""
+        del spec
+        return False
+
+    def multiplier(self, parameters: Arrays, spec: WeightSpec) -> jax.Array:
+        """The float32 number ``[..., G, M]`` that multiplies the levels of each group."""
+        del spec
+        return parameters["scale"].astype(jnp.float32)
+
+    def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
+        """``parameters`` with their scale replaced by ``scale``, rounded to what is stored."""
+        stored = grouping.round_scale(scale, spec.scale_dtype).astype(spec.scale_dtype)
+        return {**parameters, "scale": stored}
+
+    def finish(self, parameters: Arrays, spec: WeightSpec) -> Arrays:
+        """The last step after ``fit`` or a search, before codes are chosen (default: none)."""
+        del spec
+        return parameters
+
+    def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
+        """A float32 weight ``[..., K, N]`` -> every array of the format, ``codes`` included."""
+        k, n = w.shape[-2:]
+        if parameters is None:
+            parameters = self.finish(self.fit(w, spec), spec)
+        scale = grouping.expand(self.multiplier(parameters, spec), spec, k, n)
+        zero = self._expanded_zero(parameters, spec, k, n)
+        codes = self.to_codes(self.project(w / scale, spec, zero), spec, zero)
+        return {"codes": packing.pack(codes, self.bits), **parameters}
+
+    def decode(
+        self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """The arrays -> ``[..., K, N]``; formed in float32, then cast to ``dtype``."""
+        codes = packing.unpack(arrays["codes"], self.bits, padding)
+        k, n = codes.shape[-2:]
+        scale = grouping.expand(self.multiplier(arrays, spec), spec, k, n)
+        zero = self._expanded_zero(arrays, spec, k, n)
+        return (self.from_codes(codes, spec, zero) * scale).astype(dtype)
+
+    def shape_from_codes(self, codes: tuple[int, ...], padding: int) -> tuple[int, ...]:
+        """Shape of the codes -> shape of the weight."""
+        *lead, rows, n = codes
+        return (*lead, packing.unpacked_rows(rows, self.bits, padding), n)
+
+    def padding(self, k: int) -> int:
+        """Unused rows of the last packed unit of a weight with ``k`` rows."""
+        return packing.padding_rows(k, self.bits)
+
+    def _expanded_zero(self, parameters: Arrays, spec: WeightSpec, k: int, n: int) -> Any:
+        zero = parameters.get("zero")
+        return None if zero is None else grouping.expand(zero.astype(jnp.float32), spec, k, n)
+
+    def expected_distortion(
+        self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
+    ) -> float:
+        """E|w - w'|^2 for a weight ``[k, N]`` of independent N(0, 1) numbers, N large."""
+        from fdq.formats import distortion
+
+        method = self.pick_method(spec, method)
+        return _expected(distortion.expected, self, spec, method, k)
+
+
+@functools.lru_cache(maxsize=256)
+def _expected(function: Callable[..., float], *arguments: Any) -> float:
+    return function(*arguments)

@@ -1,0 +1,142 @@
+"""Which elements of a weight share a scale, and what a scale is rounded to.
+
+A weight ``[..., K, N]`` is seen as groups ``[..., G, g, M]`` with one scale ``[..., G, M]``: per
+tensor ``[..., 1, K * N, 1]``, per channel ``[..., 1, K, N]``, per group ``[..., K / g, g, N]``, per
+block ``[..., ceil(K / bk), bk * bn, ceil(N / bn)]`` with zeros beyond the edges.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from fdq.scheme import WeightSpec
+
+# Below the smallest normal float32 a quotient would be flushed to zero on CPUs and GPUs.
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+
+
+def check_granularity(spec: WeightSpec, k: int, n: int, path: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError if ``spec`` cannot group a ``[k, n]`` weight."""
+    if k < 1 or n < 1:
+        raise ValueError(f"{path}: expected a weight [K, N] with K, N >= 1, found [{k}, {n}].")
+    if spec.granularity not in allowed:
+        raise ValueError(
+            f"{path}: format {spec.format} takes granularity {' or '.join(allowed)}, "
+            f"found {spec.granularity!r}."
+        )
+    if spec.granularity == "group":
+        group = spec.group_size
+        if group is None or group < 1:
+            raise ValueError(
+                f"{path}: granularity 'group' needs a positive group_size, found {group}."
+            )
+        if k % group:
+            fits = [g for g in (256, 128, 64, 32, 16, 8) if k % g == 0]
+            options = (
+                "use a group size that divides K: " + ", ".join(f"-g{g}" for g in fits)
+                if fits
+                else "no usual group size divides K, so use one scale per channel"
+            )
+            raise ValueError(
+                f"{path}: K={k} (rows, in-features) is not divisible by group_size={group}; "
+                f"{options}."
+            )
+    if spec.granularity == "block" and (
+        spec.block_size is None or len(spec.block_size) != 2 or min(spec.block_size) < 1
+    ):
+        raise ValueError(
+            f"{path}: granularity 'block' needs block_size=(rows of K, columns of N), "
+            f"found {spec.block_size}."
+        )
+
+
+def group_rows(spec: WeightSpec, k: int, n: int) -> int:
+    """Elements that share one scale in a ``[k, n]`` weight."""
+    if spec.granularity == "tensor":
+        return k * n
+    if spec.granularity == "channel":
+        return k
+    if spec.granularity == "group":
+        assert spec.group_size is not None
+        return spec.group_size
+    assert spec.block_size is not None
+    return spec.block_size[0] * spec.block_size[1]
+
+
+def to_groups(w: jax.Array, spec: WeightSpec) -> jax.Array:
+    """``[..., K, N]`` -> ``[..., G, g, M]``."""
+    *lead, k, n = w.shape
+    if spec.granularity == "tensor":
+        return w.reshape(*lead, 1, k * n, 1)
+    if spec.granularity == "channel":
+        return w.reshape(*lead, 1, k, n)
+    if spec.granularity == "group":
+        return w.reshape(*lead, k // spec.group_size, spec.group_size, n)
+    assert spec.block_size is not None
+    bk, bn = spec.block_size
+    pad = [(0, 0)] * len(lead) + [(0, -k % bk), (0, -n % bn)]
+    blocks = jnp.pad(w, pad)
+    kb, nb = blocks.shape[-2] // bk, blocks.shape[-1] // bn
+    blocks = jnp.moveaxis(blocks.reshape(*lead, kb, bk, nb, bn), -1, -2)
+    return blocks.reshape(*lead, kb, bk * bn, nb)
+
+
+def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
+    """Broadcasts ``scale`` so that it multiplies a ``[..., k, n]`` weight.
+
+    Per tensor and per channel the scale already does (axes of size 1); per group and per block it
+    becomes ``[..., k, n]``. Written without ``jnp.repeat``, which explicit mesh axes refuse.
+    """
+    if spec.granularity in ("tensor", "channel"):
+        return scale
+    *lead, rows, columns = scale.shape
+    if spec.granularity == "group":
+        wide = jnp.broadcast_to(
+            scale[..., :, None, :], (*lead, rows, spec.group_size, columns)
+        )
+        return wide.reshape(*lead, k, n)
+    assert spec.block_size is not None
+    bk, bn = spec.block_size
+    wide = jnp.broadcast_to(scale[..., :, None, :, None], (*lead, rows, bk, columns, bn))
+    return wide.reshape(*lead, rows * bk, columns * bn)[..., :k, :n]
+
+
+def round_scale(scale: jax.Array, dtype: str) -> jax.Array:
+    """Rounds a float32 scale to what ``dtype`` can store; the result is float32.
+
+    Scales too small to divide by (all-zero groups) become 1, too large ones the largest finite.
+    """
+    storage = jnp.dtype(dtype)
+    if storage == jnp.dtype("float8_e8m0fnu"):
+        return power_of_two_above(scale)
+    if storage != jnp.dtype("float32"):
+        largest = float(ml_dtypes.finfo(storage).max)
+        scale = jnp.clip(scale, -largest, largest).astype(storage).astype(jnp.float32)
+    smallest = max(SMALLEST_NORMAL, float(ml_dtypes.finfo(storage).smallest_subnormal))
+    return jnp.where(jnp.abs(scale) >= smallest, scale, jnp.float32(1.0))
+
+
+def power_of_two_above(scale: jax.Array) -> jax.Array:
+    """The smallest power of two that is not below a float32 ``scale`` >= 0 (UE8M0); 1 for zero."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    exponent = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).astype(jnp.int32)
+    exponent = jnp.clip(exponent, -126, 127)
+    return jnp.where(scale >= SMALLEST_NORMAL, power_of_two(exponent), jnp.float32(1.0))
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """Exactly ``2.0 ** exponent`` in float32, for int32 exponents -126..127."""
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def floor_log2(x: jax.Array) -> jax.Array:
+    """Exactly ``floor(log2(x))`` as int32, for normal positive float32 ``x``."""
+    return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def absolute_maximum(groups: jax.Array) -> jax.Array:
+    """``[..., G, g, M]`` -> ``[..., G, M]``."""
+    return jnp.max(jnp.abs(groups), axis=-2)

@@ -1,0 +1,137 @@
+"""Integers of 8, 4, 3 and 2 bits: uniform levels, ``w ~= (code - zero) * scale``.
+
+==============  =======================  =====================================================
+``zero_point``  levels                   stored codes
+==============  =======================  =====================================================
+``none``        -2^(b-1) .. 2^(b-1) - 1  int8 (8 bits), else offset binary: level + 2^(b-1)
+``half``        odd multiples of 1/2     as ``none``; zero is the constant -1/2, not stored
+``integer``     code - zero              unsigned, 0 .. 2^b - 1; ``zero`` is uint8
+==============  =======================  =====================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.formats import grouping
+from fdq.formats.format import Arrays, Candidates, ScaledFormat
+from fdq.scheme import WeightSpec
+
+# Fractions of the scale that just reaches the largest weight. Below 8 bits the best scale clips.
+SEARCH_FRACTIONS = (0.35, 1.15)
+SEARCH_POINTS = 48
+
+
+class Integer(ScaledFormat):
+    """Uniform integers of ``bits`` bits."""
+
+    granularities = ("tensor", "channel", "group")
+
+    def __init__(self, bits: int):
+        self.bits = bits
+        self.name = f"int{bits}"
+        self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.methods = ("absmax", "signed_max", "search")
+        if bits <= 4:
+            self.methods = ("search", "absmax", "signed_max")
+
+    def methods_for(self, spec: WeightSpec) -> tuple[str, ...]:
+        """The methods that ``spec`` allows, the default first."""
+        if spec.zero_point == "none":
+            return self.methods
+        return tuple(m for m in self.methods if m != "signed_max")
+
+    def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
+        """The level nearest to ``u = w / scale``."""
+        if spec.zero_point == "half":
+            return jnp.clip(jnp.floor(u), self.lowest, self.highest) + jnp.float32(0.5)
+        if spec.zero_point == "integer":
+            return jnp.clip(jnp.round(u), 0.0 - zero, 2.0**self.bits - 1.0 - zero)
+        return jnp.clip(jnp.round(u), self.lowest, self.highest)
+
+    def to_codes(self, levels: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
+        """Levels -> int8 (8 bits, signed) or unsigned uint8 codes, not yet packed."""
+        if spec.zero_point == "integer":
+            return (levels + zero).astype(jnp.uint8)
+        if spec.zero_point == "half":
+            levels = levels - jnp.float32(0.5)
+        if self.bits == 8:
+            return levels.astype(jnp.int8)
+        return (levels - jnp.float32(self.lowest)).astype(jnp.uint8)
+
+    def from_codes(self, codes: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
+        """Inverse of ``to_codes``, float32."""
+        levels = codes.astype(jnp.float32)
+        if spec.zero_point == "integer":
+            return levels - zero
+        offset = 0.5 if spec.zero_point == "half" else 0.0
+        if self.bits < 8:
+            offset += self.lowest
+        return levels + jnp.float32(offset) if offset else levels
+
+    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
+        """Scales by a closed form.
+
+        ``absmax``: the largest magnitude is the highest level (``max - min`` spans all codes when
+        the zero point is an integer). ``signed_max``: the weight of largest magnitude, whatever its
+        sign, is the level ``-2^(b-1)``, so that the code that ``absmax`` never uses is used and
+        the scale carries a sign (llama.cpp's Q4_0).
+        """
+        groups = grouping.to_groups(w, spec)
+        if spec.zero_point == "integer":
+            high = jnp.maximum(jnp.max(groups, axis=-2), 0.0)
+            low = jnp.minimum(jnp.min(groups, axis=-2), 0.0)
+            # Halved before subtracting: the range of two huge numbers would overflow.
+            half_range = high * 0.5 - low * 0.5
+            scale = half_range / jnp.float32((2**self.bits - 1) / 2)
+            return self._asymmetric(scale, low, spec)
+        if method == "signed_max":
+            high, low = jnp.max(groups, axis=-2), jnp.min(groups, axis=-2)
+            extreme = jnp.where(high > -low, high, low)
+            scale = extreme / jnp.float32(self.lowest)
+        else:
+            scale = grouping.absolute_maximum(groups) / jnp.float32(self._reach(spec))
+        return self.with_multiplier({}, scale, spec)
+
+    def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
+        """Fractions of the full-range scale, with both signs where the levels are lopsided."""
+        groups = grouping.to_groups(w, spec)
+        start, stop = SEARCH_FRACTIONS
+        step = (stop - start) / (SEARCH_POINTS - 1)
+        if spec.zero_point == "integer":
+            high = jnp.maximum(jnp.max(groups, axis=-2), 0.0)
+            low = jnp.minimum(jnp.min(groups, axis=-2), 0.0)
+            full = (high * 0.5 - low * 0.5) / jnp.float32((2**self.bits - 1) / 2)
+
+            def asymmetric(i: jax.Array) -> Arrays:
+                fraction = jnp.float32(start) + jnp.float32(step) * i.astype(jnp.float32)
+                return self._asymmetric(fraction * full, fraction * low, spec)
+
+            return Candidates(SEARCH_POINTS, asymmetric)
+        largest = grouping.absolute_maximum(groups)
+        full = largest / jnp.float32(2 ** (self.bits - 1) - 0.5)
+
+        def symmetric(i: jax.Array) -> Arrays:
+            fraction = jnp.float32(start) + jnp.float32(step) * i.astype(jnp.float32)
+            return self.with_multiplier({}, fraction * full, spec)
+
+        return Candidates(SEARCH_POINTS, symmetric)
+
+    def lopsided(self, spec: WeightSpec) -> bool:
+        """Whether a scale of the other sign gives other levels."""
+        return spec.zero_point == "none"
+
+    def _reach(self, spec: WeightSpec) -> float:
+        return self.highest + 0.5 if spec.zero_point == "half" else self.highest
+
+    def _asymmetric(self, scale: jax.Array, low: jax.Array, spec: WeightSpec) -> Arrays:
+        parameters = self.with_multiplier({}, scale, spec)
+        rounded = parameters["scale"].astype(jnp.float32)
+        zero = jnp.clip(jnp.round(-low / rounded), 0.0, 2.0**self.bits - 1.0)
+        return {**parameters, "zero": zero.astype(jnp.uint8)}
+
+
+FORMATS = {f.name: f for f in map(Integer, (8, 4, 3, 2))}

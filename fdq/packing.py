@@ -1,0 +1,96 @@
+"""Packing of 2-, 3- and 4-bit codes into bytes along K.
+
+Invariant: the codes of one column are one little-endian bit stream, row 0 in the lowest bits. So a
+byte of 4-bit codes holds rows ``2k`` (low nibble) and ``2k + 1`` (high nibble), a byte of 2-bit
+codes four rows, and 8 rows of 3-bit codes fill three bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROWS_PER_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}
+"""Rows of K in the smallest whole number of bytes, by bits per code."""
+
+BYTES_PER_UNIT = {2: 1, 3: 3, 4: 1, 8: 1}
+"""Bytes of that unit, by bits per code."""
+
+
+def padding_rows(k: int, bits: int) -> int:
+    """Rows that must be added to ``k`` rows so that the last packed unit is full."""
+    return -k % ROWS_PER_UNIT[bits]
+
+
+def packed_rows(k: int, bits: int) -> int:
+    """Bytes that a column of ``k`` codes takes."""
+    return (k + padding_rows(k, bits)) // ROWS_PER_UNIT[bits] * BYTES_PER_UNIT[bits]
+
+
+def unpacked_rows(rows: int, bits: int, padding: int = 0) -> int:
+    """Codes in a column of ``rows`` packed bytes of which the last ``padding`` codes are unused."""
+    return rows // BYTES_PER_UNIT[bits] * ROWS_PER_UNIT[bits] - padding
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Packs unsigned codes along axis -2.
+
+    Args:
+      codes: uint8 ``[..., K, N]``, each below ``2**bits``. K need not fill the last unit.
+      bits: 2, 3 or 4 (8 returns the codes as they are).
+
+    Returns:
+      uint8 ``[..., packed_rows(K, bits), N]``; unused bits are zero.
+
+    Examples:
+      >>> pack(jnp.array([[1], [2], [3]], jnp.uint8), 4).tolist()
+      [[33], [3]]
+    """
+    if bits == 8:
+        return codes
+    *lead, k, n = codes.shape
+    rows, count = ROWS_PER_UNIT[bits], BYTES_PER_UNIT[bits]
+    missing = padding_rows(k, bits)
+    if missing:
+        codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, missing), (0, 0)])
+    word_dtype: Any = jnp.uint8 if count == 1 else jnp.uint32
+    units = codes.reshape(*lead, (k + missing) // rows, rows, n).astype(word_dtype)
+    word = units[..., 0, :]
+    for i in range(1, rows):
+        word = word | (units[..., i, :] << word_dtype(bits * i))
+    if count == 1:
+        return word
+    parts = [(word >> word_dtype(8 * b)).astype(jnp.uint8) for b in range(count)]
+    return jnp.stack(parts, axis=-2).reshape(*lead, -1, n)
+
+
+def unpack(packed: jax.Array, bits: int, padding: int = 0) -> jax.Array:
+    """Inverse of ``pack``.
+
+    Args:
+      packed: uint8 ``[..., P, N]``.
+      bits: 2, 3 or 4 (8 returns the codes as they are).
+      padding: unused rows at the end, dropped from the result.
+
+    Returns:
+      uint8 ``[..., K, N]`` with ``K = unpacked_rows(P, bits, padding)``.
+    """
+    if bits == 8:
+        return packed
+    *lead, p, n = packed.shape
+    rows, count = ROWS_PER_UNIT[bits], BYTES_PER_UNIT[bits]
+    if count == 1:
+        word_dtype: Any = jnp.uint8
+        word = packed
+    else:
+        word_dtype = jnp.uint32
+        units = packed.reshape(*lead, p // count, count, n).astype(word_dtype)
+        word = units[..., 0, :]
+        for b in range(1, count):
+            word = word | (units[..., b, :] << word_dtype(8 * b))
+    mask = word_dtype(2**bits - 1)
+    parts = [((word >> word_dtype(bits * i)) & mask).astype(jnp.uint8) for i in range(rows)]
+    codes = jnp.stack(parts, axis=-2).reshape(*lead, p // count * rows, n)
+    return codes[..., : codes.shape[-2] - padding, :] if padding else codes
