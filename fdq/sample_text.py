@@ -24,7 +24,7 @@ HELDOUT_MODULUS = 20
 DEFAULT_HELDOUT_BYTES = 65_536
 
 # sha256 of `heldout_text().text` with CPython 3.12.1.
-REFERENCE_SHA256 = "0" * 64
+REFERENCE_SHA256 = "6fdfeb73e18f749f5a79ba467c905cf65af62c6dc541274ebfa332b5c303184c"
 
 _EXCLUDED_FOLDERS = frozenset({
     "__pycache__",
@@ -47,7 +47,7 @@ class SampleText:
       text: the files' contents, joined by newlines.
       sha256: hexadecimal hash of `text` encoded as UTF-8.
       python: version of the Python whose sources these are, as "3.12.1".
-      files: paths relative to the standard library, in the order of `text`; the last one may be cut.
+      files: paths relative to the standard library, in the order of `text`; the last may be cut.
     """
 
     text: str
@@ -70,6 +70,7 @@ def source_files(
     Args:
       held_out: the held-out split if true, else the training split.
       root: the folder to read; None means the running Python's standard library.
+
     Raises:
       FileNotFoundError: there are no sources under `root` (some embedded and frozen Pythons ship
         byte code or a zip file only).
@@ -101,6 +102,7 @@ def training_text(*, root: str | pathlib.Path | None = None) -> SampleText:
 
     Args:
       root: as in `source_files`.
+
     Raises:
       FileNotFoundError: as in `source_files`.
     """
@@ -116,6 +118,7 @@ def heldout_text(
       max_bytes: length in bytes of UTF-8; a character that the cut would split is dropped. None
         means all of it (about 500 KB).
       root: as in `source_files`.
+
     Raises:
       ValueError: `max_bytes` is not positive.
       FileNotFoundError: as in `source_files`.
