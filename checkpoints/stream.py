@@ -1,0 +1,203 @@
+"""Quantizing a model tensor by tensor while it is read: what ``load`` and ``convert`` share.
+
+At any time one source tensor, one float32 copy of it inside the quantizer and one quantized result
+are in memory; a stack of experts is read and quantized one expert at a time.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16 by name
+import numpy as np
+
+from checkpoints import huggingface, paddle, tensor_names, tree_paths
+from checkpoints.errors import CheckpointError
+from checkpoints.source_directory import SourceDirectory
+from checkpoints.tree_paths import Path, Tensor, dotted
+from fdq import models
+from fdq.qtensor import QTensor
+from fdq.quantizers import quantize_array
+
+_FINITE_CHECK_ELEMENTS = 2**24
+
+Progress = Callable[[int, int, str], None]
+"""Called after each tensor with (bytes read so far, bytes in all, path)."""
+
+
+class FloatSource(Protocol):
+    """Float tensors by path of the tree that will hold them."""
+
+    def read(self, path: Path, index: int | None = None) -> np.ndarray:
+        """The tensor at `path`, or ``tensor[index]``."""
+        ...
+
+
+@dataclasses.dataclass
+class ModelSource:
+    """A Hugging Face or Paddle directory, seen as the tensors of an fdq model.
+
+    Attributes:
+      directory: the open files.
+      config: of the model.
+      model: abstract and not quantized; its leaves say shapes and dtypes.
+    """
+
+    directory: SourceDirectory
+    config: models.DecoderConfig
+    model: models.Decoder
+    sources: Mapping[Path, tensor_names.Source]
+
+    def read(self, path: Path, index: int | None = None) -> np.ndarray:
+        """The tensor at `path`, or one expert of it, in the stored dtype."""
+        return self.sources[path].read(self.directory, index)
+
+
+def open_model(directory: SourceDirectory, dtype: Any = None) -> ModelSource:
+    """Look at all names, shapes and dtypes of a directory; read no weights.
+
+    Args:
+      directory: open.
+      dtype: of what will not be quantized; by default that of config.json, or else of the file.
+
+    Raises:
+      CheckpointError: the model is not supported, is quantized already, or a tensor is missing,
+        unexpected, or of a wrong shape or dtype.
+    """
+    _refuse_quantized(directory)
+    hf_config = directory.config
+    try:
+        config = models.from_huggingface(hf_config)
+    except ValueError as error:
+        raise CheckpointError(f"{directory.path / 'config.json'}: {error}") from error
+    is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
+    family = paddle if is_paddle else huggingface
+    if dtype is None and not ({"dtype", "torch_dtype"} & hf_config.keys()):
+        embedding = directory.tensors.get(family.EMBEDDING)
+        dtype = None if embedding is None else embedding.dtype
+    model = models.abstract(config, dtype)
+    targets = {tensor.path: tensor.value for tensor in tree_paths.flatten(model)}
+    head_dim = model.config.head_dim
+    q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim
+    tied = config.tie_word_embeddings and family.HEAD in directory.tensors
+    sources = tensor_names.sources(
+        directory,
+        family.RULES,
+        targets,
+        qkv_widths=(q, kv, kv),
+        also_used=(family.HEAD,) if tied else (),
+    )
+    if tied:
+        tensor_names.check_tied_head(directory, family.HEAD, family.EMBEDDING)
+    return ModelSource(directory, model.config, model, sources)
+
+
+def quantized(
+    source: FloatSource,
+    tensors: Iterable[Tensor],
+    *,
+    method: str | None = None,
+    compat: str | None = None,
+    progress: Progress | None = None,
+    skip: frozenset[Path] = frozenset(),
+) -> Iterator[Tensor]:
+    """Read, quantize or cast, and yield each tensor, on the host for stacks and plain arrays.
+
+    Args:
+      source: where floats come from.
+      tensors: abstract: a QTensor says how to quantize, a ``ShapeDtypeStruct`` what to cast to.
+      method, compat: as in ``fdq.quantize``.
+      progress: called after each tensor.
+      skip: paths to leave out.
+
+    Raises:
+      CheckpointError: a tensor holds NaN or infinity, or needs calibration.
+    """
+    tensors = list(tensors)
+    total = sum(_float_bytes(tensor) for tensor in tensors)
+    done = 0
+    for tensor in tensors:
+        done += _float_bytes(tensor)
+        if tensor.path in skip:
+            continue
+        if isinstance(tensor.value, QTensor):
+            value = _quantize(source, tensor, method=method, compat=compat)
+        else:
+            value = _cast(source.read(tensor.path), tensor)
+        yield dataclasses.replace(tensor, value=value)
+        del value
+        if progress is not None:
+            progress(done, total, dotted(tensor.path))
+
+
+def _quantize(
+    source: FloatSource, tensor: Tensor, *, method: str | None, compat: str | None
+) -> QTensor:
+    target: QTensor = tensor.value
+    shape = tuple(target.shape)
+    options: dict[str, Any] = {"method": method, "compat": compat, "path": dotted(tensor.path)}
+    if len(shape) == 2:
+        return quantize_array(source.read(tensor.path), target.spec, **options)
+    arrays: dict[str, np.ndarray] = {}
+    for index in range(shape[0]):
+        one = quantize_array(source.read(tensor.path, index), target.spec, **options)
+        for name, array in one.arrays().items():
+            host = np.asarray(array)
+            if index == 0:
+                arrays[name] = np.empty((shape[0], *host.shape), host.dtype)
+            arrays[name][index] = host
+    return dataclasses.replace(target, **arrays)
+
+
+def _cast(array: np.ndarray, tensor: Tensor) -> np.ndarray:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _FINITE_CHECK_ELEMENTS):
+        piece = flat[start : start + _FINITE_CHECK_ELEMENTS]
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(piece).all():
+            position = start + int(np.argmin(np.isfinite(piece)))
+            raise CheckpointError(
+                f"{dotted(tensor.path)}: NaN or infinity, first at "
+                f"{list(map(int, np.unravel_index(position, array.shape)))}. Expected finite "
+                "weights; check the checkpoint that they come from."
+            )
+    result = array.astype(tensor.value.dtype, copy=False)
+    if tensor.value.dtype == jnp.float16 and not np.isfinite(result).all():
+        raise CheckpointError(
+            f"{dotted(tensor.path)}: values beyond the range of float16. Use dtype='bfloat16'."
+        )
+    return result
+
+
+def _float_bytes(tensor: Tensor) -> int:
+    return 2 * int(np.prod(tensor.value.shape, dtype=np.int64))
+
+
+def _refuse_quantized(directory: SourceDirectory) -> None:
+    quantization = directory.config.get("quantization_config")
+    if quantization is not None:
+        method = "?"
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", quantization.get("quantization", "?"))
+        raise CheckpointError(
+            f"{directory.path / 'config.json'}: quantization_config ({method}): the weights are "
+            "quantized already. fdq reads float checkpoints; use the original release."
+        )
+    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
+        if os.path.lexists(directory.path / name):
+            raise CheckpointError(
+                f"{directory.path / name}: says that the weights are quantized already. fdq reads "
+                "float checkpoints; use the original release."
+            )
+
+
+def put(value: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """A host array on devices; each device (and process) takes its own part only."""
+    if isinstance(value, jax.Array) and sharding is None:
+        return value
+    if sharding is None:
+        return jnp.asarray(value)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
