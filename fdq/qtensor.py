@@ -112,7 +112,9 @@ def _canonical_shape(q: QTensor) -> tuple[int, ...]:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "canonical": Layout(shape=_canonical_shape, to_canonical=lambda q: q, from_canonical=lambda q: q)
+    "canonical": Layout(
+        shape=_canonical_shape, to_canonical=lambda q: q, from_canonical=lambda q: q
+    )
 }
 """Layouts by name. ``fdq.ops`` adds those that its kernels want."""
 

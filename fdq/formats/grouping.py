@@ -18,7 +18,9 @@ from fdq.scheme import WeightSpec
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
-def check_granularity(spec: WeightSpec, k: int, n: int, path: str, allowed: tuple[str, ...]) -> None:
+def check_granularity(
+    spec: WeightSpec, k: int, n: int, path: str, allowed: tuple[str, ...]
+) -> None:
     """Raises ValueError if ``spec`` cannot group a ``[k, n]`` weight."""
     if k < 1 or n < 1:
         raise ValueError(f"{path}: expected a weight [K, N] with K, N >= 1, found [{k}, {n}].")
@@ -94,9 +96,7 @@ def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
         return scale
     *lead, rows, columns = scale.shape
     if spec.granularity == "group":
-        wide = jnp.broadcast_to(
-            scale[..., :, None, :], (*lead, rows, spec.group_size, columns)
-        )
+        wide = jnp.broadcast_to(scale[..., :, None, :], (*lead, rows, spec.group_size, columns))
         return wide.reshape(*lead, k, n)
     assert spec.block_size is not None
     bk, bn = spec.block_size

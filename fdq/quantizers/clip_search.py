@@ -16,6 +16,7 @@ from fdq.formats import FORMATS, Arrays, ScaledFormat, grouping
 from fdq.scheme import WeightSpec
 
 REFITS = 1
+REAL_GAIN = 1.0 + 2.0**-12
 
 
 def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None = None) -> Arrays:
@@ -85,8 +86,11 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
             numerator = jnp.sum(weighted * relative, axis=-2)
             denominator = jnp.sum(weighted * level, axis=-2)
             fitted = jnp.where(denominator > 0, numerator / denominator, scale) * largest
+            # A sum's last bits depend on how XLA orders it (under vmap, sharded ...); what is
+            # stored should not: ten bits of a fitted scale suffice, and a gain must be real.
+            fitted = jax.lax.reduce_precision(fitted, exponent_bits=8, mantissa_bits=10)
             parameters = format.with_multiplier(best[1], fitted, spec)
-            best = better(best, parameters, error(parameters, 1.0))
+            best = better(best, parameters, error(parameters, 1.0) * REAL_GAIN)
     return format.encode(w, spec, format.finish(best[1], spec))
 
 

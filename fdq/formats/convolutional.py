@@ -1,0 +1,252 @@
+"""CC2: the convolutional code that FastDeploy calls WINT2, 2.06 bits per weight.
+
+One byte stands for four consecutive rows of a column. It is mapped to a 15-bit word, of which each
+weight reads a window of 6 bits that overlaps its neighbour's by 3::
+
+    word = floor(code * code_scale + code_offset + 0.5)                  in float32
+    v_i  = ((word >> (9, 6, 3, 0)[i]) & 63) - 32                         i = row % 4
+    w    = v_i * local_scale * super_scale
+
+``local_scale`` is a 4-bit number of 64 rows, two in a byte of ``scale`` (even group in the low
+nibble; FastDeploy's files have it in the high one); ``super_scale``, ``code_scale`` and
+``code_offset`` are float32 of a column. Source of the decoder: FastDeploy's
+``wint2_fused_moe_kernel.py``. Its encoder is not published; this one picks, for every four weights,
+the nearest of the 256 codewords, under constants searched for normal weights (with the full-range
+constants 32767 / 255 and 0 the code is worse than rounding to four levels).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdq import packing
+from fdq.formats import exact_arithmetic, grouping
+from fdq.formats.format import Arrays, Format
+from fdq.scheme import WeightSpec
+
+GROUP = 64
+ROWS_PER_CODE = 4
+SHIFTS = (9, 6, 3, 0)
+
+CODE_SCALE = np.float32(120.956170)
+CODE_OFFSET = np.float32(1129.4370)
+# Value of one unit of v for weights of unit variance, and the local scale that stands for it:
+# groups with up to 1.5 times the column's spread are in reach.
+UNIT = 0.06139
+TYPICAL_LOCAL_SCALE = 10
+LARGEST_LOCAL_SCALE = 15
+
+SWEEP = (-2, 2)  # local scales tried around the one that matches the spread of the group
+ROUNDS = 2  # of choosing codes, then fitting super_scale to them
+SLAB_WEIGHTS = 1 << 18  # weights encoded at a time
+UNROLL = 16  # codewords compared in one pass over a slab
+
+
+class Convolutional(Format):
+    """CC2; ``bits`` is what codes take, local scales add 1/16."""
+
+    name = "cc2"
+    bits = 2
+    methods = ("search",)
+
+    def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
+        """Raises ValueError if K is not a multiple of 64, the group of a local scale."""
+        if spec.granularity != "group" or spec.group_size != GROUP:
+            raise ValueError(
+                f"{path}: format cc2 has groups of {GROUP} rows, found {spec.granularity!r} with "
+                f"group_size={spec.group_size}."
+            )
+        grouping.check_granularity(spec, k, n, path, ("group",))
+
+    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "search") -> Arrays:
+        """Local scales and codes are chosen together, so there is nothing to fit alone."""
+        raise ValueError("Format cc2 chooses scales and codes together; call encode.")
+
+    def padding(self, k: int) -> int:
+        """None: K is a multiple of 64."""
+        return 0
+
+    def shape_from_codes(self, codes: tuple[int, ...], padding: int) -> tuple[int, ...]:
+        """Four rows a code."""
+        *lead, rows, n = codes
+        return (*lead, rows * ROWS_PER_CODE, n)
+
+    def decode(
+        self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """The arrays -> ``[..., K, N]``, exactly as NumPy computes the definition in float32."""
+        codes = arrays["codes"]
+        *lead, rows, n = codes.shape
+        values = windows(codes, arrays["code_scale"], arrays["code_offset"])
+        local = unpack_local_scales(arrays["scale"], rows * ROWS_PER_CODE // GROUP)
+        # v * local is an exact small integer: one rounding, as in any order of the two products.
+        local = jnp.broadcast_to(
+            local.astype(jnp.float32)[..., :, None, None, :],
+            (*local.shape[:-1], GROUP // ROWS_PER_CODE, ROWS_PER_CODE, n),
+        )
+        scaled = values.reshape(local.shape) * local
+        w = scaled.reshape(*lead, rows * ROWS_PER_CODE, n) * arrays["super_scale"]
+        return w.astype(dtype)
+
+    def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
+        """A float32 weight ``[..., K, N]`` -> arrays, all rows of equal importance."""
+        run = functools.partial(self.search, spec=spec)
+        for _ in range(w.ndim - 2):
+            run = jax.vmap(run)
+        return run(w)
+
+    def search(self, w: jax.Array, spec: WeightSpec, importance: jax.Array | None = None) -> Arrays:
+        """Encodes ``[K, N]``: nearest codewords, best local scales, a fitted super scale.
+
+        Args:
+          w: float32 weight.
+          spec: groups of 64.
+          importance: ``[K]`` weights of the squared errors, or None.
+        """
+        k, n = w.shape
+        columns = max(1, min(n, SLAB_WEIGHTS // k))
+        slabs = -(-n // columns)
+        padded = jnp.pad(w, [(0, 0), (0, slabs * columns - n)])
+        split = jnp.moveaxis(padded.reshape(k, slabs, columns), 1, 0)
+        out = jax.lax.map(lambda slab: _encode_columns(slab, importance), split)
+        joined = {
+            name: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], slabs * columns)[:, :n]
+            for name, a in out.items()
+        }
+        return {
+            "codes": joined["codes"],
+            "scale": pack_local_scales(joined["local_scale"]),
+            "code_scale": jnp.full((1, n), CODE_SCALE),
+            "code_offset": jnp.full((1, n), CODE_OFFSET),
+            "super_scale": joined["super_scale"],
+        }
+
+    def expected_distortion(
+        self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
+    ) -> float:
+        """Simulated: the code of normal numbers, with the best continuous scale of each group."""
+        from fdq.formats import distortion
+
+        return distortion.of_codebook(codebook(), GROUP, UNIT)
+
+
+def windows(codes: jax.Array, code_scale: jax.Array, code_offset: jax.Array) -> jax.Array:
+    """uint8 codes ``[..., R, N]`` -> values -32..31, float32 ``[..., R, 4, N]``."""
+    code = codes.astype(jnp.float32)
+    word = exact_arithmetic.product(code, code_scale) + code_offset + jnp.float32(0.5)
+    word = jnp.floor(word).astype(jnp.int32)
+    parts = [((word >> shift) & 63) - 32 for shift in SHIFTS]
+    return jnp.stack(parts, axis=-2).astype(jnp.float32)
+
+
+def pack_local_scales(local: jax.Array) -> jax.Array:
+    """uint8 0..15 ``[..., K / 64, N]`` -> two in a byte, the even group in the low nibble."""
+    return packing.pack(local, 4)
+
+
+def unpack_local_scales(scale: jax.Array, groups: int) -> jax.Array:
+    """Inverse of ``pack_local_scales`` for a weight of ``groups`` groups."""
+    return packing.unpack(scale, 4, padding=2 * scale.shape[-2] - groups)
+
+
+@functools.cache
+def codebook() -> np.ndarray:
+    """The values of the 256 codes under the encoder's constants, int32 ``[256, 4]``."""
+    code = np.arange(256, dtype=np.float32)
+    word = np.floor(code * CODE_SCALE + CODE_OFFSET + np.float32(0.5)).astype(np.int32)
+    return np.stack([((word >> shift) & 63) - 32 for shift in SHIFTS], axis=-1)
+
+
+def _encode_columns(w: jax.Array, importance: jax.Array | None) -> Arrays:
+    """``[K, n]`` -> ``codes [K/4, n]``, ``local_scale [K/64, n]``, ``super_scale [1, n]``."""
+    k, n = w.shape
+    groups = k // GROUP
+    largest = jnp.max(jnp.abs(w), axis=0, keepdims=True)
+    size = jnp.where(largest >= grouping.SMALLEST_NORMAL, largest, jnp.float32(1.0))
+    w = w / size
+    h = jnp.ones((k, 1), jnp.float32) if importance is None else importance[:, None]
+    spread = jnp.sqrt(jnp.mean(jnp.square(w.reshape(groups, GROUP, n)), axis=1))
+    whole = jnp.sqrt(jnp.mean(jnp.square(w), axis=0, keepdims=True))
+    widest = jnp.max(spread, axis=0, keepdims=True)
+    step = jnp.maximum(whole / TYPICAL_LOCAL_SCALE, widest / LARGEST_LOCAL_SCALE)
+    super_scale = jnp.where(whole > 0, jnp.float32(UNIT) * step, jnp.float32(1.0))
+    squares = jnp.sum((h * jnp.square(w)).reshape(groups, GROUP, n), axis=1)
+    for _ in range(ROUNDS):
+        codes, local = _choose(w, h, spread, squares, super_scale)
+        values = jnp.asarray(codebook(), jnp.float32)[codes]  # [K/4, n, 4]
+        values = jnp.moveaxis(values, -1, 1).reshape(groups, GROUP, n)
+        values = (values * local[:, None, :]).reshape(k, n)
+        numerator = jnp.sum(h * values * w, axis=0, keepdims=True)
+        denominator = jnp.sum(h * values * values, axis=0, keepdims=True)
+        fitted = jnp.where(numerator > 0, numerator / denominator, super_scale)
+        super_scale = jax.lax.reduce_precision(fitted, exponent_bits=8, mantissa_bits=12)
+    codes, local = _choose(w, h, spread, squares, super_scale)
+    return {
+        "codes": codes.astype(jnp.uint8),
+        "local_scale": local.astype(jnp.uint8),
+        "super_scale": super_scale * size,
+    }
+
+
+def _choose(
+    w: jax.Array, h: jax.Array, spread: jax.Array, squares: jax.Array, super_scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Local scales (float32 ``[K/64, n]``) and codes (int32 ``[K/4, n]``) of least error."""
+    groups, n = spread.shape
+    middle = jnp.round(spread * jnp.float32(UNIT) / super_scale)
+    middle = jnp.clip(middle, 1 - SWEEP[0], LARGEST_LOCAL_SCALE - SWEEP[1])
+
+    def attempt(i: jax.Array, best):
+        local = middle + (i + SWEEP[0]).astype(jnp.float32)
+        scale = jnp.broadcast_to((local * super_scale)[:, None, :], (groups, GROUP, n))
+        codes, score = _nearest(w / scale.reshape(w.shape), h)
+        total = jnp.sum(score.reshape(groups, GROUP // ROWS_PER_CODE, n), axis=1)
+        # sum h (w - s v)^2 = sum h w^2 - 2 s^2 score, for w / s = y and score = y.v - v.v / 2.
+        gain = total * jnp.square(local * super_scale)
+        least, kept_local, kept_codes = best
+        wins = gain > least
+        wide = jnp.broadcast_to(wins[:, None, :], (groups, GROUP // ROWS_PER_CODE, n))
+        return (
+            jnp.where(wins, gain, least),
+            jnp.where(wins, local, kept_local),
+            jnp.where(wide.reshape(codes.shape), codes, kept_codes),
+        )
+
+    del squares
+    zero = jnp.zeros_like(spread)
+    nothing = (zero, zero, jnp.zeros((w.shape[0] // ROWS_PER_CODE, n), jnp.int32))
+    _, local, codes = jax.lax.fori_loop(0, SWEEP[1] - SWEEP[0] + 1, attempt, nothing)
+    return codes, local
+
+
+def _nearest(y: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Index of the nearest codeword of every four rows of ``y`` ``[K, n]``, and its score."""
+    k, n = y.shape
+    parts = jnp.moveaxis(y.reshape(k // ROWS_PER_CODE, ROWS_PER_CODE, n), 1, 0)
+    h = jnp.broadcast_to(h.reshape(k // ROWS_PER_CODE, ROWS_PER_CODE, 1), (k // 4, 4, n))
+    h = jnp.moveaxis(h, 1, 0)
+    book = jnp.asarray(codebook(), jnp.float32)
+
+    def compare(i: jax.Array, best):
+        index, score = best
+        words = jax.lax.dynamic_slice_in_dim(book, i * UNROLL, UNROLL)
+        for j in range(UNROLL):
+            found = jnp.zeros_like(score)
+            for part in range(ROWS_PER_CODE):
+                value = words[j, part]
+                found = found + h[part] * value * (parts[part] - 0.5 * value)
+            wins = found > score
+            score = jnp.where(wins, found, score)
+            index = jnp.where(wins, i * UNROLL + j, index)
+        return index, score
+
+    start = (jnp.zeros((k // ROWS_PER_CODE, n), jnp.int32), jnp.full((k // 4, n), -jnp.inf))
+    return jax.lax.fori_loop(0, len(codebook()) // UNROLL, compare, start)
+
+
+FORMATS = {"cc2": Convolutional()}
