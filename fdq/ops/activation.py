@@ -1,0 +1,164 @@
+"""Quantized activations: codes and scales of x, and products formed in their arithmetic.
+
+``x[..., k] ~= codes[..., k] * scale``, with one scale per token, per token and group of channels,
+or one calibrated scale for the whole tensor. Integers are rounded to nearest even within +-127,
+float8 e4m3 is saturated at 448 (a plain cast would overflow to NaN).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.ops.weight_view import WeightView, unsigned_rows
+from fdq.scheme import ActivationSpec
+
+_BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
+# FastDeploy's floor (per_token_quant_fp8.cu): a row of zeros gets a scale that is not zero.
+_SMALLEST_MAXIMUM = 1e-10
+
+
+def quantize_activation(
+    x: jax.Array, spec: ActivationSpec, scale: jax.Array | None = None, *, path: str = "<array>"
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of activations.
+
+    Args:
+      x: float ``[..., K]``.
+      spec: format, granularity and whether scales are dynamic.
+      scale: the calibrated scale, a scalar (or any array with one element); needed when
+        ``spec.dynamic`` is False and not allowed otherwise.
+      path: name of the layer, used only in errors.
+
+    Returns:
+      ``(codes, scale)``: int8 or float8_e4m3fn ``[..., K]``, float32 ``[..., 1]`` (token, tensor)
+      or ``[..., ceil(K / group)]`` (token_group).
+    """
+    bound = _BOUNDS[spec.format]
+    x = x.astype(jnp.float32)
+    k = x.shape[-1]
+    if not spec.dynamic:
+        if scale is None:
+            raise ValueError(
+                f"{path}: static activation quantization needs activation_scale, found None; "
+                "calibrate the model or use a dynamic ActivationSpec."
+            )
+        if scale.size != 1:
+            raise ValueError(
+                f"{path}: expected one activation_scale, found shape {tuple(scale.shape)}."
+            )
+        scale = scale.astype(jnp.float32).reshape((1,) * x.ndim)
+        expanded = scale
+    elif scale is not None:
+        raise ValueError(
+            f"{path}: activation_scale is given but the ActivationSpec is dynamic; "
+            "use dataclasses.replace(spec, dynamic=False, granularity='tensor')."
+        )
+    elif spec.granularity == "token_group":
+        group = spec.group_size
+        if not group:
+            raise ValueError(f"{path}: granularity 'token_group' needs group_size, found {group}.")
+        groups = -(-k // group)
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * group - k)])
+        scale = _dynamic_scale(padded.reshape(*x.shape[:-1], groups, group), bound)[..., 0]
+        expanded = expand_groups(scale, group, k)
+    else:
+        axes = (-1,) if spec.granularity == "token" else tuple(range(x.ndim))
+        scale = _dynamic_scale(x, bound, axes)
+        expanded = scale
+    y = x / expanded
+    if spec.format == "int8":
+        return jnp.clip(jnp.round(y), -bound, bound).astype(jnp.int8), scale
+    return jnp.clip(y, -bound, bound).astype(jnp.float8_e4m3fn), scale
+
+
+def _dynamic_scale(x: jax.Array, bound: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    return jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)) / jnp.float32(bound)
+
+
+def expand_groups(scale: jax.Array, group: int, k: int) -> jax.Array:
+    """``[..., G] -> [..., k]``: every scale repeated over its group, cut at k."""
+    wide = jnp.broadcast_to(scale[..., None], (*scale.shape, group))
+    return wide.reshape(*scale.shape[:-1], -1)[..., :k]
+
+
+def activation_values(codes: jax.Array, scale: jax.Array, group: int | None, dtype: Any) -> Any:
+    """``codes * scale``, ``[..., K]`` in ``dtype``; ``group`` is that of ``token_group``."""
+    if scale.shape[-1] != 1 and group is not None:
+        scale = expand_groups(scale, group, codes.shape[-1])
+    return (codes.astype(jnp.float32) * scale).astype(dtype)
+
+
+def padded_integer_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """int8 ``x [M, K] @ w [K, N]`` -> int32, with a second row where there is one.
+
+    XLA's CPU backend sends two rows and more to vector instructions for int8, one row to a loop
+    that is ten times slower.
+    """
+    m = x.shape[0]
+    if m == 1:
+        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
+    return lax.dot(x, w, preferred_element_type=jnp.int32)[:m]
+
+
+def integer_product(x: jax.Array, view: WeightView) -> jax.Array:
+    """int8 rows times integer weights: exact int32 per group, then the group's scale in float32.
+
+    Args:
+      x: int8 ``[M, K]``.
+      view: of a ``[K, N]`` weight with ``view.is_integer``.
+
+    Returns:
+      float32 ``[M, N]``: ``sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])``.
+    """
+    missing = view.rows - x.shape[-1]
+    if missing:
+        x = jnp.pad(x, [(0, 0), (0, missing)])
+    m, n = x.shape[0], view.columns
+    groups = view.scale.shape[-2]
+    codes = view.codes.reshape(view.units, view.unit_bytes, n)
+    rows = unsigned_rows(view, [codes[:, i] for i in range(view.unit_bytes)])
+    shift = 0
+    if view.kind == "int8" and rows[0].dtype == jnp.uint8:
+        shift = 128  # unsigned 8-bit codes do not fit int8
+        rows = [(r ^ jnp.uint8(128)).astype(jnp.int8) for r in rows]
+    planes = [r.astype(jnp.int8) for r in rows]
+    parts = x.reshape(m, view.units, view.unit_rows)
+    if groups == 1:
+        acc = sum(padded_integer_dot(parts[..., p], w) for p, w in enumerate(planes))
+        acc = jnp.asarray(acc)[None]
+    else:
+        units = view.units // groups
+
+        def grouped_dot(x_plane, w_plane):
+            left = x_plane.reshape(m, groups, units).transpose(1, 0, 2)
+            return lax.dot_general(
+                left,
+                w_plane.reshape(groups, units, n),
+                (((2,), (1,)), ((0,), (0,))),
+                preferred_element_type=jnp.int32,
+            )
+
+        acc = sum(grouped_dot(parts[..., p], w) for p, w in enumerate(planes))
+    return _apply_offsets(acc, x, view, groups, shift)  # type: ignore[arg-type]
+
+
+def _apply_offsets(acc, x, view: WeightView, groups: int, shift: int) -> jax.Array:
+    """int32 ``[G, M, N]`` sums of codes -> ``[M, N]``, scaled, float32."""
+    m = x.shape[0]
+    twice = round(2 * view.offset)
+    multiplier = 1.0
+    if twice or view.zero is not None or shift:
+        x_sum = jnp.sum(x.reshape(m, groups, -1).astype(jnp.int32), axis=-1).T[:, :, None]
+        if twice % 2:
+            acc, multiplier = 2 * acc - twice * x_sum, 0.5
+        elif twice:
+            acc = acc - (twice // 2) * x_sum
+        if view.zero is not None:
+            acc = acc - (view.zero.astype(jnp.int32)[:, None, :] - shift) * x_sum
+    scale = (view.scale * multiplier)[:, None, :]
+    return jnp.sum(acc.astype(jnp.float32) * scale, axis=0)

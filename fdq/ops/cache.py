@@ -1,0 +1,137 @@
+"""Keys and values ``[B, KH, T, D]`` <-> the codes of a quantized KV cache.
+
+=====================  ==============================  ==========================================
+``CacheSpec``          scale (float32)                 value
+=====================  ==============================  ==========================================
+None (C16)             none                            the array itself
+int8, token_head       ``[B, KH, T]``, absmax / 127    ``code * scale``
+float8, token_head     ``[B, KH, T]``, absmax / 448    ``code * scale``
+int4, token_head       ``[B, KH, T]`` and uint8 zero   ``(code - zero) * scale``, codes 0 .. 15
+int8, channel          ``[KH, D]``, static             ``code * scale``
+float8 or int8, head   ``[KH, 1]``, static             ``code * scale``
+int4, static           ``[KH, D]`` or ``[KH, 1]``      ``(code - zero) * scale``
+=====================  ==============================  ==========================================
+
+Scales are float32: 32 / D bits an element, 0.25 at D = 128 (FastDeploy's dynamic cache stores
+bfloat16, 0.125). int4 codes are packed along D, the even channel in the low nibble, and their
+dynamic scales and zeros take 40 / D bits an element.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.scheme import CacheSpec
+
+CACHE_SCALE_DTYPE = jnp.float32
+_BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
+_SMALLEST_MAXIMUM = 1e-10
+
+
+def quantize_cache(
+    x: jax.Array,
+    spec: CacheSpec | None,
+    *,
+    scale: jax.Array | None = None,
+    zero: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Codes, scales and zero points of keys (after the rotation) or values.
+
+    Args:
+      x: float ``[B, KH, T, D]``.
+      spec: None returns x.
+      scale: the calibrated one of a static spec, ``[KH, D]`` or ``[KH, 1]``; not allowed for a
+        dynamic one.
+      zero: likewise; int4 only.
+
+    Returns:
+      ``(codes, scale, zero)``; codes are int8 or float8_e4m3fn ``[B, KH, T, D]``, or uint8
+      ``[B, KH, T, D / 2]`` for int4. Static scales come back as they were given.
+    """
+    if spec is None:
+        return x, None, None
+    if spec.dynamic == (scale is not None):
+        kind = "dynamic" if spec.dynamic else "static"
+        found = "one" if spec.dynamic else "None"
+        expected = "no scale" if spec.dynamic else "a calibrated scale"
+        raise ValueError(f"{kind} {spec.format} KV cache: expected {expected}, found {found}.")
+    x = x.astype(jnp.float32)
+    if spec.dynamic:
+        scale, zero, wide_scale, wide_zero = _dynamic_parameters(x, spec)
+    else:
+        assert scale is not None
+        wide_scale = scale.astype(jnp.float32)[None, :, None, :]
+        wide_zero = None if zero is None else zero.astype(jnp.float32)[None, :, None, :]
+    y = x / wide_scale
+    if spec.format == "int4":
+        if wide_zero is None:
+            raise ValueError("int4 KV cache: expected zero points, found None (zero_point=True).")
+        return _pack(jnp.clip(jnp.round(y) + wide_zero, 0.0, 15.0).astype(jnp.uint8)), scale, zero
+    bound = _BOUNDS[spec.format]
+    if spec.format == "int8":
+        return jnp.clip(jnp.round(y), -bound, bound).astype(jnp.int8), scale, zero
+    return jnp.clip(y, -bound, bound).astype(jnp.float8_e4m3fn), scale, zero
+
+
+def _dynamic_parameters(x: jax.Array, spec: CacheSpec) -> tuple[Any, Any, Any, Any]:
+    """Scale and zero ``[B, KH, T]`` of each token and head, and both as ``[B, KH, T, 1]``."""
+    if spec.format == "int4":
+        high = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0)
+        low = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
+        wide = jnp.maximum(high - low, jnp.float32(_SMALLEST_MAXIMUM)) / jnp.float32(15)
+        zero = jnp.clip(jnp.round(-low / wide), 0.0, 15.0)
+        return wide[..., 0], zero[..., 0].astype(jnp.uint8), wide, zero
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    wide = jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)) / jnp.float32(_BOUNDS[spec.format])
+    return wide[..., 0], None, wide, None
+
+
+def dequantize_cache(
+    codes: jax.Array,
+    spec: CacheSpec | None,
+    scale: jax.Array | None = None,
+    zero: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Codes ``[B, KH, S, D]`` (int4: ``D / 2`` bytes) -> values ``[B, KH, S, D]`` in ``dtype``."""
+    if spec is None:
+        return codes.astype(dtype)
+    assert scale is not None
+    values = cache_code_values(codes, spec)
+    if scale.ndim == 3:
+        scale = scale[..., None]
+        zero = None if zero is None else zero[..., None]
+    else:
+        scale = scale[None, :, None, :]
+        zero = None if zero is None else zero[None, :, None, :]
+    if zero is not None:
+        values = values - zero.astype(jnp.float32)
+    return (values * scale.astype(jnp.float32)).astype(dtype)
+
+
+def cache_code_values(codes: jax.Array, spec: CacheSpec | None) -> jax.Array:
+    """The values of codes before zero point and scale, float32 ``[..., D]``; exact."""
+    if spec is not None and spec.format == "int4":
+        low, high = codes & jnp.uint8(15), codes >> jnp.uint8(4)
+        pairs = jnp.stack([low, high], axis=-1).astype(jnp.float32)
+        return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    if codes.dtype == jnp.float8_e4m3fn:
+        # By way of float16 bits: XLA's own conversion is a slow sequence of selects.
+        wide = lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint16)
+        sign = (wide & jnp.uint16(0x80)) << jnp.uint16(8)
+        half = lax.bitcast_convert_type(
+            sign | (wide & jnp.uint16(0x7F)) << jnp.uint16(7), jnp.float16
+        )
+        return half.astype(jnp.float32) * jnp.float32(256)
+    return codes.astype(jnp.float32)
+
+
+def _pack(codes: jax.Array) -> jax.Array:
+    """uint8 ``[..., D]`` below 16 -> ``[..., D / 2]``, the even channel in the low nibble."""
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << jnp.uint8(4)

@@ -1,0 +1,136 @@
+"""Which implementation and which formulation an op uses: decided while tracing, from measured data.
+
+``implementation`` is what the user may force (``"xla"``); a *formulation* is one of several XLA
+programs with the same meaning, chosen by path, rows of x and size of the weight from
+``cpu_choices.json``. ``python -m benchmarks.cpu --tune`` measures that table again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from importlib import resources
+from typing import Any
+
+import jax
+
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+_LOGGER = logging.getLogger("fdq")
+
+
+def resolve_implementation(op: str, implementation: str | None) -> str:
+    """The implementation of ``op`` to trace: the argument, else ``FDQ_IMPLEMENTATION``, else best.
+
+    Raises:
+      ValueError: for an unknown name.
+      NotImplementedError: for a name that cannot run ``op``.
+    """
+    name, source = implementation, "implementation"
+    if name is None:
+        name, source = os.environ.get("FDQ_IMPLEMENTATION") or None, "FDQ_IMPLEMENTATION"
+    if name is None:
+        _log_once(op, "xla", "nothing else is built in")
+        return "xla"
+    if name not in IMPLEMENTATIONS:
+        options = ", ".join(repr(n) for n in IMPLEMENTATIONS)
+        raise ValueError(f"{op}: unknown {source} {name!r}; use one of {options}, or None.")
+    if name == "mosaic_gpu":
+        raise NotImplementedError(
+            f"{op}[mosaic_gpu]: fdq has no Mosaic GPU kernels yet; use {source}=None or 'xla'."
+        )
+    _log_once(op, name, f"{source}={name!r}")
+    return name
+
+
+@functools.cache
+def _log_once(op: str, name: str, reason: str) -> None:
+    _LOGGER.info("%s runs as %r: %s", op, name, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The device that a trace is for.
+
+    Attributes:
+      platform: ``cpu``, ``gpu`` or ``tpu``.
+      has_bfloat16: False where bfloat16 arithmetic is emulated (GPUs before sm_80, like the T4).
+    """
+
+    platform: str
+    has_bfloat16: bool
+
+
+def trace_target() -> Target:
+    """The default device's kind; reads no device memory and works while tracing."""
+    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
+    capability = getattr(device, "compute_capability", None)
+    has_bfloat16 = True
+    if platform == "gpu" and capability is not None:
+        try:
+            has_bfloat16 = float(capability) >= 8.0
+        except ValueError:  # ROCm says "gfx90a"
+            has_bfloat16 = True
+    return Target(platform, has_bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Formulation:
+    """One XLA program for a product of ``x [M, K]`` with a weight.
+
+    Attributes:
+      name: ``fused`` (one element-wise fusion over blocks of packed rows and a small dot, M times),
+        ``tiles`` (decode ``size`` columns, dot, next), ``whole`` (decode everything, one dot).
+      size: packed units a block (``fused``) or columns a tile (``tiles``).
+    """
+
+    name: str
+    size: int = 0
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    text = resources.files("fdq.ops").joinpath("cpu_choices.json").read_text("utf-8")
+    return json.loads(text)["choices"]
+
+
+_OVERRIDES: list[Formulation] = []
+
+
+class forced_formulation:
+    """Context manager that forces a formulation for everything traced inside (benchmarks, tests).
+
+    Functions already compiled are not traced again: use fresh ``jax.jit`` objects inside.
+    """
+
+    def __init__(self, name: str, size: int = 0):
+        self.formulation = Formulation(name, size)
+
+    def __enter__(self) -> Formulation:
+        _OVERRIDES.append(self.formulation)
+        return self.formulation
+
+    def __exit__(self, *exception: object) -> None:
+        _OVERRIDES.pop()
+
+
+def choose_formulation(path: str, rows: int, elements: int) -> Formulation:
+    """The measured choice on CPU: the first row of the table whose bounds hold.
+
+    Args:
+      path: a key of ``cpu_choices.json``: a weight format, or ``"default"`` for the rest.
+      rows: rows M of x.
+      elements: K * N.
+    """
+    if _OVERRIDES:
+        return _OVERRIDES[-1]
+    table = _table()
+    for row in table.get(path, table["default"]):
+        if rows <= row.get("max_rows", rows) and elements <= row.get("max_elements", elements):
+            return Formulation(row["formulation"], row.get("size", 0))
+    raise ValueError(f"cpu_choices.json: no row for {path!r}, {rows} rows, {elements} elements.")

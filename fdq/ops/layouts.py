@@ -1,0 +1,141 @@
+"""Layouts that devices want, and ``prepare``, which puts weights into them.
+
+One so far: ``transposed``, int8 codes as ``[N, K]`` with everything else as in a checkpoint. On
+CPUs an int8 dot whose weight is ``[N, K]`` reads it once, in order, with vector instructions for
+8-bit products; ``[K, N]`` is packed anew in every call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from fdq.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
+
+_SPLITS = 3
+# 127 * 2 * 127: a part is rounded to 1/127 of the one before, and the remainder is half a step.
+_STEP = 254.0
+
+
+def _swap_codes(q: QTensor, layout: str) -> QTensor:
+    codes = q.codes
+    if isinstance(codes, jax.ShapeDtypeStruct):
+        swapped: Any = jax.eval_shape(lambda a: jnp.swapaxes(a, -1, -2), codes)
+    else:
+        swapped = jnp.swapaxes(codes, -1, -2)
+    return dataclasses.replace(q, codes=swapped, layout=layout)
+
+
+def _transposed_shape(q: QTensor) -> tuple[int, ...]:
+    *lead, n, k = q.codes.shape
+    return (*lead, k, n)
+
+
+LAYOUTS["transposed"] = Layout(
+    shape=_transposed_shape,
+    to_canonical=lambda q: _swap_codes(materialize(q), "canonical"),
+    from_canonical=lambda q: _swap_codes(materialize(q), "transposed"),
+)
+
+
+def best_layout(q: QTensor, platform: str) -> str:
+    """The layout in which ``matmul`` is fastest for this weight on ``platform``."""
+    spec = q.spec
+    plain = spec.format == "int8" and spec.granularity in ("channel", "tensor")
+    # Stacked weights (experts, layers) are sliced first: they stay as they are.
+    if platform == "cpu" and plain and spec.zero_point == "none" and q.ndim == 2:
+        return "transposed"
+    return "canonical"
+
+
+def prepare(tree: Any, device: Any = None) -> Any:
+    """A copy of ``tree`` whose QTensors are laid out for ``device``; ``unprepare`` undoes it.
+
+    Results of ``fdq.matmul`` stay the same to float32 rounding. Do it once, before decoding:
+    checkpoints hold the canonical layout only.
+
+    Args:
+      tree: a QTensor, any pytree that holds some, or a Flax NNX module.
+      device: a ``jax.Device`` or a platform's name; the default device if None.
+    """
+    if device is None:
+        device = jax.devices()[0]
+    platform = device if isinstance(device, str) else device.platform
+    return _map_qtensors(tree, lambda q: _to_layout(q, best_layout(q, platform)))
+
+
+def unprepare(tree: Any) -> Any:
+    """The inverse of ``prepare``: every QTensor in the canonical layout of checkpoints."""
+    return _map_qtensors(tree, lambda q: _to_layout(q, "canonical"))
+
+
+def _to_layout(q: QTensor, layout: str) -> QTensor:
+    if q.layout == layout:
+        return q
+    variables = {n: v for n, v in q.arrays().items() if isinstance(v, nnx.Variable)}
+    raw = canonical(q)
+    new = raw if layout == "canonical" else LAYOUTS[layout].from_canonical(raw)
+    rewrapped = {n: v.replace(getattr(new, n)) for n, v in variables.items()}
+    return dataclasses.replace(new, **rewrapped) if rewrapped else new
+
+
+def _map_qtensors(tree: Any, change: Callable[[QTensor], QTensor]) -> Any:
+    # Modules are pytrees. Variables are kept as they are, and what was shared stays shared.
+    changed: dict[int, QTensor] = {}
+
+    def visit(leaf: Any) -> Any:
+        if not isinstance(leaf, QTensor):
+            return leaf
+        if id(leaf) not in changed:
+            changed[id(leaf)] = change(leaf)
+        return changed[id(leaf)]
+
+    return jax.tree.map(visit, tree, is_leaf=lambda a: isinstance(a, (QTensor, nnx.Variable)))
+
+
+def transposed_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """int8 ``x [M, K]`` times ``w [N, K]`` over K -> int32 ``[M, N]``.
+
+    The weight is the left operand: the right one is repacked by the CPU's matrix kernels, and x is
+    the small one. Rows are padded to two (see ``padded_integer_dot``).
+    """
+    m = x.shape[0]
+    if m == 1:
+        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
+    y = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return y[:, :m].T
+
+
+def transposed_integer_product(x: jax.Array, q: QTensor) -> jax.Array:
+    """int8 rows ``[M, K]`` times a transposed int8 weight -> float32 ``[M, N]``: int32, scaled."""
+    return transposed_dot(x, q.codes).astype(jnp.float32) * q.scale.astype(jnp.float32)
+
+
+def transposed_split_product(x: jax.Array, q: QTensor) -> jax.Array:
+    """Float rows ``[M, K]`` times a transposed int8 weight -> float32 ``[M, N]``.
+
+    A row of x is split into three int8 rows, ``x = step * (a + b / 254 + c / 254^2)`` with
+    ``step = max|x| / 127``, so that 8-bit dots do the work and the sums are exact. What is cut off
+    is at most ``max|x| * 2^-24``, half a unit in the last place of the row's largest element.
+    """
+    m = x.shape[0]
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    largest = jnp.where(largest == 0, jnp.float32(1), largest)
+    rest = x / largest * jnp.float32(127)
+    parts = []
+    for _ in range(_SPLITS):
+        part = jnp.round(rest)
+        parts.append(part)
+        rest = (rest - part) * jnp.float32(_STEP)
+    sums = transposed_dot(jnp.concatenate(parts, axis=0).astype(jnp.int8), q.codes)
+    sums = sums.astype(jnp.float32)
+    y = sums[2 * m :] / jnp.float32(_STEP)
+    y = (y + sums[m : 2 * m]) / jnp.float32(_STEP) + sums[:m]
+    return y * (largest / jnp.float32(127)) * q.scale.astype(jnp.float32)

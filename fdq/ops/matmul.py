@@ -1,0 +1,250 @@
+"""``matmul``: ``x @ w`` for a weight that is an array or a QTensor, in any scheme's arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.ops.activation import activation_values, integer_product, quantize_activation
+from fdq.ops.choice import (
+    Target,
+    choose_formulation,
+    resolve_implementation,
+    trace_target,
+)
+from fdq.ops.layouts import transposed_integer_product, transposed_split_product
+from fdq.ops.weight_only import exact_dot, fused_product, plane_product, tiled
+from fdq.ops.weight_view import view_weight
+from fdq.qtensor import QTensor, canonical, dequantize, materialize
+from fdq.scheme import ActivationSpec
+
+ACTIVATIONS = {
+    "int8": ActivationSpec(format="int8"),
+    "fp8": ActivationSpec(format="float8_e4m3"),
+    "float8_e4m3": ActivationSpec(format="float8_e4m3"),
+    "fp8_block": ActivationSpec(format="float8_e4m3", granularity="token_group", group_size=128),
+}
+"""Short names for ``activation=``; static scales need an ActivationSpec."""
+
+
+def parse_activation(activation: ActivationSpec | str | None) -> ActivationSpec | None:
+    """An ActivationSpec from itself, from its short name, or None."""
+    if activation is None or isinstance(activation, ActivationSpec):
+        return activation
+    if activation not in ACTIVATIONS:
+        options = ", ".join(repr(n) for n in ACTIVATIONS)
+        raise ValueError(
+            f"Unknown activation {activation!r}; use one of {options}, or an ActivationSpec."
+        )
+    return ACTIVATIONS[activation]
+
+
+def matmul(
+    x: jax.Array,
+    w: QTensor | jax.Array,
+    *,
+    activation: ActivationSpec | str | None = None,
+    activation_scale: jax.Array | None = None,
+    implementation: str | None = None,
+    out_dtype: Any = None,
+    path: str = "<array>",
+) -> jax.Array:
+    """``x @ w`` without decoding the whole weight to memory.
+
+    Without ``activation`` it is ``x @ dequantize(w)``. On CPU weights are decoded to float32 and
+    products summed in float32 whatever the dtype of x. On GPUs and TPUs a few rows of x are
+    treated the same way; for more rows the dot takes the dtype of x (float16 on GPUs without
+    bfloat16), rounds decoded weights to it (scales per channel are applied to the float32 sum
+    instead) and sums in float32.
+
+    With ``activation`` the rows of x are quantized and the product is formed in that arithmetic:
+
+    - int8 activations and integer weights: int32 sums of ``code * (code - zero)`` over each group
+      (over all of K for scales per channel), times the scales in float32. Few rows of weights of
+      4 bits and fewer are summed in float32, where these integers are exact, with the scales
+      multiplied in along the way.
+    - float8 activations, or int8 with weights that are not integers: products of the code values
+      are exact in float32 and summed in float32; scales per token and 128 channels are multiplied
+      in per slice of K.
+
+    The gradient with respect to x is that of ``x @ dequantize(w)``: straight through the rounding
+    of activations. Quantized weights get no gradient.
+
+    Args:
+      x: ``[..., K]``, any float dtype.
+      w: ``[K, N]``: an array or a QTensor in any layout (map over leading axes with ``jax.vmap``).
+      activation: an ActivationSpec or ``"int8"``, ``"fp8"``, ``"fp8_block"``; None leaves x alone.
+      activation_scale: calibrated scale (one number) of a static ActivationSpec.
+      implementation: ``"xla"``, ``"mosaic_gpu"`` or None for the best; ``FDQ_IMPLEMENTATION`` in
+        the environment is read while tracing where it is None.
+      out_dtype: dtype of the result; that of x by default.
+      path: name of the layer, used only in errors.
+
+    Returns:
+      ``[..., N]``.
+
+    Raises:
+      ValueError: shapes that do not match, an unknown name, a missing or superfluous scale.
+      NotImplementedError: an implementation that this version does not have.
+
+    Examples:
+      >>> q = fdq.quantize(jnp.ones((256, 64)), "W4A16")
+      >>> fdq.matmul(jnp.ones((3, 256)), q).shape
+      (3, 64)
+    """
+    resolve_implementation("matmul", implementation)
+    spec = parse_activation(activation)
+    shape = tuple(w.shape)
+    if len(shape) != 2 or x.ndim == 0 or x.shape[-1] != shape[0]:
+        hint = "; map over leading axes with jax.vmap" if len(shape) > 2 else ""
+        raise ValueError(
+            f"{path}: matmul expects x [..., K] and w [K, N], found x {tuple(x.shape)} and "
+            f"w {shape}{hint}."
+        )
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if activation_scale is not None:
+        activation_scale = jnp.asarray(activation_scale)
+    if isinstance(w, QTensor):
+        w = materialize(w)
+        y = _quantized_rows(rows, w, activation_scale, spec, path).astype(out_dtype)
+    else:
+        if spec is not None:
+            codes, scale = quantize_activation(rows, spec, activation_scale, path=path)
+            quantized = activation_values(codes, scale, spec.group_size, rows.dtype)
+            # Straight through: the value of the quantized x, the gradient of x.
+            rows = rows + lax.stop_gradient(quantized - rows)
+        y = dense_product(rows, w).astype(out_dtype)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], shape[1])
+
+
+def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x [M, K] @ w [K, N]`` for float arrays -> float32.
+
+    Both operands take the wider dtype of the two. One row of 16-bit floats is padded to two on
+    CPU, where XLA would otherwise convert the whole weight to float32 first.
+    """
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    m = x.shape[0]
+    pad = m == 1 and dtype.itemsize == 2 and trace_target().platform == "cpu"
+    if pad:
+        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
+    return exact_dot(x.astype(dtype), w.astype(dtype))[:m]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _quantized_rows(
+    x: jax.Array,
+    q: QTensor,
+    activation_scale: jax.Array | None,
+    spec: ActivationSpec | None,
+    path: str,
+) -> jax.Array:
+    """``[M, K] -> [M, N]`` float32, with the gradient of ``x @ dequantize(q)``."""
+    return quantized_product(x, q, spec, activation_scale, path=path)
+
+
+def _forward(x, q, activation_scale, spec, path):
+    y = quantized_product(x, q, spec, activation_scale, path=path)
+    return y, (q, jnp.zeros((0,), x.dtype), activation_scale)
+
+
+def _backward(spec, path, residuals, g):
+    del spec, path
+    q, like, activation_scale = residuals
+    w = dequantize(q)
+    dx = lax.dot_general(
+        g,
+        w,
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    scale_gradient = None if activation_scale is None else jnp.zeros_like(activation_scale)
+    return dx.astype(like.dtype), None, scale_gradient
+
+
+_quantized_rows.defvjp(_forward, _backward)
+
+
+def quantized_product(
+    x: jax.Array,
+    q: QTensor,
+    spec: ActivationSpec | None,
+    activation_scale: jax.Array | None = None,
+    *,
+    path: str = "<array>",
+) -> jax.Array:
+    """``[M, K]`` times a QTensor ``[K, N]`` -> float32 ``[M, N]``; the formulation is chosen here.
+
+    Not differentiable by itself where a loop is chosen; ``matmul`` and ``grouped_matmul`` are.
+    """
+    target = trace_target()
+    if spec is None:
+        return _product(x, q, target)
+    codes, scale = quantize_activation(x, spec, activation_scale, path=path)
+    integer = spec.format == "int8" and q.spec.format in ("int8", "int4", "int3", "int2")
+    if spec.granularity == "token_group":
+        # Exact products of codes, each slice of K scaled by its activation scale.
+        return _product(activation_values(codes, scale, spec.group_size, jnp.float32), q, target)
+    if integer:
+        y = _integer_rows(codes, q, target)
+    else:
+        y = _product(codes.astype(jnp.float32), q, target)
+    return y * scale
+
+
+def _integer_rows(codes: jax.Array, q: QTensor, target: Target) -> jax.Array:
+    """int8 rows times integer weights, before the activation scale."""
+    if q.layout == "transposed":
+        return transposed_integer_product(codes, q)
+    view = view_weight(canonical(q))
+    if view is None:
+        return _product(codes.astype(jnp.float32), q, target)
+    m, elements = codes.shape[0], view.rows * view.columns
+    if target.platform != "cpu":
+        return integer_product(codes, view)
+    choice = choose_formulation(f"{view.kind} x int8", m, elements)
+    if choice.name == "fused":
+        return fused_product(codes.astype(jnp.float32), view, choice.size, dot=True)
+    if choice.name == "tiles":
+        return tiled(integer_product, codes, view, choice.size)
+    return integer_product(codes, view)
+
+
+# Beyond this many rows a fusion per row reads the codes too often.
+_FUSED_ROWS = 4
+
+
+def _product(x: jax.Array, q: QTensor, target: Target) -> jax.Array:
+    """Float rows times a QTensor, by the formulation that suits the device."""
+    if q.layout == "transposed":
+        return transposed_split_product(x, q)
+    q = canonical(q)
+    view = view_weight(q)
+    if view is None:
+        return exact_dot(x.astype(jnp.float32), dequantize(q))
+    m, elements = x.shape[0], view.rows * view.columns
+    if target.platform != "cpu":
+        if m <= _FUSED_ROWS:
+            return fused_product(x.astype(jnp.float32), view, view.units, dot=False)
+        return plane_product(x, view, _compute_dtype(x.dtype, target))
+    x = x.astype(jnp.float32)
+    choice = choose_formulation(view.kind, m, elements)
+    if choice.name == "fused":
+        return fused_product(x, view, choice.size, dot=True)
+    if choice.name == "tiles":
+        return tiled(plane_product, x, view, choice.size)
+    return plane_product(x, view)
+
+
+def _compute_dtype(dtype: Any, target: Target) -> Any:
+    """What a dot computes in: the dtype of x, but float16 where bfloat16 is emulated."""
+    if dtype == jnp.bfloat16 and not target.has_bfloat16:
+        return jnp.float16
+    return dtype

@@ -1,0 +1,139 @@
+"""Products of float rows with a quantized weight, in plain XLA, without keeping a decoded copy.
+
+All compute ``x @ dequantize(q)`` and differ in what reaches memory:
+
+- ``fused_product``: every block of packed rows is unpacked, converted, multiplied and added in one
+  element-wise fusion, which XLA spreads over the cores of a CPU; nothing but one partial sum a
+  block is written. The fastest for one row, by far.
+- ``plane_product``: decodes the weight (or a tile of columns of it) and calls a dot.
+- ``tiled``: runs a product tile by tile, so that only a tile of the weight is ever decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.ops.weight_view import WeightView, decode_planes, decode_unit
+
+
+def exact_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x [M, K] @ w [K, N]``, float32 accumulation; float32 operands are not rounded to TF32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+
+
+def pad_rows(x: jax.Array, view: WeightView) -> jax.Array:
+    """Zeros for the unused rows of the weight's last unit: ``[M, K] -> [M, view.rows]``."""
+    missing = view.rows - x.shape[-1]
+    return jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
+
+
+def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
+    """One element-wise fusion over ``[blocks, N]``, then a sum over the blocks.
+
+    Args:
+      x: float32 ``[M, K]``, M small: rows are separate fusions that each read the codes.
+      view: of a ``[K, N]`` weight.
+      block_units: packed units summed inside the fusion; the largest divisor of the units of a
+        group that is not larger is taken.
+      dot: sum the blocks by a product with ones (CPU, where XLA's reduction takes 4 to 17 times
+        longer) instead of a reduction (GPU, where it fuses).
+
+    Returns:
+      float32 ``[M, N]``.
+    """
+    x = pad_rows(x, view)
+    groups = view.scale.shape[-2]
+    per_group = view.units // groups
+    block = next(b for b in range(min(block_units, per_group), 0, -1) if per_group % b == 0)
+    blocks = per_group // block
+    n = view.columns
+    codes = view.codes.reshape(groups, blocks, block, view.unit_bytes, n)
+    affine = None
+    if view.affine is not None:
+        affine = tuple(a[:, None, :] for a in view.affine)
+    zero = None if view.zero is None else view.zero[:, None, :]
+    scale = (view.scale * view.multiplier)[:, None, :]
+
+    def row(x_row):
+        weights = x_row.reshape(groups, blocks, block, view.unit_rows, 1)
+        total = jnp.zeros((groups, blocks, n), jnp.float32)
+        for j in range(block):
+            unit = [codes[:, :, j, i] for i in range(view.unit_bytes)]
+            for p, value in enumerate(decode_unit(view, unit, affine)):
+                total = total + weights[:, :, j, p] * (value if zero is None else value - zero)
+        if groups == 1:
+            partial = total.reshape(blocks, n)
+        else:
+            partial = (total * scale).reshape(groups * blocks, n)
+        if dot:
+            y = exact_dot(jnp.ones((1, partial.shape[0]), jnp.float32), partial)
+        else:
+            y = jnp.sum(partial, axis=0, keepdims=True)
+        return y * scale[0] if groups == 1 else y
+
+    return jnp.concatenate([row(x[m]) for m in range(x.shape[0])], axis=0)
+
+
+def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> jax.Array:
+    """Decodes the planes of the weight and sums one dot a plane.
+
+    Args:
+      x: float ``[M, K]``.
+      view: of a ``[K, N]`` weight.
+      dtype: of the operands of the dot. float32 is exact; with bfloat16 or float16 the decoded
+        weights are rounded to it, except that a scale per channel is applied after the dot.
+
+    Returns:
+      float32 ``[M, N]``.
+    """
+    x = pad_rows(x, view).astype(dtype)
+    planes = view.unit_rows
+    per_channel = view.scale.shape[-2] == 1
+    if dtype == jnp.float16 and not per_channel:
+        # Scales relative to the largest of their channel keep weights inside float16's range.
+        largest = jnp.max(jnp.abs(view.scale), axis=-2, keepdims=True)
+        largest = jnp.where(largest == 0, jnp.float32(1), largest)
+        relative = WeightView(
+            view.codes, view.scale / largest, view.zero, view.affine, view.kind, view.offset,
+            view.group,
+        )  # fmt: skip
+        decoded, after = decode_planes(relative), largest
+    elif per_channel:
+        decoded, after = decode_planes(view, with_scale=False), view.scale * view.multiplier
+    else:
+        decoded, after = decode_planes(view), None
+    parts = x.reshape(x.shape[0], view.units, planes)
+    y = exact_dot(parts[..., 0], decoded[0].astype(dtype))
+    for p in range(1, planes):
+        y = y + exact_dot(parts[..., p], decoded[p].astype(dtype))
+    return y if after is None else y * after
+
+
+def tiled(
+    product: Callable[[jax.Array, WeightView], jax.Array],
+    x: jax.Array,
+    view: WeightView,
+    columns: int,
+) -> jax.Array:
+    """``product`` applied to tiles of ``columns`` output channels; only a tile is decoded at once.
+
+    The last tile starts early enough to be a full one: it computes some columns again.
+    """
+    n = view.columns
+    if n <= columns:
+        return product(x, view)
+
+    def body(i, y):
+        start = jnp.minimum(i * columns, n - columns)
+        return lax.dynamic_update_slice_in_dim(
+            y, product(x, view.slice_columns(start, columns)), start, axis=1
+        )
+
+    y = jnp.zeros((x.shape[0], n), jnp.float32)
+    return lax.fori_loop(0, -(-n // columns), body, y)
