@@ -1,0 +1,177 @@
+"""The decoder: embeddings, pre-norm layers, a final norm and the output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdq import nn
+from fdq.kv_cache import KVCache
+from fdq.models.config import DecoderConfig
+
+
+class DecoderLayer(nnx.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the MLP is dense or has experts."""
+
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: Any, rngs: nnx.Rngs):
+        hidden, epsilon = config.hidden_size, config.rms_norm_epsilon
+        self.input_layernorm = nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
+        self.self_attn = nn.Attention(
+            hidden,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            interleaved=config.rotary.interleaved,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.output_bias,
+            qk_norm_epsilon=epsilon if config.qk_norm else None,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.post_attention_layernorm = nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
+        moe = config.moe
+        if moe is not None and layer in moe.layers:
+            self.mlp: nn.MLP | nn.MoE = nn.MoE(
+                hidden,
+                moe.intermediate_size,
+                num_experts=moe.num_experts,
+                top_k=moe.top_k,
+                shared_intermediate_size=moe.shared_intermediate_size,
+                normalize=moe.normalize,
+                norm_min=moe.norm_min,
+                correction_bias=moe.correction_bias,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        else:
+            self.mlp = nn.MLP(
+                hidden,
+                config.intermediate_size,
+                use_bias=config.mlp_bias,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: KVCache | None = None,
+        *,
+        layer: int = 0,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
+        y, cache = self.self_attn(self.input_layernorm(x), angles, cache, layer=layer, start=start)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """A causal language model of any supported family: `model(tokens) -> logits`.
+
+    Paths of its parameters: `embed_tokens.embedding`, `layers.{i}.input_layernorm.scale`,
+    `layers.{i}.self_attn.{qkv_proj,o_proj}.kernel`, `layers.{i}.self_attn.{q,k}_norm.scale`,
+    `layers.{i}.post_attention_layernorm.scale`, `layers.{i}.mlp.{gate_up_proj,down_proj}.kernel`
+    or `layers.{i}.mlp.{router,experts.gate_up_proj,experts.down_proj,
+    shared_experts.gate_up_proj,shared_experts.down_proj}.kernel`, `norm.scale` and, unless the
+    embeddings are tied, `lm_head.kernel`; a `.bias` beside a kernel where the model has one.
+
+    Attributes:
+      config: sizes; `config.dtype` is the dtype of activations.
+      scheme: name of the scheme that the weights are quantized in, None when they are not.
+      recipe_record: how that was decided, as JSON.
+      tokenizer_path: a tokenizer.json for text prompts, where the checkpoint has one.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        """Random weights.
+
+        Args:
+          config: what to build.
+          dtype: of parameters and activations, by default `config.dtype`. The router's parameters
+            are float32 in any case.
+          rngs: a stream `params`.
+        """
+        if dtype is not None:
+            config = config.replace(dtype=jnp.dtype(dtype).name)
+        kind = jnp.dtype(config.dtype)
+        self.config = config
+        self.scheme: str | None = None
+        self.recipe_record: str | None = None
+        self.tokenizer_path: str | None = None
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, dtype=kind, rngs=rngs
+        )
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, dtype=kind, rngs=rngs) for i in range(config.num_layers)]
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=kind)
+        head = None
+        if not config.tie_word_embeddings:
+            head = nn.Linear(config.hidden_size, config.vocab_size, dtype=kind, rngs=rngs)
+        self.lm_head: Any = nnx.data(head)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits of the next token at every position, without a cache; differentiable.
+
+        Args:
+          tokens: [B, L] int.
+
+        Returns:
+          [B, L, vocab] float32.
+        """
+        b, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
+        hidden, _ = self._layers(tokens, positions)
+        return self.head(hidden)
+
+    def extend(
+        self, tokens: jax.Array, cache: KVCache, start: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs T more tokens of each sequence and writes their keys and values to the cache.
+
+        Args:
+          tokens: [B, T] int.
+          cache: holds everything before `start`; its `length` is neither read nor changed.
+          start: position of `tokens[:, 0]`: a scalar, or [B] int32. `start + T` must not exceed
+            the slots of the cache.
+
+        Returns:
+          [B, T, H] final hidden states (see `head`), and the updated cache.
+        """
+        b, t = tokens.shape
+        first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
+        positions = first[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        hidden, updated = self._layers(tokens, positions, cache, start)
+        assert updated is not None
+        return hidden, updated
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """`hidden [..., H]` from `extend` -> logits `[..., vocab]` float32."""
+        if self.lm_head is None:
+            return self.embed_tokens.attend(hidden, out_dtype=jnp.float32)
+        return self.lm_head(hidden, out_dtype=jnp.float32)
+
+    def _layers(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: KVCache | None = None,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        config = self.config
+        x = self.embed_tokens(tokens, jnp.dtype(config.dtype))
+        angles = nn.rotary_angles(positions, config.rotary, config.head_dim)
+        # Unrolled: each weight is an argument of its own, and slicing stacked weights copies.
+        for index, layer in enumerate(self.layers):
+            x, cache = layer(x, angles, cache, layer=index, start=start)
+        return self.norm(x), cache
+
+
+def abstract(config: DecoderConfig, dtype: Any = None) -> Decoder:
+    """The decoder with `jax.ShapeDtypeStruct` in place of arrays, whatever its size."""
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(params=0)))

@@ -1,0 +1,49 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fdq.models.config import DecoderConfig
+from fdq.models.config_reader import ConfigReader
+from fdq.nn.rotary import RotaryConfig
+
+MODEL_TYPE = "qwen2"
+
+
+def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
+    """The DecoderConfig of a `qwen2` config.json."""
+    reader = ConfigReader(config)
+    fields = reader.base(epsilon=1e-6, tie=False)
+    rotary = reader.rotary(theta=10000.0)
+    reader.full_attention()
+    reader.finish()
+    return DecoderConfig(**fields, rotary=rotary, qkv_bias=True)
+
+
+def _published(**fields: Any) -> DecoderConfig:
+    return DecoderConfig(
+        model_type=MODEL_TYPE,
+        head_dim=128 if fields["hidden_size"] > 1000 else 64,
+        rms_norm_epsilon=1e-6,
+        rotary=RotaryConfig(theta=1000000.0),
+        max_position=32768,
+        qkv_bias=True,
+        bos_token_id=151643,
+        eos_token_ids=(151643,),
+        **fields,
+    )
+
+
+CONFIGS = {
+    "qwen2.5-0.5b": _published(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        tie_word_embeddings=True,
+    ),
+}

@@ -1,0 +1,52 @@
+"""Qwen3, dense: norms of queries and keys per head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fdq.models.config import DecoderConfig
+from fdq.models.config_reader import ConfigReader
+from fdq.nn.rotary import RotaryConfig
+
+MODEL_TYPE = "qwen3"
+
+
+def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
+    """The DecoderConfig of a `qwen3` config.json."""
+    reader = ConfigReader(config)
+    fields = reader.base(epsilon=1e-6, tie=False)
+    bias = bool(reader.get("attention_bias", default=False))
+    rotary = reader.rotary(theta=10000.0)
+    reader.full_attention()
+    reader.finish()
+    return DecoderConfig(**fields, rotary=rotary, qkv_bias=bias, output_bias=bias, qk_norm=True)
+
+
+def _published(**fields: Any) -> DecoderConfig:
+    return DecoderConfig(
+        model_type=MODEL_TYPE,
+        vocab_size=151936,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_epsilon=1e-6,
+        rotary=RotaryConfig(theta=1000000.0),
+        max_position=40960,
+        qk_norm=True,
+        bos_token_id=151643,
+        eos_token_ids=(151645,),
+        **fields,
+    )
+
+
+CONFIGS = {
+    "qwen3-0.6b": _published(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": _published(hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32),
+    "qwen3-32b": _published(hidden_size=5120, intermediate_size=25600, num_layers=64, num_heads=64),
+}

@@ -1,0 +1,68 @@
+"""Qwen3-MoE: Qwen3 attention, experts without shared ones and without a correction bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fdq.models.config import DecoderConfig, MoEConfig
+from fdq.models.config_reader import ConfigReader
+from fdq.nn.rotary import RotaryConfig
+
+MODEL_TYPE = "qwen3_moe"
+
+
+def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
+    """The DecoderConfig of a `qwen3_moe` config.json.
+
+    Layer `l` has experts unless `mlp_only_layers` names it or `(l + 1) % decoder_sparse_step`
+    is not 0.
+    """
+    reader = ConfigReader(config)
+    fields = reader.base(epsilon=1e-6, tie=False)
+    bias = bool(reader.get("attention_bias", default=False))
+    dense = reader.get("mlp_only_layers", default=())
+    step = reader.integer("decoder_sparse_step", default=1)
+    moe = MoEConfig(
+        num_experts=reader.integer("num_experts", "num_local_experts"),
+        top_k=reader.integer("num_experts_per_tok"),
+        intermediate_size=reader.integer("moe_intermediate_size"),
+        layers=tuple(
+            layer
+            for layer in range(fields["num_layers"])
+            if layer not in dense and (layer + 1) % step == 0
+        ),
+        normalize=bool(reader.get("norm_topk_prob", default=False)),
+    )
+    rotary = reader.rotary(theta=10000.0)
+    reader.full_attention()
+    reader.finish()
+    return DecoderConfig(
+        **fields, rotary=rotary, qkv_bias=bias, output_bias=bias, qk_norm=True, moe=moe
+    )
+
+
+CONFIGS = {
+    "qwen3-30b-a3b": DecoderConfig(
+        model_type=MODEL_TYPE,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        rms_norm_epsilon=1e-6,
+        rotary=RotaryConfig(theta=1000000.0),
+        max_position=40960,
+        qk_norm=True,
+        bos_token_id=151643,
+        eos_token_ids=(151645,),
+        moe=MoEConfig(
+            num_experts=128,
+            top_k=8,
+            intermediate_size=768,
+            layers=tuple(range(48)),
+        ),
+    ),
+}

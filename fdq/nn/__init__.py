@@ -1,0 +1,20 @@
+"""Flax NNX modules whose weights may be arrays or quantized tensors."""
+
+from fdq.nn.attention import Attention as Attention
+from fdq.nn.embedding import Embedding as Embedding
+from fdq.nn.experts import ExpertLinear as ExpertLinear
+from fdq.nn.experts import Experts as Experts
+from fdq.nn.linear import Linear as Linear
+from fdq.nn.mlp import MLP as MLP
+from fdq.nn.mlp import MoE as MoE
+from fdq.nn.norm import RMSNorm as RMSNorm
+from fdq.nn.parameters import QCodes as QCodes
+from fdq.nn.parameters import QScale as QScale
+from fdq.nn.parameters import bind as bind
+from fdq.nn.parameters import boxed as boxed
+from fdq.nn.parameters import split as split
+from fdq.nn.parameters import value as value
+from fdq.nn.rotary import RotaryConfig as RotaryConfig
+from fdq.nn.rotary import apply_rotary as apply_rotary
+from fdq.nn.rotary import rotary_angles as rotary_angles
+from fdq.nn.router import Router as Router

@@ -1,0 +1,139 @@
+"""Grouped-query self-attention, over a whole sequence or over a KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdq.kv_cache import KVCache
+from fdq.nn.linear import Linear
+from fdq.nn.norm import RMSNorm
+from fdq.nn.rotary import apply_rotary
+
+# Rows of queries whose scores are in memory at once, in attention over a whole sequence.
+QUERY_BLOCK = 1024
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention of every position to itself and those before it; differentiable.
+
+    Args:
+      q: [B, T, heads, D].
+      k: [B, T, kv_heads, D]; head `h` attends to KV head `h // (heads / kv_heads)`.
+      v: as `k`.
+
+    Returns:
+      [B, T, heads, D] in the dtype of `q`; scores and softmax are float32.
+    """
+    b, t, heads, d = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(b, t, kv_heads, heads // kv_heads, d)
+    highest = jax.lax.Precision.HIGHEST
+
+    def block(rows: jax.Array, first: jax.Array | int) -> jax.Array:
+        """Attention of the query rows [B, R, KH, G, D] whose positions begin at `first`."""
+        scores = jnp.einsum(
+            "brhgd,bshd->bhgrs", rows, k, precision=highest, preferred_element_type=jnp.float32
+        )
+        position = first + jnp.arange(rows.shape[1])
+        visible = jnp.arange(t)[None, :] <= position[:, None]
+        scores = jnp.where(visible[None, None, None], scores * d**-0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum(
+            "bhgrs,bshd->brhgd", weights, v, precision=highest, preferred_element_type=jnp.float32
+        ).astype(rows.dtype)
+
+    if t <= QUERY_BLOCK:
+        return block(q, 0).reshape(b, t, heads, d)
+    count = -(-t // QUERY_BLOCK)
+    padded = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - t), (0, 0), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(b, count, QUERY_BLOCK, *q.shape[2:]), 1, 0)
+    firsts = jnp.arange(count) * QUERY_BLOCK
+    out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), (blocks, firsts))
+    return jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, d)[:, :t]
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions, optional biases and optional norms of q and k.
+
+    Attributes:
+      qkv_proj: `Linear` to q | k | v, fused on N in this order.
+      o_proj: `Linear` back to the hidden size.
+      q_norm, k_norm: `RMSNorm` over head_dim before the rotation (Qwen3), or None.
+      kv_observer: called with the keys and values that a cache would store; for calibration.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        interleaved: bool = False,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_epsilon: float | None = None,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        width = (num_heads + 2 * num_kv_heads) * head_dim
+        self.qkv_proj = Linear(hidden_size, width, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(
+            num_heads * head_dim, hidden_size, use_bias=output_bias, dtype=dtype, rngs=rngs
+        )
+        q_norm = k_norm = None
+        if qk_norm_epsilon is not None:
+            q_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=dtype)
+            k_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=dtype)
+        self.q_norm: Any = nnx.data(q_norm)
+        self.k_norm: Any = nnx.data(k_norm)
+        self.kv_observer: Any = nnx.data(None)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.interleaved = interleaved
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: KVCache | None = None,
+        *,
+        layer: int = 0,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attends from `x` to itself, or to all that `cache` holds after `x` is written to it.
+
+        Args:
+          x: [B, T, H].
+          angles: cosines and sines of the positions of `x`, from `rotary_angles`.
+          cache: None attends causally within `x`.
+          layer: which layer of the cache.
+          start: slot of the cache that the first of the T positions goes to: a scalar, or [B].
+
+        Returns:
+          [B, T, H] in the dtype of `x`, and the updated cache.
+        """
+        b, t, _ = x.shape
+        heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
+        qkv = self.qkv_proj(x).reshape(b, t, heads + 2 * kv_heads, d)
+        q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = apply_rotary(q, angles, interleaved=self.interleaved)
+        k = apply_rotary(k, angles, interleaved=self.interleaved)
+        if self.kv_observer is not None:
+            self.kv_observer(k, v)
+        if cache is None:
+            y = causal_attention(q, k, v)
+        else:
+            if start is None:
+                raise ValueError("attention over a cache needs start, the first slot to write")
+            # Write first, then attend: reading the old cache beside the new one copies it.
+            cache = cache.update(layer, k, v, start)
+            y = cache.attend(layer, q, start)
+        return self.o_proj(y.reshape(b, t, heads * d)), cache

@@ -1,0 +1,79 @@
+"""The feed-forward half of a decoder layer: dense SwiGLU, or a mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdq.nn.experts import Experts
+from fdq.nn.linear import Linear
+from fdq.nn.router import Router
+
+
+class MLP(nnx.Module):
+    """SwiGLU: `(silu(x W_gate) * (x W_up)) W_down`, gate and up fused on N in this order."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        use_bias: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.gate_up_proj = Linear(
+            hidden_size, 2 * intermediate_size, use_bias=use_bias, dtype=dtype, rngs=rngs
+        )
+        self.down_proj = Linear(
+            intermediate_size, hidden_size, use_bias=use_bias, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x [..., H]` -> the same shape and dtype."""
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+class MoE(nnx.Module):
+    """Routed experts plus, where the model has them, shared experts as one wider MLP."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        shared_intermediate_size: int = 0,
+        normalize: bool = True,
+        norm_min: float = 0.0,
+        correction_bias: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.router = Router(
+            hidden_size,
+            num_experts,
+            top_k=top_k,
+            normalize=normalize,
+            norm_min=norm_min,
+            correction_bias=correction_bias,
+            rngs=rngs,
+        )
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        shared = None
+        if shared_intermediate_size:
+            shared = MLP(hidden_size, shared_intermediate_size, dtype=dtype, rngs=rngs)
+        self.shared_experts: Any = nnx.data(shared)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x [..., H]` -> the same shape and dtype."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.experts(rows, *self.router(rows))
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(rows)
+        return y.reshape(x.shape)

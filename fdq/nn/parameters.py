@@ -1,0 +1,126 @@
+"""How modules hold quantized weights, and how a module becomes a pure pytree and back.
+
+Inside a module a `QTensor`'s fields are `nnx.Variable`s of their own types, never `nnx.Param`
+(an optimizer would allocate moments for integers); in pure functions they are arrays. `split`
+and `bind` lead from the one to the other: `bind(*split(module))` behaves like `module`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fdq.qtensor import ARRAY_FIELDS, QTensor
+
+
+class QCodes(nnx.Variable):
+    """The codes of a `QTensor` that a module holds."""
+
+
+class QScale(nnx.Variable):
+    """A scale, zero point or other small array of a `QTensor` that a module holds."""
+
+
+class ActivationScale(nnx.Variable):
+    """The calibrated (static) scale of a module's input, float32."""
+
+
+def value(x: Any) -> Any:
+    """The array of a Variable, the QTensor of arrays of a QTensor; anything else as it is."""
+    if isinstance(x, nnx.Variable):
+        return x.get_value()
+    if isinstance(x, QTensor):
+        return dataclasses.replace(x, **{name: value(array) for name, array in x.arrays().items()})
+    return x
+
+
+def boxed(q: QTensor) -> QTensor:
+    """`q` with each array in a Variable of its own, as modules hold it."""
+    fields = {}
+    for name in ARRAY_FIELDS:
+        array = getattr(q, name)
+        if array is not None and not isinstance(array, nnx.Variable):
+            array = QCodes(array) if name == "codes" else QScale(array)
+        fields[name] = array
+    return dataclasses.replace(q, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A module without its arrays: hashable, so that `jax.jit` can take it as a static argument.
+
+    Two modules with the same attributes and the same tree have equal templates, and whatever was
+    compiled for the one serves the other.
+
+    Attributes:
+      treedef: the module as a pytree whose leaves are Variables and whole QTensors.
+      paths: for each leaf the keys that lead to it.
+      kinds: for each leaf the type of its Variable, None for a QTensor or a bare array.
+    """
+
+    treedef: Any
+    paths: tuple[tuple[str | int, ...], ...]
+    kinds: tuple[type | None, ...]
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, (nnx.Variable, QTensor))
+
+
+def _key(entry: Any) -> str | int:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    raise TypeError(f"a path holds {entry!r}; expected attributes, dict keys and list indices")
+
+
+def split(module: nnx.Module) -> tuple[Template, dict]:
+    """The module as `(template, params)`: what is static, and a nested dict of its arrays.
+
+    Args:
+      module: any NNX module; its Variables may hold arrays, tracers or ShapeDtypeStructs.
+
+    Returns:
+      The template, and nested dicts keyed by attribute name or list index (the structure of
+      `nnx.to_pure_dict`) whose leaves are arrays and QTensors of arrays. A few milliseconds at
+      640 Variables, against 55 for `nnx.split`: nothing is cached, so nothing can be stale.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_leaf)
+    params: dict = {}
+    paths, kinds = [], []
+    for entries, leaf in leaves:
+        path = tuple(_key(entry) for entry in entries)
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value(leaf)
+        paths.append(path)
+        kinds.append(type(leaf) if isinstance(leaf, nnx.Variable) else None)
+    return Template(treedef, tuple(paths), tuple(kinds)), params
+
+
+def bind(template: Template, params: dict) -> Any:
+    """The module of `template` with the arrays of `params`; to be called inside `jax.jit`.
+
+    Args:
+      template: from `split`.
+      params: from `split`; an array may have become a QTensor and the other way round, and a
+        QTensor may have another layout.
+
+    Raises:
+      ValueError: `params` lacks a leaf of the module.
+    """
+    leaves = []
+    for path, kind in zip(template.paths, template.kinds, strict=True):
+        node: Any = params
+        for key in path:
+            if not isinstance(node, dict) or key not in node:
+                name = ".".join(map(str, path))
+                raise ValueError(f"params lack {name}; expected the tree that fdq.nn.split made")
+            node = node[key]
+        is_array = not isinstance(node, QTensor)
+        leaves.append(kind(node) if kind is not None and is_array else node)
+    return template.treedef.unflatten(leaves)

@@ -1,0 +1,87 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; each restriction applies to what the one before left.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the largest logit (greedy), lowest token
+        first among equals.
+      top_k: only the `top_k` most likely tokens.
+      top_p: only the fewest most likely tokens whose probabilities add up to `top_p` or more.
+      min_p: only tokens at least `min_p` times as likely as the most likely one.
+
+    Raises:
+      ValueError: a value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            p = getattr(self, name)
+            if p is not None and not 0 < p <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {p}")
+
+
+def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The tokens that may be drawn, most likely first.
+
+    Args:
+      logits: [V] float.
+      sampling: temperature above 0.
+
+    Returns:
+      tokens [C] int32 and their logits [C] float32 after temperature, -inf for those ruled out;
+      C is `top_k` or V.
+    """
+    scaled = logits.astype(jnp.float32) / sampling.temperature
+    count = min(sampling.top_k or scaled.size, scaled.size)
+    scaled, tokens = jax.lax.top_k(scaled, count)
+    if sampling.top_p is not None:
+        probabilities = jax.nn.softmax(scaled)
+        before = jnp.cumsum(probabilities) - probabilities
+        # The first is always kept: nothing comes before it.
+        scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
+    if sampling.min_p is not None:
+        scaled = jnp.where(scaled >= scaled[0] + jnp.log(sampling.min_p), scaled, -jnp.inf)
+    return tokens, scaled
+
+
+def sample(logits: jax.Array, keys: jax.Array | None, sampling: Sampling | None) -> jax.Array:
+    """The next token of each sequence.
+
+    Args:
+      logits: [B, V] float.
+      keys: [B] PRNG keys, one a sequence, so that a sequence draws the same alone and in a batch;
+        unused (and may be None) when greedy.
+      sampling: None is greedy.
+
+    Returns:
+      [B] int32.
+    """
+    if sampling is None or sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if keys is None:
+        raise ValueError("sampling with a temperature above 0 needs PRNG keys")
+
+    def draw(row: jax.Array, key: jax.Array) -> jax.Array:
+        tokens, scaled = candidates(row, sampling)
+        return tokens[jax.random.categorical(key, scaled)].astype(jnp.int32)
+
+    return jax.vmap(draw)(logits, keys)
