@@ -294,6 +294,7 @@ def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
 
 def _heads() -> Iterator[str]:
     for w in ("16", *WEIGHT_NAMES.values()):
+        yield f"W{w}"
         for a in ("16", *ACTIVATION_NAMES.values())[: 1 if w == "16" else None]:
             yield f"W{w}A{a}"
             yield from (f"W{w}A{a}C{c}" for c in ("16", *CACHE_NAMES.values()))
