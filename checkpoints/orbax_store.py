@@ -210,3 +210,11 @@ def _damaged(path: pathlib.Path, error: Exception) -> CheckpointError:
         f"{path}: Orbax cannot read it, files are missing or damaged ({reason}). "
         "Copy or convert the checkpoint again."
     )
+
+
+def steps(path: pathlib.Path) -> list[str]:
+    """Names of the steps that a CheckpointManager keeps in the directory, oldest first."""
+    if not path.is_dir():
+        return []
+    names = [entry.name for entry in path.iterdir() if entry.name.isdigit() and is_orbax(entry)]
+    return sorted(names, key=int)

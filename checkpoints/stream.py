@@ -109,7 +109,8 @@ def quantized(
     Args:
       source: where floats come from.
       tensors: abstract: a QTensor says how to quantize, a ``ShapeDtypeStruct`` what to cast to.
-      method, compat: as in ``fdq.quantize``.
+      method: how scales are chosen, as in ``fdq.quantize``.
+      compat: as in ``fdq.quantize``.
       progress: called after each tensor.
       skip: paths to leave out.
 
