@@ -92,7 +92,8 @@ class Format(abc.ABC):
 
     def distortion_kind(self, spec: WeightSpec, method: str | None = None) -> str:
         """``"integral"`` (numeric, exact to ~1%) or ``"simulated"`` (seeded sample, ~1%)."""
-        return "simulated" if self.pick_method(spec, method) == "search" else "integral"
+        simulated = self.pick_method(spec, method) in ("search", "four_over_six")
+        return "simulated" if simulated else "integral"
 
     def shape_from_arrays(self, arrays: Arrays, spec: WeightSpec, padding: int = 0):
         """Shape ``(..., K, N)`` of the weight that the arrays (abstract ones too) stand for."""

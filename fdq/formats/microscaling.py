@@ -165,7 +165,7 @@ class NvidiaFloat4(ScaledFormat):
         return Candidates(SWEEP[1] - SWEEP[0] + 1, at, refit=False)
 
     def _sixth(self, w: jax.Array, spec: WeightSpec, top: float) -> tuple[jax.Array, jax.Array]:
-        """Absmax / 6 of each group, and the global scale for which the largest of them is ``top``."""
+        """Absmax / 6 of each group, and the global scale that makes the largest of them ``top``."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
         whole = jnp.max(largest, axis=(-2, -1), keepdims=True)
         global_scale = grouping.round_scale(whole / jnp.float32(LARGEST_E2M1 * top), "float32")

@@ -34,7 +34,8 @@ def check(
         )
     if spec.granularity not in ("channel", "group"):
         raise ValueError(
-            f"{path}: compat={compat!r} has scales per channel or group, found {spec.granularity!r}."
+            f"{path}: compat={compat!r} has scales per channel or group, found "
+            f"{spec.granularity!r}."
         )
     if method is not None or important:
         raise ValueError(
@@ -80,7 +81,7 @@ def quantize(w: jax.Array, spec: WeightSpec, compat: str) -> Arrays:
 
 
 def round_half_away(x: jax.Array) -> jax.Array:
-    """Rounds halves away from zero, as C's ``round``; adding 0.5 first would be wrong at 0.49999997."""
+    """Rounds halves away from zero, as C's ``round`` (``floor(x + 0.5)`` fails at 0.49999997)."""
     magnitude = jnp.abs(x)
     whole = jnp.floor(magnitude)
     up = (magnitude - whole >= jnp.float32(0.5)).astype(jnp.float32)

@@ -1,0 +1,303 @@
+"""Squared error of every weight format, beside what information theory allows.
+
+    python -m benchmarks.distortion
+    python -m benchmarks.distortion --rows 256 --distribution normal --json distortion.json
+
+For each format and method: stored bits per weight (everything counted), the relative squared error
+|w - w'|^2 / |w|^2 measured on independent N(0, 1) and on Student-t(5) weights, its analytic figure
+for N(0, 1) ("~" where that is a simulation), the rate-distortion bound 2^(-2 R) of a normal source
+at the same bits, and the distance to that bound. ``ref`` is how far the measured figures are from
+those of an independent NumPy implementation on the same number of weights (negative is better).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdq.formats import FORMATS
+from fdq.qtensor import dequantize
+from fdq.quantizers import quantize_array
+from fdq.scheme import WeightSpec
+
+SEED = 20260101
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      name: what is printed.
+      spec: how the weight is stored.
+      method: how scales are chosen.
+      normal, student_t: relative squared errors of the independent implementation, 1024 outputs of
+        4096 inputs; None where it has no such figure.
+      note: where the two differ on purpose.
+    """
+
+    name: str
+    spec: WeightSpec
+    method: str
+    normal: float | None = None
+    student_t: float | None = None
+    note: str = ""
+
+
+def _group(format: Any, size: int, dtype: str = "bfloat16", **fields: Any) -> WeightSpec:
+    return WeightSpec(
+        format=format, granularity="group", group_size=size, scale_dtype=dtype, **fields
+    )
+
+
+_BLOCK = WeightSpec(format="float8_e4m3", granularity="block", block_size=(128, 128))
+_MX = "float8_e8m0fnu"
+_NV = "float8_e4m3fn"
+
+ROWS = (
+    Row("INT8 channel", WeightSpec(format="int8"), "absmax", 7.5e-5, 3.95e-4),
+    Row("INT8 g128", _group("int8", 128), "absmax", 4.2e-5, 9.1e-5),
+    Row("FP8 E4M3 channel", WeightSpec(format="float8_e4m3"), "absmax", 7.00e-4, 6.89e-4),
+    Row("FP8 E4M3 128x128", _BLOCK, "absmax", 7.00e-4, 6.97e-4),
+    Row(
+        "FP8 E4M3 128x128 UE8M0",
+        dataclasses.replace(_BLOCK, scale_dtype=_MX),
+        "absmax",
+        7.05e-4,
+        7.01e-4,
+    ),
+    Row("FP8 E5M2 channel", WeightSpec(format="float8_e5m2"), "absmax"),
+    Row("MXFP8 g32", _group("mxfp8", 32, _MX), "absmax", 8.63e-4, 9.87e-4),
+    Row("MXFP8 g32", _group("mxfp8", 32, _MX), "search"),
+    Row("INT4 channel", WeightSpec(format="int4"), "absmax", 0.024730, 0.123784),
+    Row(
+        "INT4 channel",
+        WeightSpec(format="int4"),
+        "search",
+        0.012822,
+        0.037465,
+        "the reference has no code -8 here",
+    ),
+    Row("INT4 g128", _group("int4", 128), "absmax", 0.013746, 0.029709),
+    Row("INT4 g128", _group("int4", 128), "signed_max", 0.010620, 0.022891),
+    Row("INT4 g128", _group("int4", 128), "search", 0.009293, 0.019646),
+    Row("INT4 g64", _group("int4", 64), "search", 0.008041, 0.014875),
+    Row("INT4 g32", _group("int4", 32), "absmax", 0.009411, 0.015008),
+    Row("INT4 g32", _group("int4", 32), "search", 0.006533, 0.010605),
+    Row(
+        "INT4 g128 asymmetric",
+        _group("int4", 128, zero_point="integer"),
+        "absmax",
+        0.010086,
+        0.017841,
+    ),
+    Row(
+        "INT4 g128 asymmetric",
+        _group("int4", 128, zero_point="integer"),
+        "search",
+        0.008990,
+        0.016074,
+    ),
+    Row("NF4 g64", _group("nf4", 64), "absmax", 0.008469, 0.010981),
+    Row(
+        "NF4 g64 double quantized",
+        _group("nf4", 64, double_quantization=True),
+        "absmax",
+        0.008469,
+        0.010984,
+    ),
+    Row("NF4 g64", _group("nf4", 64), "search", 0.006850, 0.009250),
+    Row("MXFP4 g32", _group("mxfp4", 32, _MX), "absmax", 0.013212, 0.015891),
+    Row("MXFP4 g32", _group("mxfp4", 32, _MX), "search", 0.012436, 0.014995),
+    Row("NVFP4 g16", _group("nvfp4", 16, _NV), "absmax", 0.009042, 0.008517),
+    Row("NVFP4 g16", _group("nvfp4", 16, _NV), "four_over_six", 0.007556, 0.007512),
+    Row("NVFP4 g16", _group("nvfp4", 16, _NV), "search", 0.006592, 0.006740),
+    Row("INT3 g128", _group("int3", 128), "absmax", 0.074898, 0.149672),
+    Row("INT3 g128", _group("int3", 128), "search", 0.034421, 0.062828),
+    Row(
+        "INT3 g128 asymmetric",
+        _group("int3", 128, zero_point="integer"),
+        "absmax",
+        0.046354,
+        0.080822,
+    ),
+    Row(
+        "INT3 g128 asymmetric",
+        _group("int3", 128, zero_point="integer"),
+        "search",
+        0.034679,
+        0.059344,
+    ),
+    Row("INT2 g128", _group("int2", 128), "absmax", 0.586952, 0.647124),
+    Row("INT2 g128", _group("int2", 128), "search", 0.131873, 0.182793),
+    Row("INT2 g128 half", _group("int2", 128, zero_point="half"), "search", 0.115873, 0.185125),
+    Row(
+        "INT2 g128 asymmetric",
+        _group("int2", 128, zero_point="integer"),
+        "absmax",
+        0.252496,
+        0.357230,
+    ),
+    Row(
+        "INT2 g128 asymmetric",
+        _group("int2", 128, zero_point="integer"),
+        "search",
+        0.135535,
+        0.185729,
+    ),
+    Row("CC2 (WINT2) g64", _group("cc2", 64, "uint4"), "search", 0.10423, 0.154),
+)
+
+
+def sample(distribution: str, rows: int, columns: int) -> jax.Array:
+    """float32 weights ``[K = columns, N = rows]``: groups run along the columns of the sample."""
+    rng = np.random.default_rng(SEED)
+    if distribution == "normal":
+        w = rng.standard_normal((rows, columns), np.float32)
+    else:
+        w = rng.standard_t(5, (rows, columns)).astype(np.float32)
+    return jnp.asarray(np.ascontiguousarray(w.T))
+
+
+def relative_squared_error(w: jax.Array, spec: WeightSpec, method: str | None) -> float:
+    """|w - w'|^2 / |w|^2, accumulated in float64."""
+    decoded = np.asarray(dequantize(quantize_array(w, spec, method=method)))
+    original = np.asarray(w)
+    difference = (original - decoded).astype(np.float64)
+    norm = float(np.vdot(original, original.astype(np.float64)))
+    assert norm > 0, "the sample is zero"
+    return float(np.vdot(difference, difference)) / norm
+
+
+def measure(row: Row, weights: dict[str, jax.Array]) -> dict[str, Any]:
+    """The figures of one line, as printed and as written to JSON."""
+    format = FORMATS[row.spec.format]
+    shape = next(iter(weights.values())).shape
+    rate = format.bits_per_weight(row.spec, shape)
+    result: dict[str, Any] = {
+        "name": row.name,
+        "scheme": str(row.spec),
+        "method": row.method,
+        "bits_per_weight": rate,
+        "bound": 2.0 ** (-2 * rate),
+        "analytic": format.expected_distortion(row.spec, row.method, k=shape[0]),
+        "analytic_kind": format.distortion_kind(row.spec, row.method),
+        "note": row.note,
+    }
+    for distribution, w in weights.items():
+        error = relative_squared_error(w, row.spec, row.method)
+        reference = row.normal if distribution == "normal" else row.student_t
+        result[distribution] = {
+            "relative_squared_error": error,
+            "sqnr_db": -10 * math.log10(error),
+            "reference": reference,
+            "over_reference": None if reference is None else error / reference - 1,
+        }
+    if "normal" in result:
+        error = result["normal"]["relative_squared_error"]
+        result["gap_db"] = 10 * math.log10(error / result["bound"])
+    return result
+
+
+HEADER = (
+    f"{'format':25s} {'method':13s} {'bpw':>6s} {'N(0,1)':>9s} {'dB':>5s} {'ref':>6s} "
+    f"{'analytic':>10s} {'2^-2R':>9s} {'gap dB':>6s} {'t(5)':>9s} {'dB':>5s} {'ref':>6s}"
+)
+
+
+def line(result: dict[str, Any]) -> str:
+    """One line of the printed table."""
+
+    def measured(distribution: str) -> str:
+        found = result.get(distribution)
+        if found is None:
+            return f"{'':9s} {'':5s} {'':6s}"
+        over = found["over_reference"]
+        text = f"{over:+6.1%}" if over is not None else f"{'':6s}"
+        return f"{found['relative_squared_error']:9.4g} {found['sqnr_db']:5.2f} {text}"
+
+    mark = "~" if result["analytic_kind"] == "simulated" else " "
+    gap = f"{result['gap_db']:6.2f}" if "gap_db" in result else f"{'':6s}"
+    note = f"  {result['note']}" if result["note"] else ""
+    return (
+        f"{result['name']:25s} {result['method']:13s} {result['bits_per_weight']:6.3f} "
+        f"{measured('normal')} {mark}{result['analytic']:9.4g} {result['bound']:9.3g} {gap} "
+        f"{measured('student-t')}{note}"
+    )
+
+
+def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Error against bits per weight, with the bound."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit(f"--plot needs matplotlib (pip install 'fdq[plots]'): {error}") from error
+    figure = Figure(figsize=(9, 6))
+    axes = figure.subplots()
+    distribution = "normal" if "normal" in results[0] else "student-t"
+    for result in results:
+        x = result["bits_per_weight"]
+        y = result[distribution]["sqnr_db"]
+        axes.plot(x, y, "o", color="C1" if result["method"] == "search" else "C0")
+        axes.annotate(f" {result['name']}", (x, y), fontsize=6)
+    rates = np.linspace(2, max(r["bits_per_weight"] for r in results), 50)
+    axes.plot(rates, 20 * math.log10(2) * rates, "k--", linewidth=1, label="rate-distortion bound")
+    axes.plot([], [], "o", color="C1", label="scale search")
+    axes.plot([], [], "o", color="C0", label="closed form")
+    axes.set_xlabel("bits per weight, scales included")
+    axes.set_ylabel(f"signal to quantization noise, dB ({distribution} weights)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """The command line; returns the results."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distortion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, default=1024, help="output channels of the sample")
+    parser.add_argument("--cols", type=int, default=4096, help="input channels, a multiple of 128")
+    parser.add_argument(
+        "--distribution", choices=("normal", "student-t"), help="one of the two (default: both)"
+    )
+    parser.add_argument("--match", default="", help="only rows whose name contains this text")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=pathlib.Path, help="draw error against bits to this file")
+    options = parser.parse_args(arguments)
+    if options.rows < 1 or options.cols < 128 or options.cols % 128:
+        parser.error(f"--cols must be a multiple of 128 and --rows positive, got {options}")
+    rows = [row for row in ROWS if options.match.lower() in row.name.lower()]
+    if not rows:
+        parser.error(f"no format matches {options.match!r}")
+    names = (options.distribution,) if options.distribution else ("normal", "student-t")
+    weights = {name: sample(name, options.rows, options.cols) for name in names}
+    print(f"{options.rows} output channels of {options.cols} weights, seed {SEED}")
+    print(HEADER)
+    start = time.perf_counter()
+    results = []
+    for row in rows:
+        results.append(measure(row, weights))
+        print(line(results[-1]), flush=True)
+    print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s (~ marks simulated figures)")
+    if options.json:
+        about = {"rows": options.rows, "cols": options.cols, "seed": SEED, "jax": jax.__version__}
+        options.json.write_text(json.dumps({**about, "results": results}, indent=1))
+    if options.plot:
+        plot(results, options.plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()
