@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fdq.kv_cache import KVCache
 from fdq.nn.parameters import Template, bind, split
@@ -179,8 +180,8 @@ def prefill(
         batch other than the cache's, or tokens outside the vocabulary.
     """
     template, params = split(model)
-    traced = isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer)
-    if not isinstance(tokens, jax.core.Tracer):
+    traced = isinstance(tokens, Tracer) or isinstance(lengths, Tracer)
+    if not isinstance(tokens, Tracer):
         tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
@@ -251,7 +252,7 @@ def decode(
     """
     template, params = split(model)
     b, capacity = state.tokens.shape
-    if not isinstance(state.length, jax.core.Tracer):
+    if not isinstance(state.length, Tracer):
         length, finished = jax.device_get((state.length, state.finished))
         known = int(np.max(np.where(finished, 0, length)))
         if known + steps > capacity:

@@ -39,7 +39,7 @@ def generate(
 
     Args:
       model: a `fdq.models.Decoder`.
-      prompts: strings or lists of tokens, all of one kind; one string alone is a batch of one.
+      prompts: strings or lists of tokens, all of one kind; one prompt alone is a batch of one.
       max_new_tokens: at most so many tokens each.
       sampling: None is greedy.
       stop_tokens: a list of tokens that end a sequence, or one list per prompt; by default
@@ -60,18 +60,9 @@ def generate(
       ValueError: no prompts, mixed kinds, an empty prompt, or more tokens than `max_length`.
       ModuleNotFoundError: text prompts without the `tokenizers` package; names the extra.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if prompts and not isinstance(prompts[0], str | Sequence | np.ndarray):
-        prompts = [prompts]  # one list of tokens
-    if not prompts:
-        raise ValueError("generate needs at least one prompt")
-    as_text = isinstance(prompts[0], str)
-    if any(isinstance(prompt, str) != as_text for prompt in prompts):
-        raise ValueError("prompts must be all strings or all lists of tokens")
-    text = _tokenizer(model, tokenizer) if as_text else None
-    rows: list[list[int]] = [
-        text.encode(prompt, bos=True) if text else [int(t) for t in prompt] for prompt in prompts
-    ]
+    texts, lists = _sort_prompts(prompts)
+    text = _tokenizer(model, tokenizer) if texts else None
+    rows = [text.encode(prompt, bos=True) for prompt in texts] if text else lists
     for index, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {index} has no tokens")
@@ -140,6 +131,22 @@ class _Outputs:
         if self._text:
             return [self._text.decode(tokens) for tokens in self.tokens]
         return self.tokens
+
+
+def _sort_prompts(prompts: Any) -> tuple[list[str], list[list[int]]]:
+    """The prompts as strings or as token lists; the other list is empty."""
+    if isinstance(prompts, str):
+        return [prompts], []
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("generate needs at least one prompt")
+    if all(isinstance(prompt, int | np.integer) for prompt in prompts):
+        prompts = [prompts]  # one list of tokens
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return prompts, []
+    if any(isinstance(prompt, str | int | np.integer) for prompt in prompts):
+        raise ValueError("prompts must be all strings or all lists of tokens")
+    return [], [[int(token) for token in prompt] for prompt in prompts]
 
 
 def _tokenizer(model: Any, tokenizer: Any) -> Any:

@@ -110,7 +110,7 @@ class KVCache:
         spec = parse_format(format)
         layers = range(config.num_layers)
         static = spec is not None and not spec.dynamic
-        if static and scales is None:
+        if spec is not None and static and scales is None:
             raise ValueError(
                 f"KV cache {spec.format} with static scales per {spec.granularity} needs scales: "
                 "pass scales=calibration.cache_scales(spec), or use a dynamic format such as C8"

@@ -117,7 +117,7 @@ class ConfigReader:
         partial = given.pop("partial_rotary_factor", self.get("partial_rotary_factor", default=1))
         if partial != 1:
             raise ValueError(f"{self.family} config: partial_rotary_factor={partial} is not 1")
-        fields = {"theta": float(given.pop("rope_theta"))}
+        fields: dict[str, Any] = {"theta": float(given.pop("rope_theta"))}
         if rope_type in ("linear", "llama3"):
             fields["factor"] = float(self._rope(given, "factor"))
         if rope_type == "llama3":

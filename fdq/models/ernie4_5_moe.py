@@ -60,7 +60,7 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=rotary, moe=moe)
 
 
-def _published(moe: MoEConfig, **sizes: int) -> DecoderConfig:
+def _published(moe: MoEConfig, **sizes: Any) -> DecoderConfig:
     return DecoderConfig(
         model_type=MODEL_TYPE,
         vocab_size=103424,

@@ -1,0 +1,101 @@
+"""Tiny models of every family with the logits and tokens that transformers gives them."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from fdq import models
+
+ORACLES = pathlib.Path(__file__).parent.parent / "oracles" / "models"
+NAMES = sorted(path.name for path in ORACLES.iterdir() if path.is_dir())
+
+
+def read_config(name, file="config.json"):
+    return json.loads((ORACLES / name / file).read_text())
+
+
+def fill(model, tensors):
+    """Puts Hugging Face tensors into a model, and checks that all of both are used."""
+    left = dict(tensors)
+
+    def take(*names):
+        return np.concatenate([left.pop(name).T for name in names], axis=-1)
+
+    def put(variable, array):
+        assert variable.shape == array.shape, (variable.shape, array.shape)
+        variable.set_value(jnp.asarray(array, variable.dtype))
+        done.append(variable)
+
+    def linear(module, prefix, *names):
+        put(module.kernel, take(*(f"{prefix}.{name}.weight" for name in names)))
+        if module.bias is not None:
+            put(module.bias, take(*(f"{prefix}.{name}.bias" for name in names)))
+
+    def mlp(module, prefix):
+        linear(module.gate_up_proj, prefix, "gate_proj", "up_proj")
+        linear(module.down_proj, prefix, "down_proj")
+
+    done = []
+    put(model.embed_tokens.embedding, left.pop("model.embed_tokens.weight"))
+    put(model.norm.scale, left.pop("model.norm.weight"))
+    if model.lm_head is not None:
+        put(model.lm_head.kernel, take("lm_head.weight"))
+    for index, layer in enumerate(model.layers):
+        prefix = f"model.layers.{index}"
+        attention = layer.self_attn
+        linear(attention.qkv_proj, f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj")
+        linear(attention.o_proj, f"{prefix}.self_attn", "o_proj")
+        if attention.q_norm is not None:
+            put(attention.q_norm.scale, left.pop(f"{prefix}.self_attn.q_norm.weight"))
+            put(attention.k_norm.scale, left.pop(f"{prefix}.self_attn.k_norm.weight"))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            put(getattr(layer, norm).scale, left.pop(f"{prefix}.{norm}.weight"))
+        block, prefix = layer.mlp, f"{prefix}.mlp"
+        if not hasattr(block, "router"):
+            mlp(block, prefix)
+            continue
+        put(block.router.kernel, take(f"{prefix}.gate.weight"))
+        if block.router.correction_bias is not None:
+            bias = left.pop(f"{prefix}.moe_statics.e_score_correction_bias")
+            put(block.router.correction_bias, bias[0])
+        experts = range(block.experts.down_proj.kernel.shape[0])
+        names = [[f"{prefix}.experts.{e}.{n}_proj.weight" for n in ("gate", "up")] for e in experts]
+        put(block.experts.gate_up_proj.kernel, np.stack([take(*pair) for pair in names]))
+        names = [f"{prefix}.experts.{e}.down_proj.weight" for e in experts]
+        put(block.experts.down_proj.kernel, np.stack([take(name) for name in names]))
+        if block.shared_experts is not None:
+            mlp(block.shared_experts, f"{prefix}.shared_experts")
+    assert not left, f"tensors that the model has no place for: {sorted(left)}"
+    assert len(done) == len(jax.tree.leaves(nnx.state(model))), "parameters without a tensor"
+    return model
+
+
+@functools.cache
+def oracle(name):
+    """(model, expected arrays) of one oracle."""
+    config = models.from_huggingface(read_config(name))
+    model = models.Decoder(config, rngs=nnx.Rngs(params=0))
+    expected = dict(np.load(ORACLES / name / "expected.npz"))
+    return fill(model, load_file(ORACLES / name / "model.safetensors")), expected
+
+
+@pytest.fixture(scope="session")
+def load_oracle():
+    return oracle
+
+
+@pytest.fixture(scope="session")
+def oracle_config():
+    return read_config
+
+
+def pytest_generate_tests(metafunc):
+    if "oracle_name" in metafunc.fixturenames:
+        metafunc.parametrize("oracle_name", NAMES)
