@@ -15,6 +15,7 @@ import numpy as np
 from checkpoints import commit, manifest, orbax_store, tree_paths
 from checkpoints.errors import CheckpointError
 from checkpoints.manifest import ArrayEntry, Manifest, TensorEntry
+from checkpoints.source_directory import COMPANION_FILES
 from checkpoints.tree_paths import Tensor
 from fdq.qtensor import QTensor
 
@@ -70,7 +71,11 @@ def save(
                 scheme=scheme_name(obj),
                 config=config,
                 files=copy_files([*attached_files(obj), *files], folder),
-                provenance={"versions": versions(), **(provenance or {})},
+                provenance={
+                    "recipe": getattr(obj, "recipe_record", None),
+                    "versions": versions(),
+                    **(provenance or {}),
+                },
                 fdq_version=versions()["fdq"],
             ),
             folder,
@@ -160,6 +165,10 @@ def scheme_name(obj: Any) -> str | None:
     return None if scheme is None else str(scheme)
 
 
-def attached_files(obj: Any) -> list[str]:
-    """Tokenizer files of the checkpoint that the model was loaded from, if they still exist."""
-    return [path for path in getattr(obj, "companion_files", ()) if os.path.isfile(path)]
+def attached_files(obj: Any) -> list[pathlib.Path]:
+    """Tokenizer and config files of the checkpoint that a model came from, if still there."""
+    tokenizer = getattr(obj, "tokenizer_path", None)
+    if not isinstance(tokenizer, str):
+        return []
+    folder = pathlib.Path(tokenizer).parent
+    return [folder / name for name in COMPANION_FILES if (folder / name).is_file()]

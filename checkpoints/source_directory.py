@@ -20,8 +20,10 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams", ".pdiparams")
-# What is copied beside a converted model, so that it can be used without the original.
+# What is copied beside a converted model, so that it can be used without the original; the
+# tokenizer takes the special tokens' numbers from config.json.
 COMPANION_FILES = (
+    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -113,7 +115,7 @@ class SourceDirectory:
         return self._file(name).read_rows(name, start, stop)
 
     def companions(self) -> list[pathlib.Path]:
-        """The tokenizer and generation files that are there."""
+        """The config, tokenizer and generation files that are there."""
         names = [name for name in COMPANION_FILES if os.path.lexists(self.path / name)]
         return [self._checked(name) for name in names]
 
