@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 
 from fdq.formats import FORMATS
+from fdq.formats.convolutional import GROUP, SHIFTS, unpack_local_scales
+from fdq.formats.normal_float import CODEBOOK
 from fdq.qtensor import QTensor
 
 _UNITS = {
@@ -52,7 +54,8 @@ class WeightView:
       codes: ``[units * unit_bytes, N]`` uint8 (int8 for ``int8``).
       scale: float32 ``[G, N]`` or ``[G, 1]``, everything that multiplies folded in.
       zero: float32 of the shape of ``scale``, or None.
-      affine: ``(code_scale, code_offset)`` of ``cc2``, float32 ``[1, N]`` each, or None.
+      affine: of ``cc2``, float32 ``[1, N]`` each: the code scale as a sum of two numbers whose
+        products with a code are exact, and the code offset; else None.
       kind: name of the format.
       offset: what ``decode_unit`` subtracts from an unsigned code (8 for plain int4).
       group: rows of K that share a scale.
@@ -61,7 +64,7 @@ class WeightView:
     codes: jax.Array
     scale: jax.Array
     zero: jax.Array | None
-    affine: tuple[jax.Array, jax.Array] | None
+    affine: tuple[jax.Array, ...] | None
     kind: str
     offset: float
     group: int
@@ -175,15 +178,16 @@ def view_weight(q: QTensor) -> WeightView | None:
         if scale.shape[-2] == 1:
             group = rows
     if kind == "cc2":
-        affine = (q.code_scale, q.code_offset)
+        bits = lax.bitcast_convert_type(q.code_scale, jnp.uint32) & jnp.uint32(0xFFFFF000)
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        affine = (high, q.code_scale - high, q.code_offset)
     return WeightView(codes, scale, zero, affine, kind, offset, group)
 
 
 def _effective_scale(q: QTensor) -> jax.Array:
     """Float32 ``[G, N]`` (blocks not repeated): the product of everything that multiplies."""
     if q.spec.format == "cc2":
-        local = jnp.stack([q.scale & 15, q.scale >> 4], axis=-2)
-        local = local.reshape(*local.shape[:-3], -1, local.shape[-1])
+        local = unpack_local_scales(q.scale, q.shape[-2] // GROUP)
         return local.astype(jnp.float32) * q.super_scale
     multiplier = getattr(FORMATS[q.spec.format], "multiplier")  # noqa: B009, not of every Format
     return multiplier(q.arrays(), q.spec)
@@ -209,7 +213,7 @@ def decode_unit(view: WeightView, unit: list[jax.Array], affine=None) -> list[ja
     Args:
       view: says which format.
       unit: ``unit_bytes`` arrays of one shape.
-      affine: ``code_scale`` and ``code_offset`` that broadcast to that shape (``cc2``).
+      affine: ``view.affine`` in a shape that broadcasts to that one.
 
     Returns:
       ``unit_rows`` float32 arrays of that shape.
@@ -233,14 +237,14 @@ def decode_unit(view: WeightView, unit: list[jax.Array], affine=None) -> list[ja
             values.append(_from_float16_bits(sign | (wide & jnp.uint16(7)) << jnp.uint16(9)))
         return values
     elif kind == "nf4":
-        from fdq.formats.normal_float import NF4_LEVELS
-
-        levels = np.asarray(NF4_LEVELS, np.float32)
-        return [_select_level(c, levels) for c in (b & jnp.uint8(15), b >> jnp.uint8(4))]
+        return [_select_level(c, CODEBOOK) for c in (b & jnp.uint8(15), b >> jnp.uint8(4))]
     elif kind == "cc2":
-        code_scale, code_offset = affine if affine is not None else view.affine  # type: ignore[misc]
-        state = jnp.floor(b.astype(jnp.float32) * code_scale + code_offset + 0.5).astype(jnp.int32)
-        windows = [(state >> jnp.int32(s)) & jnp.int32(63) for s in (9, 6, 3, 0)]
+        assert view.affine is not None
+        high, low, offset = view.affine if affine is None else affine
+        code = b.astype(jnp.float32)
+        # Both products are exact: fused or not, the sum is rounded as in the definition.
+        state = jnp.floor(code * high + code * low + offset + 0.5).astype(jnp.int32)
+        windows = [(state >> jnp.int32(s)) & jnp.int32(63) for s in SHIFTS]
         return [w.astype(jnp.float32) - 32.0 for w in windows]
     else:
         raise ValueError(f"No element-wise decoding for weight format {kind!r}.")
