@@ -20,7 +20,8 @@ FORMATS: dict[str, CacheSpec | None] = {
     "Cfp8": CacheSpec(format="float8_e4m3"),
     "C4": CacheSpec(format="int4", zero_point=True),
 }
-_CODE_DTYPES = {"int8": jnp.int8, "float8_e4m3": jnp.float8_e4m3fn, "int4": jnp.uint8}
+# float8 is held as its bits: XLA on CPU widens a float8 array to float16 to update one row of it.
+_CODE_DTYPES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}
 
 
 def parse_format(name: str | CacheSpec | None) -> CacheSpec | None:
@@ -65,7 +66,8 @@ class KVCache:
 
     Attributes:
       k, v: one array a layer, `[batch, kv_heads, slots, head_dim]`; int4 is packed along head_dim
-        (even channel in the low nibble), so its last axis is `head_dim / 2` bytes.
+        (even channel in the low nibble), so its last axis is `head_dim / 2` bytes; float8 is
+        held as its bits, uint8.
       k_scale, v_scale: one array a layer: `[batch, kv_heads, slots]` when dynamic,
         `[kv_heads, head_dim or 1]` when static; None without quantization.
       k_zero, v_zero: of the shape of the scales, uint8; None without zero points.
@@ -190,6 +192,8 @@ class KVCache:
             written = self._quantize(name, layer, x)
             for field, new in written.items():
                 arrays = getattr(self, field)
+                if new.dtype == jnp.float8_e4m3fn:
+                    new = jax.lax.bitcast_convert_type(new, jnp.uint8)
                 updated = _write(arrays[layer], new.astype(arrays[layer].dtype), start)
                 fields[field] = (*arrays[:layer], updated, *arrays[layer + 1 :])
         return dataclasses.replace(self, **fields)
