@@ -1,0 +1,146 @@
+"""What the commands share: output, errors and exit codes, options, sizes, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NoReturn
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+import typer
+
+OK, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+out = rich.console.Console(highlight=False)
+err = rich.console.Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error (also FDQ_DEBUG=1).")
+]
+Scheme = Annotated[
+    str,
+    typer.Option(
+        "--scheme",
+        "-s",
+        help="What weights, activations and cache are stored in: W4A16C8, wint4, block_wise_fp8 "
+        "..., or a file with FastDeploy's quantization_config.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Dtype of what is not quantized: float32, bfloat16. Default: the file's."),
+]
+Compat = Annotated[
+    str | None, typer.Option(help="'fastdeploy' follows its rounding and layer rules.")
+]
+
+# Errors of these types are the user's to act on: their message says what to do.
+_USER_ERRORS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turns errors into one clear line and an exit code; `function` has a `debug` parameter."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            err.print("Interrupted.", style="red")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader (head, less) has left; nothing is wrong and nobody listens.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(OK) from None
+        except _USER_ERRORS as error:
+            if kwargs.get("debug") or os.environ.get("FDQ_DEBUG"):
+                err.print(traceback.format_exc(), markup=False)
+            fail(_one_line(error), WRONG_USE)
+
+    return run
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One red line on standard error, and the exit code."""
+    err.print(rich.text.Text(f"Error: {message}", style="red"), soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output, without colours or wrapping."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def table(title: str | None, columns: list[str], rows: list[tuple[str, ...]]) -> rich.table.Table:
+    """A table whose first column is text and whose other columns are right-aligned figures."""
+    result = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for index, name in enumerate(columns):
+        result.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(rich.text.Text(cell) for cell in row))
+    return result
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units with three digits: "8.81 MB"."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = 0
+    while abs(count) >= 999.5 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    digits = 0 if power == 0 else max(0, 3 - len(str(int(count))))
+    return f"{count:.{digits}f} {units[power]}"
+
+
+@contextlib.contextmanager
+def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; yields `update(done, total, note="")`."""
+    if quiet or not err.is_terminal:
+        yield lambda done, total, note="": None
+        return
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(label, total=None)
+
+        def update(done: float, total: float | None, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{label} {note}".strip())
+
+        yield update
+
+
+def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
+    """`path`, if it is a directory.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: it is none; names what a checkpoint is.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist. Expected the directory of a checkpoint: a Hugging Face one "
+            "(config.json and *.safetensors) or one that `fdq convert` made (fdq.json)."
+        )
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected the directory of a checkpoint.")
+    return path
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,130 @@
+"""`fdq convert`: a float checkpoint to a quantized one."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import time
+from typing import Annotated, Any
+
+import typer
+
+from fdq.cli import console
+from fdq.cli.schemes import read_scheme
+
+NAME = "convert"
+EXAMPLE = "Example:  fdq convert ERNIE-4.5-0.3B-PT ernie-w4a16c8 --scheme W4A16C8"
+
+
+@console.command
+def run(
+    source: Annotated[
+        pathlib.Path,
+        typer.Argument(metavar="SRC", help="Hugging Face, Paddle or Orbax checkpoint of floats."),
+    ],
+    destination: Annotated[
+        pathlib.Path, typer.Argument(metavar="DST", help="Directory to make; must not exist.")
+    ],
+    scheme: console.Scheme,
+    method: Annotated[
+        str | None,
+        typer.Option(help="How scales are chosen: search, absmax, signed_max. Default: by bits."),
+    ] = None,
+    compat: console.Compat = None,
+    calibration_text: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Text to calibrate static scales on, where the scheme has them."),
+    ] = None,
+    dtype: console.Dtype = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an fdq checkpoint at DST.")
+    ] = False,
+    json: console.Json = False,
+    debug: console.Debug = False,
+) -> None:
+    """Quantizes a checkpoint, tensor by tensor: about one layer is in memory.
+
+    Nothing that looks like a checkpoint is left behind by a conversion that fails or is stopped;
+    the same command goes on where it stopped.
+    """
+    from checkpoints import convert, inspect
+
+    recipe = read_scheme(scheme)
+    console.checkpoint_directory(source)
+    calibration = None
+    if calibration_text is not None:
+        calibration = calibration_tokens(source, calibration_text)
+    before = inspect(source)
+    start = time.perf_counter()
+    with console.progress("Converting", quiet=json) as update:
+        after = convert(
+            source,
+            destination,
+            recipe,
+            dtype=dtype,
+            method=method,
+            compat=compat,
+            calibration=calibration,
+            overwrite=overwrite,
+            progress=update,
+        )
+    seconds = time.perf_counter() - start
+    if json:
+        console.print_json(
+            {
+                "source": str(source),
+                "destination": str(destination),
+                "scheme": after.scheme,
+                "seconds": seconds,
+                "bytes_before": before.nbytes,
+                "bytes_after": after.nbytes,
+                "weights": after.size,
+                "bits_per_weight": after.bits_per_weight,
+                "quantized_bits_per_weight": after.quantized_bits_per_weight,
+                "formats": summary(after),
+            }
+        )
+        return
+    rows = [
+        (row["format"], f"{row['tensors']}", f"{row['weights']:,}", console.size(row["bytes"]),
+         f"{8 * row['bytes'] / max(1, row['weights']):.3f}")
+        for row in summary(after)
+    ]  # fmt: skip
+    columns = ["stored as", "tensors", "weights", "size", "bits/weight"]
+    console.out.print(console.table(f"{destination}: {after.scheme}", columns, rows))
+    console.out.print(
+        f"{console.size(before.nbytes)} -> {console.size(after.nbytes)} "
+        f"({before.nbytes / after.nbytes:.2f} times smaller) in {seconds:.1f} s",
+        markup=False,
+    )
+
+
+def summary(inspection: Any) -> list[dict[str, Any]]:
+    """What is stored in which format: tensors, weights and bytes, the most bytes first."""
+    groups = collections.defaultdict(list)
+    for row in inspection.rows:
+        groups[row.format].append(row)
+    rows = [
+        {
+            "format": name,
+            "quantized": members[0].quantized,
+            "tensors": len(members),
+            "weights": sum(row.size for row in members),
+            "bytes": sum(row.nbytes for row in members),
+        }
+        for name, members in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def calibration_tokens(source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 16) -> Any:
+    """[rows, 256] tokens (or as many as the text has) from the beginning of a text file."""
+    import numpy as np
+
+    from fdq.tokenizer import Tokenizer
+
+    ids = Tokenizer.load(source).encode(text_file.read_text("utf-8"), bos=True)[: rows * 256]
+    if not ids:
+        raise ValueError(f"{text_file}: empty; calibration needs text.")
+    length = min(256, len(ids))
+    return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)

@@ -1,0 +1,109 @@
+"""`fdq evaluate`: how well a checkpoint predicts a text, and how far it is from another."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from typing import Annotated
+
+import typer
+
+from fdq.cli import console
+from fdq.cli.schemes import read_scheme
+
+NAME = "evaluate"
+EXAMPLE = "Example:  fdq evaluate ernie-w4a16c8 --text book.txt --against ERNIE-4.5-0.3B-PT"
+
+
+@console.command
+def run(
+    directory: Annotated[
+        pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
+    ],
+    text: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            "--text", help="Text file in UTF-8. Default: 64 kB of Python's standard library."
+        ),
+    ] = None,
+    against: Annotated[
+        pathlib.Path | None,
+        typer.Option("--against", help="The original, for the KL divergence from it."),
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it."),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Cache format (C16, C8, Cfp8, C4). Default: the scheme's.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 256,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Read no more of the text than this.")
+    ] = None,
+    dtype: console.Dtype = None,
+    json: console.Json = False,
+    debug: console.Debug = False,
+) -> None:
+    """Bits per byte and perplexity on a text, through the KV cache; KL to another checkpoint."""
+    from checkpoints import load
+    from fdq.evaluate import evaluate
+    from fdq.tokenizer import Tokenizer
+
+    console.checkpoint_directory(directory)
+    if against is not None:
+        console.checkpoint_directory(against)
+    content = read_text(text, max_bytes)
+    recipe = None if scheme is None else read_scheme(scheme)
+    tokenizer = Tokenizer.load(directory)
+    tokens = tokenizer.encode(content, bos=True)
+    # Without a token that begins a text, the first one is context only.
+    scored = content if tokenizer.bos_token_id is not None else tokenizer.decode(tokens[1:])
+    with console.progress("Loading", quiet=json) as update:
+        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
+        reference = None
+        if against is not None:
+            reference = load(against, dtype=dtype, progress=update)
+    with console.progress("Evaluating", quiet=json) as update:
+        report = evaluate(
+            model,
+            tokens,
+            reference=reference,
+            text_bytes=len(scored.encode()),
+            window=window,
+            through_cache=True,
+            cache=cache,
+            progress=update,
+        )
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    if json:
+        extra = {"checkpoint": str(directory), "against": against and str(against)}
+        console.print_json(extra | {"text_sha256": digest} | report.to_dict())
+        return
+    rows = report.rows()
+    console.out.print(console.table(str(directory), ["", "value"], rows))
+    if text is None:
+        console.out.print(f"Text: Python's standard library, sha256 {digest[:16]}", style="dim")
+
+
+def read_text(path: pathlib.Path | None, max_bytes: int | None) -> str:
+    """The text of a file; of None the held-out part of the standard library.
+
+    Raises:
+      ValueError: the file is empty or not UTF-8.
+    """
+    from fdq import sample_text
+
+    if path is None:
+        return sample_text.heldout_text(
+            max_bytes=max_bytes or sample_text.DEFAULT_HELDOUT_BYTES
+        ).text
+    data = path.read_bytes()[:max_bytes]
+    try:
+        # Only a cut may split a character.
+        content = data.decode("utf-8", errors="strict" if max_bytes is None else "ignore")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    if not content.strip():
+        raise ValueError(f"{path}: empty; there is nothing to evaluate on.")
+    return content

@@ -1,0 +1,94 @@
+"""`fdq generate`: text from a checkpoint, as it is decoded."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from fdq.cli import console
+from fdq.cli.schemes import read_scheme
+
+NAME = "generate"
+EXAMPLE = "Example:  fdq generate ernie-w4a16c8 --prompt 'def main(' --max-tokens 64"
+
+
+@console.command
+def run(
+    directory: Annotated[
+        pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it."),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Cache format (C16, C8, Cfp8, C4). Default: the scheme's.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in the cache. Default: as many as needed.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Only the likeliest tokens that together have p.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only tokens at least p times as likely as the best.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
+    dtype: console.Dtype = None,
+    json: console.Json = False,
+    debug: console.Debug = False,
+) -> None:
+    """Continues a prompt; the text appears as it is decoded."""
+    import jax
+
+    from checkpoints import load
+    from fdq.generate import generate
+    from fdq.sampling import Sampling
+
+    console.checkpoint_directory(directory)
+    sampling = None
+    if temperature > 0:
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    elif (top_k, top_p, min_p) != (None, None, None):
+        raise ValueError(
+            "--top-k, --top-p and --min-p choose among random draws: add --temperature 1."
+        )
+    recipe = None if scheme is None else read_scheme(scheme)
+    with console.progress("Loading", quiet=json) as update:
+        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
+    pieces: list[str] = []
+
+    def show(index: int, piece: str) -> None:
+        pieces.append(piece)
+        if not json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    if not json:
+        sys.stdout.write(prompt)
+        sys.stdout.flush()
+    start = time.perf_counter()
+    generate(
+        model,
+        [prompt],
+        max_tokens,
+        sampling=sampling,
+        key=jax.random.key(seed),
+        cache=cache,
+        max_length=context,
+        stream=show,
+        stream_steps=16,
+    )
+    seconds = time.perf_counter() - start
+    if json:
+        console.print_json({"prompt": prompt, "text": "".join(pieces), "seconds": seconds})
+    else:
+        sys.stdout.write("\n")

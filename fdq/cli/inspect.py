@@ -1,0 +1,45 @@
+"""`fdq inspect`: what is in a checkpoint."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from fdq.cli import console
+
+NAME = "inspect"
+EXAMPLE = "Example:  fdq inspect ernie-w4a16c8 --verify"
+
+
+@console.command
+def run(
+    directory: Annotated[
+        pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all data and compare every checksum.")
+    ] = False,
+    json: console.Json = False,
+    debug: console.Debug = False,
+) -> None:
+    """Tensors with their formats, shapes and true bytes; exit code 1 if a checksum differs."""
+    from checkpoints import CheckpointError, inspect
+
+    console.checkpoint_directory(directory)
+    result = inspect(directory)
+    problem = None
+    if verify:
+        try:
+            with console.err.status("Comparing checksums ..."):
+                result = inspect(directory, verify=True)
+        except CheckpointError as error:
+            problem = error
+    if json:
+        console.print_json(result.to_dict() | {"problem": problem and str(problem)})
+    else:
+        # No wrapping: one line a tensor, for grep.
+        console.out.print(str(result), markup=False, soft_wrap=True)
+    if problem is not None:
+        console.fail(str(problem), console.FAILED_CHECK)
