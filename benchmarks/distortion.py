@@ -236,25 +236,24 @@ def line(result: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Error against bits per weight, with the bound."""
+    """Distance to the rate-distortion bound, one line a format, from many bits to few."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SystemExit(f"--plot needs matplotlib (pip install 'fdq[plots]'): {error}") from error
-    figure = Figure(figsize=(9, 6))
+    results = sorted(results, key=lambda result: result["bits_per_weight"])
+    figure = Figure(figsize=(9, 1 + 0.24 * len(results)))
     axes = figure.subplots()
-    distribution = "normal" if "normal" in results[0] else "student-t"
-    for result in results:
-        x = result["bits_per_weight"]
-        y = result[distribution]["sqnr_db"]
-        axes.plot(x, y, "o", color="C1" if result["method"] == "search" else "C0")
-        axes.annotate(f" {result['name']}", (x, y), fontsize=6)
-    rates = np.linspace(2, max(r["bits_per_weight"] for r in results), 50)
-    axes.plot(rates, 20 * math.log10(2) * rates, "k--", linewidth=1, label="rate-distortion bound")
-    axes.plot([], [], "o", color="C1", label="scale search")
-    axes.plot([], [], "o", color="C0", label="closed form")
-    axes.set_xlabel("bits per weight, scales included")
-    axes.set_ylabel(f"signal to quantization noise, dB ({distribution} weights)")
+    for distribution, marker, color in (("normal", "o", "C0"), ("student-t", "x", "C1")):
+        shown = [(y, r) for y, r in enumerate(results) if distribution in r]
+        gaps = [
+            10 * math.log10(r[distribution]["relative_squared_error"] / r["bound"])
+            for _, r in shown
+        ]
+        axes.plot(gaps, [y for y, _ in shown], marker, color=color, label=distribution)
+    labels = [f"{r['name']}, {r['method']} ({r['bits_per_weight']:.3f} bits)" for r in results]
+    axes.set_yticks(range(len(results)), labels, fontsize=7)
+    axes.set_xlabel("squared error over the rate-distortion bound of a normal source, dB")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -42,7 +42,7 @@ TYPICAL_LOCAL_SCALE = 10
 LARGEST_LOCAL_SCALE = 15
 
 SWEEP = (-2, 2)  # local scales tried around the one that matches the spread of the group
-ROUNDS = 2  # of choosing codes, then fitting super_scale to them
+ROUNDS = 3  # of choosing codes, then fitting super_scale to them
 SLAB_WEIGHTS = 1 << 18  # weights encoded at a time
 UNROLL = 16  # codewords compared in one pass over a slab
 
@@ -175,17 +175,22 @@ def _encode_columns(w: jax.Array, importance: jax.Array | None) -> Arrays:
     widest = jnp.max(spread, axis=0, keepdims=True)
     step = jnp.maximum(whole / TYPICAL_LOCAL_SCALE, widest / LARGEST_LOCAL_SCALE)
     super_scale = jnp.where(whole > 0, jnp.float32(UNIT) * step, jnp.float32(1.0))
-    squares = jnp.sum((h * jnp.square(w)).reshape(groups, GROUP, n), axis=1)
-    for _ in range(ROUNDS):
-        codes, local = _choose(w, h, spread, squares, super_scale)
+
+    def refine(_, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        super_scale = state[0]
+        codes, local = _choose(w, h, spread, super_scale)
         values = jnp.asarray(codebook(), jnp.float32)[codes]  # [K/4, n, 4]
         values = jnp.moveaxis(values, -1, 1).reshape(groups, GROUP, n)
         values = (values * local[:, None, :]).reshape(k, n)
         numerator = jnp.sum(h * values * w, axis=0, keepdims=True)
         denominator = jnp.sum(h * values * values, axis=0, keepdims=True)
         fitted = jnp.where(numerator > 0, numerator / denominator, super_scale)
-        super_scale = jax.lax.reduce_precision(fitted, exponent_bits=8, mantissa_bits=12)
-    codes, local = _choose(w, h, spread, squares, super_scale)
+        # Twelve bits: the rest of a long sum depends on how XLA orders it.
+        fitted = jax.lax.reduce_precision(fitted, exponent_bits=8, mantissa_bits=12)
+        return fitted, codes, local
+
+    start = (super_scale, jnp.zeros((k // ROWS_PER_CODE, n), jnp.int32), jnp.zeros_like(spread))
+    super_scale, codes, local = jax.lax.fori_loop(0, ROUNDS, refine, start)
     return {
         "codes": codes.astype(jnp.uint8),
         "local_scale": local.astype(jnp.uint8),
@@ -194,7 +199,7 @@ def _encode_columns(w: jax.Array, importance: jax.Array | None) -> Arrays:
 
 
 def _choose(
-    w: jax.Array, h: jax.Array, spread: jax.Array, squares: jax.Array, super_scale: jax.Array
+    w: jax.Array, h: jax.Array, spread: jax.Array, super_scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Local scales (float32 ``[K/64, n]``) and codes (int32 ``[K/4, n]``) of least error."""
     groups, n = spread.shape
@@ -217,7 +222,6 @@ def _choose(
             jnp.where(wide.reshape(codes.shape), codes, kept_codes),
         )
 
-    del squares
     zero = jnp.zeros_like(spread)
     nothing = (zero, zero, jnp.zeros((w.shape[0] // ROWS_PER_CODE, n), jnp.int32))
     _, local, codes = jax.lax.fori_loop(0, SWEEP[1] - SWEEP[0] + 1, attempt, nothing)

@@ -67,6 +67,10 @@ class Format(abc.ABC):
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
         """A float32 weight ``[..., K, N]`` -> every array of the format, ``codes`` included."""
 
+    def search(self, w: jax.Array, spec: WeightSpec, importance: jax.Array | None = None) -> Arrays:
+        """Encodes ``[K, N]`` with a search of the format's own; ``ScaledFormat`` s share one."""
+        raise NotImplementedError(f"Format {self.name} has no search of its own.")
+
     @abc.abstractmethod
     def decode(
         self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32

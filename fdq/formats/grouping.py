@@ -76,6 +76,7 @@ def to_groups(w: jax.Array, spec: WeightSpec) -> jax.Array:
     if spec.granularity == "channel":
         return w.reshape(*lead, 1, k, n)
     if spec.granularity == "group":
+        assert spec.group_size is not None
         return w.reshape(*lead, k // spec.group_size, spec.group_size, n)
     assert spec.block_size is not None
     bk, bn = spec.block_size

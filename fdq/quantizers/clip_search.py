@@ -62,7 +62,7 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
         least, kept = best
         wins = found < least
         kept = {
-            name: _where(wins, value, kept[name]) if value.shape == wins.shape else value
+            name: jax.lax.select(wins, value, kept[name]) if value.shape == wins.shape else value
             for name, value in parameters.items()
         }
         return jnp.where(wins, found, least), kept
@@ -78,7 +78,8 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
         return best
 
     first = candidates.at(jnp.int32(0))
-    best = jax.lax.fori_loop(0, candidates.count, step, (error(first, 1.0), first))
+    start = (jnp.full_like(largest, jnp.inf), first)
+    best = jax.lax.fori_loop(0, candidates.count, step, start)
     if candidates.refit:
         for _ in range(REFITS):
             level, scale = levels(best[1], 1.0)
@@ -92,7 +93,3 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
             parameters = format.with_multiplier(best[1], fitted, spec)
             best = better(best, parameters, error(parameters, 1.0) * REAL_GAIN)
     return format.encode(w, spec, format.finish(best[1], spec))
-
-
-def _where(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jax.lax.select(condition, a, b)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from fdq import packing
-from fdq.formats import FORMATS, Arrays, grouping
+from fdq.formats import Arrays, grouping
+from fdq.formats.integer import FORMATS as INTEGERS
 from fdq.scheme import WeightSpec
 
 COMPAT = ("fastdeploy", "fastdeploy-cpu")
@@ -72,7 +73,7 @@ def quantize(w: jax.Array, spec: WeightSpec, compat: str) -> Arrays:
     else:
         levels = w / grouping.expand(used, spec, k, n)
     levels = jnp.clip(round_half_away(levels), -bound, bound)
-    format = FORMATS[spec.format]
+    format = INTEGERS[spec.format]
     codes = format.to_codes(levels, spec, None)
     return {
         "codes": packing.pack(codes, format.bits),

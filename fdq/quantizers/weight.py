@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fdq.formats import FORMATS, Arrays
 from fdq.qtensor import QTensor
@@ -83,7 +84,7 @@ def quantize_array(
         method = format.pick_method(spec, method, path)
     if importance is not None:
         importance = _check_importance(importance, w.shape, method, path)
-    if not abstract and not isinstance(w, jax.core.Tracer):
+    if not abstract and not isinstance(w, Tracer):
         if isinstance(w, np.ndarray):
             w = jnp.asarray(w)
         check_finite(w, path)
@@ -151,7 +152,7 @@ def _all_finite(w: jax.Array) -> jax.Array:
 
 
 def _on_one_device(w: Any) -> bool:
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         return False
     return len(w.sharding.device_set) == 1
 
