@@ -244,7 +244,9 @@ def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], 
     for tensor in tree_paths.flatten(template):
         for name, array in tree_paths.arrays_of(tensor.value).items():
             sharding = getattr(array, "sharding", None)
-            if isinstance(sharding, jax.sharding.NamedSharding):
+            if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(
+                sharding.mesh, jax.sharding.Mesh
+            ):
                 found[dotted(array_path(tensor.path, name))] = sharding
     return lambda path, _: found.get(path)
 

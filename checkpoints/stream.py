@@ -194,11 +194,16 @@ def _refuse_quantized(directory: SourceDirectory) -> None:
             )
 
 
-def put(value: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """A host array on devices; each device (and process) takes its own part only."""
+def put(value: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """A host array on devices; each device (and process) takes its own part only.
+
+    What JAX would cut to 32 bits (unless ``jax_enable_x64``) stays a NumPy array.
+    """
     if isinstance(value, jax.Array) and sharding is None:
         return value
-    if sharding is None:
-        return jnp.asarray(value)
     host = np.asarray(value)
+    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
+        return host
+    if sharding is None:
+        return jnp.asarray(host)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -31,7 +31,9 @@ def test_every_tensor_lands_in_its_place(family):
     model = load(builders.MODELS / family)
     found = leaves(model)
     assert sum(a.size for a in found.values()) == sum(a.size for a in source.values())
-    np.testing.assert_array_equal(found["embed_tokens.embedding"], source["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        found["embed_tokens.embedding"], source["model.embed_tokens.weight"]
+    )
     np.testing.assert_array_equal(found["norm.scale"], source["model.norm.weight"])
     assert ("lm_head.kernel" in found) != config["tie_word_embeddings"]
     for i in range(config["num_hidden_layers"]):
@@ -50,16 +52,16 @@ def test_every_tensor_lands_in_its_place(family):
                 joined(source, old + "mlp.gate_proj", old + "mlp.up_proj"),
             )
             continue
-        np.testing.assert_array_equal(found[new + "mlp.router.kernel"].T, source[old + "mlp.gate.weight"])
+        np.testing.assert_array_equal(
+            found[new + "mlp.router.kernel"].T, source[old + "mlp.gate.weight"]
+        )
         for e, kernel in enumerate(found[new + "mlp.experts.gate_up_proj.kernel"]):
             expert = f"{old}mlp.experts.{e}."
             np.testing.assert_array_equal(
                 kernel, joined(source, expert + "gate_proj", expert + "up_proj")
             )
         for e, kernel in enumerate(found[new + "mlp.experts.down_proj.kernel"]):
-            np.testing.assert_array_equal(
-                kernel, joined(source, f"{old}mlp.experts.{e}.down_proj")
-            )
+            np.testing.assert_array_equal(kernel, joined(source, f"{old}mlp.experts.{e}.down_proj"))
 
 
 def paddle_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
