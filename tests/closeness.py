@@ -12,7 +12,9 @@ def assert_close(actual, expected, *, of_largest: float, what: str = "result") -
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{what}: {actual.shape} against {expected.shape}"
     largest = np.max(np.abs(expected))
-    assert np.isfinite(expected).all() and largest > 0, f"{what}: the reference is zero or not finite"
+    assert np.isfinite(expected).all() and largest > 0, (
+        f"{what}: the reference is zero or not finite"
+    )
     assert np.isfinite(actual).all(), f"{what}: {np.sum(~np.isfinite(actual))} values not finite"
     error = np.abs(actual - expected)
     worst = np.unravel_index(np.argmax(error), error.shape)
