@@ -7,6 +7,7 @@ multiply scores and probabilities, per channel or head the query and the output.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 
 from fdq.ops.cache import cache_code_values, dequantize_cache
 from fdq.ops.choice import resolve_implementation
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.scheme import CacheSpec
 
 DEFAULT_BLOCK = 256
@@ -66,21 +68,31 @@ def attention(
       no slot gets zeros.
     """
     resolve_implementation("attention", implementation)
-    b, t, h, d = q.shape
-    kh, slots = k.shape[1], k.shape[2]
     _check(q, k, v, cache_format, k_scale, v_scale, k_zero, v_zero)
     lengths = lengths.astype(jnp.int32)
-    offset = lengths - t if offset is None else offset.astype(jnp.int32)
+    offset = lengths - q.shape[1] if offset is None else offset.astype(jnp.int32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def attend(q, key, value, lengths, offset):
+        return _attend(q, key, value, lengths, offset, sliding_window, scale, block_size)
+
+    key = _Side(k, k_scale, k_zero, cache_format)
+    value = _Side(v, v_scale, v_zero, cache_format)
+    result = [spec_entry(q, axis) for axis in range(4)]
+    return in_auto_axes(attend, q, key, value, lengths, offset, result=lambda: result)
+
+
+def _attend(q, key: _Side, value: _Side, lengths, offset, sliding_window, scale, block_size):
+    b, t, h, d = q.shape
+    kh, slots = key.codes.shape[1], key.codes.shape[2]
     group = h // kh
     block = min(block_size, slots)
     # [B, KH, T * G, D]: the queries of a KV head are the rows of one dot.
-    queries = q.astype(jnp.float32) * jnp.float32(d**-0.5 if scale is None else scale)
+    queries = q.astype(jnp.float32) * jnp.float32(scale)
     queries = queries.reshape(b, t, kh, group, d).transpose(0, 2, 1, 3, 4)
     queries = queries.reshape(b, kh, t * group, d)
     position = offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
     position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
-    key = _Side(k, k_scale, k_zero, cache_format)
-    value = _Side(v, v_scale, v_zero, cache_format)
     queries = key.scale_queries(queries)
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
 
@@ -134,16 +146,31 @@ def _batched_dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
     )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Side:
     """Keys or values: codes with the scales that are folded into what they are multiplied with."""
 
-    def __init__(self, codes, scale, zero, spec: CacheSpec | None):
-        self.codes, self.spec = codes, spec
-        dynamic = scale is not None and scale.ndim == 3
-        self.token_scale = scale if dynamic else None
-        self.token_zero = zero if dynamic else None
-        self.static_scale = None if dynamic or scale is None else _wide(scale)
-        self.static_zero = None if dynamic or zero is None else _wide(zero)
+    codes: jax.Array
+    scale: jax.Array | None
+    zero: jax.Array | None
+    spec: CacheSpec | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def token_scale(self) -> jax.Array | None:
+        return None if self.scale is None or self.scale.ndim == 2 else self.scale
+
+    @property
+    def static_scale(self) -> jax.Array | None:
+        return None if self.scale is None or self.scale.ndim == 3 else _wide(self.scale)
+
+    @property
+    def token_zero(self) -> jax.Array | None:
+        return None if self.zero is None or self.zero.ndim == 2 else self.zero
+
+    @property
+    def static_zero(self) -> jax.Array | None:
+        return None if self.zero is None or self.zero.ndim == 3 else _wide(self.zero)
 
     def block(self, start, size) -> jax.Array:
         """float32 ``[B, KH, size, D]`` code values of a block of slots."""

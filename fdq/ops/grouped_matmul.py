@@ -12,6 +12,7 @@ from jax import lax
 
 from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import resolve_implementation
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.matmul import dense_product, parse_activation, quantized_product
 from fdq.qtensor import QTensor, canonical, dequantize, materialize
 from fdq.scheme import ActivationSpec
@@ -67,8 +68,16 @@ def grouped_matmul(
     if activation_scale is not None:
         activation_scale = jnp.asarray(activation_scale)
     index = expert_index.astype(jnp.int32)
-    y = _grouped_rows(x, w, index, activation_scale, spec, path)
-    return y.astype(jnp.dtype(x.dtype if out_dtype is None else out_dtype))
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+
+    def product(x, w, index, activation_scale):
+        return _grouped_rows(x, w, index, activation_scale, spec, path).astype(out_dtype)
+
+    def result():
+        codes = w.codes if isinstance(w, QTensor) else w
+        return [spec_entry(x, 0), spec_entry(codes, -1)]
+
+    return in_auto_axes(product, x, w, index, activation_scale, result=result)
 
 
 def pick_expert(w: QTensor | jax.Array, index: jax.Array) -> Any:

@@ -17,6 +17,7 @@ from fdq.ops.choice import (
     resolve_implementation,
     trace_target,
 )
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.layouts import transposed_integer_product, transposed_split_product
 from fdq.ops.weight_only import exact_dot, fused_product, plane_product, tiled
 from fdq.ops.weight_view import view_weight
@@ -107,20 +108,38 @@ def matmul(
             f"w {shape}{hint}."
         )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if activation_scale is not None:
         activation_scale = jnp.asarray(activation_scale)
     if isinstance(w, QTensor):
         w = materialize(w)
-        y = _quantized_rows(rows, w, activation_scale, spec, path).astype(out_dtype)
-    else:
-        if spec is not None:
-            codes, scale = quantize_activation(rows, spec, activation_scale, path=path)
-            quantized = activation_values(codes, scale, spec.group_size, rows.dtype)
-            # Straight through: the value of the quantized x, the gradient of x.
-            rows = rows + lax.stop_gradient(quantized - rows)
-        y = dense_product(rows, w).astype(out_dtype)
-    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], shape[1])
+
+    def product(x, w, activation_scale):
+        rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if isinstance(w, QTensor):
+            y = _quantized_rows(rows, w, activation_scale, spec, path)
+        else:
+            y = _dense_rows(rows, w, activation_scale, spec, path)
+        y = y.astype(out_dtype)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], shape[1])
+
+    def result():
+        codes, axis = (w.codes, _column_axis(w)) if isinstance(w, QTensor) else (w, -1)
+        return [spec_entry(x, i) for i in range(x.ndim - 1)] + [spec_entry(codes, axis)]
+
+    return in_auto_axes(product, x, w, activation_scale, result=result)
+
+
+def _column_axis(q: QTensor) -> int:
+    return -2 if q.layout == "transposed" else -1
+
+
+def _dense_rows(rows, w, activation_scale, spec, path):
+    if spec is not None:
+        codes, scale = quantize_activation(rows, spec, activation_scale, path=path)
+        quantized = activation_values(codes, scale, spec.group_size, rows.dtype)
+        # Straight through: the value of the quantized x, the gradient of x.
+        rows = rows + lax.stop_gradient(quantized - rows)
+    return dense_product(rows, w)
 
 
 def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
