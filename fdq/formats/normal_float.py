@@ -1,6 +1,6 @@
 """NF4: 16 levels at quantiles of a normal distribution, ``w ~= level * scale``, groups of 64.
 
-Source: QLoRA (arXiv 2305.14314), appendix E, as computed by bitsandbytes. With
+Source: QLoRA (arXiv 2305.14314), appendix E. With
 ``double_quantization`` the scales are int8 codes themselves, ``scale = code * super_scale +
 scale_offset``: ``super_scale`` is shared by 256 columns of one row of scales, ``scale_offset`` (the
 mean) by the matrix. That stores 4.127 bits per weight instead of 4.25.
@@ -18,23 +18,24 @@ from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Candidates, ScaledFormat
 from fdq.scheme import WeightSpec
 
+# As bitsandbytes ships them: up to 2e-7 from the formula, and checkpoints mean these numbers.
 CODEBOOK = np.array(
     [
         -1.0,
-        -0.696192805632343,
-        -0.5250729594465005,
-        -0.3949174259199071,
-        -0.284441308921082,
-        -0.1847734028004556,
-        -0.09104997598578049,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
         0.0,
-        0.07958031495840909,
-        0.1609301443802907,
-        0.2461122513474594,
-        0.3379151367131279,
-        0.4407098317642162,
-        0.5626168879699849,
-        0.7229566441594734,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
         1.0,
     ],
     np.float32,
