@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from fdq.quantize import quantize
 from flax import nnx
 
 from checkpoints import manifest as manifests
@@ -19,6 +18,7 @@ from checkpoints.source_directory import SourceDirectory
 from checkpoints.tree_paths import Path, array_path, dotted
 from fdq import models
 from fdq.qtensor import QTensor
+from fdq.quantize import quantize
 from fdq.recipe import Recipe
 from fdq.scheme import Scheme
 

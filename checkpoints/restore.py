@@ -133,8 +133,8 @@ class StoredTensors:
         for path, array in expected.items():
             if path not in stored:
                 raise CheckpointError(
-                    f"{where}: {dotted(path)} is missing."
-                    f"{nearest(dotted(path), map(dotted, stored))}"
+                    f"{where} has no readable array {dotted(path)}, which fdq.json lists; files "
+                    "are missing or damaged. Copy or convert the checkpoint again."
                 )
             found = stored[path]
             if (np.dtype(found.dtype).name, found.shape) != (array.dtype, array.shape):
