@@ -192,8 +192,10 @@ def assign(recipe: Any, leaves: Sequence[Leaf]) -> MatchTable:
             path_pattern.names(match.rule.pattern, path) for path in (leaf.path, *leaf.aliases)
         )
         if leaf.kind == "fixed" or (leaf.kind == "on_request" and not asked):
+            # Prefer the reason that the user can do something about.
+            protected = leaf.kind == "on_request" and match.rule is None and scheme is None
             by_rule = asked and scheme is None
-            scheme, reason = None, reason if by_rule else leaf.why
+            scheme, reason = None, reason if by_rule or protected else leaf.why
         if scheme is not None:
             assert scheme.weight is not None
             k, n = leaf.shape[-2:]

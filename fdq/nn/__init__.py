@@ -4,6 +4,9 @@ from fdq.nn.attention import Attention as Attention
 from fdq.nn.embedding import Embedding as Embedding
 from fdq.nn.experts import ExpertLinear as ExpertLinear
 from fdq.nn.experts import Experts as Experts
+from fdq.nn.general import QuantizedEinsum as QuantizedEinsum
+from fdq.nn.general import QuantizedLinear as QuantizedLinear
+from fdq.nn.general import QuantizedLinearGeneral as QuantizedLinearGeneral
 from fdq.nn.linear import Linear as Linear
 from fdq.nn.mlp import MLP as MLP
 from fdq.nn.mlp import MoE as MoE

@@ -1,0 +1,253 @@
+"""``fdq.quantize``: an array, a pytree of parameters, or anyone's NNX module."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fdq import assignment
+from fdq.assignment import MatchTable
+from fdq.formats import FORMATS
+from fdq.qtensor import QTensor
+from fdq.quantize_modules import collect, describe, quantize_module
+from fdq.quantizers import quantize_array
+from fdq.recipe import Recipe
+from fdq.scheme import Scheme
+
+_BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
+
+
+def quantize(
+    target: Any,
+    scheme: Any,
+    *,
+    method: str | None = None,
+    compat: str | None = None,
+    importance: Any = None,
+    calibration: Any = None,
+    rules: Any = None,
+    donate: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Quantizes weights; a pure function of its arguments.
+
+    What becomes of what:
+
+    - an array or ``jax.ShapeDtypeStruct`` ``[..., K, N]``: a ``QTensor``;
+    - an NNX module: a new module in which ``fdq.nn.Linear`` and ``fdq.nn.Experts`` hold QTensors,
+      and ``nnx.Linear`` (also stacked by ``nnx.scan`` or ``nnx.vmap``), ``nnx.LinearGeneral``
+      without batch axes (so ``nnx.MultiHeadAttention`` as well) and ``nnx.Einsum`` that are one
+      matrix product are replaced by ``fdq.nn.QuantizedLinear`` and its kin. Modules and Variables
+      that were shared stay shared. The module passed in is not changed;
+    - any other pytree (Linen's params, dicts, ``nnx.State``): the same tree with QTensors in
+      place of the 2-D float leaves named kernel, weight or w, and of whatever a rule names.
+
+    Which tensors: see ``fdq.Recipe``. What was left as it is, and why, is printed.
+
+    Memory: one tensor at a time, and the temporaries of its quantizer (the scale search of 4 bits
+    and fewer works on one float32 matrix of a stack). The source stays alive, as the caller holds
+    it; with ``donate=True`` each source array is freed as soon as it is quantized, and the
+    original can no longer be used.
+
+    Args:
+      target: what to quantize; modules and trees may hold ``jax.ShapeDtypeStruct`` s.
+      scheme: whatever ``fdq.Recipe.parse`` takes, e.g. ``"W4A16C8"``. Activation formats become
+        part of modules; in arrays and trees they have no place, pass ``activation=`` to
+        ``fdq.matmul``. The cache format matters to ``fdq.KVCache`` only.
+      method: how scales are chosen, see ``fdq.quantizers.quantize_array``.
+      compat: ``"fastdeploy"`` reads names as FastDeploy does (``fdq.Recipe.parse``) and rounds its
+        WINT8 and WINT4 bit for bit; ``"fastdeploy-cpu"`` as its CPU kernel.
+      importance: mean square of each input channel, ``[K]``; for trees and modules a mapping from
+        paths to such arrays. Guides the scale search, and is not used by other methods.
+      calibration: what ``fdq.calibrate`` returns, or a mapping from paths to the absmax of the
+        layer's input (a number, or by channel); needed by static activations (``-static``).
+      rules: more rules, ahead of the recipe's own: a dict or a list of pairs.
+      donate: frees source arrays on the way.
+      quiet: prints nothing.
+
+    Returns:
+      Of the kind of ``target``, see above.
+
+    Raises:
+      ValueError: an unknown scheme, a rule that matches nothing, a shape that does not fit, NaN
+        or infinity in a weight, static activations without calibration. Names the path.
+
+    Examples:
+      >>> model = fdq.quantize(model, "W4A16C8")
+      >>> params = fdq.quantize(params, {"*.attention": "W8A16", "head": None, "*": "W4A16"})
+    """
+    if isinstance(target, (nnx.Variable, QTensor)):
+        kind = type(target).__name__
+        raise TypeError(f"Cannot quantize a {kind}; pass the array, or the module that holds it.")
+    work = _Work(method, compat, importance, calibration, donate)
+    if _is_array(target):
+        recipe = _recipe(scheme, rules, compat, has_experts=False)
+        if recipe.default is None or recipe.rules:
+            raise ValueError(
+                f"One array takes one scheme with a weight format, such as 'W4A16'; got {recipe}."
+            )
+        q = work.quantize(target, recipe.default, "<array>")
+        work.free(target)
+        return q
+    if isinstance(target, nnx.Module):
+        leaves = [describe(tensor) for tensor in collect(target)]
+        recipe = _recipe(scheme, rules, compat, has_experts=_has_experts(leaves))
+        result, table = quantize_module(
+            target,
+            recipe,
+            quantize=work.quantize,
+            activation_scale=work.activation_scale,
+            donate=donate,
+        )
+        if hasattr(result, "recipe_record") and hasattr(result, "scheme"):
+            result.scheme, result.recipe_record = str(recipe), recipe.to_json()
+    else:
+        leaves = assignment.leaves_of(target)
+        recipe = _recipe(scheme, rules, compat, has_experts=_has_experts(leaves))
+        table = assignment.assign(recipe, leaves)
+        result = _quantize_tree(target, table, work)
+    if not quiet:
+        print(table.summary())
+    return result
+
+
+def match_table(
+    target: Any, scheme: Any, *, compat: str | None = None, rules: Any = None
+) -> MatchTable:
+    """What ``quantize`` would do with each tensor, without doing it.
+
+    Args:
+      target: an NNX module or any pytree, concrete or abstract.
+      scheme: as in ``quantize``.
+      compat: as in ``quantize``.
+      rules: as in ``quantize``.
+
+    Returns:
+      A ``MatchTable``: prints aligned, ``rows`` for programs.
+    """
+    if isinstance(target, nnx.Module):
+        leaves = [describe(tensor) for tensor in collect(target)]
+    else:
+        leaves = assignment.leaves_of(target)
+    return assignment.assign(_recipe(scheme, rules, compat, _has_experts(leaves)), leaves)
+
+
+def _recipe(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> Recipe:
+    recipe = Recipe.parse(scheme, compat=compat, has_experts=has_experts)
+    if rules is None:
+        return recipe
+    extra = Recipe(rules.items() if isinstance(rules, Mapping) else rules)
+    if extra.default is not None or extra.cache is not None:
+        raise ValueError("rules= come ahead of the scheme: they have no '*' and no cache.")
+    fields = {"cache": recipe.cache, "record": recipe.record}
+    return Recipe((*extra.rules, *recipe.rules), recipe.default, **fields)
+
+
+def _has_experts(leaves: list[assignment.Leaf]) -> bool:
+    return any("experts" in leaf.path.split(".") for leaf in leaves)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """The options of one call, applied to one tensor after the other."""
+
+    method: str | None
+    compat: str | None
+    importance: Any
+    calibration: Any
+    donate: bool
+
+    def quantize(self, array: Any, scheme: Scheme, path: str) -> QTensor:
+        spec = scheme.weight
+        assert spec is not None
+        compat = self.compat if self._fastdeploy_has(scheme, array.dtype) else None
+        importance = self.importance
+        if isinstance(importance, Mapping):
+            searched = FORMATS[spec.format].pick_method(spec, self.method, path) == "search"
+            importance = _at(importance, path) if searched and compat is None else None
+        return quantize_array(
+            array, spec, method=self.method, compat=compat, importance=importance, path=path
+        )
+
+    def _fastdeploy_has(self, scheme: Scheme, dtype: Any) -> bool:
+        """Whether FastDeploy rounds this tensor in a way of its own (WINT8, WINT4, W8A8, W4A8)."""
+        spec, activation = scheme.weight, scheme.activation
+        return (
+            spec is not None
+            and spec.format in ("int8", "int4")
+            and spec.zero_point == "none"
+            and spec.granularity in ("channel", "group")
+            and spec.scale_dtype in ("float32", str(jnp.dtype(dtype)))
+            and (activation is None or activation.format == "int8")
+        )
+
+    def activation_scale(
+        self, scheme: Scheme, paths: list[str], shape: tuple[int, ...], abstract: bool
+    ) -> Any:
+        """float32 scale of a static activation, one for each leading axis; None if dynamic."""
+        spec, path, lead = scheme.activation, paths[0], shape[:-2]
+        if spec is None or spec.dynamic:
+            return None
+        if abstract:
+            return jax.ShapeDtypeStruct(lead, jnp.float32)
+        seen = getattr(self.calibration, "absmax", self.calibration)
+        found = [_at(seen, path) for path in paths] if seen is not None else []
+        found = [x for x in found if x is not None]
+        if not found:
+            raise ValueError(
+                f"{path}: {scheme} needs the calibrated range of its input. Pass calibration="
+                "fdq.calibrate(model, tokens), or use dynamic activations (drop '-static')."
+            )
+        absmax = np.asarray(found[0], np.float32)
+        if absmax.shape in ((shape[-2],), (*lead, shape[-2])):  # per channel
+            absmax = absmax.max(axis=-1)
+        if absmax.shape not in ((), lead):
+            raise ValueError(
+                f"{path}: expected the absmax of its input as one number, by channel [{shape[-2]}] "
+                f"or by layer {list(lead)}, found shape {list(absmax.shape)}."
+            )
+        if not (np.isfinite(absmax) & (absmax >= 0)).all():
+            raise ValueError(f"{path}: the absmax of its input is {absmax}; expected numbers >= 0.")
+        # An input that was always 0 still needs a scale that can be divided by.
+        scale = np.maximum(absmax, 1e-10) / np.float32(_BOUNDS[spec.format])
+        return jnp.asarray(np.broadcast_to(scale, lead), jnp.float32)
+
+    def free(self, array: Any) -> None:
+        if self.donate and isinstance(array, jax.Array) and hasattr(array, "delete"):
+            array.delete()
+
+
+def _at(values: Mapping[str, Any], path: str) -> Any:
+    """The entry of a tensor, under its own path or that of its module; None without one."""
+    module = path.rpartition(".")[0]
+    return values[path] if path in values else values.get(module)
+
+
+def _quantize_tree(tree: Any, table: MatchTable, work: _Work) -> Any:
+    """The tree with QTensors where the table has a scheme; a leaf used twice is quantized once."""
+    leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=assignment.is_leaf)
+    uses = collections.Counter(id(x) for x in leaves)
+    made: dict[tuple[int, Any], QTensor] = {}
+    for i, (source, row) in enumerate(zip(list(leaves), table.rows, strict=True)):
+        if row.scheme is None:
+            continue
+        array = source.get_value() if isinstance(source, nnx.Variable) else source
+        key = (id(source), row.scheme.weight)
+        if key not in made:
+            made[key] = work.quantize(array, row.scheme, row.path)
+        leaves[i] = made[key]
+        uses[id(source)] -= 1
+        if not uses[id(source)]:
+            work.free(array)
+    return jax.tree_util.tree_unflatten(treedef, leaves)
