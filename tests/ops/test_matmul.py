@@ -1,0 +1,256 @@
+"""matmul means x @ dequantize(q), in every format, formulation, transformation and sharding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fdq import ops
+from fdq.ops.choice import Target
+from fdq.ops.matmul import _compute_dtype
+from fdq.qtensor import dequantize
+from tests.ops.format_cases import SPECS, error, weight
+
+TOLERANCE = 5e-6
+FORMULATIONS = (("fused", 8), ("tiles", 200), ("whole", 0))
+
+
+@functools.cache
+def compiled(formulation):
+    """One jit per formulation: it is compiled once per format and number of rows."""
+
+    def product(x, q):
+        with ops.forced_formulation(*formulation):
+            return ops.matmul(x, q)
+
+    return jax.jit(product)
+
+
+@functools.cache
+def decoded(name, k=256, n=512):
+    return np.asarray(dequantize(weight(name, k, n)), np.float64)
+
+
+def rows(rng, m, k=256):
+    return jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_the_decoded_product(name, rng):
+    q = weight(name)
+    for formulation, m in zip(FORMULATIONS, (1, 3, 3), strict=True):
+        x = rows(rng, m)
+        y = compiled(formulation)(x, q)
+        assert y.dtype == jnp.float32
+        assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_transformations(name, rng):
+    """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program."""
+    q = weight(name)
+    stack = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1]]), q)
+    x = rows(rng, 2)
+
+    @jax.jit
+    def program(x, q, stack):
+        over_x = jax.vmap(ops.matmul, in_axes=(0, None))(x, q)
+        over_both = jax.vmap(ops.matmul)(x, stack)
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(ops.matmul(x, q))))(x)
+        return over_x, over_both, gradient
+
+    over_x, over_both, gradient = program(x, q, stack)
+    w = decoded(name)
+    expected = np.asarray(x, np.float64) @ w
+    assert error(over_x, expected) < TOLERANCE
+    assert error(over_both[0], expected[0]) < TOLERANCE
+    assert error(gradient, np.cos(expected) @ w.T) < 2 * TOLERANCE
+    if name not in ("float8_e4m3 block", "nf4 double"):  # their scales span columns
+        assert error(over_both[1], expected[1, ::-1]) < TOLERANCE
+
+
+def _partition(q):
+    """K over mesh axis "k" and N over "n"; scales coarser than a shard are replicated."""
+    return jax.tree.map(
+        lambda a: P("k" if a.shape[0] % 2 == 0 else None, "n" if a.shape[1] % 4 == 0 else None), q
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_sharded_over_eight_devices(name, rng):
+    q, x = weight(name), rows(rng, 3)
+    expected = np.asarray(x, np.float64) @ decoded(name)
+    mesh = jax.make_mesh((2, 4), ("k", "n"), axis_types=(AxisType.Auto,) * 2)
+    partition = _partition(q)
+    shards = jax.device_put(q, jax.tree.map(lambda s: NamedSharding(mesh, s), partition))
+    x_shards = jax.device_put(x, NamedSharding(mesh, P(None, "k")))
+    y = jax.jit(ops.matmul)(x_shards, shards)
+    assert error(y, expected) < TOLERANCE
+
+    if name == "nf4 double":
+        return  # a scale of scales spans 256 columns, two shards
+    local = jax.shard_map(
+        lambda x, q: jax.lax.psum(ops.matmul(x, q), "k"),
+        mesh=mesh,
+        in_specs=(P(None, "k"), partition),
+        out_specs=P(None, "n"),
+    )
+    assert error(jax.jit(local)(x_shards, shards), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["int4 group", "float8_e4m3 block"])
+def test_explicit_mesh_axes(name, rng):
+    q, x = weight(name), rows(rng, 3)
+    mesh = jax.make_mesh((2, 4), ("k", "n"), axis_types=(AxisType.Explicit,) * 2)
+    shards = jax.device_put(q, jax.tree.map(lambda s: NamedSharding(mesh, s), _partition(q)))
+    x_shards = jax.device_put(x, NamedSharding(mesh, P(None, "k")))
+    with jax.set_mesh(mesh):
+        y = jax.jit(ops.matmul)(x_shards, shards)
+    assert y.sharding.spec == P(None, "n")
+    assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
+
+
+@pytest.mark.parametrize("k, n", [(96, 1), (90, 5), (7, 3)])
+@pytest.mark.parametrize("name", ["int8 channel", "int4 channel", "int3 channel", "fp8 block"])
+def test_odd_shapes(name, k, n, rng):
+    """One column; K that does not fill the last packed unit or block; leading axes of x."""
+    from fdq.quantizers import quantize_array
+    from fdq.scheme import WeightSpec
+
+    spec = {
+        "int8 channel": WeightSpec(format="int8"),
+        "int4 channel": WeightSpec(format="int4"),
+        "int3 channel": WeightSpec(format="int3"),
+        "fp8 block": WeightSpec(format="float8_e4m3", granularity="block", block_size=(32, 4)),
+    }[name]
+    w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
+    q = quantize_array(w, spec, method="absmax")
+    x = jnp.asarray(rng.standard_normal((2, 1, k)), jnp.float32)
+    y = ops.matmul(x, q)
+    assert y.shape == (2, 1, n)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
+    assert error(y, expected) < TOLERANCE
+    assert error(ops.matmul(x[0, 0], q), expected[0, 0]) < TOLERANCE
+
+
+def test_groups_that_split_a_packed_unit(rng):
+    """Groups of 6 rows of 3-bit codes: a unit of 8 rows has two scales."""
+    from fdq.quantizers import quantize_array
+    from fdq.scheme import WeightSpec
+
+    spec = WeightSpec(format="int3", granularity="group", group_size=6, scale_dtype="bfloat16")
+    q = quantize_array(jnp.asarray(rng.standard_normal((48, 8)), jnp.float32), spec)
+    x = rows(rng, 2, 48)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
+    assert error(ops.matmul(x, q), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bit_activations_are_summed_in_float32(dtype, rng):
+    q, x = weight("int4 group"), rows(rng, 2).astype(dtype)
+    expected = np.asarray(x.astype(jnp.float32), np.float64) @ decoded("int4 group")
+    assert ops.matmul(x, q).dtype == dtype
+    assert error(ops.matmul(x, q, out_dtype=jnp.float32), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("m", [1, 3])
+def test_array_weights(dtype, m, rng):
+    x, w = rows(rng, m).astype(dtype), rows(rng, 256, 24).astype(dtype)
+    expected = np.asarray(x.astype(jnp.float32), np.float64) @ np.asarray(
+        w.astype(jnp.float32), np.float64
+    )
+    assert error(ops.matmul(x, w, out_dtype=jnp.float32), expected) < TOLERANCE
+    gradient = jax.grad(lambda w: ops.matmul(x, w).astype(jnp.float32).sum())(w)
+    by_hand = np.repeat(np.asarray(x.astype(jnp.float32)).sum(0)[:, None], 24, axis=1)
+    assert error(gradient.astype(jnp.float32), by_hand) < (1e-6 if dtype == jnp.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["int8 channel", "int8 tensor"])
+def test_prepared_weights(name, rng):
+    q = weight(name)
+    tree = ops.prepare({"a": q, "b": jnp.ones(3)}, "cpu")
+    prepared = tree["a"]
+    assert prepared.layout == "transposed" and prepared.shape == q.shape
+    back = ops.unprepare(tree)["a"]
+    assert back.layout == "canonical" and (back.codes == q.codes).all()
+    for m in (1, 3):
+        x = rows(rng, m)
+        x = x.at[0, 0].set(1e4)  # the rest must not drown in the largest element's step
+        expected = np.asarray(x, np.float64) @ decoded(name)
+        assert error(ops.matmul(x, prepared), expected) < TOLERANCE
+    gradient = jax.grad(lambda x: ops.matmul(x, prepared).sum())(x)
+    assert error(gradient, np.broadcast_to(decoded(name).sum(1), x.shape)) < TOLERANCE
+    assert ops.prepare(weight("int4 group"), "cpu").layout == "canonical"
+    assert ops.prepare(q, "gpu").layout == "canonical"
+
+
+def test_prepare_walks_modules(rng):
+    from flax import nnx
+
+    class Layer(nnx.Module):
+        def __init__(self):
+            q = weight("int8 channel")
+            boxed = {n: nnx.Variable(a) for n, a in q.arrays().items()}
+            self.kernel = nnx.data(type(q)(**boxed, spec=q.spec))
+
+    layer = Layer()
+    prepared = ops.prepare(layer, "cpu")
+    assert layer.kernel.layout == "canonical" and prepared.kernel.layout == "transposed"
+    assert isinstance(prepared.kernel.codes, nnx.Variable)
+    x = rows(rng, 1)
+    assert error(ops.matmul(x, prepared.kernel), np.asarray(x) @ decoded("int8 channel")) < 1e-5
+
+
+def test_the_weight_is_never_decoded_whole():
+    """Temporary memory of one row, and of a tile, is a fraction of the decoded weight."""
+    q = weight("int4 group", 1024, 2048)
+    for m, formulation in ((1, ("fused", 8)), (64, ("tiles", 256))):
+        x = jax.ShapeDtypeStruct((m, 1024), jnp.float32)
+        memory = compiled(formulation).lower(x, q).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 1024 * 2048 * 4 / 2
+
+
+def test_implementation(monkeypatch):
+    q, x = weight("int8 channel"), jnp.ones((1, 256))
+    with pytest.raises(ValueError, match=r"unknown implementation 'triton'; use one of 'xla'"):
+        ops.matmul(x, q, implementation="triton")
+    with pytest.raises(NotImplementedError, match=r"matmul\[mosaic_gpu\]"):
+        ops.matmul(x, q, implementation="mosaic_gpu")
+    monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="FDQ_IMPLEMENTATION"):
+        ops.matmul(x, q)
+    assert ops.matmul(x, q, implementation="xla").shape == (1, 512)
+
+
+def test_wrong_shapes():
+    q = weight("int8 channel")
+    with pytest.raises(ValueError, match=r"layer.w: matmul expects x \[..., K\]"):
+        ops.matmul(jnp.ones((1, 255)), q, path="layer.w")
+    with pytest.raises(ValueError, match=r"map over leading axes with jax.vmap"):
+        ops.matmul(jnp.ones((1, 256)), jax.tree.map(lambda a: a[None], q))
+
+
+def test_compute_dtype_of_old_gpus():
+    old, new = Target("gpu", has_bfloat16=False), Target("gpu", has_bfloat16=True)
+    assert _compute_dtype(jnp.bfloat16, old) == jnp.float16
+    assert _compute_dtype(jnp.bfloat16, new) == jnp.bfloat16
+    assert _compute_dtype(jnp.float32, old) == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["int4 group", "int8 channel", "float8_e4m3 block"])
+def test_formulations_of_other_devices(name, rng):
+    """What GPUs run, run here: one reduction a row, and dots in 16 bits."""
+    from fdq.ops.weight_only import fused_product, plane_product
+    from fdq.ops.weight_view import view_weight
+
+    view = view_weight(weight(name))
+    x = rows(rng, 2)
+    expected = np.asarray(x, np.float64) @ decoded(name)
+    assert error(fused_product(x, view, 8, dot=False), expected) < TOLERANCE
+    for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)):
+        assert error(plane_product(x, view, dtype), expected) < tolerance
