@@ -201,7 +201,9 @@ def prefill(
         if longest > capacity:
             raise ValueError(_too_long(longest, capacity))
     else:
-        longest = _check_prompts(tokens, np.asarray(lengths), capacity, model.config.vocab_size)
+        longest = _check_prompts(
+            np.asarray(tokens), np.asarray(lengths), capacity, model.config.vocab_size
+        )
         tokens = tokens[:, :longest]
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = jnp.asarray(lengths, jnp.int32)
