@@ -200,7 +200,9 @@ def _opened(
             )
         if stored.manifest.config is not None:
             config = models.DecoderConfig.from_dict(stored.manifest.config)
-        yield _orbax(src / save.WEIGHTS, src.name, config, subtree, dtype)
+        source = _orbax(src / save.WEIGHTS, src.name, config, subtree, dtype)
+        source.companions = [src / name for name in stored.manifest.files]
+        yield source
     elif orbax_store.is_orbax(src):
         yield _orbax(src, src.name, config, subtree, dtype)
     elif orbax_store.steps(src):
