@@ -55,7 +55,7 @@ def quantize_activation(
     elif scale is not None:
         raise ValueError(
             f"{path}: activation_scale is given but the ActivationSpec is dynamic; "
-            "use dataclasses.replace(spec, dynamic=False, granularity='tensor')."
+            "use granularity='tensor', dynamic=False for a calibrated one."
         )
     elif spec.granularity == "token_group":
         group = spec.group_size

@@ -1,0 +1,141 @@
+"""attention over a cache, quantized or not, against one softmax over the decoded cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdq import ops
+from fdq.scheme import CacheSpec
+from tests.ops.format_cases import error
+
+B, H, KH, S, D = 3, 4, 2, 37, 16
+SPECS = {
+    "C16": None,
+    "int8": CacheSpec(format="int8"),
+    "fp8": CacheSpec(format="float8_e4m3"),
+    "int4": CacheSpec(format="int4", zero_point=True),
+    "int8 channel": CacheSpec(format="int8", granularity="channel", dynamic=False),
+    "fp8 head": CacheSpec(format="float8_e4m3", granularity="head", dynamic=False),
+    "int4 static": CacheSpec(format="int4", granularity="channel", dynamic=False, zero_point=True),
+}
+# Largest error of one element, relative to the largest magnitude of its token and head.
+STEPS = {"int8": 0.5 / 127, "float8_e4m3": 16 / 448, "int4": 0.5 / 7}
+
+
+def quantized(rng, spec, slots=S):
+    x = jnp.asarray(rng.standard_normal((B, KH, slots, D)), jnp.float32)
+    scale = zero = None
+    if spec is not None and not spec.dynamic:
+        width = D if spec.granularity == "channel" else 1
+        bound = {"int8": 127, "float8_e4m3": 448, "int4": 7}[spec.format]
+        scale = jnp.asarray(rng.uniform(4, 5, (KH, width)) / bound, jnp.float32)
+        if spec.zero_point:
+            zero = jnp.asarray(rng.integers(7, 9, (KH, width)), jnp.uint8)
+    return x, ops.quantize_cache(x, spec, scale=scale, zero=zero)
+
+
+@functools.cache
+def compiled(spec, window, block):
+    return jax.jit(
+        functools.partial(ops.attention, cache_format=spec, sliding_window=window, block_size=block)
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_cache_codes(name, rng):
+    spec = SPECS[name]
+    x, (codes, scale, zero) = quantized(rng, spec)
+    back = np.asarray(ops.dequantize_cache(codes, spec, scale, zero))
+    assert np.abs(back).max() > 1
+    if spec is None:
+        assert (back == np.asarray(x)).all()
+        return
+    assert codes.shape == (B, KH, S, D // 2 if spec.format == "int4" else D)
+    largest = np.abs(np.asarray(x)).max(-1, keepdims=True) if spec.dynamic else 5.0
+    assert (np.abs(back - np.asarray(x)) <= 1.05 * STEPS[spec.format] * largest).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_the_reference(name, rng):
+    """Sequences of different lengths, a chunk of three queries, 37 slots in blocks of 8."""
+    spec = SPECS[name]
+    _, (k, k_scale, k_zero) = quantized(rng, spec)
+    _, (v, v_scale, v_zero) = quantized(rng, spec)
+    q = jnp.asarray(rng.standard_normal((B, 3, H, D)), jnp.float32)
+    arrays = {
+        "lengths": jnp.asarray([37, 5, 20], jnp.int32),
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "k_zero": k_zero,
+        "v_zero": v_zero,
+    }
+    for window in (None, 6) if name in ("C16", "int8") else (None,):
+        y = compiled(spec, window, 8)(q, k, v, **arrays)
+        reference = ops.attention_reference(
+            q, k, v, cache_format=spec, sliding_window=window, **arrays
+        )
+        assert error(y, reference) < 2e-6
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 37])
+def test_one_query(length, rng):
+    """Decode, at lengths on and off a block's edge; slots beyond the length may hold anything."""
+    spec = SPECS["int8"]
+    _, (k, k_scale, _) = quantized(rng, spec)
+    _, (v, v_scale, _) = quantized(rng, spec)
+    q = jnp.asarray(rng.standard_normal((B, 1, H, D)), jnp.float32)
+    lengths = jnp.full((B,), length, jnp.int32)
+    arrays = {"lengths": lengths, "k_scale": k_scale, "v_scale": v_scale}
+    y = compiled(spec, None, 8)(q, k, v, **arrays)
+    reference = ops.attention_reference(q, k, v, cache_format=spec, **arrays)
+    assert error(y, reference) < 2e-6
+    k, v = k.at[:, :, length:].set(99), v.at[:, :, length:].set(-99)
+    assert (compiled(spec, None, 8)(q, k, v, **arrays) == y).all()
+
+
+def test_queries_in_the_middle(rng):
+    """offset says where the queries stand: later slots of the same cache are not seen."""
+    _, (k, _, _) = quantized(rng, None)
+    q = jnp.asarray(rng.standard_normal((B, 2, H, D)), jnp.bfloat16)
+    offset = jnp.asarray([0, 4, 30], jnp.int32)
+    y = ops.attention(q, k, k, lengths=jnp.full((B,), S, jnp.int32), offset=offset, block_size=16)
+    early = ops.attention(q, k, k, lengths=offset + 2, block_size=64)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), np.asarray(early, np.float32), rtol=1e-2, atol=1e-2
+    )
+    # The first query of the first sequence sees one slot: its value comes back.
+    assert error(y[0, 0, 0].astype(jnp.float32), k[0, 0, 0]) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["C16", "int8", "int4"])
+def test_memory_does_not_grow_with_the_cache(name):
+    """A cache 64 times as long needs the same temporary memory, and is never copied."""
+    spec = SPECS[name]
+    temp = []
+    for slots in (256, 16384):
+        k = jax.eval_shape(
+            lambda: ops.quantize_cache(jnp.zeros((1, KH, slots, D), jnp.bfloat16), spec)  # noqa: B023
+        )
+        codes, scale, zero = k
+        arrays = {"k_scale": scale, "v_scale": scale, "k_zero": zero, "v_zero": zero}
+        q = jax.ShapeDtypeStruct((1, 1, H, D), jnp.bfloat16)
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        program = compiled(spec, None, 256).lower(q, codes, codes, lengths=lengths, **arrays)
+        temp.append(program.compile().memory_analysis().temp_size_in_bytes)
+    assert temp[1] <= temp[0] + 4096
+
+
+def test_bad_arguments(rng):
+    _, (k, scale, _) = quantized(rng, SPECS["int8"])
+    q = jnp.zeros((B, 1, H, D))
+    lengths = jnp.ones((B,), jnp.int32)
+    with pytest.raises(ValueError, match="scales go with a quantized format"):
+        ops.attention(q, k, k, lengths=lengths, k_scale=scale, v_scale=scale)
+    with pytest.raises(ValueError, match=r"needs k and v \[B, KH, S, 16\]"):
+        ops.attention(q, k[..., :8], k[..., :8], lengths=lengths)
+    with pytest.raises(ValueError, match="static int8 KV cache: expected a calibrated scale"):
+        ops.quantize_cache(jnp.zeros((1, 1, 1, 8)), SPECS["int8 channel"])
