@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax
 import numpy as np
 
 from fdq.decode import DecodeState, decode, prefill, stop_table
-from fdq.kv_cache import KVCache
 from fdq.sampling import Sampling
 from fdq.scheme import CacheSpec
 
@@ -45,12 +45,12 @@ def generate(
       stop_tokens: a list of tokens that end a sequence, or one list per prompt; by default
         `model.config.eos_token_ids`, and () for none. They are not part of what is returned.
       key: PRNG key for sampling.
-      cache: format of the KV cache, by default what `model.scheme` says.
+      cache: format of the KV cache, by default that of the model's scheme.
       max_length: slots of the cache; by default what is needed.
       stream: called as `stream(index, piece)` with each prompt's continuation as it grows: text
         whose UTF-8 is complete, or lists of tokens.
       stream_steps: tokens generated between two looks at the result.
-      tokenizer: for strings: a `fdq.tokenizer.Tokenizer` or a directory with a tokenizer.json; by
+      tokenizer: for strings: a `fdq.tokenizer.Tokenizer`, or a tokenizer.json or its directory; by
         default the one of the checkpoint that the model was loaded from.
 
     Returns:
@@ -80,9 +80,7 @@ def generate(
     tokens = np.zeros((len(rows), longest), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
-    empty = KVCache.init(
-        model.config, len(rows), max_length, _cache_format(model) if cache is None else cache
-    )
+    empty = model.init_cache(len(rows), max_length, cache)
     state = prefill(model, tokens, empty, lengths=[len(row) for row in rows], key=key)
     outputs = _Outputs(stop_table(stop_tokens, len(rows)), text, stream)
     left = max_new_tokens
@@ -161,13 +159,5 @@ def _tokenizer(model: Any, tokenizer: Any) -> Any:
         return tokenizer
     from fdq.tokenizer import Tokenizer
 
-    return Tokenizer.load(tokenizer)
-
-
-def _cache_format(model: Any) -> CacheSpec | None:
-    scheme = getattr(model, "scheme", None)
-    if not scheme:
-        return None
-    from fdq.scheme import Scheme
-
-    return Scheme.parse(scheme).cache
+    folder = pathlib.Path(tokenizer)
+    return Tokenizer.load(folder.parent if folder.name == "tokenizer.json" else folder)

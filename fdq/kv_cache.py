@@ -13,32 +13,17 @@ import numpy as np
 from fdq import ops
 from fdq.scheme import CacheSpec
 
-# The names that need no calibration. Static kinds are chosen by a CacheSpec.
-FORMATS: dict[str, CacheSpec | None] = {
-    "C16": None,
-    "C8": CacheSpec(format="int8"),
-    "Cfp8": CacheSpec(format="float8_e4m3"),
-    "C4": CacheSpec(format="int4", zero_point=True),
-}
 # float8 is held as its bits: XLA on CPU widens a float8 array to float16 to update one row of it.
 _CODE_DTYPES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}
 
 
 def parse_format(name: str | CacheSpec | None) -> CacheSpec | None:
-    """The spec of a cache format's name (`C16`, `C8`, `Cfp8`, `C4`, in any case).
+    """The spec of a cache format's name: `C16`, `C8`, `Cfp8`, `C4`, `C8-kvchannel` ...
 
     Raises:
-      ValueError: an unknown name; the message lists the known ones.
+      ValueError: an unknown name; the message points at what could not be read.
     """
-    if name is None or isinstance(name, CacheSpec):
-        return name
-    for known, spec in FORMATS.items():
-        if known.lower() == name.lower():
-            return spec
-    raise ValueError(
-        f"Unknown KV cache format {name!r}. Expected one of {', '.join(FORMATS)}, or a CacheSpec "
-        "for the static kinds"
-    )
+    return CacheSpec.parse(name) if isinstance(name, str) else name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +39,15 @@ class LayerScales:
     v: Any
     k_zero: Any = None
     v_zero: Any = None
+
+
+def abstract_scales(config: Any, spec: CacheSpec) -> list[LayerScales]:
+    """The scales that a static spec needs, as ShapeDtypeStructs; one `LayerScales` a layer."""
+    width = config.head_dim if spec.granularity == "channel" else 1
+    scale = jax.ShapeDtypeStruct((config.num_kv_heads, width), ops.CACHE_SCALE_DTYPE)
+    zero = jax.ShapeDtypeStruct(scale.shape, jnp.uint8) if spec.zero_point else None
+    layer = LayerScales(k=scale, v=scale, k_zero=zero, v_zero=zero)
+    return [layer] * config.num_layers
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +96,7 @@ class KVCache:
             `model.config`.
           batch: number of sequences.
           max_length: slots, in tokens.
-          format: `C16`, `C8`, `Cfp8`, `C4` or a CacheSpec.
+          format: `C16`, `C8`, `Cfp8`, `C4`, one of the static kinds, or a CacheSpec.
           scales: one `LayerScales` a layer, from `Calibration.cache_scales`; static formats only.
           dtype: of C16; by default `config.dtype`.
 

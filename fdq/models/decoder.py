@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq import nn
-from fdq.kv_cache import KVCache
+from fdq.kv_cache import KVCache, LayerScales, parse_format
 from fdq.models.config import DecoderConfig
+from fdq.nn.parameters import CacheScale, value
+from fdq.recipe import Recipe
+from fdq.scheme import CacheSpec
 
 
 class DecoderLayer(nnx.Module):
@@ -155,6 +159,68 @@ class Decoder(nnx.Module):
         if self.lm_head is None:
             return self.embed_tokens.attend(hidden, out_dtype=jnp.float32)
         return self.lm_head(hidden, out_dtype=jnp.float32)
+
+    @property
+    def cache_spec(self) -> CacheSpec | None:
+        """The KV cache format of the scheme that the model was quantized with; None is C16."""
+        if self.recipe_record:
+            return Recipe.from_json(self.recipe_record).cache
+        return Recipe.parse(self.scheme).cache if self.scheme else None
+
+    @property
+    def cache_scales(self) -> list[LayerScales] | None:
+        """Calibrated KV scales of each layer; None for a model that has none."""
+        if self.layers[0].self_attn.k_cache_scale is None:
+            return None
+        attention = (layer.self_attn for layer in self.layers)
+        return [
+            LayerScales(
+                k=value(a.k_cache_scale),
+                v=value(a.v_cache_scale),
+                k_zero=value(a.k_cache_zero),
+                v_zero=value(a.v_cache_zero),
+            )
+            for a in attention
+        ]
+
+    def set_cache_scales(self, scales: Sequence[LayerScales] | None) -> None:
+        """Keeps the KV scales of a static format, one `LayerScales` a layer (or abstract ones).
+
+        They are saved with the model and used by `init_cache`.
+
+        Raises:
+          ValueError: scales for another number of layers.
+        """
+        if scales is None:
+            scales = [LayerScales(k=None, v=None)] * self.config.num_layers
+        if len(scales) != self.config.num_layers:
+            raise ValueError(
+                f"got KV scales of {len(scales)} layers, expected {self.config.num_layers}"
+            )
+        for layer, one in zip(self.layers, scales, strict=True):
+            for name in ("k", "v"):
+                for attribute, array in (
+                    (f"{name}_cache_scale", getattr(one, name)),
+                    (f"{name}_cache_zero", getattr(one, f"{name}_zero")),
+                ):
+                    if array is not None and not isinstance(array, jax.ShapeDtypeStruct):
+                        array = jnp.asarray(array)
+                    kept = None if array is None else CacheScale(array)
+                    setattr(layer.self_attn, attribute, nnx.data(kept))
+
+    def init_cache(
+        self, batch: int, max_length: int, format: str | CacheSpec | None = None
+    ) -> KVCache:
+        """An empty KV cache in the format of the model's scheme, with its calibrated scales.
+
+        Args:
+          batch: number of sequences.
+          max_length: slots, in tokens.
+          format: another format than that of the scheme.
+        """
+        spec = self.cache_spec if format is None else parse_format(format)
+        scales = self.cache_scales if spec is not None and not spec.dynamic else None
+        return KVCache.init(self.config, batch, max_length, spec, scales=scales)
 
     def _layers(
         self,

@@ -11,6 +11,8 @@ from fdq.nn.linear import Linear as Linear
 from fdq.nn.mlp import MLP as MLP
 from fdq.nn.mlp import MoE as MoE
 from fdq.nn.norm import RMSNorm as RMSNorm
+from fdq.nn.parameters import ActivationScale as ActivationScale
+from fdq.nn.parameters import CacheScale as CacheScale
 from fdq.nn.parameters import QCodes as QCodes
 from fdq.nn.parameters import QScale as QScale
 from fdq.nn.parameters import bind as bind

@@ -63,6 +63,9 @@ class Attention(nnx.Module):
       qkv_proj: `Linear` to q | k | v, fused on N in this order.
       o_proj: `Linear` back to the hidden size.
       q_norm, k_norm: `RMSNorm` over head_dim before the rotation (Qwen3), or None.
+      k_cache_scale, v_cache_scale, k_cache_zero, v_cache_zero: what a KV cache of a static format
+        is made with, see `fdq.kv_cache.LayerScales`; None without calibration. They travel with
+        the model and are not read by the layer itself.
       kv_observer: called with the keys and values that a cache would store; for calibration.
     """
 
@@ -91,6 +94,10 @@ class Attention(nnx.Module):
             k_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=dtype)
         self.q_norm: Any = nnx.data(q_norm)
         self.k_norm: Any = nnx.data(k_norm)
+        self.k_cache_scale: Any = nnx.data(None)
+        self.v_cache_scale: Any = nnx.data(None)
+        self.k_cache_zero: Any = nnx.data(None)
+        self.v_cache_zero: Any = nnx.data(None)
         self.kv_observer: Any = nnx.data(None)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

@@ -28,6 +28,10 @@ class ActivationScale(nnx.Variable):
     """The calibrated (static) scale of a module's input, float32."""
 
 
+class CacheScale(nnx.Variable):
+    """A calibrated (static) scale or zero point of the keys or values that a layer stores."""
+
+
 def value(x: Any) -> Any:
     """The array of a Variable, the QTensor of arrays of a QTensor; anything else as it is."""
     if isinstance(x, nnx.Variable):
