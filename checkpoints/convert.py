@@ -43,6 +43,7 @@ def convert(
     config: models.DecoderConfig | None = None,
     subtree: str | None = None,
     overwrite: bool = False,
+    quiet: bool = False,
     progress: stream.Progress | None = None,
 ) -> Inspection:
     """Quantize the checkpoint at `src` into a new fdq checkpoint at `dst`.
@@ -56,11 +57,12 @@ def convert(
       dtype: of a model's tensors that are not quantized; by default that of the source.
       method: how scales are chosen, as in ``fdq.quantize``.
       compat: as in ``fdq.quantize``.
-      calibration: sample tokens for schemes with static scales. The float model is then in memory
-        as a whole.
+      calibration: what ``fdq.calibrate`` returned, for schemes with static scales. The float
+        model is then in memory as a whole.
       config: makes a model of an Orbax checkpoint whose tree is that of ``fdq.models.Decoder``.
       subtree: of an Orbax checkpoint, convert only what is below this dotted path (``params``).
       overwrite: replace an fdq checkpoint at `dst`.
+      quiet: do not print what was quantized and what was left.
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:
@@ -73,13 +75,12 @@ def convert(
     """
     commit.check_destination(pathlib.Path(dst).absolute(), overwrite=overwrite)
     if calibration is not None:
-        model = load(
-            src, scheme, dtype=dtype, method=method, compat=compat, calibration=calibration
-        )
+        load_options: dict[str, Any] = {"method": method, "compat": compat, "quiet": quiet}
+        model = load(src, scheme, dtype=dtype, calibration=calibration, **load_options)
         save.save(model, dst, overwrite=overwrite, provenance={"source": pathlib.Path(src).name})
         return inspect(dst)
     with _opened(pathlib.Path(src), dtype=dtype, config=config, subtree=subtree) as source:
-        tree = abstract_quantized(source.tree, scheme, method=method, compat=compat)
+        tree = abstract_quantized(source.tree, scheme, method=method, compat=compat, quiet=quiet)
         options = {
             "scheme": None if scheme is None else str(scheme),
             "method": method,
@@ -183,6 +184,8 @@ class OrbaxSource:
         """The tensor at `path`, or ``tensor[index]`` (the tensor is kept for the next index)."""
         if self._last is None or self._last[0] != path:
             self._last = None
+            if path not in self._stored:
+                raise stream.needs_calibration(path)
             full = self._stored[path]
             self._last = (path, self._reader.read([full])[full])
         return self._last[1] if index is None else self._last[1][index]

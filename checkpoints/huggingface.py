@@ -5,14 +5,14 @@ families differ in which tensors they have, not in what they are called, so one 
 serves all: a model asks only for the tensors that it has. Weights are never permuted for RoPE.
 """
 
-from checkpoints.tensor_names import Rule
+from checkpoints.tensor_names import Rule, Widths
 
 _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
 _MLP = _LAYER + "mlp."
 
 
-def _linear(target: str, *names: str, widths="equal") -> tuple[Rule, Rule]:
+def _linear(target: str, *names: str, widths: Widths = "equal") -> tuple[Rule, Rule]:
     return (
         Rule(f"{target}.kernel", tuple(f"{name}.weight" for name in names), "transposed", widths),
         Rule(f"{target}.bias", tuple(f"{name}.bias" for name in names), "same", widths),

@@ -19,8 +19,6 @@ from checkpoints.tree_paths import Path, array_path, dotted
 from fdq import models
 from fdq.qtensor import QTensor
 from fdq.quantize import quantize
-from fdq.recipe import Recipe
-from fdq.scheme import Scheme
 
 
 def load(
@@ -34,6 +32,7 @@ def load(
     method: str | None = None,
     compat: str | None = None,
     verify: bool = True,
+    quiet: bool = False,
     progress: stream.Progress | None = None,
 ) -> Any:
     """Load a checkpoint, quantizing it on the way if a scheme is given.
@@ -49,10 +48,12 @@ def load(
         ``jax.ShapeDtypeStruct``. By default the default device.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, quantized or not). Without one these come back as nested dicts.
-      calibration: sample tokens, for schemes with static scales.
+      calibration: what ``fdq.calibrate`` returned, for schemes with static scales. The float
+        model is then in memory as a whole.
       method: how scales are chosen, as in ``fdq.quantize``.
       compat: as in ``fdq.quantize``.
       verify: compare checksums of fdq checkpoints.
+      quiet: do not print what was quantized and what was left.
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:
@@ -74,7 +75,8 @@ def load(
                 f"{folder}: quantized already ({stored.manifest.scheme}). Load it without a "
                 "scheme, or convert the original again."
             )
-        return quantize(obj, scheme, method=method, compat=compat, calibration=calibration)
+        options: dict[str, Any] = {"method": method, "compat": compat, "quiet": quiet}
+        return quantize(obj, scheme, calibration=calibration, **options)
     if template is not None:
         raise CheckpointError(f"{folder}: a template is for fdq checkpoints; there is no fdq.json.")
     if folder.name.endswith(".fdq-tmp"):
@@ -87,17 +89,16 @@ def load(
     with SourceDirectory(folder) as directory:
         source = stream.open_model(directory, dtype)
         if calibration is not None:
-            # Static scales come from running the float model, so it must be there as a whole.
             float_model = load_floats(source, sharding=sharding, progress=progress)
-            return quantize(
-                float_model, scheme, method=method, compat=compat, calibration=calibration
-            )
+            options = {"method": method, "compat": compat, "quiet": quiet}
+            return quantize(float_model, scheme, calibration=calibration, **options)
         return load_floats(
             source,
             scheme,
             sharding=sharding,
             method=method,
             compat=compat,
+            quiet=quiet,
             progress=progress,
         )
 
@@ -109,10 +110,11 @@ def load_floats(
     sharding: Shardings = None,
     method: str | None = None,
     compat: str | None = None,
+    quiet: bool = False,
     progress: stream.Progress | None = None,
 ) -> models.Decoder:
     """The model of an open float directory, quantized tensor by tensor."""
-    model = abstract_quantized(source.model, scheme, method=method, compat=compat)
+    model = abstract_quantized(source.model, scheme, method=method, compat=compat, quiet=quiet)
     tensors = tree_paths.flatten(model)
     check_shardings(sharding, _array_paths(tensors))
     values: dict[Path, Any] = {}
@@ -128,14 +130,8 @@ def load_floats(
 
 
 def abstract_quantized(tree: Any, scheme: Any, **options: Any) -> Any:
-    """An abstract tree with QTensors where the scheme says so.
-
-    Raises:
-      CheckpointError: the scheme has static scales, which need calibration.
-    """
-    if scheme is None:
-        return tree
-    return quantize(tree, scheme, **options)
+    """An abstract tree with abstract QTensors where the scheme says so."""
+    return tree if scheme is None else quantize(tree, scheme, **options)
 
 
 def _load_stored(
@@ -189,7 +185,8 @@ def _like_stored(
         if entry.spec is not None and is_quantized.get(entry.path) is False
     ]
     if isinstance(template, nnx.Module) and to_quantize:
-        template = quantize(_abstract(template), _exact_recipe(to_quantize))
+        recipe = stream.exact_recipe((e.path, e.spec, e.activation) for e in to_quantize)
+        template = quantize(_abstract(template), recipe, quiet=True)
     tensors = tree_paths.flatten(template)
     tree_paths.check_same_paths(
         expected=[tensor.path for tensor in tensors], found=entries, what=str(folder)
@@ -226,16 +223,6 @@ def _difference(value: Any, entry: TensorEntry, cast: bool) -> str | None:
 
 def _abstract(module: nnx.Module) -> nnx.Module:
     return nnx.eval_shape(lambda: nnx.clone(module))
-
-
-def _exact_recipe(entries: list[TensorEntry]) -> Recipe:
-    """A recipe that gives each of these tensors what it is stored in, and nothing to others."""
-    return Recipe(
-        [
-            (dotted(entry.path), Scheme(weight=entry.spec, activation=entry.activation))
-            for entry in entries
-        ]
-    )
 
 
 def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], Any]:

@@ -89,7 +89,7 @@ class TensorEntry:
 
     def abstract(self) -> Any:
         """The tensor with ``jax.ShapeDtypeStruct`` for arrays: a QTensor, or one array."""
-        arrays = {
+        arrays: dict[str, Any] = {
             name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
             for name, array in self.arrays.items()
         }

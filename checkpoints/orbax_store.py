@@ -73,7 +73,7 @@ class TreeWriter:
             return
         with _context():
             try:
-                ocp.partial.save(self._path, tree_paths.nested(self._batch))
+                ocp.partial.save(str(self._path), tree_paths.nested(self._batch))
             except _DAMAGE as error:
                 raise CheckpointError(f"{self._path}: could not be written: {error}") from error
         self._batch = {}
@@ -86,7 +86,7 @@ class TreeWriter:
         self.flush()
         with _context():
             try:
-                ocp.partial.finalize(self._path)
+                ocp.partial.finalize(str(self._path))
             except _DAMAGE as error:
                 raise CheckpointError(f"{self._path}: could not be written: {error}") from error
 
@@ -147,7 +147,7 @@ class TreeReader:
             raise CheckpointError(f"{path}: missing, or not a directory.")
         with _context():
             try:
-                tree = ocp.metadata(self._path).metadata
+                tree = ocp.metadata(str(self._path)).metadata
             except _DAMAGE as error:
                 raise _damaged(self._path, error) from error
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(tree)
@@ -179,7 +179,7 @@ class TreeReader:
         ]
         with _context():
             try:
-                tree = ocp.load(self._path, jax.tree.unflatten(self._structure, targets))
+                tree = ocp.load(str(self._path), jax.tree.unflatten(self._structure, targets))
             except _DAMAGE as error:
                 raise _damaged(self._path, error) from error
         loaded = jax.tree.leaves(tree)

@@ -20,7 +20,9 @@ from checkpoints.source_directory import SourceDirectory
 from checkpoints.tree_paths import Path, Tensor, dotted
 from fdq import models
 from fdq.qtensor import QTensor
-from fdq.quantizers import quantize_array
+from fdq.quantize import quantize
+from fdq.recipe import Recipe
+from fdq.scheme import ActivationSpec, Scheme, WeightSpec
 
 _FINITE_CHECK_ELEMENTS = 2**24
 
@@ -53,6 +55,8 @@ class ModelSource:
 
     def read(self, path: Path, index: int | None = None) -> np.ndarray:
         """The tensor at `path`, or one expert of it, in the stored dtype."""
+        if path not in self.sources:
+            raise needs_calibration(path)
         return self.sources[path].read(self.directory, index)
 
 
@@ -134,18 +138,49 @@ def quantized(
             progress(done, total, dotted(tensor.path))
 
 
+def needs_calibration(path: Path) -> CheckpointError:
+    """What to say about a static scale that no float checkpoint has."""
+    return CheckpointError(
+        f"{dotted(path)}: a static scale must be calibrated. Load the float model, run "
+        "fdq.calibrate, and pass what it returns as calibration=; or use a dynamic scheme."
+    )
+
+
+def exact_recipe(
+    tensors: Iterable[tuple[Path, WeightSpec | None, ActivationSpec | None]],
+) -> Recipe:
+    """A recipe that stores each of these tensors by its spec, and leaves all others."""
+    return Recipe(
+        [
+            (path_pattern_of(path), Scheme(weight=spec, activation=activation))
+            for path, spec, activation in tensors
+        ]
+    )
+
+
+def path_pattern_of(path: Path) -> str:
+    """The recipe pattern that matches just this path."""
+    return "".join(f"[{char}]" if char in "*?[{" else char for char in dotted(path))
+
+
 def _quantize(
     source: FloatSource, tensor: Tensor, *, method: str | None, compat: str | None
 ) -> QTensor:
     target: QTensor = tensor.value
     shape = tuple(target.shape)
-    options: dict[str, Any] = {"method": method, "compat": compat, "path": dotted(tensor.path)}
+    # A tree of one leaf: fdq.quantize then treats it, and names it in errors, as in its model.
+    recipe = exact_recipe([(tensor.path, target.spec, tensor.activation)])
+
+    def quantized(array: np.ndarray) -> QTensor:
+        tree = tree_paths.nested({tensor.path: array})
+        tree = quantize(tree, recipe, method=method, compat=compat, quiet=True)
+        return tree_paths.flatten(tree)[0].value
+
     if len(shape) == 2:
-        return quantize_array(source.read(tensor.path), target.spec, **options)
+        return quantized(source.read(tensor.path))
     arrays: dict[str, np.ndarray] = {}
     for index in range(shape[0]):
-        one = quantize_array(source.read(tensor.path, index), target.spec, **options)
-        for name, array in one.arrays().items():
+        for name, array in quantized(source.read(tensor.path, index)).arrays().items():
             host = np.asarray(array)
             if index == 0:
                 arrays[name] = np.empty((shape[0], *host.shape), host.dtype)

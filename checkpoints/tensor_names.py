@@ -22,6 +22,7 @@ from checkpoints.tree_paths import Path, dotted
 
 # As stored; a matrix stored [out, in]; a vector stored with a leading axis of one.
 Layout = Literal["same", "transposed", "row"]
+Widths = Literal["qkv", "equal"]
 
 # Tensors that a file may have and no model uses: multi-token prediction heads, and the rotary
 # frequencies that old exporters wrote out.
@@ -52,7 +53,7 @@ class Rule:
     target: str
     names: tuple[str, ...]
     layout: Layout = "same"
-    widths: Literal["qkv", "equal"] = "equal"
+    widths: Widths = "equal"
 
 
 @dataclasses.dataclass(frozen=True)

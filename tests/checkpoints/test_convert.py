@@ -1,0 +1,198 @@
+"""Conversion: what it makes, what a kill leaves, and which sources it takes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp0
+import pytest
+from flax import linen, nnx
+from orbax.checkpoint import v1 as ocp1
+
+from checkpoints import CheckpointError, convert, load, orbax_store, save
+from fdq.quantize import quantize
+from tests.checkpoints import builders
+from tests.checkpoints.test_stored_trees import assert_same
+
+SOURCE = builders.MODELS / "ernie4_5_moe"
+
+
+@pytest.mark.parametrize("scheme", ["W8A16C8", {"*.experts": "W4A8-g16", "*": "W8A16"}])
+def test_converting_loading_and_quantizing_agree(tmp_path, scheme):
+    convert(SOURCE, tmp_path / "a", scheme, quiet=True)
+    converted = load(tmp_path / "a")
+    online = load(SOURCE, scheme, quiet=True)
+    assert_same(online, converted)
+    assert_same(quantize(load(SOURCE), scheme, quiet=True), converted)
+    assert converted.scheme == online.scheme and converted.scheme is not None
+    assert converted.recipe_record == online.recipe_record
+    tokens = jnp.arange(6, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(online(tokens), converted(tokens))
+    save(converted, tmp_path / "again")
+    assert_same(converted, load(tmp_path / "again"))
+    with pytest.raises(CheckpointError, match="quantized already"):
+        convert(tmp_path / "a", tmp_path / "b", "W8A16")
+
+
+@pytest.mark.parametrize("point", ["tensor:1", "tensor:9", "unrecorded", "finalized"])
+def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(tmp_path, point, monkeypatch):
+    root = pathlib.Path(__file__).parents[2]
+    script = pathlib.Path(__file__).with_name("interrupted_conversion.py")
+    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    destination = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, script, SOURCE, destination, point], env=environment, check=False
+    )
+    assert done.returncode == -9
+    pending = tmp_path / "out.fdq-tmp"
+    assert [path.name for path in tmp_path.iterdir()] == [pending.name]
+    for path in (destination, pending, pending / "weights"):
+        with pytest.raises((CheckpointError, FileNotFoundError)):
+            load(path)
+    monkeypatch.setattr(orbax_store, "MIN_BATCH_BYTES", 1)
+    fresh = []
+    convert(SOURCE, destination, "W8A16", quiet=True, progress=lambda *step: fresh.append(step[2]))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # 28 tensors; what the journal has is not made again, unless all had been put together.
+    assert len(fresh) == {"tensor:1": 27, "tensor:9": 19, "unrecorded": 25, "finalized": 28}[point]
+    assert_same(load(SOURCE, "W8A16", quiet=True), load(destination))
+    assert sorted(path.name for path in destination.iterdir()) == [
+        "config.json",
+        "fdq.json",
+        "weights",
+    ]
+
+
+def test_errors_leave_nothing(tmp_path):
+    tensors = builders.model("llama", tmp_path / "model")
+    bad = tensors["model.layers.1.mlp.down_proj.weight"].copy()
+    bad[0, 0] = np.nan
+    builders.write(
+        tmp_path / "model" / "model.safetensors",
+        tensors | {"model.layers.1.mlp.down_proj.weight": bad},
+    )
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.kernel: .*NaN"):
+        convert(tmp_path / "model", tmp_path / "out", "W8A16", quiet=True)
+    with pytest.raises(ValueError, match="Unknown quantization scheme"):
+        convert(tmp_path / "model", tmp_path / "out", "W5A16")
+    with pytest.raises(ValueError, match="matches no"):
+        convert(tmp_path / "model", tmp_path / "out", {"layers.7": "W8A16", "*": "W8A16"})
+    with pytest.raises(CheckpointError, match="a static scale must be calibrated"):
+        convert(tmp_path / "model", tmp_path / "out", "W8A8-static", quiet=True)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError):
+        convert(SOURCE, tmp_path / "there", "W8A16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.up = nnx.Linear(16, 32, rngs=rngs)
+        self.norm = nnx.RMSNorm(32, rngs=rngs)
+        self.steps = nnx.Variable(jnp.int32(3))
+
+
+class Dense(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(8)(linen.relu(linen.Dense(32)(x)))
+
+
+def nnx_state():
+    return nnx.state(Block(nnx.Rngs(0)))
+
+
+def nnx_dict():
+    return nnx.to_pure_dict(nnx_state())
+
+
+def linen_params():
+    return Dense().init(jax.random.key(0), jnp.zeros((1, 16)))
+
+
+def with_lists():
+    return {"layers": [{"w": jnp.ones((4, 2))}, {"w": jnp.full((4, 2), 3.0)}], "n": np.arange(3)}
+
+
+def write_v0(tree, path):
+    with ocp0.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def write_v0_pytree(tree, path):
+    ocp0.PyTreeCheckpointer().save(path, tree)
+
+
+def write_v1(tree, path):
+    ocp1.save(path, tree)
+
+
+def as_dict(tree):
+    if isinstance(tree, nnx.State):
+        return nnx.to_pure_dict(tree)
+    if isinstance(tree.get("layers"), list):
+        return tree | {"layers": dict(zip("01", tree["layers"], strict=True))}
+    return tree
+
+
+@pytest.mark.parametrize("write", [write_v0, write_v0_pytree, write_v1])
+@pytest.mark.parametrize("make", [nnx_state, nnx_dict, linen_params, with_lists])
+def test_a_float_orbax_checkpoint_of_any_api(tmp_path, make, write):
+    tree = make()
+    write(tree, tmp_path / "float")
+    table = convert(tmp_path / "float", tmp_path / "out", "W8A16", quiet=True)
+    assert any(row.quantized for row in table.rows)
+    assert_same(quantize(as_dict(tree), "W8A16", quiet=True), load(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="an Orbax checkpoint without"):
+        load(tmp_path / "float")
+
+
+def test_steps_and_subtrees(tmp_path):
+    state = {"params": linen_params()["params"], "opt_state": {"kernel": jnp.ones((4, 4))}}
+    with ocp0.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(7, args=ocp0.args.StandardSave(state))
+    with pytest.raises(CheckpointError, match="holds steps 7"):
+        convert(tmp_path / "run", tmp_path / "out", "W8A16")
+    source = tmp_path / "run" / "7"
+    convert(source, tmp_path / "out", "W8A16", subtree="params", quiet=True)
+    assert_same(quantize(state["params"], "W8A16", quiet=True), load(tmp_path / "out"))
+    with pytest.raises(
+        CheckpointError, match="nothing below 'parms'; the tree has opt_state, para"
+    ):
+        convert(source, tmp_path / "b", "W8A16", subtree="parms")
+
+
+def test_a_decoder_trained_in_jax_becomes_a_model(tmp_path):
+    model = load(builders.MODELS / "qwen3")
+    ocp1.save(tmp_path / "float", nnx.to_pure_dict(nnx.state(model)))
+    convert(tmp_path / "float", tmp_path / "out", "W8A16", config=model.config, quiet=True)
+    assert_same(load(builders.MODELS / "qwen3", "W8A16", quiet=True), load(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"has no tensor layers\.2"):
+        convert(
+            tmp_path / "float",
+            tmp_path / "b",
+            "W8A16",
+            config=model.config.replace(num_layers=3),
+        )
+
+
+def test_a_saved_float_model_can_be_converted_or_quantized_while_loading(tmp_path):
+    save(load(builders.MODELS / "qwen3"), tmp_path / "float")
+    convert(tmp_path / "float", tmp_path / "out", "W8A16", quiet=True)
+    expected = load(builders.MODELS / "qwen3", "W8A16", quiet=True)
+    assert_same(expected, load(tmp_path / "out"))
+    assert_same(expected, load(tmp_path / "float", "W8A16", quiet=True))
+
+
+def test_fastdeploy_rounding_reaches_the_files(tmp_path):
+    scheme, options = "wint4", {"compat": "fastdeploy", "quiet": True}
+    convert(SOURCE, tmp_path / "out", scheme, **options)
+    converted = load(tmp_path / "out")
+    assert_same(quantize(load(SOURCE), scheme, **options), converted)
+    kernel = converted.layers[1].mlp.experts.gate_up_proj.kernel
+    assert kernel.spec.format == "int4"
+    assert converted.layers[0].mlp.down_proj.kernel.spec.format == "int8"
