@@ -247,7 +247,8 @@ def _unused(rule: Any, leaves: Sequence[Leaf], rows: list[Row], matches: list[An
         paths = [path for leaf in leaves for path in (leaf.path, *leaf.aliases)]
         near = _nearest(rule.pattern, paths)
         return f"{head}. Nearest paths: {', '.join(near) or '(the tree has no leaves)'}."
-    row, match = next(((r, m) for r, m in reached if m.rule != rule), reached[0])
+    reached.sort(key=lambda pair: (pair[1].rule == rule, -len(pair[0].shape)))
+    row, match = reached[0]
     if match.rule is not None and match.rule != rule:
         return (
             f"{head} that an earlier rule has not taken: {row.path} goes to "

@@ -15,11 +15,13 @@ from flax import nnx
 from fdq import assignment
 from fdq.assignment import MatchTable
 from fdq.formats import FORMATS
+from fdq.kv_cache import abstract_scales
+from fdq.models import Decoder
 from fdq.qtensor import QTensor
 from fdq.quantize_modules import collect, describe, quantize_module
 from fdq.quantizers import quantize_array
 from fdq.recipe import Recipe
-from fdq.scheme import Scheme
+from fdq.scheme import CacheSpec, Scheme
 
 _BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
 
@@ -108,6 +110,7 @@ def quantize(
         )
         if hasattr(result, "recipe_record") and hasattr(result, "scheme"):
             result.scheme, result.recipe_record = str(recipe), recipe.to_json()
+        _keep_cache_scales(result, recipe.cache, calibration)
     else:
         leaves = assignment.leaves_of(target)
         recipe = _recipe(scheme, rules, compat, has_experts=_has_experts(leaves))
@@ -152,6 +155,20 @@ def _recipe(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> R
 
 def _has_experts(leaves: list[assignment.Leaf]) -> bool:
     return any("experts" in leaf.path.split(".") for leaf in leaves)
+
+
+def _keep_cache_scales(model: Any, cache: CacheSpec | None, calibration: Any) -> None:
+    """Gives a Decoder the calibrated scales of a static KV cache; a user's own module has none.
+
+    Without calibration a concrete model gets none: ``KVCache.init`` can be given others, and says
+    so where it is not. An abstract model gets their shapes.
+    """
+    if cache is None or cache.dynamic or not isinstance(model, Decoder):
+        return
+    if isinstance(model.norm.scale.get_value(), jax.ShapeDtypeStruct):
+        model.set_cache_scales(abstract_scales(model.config, cache))
+    elif hasattr(calibration, "cache_scales"):
+        model.set_cache_scales(calibration.cache_scales(cache))
 
 
 def _is_array(x: Any) -> bool:

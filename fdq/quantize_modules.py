@@ -20,7 +20,7 @@ from flax import nnx
 from fdq import nn
 from fdq.assignment import Leaf, MatchTable, assign
 from fdq.nn import general
-from fdq.nn.parameters import ActivationScale, QCodes, QScale
+from fdq.nn.parameters import QCodes, QScale
 from fdq.qtensor import QTensor, materialize
 from fdq.scheme import Scheme
 
@@ -67,14 +67,23 @@ def collect(module: nnx.Module) -> list[Tensor]:
 
 
 def children(value: Any) -> list[tuple[str, Any]]:
-    """Attributes of a module, items of a container; nothing for other values."""
+    """Attributes of a module, items of a container; nothing for other values.
+
+    Attributes in the order of ``nnx.state``: a shared module has the path that it has there.
+    """
     if isinstance(value, nnx.Pytree):
-        return [(k, v) for k, v in vars(value).items() if not k.startswith("_pytree__")]
+        named = ((k, v) for k, v in vars(value).items() if not k.startswith("_pytree__"))
+        return sorted(named, key=lambda item: _natural(item[0]))
     if isinstance(value, dict):
         return [(str(k), v) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
         return [(str(i), v) for i, v in enumerate(value)]
     return []
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Sorts numbers as numbers, ahead of names."""
+    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
 
 
 def describe(tensor: Tensor) -> Leaf:
@@ -163,7 +172,7 @@ def quantize_module(
                 # One scale serves all experts; stacked layers have one each.
                 shape = row.shape[-2:] if isinstance(owner, nn.ExpertLinear) else row.shape
                 number = activation_scale(scheme, [use.path for use in uses], shape, abstract)
-                scale = None if number is None else ActivationScale(number)
+                scale = None if number is None else general.ActivationScale(number)
             if (type(owner), attribute) not in _IN_PLACE:
                 replaced[id(owner)] = _replacement(owner, box, scheme.activation, scale)
                 continue

@@ -24,6 +24,10 @@ from fdq.nn.parameters import value
 from fdq.scheme import ActivationSpec
 
 
+class ActivationScale(nnx.Variable):
+    """The calibrated (static) scale of a layer's input, float32."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Fold:
     """How the last axes of a kernel become ``[K, N]``.
@@ -163,7 +167,9 @@ class QuantizedLinearGeneral(Quantized):
         kept = inputs.ndim - count
 
         def fold_input(x: jax.Array) -> jax.Array:
-            x = jnp.moveaxis(x, self.axis, tuple(range(kept, x.ndim)))
+            # nnx.LinearGeneral takes its axes in ascending order, however they were given.
+            axes = sorted(axis % x.ndim for axis in self.axis)
+            x = jnp.moveaxis(x, axes, tuple(range(kept, x.ndim)))
             return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
 
         y, bias = self._product(inputs, fold_input)
