@@ -169,10 +169,12 @@ def _quantize(
     target: QTensor = tensor.value
     shape = tuple(target.shape)
     # A tree of one leaf: fdq.quantize then treats it, and names it in errors, as in its model.
-    recipe = exact_recipe([(tensor.path, target.spec, tensor.activation)])
+    # Recipes do not see Linen's outer "params", so the tree goes without it.
+    path = tensor.path[1:] if tensor.path[0] == "params" and len(tensor.path) > 1 else tensor.path
+    recipe = exact_recipe([(path, target.spec, tensor.activation)])
 
     def quantized(array: np.ndarray) -> QTensor:
-        tree = tree_paths.nested({tensor.path: array})
+        tree = tree_paths.nested({path: array})
         tree = quantize(tree, recipe, method=method, compat=compat, quiet=True)
         return tree_paths.flatten(tree)[0].value
 
