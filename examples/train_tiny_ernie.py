@@ -13,7 +13,8 @@ Needs optax, tokenizers and safetensors, and `fdq` itself for the text. With gli
 time can go into pages that malloc returns to the kernel and fetches again; keeping them made
 training 1.8 times as fast on two cores:
 
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 python examples/train_tiny_ernie.py ...
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=268435456
+    export MALLOC_ARENA_MAX=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 """
 
 import argparse
