@@ -9,7 +9,7 @@ nothing to download, and written in Hugging Face format with its tokenizer. Trai
 matrices are moved by Muon (orthogonalized momentum), the rest by Adam, and the routers are balanced
 without an auxiliary loss, by nudging the correction bias that only expert selection sees.
 
-Needs optax, tokenizers and safetensors, and `fdq` itself for the text. With glibc, most of a step's
+Needs optax, tokenizers and safetensors, and `fdq` itself for the text. With glibc, much of a step's
 time can go into pages that malloc returns to the kernel and fetches again; keeping them made
 training 1.8 times as fast on two cores:
 
