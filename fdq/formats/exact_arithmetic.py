@@ -1,7 +1,8 @@
-"""Float32 arithmetic whose last bit does not depend on the compiler.
+"""Float32 arithmetic that means what it says, to the last bit.
 
-XLA's CPU and GPU backends may fuse ``a * b + c`` into one rounding, in one program and not in the
-next. Where a sum after a product decides a code, both must give what NumPy gives.
+XLA may fuse ``a * b + c`` into one rounding in one program and not in the next, and replaces a
+division by a constant or by something broadcast by a product with its reciprocal. Where a code or a
+stored scale depends on the last bit, both must give what NumPy and other libraries give.
 """
 
 from __future__ import annotations
@@ -23,3 +24,9 @@ def product(small: jax.Array, x: jax.Array) -> jax.Array:
     # Both products are exact, so fused or not the sum is rounded once; and it is a sum, which
     # cannot be fused into a following sum.
     return small * high + small * low
+
+
+def quotient(a: jax.Array, b: jax.Array | float) -> jax.Array:
+    """``a / b`` rounded once to float32; both of the same rank, or ``b`` a number."""
+    # The divisor is no longer a broadcast, as far as XLA can see. NaN stays NaN.
+    return a / jnp.where(a != a, a, jnp.asarray(b, jnp.float32))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats import grouping
+from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, ScaledFormat
 from fdq.scheme import WeightSpec
 
@@ -47,7 +47,8 @@ class Float8(ScaledFormat):
     def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
         """The scale that maps the largest magnitude of a group to the largest float8."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
-        return self.with_multiplier({}, largest / jnp.float32(self.largest), spec)
+        scale = exact_arithmetic.quotient(largest, self.largest)
+        return self.with_multiplier({}, scale, spec)
 
 
 FORMATS = {name: Float8(name) for name in LARGEST}

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq import packing
-from fdq.formats import grouping
+from fdq.formats import exact_arithmetic, grouping
 from fdq.scheme import WeightSpec
 
 Arrays = dict[str, Any]
@@ -187,9 +187,13 @@ class ScaledFormat(Format):
         k, n = w.shape[-2:]
         if parameters is None:
             parameters = self.finish(self.fit(w, spec), spec)
+        # XLA may leave out a rounding to a short dtype that is followed by a conversion back.
+        parameters = jax.lax.optimization_barrier(parameters)
         scale = grouping.expand(self.multiplier(parameters, spec), spec, k, n)
         zero = self._expanded_zero(parameters, spec, k, n)
-        codes = self.to_codes(self.project(w / scale, spec, zero), spec, zero)
+        codes = self.to_codes(
+            self.project(exact_arithmetic.quotient(w, scale), spec, zero), spec, zero
+        )
         return {"codes": packing.pack(codes, self.bits), **parameters}
 
     def decode(

@@ -101,23 +101,32 @@ def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
         return wide.reshape(*lead, k, n)
     assert spec.block_size is not None
     bk, bn = spec.block_size
-    wide = jnp.broadcast_to(scale[..., :, None, :, None], (*lead, rows, bk, columns, bn))
-    return wide.reshape(*lead, rows * bk, columns * bn)[..., :k, :n]
+    # Rows, then columns: explicit mesh axes allow merging one pair of axes at a time.
+    tall = jnp.broadcast_to(scale[..., :, None, :], (*lead, rows, bk, columns))
+    tall = tall.reshape(*lead, rows * bk, columns)[..., :k, :]
+    wide = jnp.broadcast_to(tall[..., None], (*lead, k, columns, bn))
+    return wide.reshape(*lead, k, columns * bn)[..., :n]
 
 
-def round_scale(scale: jax.Array, dtype: str) -> jax.Array:
+def round_scale(scale: jax.Array, dtype: str, *, empty: float | None = 1.0) -> jax.Array:
     """Rounds a float32 scale to what ``dtype`` can store; the result is float32.
 
-    Scales too small to divide by (all-zero groups) become 1, too large ones the largest finite.
+    Scales too small to divide by (all-zero groups) become ``empty`` (None: the smallest that is
+    not), too large ones the largest finite.
     """
     storage = jnp.dtype(dtype)
     if storage == jnp.dtype("float8_e8m0fnu"):
         return power_of_two_above(scale)
     if storage != jnp.dtype("float32"):
         largest = float(ml_dtypes.finfo(storage).max)
-        scale = jnp.clip(scale, -largest, largest).astype(storage).astype(jnp.float32)
+        scale = jnp.clip(scale, -largest, largest)
+        if storage == jnp.dtype("bfloat16"):
+            scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+        else:
+            scale = scale.astype(storage).astype(jnp.float32)
     smallest = max(SMALLEST_NORMAL, float(ml_dtypes.finfo(storage).smallest_subnormal))
-    return jnp.where(jnp.abs(scale) >= smallest, scale, jnp.float32(1.0))
+    empty = smallest if empty is None else empty
+    return jnp.where(jnp.abs(scale) >= smallest, scale, jnp.float32(empty))
 
 
 def power_of_two_above(scale: jax.Array) -> jax.Array:

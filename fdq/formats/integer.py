@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats import grouping
+from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Candidates, ScaledFormat
 from fdq.scheme import WeightSpec
 
@@ -86,14 +86,15 @@ class Integer(ScaledFormat):
             low = jnp.minimum(jnp.min(groups, axis=-2), 0.0)
             # Halved before subtracting: the range of two huge numbers would overflow.
             half_range = high * 0.5 - low * 0.5
-            scale = half_range / jnp.float32((2**self.bits - 1) / 2)
+            scale = exact_arithmetic.quotient(half_range, (2**self.bits - 1) / 2)
             return self._asymmetric(scale, low, spec)
         if method == "signed_max":
             high, low = jnp.max(groups, axis=-2), jnp.min(groups, axis=-2)
             extreme = jnp.where(high > -low, high, low)
-            scale = extreme / jnp.float32(self.lowest)
+            scale = exact_arithmetic.quotient(extreme, self.lowest)
         else:
-            scale = grouping.absolute_maximum(groups) / jnp.float32(self._reach(spec))
+            largest = grouping.absolute_maximum(groups)
+            scale = exact_arithmetic.quotient(largest, self._reach(spec))
         return self.with_multiplier({}, scale, spec)
 
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
@@ -120,6 +121,13 @@ class Integer(ScaledFormat):
 
         return Candidates(SEARCH_POINTS, symmetric)
 
+    def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
+        """``parameters`` with their scale replaced, rounded to what is stored."""
+        # Half-integer levels have no zero: an all-zero group is +-scale / 2.
+        empty = None if spec.zero_point == "half" else 1.0
+        rounded = grouping.round_scale(scale, spec.scale_dtype, empty=empty)
+        return {**parameters, "scale": rounded.astype(spec.scale_dtype)}
+
     def lopsided(self, spec: WeightSpec) -> bool:
         """Whether a scale of the other sign gives other levels."""
         return spec.zero_point == "none"
@@ -130,7 +138,9 @@ class Integer(ScaledFormat):
     def _asymmetric(self, scale: jax.Array, low: jax.Array, spec: WeightSpec) -> Arrays:
         parameters = self.with_multiplier({}, scale, spec)
         rounded = parameters["scale"].astype(jnp.float32)
-        zero = jnp.clip(jnp.round(-low / rounded), 0.0, 2.0**self.bits - 1.0)
+        zero = jnp.clip(
+            jnp.round(exact_arithmetic.quotient(-low, rounded)), 0.0, 2.0**self.bits - 1.0
+        )
         return {**parameters, "zero": zero.astype(jnp.uint8)}
 
 

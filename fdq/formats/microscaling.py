@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats import grouping
+from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Candidates, ScaledFormat
 from fdq.scheme import WeightSpec
 
@@ -141,11 +141,11 @@ class NvidiaFloat4(ScaledFormat):
         """
         if method == "absmax":
             sixth, global_scale = self._sixth(w, spec, LARGEST_E4M3)
-            return self._parameters(sixth / global_scale, global_scale)
+            return self._parameters(sixth, global_scale)
         sixth, global_scale = self._sixth(w, spec, HEADROOM_E4M3)
         groups = grouping.to_groups(w, spec)
-        six = self._parameters(sixth / global_scale, global_scale)
-        four = self._parameters(sixth * jnp.float32(1.5) / global_scale, global_scale)
+        six = self._parameters(sixth, global_scale)
+        four = self._parameters(sixth * jnp.float32(1.5), global_scale)
         wins = self._error(groups, four, spec) < self._error(groups, six, spec)
         scale = jax.lax.select(wins, four["scale"], six["scale"])
         return {"scale": scale, "global_scale": global_scale}
@@ -153,7 +153,7 @@ class NvidiaFloat4(ScaledFormat):
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """Neighbouring e4m3 numbers around absmax / 6 (ScaleSweep, arXiv 2606.07618)."""
         sixth, global_scale = self._sixth(w, spec, HEADROOM_E4M3)
-        nearest = self._parameters(sixth / global_scale, global_scale)["scale"]
+        nearest = self._parameters(sixth, global_scale)["scale"]
         bits = jax.lax.bitcast_convert_type(nearest, jnp.uint8).astype(jnp.int32)
 
         def at(i: jax.Array) -> Arrays:
@@ -168,10 +168,12 @@ class NvidiaFloat4(ScaledFormat):
         """Absmax / 6 of each group, and the global scale that makes the largest of them ``top``."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
         whole = jnp.max(largest, axis=(-2, -1), keepdims=True)
-        global_scale = grouping.round_scale(whole / jnp.float32(LARGEST_E2M1 * top), "float32")
-        return largest / jnp.float32(LARGEST_E2M1), global_scale
+        global_scale = exact_arithmetic.quotient(whole, LARGEST_E2M1 * top)
+        global_scale = grouping.round_scale(global_scale, "float32")
+        return exact_arithmetic.quotient(largest, LARGEST_E2M1), global_scale
 
     def _parameters(self, scale: jax.Array, global_scale: jax.Array) -> Arrays:
+        scale = exact_arithmetic.quotient(scale, global_scale)
         clipped = jnp.clip(scale, 2.0**-9, LARGEST_E4M3)
         return {"scale": clipped.astype(jnp.float8_e4m3fn), "global_scale": global_scale}
 

@@ -120,9 +120,11 @@ class NormalFloat(ScaledFormat):
         pad = [(0, 0)] * (len(lead) + 1) + [(0, -n % SUPER_COLUMNS)]
         blocks = jnp.pad(shifted, pad).reshape(*lead, rows, -1, SUPER_COLUMNS)
         step = grouping.round_scale(
-            jnp.max(jnp.abs(blocks), axis=-1) / jnp.float32(127.0), "float32"
+            exact_arithmetic.quotient(jnp.max(jnp.abs(blocks), axis=-1), 127.0), "float32"
         )
-        codes = jnp.clip(jnp.round(shifted / _over_columns(step, n)), -127.0, 127.0)
+        codes = jnp.clip(
+            jnp.round(exact_arithmetic.quotient(shifted, _over_columns(step, n))), -127.0, 127.0
+        )
         return {
             "scale": codes.astype(jnp.int8),
             "super_scale": step,

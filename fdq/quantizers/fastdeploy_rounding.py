@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq import packing
-from fdq.formats import Arrays, grouping
+from fdq.formats import Arrays, exact_arithmetic, grouping
 from fdq.formats.integer import FORMATS as INTEGERS
 from fdq.scheme import WeightSpec
 
@@ -65,13 +65,14 @@ def quantize(w: jax.Array, spec: WeightSpec, compat: str) -> Arrays:
     w = w.astype(jnp.float32)
     k, n = w.shape[-2:]
     largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
-    scale = (largest / bound).astype(dtype).astype(jnp.float32)
+    scale = round_to(exact_arithmetic.quotient(largest, bound), dtype)
     used = jnp.where(scale > 0, scale, jnp.float32(1.0))
     if compat == "fastdeploy":
         divisor = jnp.where(largest > 0, largest, jnp.float32(1.0))
-        levels = w / grouping.expand(divisor, spec, k, n) * bound
+        ratio = exact_arithmetic.quotient(w, grouping.expand(divisor, spec, k, n))
+        levels = exact_arithmetic.product(jnp.full_like(ratio, bound), ratio)
     else:
-        levels = w / grouping.expand(used, spec, k, n)
+        levels = exact_arithmetic.quotient(w, grouping.expand(used, spec, k, n))
     levels = jnp.clip(round_half_away(levels), -bound, bound)
     format = INTEGERS[spec.format]
     codes = format.to_codes(levels, spec, None)
@@ -87,3 +88,10 @@ def round_half_away(x: jax.Array) -> jax.Array:
     whole = jnp.floor(magnitude)
     up = (magnitude - whole >= jnp.float32(0.5)).astype(jnp.float32)
     return jnp.sign(x) * (whole + up)
+
+
+def round_to(x: jax.Array, dtype: Any) -> jax.Array:
+    """float32 rounded to what ``dtype`` can hold, in a way that XLA does not optimize away."""
+    if jnp.dtype(dtype) == jnp.dtype("bfloat16"):
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)

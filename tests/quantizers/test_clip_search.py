@@ -1,0 +1,103 @@
+"""The scale search: at least as good as every closed form and every scale of a fine grid."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fdq.qtensor import dequantize
+from fdq.quantizers import quantize_array
+from tests.formats.cases import levels_of, spec
+
+
+def errors(w, s, method, importance=None):
+    q = quantize_array(w, s, method=method, importance=importance)
+    return np.square(np.asarray(dequantize(q), np.float64) - w)
+
+
+@pytest.mark.parametrize(
+    ("s", "closed"),
+    [
+        (spec("int4", 128), ("absmax", "signed_max")),
+        (spec("int4", 128, zero_point="integer"), ("absmax",)),
+        (spec("int2", 64, zero_point="half"), ("absmax",)),
+        (spec("nf4", 64), ("absmax",)),
+        (spec("mxfp4", 32, "float8_e8m0fnu"), ("absmax",)),
+        (spec("nvfp4", 16, "float8_e4m3fn"), ("absmax", "four_over_six")),
+    ],
+    ids=str,
+)
+def test_search_beats_every_closed_form(s, closed, rng):
+    w = rng.standard_t(5, (256, 32)).astype(np.float32)
+    groups = 256 // s.group_size
+    searched = errors(w, s, "search").reshape(groups, -1, 32).sum(axis=1)
+    for method in closed:
+        other = errors(w, s, method).reshape(groups, -1, 32).sum(axis=1)
+        assert searched.sum() < 0.97 * other.sum(), method
+        assert np.mean(searched <= other * 1.02) > 0.8, method
+
+
+def test_search_finds_the_best_signed_scale_of_each_group(rng):
+    """Against a brute-force search over a grid four times as fine, in float64."""
+    s = spec("int4", 32, "bfloat16")
+    w = rng.standard_normal((128, 4)).astype(np.float32)
+    found = errors(w, s, "search").reshape(4, 32, 4).sum(axis=1)
+    groups = w.reshape(4, 32, 4).astype(np.float64)
+    largest = np.abs(groups).max(axis=1)
+    levels = levels_of(s)
+    best = np.full(largest.shape, np.inf)
+    for fraction in np.linspace(-1.2, 1.2, 401):
+        scale = (fraction * largest / 7.5).astype(ml_dtypes.bfloat16).astype(np.float64)
+        if abs(fraction) < 0.2:
+            continue
+        distance = np.abs(groups[:, None] - levels[None, :, None, None] * scale[:, None, None])
+        best = np.minimum(best, np.square(distance.min(axis=1)).sum(axis=1))
+    assert np.all(found <= best * 1.04)
+    assert found.sum() <= best.sum() * 1.01
+    scale = np.asarray(quantize_array(w, s).scale, np.float32)
+    assert (scale < 0).any()
+    assert (scale > 0).any()
+
+
+def test_importance_weighs_the_error(rng):
+    s = spec("int4", 64)
+    w = rng.standard_normal((128, 16)).astype(np.float32)
+    h = np.exp(rng.standard_normal(128) * 1.5).astype(np.float32)
+    plain = errors(w, s, None)
+    guided = errors(w, s, None, importance=jnp.asarray(h))
+    assert (h[:, None] * guided).sum() < 0.97 * (h[:, None] * plain).sum()
+    assert guided.sum() > plain.sum()
+    uniform = errors(w, s, None, importance=np.full(128, 3.0, np.float32))
+    assert uniform.sum() == pytest.approx(plain.sum(), rel=1e-3)
+
+
+def test_importance_of_a_stack_is_one_row_a_matrix(rng):
+    s = spec("int4", 32)
+    w = rng.standard_normal((2, 64, 8)).astype(np.float32)
+    h = np.exp(rng.standard_normal((2, 64))).astype(np.float32)
+    both = quantize_array(w, s, importance=h)
+    for i in range(2):
+        one = quantize_array(w[i], s, importance=h[i])
+        for x, y in zip(jax.tree.leaves(both), jax.tree.leaves(one), strict=True):
+            np.testing.assert_array_equal(np.asarray(x[i]), np.asarray(y))
+
+
+def test_memory_does_not_grow_with_the_number_of_candidates():
+    s = spec("int4", 128)
+    w = jax.ShapeDtypeStruct((512, 256), jnp.float32)
+    lowered = jax.jit(lambda w: quantize_array(w, s)).lower(w)
+    analysis = lowered.compile().memory_analysis()
+    if analysis is None:
+        pytest.skip("this backend does not report memory")
+    assert analysis.temp_size_in_bytes < 6 * 512 * 256 * 4
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4"])
+def test_searched_codes_use_both_ends(format, rng):
+    s = spec(format, 64)
+    w = rng.standard_normal((256, 16)).astype(np.float32)
+    q = quantize_array(w, s)
+    codes = np.asarray(q.codes)
+    used = set(np.unique(codes & 15)) | set(np.unique(codes >> 4))
+    assert used == set(range(16))
