@@ -25,6 +25,7 @@ from fdq.ops import unprepare as unprepare
 from fdq.planner import plan as plan
 from fdq.qtensor import QTensor as QTensor
 from fdq.qtensor import dequantize as dequantize
+from fdq.quantize import match_table as match_table
 from fdq.quantize import quantize as quantize
 from fdq.recipe import Recipe as Recipe
 from fdq.sampling import Sampling as Sampling
