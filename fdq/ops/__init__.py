@@ -13,3 +13,4 @@ from fdq.ops.layouts import prepare as prepare
 from fdq.ops.layouts import unprepare as unprepare
 from fdq.ops.matmul import matmul as matmul
 from fdq.ops.matmul import parse_activation as parse_activation
+from fdq.ops.matmul import transposed_matmul as transposed_matmul

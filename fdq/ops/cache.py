@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.ops.weight_view import e4m3_values
 from fdq.scheme import CacheSpec
 
 CACHE_SCALE_DTYPE = jnp.float32
@@ -121,15 +122,8 @@ def cache_code_values(codes: jax.Array, spec: CacheSpec | None) -> jax.Array:
         pairs = jnp.stack([low, high], axis=-1).astype(jnp.float32)
         return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
     if codes.dtype == jnp.float8_e4m3fn or (spec is not None and spec.format == "float8_e4m3"):
-        # By way of float16 bits: XLA's own conversion is a slow sequence of selects. A KVCache
-        # holds the bits as uint8, for XLA on CPU widens float8 arrays that it updates as a whole.
-        bits = codes if codes.dtype == jnp.uint8 else lax.bitcast_convert_type(codes, jnp.uint8)
-        wide = bits.astype(jnp.uint16)
-        sign = (wide & jnp.uint16(0x80)) << jnp.uint16(8)
-        half = lax.bitcast_convert_type(
-            sign | (wide & jnp.uint16(0x7F)) << jnp.uint16(7), jnp.float16
-        )
-        return half.astype(jnp.float32) * jnp.float32(256)
+        # XLA's own conversion is a slow sequence of selects.
+        return e4m3_values(lax.bitcast_convert_type(codes, jnp.uint8)) * jnp.float32(256)
     return codes.astype(jnp.float32)
 
 

@@ -45,4 +45,5 @@ def in_auto_axes(
         seen.update(names)
         entries.append(names or None)
     sharding = NamedSharding(mesh, PartitionSpec(*entries))
-    return jax.sharding.auto_axes(function, out_sharding=sharding)(*arguments)
+    traced: Any = jax.sharding.auto_axes(function, out_sharding=sharding)
+    return traced(*arguments)

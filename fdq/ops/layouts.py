@@ -1,13 +1,17 @@
 """Layouts that devices want, and ``prepare``, which puts weights into them.
 
 One so far: ``transposed``, int8 codes as ``[N, K]`` with everything else as in a checkpoint. On
-CPUs an int8 dot whose weight is ``[N, K]`` reads it once, in order, with vector instructions for
-8-bit products; ``[K, N]`` is packed anew in every call.
+CPUs with matrix units (AMX) an int8 dot whose weight is ``[N, K]`` is the fastest way to read it:
+0.7 ms at 4096 x 4096 against 1.1 ms for the element-wise fusion over ``[K, N]``. On CPUs without
+them it is the slower of the two (AMD Zen 4: 3.0 ms against 2.4 ms), and ``prepare`` changes
+nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +53,19 @@ def best_layout(q: QTensor, platform: str) -> str:
     spec = q.spec
     plain = spec.format == "int8" and spec.granularity in ("channel", "tensor")
     # Stacked weights (experts, layers) are sliced first: they stay as they are.
-    if platform == "cpu" and plain and spec.zero_point == "none" and q.ndim == 2:
-        return "transposed"
+    if plain and spec.zero_point == "none" and q.ndim == 2:
+        if platform == "cpu" and _has_matrix_units():
+            return "transposed"
     return "canonical"
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    """Whether this machine's CPU multiplies int8 tiles (Intel AMX)."""
+    try:
+        return "amx_int8" in pathlib.Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:  # not Linux
+        return False
 
 
 def prepare(tree: Any, device: Any = None) -> Any:

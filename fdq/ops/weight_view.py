@@ -36,8 +36,9 @@ _UNITS = {
     "mxfp8": (1, 1),
     "nvfp4": (1, 2),
     "cc2": (1, 4),
+    "array": (1, 1),
 }
-"""Bytes and rows of K in a packed unit."""
+"""Bytes (elements of an array) and rows of K in a packed unit."""
 
 _BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
@@ -56,7 +57,7 @@ class WeightView:
       zero: float32 of the shape of ``scale``, or None.
       affine: of ``cc2``, float32 ``[1, N]`` each: the code scale as a sum of two numbers whose
         products with a code are exact, and the code offset; else None.
-      kind: name of the format.
+      kind: name of the format, or ``array`` for floats, whose ``codes`` are the values.
       offset: what ``decode_unit`` subtracts from an unsigned code (8 for plain int4).
       group: rows of K that share a scale.
     """
@@ -166,7 +167,8 @@ def view_weight(q: QTensor) -> WeightView | None:
     elif spec.granularity == "block":
         assert spec.block_size is not None
         group = spec.block_size[0]
-        scale = _repeat_last(scale, spec.block_size[1], n)
+        # Repeated in memory (K / 128 rows): an index n // 128 inside a fusion stops vectorization.
+        scale = lax.optimization_barrier(_repeat_last(scale, spec.block_size[1], n))
         missing = scale.shape[-2] * group - rows
         if missing:
             codes = jnp.pad(codes, [(0, missing // unit_rows * unit_bytes), (0, 0)])
@@ -184,18 +186,37 @@ def view_weight(q: QTensor) -> WeightView | None:
     return WeightView(codes, scale, zero, affine, kind, offset, group)
 
 
+def view_array(w: jax.Array) -> WeightView:
+    """The view of a float ``[K, N]`` array."""
+    one = jnp.ones((1, 1), jnp.float32)
+    return WeightView(w, one, None, None, "array", 0.0, w.shape[0])
+
+
 def _effective_scale(q: QTensor) -> jax.Array:
     """Float32 ``[G, N]`` (blocks not repeated): the product of everything that multiplies."""
     if q.spec.format == "cc2":
         local = unpack_local_scales(q.scale, q.shape[-2] // GROUP)
         return local.astype(jnp.float32) * q.super_scale
+    arrays = q.arrays()
+    if q.scale.dtype == jnp.float8_e4m3fn:
+        # XLA's own conversion is a slow sequence of selects.
+        arrays["scale"] = e4m3_values(lax.bitcast_convert_type(q.scale, jnp.uint8)) * jnp.float32(
+            _MULTIPLIERS["float8_e4m3"]
+        )
     multiplier = getattr(FORMATS[q.spec.format], "multiplier")  # noqa: B009, not of every Format
-    return multiplier(q.arrays(), q.spec)
+    return multiplier(arrays, q.spec)
 
 
 def _from_float16_bits(bits: jax.Array) -> jax.Array:
     # Hardware converts float16 subnormals right even where float32 subnormals are flushed to zero.
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+
+def e4m3_values(codes: jax.Array) -> jax.Array:
+    """uint8 holding float8_e4m3fn -> float32 values divided by 2^8; exact (NaN becomes 480)."""
+    wide = codes.astype(jnp.uint16)
+    sign = (wide & jnp.uint16(0x80)) << jnp.uint16(8)
+    return _from_float16_bits(sign | (wide & jnp.uint16(0x7F)) << jnp.uint16(7))
 
 
 def _select_level(nibble: jax.Array, levels: np.ndarray) -> jax.Array:
@@ -219,14 +240,12 @@ def decode_unit(view: WeightView, unit: list[jax.Array], affine=None) -> list[ja
       ``unit_rows`` float32 arrays of that shape.
     """
     kind, b = view.kind, unit[0]
-    if kind == "int8":
+    if kind in ("int8", "array"):
         values = [b.astype(jnp.float32)]
     elif kind in _BITS:
         values = [c.astype(jnp.float32) for c in unsigned_rows(view, unit)]
     elif kind in ("float8_e4m3", "mxfp8"):
-        wide = b.astype(jnp.uint16)
-        sign = (wide & jnp.uint16(0x80)) << jnp.uint16(8)
-        return [_from_float16_bits(sign | (wide & jnp.uint16(0x7F)) << jnp.uint16(7))]
+        return [e4m3_values(b)]
     elif kind == "float8_e5m2":
         return [_from_float16_bits(b.astype(jnp.uint16) << jnp.uint16(8))]
     elif kind in ("mxfp4", "nvfp4"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fdq import ops
+from fdq.ops import layouts
 from fdq.qtensor import dequantize
 from fdq.scheme import ActivationSpec
 from tests.ops.format_cases import error, weight
@@ -51,8 +52,9 @@ def test_codes(spec, rng):
 
 
 @pytest.mark.parametrize("m", [1, 4])
-def test_w8a8_is_an_integer_product(m, rng):
+def test_w8a8_is_an_integer_product(m, rng, monkeypatch):
     """int32 sums are exact, then two float32 products: equal to the last bit but one."""
+    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
     q, x = weight("int8 channel"), rows(rng, m)
     codes, scale = reference_codes(x, INT8)
     sums = codes @ np.asarray(q.codes).astype(np.int64)
@@ -113,7 +115,7 @@ def test_block_wise_fp8_slice_by_slice(rng):
         k = slice(128 * i, 128 * (i + 1))
         block_scale = np.repeat(np.asarray(q.scale)[i], 128)
         expected = expected + codes[:, k] @ weights[k] * scale[:, k][:, :1] * block_scale
-    assert error(ops.matmul(x, q, activation="fp8_block"), expected) < ROUNDING
+    assert error(ops.matmul(x, q, activation="fp8-x128"), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("format", ["int8", "float8_e4m3"])
@@ -142,8 +144,9 @@ def test_the_gradient_is_straight_through(rng):
     )
 
 
-def test_integer_dots_are_integer_dots():
+def test_integer_dots_are_integer_dots(monkeypatch):
     """No float product of the weight anywhere: the dot of W8A8 takes int8 and gives int32."""
+    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
     q = weight("int8 channel")
     text = jax.jit(lambda x, q: ops.matmul(x, q, activation="int8")).lower(
         jnp.ones((4, 256)), ops.prepare(q, "cpu")
@@ -153,5 +156,5 @@ def test_integer_dots_are_integer_dots():
 
 
 def test_unknown_activation():
-    with pytest.raises(ValueError, match="Unknown activation 'int4'; use one of 'int8'"):
-        ops.matmul(jnp.ones((1, 256)), weight("int8 channel"), activation="int4")
+    with pytest.raises(ValueError, match="int5"):
+        ops.matmul(jnp.ones((1, 256)), weight("int8 channel"), activation="int5")

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdq import ops
+from fdq.ops import layouts
 from fdq.ops.choice import Target
 from fdq.ops.matmul import _compute_dtype
 from fdq.qtensor import dequantize
@@ -171,7 +172,8 @@ def test_array_weights(dtype, m, rng):
 
 
 @pytest.mark.parametrize("name", ["int8 channel", "int8 tensor"])
-def test_prepared_weights(name, rng):
+def test_prepared_weights(name, rng, monkeypatch):
+    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
     q = weight(name)
     tree = ops.prepare({"a": q, "b": jnp.ones(3)}, "cpu")
     prepared = tree["a"]
@@ -187,9 +189,12 @@ def test_prepared_weights(name, rng):
     assert error(gradient, np.broadcast_to(decoded(name).sum(1), x.shape)) < TOLERANCE
     assert ops.prepare(weight("int4 group"), "cpu").layout == "canonical"
     assert ops.prepare(q, "gpu").layout == "canonical"
+    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: False)
+    assert ops.prepare(q, "cpu").layout == "canonical"
 
 
-def test_prepare_walks_modules(rng):
+def test_prepare_walks_modules(rng, monkeypatch):
+    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
     from flax import nnx
 
     class Layer(nnx.Module):
@@ -254,3 +259,11 @@ def test_formulations_of_other_devices(name, rng):
     assert error(fused_product(x, view, 8, dot=False), expected) < TOLERANCE
     for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)):
         assert error(plane_product(x, view, dtype), expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_transposed_array(dtype, rng):
+    """A tied embedding: the same product without forming the transpose."""
+    x, w = rows(rng, 1).astype(dtype), rows(rng, 24).astype(dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    assert error(ops.transposed_matmul(x, w, out_dtype=jnp.float32), expected) < TOLERANCE

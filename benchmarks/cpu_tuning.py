@@ -1,0 +1,93 @@
+"""Measures which formulation of a product is the fastest and writes fdq/ops/cpu_choices.json."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fdq.ops
+from fdq import ops
+
+PATHS = {
+    "int8": ("W8", None),
+    "int4": ("W4", None),
+    "int3": ("W3", None),
+    "int2": ("W2", None),
+    "nf4": ("WNF4", None),
+    "mxfp4": ("WMXFP4", None),
+    "nvfp4": ("WNVFP4", None),
+    "cc2": ("WCC2", None),
+    "float8_e4m3": ("block", None),
+    "int8 x int8": ("W8", "int8"),
+    "int4 x int8": ("W4", "int8"),
+}
+"""Keys of the table, and what is measured for each."""
+
+ROWS = (1, 4, 16, 128)
+FUSED_ROWS, TILES = (8, 16, 32), (128, 512)
+# Below this many weights a loop over tiles costs more than it saves.
+SMALL = 65536
+_UNIT_ROWS = {"int8": 1, "float8_e4m3": 1, "int3": 8, "int2": 4, "cc2": 4}
+
+
+def candidates(kind: str, m: int) -> list[tuple[str, int]]:
+    """Formulations worth trying for m rows of x and a weight of format ``kind``."""
+    units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
+    fused = [("fused", size) for size in units] if m <= 4 else []
+    return [*fused, *(("tiles", size) for size in TILES if m > 1), ("whole", 0)]
+
+
+def tune(
+    measure: Callable[..., Any],
+    random_weight: Callable[..., Any],
+    weight_spec: Callable[[str], Any],
+    machine: dict[str, Any],
+    *,
+    quick: bool,
+) -> None:
+    """Times every candidate at K = N = 2048 for each path and number of rows; writes the best."""
+    choices: dict[str, list[dict[str, Any]]] = {}
+    for path, (name, activation) in PATHS.items():
+        q = random_weight(weight_spec(name), 2048, 2048)
+        rows: list[dict[str, Any]] = []
+        for m in ROWS:
+            x = jnp.asarray(np.random.default_rng(m).standard_normal((m, 2048)), jnp.float32)
+            cases = {}
+            for candidate in candidates(path.split()[0], m):
+
+                def product(x, q, candidate=candidate):
+                    with ops.forced_formulation(*candidate):
+                        return ops.matmul(x, q, activation=activation)  # noqa: B023
+
+                cases[candidate] = (jax.jit(product), (x, q), q.nbytes)
+            timings = measure(cases, (5 if quick else 15) if m < 64 else 3)
+            for t in timings:
+                print(
+                    f"  {path:14} {m:4} rows  {t.name[0]:6}{t.name[1]:5} {t.seconds * 1e3:9.3f} ms"
+                )
+            best: Any = min(timings, key=lambda t: t.seconds).name
+            if m > 1 and not any("max_elements" in row for row in rows):
+                rows.append({"max_elements": SMALL, "formulation": "whole"})
+            row = {"max_rows": m, "formulation": best[0], "size": best[1]}
+            if rows and {**rows[-1], "max_rows": m} == row:
+                rows.pop()
+            rows.append(row)
+        rows[-1].pop("max_rows")
+        choices[path] = rows
+    choices["array"] = [{"formulation": "fused", "size": 8}]
+    choices["default"] = choices["int4"]
+    for kind in ("float8_e5m2", "mxfp8"):
+        choices[kind] = choices["float8_e4m3"]
+    for kind in ("int3 x int8", "int2 x int8"):
+        choices[kind] = choices["int4 x int8"]
+    path = pathlib.Path(fdq.ops.__file__).with_name("cpu_choices.json")
+    table = {"measured": {**machine, "command": "python -m benchmarks.cpu --tune"}}
+    text = json.dumps({**table, "choices": choices}, indent=1)
+    path.write_text(text + "\n")
+    print(f"wrote {path}")
