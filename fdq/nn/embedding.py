@@ -34,4 +34,4 @@ class Embedding(nnx.Module):
 
     def attend(self, x: jax.Array, *, out_dtype: Any = jnp.float32) -> jax.Array:
         """`x [..., features] -> x @ embedding.T [..., vocab]` in `out_dtype`."""
-        return ops.matmul(x, self._table(x.dtype).T, out_dtype=out_dtype)
+        return ops.transposed_matmul(x, self._table(x.dtype), out_dtype=out_dtype)
