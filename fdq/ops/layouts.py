@@ -53,9 +53,9 @@ def best_layout(q: QTensor, platform: str) -> str:
     spec = q.spec
     plain = spec.format == "int8" and spec.granularity in ("channel", "tensor")
     # Stacked weights (experts, layers) are sliced first: they stay as they are.
-    if plain and spec.zero_point == "none" and q.ndim == 2:
-        if platform == "cpu" and _has_matrix_units():
-            return "transposed"
+    plain = plain and spec.zero_point == "none" and q.ndim == 2
+    if plain and platform == "cpu" and _has_matrix_units():
+        return "transposed"
     return "canonical"
 
 
