@@ -222,9 +222,11 @@ class _Work:
         found = [_at(seen, path) for path in paths] if seen is not None else []
         found = [x for x in found if x is not None]
         if not found:
+            lacks = "" if seen is None else f" (there is one of {', '.join(sorted(seen)[:3])} ...)"
             raise ValueError(
-                f"{path}: {scheme} needs the calibrated range of its input. Pass calibration="
-                "fdq.calibrate(model, tokens), or use dynamic activations (drop '-static')."
+                f"{path}: {scheme} needs the calibrated range of its input{lacks}. Pass "
+                "calibration=fdq.calibrate(model, tokens), use dynamic activations (drop "
+                "'-static'), or leave this tensor out by a rule."
             )
         absmax = np.asarray(found[0], np.float32)
         if absmax.shape in ((shape[-2],), (*lead, shape[-2])):  # per channel

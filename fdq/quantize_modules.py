@@ -111,6 +111,7 @@ def describe(tensor: Tensor) -> Leaf:
             folds.add(fold[0])
         else:
             owner = fold if isinstance(fold, str) else f"{use.attribute}: not quantized"
+            owner = "bias" if use.attribute == "bias" else owner
             reasons.append((use, owner))
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
         return Leaf(first.path, shape, dtype, "fixed", f"dtype {dtype}", aliases)

@@ -279,11 +279,12 @@ class Recipe:
         return cls.from_dict(_read_json(text) if isinstance(text, str) else text)
 
     def __str__(self) -> str:
+        """The scheme's name, or the rules as JSON; ``parse`` reads both."""
         default = dataclasses.replace(self.default or Scheme(), cache=self.cache)
         if not self.rules:
             return str(default)
-        rules = [f"{rule.pattern}: {rule.scheme or 'W16A16C16'}" for rule in self.rules]
-        return "{" + ", ".join([*rules, f"*: {default}"]) + "}"
+        rules = {rule.pattern: rule.scheme and str(rule.scheme) for rule in self.rules}
+        return json.dumps({**rules, "*": str(default)})
 
     def __hash__(self) -> int:
         return hash((self.rules, self.default, self.cache))

@@ -170,6 +170,7 @@ def test_json_round_trip(rules, default, cache, record):
     restored = Recipe.from_json(recipe.to_json())
     assert restored == recipe and restored.record == recipe.record
     assert Recipe.from_json(json.loads(recipe.to_json())) == recipe
+    assert Recipe.parse(str(recipe)) == recipe
 
 
 # --- the table -----------------------------------------------------------------------------------
