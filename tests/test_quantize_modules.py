@@ -432,3 +432,42 @@ def test_user_code_warns_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         output(quantize(model(), "W8A16", quiet=True))
+
+
+def test_modules_in_containers():
+    class Holder(nnx.Module):
+        def __init__(self, rngs):
+            def linear():
+                return nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+            self.plain = nnx.data([linear(), (linear(), {"a": linear()})])
+            self.named = nnx.Dict({"x": linear(), "f": nnx.relu})
+            self.sequence = nnx.Sequential(linear(), nnx.relu, linear())
+            self.shared = self.plain[0]
+
+    q = quantize(Holder(nnx.Rngs(0)), "W8A16", quiet=True)
+    layers = [q.plain[0], q.plain[1][0], q.plain[1][1]["a"], q.named["x"], q.sequence.layers[2]]
+    assert {type(layer) for layer in layers} == {nn.QuantizedLinear}
+    assert type(q.plain) is list and type(q.plain[1]) is tuple and q.named["f"] is nnx.relu
+    assert q.shared is q.plain[0]
+
+
+MISSION = "W8A8C8 W8A8C16 W4A16C16 WNF4A8C8 Wfp8Afp8 W4Afp8 W4A8C8 W4A16C8 W2A16 wint8 wint4 wint2"
+FASTDEPLOY = (
+    "block_wise_fp8 tensor_wise_fp8 mix_quant mxfp4 mxfp8 nvfp4 W3A16 W4A16-asym-g32 WNF4-dq"
+)
+
+
+@pytest.mark.parametrize("name", [*MISSION.split(), *FASTDEPLOY.split()])
+def test_every_scheme_works_in_a_users_layer(name, rng):
+    layer = nnx.Linear(128, 16, rngs=nnx.Rngs(0))
+    x = rng.standard_normal((4, 128)).astype(np.float32)
+    holder = nnx.Sequential(layer)
+    calibration = {"layers.0": np.abs(x).max()}
+    q = quantize(holder, name, calibration=calibration, quiet=True).layers[0]
+    y, reference = np.asarray(jax.jit(lambda x: q(x))(x)), np.asarray(layer(x))
+    limit = {"int2": 0.5, "cc2": 0.5, "int3": 0.25}.get(q.kernel.spec.format, 0.15)
+    assert 0 < relative_error(y, reference) < limit
+    if q.activation is None:
+        w = np.asarray(dequantize(q.kernel))
+        assert relative_error(y, x @ w + np.asarray(layer.bias.get_value())) < 2e-6
