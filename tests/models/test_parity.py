@@ -3,38 +3,36 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import fdq.models
 from fdq.decode import decode, prefill
 from fdq.kv_cache import KVCache
+from tests.models import oracles
 
 
-def test_logits(load_oracle, oracle_name):
-    model, expected = load_oracle(oracle_name)
+@pytest.mark.parametrize("name", oracles.NAMES)
+def test_logits(name):
+    model, expected = oracles.oracle(name)
     logits = jax.jit(lambda model, tokens: model(tokens))(model, expected["input_ids"])
     assert logits.dtype == jnp.float32
     assert np.std(expected["logits"]) > 0.3
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
 
 
-def test_greedy_tokens_through_the_cache(load_oracle, oracle_name):
+@pytest.mark.parametrize("name", oracles.NAMES)
+def test_greedy_tokens_through_the_cache(name):
     """Four prompts of three lengths in one batch, each as transformers continues it alone."""
-    model, expected = load_oracle(oracle_name)
-    prompts, tokens = [], []
-    for suffix in ("", "_short", "_long"):
-        prompts += list(expected["prompt" + suffix])
-        tokens += expected["greedy" + suffix].tolist()
-    padded = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    cache = KVCache.init(model.config, len(prompts), 32)
+    model, expected = oracles.oracle(name)
+    prompts, lengths, tokens, _ = oracles.greedy_batch(expected)
+    cache = KVCache.init(model.config, 4, 32)
     assert cache.k[0].dtype == jnp.float32
-    state = prefill(model, padded, cache, lengths=list(map(len, prompts)))
-    state = decode(model, state, steps=16)
-    assert state.generated() == tokens
+    state = prefill(model, prompts, cache, lengths=lengths)
+    assert decode(model, state, steps=16).generated() == tokens
 
 
-def test_both_spellings_of_the_config_mean_the_same(oracle_config, oracle_name):
-    new, old = (oracle_config(oracle_name, f) for f in ("config.json", "config_v4.json"))
+@pytest.mark.parametrize("name", oracles.NAMES)
+def test_both_spellings_of_the_config_mean_the_same(name):
+    new, old = (oracles.read_config(name, f) for f in ("config.json", "config_v4.json"))
     assert new != old
     assert fdq.models.from_huggingface(new) == fdq.models.from_huggingface(old)

@@ -7,8 +7,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 from fdq import models
@@ -73,29 +71,37 @@ def fill(model, tensors):
         if block.shared_experts is not None:
             mlp(block.shared_experts, f"{prefix}.shared_experts")
     assert not left, f"tensors that the model has no place for: {sorted(left)}"
-    assert len(done) == len(jax.tree.leaves(nnx.state(model))), "parameters without a tensor"
+    assert len(done) == len(jax.tree.leaves(model)), "parameters without a tensor"
     return model
+
+
+def oracle_config(name):
+    return models.from_huggingface(read_config(name))
 
 
 @functools.cache
 def oracle(name):
     """(model, expected arrays) of one oracle."""
-    config = models.from_huggingface(read_config(name))
-    model = models.Decoder(config, rngs=nnx.Rngs(params=0))
+    model = models.abstract(oracle_config(name))
     expected = dict(np.load(ORACLES / name / "expected.npz"))
     return fill(model, load_file(ORACLES / name / "model.safetensors")), expected
 
 
-@pytest.fixture(scope="session")
-def load_oracle():
-    return oracle
+def greedy_batch(expected):
+    """The four prompts of an oracle in one batch, right-padded, and what they continue to.
 
-
-@pytest.fixture(scope="session")
-def oracle_config():
-    return read_config
-
-
-def pytest_generate_tests(metafunc):
-    if "oracle_name" in metafunc.fixturenames:
-        metafunc.parametrize("oracle_name", NAMES)
+    Returns:
+      prompts [4, L] int32, their lengths, 16 greedy tokens of each, and at each of these the gap
+      between the two best logits [4, 16].
+    """
+    prompts, tokens, logits = [], [], []
+    for suffix in ("", "_short", "_long"):
+        prompts += list(expected["prompt" + suffix])
+        tokens += expected["greedy" + suffix].tolist()
+        logits += list(expected["greedy_logits" + suffix])
+    lengths = list(map(len, prompts))
+    padded = np.zeros((len(prompts), max(lengths)), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    best = np.sort(np.array(logits), axis=-1)
+    return padded, lengths, tokens, best[..., -1] - best[..., -2]
