@@ -33,6 +33,8 @@ ROWS = (1, 4, 16, 128)
 FUSED_ROWS, TILES = (8, 16, 32), (128, 512)
 # Below this many weights a loop over tiles costs more than it saves.
 SMALL = 65536
+# Above this many it is not decoded whole: 16 MiB of float32.
+LARGE = 2**22
 _UNIT_ROWS = {"int8": 1, "float8_e4m3": 1, "int3": 8, "int2": 4, "cc2": 4}
 
 
@@ -41,6 +43,29 @@ def candidates(kind: str, m: int) -> list[tuple[str, int]]:
     units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
     fused = [("fused", size) for size in units] if m <= 4 else []
     return [*fused, *(("tiles", size) for size in TILES if m > 1), ("whole", 0)]
+
+
+def table_rows(measured: dict[int, dict[tuple[str, int], float]]) -> list[dict[str, Any]]:
+    """The fastest formulation by rows of x, as ``cpu_choices.json`` holds it.
+
+    A weight of more than ``LARGE`` elements is never decoded whole, whatever was measured: the
+    fastest of the others takes its place.
+
+    Args:
+      measured: rows of x -> formulation -> seconds.
+    """
+    rows: list[dict[str, Any]] = []
+    for m in sorted(measured):
+        times = measured[m]
+        best = min(times, key=times.__getitem__)
+        bounds = {} if m == max(measured) else {"max_rows": m}
+        if m > 1:
+            rows.append({**bounds, "max_elements": SMALL, "formulation": "whole"})
+        if best[0] == "whole":
+            rows.append({**bounds, "max_elements": LARGE, "formulation": "whole"})
+            best = min((c for c in times if c[0] != "whole"), key=times.__getitem__)
+        rows.append({**bounds, "formulation": best[0], "size": best[1]})
+    return rows
 
 
 def tune(
@@ -55,7 +80,7 @@ def tune(
     choices: dict[str, list[dict[str, Any]]] = {}
     for path, (name, activation) in PATHS.items():
         q = random_weight(weight_spec(name), 2048, 2048)
-        rows: list[dict[str, Any]] = []
+        measured: dict[int, dict[tuple[str, int], float]] = {}
         for m in ROWS:
             x = jnp.asarray(np.random.default_rng(m).standard_normal((m, 2048)), jnp.float32)
             cases = {}
@@ -67,19 +92,12 @@ def tune(
 
                 cases[candidate] = (jax.jit(product), (x, q), q.nbytes)
             timings = measure(cases, (5 if quick else 15) if m < 64 else 3)
-            for t in timings:
+            measured[m] = {t.name: t.seconds for t in timings}
+            for (kind, size), seconds in measured[m].items():
                 print(
-                    f"  {path:14} {m:4} rows  {t.name[0]:6}{t.name[1]:5} {t.seconds * 1e3:9.3f} ms"
+                    f"  {path:14} {m:4} rows  {kind:6}{size:5} {seconds * 1e3:9.3f} ms", flush=True
                 )
-            best: Any = min(timings, key=lambda t: t.seconds).name
-            if m > 1 and not any("max_elements" in row for row in rows):
-                rows.append({"max_elements": SMALL, "formulation": "whole"})
-            row = {"max_rows": m, "formulation": best[0], "size": best[1]}
-            if rows and {**rows[-1], "max_rows": m} == row:
-                rows.pop()
-            rows.append(row)
-        rows[-1].pop("max_rows")
-        choices[path] = rows
+        choices[path] = table_rows(measured)
     choices["array"] = [{"formulation": "fused", "size": 8}]
     choices["default"] = choices["int4"]
     for kind in ("float8_e5m2", "mxfp8"):

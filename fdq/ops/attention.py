@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdq.ops.cache import cache_code_values, dequantize_cache
+from fdq.ops.cache import cache_code_planes, dequantize_cache, join_planes
 from fdq.ops.choice import resolve_implementation
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.scheme import CacheSpec
@@ -95,6 +95,7 @@ def _attend(q, key: _Side, value: _Side, lengths, offset, sliding_window, scale,
     position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
     queries = key.scale_queries(queries)
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
+    query_planes = [queries[..., p :: key.planes] for p in range(key.planes)]
 
     first = jnp.int32(0)
     if sliding_window is not None:
@@ -110,7 +111,7 @@ def _attend(q, key: _Side, value: _Side, lengths, offset, sliding_window, scale,
         visible &= slot[None, None, :] < lengths[:, None, None]
         if sliding_window is not None:
             visible &= slot[None, None, :] > position[:, :, None] - sliding_window
-        scores = _batched_dot(queries, key.block(start, block), 1)
+        scores = _sum_dots(query_planes, key.block(start, block))
         scores = key.finish_scores(scores, query_sum, start, block)
         scores = jnp.where(visible[:, None], scores, jnp.float32(_MASKED))
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
@@ -118,16 +119,17 @@ def _attend(q, key: _Side, value: _Side, lengths, offset, sliding_window, scale,
         shrink = jnp.exp(largest - new_largest)
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         update = value.weighted_sum(weights, start, block)
-        return new_largest, total, out * shrink + update
+        out = [o * shrink + u for o, u in zip(out, update, strict=True)]
+        return new_largest, total, out
 
     rows = (b, kh, t * group)
     start_state = (
         jnp.full((*rows, 1), _MASKED, jnp.float32),
         jnp.zeros((*rows, 1), jnp.float32),
-        jnp.zeros((*rows, d), jnp.float32),
+        [jnp.zeros((*rows, d // value.planes), jnp.float32) for _ in range(value.planes)],
     )
     _, total, out = lax.fori_loop(first, last, body, start_state)
-    out = value.scale_output(out / jnp.where(total == 0, jnp.float32(1), total))
+    out = value.scale_output(join_planes(out) / jnp.where(total == 0, jnp.float32(1), total))
     if value.static_zero is not None:
         seen = (total > 0).astype(jnp.float32)
         out = out - seen * value.static_zero_output()
@@ -135,15 +137,23 @@ def _attend(q, key: _Side, value: _Side, lengths, offset, sliding_window, scale,
     return out.reshape(b, t, h, d).astype(q.dtype)
 
 
-def _batched_dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
-    """``[B, KH, R, C]`` times ``y [B, KH, ., .]`` over C, which is axis 2 (0) or 3 (1) of y."""
+def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """``[B, KH, R, C]`` times ``y [B, KH, ., .]`` over C, which is ``axis`` of y."""
     return lax.dot_general(
         x,
         y,
-        (((3,), (2 + contract,)), ((0, 1), (0, 1))),
+        (((3,), (axis,)), ((0, 1), (0, 1))),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+
+
+def _sum_dots(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
+    """``[B, KH, R, S]``: queries times keys, over the channels of every plane."""
+    scores = _batched_dot(x[0], y[0], 3)
+    for a, b in zip(x[1:], y[1:], strict=True):
+        scores = scores + _batched_dot(a, b, 3)
+    return scores
 
 
 @jax.tree_util.register_dataclass
@@ -172,9 +182,14 @@ class _Side:
     def static_zero(self) -> jax.Array | None:
         return None if self.zero is None or self.zero.ndim == 3 else _wide(self.zero)
 
-    def block(self, start, size) -> jax.Array:
-        """float32 ``[B, KH, size, D]`` code values of a block of slots."""
-        return cache_code_values(_cut(self.codes, start, size), self.spec)
+    @property
+    def planes(self) -> int:
+        """Arrays that a block of codes is decoded to (int4: even and odd channels)."""
+        return 2 if self.spec is not None and self.spec.format == "int4" else 1
+
+    def block(self, start, size) -> list[jax.Array]:
+        """float32 ``[B, KH, size, D / planes]`` code values of a block of slots."""
+        return cache_code_planes(_cut(self.codes, start, size), self.spec)
 
     def scale_queries(self, queries: jax.Array) -> jax.Array:
         return queries if self.static_scale is None else queries * self.static_scale
@@ -188,16 +203,19 @@ class _Side:
         # A static zero point adds the same to all scores of a query: the softmax removes it.
         return scores
 
-    def weighted_sum(self, weights, start, size) -> jax.Array:
+    def weighted_sum(self, weights, start, size) -> list[jax.Array]:
+        """``[B, KH, R, D / planes]`` sums of values over a block of slots."""
+        block = self.block(start, size)
         if self.token_scale is None:
-            return _batched_dot(weights, self.block(start, size), 0)
+            return [_batched_dot(weights, plane, 2) for plane in block]
         scale = _cut(self.token_scale, start, size).astype(jnp.float32)
         weights = weights * scale[:, :, None, :]
-        update = _batched_dot(weights, self.block(start, size), 0)
+        sums = [_batched_dot(weights, plane, 2) for plane in block]
         if self.token_zero is not None:
             zero = _cut(self.token_zero, start, size).astype(jnp.float32)
-            update = update - jnp.sum(weights * zero[:, :, None, :], axis=-1, keepdims=True)
-        return update
+            shift = jnp.sum(weights * zero[:, :, None, :], axis=-1, keepdims=True)
+            sums = [s - shift for s in sums]
+        return sums
 
     def scale_output(self, out: jax.Array) -> jax.Array:
         return out if self.static_scale is None else out * self.static_scale

@@ -13,8 +13,9 @@ int4, static           ``[KH, D]`` or ``[KH, 1]``      ``(code - zero) * scale``
 =====================  ==============================  ==========================================
 
 Scales are float32: 32 / D bits an element, 0.25 at D = 128 (FastDeploy's dynamic cache stores
-bfloat16, 0.125). int4 codes are packed along D, the even channel in the low nibble, and their
-dynamic scales and zeros take 40 / D bits an element.
+bfloat16, 0.125). float8 codes are held as their bits, uint8: to slice or update a float8 array
+XLA's CPU backend widens it to float16 first. int4 codes are packed along D, the even channel in the
+low nibble, and their dynamic scales and zeros take 40 / D bits an element.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def quantize_cache(
       zero: likewise; int4 only.
 
     Returns:
-      ``(codes, scale, zero)``; codes are int8 or float8_e4m3fn ``[B, KH, T, D]``, or uint8
-      ``[B, KH, T, D / 2]`` for int4. Static scales come back as they were given.
+      ``(codes, scale, zero)``; codes are int8 ``[B, KH, T, D]``, uint8 ``[B, KH, T, D]`` that hold
+      the bits of float8_e4m3fn, or uint8 ``[B, KH, T, D / 2]`` for int4. Static scales come back as
+      they were given.
     """
     if spec is None:
         return x, None, None
@@ -75,7 +77,8 @@ def quantize_cache(
     bound = _BOUNDS[spec.format]
     if spec.format == "int8":
         return jnp.clip(jnp.round(y), -bound, bound).astype(jnp.int8), scale, zero
-    return jnp.clip(y, -bound, bound).astype(jnp.float8_e4m3fn), scale, zero
+    codes = jnp.clip(y, -bound, bound).astype(jnp.float8_e4m3fn)
+    return lax.bitcast_convert_type(codes, jnp.uint8), scale, zero
 
 
 def _dynamic_parameters(x: jax.Array, spec: CacheSpec) -> tuple[Any, Any, Any, Any]:
@@ -103,7 +106,7 @@ def dequantize_cache(
     if spec is None:
         return codes.astype(dtype)
     assert scale is not None
-    values = cache_code_values(codes, spec)
+    values = join_planes(cache_code_planes(codes, spec))
     if scale.ndim == 3:
         scale = scale[..., None]
         zero = None if zero is None else zero[..., None]
@@ -115,16 +118,30 @@ def dequantize_cache(
     return (values * scale.astype(jnp.float32)).astype(dtype)
 
 
-def cache_code_values(codes: jax.Array, spec: CacheSpec | None) -> jax.Array:
-    """The values of codes before zero point and scale, float32 ``[..., D]``; exact."""
+def cache_code_planes(codes: jax.Array, spec: CacheSpec | None) -> list[jax.Array]:
+    """The values of codes before zero point and scale, float32; exact.
+
+    Returns:
+      One array ``[..., D]``, or the even and the odd channels of int4, ``[..., D / 2]`` each.
+    """
     if spec is not None and spec.format == "int4":
-        low, high = codes & jnp.uint8(15), codes >> jnp.uint8(4)
-        pairs = jnp.stack([low, high], axis=-1).astype(jnp.float32)
-        return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
-    if codes.dtype == jnp.float8_e4m3fn or (spec is not None and spec.format == "float8_e4m3"):
+        return [
+            (codes & jnp.uint8(15)).astype(jnp.float32),
+            (codes >> jnp.uint8(4)).astype(jnp.float32),
+        ]
+    if spec is not None and spec.format == "float8_e4m3":
+        if codes.dtype != jnp.uint8:
+            codes = lax.bitcast_convert_type(codes, jnp.uint8)
         # XLA's own conversion is a slow sequence of selects.
-        return e4m3_values(lax.bitcast_convert_type(codes, jnp.uint8)) * jnp.float32(256)
-    return codes.astype(jnp.float32)
+        return [e4m3_values(codes) * jnp.float32(256)]
+    return [codes.astype(jnp.float32)]
+
+
+def join_planes(planes: list[jax.Array]) -> jax.Array:
+    """Undoes taking every P-th channel: P arrays ``[..., D / P]`` -> ``[..., D]``."""
+    if len(planes) == 1:
+        return planes[0]
+    return jnp.stack(planes, axis=-1).reshape(*planes[0].shape[:-1], -1)
 
 
 def _pack(codes: jax.Array) -> jax.Array:
