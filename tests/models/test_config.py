@@ -1,0 +1,125 @@
+"""Reading config.json: everything is read, known to be neutral, or an error."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fdq import models
+from tests.models import oracles
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_named_configs_build_and_survive_json(name):
+    config = models.CONFIGS[name]
+    assert models.DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.dtype == "bfloat16"
+
+
+SIZES = {  # billions of parameters, from the models' names and papers
+    "ernie-4.5-0.3b": 0.36,
+    "ernie-4.5-21b-a3b": 21.8,
+    "ernie-4.5-300b-a47b": 299,
+    "llama-3-8b": 8.03,
+    "llama-3.1-8b": 8.03,
+    "llama-3.2-1b": 1.24,
+    "qwen2.5-0.5b": 0.494,
+    "qwen3-0.6b": 0.596,
+    "qwen3-8b": 8.19,
+    "qwen3-32b": 32.8,
+    "qwen3-30b-a3b": 30.5,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_named_configs_have_as_many_parameters_as_published(name):
+    leaves = jax.tree.leaves(models.abstract(models.CONFIGS[name]))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    count = sum(int(np.prod(leaf.shape)) for leaf in leaves)
+    assert count / 1e9 == pytest.approx(SIZES[name], rel=0.01)
+
+
+def test_layers_with_experts():
+    config = oracles.read_config("ernie4_5_moe")
+    read = models.from_huggingface
+    assert read({**config, "moe_layer_end_index": -1}).moe.layers == (1, 2)
+    assert read({**config, "moe_layer_end_index": 1}).moe.layers == (1,)
+    assert read({**config, "moe_layer_interval": 2}).moe.layers == (1,)
+    assert read({**config, "moe_use_aux_free": False}).moe.correction_bias is False
+    assert read(oracles.read_config("qwen3_moe")).moe.layers == (0, 2)
+    assert read(oracles.read_config("qwen3_moe_nonorm")).moe.layers == (1,)
+
+
+def test_several_end_tokens():
+    config = {**oracles.read_config("llama"), "eos_token_id": [5, 6]}
+    assert models.from_huggingface(config).eos_token_ids == (5, 6)
+
+
+def test_unsupported_model_type():
+    with pytest.raises(ValueError, match=r"'gpt2' is not supported; supported are ernie4_5, .*moe"):
+        models.from_huggingface({"model_type": "gpt2"})
+    with pytest.raises(ValueError, match="None is not supported"):
+        models.from_huggingface({})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"logit_scale": 0.5}, r"does not know: \{'logit_scale': 0.5\}"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; expected 'silu'"),
+        ("llama", {"vocab_size": None}, "llama config lacks vocab_size"),
+        ("llama", {"vocab_size": "96"}, "vocab_size must be an integer, got '96'"),
+        ("llama", {"num_key_value_heads": 3}, r"\(=4\) must be divisible by num_kv_heads \(=3\)"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types \['sliding_attention'\] are not supported",
+        ),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias=True is not supported"),
+        ("ernie4_5_moe", {"moe_num_experts": [64, 64]}, "moe_num_experts must be an integer"),
+        ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio=2.0 is not supported"),
+        ("llama", {"dtype": "int8"}, "expected float32, bfloat16 or float16"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "'yarn' is not supported; supported are 'default', 'linear', 'llama3'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}},
+            "rope parameters lack low_freq_factor",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}},
+            r"rope parameters \['mrope_section'\] are unknown",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 is not 1",
+        ),
+    ],
+)
+def test_what_changes_the_mathematics_is_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        models.from_huggingface({**oracles.read_config(name), **changes})
+
+
+def test_switches_that_are_off_are_ignored():
+    config = oracles.read_config("qwen3")
+    more = {"some_switch": False, "some_size": None, "transformers_version": "9"}
+    assert models.from_huggingface({**config, **more}) == models.from_huggingface(config)
+
+
+def test_dicts_with_wrong_fields():
+    fields = models.CONFIGS["ernie-4.5-21b-a3b"].to_dict()
+    with pytest.raises(ValueError, match=r"model config: unknown fields \['more'\]"):
+        models.DecoderConfig.from_dict({**fields, "more": 1})
+    del fields["moe"]["top_k"]
+    with pytest.raises(ValueError, match=r"model moe: unknown fields \[\], missing .*'top_k'"):
+        models.DecoderConfig.from_dict(fields)
+    with pytest.raises(ValueError, match="model rotary: expected a mapping, got NoneType"):
+        models.DecoderConfig.from_dict({**fields, "moe": None, "rotary": None})
