@@ -20,10 +20,10 @@ def bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream, axis=0, bitorder="little")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     bits=st.sampled_from([2, 3, 4]),
-    k=st.sampled_from([1, 7, 8, 64, 65, 66, 67, 68, 69, 70, 71]),
+    k=st.sampled_from([1, 7, 64, 69]),
     n=st.sampled_from([1, 3]),
     seed=st.integers(0, 2**32 - 1),
 )

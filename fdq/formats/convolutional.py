@@ -44,7 +44,7 @@ LARGEST_LOCAL_SCALE = 15
 SWEEP = (-2, 2)  # local scales tried around the one that matches the spread of the group
 ROUNDS = 3  # of choosing codes, then fitting super_scale to them
 SLAB_WEIGHTS = 1 << 18  # weights encoded at a time
-UNROLL = 16  # codewords compared in one pass over a slab
+UNROLL = 4  # codewords compared in one pass over a slab
 
 
 class Convolutional(Format):

@@ -188,13 +188,13 @@ class ScaledFormat(Format):
         if parameters is None:
             parameters = self.finish(self.fit(w, spec), spec)
         # XLA may leave out a rounding to a short dtype that is followed by a conversion back.
-        parameters = jax.lax.optimization_barrier(parameters)
-        scale = grouping.expand(self.multiplier(parameters, spec), spec, k, n)
-        zero = self._expanded_zero(parameters, spec, k, n)
+        stored: Arrays = jax.lax.optimization_barrier(parameters)
+        scale = grouping.expand(self.multiplier(stored, spec), spec, k, n)
+        zero = self._expanded_zero(stored, spec, k, n)
         codes = self.to_codes(
             self.project(exact_arithmetic.quotient(w, scale), spec, zero), spec, zero
         )
-        return {"codes": packing.pack(codes, self.bits), **parameters}
+        return {"codes": packing.pack(codes, self.bits), **stored}
 
     def decode(
         self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32

@@ -19,6 +19,9 @@ from fdq.scheme import WeightSpec
 METHODS = ("absmax", "signed_max", "four_over_six", "search")
 """Ways to choose scales; which of them a format has is in its ``methods``."""
 
+SLAB_WEIGHTS = 1 << 18
+"""Weights searched at a time: a few copies in float32 fit a CPU's cache (twice as fast)."""
+
 
 def quantize_array(
     w: Any,
@@ -111,11 +114,11 @@ def _quantize(
     def one(w: jax.Array, importance: jax.Array | None) -> Arrays:
         if compat is not None:
             return fastdeploy_rounding.quantize(w, spec, compat)
-        w = w.astype(jnp.float32)
         if method == "search":
-            return clip_search.clip_search(w, spec, importance=importance)
+            slabs = _column_slabs(w.shape, spec) if sequential else 1
+            return _search(w, spec, importance, slabs)
         assert method is not None
-        return round_to_nearest(w, spec, method)
+        return round_to_nearest(w.astype(jnp.float32), spec, method)
 
     if w.ndim == 2:
         return one(w, importance)
@@ -132,6 +135,34 @@ def _quantize(
     else:
         out = jax.lax.map(lambda pair: one(*pair), (flat, importance.reshape(len(flat), -1)))
     return {name: a.reshape(*lead, *a.shape[1:]) for name, a in out.items()}
+
+
+def _search(w: jax.Array, spec: WeightSpec, importance: jax.Array | None, slabs: int) -> Arrays:
+    """Searches a matrix, ``slabs`` equal parts of its columns one after the other."""
+    if slabs == 1:
+        return clip_search.clip_search(w.astype(jnp.float32), spec, importance=importance)
+    columns = w.shape[1] // slabs
+
+    def search_slab(i: jax.Array) -> Arrays:
+        slab = jax.lax.dynamic_slice_in_dim(w, i * columns, columns, axis=1)
+        return clip_search.clip_search(slab.astype(jnp.float32), spec, importance=importance)
+
+    parts = jax.lax.map(search_slab, jnp.arange(slabs))
+    return {
+        name: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], slabs * a.shape[2])
+        for name, a in parts.items()
+    }
+
+
+def _column_slabs(shape: tuple[int, ...], spec: WeightSpec) -> int:
+    """How many parts the columns are searched in: the search holds float32 copies of a part."""
+    k, n = shape
+    shared = spec.granularity in ("tensor", "block") or spec.double_quantization
+    if shared or spec.format in ("nvfp4", "cc2"):  # one scale of the matrix; slabs of its own
+        return 1
+    wanted = -(-k * n // SLAB_WEIGHTS)
+    fitting = (slabs for slabs in range(wanted, min(n, 4 * wanted) + 1) if n % slabs == 0)
+    return next(fitting, 1) if wanted > 1 else 1
 
 
 def check_finite(w: jax.Array, path: str = "<array>") -> None:

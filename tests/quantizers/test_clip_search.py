@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fdq.qtensor import dequantize
-from fdq.quantizers import quantize_array
+from fdq.quantizers import quantize_array, weight
 from tests.formats.cases import levels_of, spec
 
 
@@ -101,3 +101,15 @@ def test_searched_codes_use_both_ends(format, rng):
     codes = np.asarray(q.codes)
     used = set(np.unique(codes & 15)) | set(np.unique(codes >> 4))
     assert used == set(range(16))
+
+
+@pytest.mark.parametrize("s", [spec("int4", 64), spec("int3")], ids=str)
+def test_slabs_of_columns_change_nothing(s, rng, monkeypatch):
+    monkeypatch.setattr(weight, "SLAB_WEIGHTS", 2048)
+    w = rng.standard_normal((192, 45)).astype(np.float32)  # a shape that no other test compiles
+    h = np.exp(rng.standard_normal(192)).astype(np.float32)
+    assert weight._column_slabs(w.shape, s) == 5
+    slabs = quantize_array(w, s, importance=h)
+    whole = jax.vmap(lambda w: quantize_array(w, s, importance=h))(jnp.asarray(w)[None])
+    for x, y in zip(jax.tree.leaves(slabs), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y)[0])
