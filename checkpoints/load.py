@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,11 @@ from checkpoints.restore import Shardings, StoredTensors, check_shardings, shard
 from checkpoints.source_directory import SourceDirectory
 from checkpoints.tree_paths import Path, array_path, dotted
 from fdq import models
+from fdq.calibration import Calibration, calibrate
+from fdq.kv_cache import abstract_scales
 from fdq.qtensor import QTensor
 from fdq.quantize import quantize
+from fdq.recipe import Recipe
 
 
 def load(
@@ -48,8 +51,8 @@ def load(
         ``jax.ShapeDtypeStruct``. By default the default device.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, quantized or not). Without one these come back as nested dicts.
-      calibration: what ``fdq.calibrate`` returned, for schemes with static scales. The float
-        model is then in memory as a whole.
+      calibration: for schemes with static scales: what ``fdq.calibrate`` returned, or sample
+        tokens ``[batch, length]``. The float model is then in memory as a whole.
       method: how scales are chosen, as in ``fdq.quantize``.
       compat: as in ``fdq.quantize``.
       verify: compare checksums of fdq checkpoints.
@@ -76,7 +79,7 @@ def load(
                 "scheme, or convert the original again."
             )
         options: dict[str, Any] = {"method": method, "compat": compat, "quiet": quiet}
-        return quantize(obj, scheme, calibration=calibration, **options)
+        return quantize(obj, scheme, calibration=calibrated(obj, calibration), **options)
     if template is not None:
         raise CheckpointError(f"{folder}: a template is for fdq checkpoints; there is no fdq.json.")
     if folder.name.endswith(".fdq-tmp"):
@@ -91,6 +94,7 @@ def load(
         if calibration is not None:
             float_model = load_floats(source, sharding=sharding, progress=progress)
             options = {"method": method, "compat": compat, "quiet": quiet}
+            calibration = calibrated(float_model, calibration)
             return quantize(float_model, scheme, calibration=calibration, **options)
         return load_floats(
             source,
@@ -129,6 +133,13 @@ def load_floats(
     return model
 
 
+def calibrated(model: Any, calibration: Any) -> Any:
+    """What ``fdq.quantize`` takes: statistics as they are, sample tokens run through the model."""
+    if calibration is None or isinstance(calibration, Calibration | Mapping):
+        return calibration
+    return calibrate(model, calibration)
+
+
 def abstract_quantized(tree: Any, scheme: Any, **options: Any) -> Any:
     """An abstract tree with abstract QTensors where the scheme says so."""
     return tree if scheme is None else quantize(tree, scheme, **options)
@@ -155,7 +166,12 @@ def _load_stored(
         config = models.DecoderConfig.from_dict(manifest.config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{stored.folder}: config in fdq.json: {error}") from error
-    target = _like_stored(models.abstract(config, dtype), manifest, stored.folder, cast=True)
+    template = models.abstract(config, dtype)
+    recipe = manifest.provenance.get("recipe")
+    cache = Recipe.from_json(recipe).cache if recipe else None
+    if any(str(entry.path[-1]).endswith("_cache_scale") for entry in manifest.tensors) and cache:
+        template.set_cache_scales(abstract_scales(template.config, cache))
+    target = _like_stored(template, manifest, stored.folder, cast=True)
     values = stored.restore(sharding, verify=verify)
     for tensor in tree_paths.flatten(target):
         if not isinstance(tensor.value, QTensor) and dtype is not None:
