@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdq.kv_cache import KVCache, parse_format
+from fdq.kv_cache import parse_format
 from fdq.models import Decoder
 from fdq.planner import WeightTable, cache_bytes_per_token, cache_name, weight_table
-from fdq.recipe import Recipe
 from fdq.scheme import CacheSpec
 
 # Bounds the float32 logits of one batch of windows; two models' logits exist at a time.
@@ -158,14 +157,14 @@ def evaluate(
     if recorded is not None:
         batch = recorded.batch if batch is None else batch
         _check_recorded(recorded, tokens, window, stride, batch)
-    batch = _check_batch(batch, model, tokens, window)
+    batch = _check_batch(batch, model, tokens, window, stride)
 
     cache_spec = None
     if through_cache:
         if not isinstance(model, Decoder):
             found = type(model).__name__
             raise TypeError(f"through_cache needs a model of fdq.models, got {found}.")
-        cache_spec = model_cache(model) if cache is None else parse_format(cache)
+        cache_spec = model.cache_spec if cache is None else parse_format(cache)
 
         def logits_of(inputs: np.ndarray) -> jax.Array:
             return _cached_logits(model, jnp.asarray(inputs), cache_spec)
@@ -232,7 +231,7 @@ def record_logits(
     """
     tokens = _check_tokens(tokens)
     window, stride = _check_window(window, stride, len(tokens))
-    batch = _check_batch(batch, model, tokens, window)
+    batch = _check_batch(batch, model, tokens, window, stride)
     logits_of = _logits_function(model)
     return RecordedLogits(
         tokens=tokens,
@@ -246,11 +245,12 @@ def record_logits(
     )
 
 
-def model_cache(model: Any) -> CacheSpec | None:
-    """The format of the KV cache in the scheme that a model was quantized with; None is 16 bits."""
-    if getattr(model, "recipe_record", None):
-        return Recipe.from_json(model.recipe_record).cache
-    return Recipe.parse(getattr(model, "scheme", None)).cache
+def _starts(count: int, window: int, stride: int) -> list[int]:
+    """First positions of the windows over `count` inputs."""
+    starts = [0]
+    while starts[-1] + window < count:
+        starts.append(min(starts[-1] + stride, count - window))
+    return starts
 
 
 def _batches(
@@ -262,10 +262,7 @@ def _batches(
     to end with the text, and the last batch is filled up with copies that score nothing, so that
     all batches have one shape.
     """
-    count = len(tokens) - 1
-    starts = [0]
-    while starts[-1] + window < count:
-        starts.append(min(starts[-1] + stride, count - window))
+    starts = _starts(len(tokens) - 1, window, stride)
     inputs = np.stack([tokens[s : s + window] for s in starts])
     targets = np.stack([tokens[s + 1 : s + 1 + window] for s in starts])
     mask = np.zeros(inputs.shape, np.float32)
@@ -327,7 +324,7 @@ def _cached_logits(model: Any, tokens: jax.Array, cache_spec: CacheSpec | None) 
     one pass over the window stores and reads what decoding token by token does.
     """
     batch, length = tokens.shape
-    cache = KVCache.init(model.config, batch, length, format=cache_spec)
+    cache = model.init_cache(batch, length, cache_spec or "C16")
     hidden, _ = model.extend(tokens, cache, jnp.zeros((), jnp.int32))
     return model.head(hidden)
 
@@ -352,12 +349,19 @@ def _check_window(window: int, stride: int | None, tokens: int) -> tuple[int, in
     return window, min(stride, window)
 
 
-def _check_batch(batch: int | None, model: Any, tokens: np.ndarray, window: int) -> int:
+def _check_batch(
+    batch: int | None, model: Any, tokens: np.ndarray, window: int, stride: int
+) -> int:
     vocab = _check_vocabulary(model, tokens, "model")
     if batch is not None and batch < 1:
         raise ValueError(f"`batch` (={batch}) must be positive.")
+    if batch is not None:
+        return batch
     fits = _LOGIT_BYTES_PER_BATCH // (4 * window * (vocab or 2**17))
-    return batch or max(1, min(_MAX_BATCH, fits))
+    most = max(1, min(_MAX_BATCH, fits))
+    # Batches of equal size waste the least on filling up the last.
+    windows = len(_starts(len(tokens) - 1, window, stride))
+    return -(-windows // -(-windows // most))
 
 
 def _check_vocabulary(model: Any, tokens: np.ndarray, role: str) -> int | None:

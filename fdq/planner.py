@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.kv_cache import KVCache, LayerScales
+from fdq.kv_cache import KVCache, LayerScales, abstract_scales
 from fdq.models import CONFIGS, DecoderConfig, abstract, from_huggingface
 from fdq.qtensor import QTensor
 from fdq.quantize import quantize
@@ -252,7 +252,7 @@ def plan(
     name, config = _find_config(model)
     recipe = Recipe.parse(scheme, compat=compat, has_experts=config.moe is not None)
     config = config.replace(dtype="bfloat16")
-    quantized = quantize(abstract(config), recipe, compat=compat)
+    quantized = quantize(abstract(config), recipe, compat=compat, quiet=True)
     return Plan(
         model=name,
         scheme=scheme if isinstance(scheme, str) else str(recipe),
@@ -266,18 +266,14 @@ def plan(
 
 def cache_bytes(config: DecoderConfig, cache: CacheSpec | None, *, batch: int, context: int) -> int:
     """Bytes of a cache of `context` tokens for `batch` sequences, scales included; None is C16."""
+    static = cache is not None and not cache.dynamic
+    scales = abstract_scales(config, cache) if static else None
 
-    def init() -> KVCache:
-        scales = None
-        if cache is not None and not cache.dynamic:
-            width = config.head_dim if cache.granularity == "channel" else 1
-            one = jnp.zeros((config.num_kv_heads, width), jnp.float32)
-            zero = one if cache.zero_point else None
-            layer = LayerScales(k=one, v=one, k_zero=zero, v_zero=zero)
-            scales = [layer] * config.num_layers
-        return KVCache.init(config, batch, context, cache, scales=scales)
+    def init(k_and_v: Any) -> KVCache:
+        layers = k_and_v and [LayerScales(**layer) for layer in k_and_v]
+        return KVCache.init(config, batch, context, cache, scales=layers)
 
-    return jax.eval_shape(init).nbytes
+    return jax.eval_shape(init, scales and [vars(layer) for layer in scales]).nbytes
 
 
 def cache_bytes_per_token(config: DecoderConfig, cache: CacheSpec | None) -> float:

@@ -10,9 +10,13 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
-from fdq.evaluate import RecordedLogits, Report, evaluate, model_cache, record_logits
+from fdq.calibration import Calibration, calibrate
+from fdq.cli.schemes import needs_calibration
+from fdq.decode import decode, prefill
+from fdq.evaluate import RecordedLogits, Report, evaluate, record_logits
 
 WINDOW = 256
 # Timed decoding; the loop is compiled and run once before.
@@ -116,18 +120,18 @@ class Comparison:
         """
         from checkpoints import convert, load
 
+        calibration = self._calibration() if needs_calibration(scheme) else None
         start = time.perf_counter()
         inspection = convert(
-            self.source, directory, scheme, calibration=self._calibration(scheme), dtype=self.dtype
+            self.source, directory, scheme, calibration=calibration, dtype=self.dtype
         )
         seconds = time.perf_counter() - start
         model = load(directory)
         return self._row(name or str(scheme), model, inspection.disk_bytes, seconds)
 
-    def _calibration(self, scheme: Any) -> np.ndarray | None:
-        """Sample tokens if the scheme has static scales: text that is not evaluated on."""
-        if not is_static(scheme):
-            return None
+    def _calibration(self) -> Calibration:
+        """Statistics over 8192 tokens of text that is not evaluated on."""
+        from checkpoints import load
         from fdq import sample_text
 
         ids: list[int] = []
@@ -135,7 +139,8 @@ class Comparison:
             ids += self.tokenizer.encode(text[:4096], bos=True)
             if len(ids) >= 32 * WINDOW:
                 break
-        return np.asarray(ids[: 32 * WINDOW], np.int32).reshape(-1, WINDOW)
+        tokens = np.asarray(ids[: 32 * WINDOW], np.int32).reshape(-1, WINDOW)
+        return calibrate(load(self.source), tokens)
 
     def _row(self, name: str, model: Any, disk_bytes: int, seconds: float) -> Row:
         report = evaluate(
@@ -158,28 +163,11 @@ class Comparison:
 
     def _decode(self, model: Any) -> tuple[str, float]:
         """(greedy continuation of the prompt, tokens per second of a second run)."""
-        import jax
-
-        from fdq.decode import decode, prefill
-        from fdq.kv_cache import KVCache
-
         ids = np.asarray([self.tokenizer.encode(self.prompt, bos=True)], np.int32)
         for _ in range(2):
-            cache = KVCache.init(model.config, 1, CACHE_SLOTS, model_cache(model))
+            cache = model.init_cache(1, CACHE_SLOTS)
             state = jax.block_until_ready(prefill(model, ids, cache))
             start = time.perf_counter()
             state = jax.block_until_ready(decode(model, state, DECODE_STEPS))
             seconds = time.perf_counter() - start
         return self.tokenizer.decode(state.generated()[0]), DECODE_STEPS / seconds
-
-
-def is_static(scheme: Any) -> bool:
-    """Whether a scheme or recipe has activations or a cache with calibrated scales."""
-    from fdq.recipe import Recipe
-
-    recipe = Recipe.parse(scheme)
-    schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
-    activations = [s.activation for s in schemes if s is not None and s.activation is not None]
-    return any(not a.dynamic for a in activations) or (
-        recipe.cache is not None and not recipe.cache.dynamic
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
@@ -122,6 +123,13 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]
             bar.update(task, completed=done, total=total, description=f"{label} {note}".strip())
 
         yield update
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[io.StringIO]:
+    """Keeps what the library prints (the table of what was quantized) off standard output."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        yield text
 
 
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:

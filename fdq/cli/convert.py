@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fdq.cli import console
-from fdq.cli.schemes import read_scheme
+from fdq.cli.schemes import needs_calibration, read_scheme
 
 NAME = "convert"
 EXAMPLE = "Example:  fdq convert ERNIE-4.5-0.3B-PT ernie-w4a16c8 --scheme W4A16C8"
@@ -51,12 +51,17 @@ def run(
 
     recipe = read_scheme(scheme)
     console.checkpoint_directory(source)
+    if needs_calibration(recipe) and calibration_text is None:
+        raise ValueError(
+            f"{scheme} has static scales: give text to calibrate them on, --calibration-text FILE."
+        )
     calibration = None
     if calibration_text is not None:
-        calibration = calibration_tokens(source, calibration_text)
+        with console.err.status("Calibrating ..."):
+            calibration = calibrated(source, calibration_text)
     before = inspect(source)
     start = time.perf_counter()
-    with console.progress("Converting", quiet=json) as update:
+    with console.progress("Converting", quiet=json) as update, console.captured() as printed:
         after = convert(
             source,
             destination,
@@ -85,6 +90,7 @@ def run(
             }
         )
         return
+    console.out.print(printed.getvalue().rstrip(), markup=False, soft_wrap=True)
     rows = [
         (row["format"], f"{row['tensors']}", f"{row['weights']:,}", console.size(row["bytes"]),
          f"{8 * row['bytes'] / max(1, row['weights']):.3f}")
@@ -117,14 +123,17 @@ def summary(inspection: Any) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
-def calibration_tokens(source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 16) -> Any:
-    """[rows, 256] tokens (or as many as the text has) from the beginning of a text file."""
+def calibrated(source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 32) -> Any:
+    """Statistics of the float model over the first rows x 256 tokens of a text file."""
     import numpy as np
 
+    from checkpoints import load
+    from fdq.calibration import calibrate
     from fdq.tokenizer import Tokenizer
 
     ids = Tokenizer.load(source).encode(text_file.read_text("utf-8"), bos=True)[: rows * 256]
     if not ids:
         raise ValueError(f"{text_file}: empty; calibration needs text.")
     length = min(256, len(ids))
-    return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+    tokens = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+    return calibrate(load(source), tokens)

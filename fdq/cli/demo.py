@@ -53,6 +53,7 @@ def run(
             folder.mkdir(parents=True)
         steps = 2 + len(names)
         update = stack.enter_context(console.progress("Demo", quiet=json))
+        stack.enter_context(console.captured())
         update(0, steps, "evaluating the original")
         comparison = Comparison.of_shipped_model(text_bytes=text_bytes, prompt=prompt)
         rows = [comparison.original()]
@@ -70,7 +71,7 @@ def run(
             }
         )
         return
-    columns = ["scheme", "size", "bits/weight", "bits/byte", "KL to original", "tokens/s", "cache"]
+    columns = ["scheme", "size", "bits/weight", "bits/byte", "KL", "tokens/s", "cache"]
     cells = [
         (
             row.name,
@@ -79,11 +80,15 @@ def run(
             f"{row.report.bits_per_byte or 0:.4f}",
             f"{row.report.kl_nats_per_token or 0:.5f}",
             f"{row.tokens_per_second:,.0f}",
-            f"{row.report.cache_bytes_per_token or 0:,.0f} bytes/token",
+            console.size(row.report.cache_bytes_per_token or 0),
         )
         for row in rows
     ]
     console.out.print(console.table(None, columns, cells))
+    console.out.print(
+        "bits/weight: of the quantized weights. KL: to the original, in nats per token. cache: per "
+        "token.\n"
+    )
     for row in rows:
         console.out.rule(row.name, align="left", style="dim")
         console.out.print(prompt + row.text, markup=False)

@@ -1,0 +1,178 @@
+"""What every scheme costs on the shipped model: `python -m benchmarks.schemes`.
+
+Each scheme converts the shipped model, is loaded, predicts held-out text through its own KV cache,
+and decodes. Prints the README's table, writes `benchmarks/results/schemes-<date>.json`, and exits
+with 1 if a bar is missed.
+
+    python -m benchmarks.schemes --readme README.md          # also rewrites the table there
+    python -m benchmarks.schemes --scheme W4A16 --plot bits.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+
+from fdq.cli.comparison import Comparison, Row
+
+# Every name of the mission, and neighbours that say what a part of a name costs.
+SCHEMES = (
+    "WINT8",
+    "WINT4",
+    "block_wise_fp8",
+    "WINT2",
+    "mix_quant",
+    "W8A8C8",
+    "W8A8C16",
+    "W4A16C16",
+    "WNF4A8C8",
+    "Wfp8Afp8",
+    "Wfp8Afp8Cfp8",
+    "W4Afp8",
+    "W4A8C8",
+    "W8A16C8",
+    "W4A16C8",
+    "W4A16C4",
+    "tensor_wise_fp8",
+    "MXFP8",
+    "MXFP4",
+    "NVFP4",
+    "W3",
+    "W2",
+    "W16A16C8",
+    "W16A16Cfp8",
+    "W16A16C4",
+    "W16A16C8-kvchannel",
+)
+RESULTS = pathlib.Path(__file__).parent / "results"
+MARKS = ("<!-- schemes:begin -->", "<!-- schemes:end -->")
+
+
+def missed_bars(rows: list[Row]) -> list[str]:
+    """The bars that a row misses: bits per byte beside the original's, in the same run."""
+    original = _bits_per_byte(rows[0])
+    missed = []
+    for row in rows[1:]:
+        bar = _bar(row.name)
+        distance = _bits_per_byte(row) - original
+        if bar is not None and abs(distance) > bar:
+            missed.append(f"{row.name}: {distance:+.4f} bits per byte, the bar is {bar}")
+    return missed
+
+
+def _bar(name: str) -> float | None:
+    """Allowed distance in bits per byte, None without a bar."""
+    name = name.upper()
+    if name in ("WINT8",) or name.startswith("W8"):
+        return 0.005
+    if name in ("WINT4", "W4A16C16", "W4A16C8"):
+        return 0.02
+    if name.startswith("W16A16C8"):
+        return 0.002
+    return None
+
+
+def markdown(rows: list[Row]) -> str:
+    """The README's table."""
+    original = _bits_per_byte(rows[0])
+    lines = [
+        "| scheme | bits/weight | bits/byte | Δ | KL to the original (nats/token) | same top token "
+        "| cache bytes/token |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        report = row.report
+        bits = _bits_per_byte(row)
+        lines.append(
+            f"| {row.name} | {report.bits_per_weight:.3f} | {bits:.4f} | {bits - original:+.4f} "
+            f"| {report.kl_nats_per_token:.5f} | {report.top1_agreement:.1%} "
+            f"| {report.cache_bytes_per_token:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: pathlib.Path) -> None:
+    """KL to the original over bits per weight; needs the extra `fdq[plots]`."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for row in rows[1:]:
+        x, y = row.report.bits_per_weight or 0, row.report.kl_nats_per_token or 0
+        axes.scatter(x, y, s=16, color="tab:blue")
+        axes.annotate(row.name, (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    axes.set(yscale="log", xlabel="bits per weight", ylabel="KL to the original (nats per token)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _bits_per_byte(row: Row) -> float:
+    assert row.report.bits_per_byte is not None  # the text's bytes are known here
+    return row.report.bits_per_byte
+
+
+def _write_table(path: pathlib.Path, table: str) -> None:
+    text = path.read_text("utf-8")
+    begin, end = (text.index(mark) for mark in MARKS)
+    path.write_text(f"{text[: begin + len(MARKS[0])]}\n{table}\n{text[end:]}", "utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scheme", action="append", help="repeat it; default: all")
+    parser.add_argument("--bytes", type=int, default=65_536, help="of held-out text")
+    parser.add_argument("--dtype", help="of activations; default: the model's")
+    parser.add_argument("--readme", type=pathlib.Path, help="rewrite the table between its marks")
+    parser.add_argument("--plot", type=pathlib.Path, help="write a figure")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder for JSON")
+    arguments = parser.parse_args()
+
+    comparison = Comparison.of_shipped_model(
+        text_bytes=arguments.bytes, prompt="import os\n\n\ndef ", dtype=arguments.dtype
+    )
+    start = time.perf_counter()
+    rows = [comparison.original()]
+    with tempfile.TemporaryDirectory(prefix="fdq-schemes-") as folder:
+        for name in arguments.scheme or SCHEMES:
+            rows.append(comparison.measure(name, pathlib.Path(folder) / name))
+            report = rows[-1].report
+            print(
+                f"{name:<20} {_bits_per_byte(rows[-1]):.4f} bits/byte  "
+                f"KL {report.kl_nats_per_token:.5f}  {time.perf_counter() - start:6.0f} s",
+                file=sys.stderr,
+            )
+    table = markdown(rows)
+    print(table)
+    missed = missed_bars(rows)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "text_sha256": comparison.text_sha256,
+        "reference_text": comparison.is_reference_text,
+        "text_bytes": comparison.text_bytes,
+        "tokens": rows[0].report.tokens,
+        "machine": f"{platform.machine()} {platform.system()}",
+        "python": platform.python_version(),
+        "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "numpy")},
+        "missed_bars": missed,
+        "rows": [row.to_dict() for row in rows],
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"schemes-{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(f"\nWritten: {path}", file=sys.stderr)
+    if arguments.readme:
+        _write_table(arguments.readme, table)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    print("\n".join(missed) or "All bars are met.", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
