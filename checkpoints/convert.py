@@ -57,8 +57,8 @@ def convert(
       dtype: of a model's tensors that are not quantized; by default that of the source.
       method: how scales are chosen, as in ``fdq.quantize``.
       compat: as in ``fdq.quantize``.
-      calibration: what ``fdq.calibrate`` returned, for schemes with static scales. The float
-        model is then in memory as a whole.
+      calibration: for schemes with static scales: what ``fdq.calibrate`` returned, or sample
+        tokens ``[batch, length]``. The float model is then in memory as a whole.
       config: makes a model of an Orbax checkpoint whose tree is that of ``fdq.models.Decoder``.
       subtree: of an Orbax checkpoint, convert only what is below this dotted path (``params``).
       overwrite: replace an fdq checkpoint at `dst`.

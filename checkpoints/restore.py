@@ -21,7 +21,7 @@ from checkpoints.orbax_store import TreeReader
 from checkpoints.save import WEIGHTS, file_digest
 from checkpoints.tree_paths import Path, array_path, dotted
 
-BATCH_BYTES = 512 * 2**20
+BATCH_BYTES = 256 * 2**20
 
 # Where to put an array: one sharding for all, by the array's dotted path, or a function of that
 # path and the abstract array. None is the default device.

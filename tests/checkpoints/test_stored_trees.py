@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+import fdq.ops  # noqa: F401 - registers its layouts
 from checkpoints import CheckpointError, inspect, load, save, tree_paths, verify
 from fdq.formats import FORMATS
-from fdq.qtensor import QTensor
+from fdq.qtensor import LAYOUTS, QTensor
 from fdq.quantizers import quantize_array
 from fdq.scheme import WeightSpec
 
@@ -175,6 +177,14 @@ def test_restore_onto_another_sharding(tmp_path, axis_type):
         load(tmp_path / "a", sharding={"w.code": by_name["b"]})
 
 
+def test_prepared_layouts_are_stored_canonical(tree, tmp_path):
+    q = tree["quantized"]["W8"]
+    for name, layout in LAYOUTS.items():
+        save({"w": layout.from_canonical(q)}, tmp_path / name)
+        assert_same({"w": q}, load(tmp_path / name))
+    assert len(LAYOUTS) > 1
+
+
 def test_64_bits_stay_on_the_host_rather_than_being_cut(tmp_path):
     save({"step": np.array([2**40])}, tmp_path / "a")
     step = load(tmp_path / "a")["step"]
@@ -197,9 +207,7 @@ def test_inspect_and_verify(tree, stored):
     verify(stored)
 
 
-def test_checkpoints_can_be_moved(tree, stored, tmp_path):
-    import shutil
-
+def test_checkpoints_can_be_moved(stored, tmp_path):
     shutil.copytree(stored, tmp_path / "elsewhere")
     assert_same(load(stored), load(tmp_path / "elsewhere"))
 
