@@ -201,7 +201,7 @@ def decoder_table(steps: int, repetitions: int) -> list[Timing]:
     from benchmarks.cpu_decoder import decoder_cases
 
     timings = measure(decoder_cases(steps), repetitions)
-    return [Timing(t.name, t.seconds / steps, t.fastest / steps, t.bytes) for t in timings]
+    return [Timing(t.name, t.seconds / steps, t.fastest / steps, t.bytes // steps) for t in timings]
 
 
 def show(title: str, timings: list[Timing], baselines: tuple[str, ...]) -> None:

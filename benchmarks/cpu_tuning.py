@@ -91,8 +91,9 @@ def tune(
                         return ops.matmul(x, q, activation=activation)  # noqa: B023
 
                 cases[candidate] = (jax.jit(product), (x, q), q.nbytes)
-            timings = measure(cases, (5 if quick else 15) if m < 64 else 3)
-            measured[m] = {t.name: t.seconds for t in timings}
+            timings = measure(cases, (7 if quick else 25) if m < 64 else 5)
+            # The fastest repetition: other jobs disturb it least.
+            measured[m] = {t.name: t.fastest for t in timings}
             for (kind, size), seconds in measured[m].items():
                 print(
                     f"  {path:14} {m:4} rows  {kind:6}{size:5} {seconds * 1e3:9.3f} ms", flush=True

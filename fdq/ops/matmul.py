@@ -143,6 +143,7 @@ def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _sixteen_bit_row(x: jax.Array, w: jax.Array) -> jax.Array:
+    x, w = lax.optimization_barrier((x, w))  # as in quantized_product
     choice = choose_formulation("array", 1, w.size)
     size = choice.size if choice.name == "fused" else 8
     return fused_product(x.astype(jnp.float32), view_array(w), size, dot=True)
@@ -240,6 +241,9 @@ def quantized_product(
     Not differentiable by itself where a loop is chosen; ``matmul`` and ``grouped_matmul`` are.
     """
     target = trace_target()
+    # Ties the weight to x. In a decode loop XLA would otherwise move the decoding, which does not
+    # depend on the token, out of the loop, and every step would read float32 weights from memory.
+    x, q = lax.optimization_barrier((x, q))
     if spec is None:
         return _product(x, q, target)
     codes, scale = quantize_activation(x, spec, activation_scale, path=path)

@@ -267,3 +267,19 @@ def test_transposed_array(dtype, rng):
     x, w = rows(rng, 1).astype(dtype), rows(rng, 24).astype(dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     assert error(ops.transposed_matmul(x, w, out_dtype=jnp.float32), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_a_loop_does_not_keep_decoded_weights(m):
+    """XLA moves what does not change out of a loop; the decoding must stay inside."""
+    q = weight("int4 group", 1024, 2048)
+
+    @jax.jit
+    def loop(x, q):
+        def step(x, _):
+            return jnp.tanh(ops.matmul(x, q)[:, :1024]), None
+
+        return jax.lax.scan(step, x, None, length=3)[0]
+
+    memory = loop.lower(jnp.ones((m, 1024)), q).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1024 * 2048 * 4 / 2
