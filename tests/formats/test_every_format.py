@@ -170,6 +170,14 @@ def test_zero_groups_and_sizes_from_tiny_to_huge(case):
         back = np.asarray(dequantize(q), np.float64) / size
         assert np.isfinite(back).all()
         assert np.all(np.abs(back[:, 0]) <= 1e-7)
+        if case.spec.format != "cc2":  # whose local scale 0 means an all-zero group
+            scale = scale_of(q, case.k, case.n)
+            assert np.all(np.isfinite(scale))
+            assert np.all(scale != 0)
+            if case.spec.scale_dtype in ("float32", "bfloat16"):
+                coarse = case.spec.granularity in ("tensor", "block")
+                special = coarse or case.spec.zero_point == "half" or q.super_scale is not None
+                assert special or np.all(scale[:, 0] == 1)
         error = np.sum((back - w) ** 2) / np.sum(w.astype(np.float64) ** 2)
         if case.spec.scale_dtype == "float16" and size != 1:
             continue  # such scales end at 65504 and 6e-8: enough that nothing is NaN
