@@ -124,7 +124,7 @@ def _write_table(path: pathlib.Path, table: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What every scheme costs.")
     parser.add_argument("--scheme", action="append", help="repeat it; default: all")
     parser.add_argument("--bytes", type=int, default=65_536, help="of held-out text")
     parser.add_argument("--dtype", help="of activations; default: the model's")

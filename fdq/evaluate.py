@@ -159,15 +159,14 @@ def evaluate(
         _check_recorded(recorded, tokens, window, stride, batch)
     batch = _check_batch(batch, model, tokens, window, stride)
 
-    cache_spec = None
+    cache_spec = per_token = None
     if through_cache:
         if not isinstance(model, Decoder):
             found = type(model).__name__
             raise TypeError(f"through_cache needs a model of fdq.models, got {found}.")
         cache_spec = model.cache_spec if cache is None else parse_format(cache)
-
-        def logits_of(inputs: np.ndarray) -> jax.Array:
-            return _cached_logits(model, jnp.asarray(inputs), cache_spec)
+        per_token = cache_bytes_per_token(model.config, cache_spec)
+        logits_of = functools.partial(_cached_logits, model, cache_spec=cache_spec)
     else:
         logits_of = _logits_function(model)
     reference_of = None
@@ -207,9 +206,7 @@ def evaluate(
         weight_bytes=weights.bytes or None,
         bits_per_weight=weights.bits_per_weight,
         cache=cache_name(cache_spec) if through_cache else None,
-        cache_bytes_per_token=(
-            cache_bytes_per_token(model.config, cache_spec) if through_cache else None
-        ),
+        cache_bytes_per_token=per_token,
         seconds=time.perf_counter() - start,
     )
 
@@ -316,8 +313,8 @@ def _logits_function(model: Any) -> Callable[[np.ndarray], jax.Array]:
     )
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _cached_logits(model: Any, tokens: jax.Array, cache_spec: CacheSpec | None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="cache_spec")
+def _cached_logits(model: Any, tokens: Any, *, cache_spec: CacheSpec | None) -> jax.Array:
     """Logits [B, L, vocab] of whole windows, every token attending to quantized keys and values.
 
     A cache quantizes a token's keys and values when it is written, before it is attended to, so

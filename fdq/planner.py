@@ -266,14 +266,13 @@ def plan(
 
 def cache_bytes(config: DecoderConfig, cache: CacheSpec | None, *, batch: int, context: int) -> int:
     """Bytes of a cache of `context` tokens for `batch` sequences, scales included; None is C16."""
-    static = cache is not None and not cache.dynamic
-    scales = abstract_scales(config, cache) if static else None
+    static = [] if cache is None or cache.dynamic else abstract_scales(config, cache)
 
-    def init(k_and_v: Any) -> KVCache:
-        layers = k_and_v and [LayerScales(**layer) for layer in k_and_v]
+    def init(scales: list[dict[str, Any]]) -> KVCache:
+        layers = [LayerScales(**layer) for layer in scales] or None
         return KVCache.init(config, batch, context, cache, scales=layers)
 
-    return jax.eval_shape(init, scales and [vars(layer) for layer in scales]).nbytes
+    return jax.eval_shape(init, [vars(layer) for layer in static]).nbytes
 
 
 def cache_bytes_per_token(config: DecoderConfig, cache: CacheSpec | None) -> float:

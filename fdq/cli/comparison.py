@@ -123,7 +123,7 @@ class Comparison:
         calibration = self._calibration() if needs_calibration(scheme) else None
         start = time.perf_counter()
         inspection = convert(
-            self.source, directory, scheme, calibration=calibration, dtype=self.dtype
+            self.source, directory, scheme, calibration=calibration, dtype=self.dtype, quiet=True
         )
         seconds = time.perf_counter() - start
         model = load(directory)

@@ -127,7 +127,7 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]
 
 @contextlib.contextmanager
 def captured() -> Iterator[io.StringIO]:
-    """Keeps what the library prints (the table of what was quantized) off standard output."""
+    """Keeps what the library prints (the table of what was quantized), to be shown elsewhere."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         yield text
 

@@ -53,7 +53,6 @@ def run(
             folder.mkdir(parents=True)
         steps = 2 + len(names)
         update = stack.enter_context(console.progress("Demo", quiet=json))
-        stack.enter_context(console.captured())
         update(0, steps, "evaluating the original")
         comparison = Comparison.of_shipped_model(text_bytes=text_bytes, prompt=prompt)
         rows = [comparison.original()]

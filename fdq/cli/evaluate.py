@@ -59,8 +59,8 @@ def run(
     tokens = tokenizer.encode(content, bos=True)
     # Without a token that begins a text, the first one is context only.
     scored = content if tokenizer.bos_token_id is not None else tokenizer.decode(tokens[1:])
-    with console.progress("Loading", quiet=json) as update, console.captured():
-        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
+    with console.progress("Loading", quiet=json) as update:
+        model = load(directory, scheme=recipe, dtype=dtype, progress=update, quiet=True)
         reference = None
         if against is not None:
             reference = load(against, dtype=dtype, progress=update)

@@ -62,8 +62,8 @@ def run(
             "--top-k, --top-p and --min-p choose among random draws: add --temperature 1."
         )
     recipe = None if scheme is None else read_scheme(scheme)
-    with console.progress("Loading", quiet=json) as update, console.captured():
-        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
+    with console.progress("Loading", quiet=json) as update:
+        model = load(directory, scheme=recipe, dtype=dtype, progress=update, quiet=True)
     pieces: list[str] = []
 
     def show(index: int, piece: str) -> None:
