@@ -16,10 +16,13 @@ _NEUTRAL = {
     "attention_probs_dropout_prob",
     "attn_implementation",
     "auto_map",
+    "chunk_size_feed_forward",
     "dtype",
     "embd_pdrop",
     "hidden_dropout_prob",
+    "id2label",
     "initializer_range",
+    "label2id",
     "max_window_layers",  # read only together with use_sliding_window, which must be false
     "model_type",
     "num_nextn_predict_layers",  # multi-token prediction: extra layers that decoding can skip
@@ -30,9 +33,14 @@ _NEUTRAL = {
     "quantization_config",  # the checkpoint reader consumes it
     "return_dict",
     "router_aux_loss_coef",
+    "sep_token_id",
     "sliding_window",
+    "task_specific_params",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
     "_name_or_path",
     "name_or_path",

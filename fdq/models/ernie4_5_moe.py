@@ -38,6 +38,7 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     reader.must_be("use_rmsnorm", True)
     reader.must_be("compression_ratio", 1.0)
     reader.must_be("moe_gate", "topk", "top2_fused")
+    reader.must_be("moe_gate_act", "softmax")
     reader.neutral(*NEUTRAL, *_MOE_NEUTRAL)
     width = reader.integer("moe_intermediate_size")
     start = reader.integer("moe_layer_start_index", default=0)
@@ -51,6 +52,7 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
         intermediate_size=width,
         layers=tuple(layer for layer in layers if (layer + 1) % interval == 0),
         shared_intermediate_size=reader.integer("moe_num_shared_experts", default=0) * width,
+        normalize=bool(reader.get("moe_norm_gate_logits", default=True)),
         norm_min=float(reader.get("moe_norm_min", default=1e-12)),
         correction_bias=bool(reader.get("moe_use_aux_free", default=True)),
     )

@@ -78,6 +78,7 @@ def test_unsupported_model_type():
             r"layer_types \['sliding_attention'\] are not supported",
         ),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias=True is not supported"),
+        ("ernie4_5_moe", {"moe_gate_act": "sigmoid"}, "moe_gate_act='sigmoid' is not supported"),
         ("ernie4_5_moe", {"moe_num_experts": [64, 64]}, "moe_num_experts must be an integer"),
         ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio=2.0 is not supported"),
         ("llama", {"dtype": "int8"}, "expected float32, bfloat16 or float16"),
