@@ -128,8 +128,8 @@ class ActivationSpec:
             problem = f"unknown granularity {self.granularity!r}"
         elif (self.granularity == "token_group") != (self.group_size is not None):
             problem = "group_size goes with granularity 'token_group', and only with it"
-        elif self.group_size is not None and self.group_size < 1:
-            problem = f"group_size={self.group_size} is not positive"
+        elif self.group_size is not None and not _is_size(self.group_size):
+            problem = f"group_size={self.group_size!r} is not a positive whole number"
         elif self.dynamic == (self.granularity == "tensor"):
             problem = "granularity 'tensor' is static (dynamic=False), the others are dynamic"
         if problem:
@@ -270,9 +270,14 @@ def _weight_problem(spec: WeightSpec) -> str | None:
         return "group_size goes with granularity 'group', and only with it"
     if (spec.granularity == "block") != (spec.block_size is not None):
         return "block_size goes with granularity 'block', and only with it"
-    sizes = (spec.group_size or 1, *(spec.block_size or (1, 1)))
-    if len(sizes) != 3 or min(sizes) < 1 or spec.group_size == 0:
-        return f"group_size={spec.group_size}, block_size={spec.block_size}: not positive sizes"
+    groups = () if spec.group_size is None else (spec.group_size,)
+    blocks = spec.block_size or ()
+    sizes = (*groups, *blocks)
+    if len(blocks) not in (0, 2) or not all(map(_is_size, sizes)):
+        return (
+            f"group_size={spec.group_size!r}, block_size={spec.block_size!r}: not positive whole "
+            "numbers, one for groups and two for blocks"
+        )
     fixed = grammar.FIXED.get(spec.format)
     if fixed and (spec.group_size, spec.scale_dtype) != fixed:
         return (
@@ -281,12 +286,16 @@ def _weight_problem(spec: WeightSpec) -> str | None:
         )
     scales = list(grammar.SCALE_SUFFIXES.values())[: 4 if floating else 3]
     if not fixed and spec.scale_dtype not in scales:
-        return f"scale_dtype {spec.scale_dtype!r}; this format takes {', '.join(scales)}"
+        return f"scale_dtype {spec.scale_dtype!r}; this format takes {str(scales)[1:-1]}"
     if spec.zero_point not in (get_args(ZeroPoint) if integer else ("none",)):
         return f"zero_point {spec.zero_point!r}; only integer formats have zero points"
     if spec.double_quantization and spec.format != "nf4":
         return "double_quantization is for nf4 only"
     return None
+
+
+def _is_size(n: object) -> bool:
+    return isinstance(n, int) and n > 0
 
 
 def _read(name: str, compat: str | None) -> Scheme:

@@ -268,15 +268,22 @@ def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
       canonical: the canonical form of a readable name, None for an unreadable one.
     """
     text = re.sub(r"[\s_,;:/.+@-]+", "-", name.strip().lower()).strip("-")
-    # 1. The right words in the wrong places: dashes missing or superfluous, parts out of order.
+    if not text:
+        return None
+    # 1. The right words in the wrong places: dashes missing or superfluous, parts out of order, the
+    #    "w" left out; and types that do not exist.
     words = sorted(_WORDS, key=len, reverse=True)
     token = re.compile(rf"[wac]{_TYPE}|[gx]\d+|b\d+(?:x\d+)?|{'|'.join(words)}")
-    tokens = token.findall(text)
-    if "".join(tokens) == text.replace("-", ""):
+    for candidate in (text, text.replace("-", ""), "w" + text):
+        tokens = token.findall(candidate)
+        if "".join(tokens) != candidate.replace("-", ""):
+            continue
         parts = sorted((t for t in tokens if re.fullmatch(f"[wac]{_TYPE}", t)), key=_part_order)
         suffixes = [t for t in tokens if t not in parts]
-        head = "".join(parts)
-        found = _join(canonical(head) or canonical("w8" + head), suffixes, canonical)
+        head = "".join(map(_nearest_type, parts))
+        # Quantized activations need quantized weights.
+        head = canonical(head) or canonical("w8" + head.removeprefix("w16"))
+        found = _join(head, suffixes, canonical)
         if found:
             return found
     # 2. Misspelt words.
@@ -308,6 +315,23 @@ def _close_suffix(word: str) -> list[str]:
     """The suffix meant by a misspelt one, such as ``group64`` for ``g64``; at most one."""
     sized = re.fullmatch(r"([gbx])[a-z_]*(\d+(?:x\d+)?)", word)
     return ["".join(sized.groups())] if sized else _close(word, {known: known for known in _WORDS})
+
+
+def _nearest_type(token: str) -> str:
+    """A part with the nearest type that exists: ``w5`` -> ``w4``; one that exists as it is."""
+    part, type_name = token[0], token[1:]
+    names = _PARTS[part][1]
+    try:
+        _format(part, type_name, names)
+        return token
+    except Unreadable:
+        known = ["16", *(known.lower() for known in names.values())]
+    bits = re.fullmatch(r"(?:u?int)?(\d+)", type_name)
+    if bits:
+        widths = (int(known) for known in known if known.isdigit())
+        # Of two that are as near, the wider: the model stays as good as it was meant to be.
+        return part + str(min(widths, key=lambda width: (abs(width - int(bits[1])), -width)))
+    return part + next(iter(_close(type_name, {known: known for known in known})), type_name)
 
 
 def _part_order(token: str) -> int:

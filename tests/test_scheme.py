@@ -182,15 +182,20 @@ def test_fastdeploy_scales_are_per_channel(name, channel):
     ("name", "unread", "nearest"),
     [
         ("W4A16C8g128", "'g128'", "W4A16C8-g128"),
-        ("W5A16", "'W5'", "W8A16"),
-        ("W4A16C5", "'C5'", "W4A16C8"),
+        ("W5A16", "'W5'", "W4A16C16"),
+        ("W6", "'W6'", "W8A16C16"),
+        ("W4A4C5", "'A4'", "W4A8C4"),
+        ("W16A8", "16-bit weights", "W8A8C16"),
+        ("Wint5-g64", "'Wint5'", "W4A16C16-g64"),
+        ("W 4", "'w 4'", "W4A16C16"),
+        ("fp8", "'fp8'", "Wfp8A16C16"),
         ("A16W4", "'w4'", "W4A16C16"),
         ("W4_A16_C8", "'_a16_c8'", "W4A16C8"),
         ("w4a16-gruop64", "'-gruop64'", "W4A16C16-g64"),
         ("W4A16-g0", "'-g0'", "W4A16C16"),
         ("block_wise_f8", "'block_wise_f8'", "block_wise_fp8"),
         ("mixquant", "'mixquant'", "mix_quant"),
-        ("int4", "'int4'", "wint4"),
+        ("int4", "'int4'", "W4A16C16"),
         ("A8", "16-bit weights", "W8A8C16"),
         ("W4A16-g64-channel", "'-g64' and '-channel' both decide what shares a scale", "W4A16C16"),
         ("W4-static", "'-static' is about activations", "W4A16C16"),
@@ -207,6 +212,11 @@ def test_wrong_names_point_at_the_part_and_suggest(name, unread, nearest):
     assert message.startswith(f"Unknown quantization scheme {name!r}. Did you mean {nearest!r}?")
     assert unread in message
     Scheme.parse(nearest)
+
+
+def test_an_empty_name_has_no_nearest():
+    with pytest.raises(ValueError, match="The name is empty. Names look like"):
+        Scheme.parse(" ")
 
 
 @hypothesis.given(st.text(max_size=20))
@@ -238,6 +248,12 @@ def test_not_a_name():
         ),
         (WeightSpec, {"format": "float8_e4m3", "zero_point": "half"}, "only integer formats"),
         (WeightSpec, {"format": "int4", "granularity": "group", "group_size": -1}, "not positive"),
+        (
+            WeightSpec,
+            {"format": "int4", "granularity": "group", "group_size": "64"},
+            "group_size='64'.*not positive",
+        ),
+        (WeightSpec, {"format": "int4", "scale_dtype": float}, "takes 'float32', 'bfloat16'"),
         (ActivationSpec, {"format": "int4"}, "unknown format"),
         (ActivationSpec, {"format": "int8", "granularity": "tensor"}, "static"),
         (ActivationSpec, {"format": "int8", "granularity": "token_group"}, "group_size goes with"),
