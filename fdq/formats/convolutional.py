@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdq import packing
-from fdq.formats import exact_arithmetic, grouping
+from fdq.formats import distortion, exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Format
 from fdq.scheme import WeightSpec
 
@@ -130,8 +130,6 @@ class Convolutional(Format):
         self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
     ) -> float:
         """Simulated: the code of normal numbers, with the best continuous scale of each group."""
-        from fdq.formats import distortion
-
         return distortion.of_codebook(codebook(), GROUP, UNIT)
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq import packing
-from fdq.formats import exact_arithmetic, grouping
+from fdq.formats import distortion, exact_arithmetic, grouping
 from fdq.scheme import WeightSpec
 
 Arrays = dict[str, Any]
@@ -223,8 +223,6 @@ class ScaledFormat(Format):
         self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
     ) -> float:
         """E|w - w'|^2 for a weight ``[k, N]`` of independent N(0, 1) numbers, N large."""
-        from fdq.formats import distortion
-
         method = self.pick_method(spec, method)
         return _expected(distortion.expected, self, spec, method, k)
 
