@@ -20,7 +20,7 @@ import numpy as np
 from checkpoints import commit, manifest, orbax_store, save, stream, tree_paths
 from checkpoints.errors import CheckpointError
 from checkpoints.inspect import Inspection, inspect
-from checkpoints.load import abstract_quantized, load
+from checkpoints.load import abstract_quantized, load, stored_config
 from checkpoints.manifest import Manifest, TensorEntry
 from checkpoints.restore import StoredTensors
 from checkpoints.source_directory import SourceDirectory
@@ -202,7 +202,7 @@ def _opened(
                 f"{src}: quantized already ({stored.manifest.scheme}). Convert the original."
             )
         if stored.manifest.config is not None:
-            config = models.DecoderConfig.from_dict(stored.manifest.config)
+            config = stored_config(stored)
         source = _orbax(src / save.WEIGHTS, src.name, config, subtree, dtype)
         source.companions = [src / name for name in stored.manifest.files]
         yield source
@@ -258,8 +258,9 @@ def _file_states(folder: pathlib.Path) -> list[Any]:
     """Names, sizes and times of all files: equal as long as nobody touched the source."""
     states = []
     for path in sorted(folder.rglob("*")):
-        status = path.stat()
-        states.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns])
+        if path.is_file():
+            status = path.stat()
+            states.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns])
     return states
 
 

@@ -161,14 +161,12 @@ def _load_stored(
         if dtype is not None:
             raise CheckpointError(f"{stored.folder}: dtype= is for models, this is a pytree.")
         return tree_paths.nested(stored.restore(sharding, verify=verify))
-    assert manifest.config is not None
     try:
-        config = models.DecoderConfig.from_dict(manifest.config)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{stored.folder}: config in fdq.json: {error}") from error
-    template = models.abstract(config, dtype)
-    recipe = manifest.provenance.get("recipe")
-    cache = Recipe.from_json(recipe).cache if recipe else None
+        template = models.abstract(stored_config(stored), dtype)
+        recipe = manifest.provenance.get("recipe")
+        cache = Recipe.from_json(recipe).cache if recipe else None
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{stored.folder}: config or recipe in fdq.json: {error}") from error
     if any(str(entry.path[-1]).endswith("_cache_scale") for entry in manifest.tensors) and cache:
         template.set_cache_scales(abstract_scales(template.config, cache))
     target = _like_stored(template, manifest, stored.folder, cast=True)
@@ -181,6 +179,18 @@ def _load_stored(
     model.recipe_record = manifest.provenance.get("recipe")
     _set_tokenizer(model, stored.folder)
     return model
+
+
+def stored_config(stored: StoredTensors) -> models.DecoderConfig:
+    """The config of a stored model.
+
+    Raises:
+      CheckpointError: it is not one that this fdq knows.
+    """
+    try:
+        return models.DecoderConfig.from_dict(stored.manifest.config or {})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{stored.folder}: config in fdq.json: {error}") from error
 
 
 def _like_stored(

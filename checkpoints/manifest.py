@@ -44,6 +44,13 @@ _KEYS = frozenset(
         "sha256",
     }
 )
+_TYPES: dict[str, Any] = {
+    "files": dict,
+    "provenance": dict,
+    "fdq_version": str,
+    "scheme": str | None,
+    "config": dict | None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +231,9 @@ def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
         raise CheckpointError(f"{where}: unknown keys {unknown}.")
     arrays = {
         name: ArrayEntry(
-            _dtype(array["dtype"], where), _shape(array["shape"], where), int(array["crc32"])
+            _dtype(array["dtype"], where),
+            _shape(array["shape"], where),
+            _integer(array["crc32"], where),
         )
         for name, array in entry["arrays"].items()
     }
@@ -240,7 +249,7 @@ def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
         shape=_shape(entry["shape"], where),
         arrays=arrays,
         spec=spec,
-        padding=int(entry.get("padding", 0)),
+        padding=_integer(entry.get("padding", 0), where),
         activation=activation,
         prng=entry.get("prng"),
     )
@@ -284,7 +293,12 @@ def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
     tensors = tuple(tensor_from_json(entry, str(path)) for entry in content["tensors"])
     if len({tensor.path for tensor in tensors}) != len(tensors):
         raise CheckpointError(f"{path}: two tensors have the same path.")
-    for name in content["files"]:
+    for key, expected in _TYPES.items():
+        if not isinstance(content[key], expected):
+            raise CheckpointError(f"{path}: {key} is a {type(content[key]).__name__}.")
+    for name, file in content["files"].items():
+        if not isinstance(file, dict) or not isinstance(file.get("sha256"), str):
+            raise CheckpointError(f"{path}: no hash of {shown(name)}.")
         if pathlib.PurePath(name).name != name or name in ("", ".", "..", FILE_NAME):
             raise CheckpointError(f"{path}: {shown(name)} is not a file name.")
     return Manifest(
@@ -314,10 +328,19 @@ def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
     fields = {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }
+    for flag in ("double_quantization", "dynamic"):
+        if not isinstance(fields.get(flag, False), bool):
+            raise CheckpointError(f"{where}: {flag} is {fields[flag]!r}, expected true or false.")
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: impossible {kind.__name__} ({error}).") from error
+
+
+def _integer(value: Any, where: str) -> int:
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{where}: {shown(str(value))} is not a whole number.")
+    return value
 
 
 def _dtype(name: Any, where: str) -> str:

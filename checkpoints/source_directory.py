@@ -35,20 +35,20 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Upper bounds on what a config may ask for, checked before a model of that size is built.
+# What a config may ask for, (least, most), checked before a model of that size is built.
 _CONFIG_LIMITS = {
-    "num_hidden_layers": 10_000,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**24,
-    "moe_intermediate_size": 2**24,
-    "vocab_size": 2**26,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
-    "head_dim": 2**16,
-    "num_experts": 2**16,
-    "num_local_experts": 2**16,
-    "moe_num_experts": 2**16,
-    "moe_num_shared_experts": 2**12,
+    "num_hidden_layers": (1, 10_000),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**24),
+    "vocab_size": (1, 2**26),
+    "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
+    "head_dim": (1, 2**16),
+    "moe_intermediate_size": (0, 2**24),
+    "num_experts": (0, 2**16),
+    "num_local_experts": (0, 2**16),
+    "moe_num_experts": (0, 2**16),
+    "moe_num_shared_experts": (0, 2**12),
 }
 
 
@@ -156,15 +156,15 @@ class SourceDirectory:
                 "model's config.json and .safetensors files."
             )
         config = strict_json.read_object(self._checked("config.json"), max_bytes=MAX_CONFIG_BYTES)
-        for key, limit in _CONFIG_LIMITS.items():
+        for key, (least, most) in _CONFIG_LIMITS.items():
             value = config.get(key)
             if value is None:
                 continue
             values = value if isinstance(value, list) else [value]  # some ERNIE keys are lists
-            if not all(type(number) is int and 0 <= number <= limit for number in values):
+            if not all(type(number) is int and least <= number <= most for number in values):
                 raise CheckpointError(
                     f"{self.path / 'config.json'}: {key} = {value!r} is not a whole number in "
-                    f"0…{limit}."
+                    f"{least}…{most}."
                 )
         return config
 

@@ -24,6 +24,9 @@ from fdq.quantize import quantize
 from fdq.recipe import Recipe
 from fdq.scheme import ActivationSpec, Scheme, WeightSpec
 
+# What reading a config raises when it holds, say, a list in place of a number.
+_WRONG_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
+
 _FINITE_CHECK_ELEMENTS = 2**24
 
 Progress = Callable[[int, int, str], None]
@@ -77,12 +80,21 @@ def open_model(directory: SourceDirectory, dtype: Any = None) -> ModelSource:
         config = models.from_huggingface(hf_config)
     except ValueError as error:
         raise CheckpointError(f"{directory.path / 'config.json'}: {error}") from error
+    except _WRONG_KIND as error:
+        raise CheckpointError(
+            f"{directory.path / 'config.json'}: a value of a wrong kind ({error})."
+        ) from error
     is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
     family = paddle if is_paddle else huggingface
     if dtype is None and not ({"dtype", "torch_dtype"} & hf_config.keys()):
         embedding = directory.tensors.get(family.EMBEDDING)
         dtype = None if embedding is None else embedding.dtype
-    model = models.abstract(config, dtype)
+    try:
+        model = models.abstract(config, dtype)
+    except ArithmeticError as error:  # a width of zero
+        raise CheckpointError(
+            f"{directory.path / 'config.json'}: its sizes make no model ({error})."
+        ) from error
     targets = {tensor.path: tensor.value for tensor in tree_paths.flatten(model)}
     head_dim = model.config.head_dim
     q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim

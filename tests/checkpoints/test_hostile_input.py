@@ -122,6 +122,18 @@ def config_layers_text(folder, tensors):
     builders.edit_config(folder, num_hidden_layers="two")
 
 
+def config_rope_list(folder, tensors):
+    builders.edit_config(folder, rope_parameters=[1])
+
+
+def config_no_heads(folder, tensors):
+    builders.edit_config(folder, num_attention_heads=0)
+
+
+def config_width_zero(folder, tensors):
+    builders.edit_config(folder, model_type="qwen2", hidden_size=3, head_dim=...)
+
+
 def unknown_family(folder, tensors):
     builders.edit_config(folder, model_type="mamba")
 
@@ -276,6 +288,9 @@ DIRECTORIES = [
     (config_huge, "more than the 1000000"),
     (config_layers, "num_hidden_layers = 1000000000"),
     (config_layers_text, "num_hidden_layers = 'two'"),
+    (config_rope_list, "a value of a wrong kind"),
+    (config_no_heads, "num_attention_heads = 0 is not a whole number in 1…65536"),
+    (config_width_zero, "config.json: "),
     (unknown_family, "'mamba' is not supported; supported are ernie4_5"),
     (quantized_config, "quantization_config (gptq)"),
     (quantized_modelopt, "quantized already"),
