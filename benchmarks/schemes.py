@@ -19,6 +19,7 @@ import platform
 import sys
 import tempfile
 import time
+from typing import Any
 
 from fdq.cli.comparison import Comparison, Row
 
@@ -136,22 +137,37 @@ def main() -> int:
     comparison = Comparison.of_shipped_model(
         text_bytes=arguments.bytes, prompt="import os\n\n\ndef ", dtype=arguments.dtype
     )
+    today = datetime.date.today().isoformat()
+    path = arguments.results / f"schemes-{today}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     rows = [comparison.original()]
     with tempfile.TemporaryDirectory(prefix="fdq-schemes-") as folder:
         for name in arguments.scheme or SCHEMES:
             rows.append(comparison.measure(name, pathlib.Path(folder) / name))
-            report = rows[-1].report
+            # After each: a run that is stopped leaves what it measured.
+            path.write_text(json.dumps(_result(today, comparison, rows), indent=1) + "\n", "utf-8")
             print(
                 f"{name:<20} {_bits_per_byte(rows[-1]):.4f} bits/byte  "
-                f"KL {report.kl_nats_per_token:.5f}  {time.perf_counter() - start:6.0f} s",
+                f"KL {rows[-1].report.kl_nats_per_token:.5f}  {time.perf_counter() - start:6.0f} s",
                 file=sys.stderr,
             )
     table = markdown(rows)
     print(table)
+    print(f"\nWritten: {path}", file=sys.stderr)
+    if arguments.readme:
+        _write_table(arguments.readme, table)
+    if arguments.plot:
+        plot(rows, arguments.plot)
     missed = missed_bars(rows)
-    result = {
-        "date": datetime.date.today().isoformat(),
+    print("\n".join(missed) or "All bars are met.", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _result(date: str, comparison: Comparison, rows: list[Row]) -> dict[str, Any]:
+    """What the JSON file holds."""
+    return {
+        "date": date,
         "text_sha256": comparison.text_sha256,
         "reference_text": comparison.is_reference_text,
         "text_bytes": comparison.text_bytes,
@@ -159,19 +175,9 @@ def main() -> int:
         "machine": f"{platform.machine()} {platform.system()}",
         "python": platform.python_version(),
         "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "numpy")},
-        "missed_bars": missed,
+        "missed_bars": missed_bars(rows),
         "rows": [row.to_dict() for row in rows],
     }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"schemes-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(f"\nWritten: {path}", file=sys.stderr)
-    if arguments.readme:
-        _write_table(arguments.readme, table)
-    if arguments.plot:
-        plot(rows, arguments.plot)
-    print("\n".join(missed) or "All bars are met.", file=sys.stderr)
-    return 1 if missed else 0
 
 
 if __name__ == "__main__":
