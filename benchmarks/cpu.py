@@ -142,7 +142,7 @@ def matmul_table(k: int, n: int, m: int, repetitions: int) -> list[Timing]:
     w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
     wide = w.astype(jnp.bfloat16)
     dense = jax.jit(ops.matmul)
-    cases = {
+    cases: dict[str, tuple[Callable[..., Any], tuple, int]] = {
         "float32 dense": (dense, (x, w), w.nbytes),
         "bfloat16 dense": (dense, (x.astype(jnp.bfloat16), wide), wide.nbytes),
         "bfloat16 dense [N, K], padded": (

@@ -79,10 +79,11 @@ def tune(
     """Times every candidate at K = N = 2048 for each path and number of rows; writes the best."""
     choices: dict[str, list[dict[str, Any]]] = {}
     for path, (name, activation) in PATHS.items():
-        q = random_weight(weight_spec(name), 2048, 2048)
         measured: dict[int, dict[tuple[str, int], float]] = {}
         for m in ROWS:
-            x = jnp.asarray(np.random.default_rng(m).standard_normal((m, 2048)), jnp.float32)
+            size = 4096 if m == 1 else 2048
+            q = random_weight(weight_spec(name), size, size)
+            x = jnp.asarray(np.random.default_rng(m).standard_normal((m, size)), jnp.float32)
             cases = {}
             for candidate in candidates(path.split()[0], m):
 

@@ -17,7 +17,7 @@ from fdq.qtensor import dequantize
 from tests.ops.format_cases import SPECS, error, weight
 
 TOLERANCE = 5e-6
-FORMULATIONS = (("fused", 8), ("tiles", 200), ("whole", 0))
+FORMULATIONS = (("fused", 4), ("tiles", 200), ("whole", 0))
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def test_explicit_mesh_axes(name, rng):
     assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("k, n", [(96, 1), (90, 5), (7, 3)])
+@pytest.mark.parametrize("k, n", [(96, 1), (7, 3)])
 @pytest.mark.parametrize("name", ["int8 channel", "int4 channel", "int3 channel", "fp8 block"])
 def test_odd_shapes(name, k, n, rng):
     """One column; K that does not fill the last packed unit or block; leading axes of x."""
@@ -131,11 +131,11 @@ def test_odd_shapes(name, k, n, rng):
     w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
     q = quantize_array(w, spec, method="absmax")
     x = jnp.asarray(rng.standard_normal((2, 1, k)), jnp.float32)
-    y = ops.matmul(x, q)
+    y, one = jax.jit(lambda x, q: (ops.matmul(x, q), ops.matmul(x[0, 0], q)))(x, q)
     assert y.shape == (2, 1, n)
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
     assert error(y, expected) < TOLERANCE
-    assert error(ops.matmul(x[0, 0], q), expected[0, 0]) < TOLERANCE
+    assert error(one, expected[0, 0]) < TOLERANCE
 
 
 def test_groups_that_split_a_packed_unit(rng):
