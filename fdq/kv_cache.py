@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdq import ops
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.scheme import CacheSpec
 
 # float8 is held as its bits: XLA on CPU widens a float8 array to float16 to update one row of it.
@@ -241,11 +242,18 @@ def _static_scale(array: Any, name: str, config: Any, dtype: Any) -> jax.Array:
 def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """`old [B, KH, S, ...]` with `new [B, KH, T, ...]` at slots `start` (scalar or [B])."""
     rest = (0,) * (old.ndim - 3)
-    if jnp.ndim(start) == 0:
-        return jax.lax.dynamic_update_slice(old, new, (0, 0, start, *rest))
-    if old.shape[0] == 1:
-        return jax.lax.dynamic_update_slice(old, new, (0, 0, start[0], *rest))
-    # One scatter with a window per sequence: in place, whatever the batch.
-    return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, (0, s, *rest)))(
-        old, new, start
+
+    def write(old, new, start):
+        if jnp.ndim(start) == 0:
+            return jax.lax.dynamic_update_slice(old, new, (0, 0, start, *rest))
+        if old.shape[0] == 1:
+            return jax.lax.dynamic_update_slice(old, new, (0, 0, start[0], *rest))
+        # One scatter with a window per sequence: in place, whatever the batch.
+        return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, (0, s, *rest)))(
+            old, new, start
+        )
+
+    # On Explicit mesh axes the cache stays as it is sharded, whatever the new slots are.
+    return in_auto_axes(
+        write, old, new, start, result=lambda: [spec_entry(old, i) for i in range(old.ndim)]
     )

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -84,4 +86,5 @@ def sample(logits: jax.Array, keys: jax.Array | None, sampling: Sampling | None)
         tokens, scaled = candidates(row, sampling)
         return tokens[jax.random.categorical(key, scaled)].astype(jnp.int32)
 
-    return jax.vmap(draw)(logits, keys)
+    # Logits may be sharded over the vocabulary, which a sort does not take on Explicit mesh axes.
+    return in_auto_axes(jax.vmap(draw), logits, keys, result=lambda: [spec_entry(logits, 0)])

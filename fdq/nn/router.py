@@ -10,6 +10,7 @@ from flax import nnx
 
 from fdq.nn.linear import initial_kernel
 from fdq.nn.parameters import value
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 
 
 def route(
@@ -71,10 +72,14 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`x [T, H]` -> experts [T, top_k] int32 and weights [T, top_k] float32."""
-        logits = jnp.matmul(
-            x.astype(jnp.float32),
-            value(self.kernel).astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
+
+        def product(x, kernel):
+            highest = jax.lax.Precision.HIGHEST
+            return jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=highest)
+
+        # A token's scores are needed together, also where the kernel is sharded over experts.
+        logits = in_auto_axes(
+            product, x, value(self.kernel), result=lambda: [spec_entry(x, 0), None]
         )
         return route(
             logits,
