@@ -70,6 +70,7 @@ _FLAGS = {
 }
 _TYPES = ("dense_quant_type", "moe_quant_type", "kv_cache_quant_type")
 _KEYS = (*_FLAGS, *_TYPES, "quantization", "moe_quant_config", "image_moe_quant_type")
+_HUGGING_FACE = "quant_method"
 _W4, _W2 = "moe_w4_quant_config", "moe_w2_quant_config"
 _RANGE_KEYS = {"quant_type", "quant_granularity", "quant_start_layer", "quant_end_layer"}
 _LAYERS = re.compile(r"layers\.\{(\d+)\.\.(\d+)\}\.mlp\.experts")
@@ -78,8 +79,11 @@ _LAST_W4_LAYER = 6
 
 
 def looks_like(config: Mapping[str, Any]) -> bool:
-    """Whether a dict is a ``quantization_config`` (or holds one) rather than path rules."""
-    return bool({"quantization", "quantization_config", *_TYPES} & set(config))
+    """Whether a dict is a ``quantization_config`` (or holds one) rather than path rules.
+
+    One of Hugging Face's is among them, so that ``read`` can say why it is not read.
+    """
+    return bool({"quantization", "quantization_config", _HUGGING_FACE, *_TYPES} & set(config))
 
 
 def named(name: str, compat: str | None, has_experts: bool) -> Parts | None:
@@ -113,6 +117,15 @@ def read(config: Mapping[str, Any], *, num_layers: int | None = None) -> Parts:
     """
     if "quantization_config" in config:
         config = config["quantization_config"]
+        if not isinstance(config, Mapping):
+            raise ValueError(f"quantization_config: expected a JSON object, found {config!r}.")
+    if _HUGGING_FACE in config:
+        raise ValueError(
+            f"quantization_config: {_HUGGING_FACE}={config[_HUGGING_FACE]!r} is the way of Hugging "
+            "Face to describe a checkpoint that is quantized already; it is no recipe. Recipes are "
+            "a scheme's name ('W8A16', 'Wfp8Afp8' ...), path rules, or the quantization_config of "
+            f"FastDeploy, with the key 'quantization': mix_quant, wint2, {', '.join(_DENSE)}."
+        )
     _check_flags(config)
     method = config.get("quantization")
     record = {k: v for k, v in config.items() if k not in (*_TYPES, "moe_quant_config")}

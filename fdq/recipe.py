@@ -128,7 +128,7 @@ class Recipe:
         Raises:
           ValueError: a bad pattern or scheme name, a rule after ``"*"``, two defaults or caches.
         """
-        pairs = [(r.pattern, r) if isinstance(r, Rule) else tuple(r) for r in rules]
+        pairs = [_pair(rule) for rule in rules]
         default = _scheme_or_none(default)
         if pairs and pairs[-1][0] == "*":
             if default is not None:
@@ -189,11 +189,11 @@ class Recipe:
             if fastdeploy_config.looks_like(source):
                 return cls.from_fastdeploy(source)
             return cls([(p, _scheme_or_none(s, compat)) for p, s in source.items()])
-        if isinstance(source, Iterable):
+        if isinstance(source, (list, tuple)):
             return cls(source)
         raise TypeError(
-            "A recipe is a scheme's name, a Scheme, a Recipe, a dict of rules or FastDeploy's "
-            f"quantization_config; got {type(source).__name__}."
+            "A recipe is a scheme's name, a Scheme, a Recipe, a dict or list of rules or "
+            f"FastDeploy's quantization_config; got {type(source).__name__}."
         )
 
     @classmethod
@@ -288,6 +288,17 @@ class Recipe:
 
     def __hash__(self) -> int:
         return hash((self.rules, self.default, self.cache))
+
+
+def _pair(rule: Any) -> tuple[str, Any]:
+    """A rule as (pattern, rule or scheme or name or None)."""
+    if isinstance(rule, Rule):
+        return rule.pattern, rule
+    if isinstance(rule, (tuple, list)) and len(rule) == 2:
+        return rule[0], rule[1]
+    raise ValueError(
+        f"A rule is a pair (pattern, scheme), such as ('*.experts', 'W4A16'); got {rule!r}."
+    )
 
 
 def _scheme_or_none(name: Any, compat: str | None = None) -> Scheme | None:
