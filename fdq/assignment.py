@@ -22,6 +22,11 @@ from fdq.scheme import Scheme, WeightSpec
 WEIGHT_NAMES = ("kernel", "weight", "w")
 """Names of the 2-D leaves that are quantized without a rule of their own."""
 
+DEFAULTS_OF_TREES = (
+    f"By default that is every 2-D float leaf named {', '.join(WEIGHT_NAMES)}; rules can name "
+    "others."
+)
+
 # Routed experts of fdq's own models, [E, K, N]: the one 3-D weight that fdq knows by its path.
 _EXPERT_KERNEL = re.compile(r"(?:.*\.)?mlp\.experts\.(?:gate_up_proj|down_proj)\.kernel")
 
@@ -138,13 +143,29 @@ def _key(entry: Any) -> str:
 
 def leaves_of(tree: Any) -> list[Leaf]:
     """Leaves of any pytree, in the order of ``jax.tree_util.tree_flatten_with_path``."""
-    if isinstance(tree, nnx.Module):
+    if isinstance(tree, nnx.Pytree):
         raise TypeError(
             "This is an NNX module: use fdq.match_table(module, recipe), which knows its layers, "
             "or pass nnx.state(module)."
         )
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [leaf_at(path_string(entries), value) for entries, value in flat]
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_leaf(x) or isinstance(x, nnx.Pytree)
+    )
+    leaves = []
+    for entries, value in flat:
+        path = path_string(entries)
+        if isinstance(value, nnx.Pytree):
+            raise TypeError(
+                f"{path}: an NNX module ({type(value).__name__}) inside a {type(tree).__name__}. "
+                "Quantize the module itself, or hold modules in nnx.Dict or nnx.List."
+            )
+        if not entries and not hasattr(value, "shape"):
+            raise TypeError(
+                f"Expected an array, a pytree of arrays (of a Linen module: its params), or an NNX "
+                f"module; found {value!r:.80}. Checkpoints are read by fdq.load(path, scheme)."
+            )
+        leaves.append(leaf_at(path, value))
+    return leaves
 
 
 def leaf_at(path: str, value: Any) -> Leaf:
@@ -160,11 +181,15 @@ def leaf_at(path: str, value: Any) -> Leaf:
         return Leaf(path, shape, dtype, "fixed", f"dtype {dtype}")
     if ndim < 2:
         return Leaf(path, shape, dtype, "fixed", "vector" if ndim else "scalar")
+    name = path.rsplit(".", 1)[-1]
+    if name == "bias":  # that of attention heads is [heads, head_dim]
+        return Leaf(path, shape, dtype, "fixed", "bias")
     if ndim == 3 and _EXPERT_KERNEL.fullmatch(path):
         return Leaf(path, shape, dtype, "weight")
     if ndim > 2:
-        return Leaf(path, shape, dtype, "on_request", f"{ndim}-D: needs a rule that names it")
-    if path.rsplit(".", 1)[-1] not in WEIGHT_NAMES:
+        why = f"{ndim}-D: needs a rule that names it, read as [..., K, N]"
+        return Leaf(path, shape, dtype, "on_request", why)
+    if name not in WEIGHT_NAMES:
         why = f"not named {', '.join(WEIGHT_NAMES)}: needs a rule that names it"
         return Leaf(path, shape, dtype, "on_request", why)
     return Leaf(path, shape, dtype, "weight")
@@ -173,12 +198,13 @@ def leaf_at(path: str, value: Any) -> Leaf:
 # --- Matching ------------------------------------------------------------------------------------
 
 
-def assign(recipe: Any, leaves: Sequence[Leaf]) -> MatchTable:
+def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES) -> MatchTable:
     """Matches leaves with a recipe.
 
     Args:
       recipe: a ``Recipe``.
       leaves: of the whole tree.
+      hint: what is quantized by default, for the error that nothing would be.
 
     Raises:
       ValueError: a required rule quantizes nothing (lists the nearest paths), nothing at all would
@@ -219,11 +245,8 @@ def assign(recipe: Any, leaves: Sequence[Leaf]) -> MatchTable:
             raise ValueError(_unused(rule, leaves, rows, matches))
     table = MatchTable(tuple(rows))
     if recipe.default is not None and not recipe.rules and not table.quantized:
-        left = _aligned(_folded(table.left, schemes=False)) or "  (the tree has no leaves)"
-        raise ValueError(
-            f"Nothing to quantize to {recipe.default}: by default that is every 2-D float leaf "
-            f"named {', '.join(WEIGHT_NAMES)}; rules can name others. Found only:\n{left}"
-        )
+        left = _aligned(_folded(table.left, schemes=False)) or "  (no tensors)"
+        raise ValueError(f"Nothing to quantize to {recipe.default}. {hint} Found only:\n{left}")
     return table
 
 
@@ -245,7 +268,7 @@ def _unused(rule: Any, leaves: Sequence[Leaf], rows: list[Row], matches: list[An
     ]
     if not reached:
         paths = [path for leaf in leaves for path in (leaf.path, *leaf.aliases)]
-        near = _nearest(rule.pattern, paths)
+        near = nearest(rule.pattern, paths)
         return f"{head}. Nearest paths: {', '.join(near) or '(the tree has no leaves)'}."
     reached.sort(key=lambda pair: (pair[1].rule == rule, -len(pair[0].shape)))
     row, match = reached[0]
@@ -257,7 +280,7 @@ def _unused(rule: Any, leaves: Sequence[Leaf], rows: list[Row], matches: list[An
     return f"{head} that can be quantized: {row.path} is left ({row.reason})."
 
 
-def _nearest(pattern: str, paths: list[str]) -> list[str]:
+def nearest(pattern: str, paths: list[str]) -> list[str]:
     """At most three paths like a pattern; leaves and modules, layer numbers told apart once."""
     known = {}
     for path in paths:

@@ -13,12 +13,19 @@ import numpy as np
 from flax import nnx
 
 from fdq import assignment
-from fdq.assignment import MatchTable
+from fdq.assignment import Leaf, MatchTable
+from fdq.calibration import Calibration
 from fdq.formats import FORMATS
 from fdq.kv_cache import abstract_scales
 from fdq.models import Decoder
 from fdq.qtensor import QTensor
-from fdq.quantize_modules import collect, describe, quantize_module
+from fdq.quantize_modules import (
+    DEFAULTS_OF_MODULES,
+    Tensor,
+    collect,
+    describe,
+    quantize_module,
+)
 from fdq.quantizers import quantize_array
 from fdq.recipe import Recipe
 from fdq.scheme import CacheSpec, Scheme
@@ -66,10 +73,12 @@ def quantize(
       method: how scales are chosen, see ``fdq.quantizers.quantize_array``.
       compat: ``"fastdeploy"`` reads names as FastDeploy does (``fdq.Recipe.parse``) and rounds its
         WINT8 and WINT4 bit for bit; ``"fastdeploy-cpu"`` as its CPU kernel.
-      importance: mean square of each input channel, ``[K]``; for trees and modules a mapping from
-        paths to such arrays. Guides the scale search, and is not used by other methods.
-      calibration: what ``fdq.calibrate`` returns, or a mapping from paths to the absmax of the
-        layer's input (a number, or by channel); needed by static activations (``-static``).
+      importance: mean square of each input channel, ``[K]``; for trees and modules what
+        ``fdq.calibrate`` returns, or a mapping from paths to such arrays. Guides the scale search,
+        and is not used by other methods.
+      calibration: for modules only: what ``fdq.calibrate`` returns (not the sample tokens), or a
+        mapping from paths to the absmax of the layer's input (a number, or by channel); needed by
+        static activations (``-static``).
       rules: more rules, ahead of the recipe's own: a dict or a list of pairs.
       donate: frees source arrays on the way.
       quiet: prints nothing.
@@ -78,8 +87,10 @@ def quantize(
       Of the kind of ``target``, see above.
 
     Raises:
-      ValueError: an unknown scheme, a rule that matches nothing, a shape that does not fit, NaN
-        or infinity in a weight, static activations without calibration. Names the path.
+      ValueError: an unknown scheme, a rule or a path of statistics that matches nothing, a shape
+        that does not fit, NaN or infinity in a weight, static activations without calibration.
+        Names the path.
+      TypeError: no array, tree or module; statistics that are none.
 
     Examples:
       >>> model = fdq.quantize(model, "W4A16C8")
@@ -88,34 +99,45 @@ def quantize(
     if isinstance(target, (nnx.Variable, QTensor)):
         kind = type(target).__name__
         raise TypeError(f"Cannot quantize a {kind}; pass the array, or the module that holds it.")
-    work = _Work(method, compat, importance, calibration, donate)
+    is_module = isinstance(target, nnx.Pytree)
+    if calibration is not None and not is_module:
+        raise ValueError(
+            "calibration= gives the layers of an NNX module their static scales. An array or a "
+            "pytree has no layers: pass activation_scale= to fdq.matmul."
+        )
     if _is_array(target):
+        work = _Work(method, compat, importance, None, donate)
         recipe = _recipe(scheme, rules, compat, has_experts=False)
         if recipe.default is None or recipe.rules:
             raise ValueError(
                 f"One array takes one scheme with a weight format, such as 'W4A16'; got {recipe}."
             )
-        q = work.quantize(target, recipe.default, "<array>")
+        if isinstance(importance, (Mapping, Calibration)):
+            raise TypeError(
+                f"importance= of one array is an array [K], got {type(importance).__name__}."
+            )
+        q = work.quantize(target, recipe.default, ["<array>"])
         work.free(target)
         return q
-    if isinstance(target, nnx.Module):
-        leaves = [describe(tensor) for tensor in collect(target)]
-        recipe = _recipe(scheme, rules, compat, has_experts=_has_experts(leaves))
-        result, table = quantize_module(
-            target,
-            recipe,
-            quantize=work.quantize,
-            activation_scale=work.activation_scale,
-            donate=donate,
-        )
+    # The clone has the target's arrays in Variables of its own.
+    target = nnx.clone(target) if is_module else target
+    tensors = collect(target) if is_module else None
+    leaves, recipe, table = _matched(target, tensors, scheme, compat, rules)
+    work = _Work(
+        method,
+        compat,
+        _by_path("importance", importance, leaves),
+        _by_path("calibration", calibration, leaves),
+        donate,
+    )
+    if tensors is None:
+        result = _quantize_tree(target, table, work)
+    else:
+        options: Any = {"quantize": work.quantize, "activation_scale": work.activation_scale}
+        result = quantize_module(target, tensors, table, donate=donate, **options)
         if hasattr(result, "recipe_record") and hasattr(result, "scheme"):
             result.scheme, result.recipe_record = str(recipe), recipe.to_json()
         _keep_cache_scales(result, recipe.cache, calibration)
-    else:
-        leaves = assignment.leaves_of(target)
-        recipe = _recipe(scheme, rules, compat, has_experts=_has_experts(leaves))
-        table = assignment.assign(recipe, leaves)
-        result = _quantize_tree(target, table, work)
     if not quiet:
         print(table.summary())
     return result
@@ -135,11 +157,40 @@ def match_table(
     Returns:
       A ``MatchTable``: prints aligned, ``rows`` for programs.
     """
-    if isinstance(target, nnx.Module):
-        leaves = [describe(tensor) for tensor in collect(target)]
+    tensors = collect(target) if isinstance(target, nnx.Pytree) else None
+    return _matched(target, tensors, scheme, compat, rules)[2]
+
+
+def _matched(
+    target: Any, tensors: list[Tensor] | None, scheme: Any, compat: str | None, rules: Any
+) -> tuple[list[Leaf], Recipe, MatchTable]:
+    """The leaves of a tree, or of a module with these tensors; the recipe; what it does to each."""
+    if tensors is None:
+        leaves, hint = assignment.leaves_of(target), assignment.DEFAULTS_OF_TREES
     else:
-        leaves = assignment.leaves_of(target)
-    return assignment.assign(_recipe(scheme, rules, compat, _has_experts(leaves)), leaves)
+        leaves, hint = [describe(tensor) for tensor in tensors], DEFAULTS_OF_MODULES
+    recipe = _recipe(scheme, rules, compat, has_experts=_has_experts(leaves))
+    return leaves, recipe, assignment.assign(recipe, leaves, hint=hint)
+
+
+def _by_path(name: str, values: Any, leaves: list[Leaf]) -> Mapping[str, Any] | None:
+    """Statistics of inputs by path, from a Calibration or a mapping whose paths must exist."""
+    if values is None:
+        return None
+    if isinstance(values, Calibration):
+        return values.importance if name == "importance" else values.absmax
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{name}= is what fdq.calibrate(model, tokens) returns, or a mapping from paths; got "
+            f"{type(values).__name__}. Sample tokens go to fdq.calibrate."
+        )
+    paths = [path for leaf in leaves for path in (leaf.path, *leaf.aliases)]
+    known = {*paths, *(path.rpartition(".")[0] for path in paths)}
+    for path in values:
+        if path not in known:
+            near = ", ".join(assignment.nearest(path, paths)) or "(no tensors)"
+            raise ValueError(f"{name}: there is no tensor {path!r}. Nearest paths: {near}.")
+    return values
 
 
 def _recipe(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> Recipe:
@@ -148,12 +199,15 @@ def _recipe(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> R
         return recipe
     extra = Recipe(rules.items() if isinstance(rules, Mapping) else rules)
     if extra.default is not None or extra.cache is not None:
-        raise ValueError("rules= come ahead of the scheme: they have no '*' and no cache.")
+        raise ValueError(
+            "rules= go ahead of those of the scheme: they have no '*' and no cache. Put these into "
+            "the scheme."
+        )
     fields = {"cache": recipe.cache, "record": recipe.record}
     return Recipe((*extra.rules, *recipe.rules), recipe.default, **fields)
 
 
-def _has_experts(leaves: list[assignment.Leaf]) -> bool:
+def _has_experts(leaves: list[Leaf]) -> bool:
     return any("experts" in leaf.path.split(".") for leaf in leaves)
 
 
@@ -167,7 +221,7 @@ def _keep_cache_scales(model: Any, cache: CacheSpec | None, calibration: Any) ->
         return
     if isinstance(model.norm.scale.get_value(), jax.ShapeDtypeStruct):
         model.set_cache_scales(abstract_scales(model.config, cache))
-    elif hasattr(calibration, "cache_scales"):
+    elif isinstance(calibration, Calibration):
         model.set_cache_scales(calibration.cache_scales(cache))
 
 
@@ -182,17 +236,18 @@ class _Work:
     method: str | None
     compat: str | None
     importance: Any
-    calibration: Any
+    calibration: Mapping[str, Any] | None
     donate: bool
 
-    def quantize(self, array: Any, scheme: Scheme, path: str) -> QTensor:
-        spec = scheme.weight
+    def quantize(self, array: Any, scheme: Scheme, paths: list[str]) -> QTensor:
+        """The QTensor of a folded array; any of the paths that lead to it may have statistics."""
+        spec, path = scheme.weight, paths[0]
         assert spec is not None
         compat = self.compat if self._fastdeploy_has(scheme, array.dtype) else None
         importance = self.importance
         if isinstance(importance, Mapping):
             searched = FORMATS[spec.format].pick_method(spec, self.method, path) == "search"
-            importance = _at(importance, path) if searched and compat is None else None
+            importance = _at(importance, paths) if searched and compat is None else None
         return quantize_array(
             array, spec, method=self.method, compat=compat, importance=importance, path=path
         )
@@ -218,17 +273,19 @@ class _Work:
             return None
         if abstract:
             return jax.ShapeDtypeStruct(lead, jnp.float32)
-        seen = getattr(self.calibration, "absmax", self.calibration)
-        found = [_at(seen, path) for path in paths] if seen is not None else []
-        found = [x for x in found if x is not None]
-        if not found:
-            lacks = "" if seen is None else f" (there is one of {', '.join(sorted(seen)[:3])} ...)"
+        seen = self.calibration
+        found = None if seen is None else _at(seen, paths)
+        if found is None:
+            lacks = f" (there is one of {', '.join(sorted(seen)[:3])} ...)" if seen else ""
             raise ValueError(
                 f"{path}: {scheme} needs the calibrated range of its input{lacks}. Pass "
                 "calibration=fdq.calibrate(model, tokens), use dynamic activations (drop "
                 "'-static'), or leave this tensor out by a rule."
             )
-        absmax = np.asarray(found[0], np.float32)
+        try:
+            absmax = np.asarray(found, np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the absmax of its input is no number: {error}.") from None
         if absmax.shape in ((shape[-2],), (*lead, shape[-2])):  # per channel
             absmax = absmax.max(axis=-1)
         if absmax.shape not in ((), lead):
@@ -247,10 +304,13 @@ class _Work:
             array.delete()
 
 
-def _at(values: Mapping[str, Any], path: str) -> Any:
-    """The entry of a tensor, under its own path or that of its module; None without one."""
-    module = path.rpartition(".")[0]
-    return values[path] if path in values else values.get(module)
+def _at(values: Mapping[str, Any], paths: list[str]) -> Any:
+    """The entry of a tensor, under a path of its own or of its module; None without one."""
+    for path in paths:
+        for key in (path, path.rpartition(".")[0]):
+            if key in values:
+                return values[key]
+    return None
 
 
 def _quantize_tree(tree: Any, table: MatchTable, work: _Work) -> Any:
@@ -264,7 +324,7 @@ def _quantize_tree(tree: Any, table: MatchTable, work: _Work) -> Any:
         array = source.get_value() if isinstance(source, nnx.Variable) else source
         key = (id(source), row.scheme.weight)
         if key not in made:
-            made[key] = work.quantize(array, row.scheme, row.path)
+            made[key] = work.quantize(array, row.scheme, [row.path])
         leaves[i] = made[key]
         uses[id(source)] -= 1
         if not uses[id(source)]:

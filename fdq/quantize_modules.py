@@ -1,9 +1,9 @@
 """``fdq.quantize`` for anyone's Flax NNX module: which layers are replaced, and by what.
 
-The module is cloned (Variables are new, arrays are shared with the original), its Variables are
-collected with every path that leads to them, and those that the recipe picks are quantized one
-after the other. ``fdq.nn.Linear`` and ``fdq.nn.ExpertLinear`` hold a QTensor in place of their
-kernel; ``nnx.Linear``, ``LinearGeneral`` and ``Einsum`` are replaced wherever they are referenced.
+The Variables of a clone of the module (which shares the arrays of the original) are collected with
+every path that leads to them, and those that the recipe picks are quantized one after the other.
+``fdq.nn.Linear`` and ``fdq.nn.ExpertLinear`` hold a QTensor in place of their kernel;
+``nnx.Linear``, ``LinearGeneral`` and ``Einsum`` are replaced wherever they are referenced.
 A Variable used in two places is quantized once and stays shared.
 """
 
@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fdq import nn
-from fdq.assignment import Leaf, MatchTable, assign
+from fdq.assignment import Leaf, MatchTable
 from fdq.nn import general
 from fdq.nn.parameters import QCodes, QScale
 from fdq.qtensor import QTensor, materialize
 from fdq.scheme import Scheme
 
-_IN_PLACE = {(nn.Linear, "kernel"): "weight", (nn.ExpertLinear, "kernel"): "weight"}
-_IN_PLACE[nn.Embedding, "embedding"] = "on_request"
+DEFAULTS_OF_MODULES = (
+    "By default those are the kernels of fdq.nn's layers and of nnx.Linear, LinearGeneral and "
+    "Einsum."
+)
+
+_PLAIN = general.Fold((0, 1), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,28 @@ class Use:
     attribute: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What the owner of a tensor does with it, where it is a weight that can be quantized.
+
+    Attributes:
+      kind: as in ``Leaf``.
+      fold: how the tensor becomes ``[..., K, N]``.
+      stand_in: what replaces the owner; None where the owner itself can hold a QTensor.
+    """
+
+    kind: Literal["weight", "on_request"]
+    fold: general.Fold
+    stand_in: type[general.Quantized] | None = None
+
+
+_IN_PLACE = {
+    (nn.Linear, "kernel"): Role("weight", _PLAIN),
+    (nn.ExpertLinear, "kernel"): Role("weight", _PLAIN),
+    (nn.Embedding, "embedding"): Role("on_request", _PLAIN),
+}
+
+
 @dataclasses.dataclass
 class Tensor:
     """A Variable (or QTensor, or array) of a module with all its uses, in order of discovery."""
@@ -45,7 +71,7 @@ class Tensor:
     uses: list[Use]
 
 
-def collect(module: nnx.Module) -> list[Tensor]:
+def collect(module: Any) -> list[Tensor]:
     """Every tensor of a module, once, except the state of random number generators."""
     found: dict[int, Tensor] = {}
     active: set[int] = set()
@@ -90,134 +116,123 @@ def describe(tensor: Tensor) -> Leaf:
     """What a recipe needs to know; the shape of a weight is the folded one."""
     first, *others = tensor.uses
     aliases = tuple(use.path for use in others)
-    content = tensor.content
-    array = content.get_value() if isinstance(content, nnx.Variable) else content
+    array = _array(tensor.content)
+
+    def fixed(shape: tuple[int, ...], dtype: Any, why: str) -> Leaf:
+        return Leaf(first.path, shape, dtype, "fixed", why, aliases)
+
     if isinstance(array, QTensor):
-        spec, codes = array.spec, materialize(array).codes
-        why = f"is quantized ({spec})"
-        return Leaf(first.path, array.shape, codes.dtype, "fixed", why, aliases)
+        dtype = materialize(array).codes.dtype
+        return fixed(array.shape, dtype, f"is quantized ({array.spec})")
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        return Leaf(first.path, (), None, "fixed", type(array).__name__, aliases)
+        return fixed((), None, type(array).__name__)
     shape, dtype = tuple(array.shape), array.dtype
-    kinds, folds, reasons = set(), set(), []
-    for use in tensor.uses:
-        in_place = _IN_PLACE.get((type(use.owner), use.attribute))
-        fold = None if in_place else general.fold_of(use.owner)
-        if in_place:
-            kinds.add(in_place)
-            folds.add(general.Fold((0, 1), 1))
-        elif use.attribute == "kernel" and not isinstance(fold, str) and fold is not None:
-            kinds.add("weight")
-            folds.add(fold[0])
-        else:
-            owner = fold if isinstance(fold, str) else f"{use.attribute}: not quantized"
-            owner = "bias" if use.attribute == "bias" else owner
-            reasons.append((use, owner))
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
-        return Leaf(first.path, shape, dtype, "fixed", f"dtype {dtype}", aliases)
-    if reasons:
-        use, owner = reasons[0]
-        vector = "vector" if len(shape) == 1 else "scalar"
-        why = owner if len(shape) > 1 else vector
-        if kinds:
-            why = f"shared with {use.path} ({owner})"
-        return Leaf(first.path, shape, dtype, "fixed", why, aliases)
-    if len(folds) > 1:
-        why = f"shared with {others[0].path}, which contracts other axes"
-        return Leaf(first.path, shape, dtype, "fixed", why, aliases)
-    kind = "weight" if "weight" in kinds else "on_request"
-    why = (
-        ""
-        if kind == "weight"
-        else f"{general.name_of(type(first.owner))}: needs a rule that names it"
-    )
-    return Leaf(first.path, folds.pop().shape(shape), dtype, kind, why, aliases)
+        return fixed(shape, dtype, f"dtype {dtype}")
+    found = [(use, role_of(use)) for use in tensor.uses]
+    roles = [role for _, role in found if isinstance(role, Role)]
+    for use, why in found:
+        if isinstance(why, Role):
+            continue
+        if roles:
+            why = f"shared with {use.path} ({why})"
+        elif len(shape) < 2:
+            why = "vector" if shape else "scalar"
+        return fixed(shape, dtype, why)
+    if len({role.fold for role in roles}) > 1:
+        return fixed(shape, dtype, f"shared with {others[0].path}, which contracts other axes")
+    folded = roles[0].fold.shape(shape)
+    if any(role.kind == "weight" for role in roles):
+        return Leaf(first.path, folded, dtype, "weight", "", aliases)
+    why = f"{general.name_of(type(first.owner))}: needs a rule that names it"
+    return Leaf(first.path, folded, dtype, "on_request", why, aliases)
+
+
+def role_of(use: Use) -> Role | str:
+    """What a tensor is to its owner, or why it cannot be quantized there."""
+    if (type(use.owner), use.attribute) in _IN_PLACE:
+        return _IN_PLACE[type(use.owner), use.attribute]
+    if use.attribute == "bias":
+        return "bias"
+    found = general.fold_of(use.owner)
+    if isinstance(found, str):
+        return found
+    if use.attribute != "kernel":
+        return f"{use.attribute}: not quantized"
+    return Role("weight", *found)
 
 
 def quantize_module(
-    module: nnx.Module,
-    recipe: Any,
+    module: Any,
+    tensors: list[Tensor],
+    table: MatchTable,
     *,
-    quantize: Callable[[Any, Scheme, str], QTensor],
+    quantize: Callable[[Any, Scheme, list[str]], QTensor],
     activation_scale: Callable[[Scheme, list[str], tuple[int, ...], bool], Any],
     donate: bool = False,
-) -> tuple[Any, MatchTable]:
-    """A new module with quantized weights, and what became of each tensor.
+) -> Any:
+    """Puts quantized weights into a module; returns it, or its stand-in where it is a layer itself.
 
     Args:
-      module: any NNX module; abstract ones (``nnx.eval_shape``) stay abstract.
-      recipe: a ``Recipe``.
-      quantize: folded array, scheme and path -> QTensor.
+      module: changed in place, so pass a clone. Abstract ones (``nnx.eval_shape``) stay abstract.
+      tensors: what ``collect`` found in it.
+      table: what becomes of each of them.
+      quantize: folded array, scheme and paths -> QTensor.
       activation_scale: scheme, paths of one kernel, shape of the folded weight and whether it is
         abstract -> the calibrated scale of a static activation, or None.
       donate: frees each source array once it is quantized.
     """
-    module = nnx.clone(module)
-    tensors = collect(module)
-    table = assign(recipe, [describe(tensor) for tensor in tensors])
-    replaced: dict[int, Any] = {}
+    stand_ins: dict[int, Any] = {}
     pending = list(zip(tensors, table.rows, strict=True))
     kept = {id(_array(tensor.content)) for tensor, row in pending if row.scheme is None}
     for tensor, row in pending:
         if row.scheme is None:
             continue
-        source, scheme = tensor.content, row.scheme
-        array = _array(source)
-        fold = _fold_of(tensor.uses[0])
-        box = _boxed(quantize(fold(array), scheme, row.path), source, fold)
+        source, scheme, array = tensor.content, row.scheme, _array(tensor.content)
+        role = role_of(tensor.uses[0])
+        assert isinstance(role, Role)
+        q = quantize(role.fold(array), scheme, [use.path for use in tensor.uses])
+        box = _boxed(q, source, role.fold)
         abstract = isinstance(array, jax.ShapeDtypeStruct)
         for owner in {id(use.owner): use.owner for use in tensor.uses}.values():
             uses = [use for use in tensor.uses if use.owner is owner]
-            attribute, scale = uses[0].attribute, None
-            if scheme.activation is not None and attribute == "kernel":
+            role, scale = role_of(uses[0]), None
+            assert isinstance(role, Role)
+            if scheme.activation is not None and role.kind == "weight":
                 # One scale serves all experts; stacked layers have one each.
                 shape = row.shape[-2:] if isinstance(owner, nn.ExpertLinear) else row.shape
                 number = activation_scale(scheme, [use.path for use in uses], shape, abstract)
                 scale = None if number is None else general.ActivationScale(number)
-            if (type(owner), attribute) not in _IN_PLACE:
-                replaced[id(owner)] = _replacement(owner, box, scheme.activation, scale)
+            if role.stand_in is not None:
+                stand_ins[id(owner)] = role.stand_in(owner, box, scheme.activation, scale)
                 continue
-            setattr(owner, attribute, box)
-            if attribute == "kernel":
+            setattr(owner, uses[0].attribute, box)
+            if role.kind == "weight":
                 owner.activation, owner.activation_scale = scheme.activation, nnx.data(scale)
         tensor.content = None
         if donate and isinstance(array, jax.Array) and id(array) not in kept:
             array.delete()
-    return _substitute(module, replaced, set()), table
-
-
-def _fold_of(use: Use) -> general.Fold:
-    if (type(use.owner), use.attribute) in _IN_PLACE:
-        return general.Fold((0, 1), 1)
-    found = general.fold_of(use.owner)
-    assert not isinstance(found, str)
-    return found[0]
-
-
-def _replacement(owner: Any, box: QTensor, activation: Any, scale: Any) -> nnx.Module:
-    found = general.fold_of(owner)
-    assert not isinstance(found, str)
-    return found[1](owner, box, activation, scale)
+    return _substitute(module, stand_ins, set())
 
 
 def _array(content: Any) -> Any:
     return content.get_value() if isinstance(content, nnx.Variable) else content
 
 
-def _substitute(value: Any, replaced: dict[int, Any], seen: set[int]) -> Any:
-    """``value`` with replaced modules in place of their sources; modules are changed in place."""
-    if id(value) in replaced:
-        return replaced[id(value)]
+def _substitute(value: Any, stand_ins: dict[int, Any], seen: set[int]) -> Any:
+    """``value`` with stand-ins in place of their sources; modules are changed in place."""
+    if id(value) in stand_ins:
+        return stand_ins[id(value)]
     if id(value) in seen:
         return value
     if isinstance(value, nnx.Pytree):
         seen.add(id(value))
         for name, child in children(value):
-            new = _substitute(child, replaced, seen)
+            new = _substitute(child, stand_ins, seen)
             if new is not child:
                 setattr(value, name, nnx.data(new))
     elif isinstance(value, (dict, list, tuple)):
-        items = [_substitute(child, replaced, seen) for _, child in children(value)]
+        items = [_substitute(child, stand_ins, seen) for _, child in children(value)]
         if any(new is not old for new, (_, old) in zip(items, children(value), strict=True)):
             if isinstance(value, dict):
                 return type(value)(zip(value, items, strict=True))
@@ -231,7 +246,7 @@ def _boxed(q: QTensor, source: nnx.Variable, fold: general.Fold) -> QTensor:
     names: tuple[Any, ...] = tuple(metadata.get("out_sharding") or ())
     kept = {k: v for k, v in metadata.items() if k in ("mesh", "sharding_rules", "eager_sharding")}
     shape = q.shape
-    plain = fold == general.Fold((0, 1), 1) and len(names) == len(shape)
+    plain = fold == _PLAIN and len(names) == len(shape)
     fields = {}
     for name, array in q.arrays().items():
         extra = {}

@@ -1,3 +1,4 @@
+import flax.linen
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -64,6 +65,20 @@ def test_variables_and_qtensors_are_refused():
     for target in (nnx.Param(jnp.ones((8, 8))), quantize(np.ones((8, 8), np.float32), "W8")):
         with pytest.raises(TypeError, match="pass the array, or the module"):
             quantize(target, "W8")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("path/to/model", "found 'path/to/model'. Checkpoints are read by fdq.load"),
+        (flax.linen.Dense(8), r"of a Linen module: its params\).* found Dense"),
+        (nnx.Linear, "an NNX module; found <class"),
+        ({"a": [nnx.Linear(8, 8, rngs=nnx.Rngs(0))]}, r"a\.0: an NNX module .* inside a dict"),
+    ],
+)
+def test_things_that_hold_no_arrays_are_refused(target, message):
+    with pytest.raises(TypeError, match=message):
+        quantize(target, "W8")
 
 
 def test_trees(rng, capsys):
@@ -185,6 +200,21 @@ def test_importance_guides_the_search(rng):
     q = quantize(tree, {"c": "W8", "*": "W4-g32"}, importance=by_path, quiet=True)
     equal(q["a"]["kernel"], expected)
     equal(q["b"]["kernel"], expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "error", "message"),
+    [
+        ("tree", {"importance": np.ones(64)}, TypeError, "importance= is what .* got ndarray"),
+        ("tree", {"importance": {"b": 1.0}}, ValueError, "importance: there is no tensor 'b'"),
+        ("tree", {"calibration": {"a": 1.0}}, ValueError, "pass activation_scale= to fdq.matmul"),
+        ("array", {"importance": {"a": 1.0}}, TypeError, r"of one array is an array \[K\]"),
+    ],
+)
+def test_statistics_that_would_not_be_used_are_errors(target, options, error, message):
+    w = np.ones((64, 16), np.float32)
+    with pytest.raises(error, match=message):
+        quantize({"a": {"kernel": w}} if target == "tree" else w, "W4-g32", quiet=True, **options)
 
 
 def test_methods_reach_the_quantizer(rng):

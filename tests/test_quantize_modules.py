@@ -8,10 +8,12 @@ import pytest
 from flax import nnx
 
 from fdq import nn
+from fdq.calibration import calibrate
 from fdq.nn.general import Equation
 from fdq.qtensor import QTensor, dequantize, materialize
 from fdq.quantize import match_table, quantize
 from fdq.quantize_modules import collect
+from fdq.quantizers import quantize_array
 
 WIDTH, HEADS, LAYERS = 64, 4, 3
 
@@ -245,9 +247,33 @@ def test_static_activations_take_calibrated_scales():
     abstract = nnx.eval_shape(lambda: nnx.clone(small))
     scale = quantize(abstract, "W8A8-static", quiet=True).layers[0].activation_scale
     assert (scale.shape, scale.dtype) == ((), jnp.float32)
-    for wrong in (np.ones(3), np.nan, -1.0):
-        with pytest.raises(ValueError, match=r"0\.kernel: .* (expected|needs)|0\.kernel: expected"):
+    for wrong in (np.ones(3), np.nan, -1.0, "large"):
+        with pytest.raises(ValueError, match=r"0\.kernel: (the absmax of its input|expected)"):
             quantize(small, "W8A8-static", calibration={path: wrong}, quiet=True)
+    with pytest.raises(ValueError, match="no tensor 'up'. Nearest paths: .*kernel"):
+        quantize(small, "W8A8-static", calibration={"up": 1.0}, quiet=True)
+    for tokens in (TOKENS, jnp.asarray(TOKENS), [[1, 2]]):
+        with pytest.raises(TypeError, match=r"Sample tokens go to fdq\.calibrate"):
+            quantize(small, "W8A8-static", calibration=tokens, quiet=True)
+
+
+def test_a_calibration_gives_scales_and_importance():
+    layer = nnx.Sequential(nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(0)), nnx.relu)
+    x = np.linspace(-2.0, 3.0, 4 * WIDTH, dtype=np.float32).reshape(4, WIDTH)
+    seen = calibrate(layer, x)
+    q = quantize(layer, "W4A8-g32-static", calibration=seen, importance=seen, quiet=True).layers[0]
+    np.testing.assert_allclose(q.activation_scale.get_value(), 3.0 / 127, rtol=1e-6)
+    kernel = layer.layers[0].kernel.get_value()
+    expected = quantize_array(kernel, q.kernel.spec, importance=np.square(x).mean(axis=0))
+    np.testing.assert_array_equal(materialize(q.kernel).codes, expected.codes)
+
+
+def test_containers_of_modules():
+    layer = nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(0))
+    q = quantize(nnx.List([layer, layer]), "W8", quiet=True)
+    assert type(q[0]) is nn.QuantizedLinear and q[0] is q[1]
+    with pytest.raises(ValueError, match=r"kernels of fdq\.nn's layers(.|\n)*is quantized \(W8\)"):
+        quantize(q, "W4-g32", quiet=True)
 
 
 def test_stacked_layers_get_a_scale_each():

@@ -135,6 +135,8 @@ def test_first_match_wins_and_the_rest_gets_the_default():
         (lambda: Recipe.from_json('{"default": null}'), "missing: \\['rules'\\]"),
         (lambda: Recipe.from_json('{"rules": [{"pattern": "a"}]}'), "missing: \\['scheme'\\]"),
         (lambda: Recipe.from_json('{"rules": [3]}'), "A rule is a JSON object"),
+        (lambda: Recipe(["W4"]), "A rule is a pair.*got 'W4'"),
+        (lambda: Recipe([("a", "W4", "W8")]), "A rule is a pair"),
     ],
 )
 def test_contradictory_recipes(make, message):
@@ -150,6 +152,8 @@ def test_parse_takes_whatever_names_a_recipe():
     assert str(w4) == "W4A16C8" and hash(w4) == hash(Recipe.parse(str(w4)))
     assert Recipe.parse(None).default is None
     assert Recipe.parse("W16A16C8") == Recipe(cache="C8")
+    with pytest.raises(TypeError, match="got ndarray"):
+        Recipe.parse(np.zeros((8, 8)))
     with pytest.raises(TypeError, match="got int"):
         Recipe.parse(4)
 
@@ -212,7 +216,7 @@ def test_only_matrices_named_like_weights_unless_a_rule_names_others():
     table = Recipe.parse("W8").table(params)
     assert {row.path for row in table.quantized} == {"a.kernel", "b.weight", "w"}
     reasons = {row.path: row.reason for row in table.left}
-    assert reasons["conv.kernel"] == "3-D: needs a rule that names it"
+    assert reasons["conv.kernel"] == "3-D: needs a rule that names it, read as [..., K, N]"
     assert reasons["b.table"].startswith("not named kernel, weight, w")
     assert reasons["b.index"] == "dtype int8"
     assert reasons["a.bias"] == "vector"
@@ -224,6 +228,10 @@ def test_only_matrices_named_like_weights_unless_a_rule_names_others():
 
 
 def test_state_and_linen_paths():
+    query = {"kernel": struct(64, 4, 16), "bias": struct(4, 16)}
+    table = Recipe([("*.query", "W8")]).table({"mha": {"query": query}})
+    assert [row.path for row in table.quantized] == ["mha.query.kernel"]
+    assert [row.reason for row in table.left] == ["bias"]
     state = nnx.eval_shape(lambda: nnx.state(nnx.Linear(128, 8, rngs=nnx.Rngs(0))))
     assert schemes_by_path(Recipe.parse("W8"), state) == {"kernel": "W8A16C16"}
     params = {"params": {"Dense_0": {"kernel": np.zeros((128, 8), np.float32)}}}
@@ -452,6 +460,14 @@ def test_recipes_that_fastdeploy_cannot_express(recipe):
 def test_bad_fastdeploy_configs(config, message):
     with pytest.raises(ValueError, match=message):
         Recipe.from_fastdeploy(config)
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda c: {"quantization_config": c}, json.dumps])
+def test_a_config_of_hugging_face_is_no_recipe(wrap):
+    with pytest.raises(ValueError, match="quant_method='fp8' is .* Hugging Face.*'Wfp8Afp8'"):
+        Recipe.parse(wrap({"quant_method": "fp8", "weight_block_size": [128, 128]}))
+    with pytest.raises(ValueError, match="expected a JSON object, found None"):
+        Recipe.parse({"quantization_config": None})
 
 
 @pytest.mark.parametrize(
