@@ -9,11 +9,14 @@ one token is no faster than with the float parameters. For speed use an NNX modu
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax import nnx
 
 from fdq.qtensor import QTensor, dequantize
 
@@ -41,10 +44,24 @@ def apply(module: Any, qparams: Any, *args: Any, weight_dtype: Any = jnp.float32
     Returns:
       What ``module.apply`` returns.
 
+    Raises:
+      TypeError: ``module`` is no Linen module, or ``qparams`` no mapping.
+
     Example:
       >>> qparams = fdq.quantize(params, "W4A16")  # doctest: +SKIP
       >>> y = fdq.linen.apply(module, qparams, x)  # doctest: +SKIP
     """
+    if not isinstance(module, nn.Module):
+        nnx_hint = " An NNX module needs no apply: fdq.quantize(module, ...) is called as it was."
+        raise TypeError(
+            "fdq.linen.apply(module, params, *args): expected a Linen module first, found "
+            f"{type(module).__name__}.{nnx_hint if isinstance(module, nnx.Module) else ''}"
+        )
+    if not isinstance(qparams, Mapping):
+        raise TypeError(
+            "fdq.linen.apply(module, params, *args): expected the module's variables or params, "
+            f"found {type(qparams).__name__}."
+        )
     variables = qparams if "params" in qparams else {"params": qparams}
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     traced = [isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in leaves]

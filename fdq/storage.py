@@ -18,6 +18,7 @@ def load(
     method: str | None = None,
     compat: str | None = None,
     verify: bool = True,
+    quiet: bool = False,
     prepare: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Any:
@@ -35,10 +36,11 @@ def load(
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, quantized or not). Without one these come back as nested dicts.
       calibration: for schemes with static scales: what ``fdq.calibrate`` returned, or sample
-        tokens ``[batch, length]``.
+        tokens ``[batch, length]`` to calibrate with. The float model is then in memory as a whole.
       method: how scales are chosen, as in ``fdq.quantize``.
       compat: as in ``fdq.quantize``.
       verify: compare checksums of fdq checkpoints.
+      quiet: do not print what was quantized and what was left.
       prepare: put quantized weights of a model into the layout that its device wants
         (``fdq.prepare``). They are saved in the canonical layout all the same.
       progress: called after each tensor with (bytes done, bytes in all, path).
@@ -68,6 +70,7 @@ def load(
         method=method,
         compat=compat,
         verify=verify,
+        quiet=quiet,
         progress=progress,
     )
     if prepare and sharding is None and isinstance(loaded, models.Decoder):

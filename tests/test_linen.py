@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fdq.linen
 from fdq.qtensor import QTensor
@@ -98,6 +99,15 @@ def test_params_alone_and_modules_that_cannot_be_hashed():
     listed = Listed(np.ones(8, np.float32))
     q = quantize(listed.init(jax.random.key(0), X), "W8", quiet=True)
     assert fdq.linen.apply(listed, q, X).shape == (2, 6, 8)
+
+
+def test_wrong_arguments_are_named(variables):
+    with pytest.raises(TypeError, match="expected a Linen module first, found dict"):
+        fdq.linen.apply(variables, Net(), X)
+    with pytest.raises(TypeError, match="variables or params, found ndarray"):
+        fdq.linen.apply(Net(), X, variables)
+    with pytest.raises(TypeError, match="An NNX module needs no apply"):
+        fdq.linen.apply(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), variables, X)
 
 
 def test_memory_at_rest_shrinks(variables, qvariables):
