@@ -104,8 +104,9 @@ def tune(
     choices["default"] = choices["int4"]
     for kind in ("float8_e5m2", "mxfp8"):
         choices[kind] = choices["float8_e4m3"]
-    for kind in ("int3 x int8", "int2 x int8"):
-        choices[kind] = choices["int4 x int8"]
+    for kind in ("int3", "int2"):
+        # One row is a fusion of the same unpacking; more are an integer dot.
+        choices[f"{kind} x int8"] = [choices[kind][0], *choices["int4 x int8"][1:]]
     path = pathlib.Path(fdq.ops.__file__).with_name("cpu_choices.json")
     table = {"measured": {**machine, "command": "python -m benchmarks.cpu --tune"}}
     text = json.dumps({**table, "choices": choices}, indent=1)
