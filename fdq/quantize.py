@@ -30,8 +30,6 @@ from fdq.quantizers import quantize_array
 from fdq.recipe import Recipe
 from fdq.scheme import CacheSpec, Scheme
 
-_BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
-
 
 def quantize(
     target: Any,
@@ -296,7 +294,7 @@ class _Work:
         if not (np.isfinite(absmax) & (absmax >= 0)).all():
             raise ValueError(f"{path}: the absmax of its input is {absmax}; expected numbers >= 0.")
         # An input that was always 0 still needs a scale that can be divided by.
-        scale = np.maximum(absmax, 1e-10) / np.float32(_BOUNDS[spec.format])
+        scale = np.maximum(absmax, 1e-10) / np.float32(spec.bound)
         return jnp.asarray(np.broadcast_to(scale, lead), jnp.float32)
 
     def free(self, array: Any) -> None:

@@ -135,6 +135,11 @@ class ActivationSpec:
         if problem:
             raise ValueError(f"ActivationSpec(format={self.format!r}): {problem}")
 
+    @property
+    def bound(self) -> float:
+        """Largest magnitude of a code: a scale is the largest magnitude of values over this."""
+        return {"int8": 127.0, "float8_e4m3": 448.0}[self.format]
+
     @classmethod
     def parse(cls, name: str) -> ActivationSpec | None:
         """The activation part alone: ``"A8"``, ``"fp8-x128"``, ``"int8"``; None for 16 bits."""
