@@ -210,32 +210,8 @@ def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES
       ValueError: a required rule quantizes nothing (lists the nearest paths), nothing at all would
         be quantized, or the shape of a tensor does not fit its scheme.
     """
-    rows, matches = [], []
-    for leaf in leaves:
-        match = _match(recipe, leaf)
-        scheme, reason = match.scheme, match.reason
-        asked = match.rule is not None and any(
-            path_pattern.names(match.rule.pattern, path) for path in (leaf.path, *leaf.aliases)
-        )
-        if leaf.kind == "fixed" or (leaf.kind == "on_request" and not asked):
-            # Prefer the reason that the user can do something about.
-            protected = leaf.kind == "on_request" and match.rule is None and scheme is None
-            by_rule = asked and scheme is None
-            scheme, reason = None, reason if by_rule or protected else leaf.why
-        if scheme is not None:
-            assert scheme.weight is not None
-            k, n = leaf.shape[-2:]
-            try:
-                FORMATS[scheme.weight.format].check(scheme.weight, k, n, leaf.path)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error} To leave this tensor as it is, add the rule ({leaf.path!r}, None)."
-                ) from None
-        size = math.prod(leaf.shape) * (jnp.dtype(leaf.dtype).itemsize if leaf.dtype else 0)
-        after = size if scheme is None else _quantized_bytes(scheme.weight, leaf.shape)
-        pattern = None if match.rule is None else match.rule.pattern
-        rows.append(Row(leaf.path, leaf.shape, leaf.dtype, scheme, reason, pattern, size, after))
-        matches.append(match)
+    matches = [_match(recipe, leaf) for leaf in leaves]
+    rows = [_row(leaf, match) for leaf, match in zip(leaves, matches, strict=True)]
     for rule in recipe.rules:
         used = any(
             match.rule == rule and (rule.scheme is None or row.scheme is not None)
@@ -256,6 +232,31 @@ def _match(recipe: Any, leaf: Leaf) -> Any:
     by_rule = [match for match in found if match.rule is not None]
     kept = [match for match in found if match.scheme is None]
     return (by_rule or kept or found)[0]
+
+
+def _row(leaf: Leaf, match: Any) -> Row:
+    """What becomes of a tensor; ValueError where its shape does not fit its scheme."""
+    scheme, reason = match.scheme, match.reason
+    asked = match.rule is not None and any(
+        path_pattern.names(match.rule.pattern, path) for path in (leaf.path, *leaf.aliases)
+    )
+    if leaf.kind == "fixed" or (leaf.kind == "on_request" and not asked):
+        # Prefer the reason that the user can do something about.
+        protected = leaf.kind == "on_request" and match.rule is None and scheme is None
+        by_rule = asked and scheme is None
+        scheme, reason = None, reason if by_rule or protected else leaf.why
+    size = after = math.prod(leaf.shape) * (jnp.dtype(leaf.dtype).itemsize if leaf.dtype else 0)
+    if scheme is not None:
+        k, n = leaf.shape[-2:]
+        try:
+            FORMATS[scheme.weight.format].check(scheme.weight, k, n, leaf.path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} To leave this tensor as it is, add the rule ({leaf.path!r}, None)."
+            ) from None
+        after = _quantized_bytes(scheme.weight, leaf.shape)
+    pattern = None if match.rule is None else match.rule.pattern
+    return Row(leaf.path, leaf.shape, leaf.dtype, scheme, reason, pattern, size, after)
 
 
 def _unused(rule: Any, leaves: Sequence[Leaf], rows: list[Row], matches: list[Any]) -> str:
