@@ -20,7 +20,6 @@ from fdq.kv_cache import LayerScales, parse_format
 from fdq.nn.parameters import value
 from fdq.scheme import ActivationSpec, CacheSpec
 
-_BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
 _SMALLEST = 1e-10  # as in fdq.ops: a channel that was never active gets a scale that is not zero
 
 
@@ -76,7 +75,7 @@ class Calibration:
                 f"and {max(0, len(self.absmax) - 4)} more"
             )
         largest = np.maximum(self.absmax[path].max(axis=-1), _SMALLEST)
-        return jnp.asarray(largest / _BOUNDS[spec.format], jnp.float32)
+        return jnp.asarray(largest / np.float32(spec.bound), jnp.float32)
 
     def cache_scales(self, spec: CacheSpec | str) -> list[LayerScales]:
         """Static scales of each layer for `KVCache.init(..., scales=...)`.
@@ -108,10 +107,9 @@ def _scale(low: np.ndarray, high: np.ndarray, spec: CacheSpec) -> tuple[Any, Any
     if spec.granularity == "head":
         low, high = low.min(-1, keepdims=True), high.max(-1, keepdims=True)
     if not spec.zero_point:
-        bound = _BOUNDS.get(spec.format, 7.0)
-        return np.maximum(np.maximum(-low, high), _SMALLEST) / np.float32(bound), None
+        return np.maximum(np.maximum(-low, high), _SMALLEST) / np.float32(spec.bound), None
     low, high = np.minimum(low, 0), np.maximum(high, 0)
-    scale = np.maximum(high - low, _SMALLEST) / np.float32(15)
+    scale = np.maximum(high - low, _SMALLEST) / np.float32(spec.bound)
     return scale, np.clip(np.rint(-low / scale), 0, 15).astype(np.uint8)
 
 

@@ -32,7 +32,7 @@ ARRAY_FIELDS = (
 STATIC_FIELDS = ("spec", "padding", "layout")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
     """A quantized weight ``[..., K, N]``, used as ``x @ w``; leading axes are experts or layers.
 
@@ -90,6 +90,22 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """Stored bits, scales included, by weight."""
         return 8 * self.nbytes / self.size
+
+    def __repr__(self) -> str:
+        """One line without the arrays; also of what tree transformations put in their place."""
+        parts = [self.spec.format]
+        if self.spec.granularity == "group":
+            parts.append(f"groups of {self.spec.group_size}")
+        elif self.spec.granularity == "block":
+            parts.append("blocks of {}x{}".format(*self.spec.block_size or ()))
+        else:
+            parts.append(f"per {self.spec.granularity}")
+        if hasattr(self.codes, "shape"):
+            parts.insert(0, "[" + ", ".join(map(str, self.shape)) + "]")
+            parts.append(f"{self.bits_per_weight:.4g} bits per weight")
+        if self.layout != "canonical":
+            parts.append(f"layout {self.layout!r}")
+        return f"QTensor({', '.join(parts)})"
 
 
 @dataclasses.dataclass(frozen=True)

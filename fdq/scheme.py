@@ -185,6 +185,11 @@ class CacheSpec:
         if problem:
             raise ValueError(f"CacheSpec(format={self.format!r}): {problem}")
 
+    @property
+    def bound(self) -> float:
+        """Largest code: a scale is the largest magnitude (int4: max - min) over this."""
+        return {"int8": 127.0, "float8_e4m3": 448.0, "int4": 15.0}[self.format]
+
     @classmethod
     def parse(cls, name: str) -> CacheSpec | None:
         """The cache part alone: ``"C8"``, ``"fp8"``, ``"C4-kvhead"``; None for 16 bits."""

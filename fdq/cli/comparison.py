@@ -105,7 +105,8 @@ class Comparison:
 
     def original(self) -> Row:
         """The float model; also what the schemes are compared with from now on."""
-        from checkpoints import inspect, load
+        from checkpoints import inspect
+        from fdq.storage import load
 
         model = load(self.source, dtype=self.dtype)
         self._recorded = record_logits(model, self.tokens, window=WINDOW)
@@ -118,7 +119,8 @@ class Comparison:
         Raises:
           ValueError: an unknown scheme; FileExistsError: the directory exists.
         """
-        from checkpoints import convert, load
+        from checkpoints import convert
+        from fdq.storage import load
 
         calibration = self._calibration() if needs_calibration(scheme) else None
         start = time.perf_counter()
@@ -131,8 +133,8 @@ class Comparison:
 
     def _calibration(self) -> Calibration:
         """Statistics over 8192 tokens of text that is not evaluated on."""
-        from checkpoints import load
         from fdq import sample_text
+        from fdq.storage import load
 
         ids: list[int] = []
         for _, text in sample_text.source_files(held_out=False):

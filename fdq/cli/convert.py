@@ -127,8 +127,8 @@ def calibrated(source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 32)
     """Statistics of the float model over the first rows x 256 tokens of a text file."""
     import numpy as np
 
-    from checkpoints import load
     from fdq.calibration import calibrate
+    from fdq.storage import load
     from fdq.tokenizer import Tokenizer
 
     ids = Tokenizer.load(source).encode(text_file.read_text("utf-8"), bos=True)[: rows * 256]

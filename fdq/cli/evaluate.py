@@ -46,8 +46,8 @@ def run(
     debug: console.Debug = False,
 ) -> None:
     """Bits per byte and perplexity on a text, through the KV cache; KL to another checkpoint."""
-    from checkpoints import load
     from fdq.evaluate import evaluate
+    from fdq.storage import load
     from fdq.tokenizer import Tokenizer
 
     console.checkpoint_directory(directory)

@@ -49,9 +49,9 @@ def run(
     """Continues a prompt; the text appears as it is decoded."""
     import jax
 
-    from checkpoints import load
     from fdq.generate import generate
     from fdq.sampling import Sampling
+    from fdq.storage import load
 
     console.checkpoint_directory(directory)
     sampling = None

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.formats.exact_arithmetic import quotient
 from fdq.ops.weight_view import WeightView, unsigned_rows
 from fdq.scheme import ActivationSpec
 
-_BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
 # FastDeploy's floor (per_token_quant_fp8.cu): a row of zeros gets a scale that is not zero.
 _SMALLEST_MAXIMUM = 1e-10
 
@@ -37,7 +37,7 @@ def quantize_activation(
       ``(codes, scale)``: int8 or float8_e4m3fn ``[..., K]``, float32 ``[..., 1]`` (token, tensor)
       or ``[..., ceil(K / group)]`` (token_group).
     """
-    bound = _BOUNDS[spec.format]
+    bound = spec.bound
     x = x.astype(jnp.float32)
     k = x.shape[-1]
     if not spec.dynamic:
@@ -69,7 +69,7 @@ def quantize_activation(
         axes = (-1,) if spec.granularity == "token" else tuple(range(x.ndim))
         scale = _dynamic_scale(x, bound, axes)
         expanded = scale
-    y = x / expanded
+    y = quotient(x, expanded)
     if spec.format == "int8":
         return jnp.clip(jnp.round(y), -bound, bound).astype(jnp.int8), scale
     return jnp.clip(y, -bound, bound).astype(jnp.float8_e4m3fn), scale
@@ -77,7 +77,7 @@ def quantize_activation(
 
 def _dynamic_scale(x: jax.Array, bound: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-    return jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)) / jnp.float32(bound)
+    return quotient(jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)), bound)
 
 
 def expand_groups(scale: jax.Array, group: int, k: int) -> jax.Array:

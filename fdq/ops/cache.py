@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.formats.exact_arithmetic import quotient
 from fdq.ops.weight_view import e4m3_values
 from fdq.scheme import CacheSpec
 
 CACHE_SCALE_DTYPE = jnp.float32
-_BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0}
 _SMALLEST_MAXIMUM = 1e-10
 
 
@@ -69,12 +69,12 @@ def quantize_cache(
         assert scale is not None
         wide_scale = scale.astype(jnp.float32)[None, :, None, :]
         wide_zero = None if zero is None else zero.astype(jnp.float32)[None, :, None, :]
-    y = x / wide_scale
+    y = quotient(x, wide_scale)
     if spec.format == "int4":
         if wide_zero is None:
             raise ValueError("int4 KV cache: expected zero points, found None (zero_point=True).")
         return _pack(jnp.clip(jnp.round(y) + wide_zero, 0.0, 15.0).astype(jnp.uint8)), scale, zero
-    bound = _BOUNDS[spec.format]
+    bound = spec.bound
     if spec.format == "int8":
         return jnp.clip(jnp.round(y), -bound, bound).astype(jnp.int8), scale, zero
     codes = jnp.clip(y, -bound, bound).astype(jnp.float8_e4m3fn)
@@ -86,11 +86,11 @@ def _dynamic_parameters(x: jax.Array, spec: CacheSpec) -> tuple[Any, Any, Any, A
     if spec.format == "int4":
         high = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0)
         low = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
-        wide = jnp.maximum(high - low, jnp.float32(_SMALLEST_MAXIMUM)) / jnp.float32(15)
-        zero = jnp.clip(jnp.round(-low / wide), 0.0, 15.0)
+        wide = quotient(jnp.maximum(high - low, jnp.float32(_SMALLEST_MAXIMUM)), spec.bound)
+        zero = jnp.clip(jnp.round(quotient(-low, wide)), 0.0, 15.0)
         return wide[..., 0], zero[..., 0].astype(jnp.uint8), wide, zero
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    wide = jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)) / jnp.float32(_BOUNDS[spec.format])
+    wide = quotient(jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)), spec.bound)
     return wide[..., 0], None, wide, None
 
 

@@ -100,17 +100,25 @@ def _to_layout(q: QTensor, layout: str) -> QTensor:
 
 
 def _map_qtensors(tree: Any, change: Callable[[QTensor], QTensor]) -> Any:
-    # Modules are pytrees. Variables are kept as they are, and what was shared stays shared.
     changed: dict[int, QTensor] = {}
 
     def visit(leaf: Any) -> Any:
         if not isinstance(leaf, QTensor):
             return leaf
-        if id(leaf) not in changed:
-            changed[id(leaf)] = change(leaf)
-        return changed[id(leaf)]
+        # A shared QTensor is changed once; inside modules its Variables are what is shared.
+        if id(leaf.codes) not in changed:
+            changed[id(leaf.codes)] = change(leaf)
+        return changed[id(leaf.codes)]
 
-    return jax.tree.map(visit, tree, is_leaf=lambda a: isinstance(a, (QTensor, nnx.Variable)))
+    if not isinstance(tree, nnx.Module):
+        return jax.tree.map(visit, tree, is_leaf=lambda a: isinstance(a, QTensor | nnx.Variable))
+    # New modules and Variables around the same arrays, shared where they were.
+    copy = nnx.merge(*nnx.split(tree), copy=True)
+    for _, module in nnx.iter_modules(copy):
+        for name, attribute in list(vars(module).items()):
+            if isinstance(attribute, QTensor):
+                setattr(module, name, visit(attribute))
+    return copy
 
 
 def transposed_dot(x: jax.Array, w: jax.Array) -> jax.Array:

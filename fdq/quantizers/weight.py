@@ -196,9 +196,8 @@ def _check_importance(importance: Any, shape: tuple[int, ...], method: Any, path
     found = tuple(importance.shape)
     expected = (*shape[:-2], shape[-2])
     if found not in (expected, (shape[-2],)):
-        raise ValueError(
-            f"{path}: expected importance of shape {expected} or {(shape[-2],)}, found {found}."
-        )
+        options = " or ".join(str(option) for option in dict.fromkeys((expected, (shape[-2],))))
+        raise ValueError(f"{path}: expected importance of shape {options}, found {found}.")
     if isinstance(importance, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(expected, jnp.float32)
     return jnp.broadcast_to(jnp.asarray(importance).astype(jnp.float32), expected)
