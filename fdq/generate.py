@@ -57,9 +57,15 @@ def generate(
       A list with the continuation of each prompt, text or tokens as the prompts were.
 
     Raises:
-      ValueError: no prompts, mixed kinds, an empty prompt, or more tokens than `max_length`.
+      ValueError: no prompts, mixed kinds, an empty prompt, more tokens than `max_length`, a
+        negative `max_new_tokens`, or `stream_steps` below 1.
       ModuleNotFoundError: text prompts without the `tokenizers` package; names the extra.
     """
+    if max_new_tokens < 0 or stream_steps < 1:
+        raise ValueError(
+            f"max_new_tokens (={max_new_tokens}) must be 0 or more and stream_steps "
+            f"(={stream_steps}) 1 or more"
+        )
     texts, lists = _sort_prompts(prompts)
     text = _tokenizer(model, tokenizer) if texts else None
     rows = [text.encode(prompt, bos=True) for prompt in texts] if text else lists

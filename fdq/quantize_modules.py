@@ -202,7 +202,7 @@ def quantize_module(
                 # One scale serves all experts; stacked layers have one each.
                 shape = row.shape[-2:] if isinstance(owner, nn.ExpertLinear) else row.shape
                 number = activation_scale(scheme, [use.path for use in uses], shape, abstract)
-                scale = None if number is None else general.ActivationScale(number)
+                scale = None if number is None else nn.ActivationScale(number)
             if role.stand_in is not None:
                 stand_ins[id(owner)] = role.stand_in(owner, box, scheme.activation, scale)
                 continue

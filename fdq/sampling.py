@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+
+_SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are flushed to zero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,19 +52,20 @@ def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Ar
       sampling: temperature above 0.
 
     Returns:
-      tokens [C] int32 and their logits [C] float32 after temperature, -inf for those ruled out;
-      C is `top_k` or V.
+      tokens [C] int32 and their logits [C] float32 after temperature, relative to the largest,
+      -inf for those ruled out; C is `top_k` or V.
     """
-    scaled = logits.astype(jnp.float32) / sampling.temperature
-    count = min(sampling.top_k or scaled.size, scaled.size)
-    scaled, tokens = jax.lax.top_k(scaled, count)
+    count = min(sampling.top_k or logits.size, logits.size)
+    scaled, tokens = jax.lax.top_k(logits.astype(jnp.float32), count)
+    # Relative to the largest, which a temperature near 0 must not divide to infinity.
+    scaled = (scaled - scaled[0]) / max(sampling.temperature, _SMALLEST_TEMPERATURE)
     if sampling.top_p is not None:
         probabilities = jax.nn.softmax(scaled)
         before = jnp.cumsum(probabilities) - probabilities
         # The first is always kept: nothing comes before it.
         scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
     if sampling.min_p is not None:
-        scaled = jnp.where(scaled >= scaled[0] + jnp.log(sampling.min_p), scaled, -jnp.inf)
+        scaled = jnp.where(scaled >= math.log(sampling.min_p), scaled, -jnp.inf)
     return tokens, scaled
 
 

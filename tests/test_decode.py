@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -185,10 +186,32 @@ def test_a_step_may_be_repeated(model, prompts):
     assert (first == again).all()
 
 
-def test_weights_are_arguments_and_nothing_is_compiled_twice(model, prompts):
+def constants(jaxpr):
+    """Elements of all constants of a closed jaxpr and those inside of it."""
+    inner = jax.tree.leaves(
+        [list(equation.params.values()) for equation in jaxpr.eqns],
+        is_leaf=lambda p: isinstance(p, jax.extend.core.ClosedJaxpr),
+    )
+    inner = [p for p in inner if isinstance(p, jax.extend.core.ClosedJaxpr)]
+    return sum(map(np.size, jaxpr.consts)) + sum(map(constants, inner))
+
+
+@pytest.mark.parametrize("scheme", [None, "W8A8", "W4A16-g32"])
+def test_weights_are_no_constants(model, scheme):
+    """Of a step, and of the whole loop with a model as the argument of the user's jit."""
+    if scheme:
+        model = fdq.quantize(fdq.models.abstract(CONFIG), scheme, quiet=True)
     step, params = functional(model)
-    jaxpr = jax.make_jaxpr(step)(params, start(model, prompts))
-    assert sum(np.size(const) for const in jaxpr.consts) < 100
+    state = abstract_state(2, SLOTS, "C8")
+    loop = jax.make_jaxpr(lambda model, state: decode(model, state, 2))
+    for jaxpr in (jax.make_jaxpr(step)(params, state), loop(model, state)):
+        # What is left: the rotation's frequencies, masks and numbers.
+        assert constants(jaxpr) < 100
+    held = jax.make_jaxpr(lambda: jnp.arange(8.0) @ jnp.asarray(np.ones((8, 32))))()
+    assert constants(held) >= 256
+
+
+def test_nothing_is_compiled_twice(model, prompts):
     decode(model, start(model, prompts), STEPS)
     counts = (_decode._cache_size(), _extend._cache_size())
     decode(model, start(model, prompts), STEPS)
@@ -357,6 +380,12 @@ def test_generate_refuses(model, prompts, message):
         generate(model, prompts, 4)
 
 
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": -1}, {"stream_steps": 0}])
+def test_generate_refuses_to_go_back_or_stand_still(model, wrong):
+    with pytest.raises(ValueError, match=r"max_new_tokens \(=.* and stream_steps"):
+        generate(model, [[3]], **wrong)
+
+
 def test_generate_refuses_more_than_max_length(model):
     with pytest.raises(ValueError, match="do not fit in max_length=8"):
         generate(model, [[3] * 5], 4, max_length=8)
@@ -405,9 +434,8 @@ def test_generate_text_streams_all_of_it(model):
     assert out == list(pieces.values())
 
 
-def test_decoding_with_experts_reads_only_those_picked():
-    """No operation of the loop, outside of fusions, makes an array with an axis of all experts."""
-    experts = 37
+def mixture_of_experts(experts, scheme):
+    """The compiled loop of a model of one layer with so many experts, and its params."""
     config = fdq.models.DecoderConfig(
         model_type="ernie4_5_moe",
         vocab_size=96,
@@ -423,15 +451,30 @@ def test_decoding_with_experts_reads_only_those_picked():
         dtype="float32",
         moe=fdq.models.MoEConfig(num_experts=experts, top_k=2, intermediate_size=32, layers=(0,)),
     )
-    template, params = split(fdq.quantize(fdq.models.abstract(config), "W4A16-g32", quiet=True))
-    codes = params["layers"][0]["mlp"]["experts"]["gate_up_proj"]["kernel"].codes
-    assert codes.shape == (experts, 32, 64)
+    template, params = split(fdq.quantize(fdq.models.abstract(config), scheme, quiet=True))
     state = abstract_state(1, 64, "C8", config)
     stops = jax.ShapeDtypeStruct((1, 0), jnp.int32)
-    compiled = _decode.lower(template, params, state, stops, steps=2, sampling=None).compile()
+    lowered = _decode.lower(template, params, state, stops, steps=2, sampling=None)
+    return lowered.compile(), params["layers"][0]["mlp"]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g32", "W8A8"])
+def test_decoding_with_experts_reads_only_those_picked(scheme):
+    """Nothing has an axis of all experts, and ten times the experts cost no more bytes."""
+    few, many = 37, 370
+    compiled, mlp = mixture_of_experts(few, scheme)
+    experts = mlp["experts"]
+    codes = experts["gate_up_proj"]["kernel"].codes
+    assert codes.shape == (few, 32 if scheme.startswith("W4") else 64, 64)
     made = re.findall(
-        rf"= \w+\[{experts},\d+,\d+\]\S* (?!parameter|get-tuple-element|bitcast)([\w-]+)\(",
+        rf"= \w+\[{few},\d+,\d+\]\S* (?!parameter|get-tuple-element|bitcast)([\w-]+)\(",
         compiled.as_text(),
     )
     assert not made
     assert compiled.memory_analysis().temp_size_in_bytes < codes.size
+    # Bytes that XLA counts for a step: the router grows with the experts, and what it scores.
+    larger, larger_mlp = mixture_of_experts(many, scheme)
+    added = larger.cost_analysis()["bytes accessed"] - compiled.cost_analysis()["bytes accessed"]
+    router = larger_mlp["router"]["kernel"].size - mlp["router"]["kernel"].size
+    of_all = sum(layer["kernel"].nbytes for layer in experts.values()) * (many / few - 1)
+    assert 4 * router < added < 1.5 * 4 * router < of_all / 5

@@ -84,6 +84,14 @@ def test_greedy(sampling, rng):
     assert tokens.tolist() == logits.argmax(-1).tolist() and tokens[1] == 4
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45])
+def test_temperatures_near_zero_are_greedy(temperature, rng):
+    logits = rng.standard_normal((3, VOCAB)).astype(np.float32) * 1e4
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens = sample(jnp.asarray(logits), keys, Sampling(temperature=temperature, top_p=0.9))
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+
+
 def test_random_draws_need_keys(rng):
     with pytest.raises(ValueError, match="needs PRNG keys"):
         sample(jnp.zeros((1, VOCAB)), None, Sampling())

@@ -24,10 +24,6 @@ from fdq.nn.parameters import value
 from fdq.scheme import ActivationSpec
 
 
-class ActivationScale(nnx.Variable):
-    """The calibrated (static) scale of a layer's input, float32."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Fold:
     """How the last axes of a kernel become ``[K, N]``.

@@ -51,9 +51,9 @@ def matmul(
     With ``activation`` the rows of x are quantized and the product is formed in that arithmetic:
 
     - int8 activations and integer weights: int32 sums of ``code * (code - zero)`` over each group
-      (over all of K for scales per channel), times the scales in float32. Few rows of weights of
-      4 bits and fewer are summed in float32, where these integers are exact, with the scales
-      multiplied in along the way.
+      (over all of K for scales per channel), times the scales in float32. One row on CPU (a few
+      rows of weights of 4 bits and fewer) is summed in float32, with the scales multiplied in along
+      the way: the products are exact there, and so are their sums up to 2^24.
     - float8 activations, or int8 with weights that are not integers: products of the code values
       are exact in float32 and summed in float32; scales per token and 128 channels are multiplied
       in per slice of K.
@@ -240,6 +240,8 @@ def quantized_product(
 
     Not differentiable by itself where a loop is chosen; ``matmul`` and ``grouped_matmul`` are.
     """
+    if x.shape[0] == 0:
+        return jnp.zeros((0, q.shape[-1]), jnp.float32)
     target = trace_target()
     # Ties the weight to x. In a decode loop XLA would otherwise move the decoding, which does not
     # depend on the token, out of the loop, and every step would read float32 weights from memory.

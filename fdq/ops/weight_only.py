@@ -88,12 +88,19 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
       x: float ``[M, K]``.
       view: of a ``[K, N]`` weight.
       dtype: of the operands of the dot. float32 is exact; with bfloat16 or float16 the decoded
-        weights are rounded to it, except that a scale per channel is applied after the dot.
+        weights are rounded to it, except that a scale per channel is applied after the dot. With
+        float16, rows of another dtype are divided by a power of two that keeps them in its range.
 
     Returns:
       float32 ``[M, N]``.
     """
-    x = pad_rows(x, view).astype(dtype)
+    x, row_scale = pad_rows(x, view), None
+    if dtype == jnp.float16 and x.dtype != jnp.float16:
+        # Outliers of a bfloat16 model pass 65504; dividing by a power of two rounds nothing.
+        x = x.astype(jnp.float32)
+        exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1, keepdims=True))[1]
+        x, row_scale = jnp.ldexp(x, -exponent), exponent
+    x = x.astype(dtype)
     planes = view.unit_rows
     per_channel = view.scale.shape[-2] == 1
     if dtype == jnp.float16 and not per_channel:
@@ -113,7 +120,8 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
     y = exact_dot(parts[..., 0], decoded[0].astype(dtype))
     for p in range(1, planes):
         y = y + exact_dot(parts[..., p], decoded[p].astype(dtype))
-    return y if after is None else y * after
+    y = y if after is None else y * after
+    return y if row_scale is None else jnp.ldexp(y, row_scale)
 
 
 def tiled(

@@ -76,6 +76,9 @@ def test_vmap_stack_and_abstract_quantization_agree(case):
     mapped = jax.vmap(lambda w: quantize_array(w, case.spec, method=case.method))(w)
     same_bits(whole, mapped)
     assert whole.shape == mapped.shape == w.shape
+    each = [quantize_array(one, case.spec, method=case.method) for one in w]
+    same_bits(jax.tree.map(lambda *a: jnp.stack(a), *each), whole)
+    assert jax.tree.structure(each[0]) == jax.tree.structure(whole)
     for layer in range(len(w)):
         one = jax.tree.map(lambda a: a[layer], whole)  # noqa: B023
         assert one.shape == w.shape[1:]

@@ -52,24 +52,30 @@ def test_equals_the_decoded_product(name, rng):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_transformations(name, rng):
-    """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program."""
-    q = weight(name)
+    """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program.
+
+    N is odd, and K where no group must divide it: 331 rows fill neither a packed unit nor a block.
+    """
+    k, n = (384 if SPECS[name].granularity == "group" else 331), 131
+    q = weight(name, k, n)
+    assert q.shape == (k, n)
     stack = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1]]), q)
-    x = rows(rng, 2)
+    x, direction = rows(rng, 2, k), rows(rng, 2, n)
 
     @jax.jit
-    def program(x, q, stack):
+    def program(x, q, stack, direction):
         over_x = jax.vmap(ops.matmul, in_axes=(0, None))(x, q)
         over_both = jax.vmap(ops.matmul)(x, stack)
-        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(ops.matmul(x, q))))(x)
-        return over_x, over_both, gradient
+        y, pull_back = jax.vjp(lambda x: ops.matmul(x, q), x)
+        return y, over_x, over_both, pull_back(direction)[0]
 
-    over_x, over_both, gradient = program(x, q, stack)
-    w = decoded(name)
+    y, over_x, over_both, gradient = program(x, q, stack, direction)
+    w = decoded(name, k, n)
     expected = np.asarray(x, np.float64) @ w
+    assert error(y, expected) < TOLERANCE
     assert error(over_x, expected) < TOLERANCE
     assert error(over_both[0], expected[0]) < TOLERANCE
-    assert error(gradient, np.cos(expected) @ w.T) < 2 * TOLERANCE
+    assert error(gradient, np.asarray(direction, np.float64) @ w.T) < TOLERANCE
     if name not in ("float8_e4m3 block", "nf4 double"):  # their scales span columns
         assert error(over_both[1], expected[1, ::-1]) < TOLERANCE
 
@@ -136,6 +142,12 @@ def test_odd_shapes(name, k, n, rng):
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
     assert error(y, expected) < TOLERANCE
     assert error(one, expected[0, 0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+def test_no_rows(activation):
+    q = weight("int4 group")
+    assert ops.matmul(jnp.zeros((2, 0, 256)), q, activation=activation).shape == (2, 0, 512)
 
 
 def test_groups_that_split_a_packed_unit(rng):
@@ -259,6 +271,19 @@ def test_formulations_of_other_devices(name, rng):
     assert error(fused_product(x, view, 8, dot=False), expected) < TOLERANCE
     for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)):
         assert error(plane_product(x, view, dtype), expected) < tolerance
+
+
+@pytest.mark.parametrize("name", ["int4 group", "float8_e4m3 channel"])
+def test_float16_takes_outliers_of_bfloat16(name, rng):
+    """Activations beyond 65504 are legal in bfloat16, on GPUs that compute it in float16 too."""
+    from fdq.ops.weight_only import plane_product
+    from fdq.ops.weight_view import view_weight
+
+    x = rows(rng, 3).at[0, 7].set(3e5).at[1].set(0.0).astype(jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ decoded(name)
+    y = plane_product(x, view_weight(weight(name)), jnp.float16)
+    assert error(y[0], expected[0]) < 1e-3 and error(y[2], expected[2]) < 1e-3
+    assert not y[1].any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
