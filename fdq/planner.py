@@ -300,7 +300,9 @@ def _find_config(model: Any) -> tuple[str, DecoderConfig]:
         except ValueError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from error
         return directory.name, from_huggingface(value)
-    near = difflib.get_close_matches(str(model).lower(), CONFIGS, n=1, cutoff=0.3)
+    name = str(model).lower()
+    near = [known for known in CONFIGS if name and known.startswith(name)]
+    near = near or difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.3)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"Unknown model {str(model)!r}: neither a directory with a config.json nor one of "

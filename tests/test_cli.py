@@ -93,6 +93,10 @@ def test_help_lists_the_commands_and_shows_an_example_of_each():
         assert "--json" in output
 
 
+def test_version():
+    assert run("--version").stdout == f"fdq {fdq.__version__}\n"
+
+
 def test_convert_prints_what_it_did(original, tmp_path):
     output = run("convert", original, tmp_path / "w8", "-s", "wint8").stdout
     assert "W8" in output
@@ -157,6 +161,9 @@ WRONG = {
     "unknown scheme of plan": (["plan", "ernie-4.5-0.3b", "-s", "W5"], "Unknown"),
     "unknown model": (["plan", "ernie-4.5-0.3c", "-s", "W4"], "Did you mean 'ernie-4.5-0.3b'"),
     "destination exists": (["convert", "{original}", "{original}", "-s", "W4A16"], "exist"),
+    "how to replace it": (["convert", "{original}", "{original}", "-s", "W4A16"], "--overwrite"),
+    "unknown dtype": (["generate", "{original}", "-p", "a", "--dtype", "float12"], "float12"),
+    "part of a name": (["plan", "ernie-4.5-300b", "-s", "W4"], "mean 'ernie-4.5-300b-a47b'"),
     "missing source": (["convert", "{new}", "{new}2", "-s", "W4A16"], "does not exist"),
     "not a checkpoint": (["inspect", "{empty}"], "config.json"),
     "a file": (["generate", "{text}", "-p", "a"], "is a file"),

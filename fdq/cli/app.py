@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import fdq
 from fdq.cli import convert, demo, evaluate, generate, inspect, plan
 
 app = typer.Typer(
@@ -14,5 +17,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"fdq {fdq.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 for module in (demo, convert, inspect, generate, evaluate, plan):
     app.command(module.NAME, epilog=module.EXAMPLE)(module.run)

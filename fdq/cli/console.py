@@ -37,9 +37,21 @@ Scheme = Annotated[
         "..., or a file with FastDeploy's quantization_config.",
     ),
 ]
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _dtype(name: str | None) -> str | None:
+    if name is not None and name not in _DTYPES:
+        fail(f"--dtype {name!r}: expected one of {', '.join(_DTYPES)}.", WRONG_USE)
+    return name
+
+
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Dtype of what is not quantized: float32, bfloat16. Default: the file's."),
+    typer.Option(
+        callback=_dtype,
+        help="Dtype of what is not quantized: " + ", ".join(_DTYPES) + ". Default: the file's.",
+    ),
 ]
 Compat = Annotated[
     str | None, typer.Option(help="'fastdeploy' follows its rounding and layer rules.")

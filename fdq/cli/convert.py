@@ -44,13 +44,17 @@ def run(
 ) -> None:
     """Quantizes a checkpoint, tensor by tensor: about one layer is in memory.
 
-    Nothing that looks like a checkpoint is left behind by a conversion that fails or is stopped;
-    the same command goes on where it stopped.
+    The same command goes on where a stopped conversion was, from the sibling DST.fdq-tmp.
     """
     from checkpoints import convert, inspect
 
     recipe = read_scheme(scheme)
     console.checkpoint_directory(source)
+    if destination.exists() and not overwrite:
+        raise FileExistsError(
+            f"{destination} exists. Choose another DST, or replace an fdq checkpoint with "
+            "--overwrite."
+        )
     if needs_calibration(recipe) and calibration_text is None:
         raise ValueError(
             f"{scheme} has static scales: give text to calibrate them on, --calibration-text FILE."

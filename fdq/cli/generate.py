@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -65,30 +66,31 @@ def run(
     with console.progress("Loading", quiet=json) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update, quiet=True)
     pieces: list[str] = []
-
-    def show(index: int, piece: str) -> None:
-        pieces.append(piece)
-        if not json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-
-    if not json:
-        sys.stdout.write(prompt)
-        sys.stdout.flush()
     start = time.perf_counter()
-    generate(
-        model,
-        [prompt],
-        max_tokens,
-        sampling=sampling,
-        key=jax.random.key(seed),
-        cache=cache,
-        max_length=context,
-        stream=show,
-        stream_steps=16,
-    )
+    with contextlib.ExitStack() as waiting:
+        if not json:
+            waiting.enter_context(console.err.status("Compiling ..."))
+
+        def show(index: int, piece: str) -> None:
+            waiting.close()
+            if not json:
+                sys.stdout.write(piece if pieces else prompt + piece)
+                sys.stdout.flush()
+            pieces.append(piece)
+
+        generate(
+            model,
+            [prompt],
+            max_tokens,
+            sampling=sampling,
+            key=jax.random.key(seed),
+            cache=cache,
+            max_length=context,
+            stream=show,
+            stream_steps=16,
+        )
     seconds = time.perf_counter() - start
     if json:
         console.print_json({"prompt": prompt, "text": "".join(pieces), "seconds": seconds})
     else:
-        sys.stdout.write("\n")
+        sys.stdout.write("\n" if pieces else f"{prompt}\n")
