@@ -115,6 +115,11 @@ def read(config: Mapping[str, Any], *, num_layers: int | None = None) -> Parts:
       ValueError: unknown keys, types or granularities, missing ones, or a bad layer range.
       NotImplementedError: what has no counterpart in fdq.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"quantization_config: expected a JSON object (a dict), found {config!r}; read a file "
+            "with json.load."
+        )
     if "quantization_config" in config:
         config = config["quantization_config"]
         if not isinstance(config, Mapping):
@@ -146,6 +151,10 @@ def read(config: Mapping[str, Any], *, num_layers: int | None = None) -> Parts:
             raise ValueError(
                 "quantization_config: the key 'quantization' is missing; expected 'mix_quant', "
                 f"'wint2' or one of {', '.join(_DENSE)}."
+            )
+        if difflib.get_close_matches(str(method), [*_DENSE, "mix_quant"], n=1) == ["mix_quant"]:
+            raise ValueError(
+                f"quantization_config: unknown quantization {method!r}. Did you mean 'mix_quant'?"
             )
         _refuse_keys(config, ("moe_quant_config", "dense_quant_type", "moe_quant_type"), method)
         rules, default = [], _scheme(method, "quantization", _DENSE, config)

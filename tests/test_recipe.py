@@ -452,6 +452,8 @@ def test_recipes_that_fastdeploy_cannot_express(recipe):
         ({"quantization": "mix_quant"}, "expected one of dense_quant_type"),
         ({"dense_quant_type": "wint8"}, "the key 'quantization' is missing"),
         ({"quantization": "wint9"}, "unknown quantization 'wint9'"),
+        ({"quantization": "mix_qaunt"}, "Did you mean 'mix_quant'"),
+        ("quantization.json", "json.load"),
         ({"quantization": "wint8", "moe_quant_type": "wint4"}, "has no place in 'wint8'"),
         ({**WINT2, "moe_quant_type": "wint2"}, "goes with moe_quant_type 'w4w2'"),
         ({**WINT2, "moe_quant_config": {}}, "needs moe_quant_config with the keys"),
