@@ -100,17 +100,34 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """KL to the original over bits per weight; needs the extra `fdq[plots]`."""
+    """KL to the original by scheme, least first; needs the extra `fdq[plots]`."""
+    points = [
+        (r.name, r.report.bits_per_weight or 0, r.report.kl_nats_per_token or 0) for r in rows
+    ]
+    draw(points, path)
+
+
+def draw(points: list[tuple[str, float, float]], path: pathlib.Path) -> None:
+    """One line for each (name, bits per weight, KL): a dot on a logarithmic axis."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for row in rows[1:]:
-        x, y = row.report.bits_per_weight or 0, row.report.kl_nats_per_token or 0
-        axes.scatter(x, y, s=16, color="tab:blue")
-        axes.annotate(row.name, (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
-    axes.set(yscale="log", xlabel="bits per weight", ylabel="KL to the original (nats per token)")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    points = sorted(points, key=lambda point: -point[2])
+    names = [f"{name}  ({bits:.2f} bits)" for name, bits, _ in points]
+    losses = [kl for _, _, kl in points]
+    figure, axes = plt.subplots(figsize=(8, 0.27 * len(points) + 1), layout="constrained")
+    axes.hlines(names, min(losses) / 2, losses, color="lightgray", linewidth=1)
+    dots = axes.scatter(
+        losses, names, c=[min(bits, 8.5) for _, bits, _ in points], cmap="viridis_r", s=34, zorder=2
+    )
+    figure.colorbar(dots, label="bits per weight (16-bit weights: darkest)", shrink=0.6)
+    axes.set(
+        xscale="log",
+        xlabel="KL to the original (nats per token), through the KV cache",
+        xlim=(min(losses) / 2, 1),
+    )
+    axes.margins(y=0.02)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _bits_per_byte(row: Row) -> float:
