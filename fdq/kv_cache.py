@@ -211,7 +211,7 @@ class KVCache:
             v_scale=pick(self.v_scale),
             k_zero=pick(self.k_zero),
             v_zero=pick(self.v_zero),
-            cache_format=None if self.spec is None else self.spec,
+            cache_format=self.spec,
         )
 
     def _quantize(self, name: str, layer: int, x: jax.Array) -> dict[str, jax.Array]:
@@ -230,7 +230,7 @@ class KVCache:
 
 
 def _static_scale(array: Any, name: str, config: Any, dtype: Any) -> jax.Array:
-    shape = jnp.shape(array)
+    shape = None if array is None else jnp.shape(array)
     heads, d = config.num_kv_heads, config.head_dim
     if shape not in ((heads, d), (heads, 1)):
         raise ValueError(

@@ -132,6 +132,9 @@ def test_wrong_scales():
     scales = [LayerScales(k=np.ones((HEADS, 3)), v=np.ones((HEADS, 3)))] * 2
     with pytest.raises(ValueError, match=r"got shape \(2, 3\), expected \(2, 8\) or \(2, 1\)"):
         KVCache.init(CONFIG, 1, SLOTS, SPECS["C8-kvchannel"], scales=scales)
+    scales = [LayerScales(k=np.ones((HEADS, DIM)), v=np.ones((HEADS, DIM)))] * 2
+    with pytest.raises(ValueError, match="k_zero: got shape None"):
+        KVCache.init(CONFIG, 1, SLOTS, SPECS["C4-kvchannel"], scales=scales)
     with pytest.raises(ValueError, match="computes its scales"):
         KVCache.init(CONFIG, 1, SLOTS, "C8", scales=scales)
     with pytest.raises(ValueError, match="scales of 1 layers, expected 2"):

@@ -280,6 +280,8 @@ def _integer_rows(codes: jax.Array, q: QTensor, target: Target) -> jax.Array:
 
 # Beyond this many rows a fusion per row reads the codes too often.
 _FUSED_ROWS = 4
+# On GPUs the reduction is part of the fusion and is spread over threads by XLA: nothing to unroll.
+_REDUCED_UNITS = 1
 
 
 def _product(x: jax.Array, q: QTensor, target: Target) -> jax.Array:
@@ -293,7 +295,7 @@ def _product(x: jax.Array, q: QTensor, target: Target) -> jax.Array:
     m, elements = x.shape[0], view.rows * view.columns
     if target.platform != "cpu":
         if m <= _FUSED_ROWS:
-            return fused_product(x.astype(jnp.float32), view, view.units, dot=False)
+            return fused_product(x.astype(jnp.float32), view, _REDUCED_UNITS, dot=False)
         return plane_product(x, view, _compute_dtype(x.dtype, target))
     x = x.astype(jnp.float32)
     choice = choose_formulation(view.kind, m, elements)

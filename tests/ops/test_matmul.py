@@ -1,6 +1,7 @@
 """matmul means x @ dequantize(q), in every format, formulation, transformation and sharding."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -259,18 +260,29 @@ def test_compute_dtype_of_old_gpus():
     assert _compute_dtype(jnp.float32, old) == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["int4 group", "int8 channel", "float8_e4m3 block"])
-def test_formulations_of_other_devices(name, rng):
-    """What GPUs run, run here: one reduction a row, and dots in 16 bits."""
-    from fdq.ops.weight_only import fused_product, plane_product
-    from fdq.ops.weight_view import view_weight
-
-    view = view_weight(weight(name))
-    x = rows(rng, 2)
-    expected = np.asarray(x, np.float64) @ decoded(name)
-    assert error(fused_product(x, view, 8, dot=False), expected) < TOLERANCE
-    for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)):
-        assert error(plane_product(x, view, dtype), expected) < tolerance
+@pytest.mark.parametrize("name", ["int4 group", "int8 channel", "int3 group", "float8_e4m3 block"])
+def test_formulations_of_other_devices(name, rng, monkeypatch):
+    """What GPUs run, run here: a reduction for few rows, dots in the dtype of x for more."""
+    gpu = Target("gpu", has_bfloat16=True)
+    monkeypatch.setattr(sys.modules["fdq.ops.matmul"], "trace_target", lambda: gpu)
+    q = weight(name)
+    for m, dtype, tolerance in (
+        (1, jnp.float32, TOLERANCE),
+        (3, jnp.bfloat16, TOLERANCE),
+        (8, jnp.float32, TOLERANCE),
+        (8, jnp.bfloat16, 2e-2),
+        (8, jnp.float16, 2e-3),
+    ):
+        x = rows(rng, m).astype(dtype)
+        y = ops.matmul(x, q, out_dtype=jnp.float32)
+        assert error(y, np.asarray(x, np.float64) @ decoded(name)) < tolerance
+    if name.startswith("int"):
+        codes, scale = ops.quantize_activation(x, ops.parse_activation("int8"))
+        expected = np.asarray(codes, np.float64) @ decoded(name) * np.asarray(scale, np.float64)
+        y = ops.matmul(x, q, activation="int8", out_dtype=jnp.float32)
+        assert error(y, expected) < 1e-6
+    lowered = jax.jit(lambda x, q: ops.matmul(x, q)).lower(x[:1], q)
+    assert lowered.as_text().count("\n") < 300, "programs must not grow with K"
 
 
 @pytest.mark.parametrize("name", ["int4 group", "float8_e4m3 channel"])
