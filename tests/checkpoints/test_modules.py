@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from checkpoints import CheckpointError, load, save, tree_paths
+from fdq.linen import apply
 from fdq.qtensor import QTensor
 from fdq.quantize import quantize
 from tests.checkpoints.test_stored_trees import assert_same
@@ -120,3 +121,40 @@ def test_an_unquantized_module(tmp_path):
     assert_same(model, load(tmp_path / "a", template=floats()))
     quantized = load(tmp_path / "a", "W8A16", template=floats(), quiet=True)
     assert_same(quantize(model, "W8A16", quiet=True), quantized)
+
+
+class Tied(nnx.Module):
+    """Two layers of their own biases around one kernel."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.second = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))
+
+
+def test_a_tied_weight_stays_tied(tmp_path):
+    model = quantize(Tied(nnx.Rngs(0)), "W8A16", quiet=True)
+    save(model, tmp_path / "tied")
+    loaded = load(tmp_path / "tied", template=nnx.eval_shape(lambda: Tied(nnx.Rngs(0))))
+    assert loaded.second is not loaded.first
+    assert loaded.second.kernel.codes is loaded.first.kernel.codes
+    run = jax.jit(lambda model, x: model(x))
+    x = np.ones((2, WIDTH), np.float32)
+    np.testing.assert_array_equal(run(model, x), run(loaded, x))
+
+
+def test_linen_params(tmp_path):
+    layer = linen.Dense(WIDTH)
+    x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
+    params = quantize(
+        layer.init(jax.random.key(0), x), "W4A16-channel", method="absmax", quiet=True
+    )
+    save(params, tmp_path / "params")
+    loaded = load(tmp_path / "params")
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    assert isinstance(loaded["params"]["kernel"], QTensor)
+    run = jax.jit(lambda params, x: apply(layer, params, x))
+    np.testing.assert_array_equal(run(params, x), run(loaded, x))
