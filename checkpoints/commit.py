@@ -43,17 +43,21 @@ def pending_directory(
     final = pathlib.Path(destination).absolute()
     check_destination(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
-    check_disk(final.parent, needed_bytes)
     pending = final.with_name(final.name + SUFFIX)
+    there = _bytes_in(pending) if keep_unfinished else 0
+    check_disk(final.parent, needed_bytes - there)
+    if pending.is_symlink():
+        raise CheckpointError(f"{pending}: a link; it would be emptied. Remove it.")
     pending.mkdir(exist_ok=True)
     with _locked(pending):
         if not keep_unfinished:
             empty(pending)
         try:
             yield pending
-            (pending / _LOCK).unlink()
             _sync(pending)
             _rename(pending, final, overwrite=overwrite)
+            # Not before: without its lock, another process would take the directory and empty it.
+            (final / _LOCK).unlink()
         except KeyboardInterrupt:
             if not keep_unfinished:
                 shutil.rmtree(pending)
@@ -79,7 +83,7 @@ def check_destination(final: pathlib.Path, *, overwrite: bool) -> None:
 def check_disk(folder: pathlib.Path, needed_bytes: int) -> None:
     """Raise CheckpointError if the file system of `folder` has not `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
-    if needed_bytes and needed_bytes + _SPARE_BYTES > free:
+    if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
         raise CheckpointError(
             f"{folder}: about {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
             "free. Free some space or choose another disk."
@@ -99,18 +103,28 @@ def empty(pending: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(pending: pathlib.Path) -> Iterator[None]:
-    descriptor = os.open(pending / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = pending / _LOCK
+    busy = CheckpointError(
+        f"{pending}: another process is writing it. Wait for it, or choose another destination."
+    )
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:  # just renamed by a process that was done
+        raise busy from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(
-                f"{pending}: another process is writing it. Wait for it, or choose another "
-                "destination."
-            ) from None
+            raise busy from None
+        if not lock.exists() or not os.path.samestat(os.fstat(descriptor), lock.stat()):
+            raise busy  # the lock that we have is no longer that of this directory
         yield
     finally:
         os.close(descriptor)  # a killed process releases its lock as well
+
+
+def _bytes_in(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _sync(folder: pathlib.Path) -> None:
@@ -130,13 +144,26 @@ def _sync_path(path: str | os.PathLike[str]) -> None:
 
 def _rename(pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool) -> None:
     check_destination(final, overwrite=overwrite)
-    old = None
-    if os.path.lexists(final):
-        old = final.with_name(final.name + ".fdq-old")
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(final, old)
-    os.rename(pending, final)
+    if not os.path.lexists(final):
+        os.rename(pending, final)
+        _sync_path(final.parent)
+        return
+    old = final.with_name(final.name + ".fdq-old")
+    _remove(old)
+    os.rename(final, old)
+    try:
+        os.rename(pending, final)
+    except OSError:
+        os.rename(old, final)
+        raise
     _sync_path(final.parent)
-    if old is not None:
+    _remove(old)
+
+
+def _remove(old: pathlib.Path) -> None:
+    """Remove a replaced checkpoint, or the link to one (what it leads to stays)."""
+    if old.is_symlink():
+        old.unlink()
+    elif old.exists():
+        check_destination(old, overwrite=True)
         shutil.rmtree(old)

@@ -75,23 +75,36 @@ def convert(
     """
     commit.check_destination(pathlib.Path(dst).absolute(), overwrite=overwrite)
     if calibration is not None:
-        load_options: dict[str, Any] = {"method": method, "compat": compat, "quiet": quiet}
-        model = load(src, scheme, dtype=dtype, calibration=calibration, **load_options)
+        if config is not None or subtree is not None:
+            raise CheckpointError(
+                f"{src}: config= and subtree= do not go with calibration=. Convert without a "
+                "scheme first, and then what comes out."
+            )
+        model = load(
+            src,
+            scheme,
+            dtype=dtype,
+            calibration=calibration,
+            method=method,
+            compat=compat,
+            quiet=quiet,
+            progress=progress,
+        )
         save.save(model, dst, overwrite=overwrite, provenance={"source": pathlib.Path(src).name})
         return inspect(dst)
     with _opened(pathlib.Path(src), dtype=dtype, config=config, subtree=subtree) as source:
         tree = abstract_quantized(source.tree, scheme, method=method, compat=compat, quiet=quiet)
+        recipe = Recipe.parse(scheme, compat=compat, has_experts=source.has_experts)
         options = {
             "scheme": None if scheme is None else str(scheme),
             "method": method,
             "compat": compat,
         }
-        job = _Job(source, tree_paths.flatten(tree), options)
+        job = _Job(source, tree_paths.flatten(tree), options | {"recipe": recipe.to_json()})
         with commit.pending_directory(
             dst, overwrite=overwrite, keep_unfinished=True, needed_bytes=job.total
         ) as folder:
             entries = _write(job, folder, method=method, compat=compat, progress=progress)
-            recipe = Recipe.parse(scheme, compat=compat, has_experts=source.has_experts)
             manifest.write(
                 Manifest(
                     kind="params" if source.config is None else "model",
@@ -111,8 +124,7 @@ def convert(
             )
             if job.resumed:
                 # What the killed process wrote was never looked at again.
-                for _ in StoredTensors(folder).read(verify=True):
-                    pass
+                StoredTensors(folder).verify()
     return inspect(dst)
 
 
@@ -147,7 +159,14 @@ class _Job:
     @property
     def key(self) -> str:
         """Equal for equal jobs: what is read, what is to be made of it, and by which versions."""
-        tensors = [(tensor.path, repr(tensor.value)) for tensor in self.tensors]
+        tensors = [
+            [tensor.path, repr(tensor.activation), repr(getattr(tensor.value, "spec", None))]
+            + [
+                [name, array.shape, array.dtype.name]
+                for name, array in tree_paths.arrays_of(tensor.value).items()
+            ]
+            for tensor in self.tensors
+        ]
         content = [self.source.state, tensors, self.options, save.versions()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -222,7 +241,7 @@ def _opened(
                 name=src.resolve().name,
                 floats=source,
                 tree=source.model,
-                state=_file_states(src),
+                state=_file_states(src, "*"),
                 config=source.config,
                 companions=directory.companions(),
             )
@@ -251,13 +270,14 @@ def _orbax(
                 )
     elif dtype is not None:
         raise CheckpointError(f"{folder}: dtype= is for models; a tree keeps its dtypes.")
-    return _OpenSource(name, floats, tree, _file_states(folder), config)
+    state = [subtree, *_file_states(folder, "**/*")]
+    return _OpenSource(name, floats, tree, state, config)
 
 
-def _file_states(folder: pathlib.Path) -> list[Any]:
-    """Names, sizes and times of all files: equal as long as nobody touched the source."""
-    states = []
-    for path in sorted(folder.rglob("*")):
+def _file_states(folder: pathlib.Path, pattern: str) -> list[Any]:
+    """Where, names, sizes and times of all files: equal as long as nobody touched the source."""
+    states: list[Any] = [str(folder.resolve())]
+    for path in sorted(folder.glob(pattern)):
         if path.is_file():
             status = path.stat()
             states.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns])

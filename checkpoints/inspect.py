@@ -147,9 +147,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
         return _inspect_floats(folder)
     stored = StoredTensors(folder)
     if verify:
-        for _ in stored.read(verify=True):
-            pass
-        stored.check_files()
+        stored.verify()
     rows = tuple(
         Row(
             path=dotted(entry.path),
@@ -181,10 +179,7 @@ def verify(path: str | os.PathLike[str]) -> None:
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such directory.")
-    stored = StoredTensors(folder)
-    for _ in stored.read(verify=True):
-        pass
-    stored.check_files()
+    StoredTensors(folder).verify()
 
 
 def _inspect_floats(folder: pathlib.Path) -> Inspection:

@@ -161,8 +161,9 @@ def _load_stored(
         if dtype is not None:
             raise CheckpointError(f"{stored.folder}: dtype= is for models, this is a pytree.")
         return tree_paths.nested(stored.restore(sharding, verify=verify))
+    config = stored_config(stored)
     try:
-        template = models.abstract(stored_config(stored), dtype)
+        template = models.abstract(config, dtype)
         recipe = manifest.provenance.get("recipe")
         cache = Recipe.from_json(recipe).cache if recipe else None
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -220,14 +221,14 @@ def _like_stored(
     for tensor in tensors:
         entry = entries[tensor.path]
         problem = _difference(tensor.value, entry, cast)
-        if problem is None and tensor.activation != entry.activation and is_module(template):
+        if problem is None and tensor.activation != entry.activation and _is_module(template):
             problem = f"activation {entry.activation}, the template has {tensor.activation}"
         if problem is not None:
             raise CheckpointError(f"{folder}: {dotted(tensor.path)}: {problem}.")
     return template
 
 
-def is_module(tree: Any) -> bool:
+def _is_module(tree: Any) -> bool:
     """Whether activations are recorded in the tree itself."""
     return isinstance(tree, nnx.Module)
 

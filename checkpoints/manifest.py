@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import zlib
 from typing import Any, get_args
@@ -28,6 +29,8 @@ FILE_NAME = "fdq.json"
 FORMAT = "fdq-checkpoint"
 FORMAT_VERSION = 1
 MAX_BYTES = 256_000_000
+MAX_RANK = 32
+MAX_SIZE = 2**60  # NumPy refuses larger arrays, those without elements too
 
 KINDS = ("model", "params")
 _KEYS = frozenset(
@@ -64,7 +67,7 @@ class ArrayEntry:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * jnp.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +265,12 @@ def _check_arrays(tensor: TensorEntry, where: str) -> None:
     if tensor.spec is None:
         if set(tensor.arrays) != {"value"}:
             raise CheckpointError(f"{where}: a plain tensor has arrays {sorted(tensor.arrays)}.")
+        shape = tensor.arrays["value"].shape if tensor.prng is None else _keys_shape(tensor, where)
+        if tensor.shape != shape:
+            raise CheckpointError(f"{where}: shape {tensor.shape}, but its array says {shape}.")
         return
+    if tensor.prng is not None:
+        raise CheckpointError(f"{where}: both quantized and a PRNG key.")
     if not set(tensor.arrays) <= set(ARRAY_FIELDS):
         raise CheckpointError(f"{where}: unknown arrays {sorted(tensor.arrays)}.")
     try:
@@ -278,6 +286,17 @@ def _check_arrays(tensor: TensorEntry, where: str) -> None:
             f"{where}: {tensor.spec.format} of shape {tensor.shape} has arrays {wanted} and "
             f"padding {expected.padding}, found {found} and padding {tensor.padding}."
         )
+
+
+def _keys_shape(tensor: TensorEntry, where: str) -> tuple[int, ...]:
+    if not isinstance(tensor.prng, str):
+        raise CheckpointError(f"{where}: prng {shown(str(tensor.prng))} is not a name.")
+    wrap = functools.partial(jax.random.wrap_key_data, impl=tensor.prng)
+    try:
+        return jax.eval_shape(wrap, tensor.abstract()).shape
+    except (ValueError, TypeError) as error:
+        reason = str(error).split(" for impl=")[0]  # a page of functions
+        raise CheckpointError(f"{where}: not the data of a PRNG key ({reason}).") from error
 
 
 @functools.lru_cache(maxsize=256)
@@ -351,6 +370,11 @@ def _dtype(name: Any, where: str) -> str:
 
 
 def _shape(shape: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(shape, list) or not all(type(dim) is int and dim >= 0 for dim in shape):
+    if (
+        not isinstance(shape, list)
+        or not all(type(dim) is int and dim >= 0 for dim in shape)
+        or len(shape) > MAX_RANK
+        or math.prod(dim for dim in shape if dim) > MAX_SIZE
+    ):
         raise CheckpointError(f"{where}: {shown(str(shape))} is not a shape.")
     return tuple(shape)

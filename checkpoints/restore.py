@@ -95,6 +95,16 @@ class StoredTensors:
             result[entry.path] = tree_paths.with_arrays(entry.abstract(), placed)
         return result
 
+    def verify(self) -> None:
+        """Compare all checksums, of the arrays and of the files beside them.
+
+        Raises:
+          CheckpointError: something is missing or changed; the first such thing is named.
+        """
+        for _ in self.read(verify=True):
+            pass
+        self.check_files()
+
     def check_files(self) -> None:
         """Compare the files beside the weights with their hashes.
 

@@ -116,7 +116,32 @@ def other_dtype(content):
 
 
 def other_shape(content):
+    _tensor(content, "b")["shape"] = [3, 3]
     _tensor(content, "b")["arrays"]["value"]["shape"] = [3, 3]
+
+
+def shape_of_nothing(content):
+    _tensor(content, "b")["shape"] = [3, 3]
+
+
+def overflowing_shape(content):
+    _tensor(content, "b")["arrays"]["value"]["shape"] = [2**32, 2**32]
+
+
+def unknown_prng(content):
+    _tensor(content, "b")["prng"] = "dice"
+
+
+def nameless_prng(content):
+    _tensor(content, "b")["prng"] = 3
+
+
+def no_key_data(content):
+    _tensor(content, "b")["prng"] = "threefry2x32"
+
+
+def quantized_key(content):
+    _tensor(content, "w")["prng"] = "threefry2x32"
 
 
 def unknown_dtype(content):
@@ -167,6 +192,12 @@ EDITS = [
     (other_padding, "padding 0, found .* padding 1"),
     (other_dtype, r"b is float32 \(9,\), fdq.json says int32 \(9,\)"),
     (other_shape, r"b is float32 \(9,\), fdq.json says float32 \(3, 3\)"),
+    (shape_of_nothing, r"b: shape \(3, 3\), but its array says \(9,\)"),
+    (overflowing_shape, r"b: '\[4294967296, 4294967296\]' is not a shape"),
+    (unknown_prng, "b: not the data of a PRNG key"),
+    (nameless_prng, "b: prng '3' is not a name"),
+    (no_key_data, "b: not the data of a PRNG key"),
+    (quantized_key, "w: both quantized and a PRNG key"),
     (unknown_dtype, "b: unknown dtype 'float7'"),
     (one_less, "b is not in fdq.json"),
     (one_more, "has no readable array c"),
