@@ -34,7 +34,8 @@ Scheme = Annotated[
         "--scheme",
         "-s",
         help="What weights, activations and cache are stored in: W4A16C8, wint4, block_wise_fp8 "
-        "..., or a file with FastDeploy's quantization_config.",
+        "..., or a JSON file: FastDeploy's quantization_config, or rules such as "
+        '{"*.experts": "W4A16", "*": "W8A16"}.',
     ),
 ]
 _DTYPES = ("bfloat16", "float16", "float32")
