@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cpu_tuning import tune
+from benchmarks.figure import dot_chart
 from fdq import ops
 from fdq.qtensor import QTensor, dequantize
 from fdq.quantizers import quantize_array
@@ -259,30 +260,28 @@ def machine() -> dict[str, Any]:
 
 def plot(timings: list[Timing], path: str) -> None:
     """Bars of the ratio to dense float32."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     dense = timings[0].seconds
-    names = [t.name for t in timings][::-1]
-    figure, axes = pyplot.subplots(figsize=(7, 0.3 * len(names) + 1))
-    axes.barh(names, [dense / t.seconds for t in timings][::-1])
+    figure, axes = dot_chart(
+        [timing.name for timing in timings], "times as fast as dense float32", width=7
+    )
+    axes.barh(range(len(timings)), [dense / timing.seconds for timing in timings], height=0.6)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("times as fast as dense float32, one token")
-    figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> int:
     """Runs the tables that were asked for; 1 if a figure that must be reached is not."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", choices=["matmul", "attention", "decoder"])
+    parser.add_argument(
+        "--only", choices=["matmul", "attention", "decoder"], help="one of the tables (all)"
+    )
     parser.add_argument("--quick", action="store_true", help="a fifth of the repetitions")
-    parser.add_argument("--rows", type=int, default=1, help="tokens at once, for matmul")
-    parser.add_argument("--size", type=int, default=4096, help="K = N of the weights")
+    parser.add_argument("--rows", type=int, default=1, help="tokens at once, for matmul (1)")
+    parser.add_argument("--size", type=int, default=4096, help="K = N of the weights (4096)")
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", metavar="FILE", help="a picture of the matmul table")
     parser.add_argument("--tune", action="store_true", help="measure cpu_choices.json again")

@@ -21,7 +21,9 @@ import tempfile
 import time
 from typing import Any
 
+from benchmarks.figure import dot_chart
 from fdq.cli.comparison import Comparison, Row
+from fdq.recipe import Recipe
 
 # Every name of the mission, and neighbours that say what a part of a name costs.
 SCHEMES = (
@@ -100,34 +102,17 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """KL to the original by scheme, least first; needs the extra `fdq[plots]`."""
-    points = [
-        (r.name, r.report.bits_per_weight or 0, r.report.kl_nats_per_token or 0) for r in rows
-    ]
-    draw(points, path)
+    """KL to the original, one line a scheme, from many bits per weight to few."""
 
+    def order(row: Row) -> tuple[float, float]:
+        return -round(row.report.bits_per_weight or 0, 2), row.report.kl_nats_per_token or 0
 
-def draw(points: list[tuple[str, float, float]], path: pathlib.Path) -> None:
-    """One line for each (name, bits per weight, KL): a dot on a logarithmic axis."""
-    import matplotlib.pyplot as plt
-
-    points = sorted(points, key=lambda point: -point[2])
-    names = [f"{name}  ({bits:.2f} bits)" for name, bits, _ in points]
-    losses = [kl for _, _, kl in points]
-    figure, axes = plt.subplots(figsize=(8, 0.27 * len(points) + 1), layout="constrained")
-    axes.hlines(names, min(losses) / 2, losses, color="lightgray", linewidth=1)
-    dots = axes.scatter(
-        losses, names, c=[min(bits, 8.5) for _, bits, _ in points], cmap="viridis_r", s=34, zorder=2
-    )
-    figure.colorbar(dots, label="bits per weight (16-bit weights: darkest)", shrink=0.6)
-    axes.set(
-        xscale="log",
-        xlabel="KL to the original (nats per token), through the KV cache",
-        xlim=(min(losses) / 2, 1),
-    )
-    axes.margins(y=0.02)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    rows = sorted(rows[1:], key=order)
+    labels = [f"{row.name} ({row.report.bits_per_weight:.2f} bits)" for row in rows]
+    figure, axes = dot_chart(labels, "KL to the original, nats per token", width=7)
+    axes.plot([row.report.kl_nats_per_token for row in rows], range(len(rows)), "o", markersize=5)
+    axes.set_xscale("log")
+    figure.savefig(path, dpi=150)
 
 
 def _bits_per_byte(row: Row) -> float:
@@ -142,14 +127,35 @@ def _write_table(path: pathlib.Path, table: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What every scheme costs.")
-    parser.add_argument("--scheme", action="append", help="repeat it; default: all")
-    parser.add_argument("--bytes", type=int, default=65_536, help="of held-out text")
-    parser.add_argument("--dtype", help="of activations; default: the model's")
-    parser.add_argument("--readme", type=pathlib.Path, help="rewrite the table between its marks")
-    parser.add_argument("--plot", type=pathlib.Path, help="write a figure")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder for JSON")
+    """Measures the schemes that were asked for; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.schemes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--scheme", metavar="NAME", action="append", help="repeat it for more (all of the README)"
+    )
+    parser.add_argument("--bytes", type=int, default=65_536, help="of held-out text (65536)")
+    parser.add_argument("--dtype", help="of activations (the model's)")
+    for option, help in (
+        ("--readme", "rewrite the table between the marks of this file"),
+        ("--plot", "draw the KL of every scheme"),
+    ):
+        parser.add_argument(option, metavar="FILE", type=pathlib.Path, help=help)
+    parser.add_argument(
+        "--results",
+        metavar="FOLDER",
+        type=pathlib.Path,
+        default=RESULTS,
+        help="where the JSON goes (benchmarks/results)",
+    )
     arguments = parser.parse_args()
+    for name in arguments.scheme or ():
+        try:
+            Recipe.parse(name)
+        except ValueError as error:
+            parser.error(str(error))
 
     comparison = Comparison.of_shipped_model(
         text_bytes=arguments.bytes, prompt="import os\n\n\ndef ", dtype=arguments.dtype
