@@ -138,20 +138,29 @@ def _quantize(
 
 
 def _search(w: jax.Array, spec: WeightSpec, importance: jax.Array | None, slabs: int) -> Arrays:
-    """Searches a matrix, ``slabs`` equal parts of its columns one after the other."""
+    """Searches a matrix, about ``slabs`` parts of its columns one after the other."""
     if slabs == 1:
         return clip_search.clip_search(w.astype(jnp.float32), spec, importance=importance)
-    columns = w.shape[1] // slabs
+    n = w.shape[1]
+    columns = -(-n // slabs)
+    slabs = -(-n // columns)
 
     def search_slab(i: jax.Array) -> Arrays:
-        slab = jax.lax.dynamic_slice_in_dim(w, i * columns, columns, axis=1)
+        # Where the last slab would be narrower, it starts earlier and does some columns again.
+        start = jnp.minimum(i * columns, n - columns)
+        slab = jax.lax.dynamic_slice_in_dim(w, start, columns, axis=1)
         return clip_search.clip_search(slab.astype(jnp.float32), spec, importance=importance)
 
     parts = jax.lax.map(search_slab, jnp.arange(slabs))
-    return {
-        name: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], slabs * a.shape[2])
-        for name, a in parts.items()
-    }
+    again = slabs * columns - n
+
+    def joined(a: jax.Array) -> jax.Array:
+        if not again:
+            return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], n)
+        first = jnp.moveaxis(a[:-1], 0, 1).reshape(a.shape[1], (slabs - 1) * columns)
+        return jnp.concatenate([first, a[-1, :, again:]], axis=1)
+
+    return {name: joined(a) for name, a in parts.items()}
 
 
 def _column_slabs(shape: tuple[int, ...], spec: WeightSpec) -> int:
@@ -160,9 +169,7 @@ def _column_slabs(shape: tuple[int, ...], spec: WeightSpec) -> int:
     shared = spec.granularity in ("tensor", "block") or spec.double_quantization
     if shared or spec.format in ("nvfp4", "cc2"):  # one scale of the matrix; slabs of its own
         return 1
-    wanted = -(-k * n // SLAB_WEIGHTS)
-    fitting = (slabs for slabs in range(wanted, min(n, 4 * wanted) + 1) if n % slabs == 0)
-    return next(fitting, 1) if wanted > 1 else 1
+    return min(n, -(-k * n // SLAB_WEIGHTS))
 
 
 def check_finite(w: jax.Array, path: str = "<array>") -> None:

@@ -113,3 +113,14 @@ def test_slabs_of_columns_change_nothing(s, rng, monkeypatch):
     whole = jax.vmap(lambda w: quantize_array(w, s, importance=h))(jnp.asarray(w)[None])
     for x, y in zip(jax.tree.leaves(slabs), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y)[0])
+
+
+def test_columns_that_no_slabs_divide(rng, monkeypatch):
+    monkeypatch.setattr(weight, "SLAB_WEIGHTS", 1024)
+    s = spec("int4", 64)
+    w = rng.standard_normal((128, 37)).astype(np.float32)
+    assert 37 % weight._column_slabs(w.shape, s) != 0
+    slabs = quantize_array(w, s)
+    whole = jax.jit(lambda w: quantize_array(w, s))(w)
+    for x, y in zip(jax.tree.leaves(slabs), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(x, y)
