@@ -21,7 +21,6 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.figure import dot_chart
 from fdq.cli.comparison import Comparison, Row
 from fdq.recipe import Recipe
 
@@ -102,17 +101,34 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """KL to the original, one line a scheme, from many bits per weight to few."""
+    """KL to the original by scheme, least first; needs the extra `fdq[plots]`."""
+    points = [
+        (r.name, r.report.bits_per_weight or 0, r.report.kl_nats_per_token or 0) for r in rows
+    ]
+    draw(points, path)
 
-    def order(row: Row) -> tuple[float, float]:
-        return -round(row.report.bits_per_weight or 0, 2), row.report.kl_nats_per_token or 0
 
-    rows = sorted(rows[1:], key=order)
-    labels = [f"{row.name} ({row.report.bits_per_weight:.2f} bits)" for row in rows]
-    figure, axes = dot_chart(labels, "KL to the original, nats per token", width=7)
-    axes.plot([row.report.kl_nats_per_token for row in rows], range(len(rows)), "o", markersize=5)
-    axes.set_xscale("log")
-    figure.savefig(path, dpi=150)
+def draw(points: list[tuple[str, float, float]], path: pathlib.Path) -> None:
+    """One line for each (name, bits per weight, KL): a dot on a logarithmic axis."""
+    import matplotlib.pyplot as plt
+
+    points = sorted(points, key=lambda point: -point[2])
+    names = [f"{name}  ({bits:.2f} bits)" for name, bits, _ in points]
+    losses = [kl for _, _, kl in points]
+    figure, axes = plt.subplots(figsize=(8, 0.27 * len(points) + 1), layout="constrained")
+    axes.hlines(names, min(losses) / 2, losses, color="lightgray", linewidth=1)
+    dots = axes.scatter(
+        losses, names, c=[min(bits, 8.5) for _, bits, _ in points], cmap="viridis_r", s=34, zorder=2
+    )
+    figure.colorbar(dots, label="bits per weight (16-bit weights: darkest)", shrink=0.6)
+    axes.set(
+        xscale="log",
+        xlabel="KL to the original (nats per token), through the KV cache",
+        xlim=(min(losses) / 2, 1),
+    )
+    axes.margins(y=0.02)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _bits_per_byte(row: Row) -> float:
