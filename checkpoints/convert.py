@@ -222,7 +222,7 @@ def _opened(
             )
         if stored.manifest.config is not None:
             config = stored_config(stored)
-        source = _orbax(src / save.WEIGHTS, src.name, config, subtree, dtype)
+        source = _orbax(src / manifest.WEIGHTS, src.name, config, subtree, dtype)
         source.companions = [src / name for name in stored.manifest.files]
         yield source
     elif orbax_store.is_orbax(src):
@@ -293,7 +293,7 @@ def _write(
     progress: stream.Progress | None,
 ) -> list[TensorEntry]:
     """Write all tensors, going on after what the journal says was written."""
-    weights = folder / save.WEIGHTS
+    weights = folder / manifest.WEIGHTS
     journal = folder / _JOURNAL
     done, batches = _read_journal(journal, job.key)
     job.resumed = bool(done) and orbax_store.keep_only(weights, batches)

@@ -26,6 +26,7 @@ from fdq.quantizers import quantize_array
 from fdq.scheme import ActivationSpec, WeightFormat, WeightSpec
 
 FILE_NAME = "fdq.json"
+WEIGHTS = "weights"
 FORMAT = "fdq-checkpoint"
 FORMAT_VERSION = 1
 MAX_BYTES = 256_000_000
@@ -43,12 +44,14 @@ _KEYS = frozenset(
         "config",
         "tensors",
         "files",
+        "data",
         "provenance",
         "sha256",
     }
 )
 _TYPES: dict[str, Any] = {
     "files": dict,
+    "data": dict,
     "provenance": dict,
     "fdq_version": str,
     "scheme": str | None,
@@ -118,6 +121,7 @@ class Manifest:
       scheme: name of the scheme, for people; the truth is in the tensors' specs.
       config: of the model, as ``DecoderConfig.to_dict`` gives it.
       files: copied beside the weights (tokenizer): ``name -> {"bytes": …, "sha256": …}``.
+      data: bytes of each file under ``weights/``, by its path there; filled in by ``write``.
       provenance: where the weights came from and how they were quantized.
     """
 
@@ -126,6 +130,7 @@ class Manifest:
     scheme: str | None = None
     config: dict[str, Any] | None = None
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    data: dict[str, int] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     fdq_version: str = "unknown"
 
@@ -141,8 +146,14 @@ def array_entry(array: np.ndarray) -> ArrayEntry:
 
 
 def write(manifest: Manifest, folder: pathlib.Path) -> None:
-    """Write ``fdq.json``."""
-    content = to_json(manifest)
+    """Write ``fdq.json`` beside the finished ``weights/``, whose files it lists."""
+    weights = folder / WEIGHTS
+    sizes = {
+        path.relative_to(weights).as_posix(): path.stat().st_size
+        for path in sorted(weights.rglob("*"))
+        if path.is_file()
+    }
+    content = to_json(dataclasses.replace(manifest, data=sizes))
     content["sha256"] = _digest(content)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
@@ -194,6 +205,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "config": manifest.config,
         "provenance": manifest.provenance,
         "files": manifest.files,
+        "data": manifest.data,
         "tensors": [tensor_to_json(tensor) for tensor in manifest.tensors],
     }
 
@@ -320,12 +332,17 @@ def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
             raise CheckpointError(f"{path}: no hash of {shown(name)}.")
         if pathlib.PurePath(name).name != name or name in ("", ".", "..", FILE_NAME):
             raise CheckpointError(f"{path}: {shown(name)} is not a file name.")
+    for name, size in content["data"].items():
+        if ".." in pathlib.PurePosixPath(name).parts or name.startswith("/"):
+            raise CheckpointError(f"{path}: {shown(name)} is not a path under {WEIGHTS}/.")
+        _integer(size, f"{path}: {shown(name)}")
     return Manifest(
         kind=content["kind"],
         tensors=tensors,
         scheme=content["scheme"],
         config=content["config"],
         files=content["files"],
+        data=content["data"],
         provenance=content["provenance"],
         fdq_version=content["fdq_version"],
     )

@@ -16,9 +16,9 @@ import numpy as np
 from checkpoints import manifest as manifests
 from checkpoints import stream, tree_paths
 from checkpoints.errors import CheckpointError, nearest
-from checkpoints.manifest import Manifest, TensorEntry
+from checkpoints.manifest import WEIGHTS, Manifest, TensorEntry
 from checkpoints.orbax_store import TreeReader
-from checkpoints.save import WEIGHTS, file_digest
+from checkpoints.save import file_digest
 from checkpoints.tree_paths import Path, array_path, dotted
 
 BATCH_BYTES = 256 * 2**20
@@ -47,6 +47,7 @@ class StoredTensors:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.manifest: Manifest = manifests.read(folder)
+        self._check_data()
         self._reader = TreeReader(folder / WEIGHTS)
         self._entries = {entry.path: entry for entry in self.manifest.tensors}
         self._check_stored()
@@ -129,6 +130,21 @@ class StoredTensors:
             size += entry.nbytes
         if batch:
             yield batch
+
+    def _check_data(self) -> None:
+        """Missing and truncated files are found here, before Orbax reads on several threads."""
+        weights = self.folder / WEIGHTS
+        if not weights.is_dir():
+            raise CheckpointError(f"{weights}: missing. Copy or convert the checkpoint again.")
+        for name, size in self.manifest.data.items():
+            path = weights / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "missing" if found is None else f"{found:,} bytes"
+                raise CheckpointError(
+                    f"{path}: {state}, expected {size:,} bytes. Copy or convert the checkpoint "
+                    "again."
+                )
 
     def _check_stored(self) -> None:
         """Orbax casts to what is asked for, so dtypes and shapes are compared before reading."""

@@ -14,12 +14,10 @@ import numpy as np
 
 from checkpoints import commit, manifest, orbax_store, tree_paths
 from checkpoints.errors import CheckpointError
-from checkpoints.manifest import ArrayEntry, Manifest, TensorEntry
+from checkpoints.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
 from checkpoints.source_directory import COMPANION_FILES
 from checkpoints.tree_paths import Tensor
 from fdq.qtensor import QTensor
-
-WEIGHTS = "weights"
 
 
 def save(
