@@ -72,7 +72,9 @@ def convert(
       FileExistsError: `dst` exists.
       FileNotFoundError: `src` does not exist.
       CheckpointError: the source is refused, or the disk is too small. Nothing is left behind.
+      ValueError: a dtype that models do not compute in.
     """
+    stream.check_dtype(dtype)
     commit.check_destination(pathlib.Path(dst).absolute(), overwrite=overwrite)
     if calibration is not None:
         if config is not None or subtree is not None:

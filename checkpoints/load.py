@@ -66,7 +66,9 @@ def load(
     Raises:
       FileNotFoundError: `path` does not exist.
       CheckpointError: the checkpoint is refused; the message says what is wrong and where.
+      ValueError: a dtype that models do not compute in.
     """
+    stream.check_dtype(dtype)
     folder = pathlib.Path(path)
     if os.path.lexists(folder / manifests.FILE_NAME):
         stored = StoredTensors(folder)

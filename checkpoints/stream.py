@@ -63,6 +63,19 @@ class ModelSource:
         return self.sources[path].read(self.directory, index)
 
 
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises ValueError unless `dtype` is None or a dtype that models compute in."""
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in MODEL_DTYPES
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype (={dtype!r}) must be one of {', '.join(MODEL_DTYPES)}.")
+
+
 def open_model(directory: SourceDirectory, dtype: Any = None) -> ModelSource:
     """Look at all names, shapes and dtypes of a directory; read no weights.
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints import load, tree_paths
+from checkpoints import convert, load, tree_paths
 from checkpoints.safetensors_reader import SafetensorsFile
 from tests.checkpoints import builders
 
@@ -149,3 +149,11 @@ def test_reader_agrees_with_the_safetensors_package(tmp_path, rng):
         assert file.metadata == {"format": "pt"}
         for name, array in tensors.items():
             np.testing.assert_array_equal(file.read(name), array)
+
+
+def test_dtypes_that_models_do_not_compute_in(tmp_path):
+    for wrong in ("float12", "int8"):
+        with pytest.raises(ValueError, match=rf"dtype \(='{wrong}'\) must be one of float32"):
+            load(tmp_path, dtype=wrong)
+        with pytest.raises(ValueError, match="must be one of float32"):
+            convert(tmp_path, tmp_path / "out", "W8A16", dtype=wrong)
