@@ -12,12 +12,14 @@ from flax import nnx
 import fdq
 from fdq.models import CONFIGS, Decoder
 
+# Name -> (scheme, cache format, slots of the cache). The last differs from W4A16C8 by unused slots.
 SCHEMES = {
-    "bfloat16": (None, "C16"),
-    "W8A16C8": ("W8A16", "C8"),
-    "W4A16C8": ("W4A16", "C8"),
-    "W8A8C8": ("W8A8", "C8"),
-    "W4A8C8": ("W4A8", "C8"),
+    "bfloat16": (None, "C16", 4096),
+    "W8A16C8": ("W8A16", "C8", 4096),
+    "W4A16C8": ("W4A16", "C8", 4096),
+    "W8A8C8": ("W8A8", "C8", 4096),
+    "W4A8C8": ("W4A8", "C8", 4096),
+    "W4A16C8, 16384 slots": ("W4A16", "C8", 16384),
 }
 
 
@@ -35,11 +37,11 @@ def decoder_cases(steps: int) -> dict[str, tuple[Callable[..., Any], tuple, int]
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
     cases = {}
-    for name, (scheme, cache_format) in SCHEMES.items():
+    for name, (scheme, cache_format, slots) in SCHEMES.items():
         one: Any = model
         if scheme is not None:
             one = fdq.prepare(fdq.quantize(model, scheme, method="absmax", quiet=True))
-        cases[name] = (_Run(one, cache_format, steps), (), steps * _bytes(one))
+        cases[name] = (_Run(one, cache_format, steps, slots), (), steps * _bytes(one))
     return cases
 
 
@@ -56,9 +58,8 @@ def _bytes(model: Any) -> int:
 class _Run:
     """Decodes ``steps`` tokens a call, each call going on from where the last one stopped."""
 
-    def __init__(self, model: Any, cache_format: str, steps: int):
-        self.model, self.steps = model, steps
-        self.capacity = 4096
+    def __init__(self, model: Any, cache_format: str, steps: int, capacity: int):
+        self.model, self.steps, self.capacity = model, steps, capacity
         self.cache_format = cache_format
         self.state: Any = None
         self.used = self.capacity
