@@ -32,10 +32,3 @@ def difference(actual, expected) -> float:
     norm = x @ x + y @ y
     assert norm > 0, "both arrays are zero: comparing them proves nothing"
     return float(1 - 2 * (x @ y) / norm)
-
-
-def relative_squared_error(actual, expected) -> float:
-    """|actual - expected|^2 / |expected|^2 in float64."""
-    x, y = np.asarray(actual, np.float64).ravel(), np.asarray(expected, np.float64).ravel()
-    assert y @ y > 0, "the reference is zero: comparing with it proves nothing"
-    return float((x - y) @ (x - y) / (y @ y))

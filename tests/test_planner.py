@@ -11,29 +11,9 @@ from fdq.kv_cache import KVCache
 from fdq.models import CONFIGS, Decoder
 from fdq.planner import cache_bytes, plan, weight_table
 from fdq.quantize import quantize
+from tests.fastdeploy_configs import WINT2
 
 ERNIE_300B = "ernie-4.5-300b-a47b"
-# FastDeploy's own mixture for this model (docs/quantization/wint2.md of the project).
-WINT2_MIX = {
-    "quantization": "wint2",
-    "dense_quant_type": "wint8",
-    "moe_quant_type": "w4w2",
-    "moe_quant_config": {
-        "moe_w4_quant_config": {
-            "quant_type": "wint4",
-            "quant_granularity": "per_channel",
-            "quant_start_layer": 0,
-            "quant_end_layer": 6,
-        },
-        "moe_w2_quant_config": {
-            "quant_type": "wint2",
-            "quant_granularity": "pp_acc",
-            "quant_group_size": 64,
-            "quant_start_layer": 7,
-            "quant_end_layer": 53,
-        },
-    },
-}
 
 
 def test_the_unquantized_model_has_its_published_size():
@@ -43,7 +23,7 @@ def test_the_unquantized_model_has_its_published_size():
 
 
 def test_wint2_takes_what_fastdeploy_publishes():
-    result = plan(ERNIE_300B, WINT2_MIX)
+    result = plan(ERNIE_300B, WINT2)
     # "About 89 GB" is published; which layers' side data and head it counts is not.
     assert result.weights.bytes == pytest.approx(89e9, rel=0.05)
     kinds = {kind: formats for kind, _, _, formats in result.rows()}

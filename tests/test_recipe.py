@@ -11,6 +11,7 @@ from flax import nnx
 from fdq import path_pattern
 from fdq.recipe import Recipe, Rule
 from fdq.scheme import CacheSpec, Scheme
+from tests.fastdeploy_configs import WINT2
 
 
 def struct(*shape, dtype=jnp.bfloat16):
@@ -289,26 +290,6 @@ W4AFP8 = {
     "hadamard_block_size": 512,
 }
 OFFLINE = {"is_moe_quantized": True, "is_permuted": False}
-WINT2 = {
-    "quantization": "wint2",
-    "dense_quant_type": "wint8",
-    "moe_quant_type": "w4w2",
-    "moe_quant_config": {
-        "moe_w4_quant_config": {
-            "quant_type": "wint4",
-            "quant_granularity": "per_channel",
-            "quant_start_layer": 0,
-            "quant_end_layer": 6,
-        },
-        "moe_w2_quant_config": {
-            "quant_type": "wint2",
-            "quant_granularity": "pp_acc",
-            "quant_group_size": 64,
-            "quant_start_layer": 7,
-            "quant_end_layer": 53,
-        },
-    },
-}
 
 
 def test_mix_quant_of_a_quantized_checkpoint():
