@@ -1,0 +1,73 @@
+"""How every kernel is launched: on a GPU, or in Mosaic's interpreter where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as mg
+
+THREADS = 128
+"""CUDA threads of a warp group, the unit that Mosaic's array programs run on."""
+
+
+def default_device() -> jax.Device:
+    """The device that a trace is for; works while tracing and while compiling ahead of time."""
+    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return device
+
+
+def runs_interpreted() -> bool:
+    """True where kernels run in the interpreter: the default device is not a GPU.
+
+    Kernels that use an instruction which the interpreter lacks ask this while they are traced and
+    take the nearest path that it has.
+    """
+    return default_device().platform not in ("gpu", "cuda")
+
+
+def launch(
+    body: Callable[..., None],
+    operands: Sequence[jax.Array],
+    *,
+    out_type: Any,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    scratch_types: Any = (),
+    warp_groups: int = 1,
+) -> Any:
+    """Runs ``body(*input_refs, *output_refs, *scratch_refs)`` once for each point of ``grid``.
+
+    The body is an array program: one program a warp group, whose arrays are spread over its 128
+    threads (Mosaic's Warpgroup semantics, which is also what the interpreter runs).
+
+    Args:
+      body: reads and writes refs; ``lax.axis_index(name)`` is its place in the grid.
+      operands: arrays in device memory.
+      out_type: a ``jax.ShapeDtypeStruct`` or a tuple of them.
+      grid: programs along each axis, the first varying fastest on the GPU.
+      grid_names: axis names of the grid.
+      scratch_types: shared memory and barriers.
+      warp_groups: warp groups of a block; with more than one, ``lax.axis_index("warp_group")``.
+
+    Returns:
+      Arrays of ``out_type``.
+    """
+    threads: dict[str, Any] = {}
+    if warp_groups > 1:
+        threads = {"num_threads": warp_groups, "thread_name": "warp_group"}
+    return mg.kernel(
+        body,
+        out_type=out_type,
+        grid=grid,
+        grid_names=grid_names,
+        scratch_types=scratch_types,
+        interpret=mg.InterpretGPUParams() if runs_interpreted() else None,
+        compiler_params=mg.CompilerParams(
+            lowering_semantics=mg.LoweringSemantics.Warpgroup,
+        ),
+        **threads,
+    )(*operands)
