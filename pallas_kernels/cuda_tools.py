@@ -1,0 +1,129 @@
+"""NVIDIA's command-line tools: ptxas (registers, spills) and cuobjdump (machine code)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+
+INSTALL = "pip install 'fdq[aot]'"
+
+_TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
+_ENTRY = re.compile(r"Compiling entry function '([^']+)'")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+_TENSOR_CORE = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one kernel takes, as ptxas says; bytes of spills are static code, not traffic.
+
+    Attributes:
+      name: of the entry function.
+      registers: of a thread.
+      stack_bytes, spill_store_bytes, spill_load_bytes: of a thread.
+      shared_memory_bytes: static, of a block.
+      tensor_core: tensor-core instructions in the PTX, without repetition.
+    """
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    shared_memory_bytes: int
+    tensor_core: tuple[str, ...]
+
+
+def find(tool: str) -> str:
+    """Path of ptxas, cuobjdump or nvdisasm: of the installed wheels, else of PATH.
+
+    Raises:
+      FileNotFoundError: it is not installed; says how to install it.
+    """
+    package = importlib.util.find_spec("nvidia")
+    for location in (package.submodule_search_locations or ()) if package else ():
+        for directory in ("cu13/bin", "cuda_nvcc/bin"):
+            path = pathlib.Path(location) / directory / tool
+            if path.is_file():
+                return str(path)
+    path = shutil.which(tool)
+    if path is None:
+        raise FileNotFoundError(f"{tool} is not installed: {INSTALL}")
+    return path
+
+
+def assemble(ptx: pathlib.Path) -> tuple[list[Resources], pathlib.Path]:
+    """Runs ptxas on a file for the architecture that it names.
+
+    Returns:
+      What each kernel takes, and the cubin, beside the PTX.
+
+    Raises:
+      RuntimeError: ptxas refuses the file.
+    """
+    text = ptx.read_text()
+    target = _TARGET.search(text)
+    if target is None:
+        raise RuntimeError(f"{ptx.name} has no .target")
+    cubin = ptx.with_suffix(".cubin")
+    command = [find("ptxas"), "-v", f"--gpu-name={target.group(1)}", str(ptx), "-o", str(cubin)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"ptxas: {' '.join(run.stderr.split())[:500]}")
+    return _resources(run.stderr + run.stdout, text), cubin
+
+
+def disassemble(cubin: pathlib.Path) -> str:
+    """The machine code of a cubin as text.
+
+    Raises:
+      RuntimeError: cuobjdump cannot read it.
+    """
+    command = [find("cuobjdump"), "-sass", str(cubin)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"cuobjdump: {' '.join(run.stderr.split())[:500]}")
+    return run.stdout
+
+
+def _resources(log: str, ptx: str) -> list[Resources]:
+    found: list[dict[str, int]] = []
+    names: list[str] = []
+    for line in log.splitlines():
+        if match := _ENTRY.search(line):
+            names.append(match.group(1))
+            found.append({})
+        elif not found:
+            continue
+        elif match := _STACK.search(line):
+            stack, stores, loads = map(int, match.groups())
+            found[-1] |= {"stack": stack, "stores": stores, "loads": loads}
+        elif match := _REGISTERS.search(line):
+            found[-1]["registers"] = int(match.group(1))
+            if shared := _SHARED.search(line):
+                found[-1]["shared"] = int(shared.group(1))
+    return [
+        Resources(
+            name=name,
+            registers=values["registers"],
+            stack_bytes=values["stack"],
+            spill_store_bytes=values["stores"],
+            spill_load_bytes=values["loads"],
+            shared_memory_bytes=values.get("shared", 0),
+            tensor_core=tuple(sorted(set(_TENSOR_CORE.findall(_body(ptx, name))))),
+        )
+        for name, values in zip(names, found, strict=True)
+    ]
+
+
+def _body(ptx: str, name: str) -> str:
+    """The text of one entry function, up to the next one."""
+    start = ptx.find(f".entry {name}(")
+    end = ptx.find(".entry ", start + 7)
+    return ptx[start : end if end > 0 else None]

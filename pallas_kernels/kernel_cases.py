@@ -1,0 +1,87 @@
+"""The kernels that are compiled ahead of time, each with shapes that stand for its use.
+
+A module with kernels has a function ``kernel_cases() -> list[KernelCase]`` and is listed in
+`MODULES`; `all_cases` gathers them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from pallas_kernels.gpu_targets import ALL
+from pallas_kernels.sass import Loop
+
+MODULES: tuple[str, ...] = ()
+"""Modules of this package that register cases."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A function and what to compile it for.
+
+    Attributes:
+      function: pure; compiled as ``jax.jit(function, donate_argnums=donate)(*arguments)``.
+      arguments: pytrees of ``jax.ShapeDtypeStruct`` (arrays do as well).
+      donate: positions of the arguments whose buffers are given up.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donate: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelCase:
+    """One kernel at one shape.
+
+    Attributes:
+      name: unique: "matvec int4-g128 m1 4096x4096".
+      kernel: name of the kernel, which its cases share: "matvec int4-g128".
+      build: makes the program; called in the child process that compiles it, while the default
+        device is the GPU that it compiles for.
+      gpus: names of the GPUs (`gpu_targets.GPUS`) that the kernel promises to compile for.
+      representative: compiled by the test suite; one for each kernel and format.
+      weights_per_iteration: weights (of an attention kernel: elements of the cache) that one
+        thread uses up in one iteration of the hot loop as ptxas left it. ptxas unrolls, so better
+        than a number is a function of the loop that was found, such as `fma_weights()`. None where
+        there is nothing to count.
+      bytes_per_weight: of the stored weights, scales left out; for the instruction budget.
+      report: the Mosaic kernel whose loop is counted, as a part of its name; "" is the first one.
+    """
+
+    name: str
+    kernel: str
+    build: Callable[[], Program]
+    gpus: tuple[str, ...] = ALL
+    representative: bool = False
+    weights_per_iteration: float | Callable[[Loop], float] | None = None
+    bytes_per_weight: float | None = None
+    report: str = ""
+
+
+def fma_weights(rows: int = 1) -> Callable[[Loop], float]:
+    """Counts weights by the loop's float32 multiply-adds: `rows` (M) of them for each weight.
+
+    The multiply-adds that apply scales count as weights too, so that the result is a little too
+    large where groups are small: one weight in `group size` for each row.
+    """
+    return lambda loop: loop.float32_fmas / rows
+
+
+def all_cases() -> list[KernelCase]:
+    """Every registered case.
+
+    Raises:
+      ValueError: two cases have the same name.
+    """
+    cases: list[KernelCase] = []
+    for module in MODULES:
+        cases += importlib.import_module(module).kernel_cases()
+    names = [case.name for case in cases]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"kernel cases must have different names; these occur twice: {twice}")
+    return cases

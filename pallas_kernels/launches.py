@@ -1,0 +1,140 @@
+"""What a compiled program launches and copies, read from XLA's thunk sequence and its HLO.
+
+The thunk sequence is the list of what the GPU executable does, one line for each kernel, library
+call, copy or memset, with the bodies of loops indented below them. The HLO says less: several of
+its instructions become no launch (bitcasts, tuples), one may become several. So launches are
+counted in the sequence, and the HLO gives names, sizes and trip counts.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+
+# Thunks that only hold or order others.
+_CONTAINERS = frozenset(
+    {
+        "kAsyncDone",
+        "kAsyncStart",
+        "kCommandBuffer",
+        "kConditional",
+        "kDynamicSlice",
+        "kDynamicSliceFusion",
+        "kSequential",
+        "kWaitForStreams",
+        "kWhile",
+    }
+)
+_LINE = re.compile(r"^(\s*)(\d+): (k\w+)\s*(?:\[[^\]]*\])?\s*(.*)$")
+_SECTION = re.compile(r"^\s*(condition|body|branch\S*):\s*$")
+_METADATA = re.compile(
+    r'profile_annotation: "([^"]*)"\s*\n\s*thunk_id: (\d+)\s*\n\s*}\s*\n\s*thunk_kind: "(\w+)"'
+)
+_RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\(", re.MULTILINE)
+_TRIPS = re.compile(r'%([\w.\-]+) = [^\n]*? while\([^\n]*?"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"(pred|[a-z]+[0-9]+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_BITS = re.compile(r"^[a-z]+(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """One copy thunk: its HLO instruction, what it copies ("bf16[1,128]"), bytes, executions."""
+
+    instruction: str
+    shape: str
+    bytes: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """What one execution of a program launches.
+
+    Attributes:
+      total: launches, bodies of loops with a known trip count times that count.
+      kinds: the same by kind: "mosaic", "kernel" (XLA's own), "copy", and names of thunks.
+      unknown_loops: loops whose trip count the compiler does not know; their bodies count once,
+        their condition (and a copy of it to the host) not at all.
+      copies: every copy thunk.
+    """
+
+    total: int
+    kinds: dict[str, int]
+    unknown_loops: int
+    copies: tuple[Copy, ...]
+
+
+def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
+    """Reads the files `*thunk_sequence.txt`, `*thunk_metadata.txt` and the optimized HLO."""
+    names = {int(i): name for name, i, _ in _METADATA.findall(thunk_metadata)}
+    shapes = {name: shape for name, shape, _ in _RESULT.findall(hlo)}
+    trips = {name: int(n) for name, n in _TRIPS.findall(hlo)}
+    mosaic = {
+        name for name in re.findall(r'%([\w.\-]+) = [^\n]*custom_call_target="mosaic_gpu', hlo)
+    }
+    kinds: collections.Counter[str] = collections.Counter()
+    copies: list[Copy] = []
+    unknown = 0
+    # Loops around the current line: (indentation, times that its body runs).
+    around: list[tuple[int, int]] = []
+    skipped: int | None = None  # indentation of a condition that is not counted
+    for line in thunk_sequence.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if section := _SECTION.match(line):
+            # XLA evaluates no condition where the trip count is known. The line "condition:" of a
+            # loop stands left of what it holds; "body:" is indented by two.
+            skipped = indent if section.group(1) == "condition" else None
+            continue
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        if skipped is not None and indent > skipped:
+            continue
+        skipped = None
+        while around and indent <= around[-1][0]:
+            around.pop()
+        number, kind, rest = int(match.group(2)), match.group(3), match.group(4)
+        name = names.get(number, "")
+        times = math.prod(n for _, n in around)
+        if kind == "kWhile":
+            known = trips.get(name)
+            unknown += known is None
+            around.append((indent, known or 1))
+        if kind in _CONTAINERS:
+            continue
+        if kind == "kCopy":
+            shape = shapes.get(name, "")
+            copies.append(Copy(name, _plain(shape), array_bytes(shape), times))
+        kinds[_kind(kind, rest, name in mosaic)] += times
+    return Launches(
+        total=sum(kinds.values()),
+        kinds=dict(kinds.most_common()),
+        unknown_loops=unknown,
+        copies=tuple(copies),
+    )
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of the arrays in a shape as HLO writes it: "(s32[], bf16[8,128]{1,0})"."""
+    total = 0
+    for dtype, sizes in _ARRAY.findall(shape):
+        bits = _BITS.match(dtype)
+        width = 8 if dtype == "pred" or bits is None else int(bits.group(1))
+        total += math.prod(int(n) for n in sizes.split(",") if n) * width // 8
+    return total
+
+
+def _plain(shape: str) -> str:
+    return re.sub(r"\{[^{}]*\}", "", shape)
+
+
+def _kind(kind: str, rest: str, mosaic: bool) -> str:
+    if mosaic:
+        return "mosaic"
+    if kind in ("kCustomKernel", "kKernel"):
+        return "gemm fusion" if rest.startswith("gemm_fusion") else "kernel"
+    return {"kCopy": "copy", "kCustomCall": "custom call", "kMemset32BitValue": "memset"}.get(
+        kind, kind.removeprefix("k")
+    )
