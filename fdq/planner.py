@@ -249,7 +249,7 @@ def plan(
     """
     if context < 1 or batch < 1:
         raise ValueError(f"`context` (={context}) and `batch` (={batch}) must be positive.")
-    name, config = _find_config(model)
+    name, config = find_config(model)
     recipe = Recipe.parse(scheme, compat=compat, has_experts=config.moe is not None)
     config = config.replace(dtype="bfloat16")
     quantized = quantize(abstract(config), recipe, compat=compat, quiet=True)
@@ -286,7 +286,7 @@ def cache_name(cache: CacheSpec | None) -> str:
     return "C16" if cache is None else str(cache)
 
 
-def _find_config(model: Any) -> tuple[str, DecoderConfig]:
+def find_config(model: Any) -> tuple[str, DecoderConfig]:
     """(name, configuration) of what `plan` was given."""
     if isinstance(model, DecoderConfig):
         return model.model_type, model

@@ -28,17 +28,13 @@ from typing import Any
 from pallas_kernels import cuda_tools, gpu_targets, launches
 from pallas_kernels.cuda_tools import Resources
 from pallas_kernels.kernel_cases import KernelCase, Program
-from pallas_kernels.launches import Copy
+from pallas_kernels.launches import Copy, LargeResult
 from pallas_kernels.sass import Loop, functions, hot_loop
 
 TIMEOUT = 600.0
 """Seconds that one compile may take."""
 
 _MOSAIC_SUFFIX = "_mosaic_gpu_kernel"
-_LAUNCH = re.compile(
-    r"gpu\.launch .*? blocks\(.*?\) in \((.*?)\) threads\(.*?\) in \((.*?)\)"
-    r"(?: dynamic_shared_memory_size (%\w+))?"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +97,8 @@ class Report:
       kernels: Mosaic's first.
       argument_bytes, temp_bytes, alias_bytes: of the program; aliased are donated buffers that
         results are written to in place.
-      launches, launch_kinds, unknown_loops, copies: see `pallas_kernels.launches.Launches`.
+      launches, launch_kinds, unknown_loops, copies, large_results: see
+        `pallas_kernels.launches.Launches`.
       instructions_per_weight: of the hot loop of the case's kernel; None where nothing was counted.
       instruction_budget: above it, instructions and not memory limit the kernel on this GPU.
     """
@@ -123,6 +120,7 @@ class Report:
     launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     copies: tuple[Copy, ...] = ()
+    large_results: tuple[LargeResult, ...] = ()
     instructions_per_weight: float | None = None
     instruction_budget: float | None = None
 
@@ -161,7 +159,8 @@ class Report:
             for kernel in value["kernels"]
         )
         copies = tuple(Copy(**copy) for copy in value["copies"])
-        return Report(**{**value, "kernels": kernels, "copies": copies})
+        large = tuple(LargeResult(**result) for result in value["large_results"])
+        return Report(**{**value, "kernels": kernels, "copies": copies, "large_results": large})
 
 
 def unavailable() -> str | None:
@@ -303,7 +302,9 @@ def _compile(
         del os.environ["MOSAIC_GPU_DUMP_TO"], os.environ["MOSAIC_GPU_DUMP_PTX"]
     compiled_at = time.perf_counter()
     counted = launches.count(
-        _text(xla, "*thunk_sequence.txt"), _text(xla, "*thunk_metadata.txt"), compiled.as_text()
+        _text(xla, "*thunk_sequence.txt"),
+        _text(xla, "*thunk_metadata.txt"),
+        _text(xla, "*gpu_after_optimizations.txt"),
     )
     ours, loops = _mosaic_kernels(mosaic)
     memory = compiled.memory_analysis()
@@ -312,7 +313,7 @@ def _compile(
         ok=True,
         lower_seconds=round(lowered_at - start, 3),
         compile_seconds=round(compiled_at - lowered_at, 3),
-        kernels=(*ours, *_xla_kernels(xla)),
+        kernels=(*ours, *(_xla_kernels(xla) if case.xla_kernels else ())),
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
@@ -320,6 +321,7 @@ def _compile(
         launch_kinds=counted.kinds,
         unknown_loops=counted.unknown_loops,
         copies=counted.copies,
+        large_results=counted.large_results,
     )
     return _with_instructions(report, case, target, loops)
 

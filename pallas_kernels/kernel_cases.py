@@ -49,6 +49,7 @@ class KernelCase:
         than a number is a function of the loop that was found, such as `fma_weights()`. None where
         there is nothing to count.
       bytes_per_weight: of the stored weights, scales left out; for the instruction budget.
+      xla_kernels: whether to report on the kernels that XLA adds to ours.
       report: the Mosaic kernel whose loop is counted, as a part of its name; "" is the first one.
     """
 
@@ -59,6 +60,7 @@ class KernelCase:
     representative: bool = False
     weights_per_iteration: float | Callable[[Loop], float] | None = None
     bytes_per_weight: float | None = None
+    xla_kernels: bool = True
     report: str = ""
 
 

@@ -33,9 +33,24 @@ _METADATA = re.compile(
     r'profile_annotation: "([^"]*)"\s*\n\s*thunk_id: (\d+)\s*\n\s*}\s*\n\s*thunk_kind: "(\w+)"'
 )
 _RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\(", re.MULTILINE)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_CALLED = re.compile(
+    r"\b(?:body|condition|to_apply|calls|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
+)
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# Instructions that write nothing of their own, or whose called computations do.
+_WRITES_NOTHING = frozenset(
+    {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional"}
+    | {"call", "opt-barrier", "async-start", "async-update", "async-done", "copy-done"}
+)
 _TRIPS = re.compile(r'%([\w.\-]+) = [^\n]*? while\([^\n]*?"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"(pred|[a-z]+[0-9]+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _BITS = re.compile(r"^[a-z]+(\d+)")
+
+LARGE = 1 << 19
+"""Bytes from which a result is listed: above the activations of a decode step, below its weights
+and its cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,25 @@ class Copy:
 
 
 @dataclasses.dataclass(frozen=True)
+class LargeResult:
+    """An instruction that writes a buffer of at least `LARGE` bytes, other than in place.
+
+    Attributes:
+      instruction: name in the HLO.
+      operation: "copy", "fusion", "custom-call" ...
+      shape: "bf16[2560,3584]".
+      bytes: of one execution.
+      source: what the user wrote: JAX's name of the operation.
+    """
+
+    instruction: str
+    operation: str
+    shape: str
+    bytes: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Launches:
     """What one execution of a program launches.
 
@@ -58,12 +92,14 @@ class Launches:
       unknown_loops: loops whose trip count the compiler does not know; their bodies count once,
         their condition (and a copy of it to the host) not at all.
       copies: every copy thunk.
+      large_results: where weights or caches are copied, converted or sliced, this says so.
     """
 
     total: int
     kinds: dict[str, int]
     unknown_loops: int
     copies: tuple[Copy, ...]
+    large_results: tuple[LargeResult, ...]
 
 
 def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
@@ -71,14 +107,13 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
     names = {int(i): name for name, i, _ in _METADATA.findall(thunk_metadata)}
     shapes = {name: shape for name, shape, _ in _RESULT.findall(hlo)}
     trips = {name: int(n) for name, n in _TRIPS.findall(hlo)}
-    mosaic = {
-        name for name in re.findall(r'%([\w.\-]+) = [^\n]*custom_call_target="mosaic_gpu', hlo)
-    }
+    mosaic = set(re.findall(r'%([\w.\-]+) = [^\n]*custom_call_target="mosaic_gpu', hlo))
     kinds: collections.Counter[str] = collections.Counter()
     copies: list[Copy] = []
     unknown = 0
     # Loops around the current line: (indentation, times that its body runs).
     around: list[tuple[int, int]] = []
+    named: dict[int, str] = {}  # what encloses the current line, by indentation
     skipped: int | None = None  # indentation of a condition that is not counted
     for line in thunk_sequence.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -96,7 +131,10 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
         while around and indent <= around[-1][0]:
             around.pop()
         number, kind, rest = int(match.group(2)), match.group(3), match.group(4)
-        name = names.get(number, "")
+        # A copy inside a dynamic-slice fusion has no name of its own.
+        named = {depth: other for depth, other in named.items() if depth < indent}
+        name = names.get(number) or named.get(max(named, default=0), "")
+        named[indent] = name
         times = math.prod(n for _, n in around)
         if kind == "kWhile":
             known = trips.get(name)
@@ -113,6 +151,79 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
         kinds=dict(kinds.most_common()),
         unknown_loops=unknown,
         copies=tuple(copies),
+        large_results=large_results(hlo),
+    )
+
+
+def large_results(hlo: str, at_least: int = LARGE) -> tuple[LargeResult, ...]:
+    """The instructions of a program that write `at_least` bytes and more into a fresh buffer.
+
+    Only what runs by itself is looked at: the entry computation and the bodies of loops and
+    branches, not the inside of fusions. An update in place (a fusion whose root is a
+    dynamic-update-slice, a custom call with aliases) writes no fresh buffer.
+    """
+    computations = _computations(hlo)
+    entry = re.search(r"^ENTRY %([\w.\-]+) ", hlo, re.MULTILINE)
+    waiting = [entry.group(1)] if entry else []
+    seen: set[str] = set()
+    found: list[LargeResult] = []
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for _, instruction, shape, operation, rest in computations.get(name, []):
+            called = [c.lstrip("%") for m in _CALLED.findall(rest) for c in m.split(", ")]
+            if operation in ("while", "conditional", "call", "async-start"):
+                waiting += called
+            size = array_bytes(shape)
+            if operation in _WRITES_NOTHING or size < at_least:
+                continue
+            if "output_to_operand_aliasing" in rest:
+                continue
+            if operation == "dynamic-update-slice" or (
+                operation == "fusion" and any(_updates_in_place(computations, c) for c in called)
+            ):
+                continue
+            source = _OP_NAME.search(rest)
+            found.append(
+                LargeResult(
+                    instruction, operation, _plain(shape), size, source.group(1) if source else ""
+                )
+            )
+    return tuple(sorted(found, key=lambda result: -result.bytes))
+
+
+_Line = tuple[str, str, str, str, str]
+
+
+def _computations(hlo: str) -> dict[str, list[_Line]]:
+    """(ROOT or "", name, shape, operation, rest of the line) of each instruction."""
+    found: dict[str, list[_Line]] = {}
+    current: list[_Line] = []
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = found.setdefault(match.group(1), [])
+        elif match := _INSTRUCTION.match(line):
+            root, *others = match.groups()
+            current.append((root or "", *others))
+    return found
+
+
+def _updates_in_place(computations: dict[str, list[_Line]], name: str) -> bool:
+    """Whether a fusion's root is an update of a slice, seen through bitcasts and tuples."""
+    lines = {line[1]: line for line in computations.get(name, [])}
+    waiting = [line for line in lines.values() if line[0]]
+    operations = []
+    while waiting:
+        _, _, _, operation, rest = waiting.pop()
+        if operation in ("bitcast", "tuple"):
+            operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+            waiting += [lines[operand] for operand in operands if operand in lines]
+        else:
+            operations.append(operation)
+    return bool(operations) and all(
+        operation in ("dynamic-update-slice", "scatter") for operation in operations
     )
 
 

@@ -1,0 +1,244 @@
+"""A whole decode step compiled for a GPU that is not there, with abstract weights.
+
+A step is what `fdq.decode` runs for each token: the last token in, logits, the most likely token,
+the new state; cache and state are donated. The weights are shapes only, quantized and laid out by
+the code that does it to arrays, so that a model of 300 billion parameters needs no memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from pallas_kernels.ahead_of_time import KernelReport, Report, compile_cases
+from pallas_kernels.gpu_targets import find
+from pallas_kernels.kernel_cases import KernelCase, Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LargeResult:
+    """A result of the size of a weight or of the cache that a step writes outside its inputs.
+
+    Attributes:
+      operation, shape, source: see `pallas_kernels.launches.LargeResult`.
+      bytes: of one.
+      count: how many such instructions the program has.
+    """
+
+    operation: str
+    shape: str
+    source: str
+    bytes: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeStepReport:
+    """What a decode step launches, holds and copies on one GPU.
+
+    Attributes:
+      model, scheme, gpu, jax: what was compiled, for what, by which version.
+      layers, of_layers: compiled, and of the model.
+      context, batch: slots of the cache, and sequences.
+      ok, error: whether it compiled, and why not.
+      launches, launch_kinds: of one step, loops with a known trip count in full.
+      unknown_loops: loops whose trip count depends on data; counted as one trip each.
+      launches_per_layer: of the last layer: the difference between three and two layers.
+      weight_bytes, cache_bytes: of what is compiled (`layers`).
+      temp_bytes: temporaries of one step.
+      alias_bytes: written in place; the whole cache if nothing copies it.
+      large_results: copies of weights or of the cache, or what stands for one.
+      copies: copy thunks: (count, bytes of all).
+      kernels: ours.
+      seconds: of the compile.
+    """
+
+    model: str
+    scheme: str
+    gpu: str
+    jax: str
+    layers: int
+    of_layers: int
+    context: int
+    batch: int
+    ok: bool
+    error: str = ""
+    launches: int = 0
+    launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+    launches_per_layer: int | None = None
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    temp_bytes: int = 0
+    alias_bytes: int = 0
+    large_results: tuple[LargeResult, ...] = ()
+    copies: tuple[int, int] = (0, 0)
+    kernels: tuple[KernelReport, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def temp_fraction(self) -> float:
+        """Temporaries over weights."""
+        return self.temp_bytes / self.weight_bytes if self.weight_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "temp_fraction": self.temp_fraction}
+
+
+def config_for(model: str, gpu: str, layers: int | None = None) -> Any:
+    """A model's configuration as it would run on a GPU: float16 before sm_80, else bfloat16.
+
+    Raises:
+      ValueError: an unknown model, or `layers` outside 1 ... layers of the model.
+    """
+    from fdq.planner import find_config
+
+    _, config = find_config(model)
+    native = find(gpu).compute_capability >= (8, 0)
+    config = config.replace(dtype="bfloat16" if native else "float16")
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.num_layers:
+        raise ValueError(
+            f"--layers {layers}: {model} has {config.num_layers}; expected 1 to {config.num_layers}"
+        )
+    return config.replace(num_layers=layers)
+
+
+def program(
+    model: str, scheme: Any, gpu: str, *, layers: int | None, context: int, batch: int
+) -> Program:
+    """The step of a model with abstract weights; called while `gpu` is the default device."""
+    import jax
+    import jax.numpy as jnp
+
+    import fdq
+    from fdq.models import abstract
+    from pallas_kernels.launch import default_device
+
+    config = config_for(model, gpu, layers)
+    quantized = fdq.quantize(abstract(config), scheme, quiet=True)
+    cache_spec = quantized.cache_spec
+    prepared = fdq.prepare(quantized, device=default_device())
+    step, params = fdq.functional(prepared)
+
+    def start() -> fdq.DecodeState:
+        one = jnp.ones((batch,), jnp.int32)
+        return fdq.DecodeState(
+            tokens=jnp.zeros((batch, context), jnp.int32),
+            length=one,
+            prompt_length=one,
+            finished=jnp.zeros((batch,), bool),
+            key=jax.random.key(0),
+            cache=fdq.KVCache.init(config, batch, context, cache_spec),
+        )
+
+    def decode_step(params: Any, state: fdq.DecodeState) -> fdq.DecodeState:
+        logits, state = step(params, state)
+        return state.push(logits.argmax(-1))
+
+    return Program(function=decode_step, arguments=(params, jax.eval_shape(start)), donate=(1,))
+
+
+def report(
+    model: str,
+    scheme: Any,
+    gpu: str,
+    *,
+    layers: int | None = None,
+    context: int = 4096,
+    batch: int = 1,
+    update: Callable[[Report], None] | None = None,
+) -> DecodeStepReport:
+    """Compiles a model's decode step, and two and three layers of it for the count a layer.
+
+    Args:
+      model: a name in `fdq.models.CONFIGS`, or a directory with a config.json.
+      scheme: scheme name, or what else `fdq.quantize` takes and pickle can carry.
+      gpu: a name in `pallas_kernels.gpu_targets.GPUS`.
+      layers: the first so many layers only; None for the whole model.
+      context: slots of the cache of each sequence.
+      batch: sequences.
+      update: called after each of the compiles, up to three.
+
+    Raises:
+      ValueError: an unknown model, scheme or GPU; too many layers.
+      ModuleNotFoundError: the extra `fdq[aot]` is not installed.
+    """
+    import fdq
+
+    gpu = find(gpu).name
+    of_layers = config_for(model, gpu).num_layers
+    wanted = config_for(model, gpu, layers).num_layers
+    counts = [wanted] + [n for n in (2, 3) if n != wanted and of_layers >= 3]
+    cases = [
+        KernelCase(
+            name=f"{model} {scheme}, {count} layers",
+            kernel="decode step",
+            build=functools.partial(
+                program, model, scheme, gpu, layers=count, context=context, batch=batch
+            ),
+            xla_kernels=False,
+        )
+        for count in counts
+    ]
+    reports = compile_cases(cases, [gpu], update=update)
+    by_layers = dict(zip(counts, reports, strict=True))
+    full = by_layers[wanted]
+    config = config_for(model, gpu, wanted)
+    plan = fdq.plan(config, scheme, context=context, batch=batch)
+    base = DecodeStepReport(
+        model=model,
+        scheme=str(scheme),
+        gpu=gpu,
+        jax=full.jax,
+        layers=wanted,
+        of_layers=of_layers,
+        context=context,
+        batch=batch,
+        ok=full.ok,
+        error=full.error,
+        weight_bytes=plan.weights.bytes,
+        cache_bytes=plan.cache_bytes,
+        seconds=round(full.lower_seconds + full.compile_seconds, 1),
+    )
+    if not full.ok:
+        return base
+    per_layer = None
+    if of_layers >= 3 and by_layers[2].ok and by_layers[3].ok:
+        per_layer = by_layers[3].launches - by_layers[2].launches
+    logits_bytes = 4 * batch * config.vocab_size
+    return dataclasses.replace(
+        base,
+        launches=full.launches,
+        launch_kinds=full.launch_kinds,
+        unknown_loops=full.unknown_loops,
+        launches_per_layer=per_layer,
+        temp_bytes=full.temp_bytes,
+        alias_bytes=full.alias_bytes,
+        large_results=_grouped(full, logits_bytes),
+        copies=(
+            sum(copy.times for copy in full.copies),
+            sum(copy.times * copy.bytes for copy in full.copies),
+        ),
+        kernels=full.mosaic_kernels,
+    )
+
+
+def _grouped(report: Report, logits_bytes: int) -> tuple[LargeResult, ...]:
+    """The large results, equal ones together; the logits, and what is no larger, are none."""
+    counted = collections.Counter(
+        (r.operation, r.shape, r.source, r.bytes)
+        for r in report.large_results
+        if r.bytes > logits_bytes
+    )
+    return tuple(
+        LargeResult(operation=operation, shape=shape, source=source, bytes=size, count=count)
+        for (operation, shape, source, size), count in sorted(
+            counted.items(), key=lambda item: -item[0][3] * item[1]
+        )
+    )
