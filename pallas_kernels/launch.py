@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as mg
 
 THREADS = 128
@@ -27,6 +28,17 @@ def runs_interpreted() -> bool:
     take the nearest path that it has.
     """
     return default_device().platform not in ("gpu", "cuda")
+
+
+def synchronize() -> None:
+    """Barrier of a warp group: what it wrote to shared memory before can be read after.
+
+    Mosaic's own ``commit_smem`` adds a fence that GPUs before sm_90 do not have.
+    """
+    if runs_interpreted():
+        mg.commit_smem()
+    else:
+        mg.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
 
 
 def launch(
