@@ -1,0 +1,108 @@
+"""Which kernel is worth using where, and how it is cut: read from ``tuning/*.json``.
+
+A file holds what ``python -m benchmarks.tune`` measured on one kind of device, ``defaults.json``
+what every other device gets. The first row that fits decides::
+
+    {"kernel": "matrix_vector", "formats": ["int4"], "max_rows": 1, "max_weights": 16777216,
+     "use": "mosaic_gpu", "config": {"split": 8}}
+
+``kernel`` and the names in ``formats`` may be ``"*"``; a bound that is absent always holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from importlib import resources
+from typing import Any
+
+KERNELS = (
+    "matrix_vector",
+    "integer_matrix_vector",
+    "gathered_matrix_vector",
+    "decode_attention",
+    "append",
+)
+"""Names that rows may use; of attention and append the format is that of the cache."""
+
+USES = ("mosaic_gpu", "xla")
+_FIELDS = {"kernel", "formats", "max_rows", "min_weights", "max_weights", "use", "config"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What to run.
+
+    Attributes:
+      use: ``mosaic_gpu`` or ``xla``.
+      config: settings of the kernel by name; those that are absent are the kernel's own choice.
+      source: where this comes from, for the log.
+    """
+
+    use: str
+    config: dict[str, int]
+    source: str
+
+
+def file_name(device_kind: str) -> str:
+    """Name of the file of a device kind: ``NVIDIA L4`` -> ``nvidia_l4.json``."""
+    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
+
+
+def check(table: Any, name: str) -> list[dict[str, Any]]:
+    """The rows of a tuning table.
+
+    Raises:
+      ValueError: naming the row and field that are not as they should be.
+    """
+    rows = table.get("choices") if isinstance(table, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError(f"{name}: expected an object with a list 'choices'")
+    for i, row in enumerate(rows):
+        unknown = sorted(set(row) - _FIELDS)
+        if unknown:
+            raise ValueError(f"{name}: choices[{i}] has unknown fields {unknown}")
+        if row.get("kernel") not in (*KERNELS, "*"):
+            raise ValueError(
+                f"{name}: choices[{i}].kernel is {row.get('kernel')!r}, expected one of {KERNELS}"
+            )
+        if row.get("use") not in USES:
+            raise ValueError(f"{name}: choices[{i}].use is {row.get('use')!r}, expected {USES}")
+        if not isinstance(row.get("formats"), list):
+            raise ValueError(f"{name}: choices[{i}].formats is not a list of format names")
+    return rows
+
+
+@functools.cache
+def _rows(file: str) -> list[dict[str, Any]]:
+    path = resources.files("pallas_kernels.tuning").joinpath(file)
+    if not path.is_file():
+        return []
+    return check(json.loads(path.read_text("utf-8")), file)
+
+
+def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: int) -> Choice:
+    """The measured choice for a device, else the default.
+
+    Args:
+      device_kind: as ``jax.Device`` says it.
+      kernel: one of `KERNELS`.
+      format: of the weight, or of the cache (``bfloat16`` for floats).
+      rows: M; of attention, sequences.
+      weights: K * N; of attention, elements of K that a step reads (B * KH * S * D).
+    """
+    for file in (file_name(device_kind), "defaults.json"):
+        for i, row in enumerate(_rows(file)):
+            if row["kernel"] not in (kernel, "*"):
+                continue
+            if format not in row["formats"] and "*" not in row["formats"]:
+                continue
+            if rows > row.get("max_rows", rows):
+                continue
+            if not row.get("min_weights", 0) <= weights <= row.get("max_weights", weights):
+                continue
+            source = f"tuning/{file}, row {i}"
+            return Choice(row["use"], dict(row.get("config", {})), source)
+    return Choice("xla", {}, "no row of tuning/defaults.json fits")
