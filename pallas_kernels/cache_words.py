@@ -68,8 +68,7 @@ class CacheWords:
     @property
     def vector(self) -> int:
         """Words (or elements) that a thread loads at once when 8 threads share a slot."""
-        size = 2 if self.dtype == jnp.float16 else 4
-        return min(16 // size, self.width // 8)
+        return min(4, self.width // 8)
 
     def view(self, codes: jax.Array) -> jax.Array:
         """``[B, KH, S, W]`` of the codes, without a copy."""
