@@ -202,13 +202,28 @@ def compile_cases(
       ModuleNotFoundError: the extra `fdq[aot]` is not installed.
       ValueError: an unknown GPU.
     """
+    named = None if gpus is None else [gpu_targets.find(name).name for name in gpus]
+    jobs = [(case, gpu) for case in cases for gpu in (case.gpus if named is None else named)]
+    return compile_jobs(jobs, processes=processes, timeout=timeout, update=update)
+
+
+def compile_jobs(
+    jobs: Sequence[tuple[KernelCase, str]],
+    *,
+    processes: int = 2,
+    timeout: float = TIMEOUT,
+    update: Callable[[Report], None] | None = None,
+) -> list[Report]:
+    """`compile_cases` for chosen pairs of a case and a GPU's name.
+
+    Raises:
+      ModuleNotFoundError: the extra `fdq[aot]` is not installed.
+    """
     from pallas_kernels.compile_pool import run_jobs
 
     if reason := unavailable():
         raise ModuleNotFoundError(reason)
-    named = None if gpus is None else [gpu_targets.find(name).name for name in gpus]
-    jobs = [(case, gpu) for case in cases for gpu in (case.gpus if named is None else named)]
-    return run_jobs(jobs, processes=processes, timeout=timeout, update=update)
+    return run_jobs(list(jobs), processes=processes, timeout=timeout, update=update)
 
 
 def compile_for(

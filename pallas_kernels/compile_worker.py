@@ -53,16 +53,20 @@ def _isolated(job: dict[str, Any]) -> dict[str, Any]:
             error = f"still compiling after {job['timeout']:g} s, ended"
         else:
             error = f"the compiler ended its process ({_signal(status)}): {_last_words(log)}"
-        target = gpu_targets.find(job["gpu"])
-        return Report(
-            case=job["name"],
-            kernel=job["kernel"],
-            gpu=target.name,
-            arch=target.arch,
-            jax=jax.__version__,
-            ok=False,
-            error=error,
-        ).to_dict()
+        return _failed(job, error)
+
+
+def _failed(job: dict[str, Any], error: str) -> dict[str, Any]:
+    target = gpu_targets.find(job["gpu"])
+    return Report(
+        case=job["name"],
+        kernel=job["kernel"],
+        gpu=target.name,
+        arch=target.arch,
+        jax=jax.__version__,
+        ok=False,
+        error=error,
+    ).to_dict()
 
 
 def _run(job: dict[str, Any], result: pathlib.Path, log: pathlib.Path) -> None:
@@ -72,7 +76,10 @@ def _run(job: dict[str, Any], result: pathlib.Path, log: pathlib.Path) -> None:
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        report = compile_here(_find_case(job), job["gpu"]).to_dict()
+        try:
+            report = compile_here(_find_case(job), job["gpu"]).to_dict()
+        except (LookupError, ImportError, AttributeError) as error:  # there is no such case here
+            report = _failed(job, one_line(error))
         part = result.with_suffix(".part")
         part.write_text(json.dumps(report))
         part.rename(result)

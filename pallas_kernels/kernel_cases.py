@@ -7,6 +7,7 @@ A module with kernels has a function ``kernel_cases() -> list[KernelCase]`` and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,8 @@ class KernelCase:
         thread uses up in one iteration of the hot loop as ptxas left it. ptxas unrolls, so better
         than a number is a function of the loop that was found, such as `fma_weights()`. None where
         there is nothing to count.
-      bytes_per_weight: of the stored weights, scales left out; for the instruction budget.
+      bytes_per_weight: stored bytes, scales included (0.5156 for int4 in groups of 128); for the
+        instruction budget.
       xla_kernels: whether to report on the kernels that XLA adds to ours.
       report: the Mosaic kernel whose loop is counted, as a part of its name; "" is the first one.
     """
@@ -70,7 +72,11 @@ def fma_weights(rows: int = 1) -> Callable[[Loop], float]:
     The multiply-adds that apply scales count as weights too, so that the result is a little too
     large where groups are small: one weight in `group size` for each row.
     """
-    return lambda loop: loop.float32_fmas / rows
+    return functools.partial(_fmas_per_row, rows)  # unlike a lambda, it can be pickled
+
+
+def _fmas_per_row(rows: int, loop: Loop) -> float:
+    return loop.float32_fmas / rows
 
 
 def all_cases() -> list[KernelCase]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fdq
-from fdq.cli import convert, demo, evaluate, generate, inspect, plan
+from fdq.cli import convert, demo, evaluate, generate, inspect, kernels, plan
 
 app = typer.Typer(
     name="fdq",
@@ -35,5 +35,5 @@ def _options(
     pass
 
 
-for module in (demo, convert, inspect, generate, evaluate, plan):
+for module in (demo, convert, inspect, generate, evaluate, plan, kernels):
     app.command(module.NAME, epilog=module.EXAMPLE)(module.run)

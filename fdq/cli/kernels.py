@@ -1,0 +1,336 @@
+"""`fdq kernels`: which GPU kernels run on which card, without one."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fdq.cli import console
+
+if TYPE_CHECKING:
+    from pallas_kernels.ahead_of_time import Report
+    from pallas_kernels.kernel_cases import KernelCase
+    from pallas_kernels.reports import Row
+
+NAME = "kernels"
+EXAMPLE = (
+    "Example:  fdq kernels --gpu l4     |     "
+    "fdq kernels --decode-step ernie-4.5-21b-a3b --scheme W4A16C8 --gpu h200"
+)
+_LONGEST_REASON = 160
+
+
+@console.command
+def run(
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gpu",
+            help="t4, a100, l4, h100, h200, b200 or rtx_pro_6000; may be repeated. Default: this "
+            "machine's; without one, the table that came with fdq.",
+        ),
+    ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every shape of every kernel; without --gpu for every GPU. Minutes."
+        ),
+    ] = False,
+    kernel: Annotated[
+        str | None, typer.Option(help="Only kernels whose name contains this.")
+    ] = None,
+    decode_step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compile a whole decode step of this model (a known name, or a directory with a "
+            "config.json), with abstract weights.",
+        ),
+    ] = None,
+    scheme: console.Scheme = "W4A16C8",
+    layers: Annotated[
+        int | None, typer.Option(help="With --decode-step: the first so many layers only.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="With --decode-step: slots of the cache.")] = 4096,
+    batch: Annotated[int, typer.Option(help="With --decode-step: sequences.")] = 1,
+    output: Annotated[
+        pathlib.Path | None, typer.Option(help="Also write the report to this file, as JSON.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table kernel by GPU as Markdown.")
+    ] = False,
+    json: console.Json = False,
+    debug: console.Debug = False,
+) -> None:
+    """What runs on a GPU and why something will not: compiled for it, on a machine without one.
+
+    Registers, spills, shared memory, and machine instructions per weight of the inner loop "of"
+    the number from which instructions, not memory, limit the card.
+
+    Needs the extra `aot` of fdq. Exit code 1 if a kernel fails where it should run.
+    """
+    from pallas_kernels import gpu_targets
+
+    names = [gpu_targets.find(name).name for name in gpu or []]
+    if decode_step is not None:
+        _decode_steps(decode_step, scheme, names, layers, context, batch, output, json)
+        return
+    if not names and not everything:
+        names = _this_machine()
+        if not names:
+            _summary(_committed(kernel), output, markdown=markdown, json=json)
+            return
+    reports, broken = _compile(names, everything, kernel)
+    if output is not None:
+        from pallas_kernels import reports as files
+
+        files.save(reports, output)
+    if json or markdown or everything:
+        _summary(reports, None, markdown=markdown, json=json)
+    else:
+        for name in names:
+            _show(name, [report for report in reports if report.gpu == name])
+    if broken:
+        for problem in broken:
+            console.err.print(problem, style="red", markup=False)
+        raise typer.Exit(console.FAILED_CHECK)
+
+
+def _this_machine() -> list[str]:
+    """The GPU of this machine, or the known one that is closest to it."""
+    import jax
+
+    from pallas_kernels import gpu_targets
+
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return []
+    found = gpu_targets.of_device(device.device_kind)
+    if found is None:
+        capability = getattr(device, "compute_capability", "")
+        alike = [
+            g
+            for g in gpu_targets.GPUS.values()
+            if ".".join(map(str, g.compute_capability)) == capability
+        ]
+        if not alike:
+            raise ValueError(
+                f"{device.device_kind} (compute capability {capability}) is none of the GPUs that "
+                f"kernels are compiled for: {', '.join(gpu_targets.GPUS)}. Choose one with --gpu."
+            )
+        found = alike[0]
+        console.err.print(f"{device.device_kind} is like {found.device_kind}: compiling for that.")
+    return [found.name]
+
+
+def _cases(kernel: str | None) -> list[KernelCase]:
+    from pallas_kernels.kernel_cases import all_cases
+
+    cases = all_cases()
+    chosen = [case for case in cases if kernel is None or kernel.lower() in case.name.lower()]
+    if not chosen:
+        known = ", ".join(sorted({case.kernel for case in cases}))
+        raise ValueError(f"--kernel {kernel!r} matches no kernel. There are: {known}.")
+    return chosen
+
+
+def _compile(
+    names: Sequence[str], everything: bool, kernel: str | None
+) -> tuple[list[Report], list[str]]:
+    """Reports, and what failed where it was promised to run.
+
+    Representative cases are compiled for every GPU asked for, promised or not, so that the report
+    says why a kernel does not run; the other shapes only where the kernel claims to run.
+    """
+    from pallas_kernels.ahead_of_time import compile_jobs
+    from pallas_kernels.gpu_targets import GPUS
+
+    cases = _cases(kernel)
+    jobs = [
+        (case, gpu)
+        for gpu in names or GPUS
+        for case in cases
+        if case.representative or (everything and gpu in case.gpus)
+    ]
+    done = 0
+    with console.progress("Compiling") as progress:
+
+        def update(report: Report) -> None:
+            nonlocal done
+            done += 1
+            progress(done, len(jobs), f"{report.gpu}: {report.case}")
+
+        progress(0, len(jobs))
+        reports = compile_jobs(jobs, update=update)
+    broken = [
+        problem
+        for (case, gpu), report in zip(jobs, reports, strict=True)
+        if gpu in case.gpus
+        for problem in report.problems()
+    ]
+    return reports, broken
+
+
+def _committed(kernel: str | None) -> list[Report]:
+    import jax
+
+    from pallas_kernels.reports import load
+
+    reports = load(jax.__version__)
+    return [r for r in reports if kernel is None or kernel.lower() in r.case.lower()]
+
+
+def _show(gpu: str, reports: Sequence[Report]) -> None:
+    """The table of one GPU."""
+    from pallas_kernels.gpu_targets import GPUS
+    from pallas_kernels.reports import rows
+
+    target = GPUS[gpu]
+    title = f"{target.device_kind} ({target.arch}), jax {reports[0].jax}"
+    columns = ["kernel", "runs", "registers", "spills", "shared memory", "instructions/weight"]
+    table = rows(reports)
+    cells = [
+        (
+            row.kernel + (" (tensor cores)" if row.tensor_core else ""),
+            "yes" if row.runs else "no",
+            str(row.registers or ""),
+            console.size(row.spill_bytes) if row.spill_bytes else "",
+            console.size(row.shared_memory_bytes) if row.shared_memory_bytes else "",
+            _instructions(row),
+        )
+        for row in table
+    ]
+    console.out.print(console.table(title, columns, cells))
+    for row in table:
+        if not row.runs:
+            console.out.print(f"{row.kernel}: {_short(row.reason)}", markup=False)
+
+
+def _instructions(row: Row) -> str:
+    if row.instructions_per_weight is None:
+        return ""
+    budget = f" of {row.instruction_budget:.1f}" if row.instruction_budget else ""
+    return f"{row.instructions_per_weight:.1f}{budget}"
+
+
+def _summary(
+    reports: Sequence[Report], output: pathlib.Path | None, *, markdown: bool, json: bool
+) -> None:
+    """The table kernel by GPU."""
+    from pallas_kernels import reports as files
+
+    if output is not None:
+        files.save(reports, output)
+    if json:
+        console.print_json({"reports": [report.to_dict() for report in reports]})
+        return
+    if markdown:
+        typer.echo(files.markdown(reports), nl=False)
+        return
+    gpus = list(dict.fromkeys(report.gpu for report in reports))
+    cells: dict[str, dict[str, str]] = {}
+    reasons: dict[str, str] = {}
+    for row in files.rows(reports):
+        cells.setdefault(row.kernel, {})[row.gpu] = files.cell(row)
+        if not row.runs:
+            reasons[f"{row.kernel} on {row.gpu}"] = row.reason
+    title = f"Kernels by GPU: instructions per weight, or yes (jax {reports[0].jax})"
+    body = [(name, *(cell.get(gpu, "–") for gpu in gpus)) for name, cell in cells.items()]
+    console.out.print(console.table(title, ["kernel", *gpus], body))
+    for name, reason in reasons.items():
+        console.out.print(f"{name}: {_short(reason)}", markup=False)
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= _LONGEST_REASON else reason[:_LONGEST_REASON] + " ..."
+
+
+def _decode_steps(
+    model: str,
+    scheme: str,
+    names: Sequence[str],
+    layers: int | None,
+    context: int,
+    batch: int,
+    output: pathlib.Path | None,
+    json: bool,
+) -> None:
+    import json as text
+
+    from fdq.cli.decode_step import report
+    from fdq.cli.schemes import read_scheme
+
+    names = names or _this_machine()
+    if not names:
+        raise ValueError("--decode-step: name the GPU with --gpu, for this machine has none.")
+    results = []
+    for name in names:
+        with console.progress(f"Compiling for {name}") as progress:
+            done = 0
+
+            def update(one: Any, name: str = name) -> None:
+                nonlocal done
+                done += 1
+                progress(done, 3, one.case)
+
+            results.append(
+                report(
+                    model,
+                    read_scheme(scheme),
+                    name,
+                    layers=layers,
+                    context=context,
+                    batch=batch,
+                    update=update,
+                )
+            )
+    value = {"decode_steps": [result.to_dict() for result in results]}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text.dumps(value, indent=1) + "\n")
+    if json:
+        console.print_json(value)
+    else:
+        _show_decode_steps(results)
+    if not all(result.ok for result in results):
+        raise typer.Exit(console.FAILED_CHECK)
+
+
+def _show_decode_steps(results: Sequence[Any]) -> None:
+    first = results[0]
+    whole = first.layers == first.of_layers
+    layers = f"{first.layers} layers" if whole else f"{first.layers} of {first.of_layers} layers"
+    title = (
+        f"Decode step of {first.model} in {first.scheme}: {layers}, {first.batch} x "
+        f"{first.context:,} tokens, jax {first.jax}"
+    )
+    columns = ["gpu", "launches", "a layer", "weights", "temporaries", "of weights", "copies"]
+    rows = [
+        (
+            r.gpu,
+            f"{r.launches:,}",
+            "" if r.launches_per_layer is None else str(r.launches_per_layer),
+            console.size(r.weight_bytes),
+            console.size(r.temp_bytes),
+            f"{100 * r.temp_fraction:.2f} %",
+            f"{sum(large.count for large in r.large_results)}",
+        )
+        for r in results
+        if r.ok
+    ]
+    console.out.print(console.table(title, columns, rows))
+    for r in results:
+        if not r.ok:
+            console.out.print(f"{r.gpu}: {r.error}", markup=False)
+        for large in r.large_results[:10]:
+            console.out.print(
+                f"{r.gpu}: {large.count} x {large.operation} writes {large.shape} "
+                f"({console.size(large.bytes)}): {large.source}",
+                markup=False,
+            )
+    console.out.print(
+        "Copies are results of the size of a weight or of the cache that are written each step."
+    )
