@@ -1,0 +1,196 @@
+"""The router of a mixture of experts in one launch: softmax, the top k, and their weights.
+
+XLA needs five launches for this after the product (softmax, bias, sort, gather, normalization),
+which in a decode step cost more than the experts' bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as mg
+
+from pallas_kernels.kernel_cases import KernelCase, Program
+from pallas_kernels.launch import THREADS, launch, synchronize
+
+_LOWEST = -3.0e38  # of padded experts; finite, so that differences are
+
+
+def top_k_experts_reference(
+    logits: jax.Array,
+    correction_bias: jax.Array | None,
+    *,
+    experts: int,
+    top_k: int,
+    normalize: bool = True,
+    norm_min: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """The meaning of `top_k_experts`."""
+    probabilities = jax.nn.softmax(logits.sum(axis=0)[:, :experts], axis=-1)
+    scores = probabilities
+    if correction_bias is not None:
+        scores = scores + correction_bias[None, :]
+    index = lax.top_k(scores, top_k)[1]
+    weights = jnp.take_along_axis(probabilities, index, axis=-1)
+    if normalize:
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights / jnp.maximum(total, norm_min)
+    return index, weights
+
+
+def top_k_experts(
+    logits: jax.Array,
+    correction_bias: jax.Array | None,
+    *,
+    experts: int,
+    top_k: int,
+    normalize: bool = True,
+    norm_min: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Which experts each token goes to, and with what weights.
+
+    Args:
+      logits: float32 ``[split, T, N]`` partial sums of the router's product, N a multiple of 128;
+        columns from ``experts`` on are not read as experts.
+      correction_bias: float32 ``[experts]``, added to the probabilities that are compared; None.
+      experts: E.
+      top_k: experts of a token; among equal scores the first is taken.
+      normalize: whether a token's weights are divided by ``max(their sum, norm_min)``.
+      norm_min: see there.
+
+    Returns:
+      int32 ``[T, top_k]`` and float32 ``[T, top_k]``: the unbiased probabilities.
+
+    Raises:
+      ValueError: N is no multiple of 128 or below ``experts``.
+    """
+    split, tokens, width = logits.shape
+    if width % THREADS or width < experts:
+        raise ValueError(
+            f"top_k_experts: logits have {width} columns, expected a multiple of {THREADS} that "
+            f"holds {experts} experts."
+        )
+    if correction_bias is None:
+        correction_bias = jnp.zeros((0,), jnp.float32)
+    return _launch(
+        logits,
+        correction_bias,
+        experts=experts,
+        top_k=top_k,
+        normalize=normalize,
+        norm_min=norm_min,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("experts", "top_k", "normalize", "norm_min"))
+def _launch(logits, correction_bias, *, experts, top_k, normalize, norm_min):
+    split, tokens, width = logits.shape
+    has_bias = correction_bias.size > 0
+    if has_bias and width > experts:
+        correction_bias = jnp.pad(correction_bias, (0, width - experts))
+    operands = (logits, correction_bias) if has_bias else (logits,)
+    layout = mg.Layout.WG_STRIDED((width,), vec_size=1)
+
+    def load(ref):
+        return mg.load(ref, layout=layout, optimized=False)
+
+    def top_k_experts_kernel(*refs):
+        logits_ref, index_ref, weight_ref = refs[0], refs[-5], refs[-4]
+        scores_smem, values_smem, ranks_smem = refs[-3:]
+        token = lax.axis_index("token")
+        lane = mg.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
+        real = lane < experts
+        values = load(logits_ref.at[0, token])
+        for s in range(1, split):
+            values = values + load(logits_ref.at[s, token])
+        values = jnp.where(real, values, jnp.float32(_LOWEST))
+        largest = jnp.full((width,), jnp.max(_ordered(values)), jnp.int32)
+        largest = _unordered(mg.layout_cast(largest, layout))
+        powers = jnp.where(real, jnp.exp(values - largest), jnp.float32(0))
+        probabilities = powers / jnp.sum(powers)
+        scores = probabilities
+        if has_bias:
+            scores = scores + load(refs[1])
+        scores = jnp.where(real, scores, jnp.float32(_LOWEST))
+        values_smem[...] = probabilities
+        scores_smem[...] = scores
+        synchronize()
+
+        def count(i, ranks):  # how many experts come before each
+            other = scores_smem[i]
+            before = (other > scores) | ((other == scores) & (lane > i))
+            return ranks + jnp.where(before, jnp.int32(1), jnp.int32(0))
+
+        zeros = mg.layout_cast(jnp.zeros((width,), jnp.int32), layout)
+        ranks_smem[...] = lax.fori_loop(0, experts, count, zeros)
+        synchronize()
+
+        def pick(i, carry):  # the thread of rank r takes the expert of that rank
+            index, weight = carry
+            mine = lane == ranks_smem[i]
+            return jnp.where(mine, i, index), jnp.where(mine, values_smem[i], weight)
+
+        nothing = mg.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+        index, weight = lax.fori_loop(0, experts, pick, (zeros, nothing))
+        weight = jnp.where(lane < top_k, weight, jnp.float32(0))
+        if normalize:
+            total = jnp.sum(weight)
+            smallest = jnp.float32(norm_min)
+            weight = weight / jnp.where(total > smallest, total, smallest)
+        synchronize()  # all threads have read before this is overwritten
+        values_smem[...] = weight
+        ranks_smem[...] = index
+        synchronize()
+        for r in range(top_k):
+            index_ref[token, r] = ranks_smem[r]
+            weight_ref[token, r] = values_smem[r]
+
+    index, weights = launch(
+        top_k_experts_kernel,
+        operands,
+        out_type=(
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+        ),
+        grid=(tokens,),
+        grid_names=("token",),
+        scratch_types=(
+            mg.SMEM((width,), jnp.float32),
+            mg.SMEM((width,), jnp.float32),
+            mg.SMEM((width,), jnp.int32),
+        ),
+    )
+    return index, weights
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """float32 -> int32 in the same order: T4 has no maximum of floats that passes NaN on."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _unordered(bits: jax.Array) -> jax.Array:
+    """Undoes `_ordered`; of arrays only, Mosaic has no bitcast of scalars."""
+    flipped = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    return lax.bitcast_convert_type(flipped, jnp.float32)
+
+
+def kernel_cases() -> list[KernelCase]:
+    """The router of ERNIE-4.5-21B-A3B (64 experts, 6 of them) for one token."""
+
+    def build() -> Program:
+        function = functools.partial(top_k_experts, experts=64, top_k=6, norm_min=1e-12)
+        arguments = (
+            jax.ShapeDtypeStruct((8, 1, 128), jnp.float32),
+            jax.ShapeDtypeStruct((64,), jnp.float32),
+        )
+        return Program(function=function, arguments=arguments)
+
+    return [
+        KernelCase(
+            name="top-k experts 6 of 64", kernel="top_k_experts", build=build, representative=True
+        )
+    ]

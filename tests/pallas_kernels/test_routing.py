@@ -1,0 +1,73 @@
+"""The routing kernel against its reference and against NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.routing import top_k_experts, top_k_experts_reference
+
+
+def random_logits(seed, split, tokens, width):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((split, tokens, width)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "tokens", "split", "bias", "normalize"),
+    [
+        (64, 6, 3, 2, True, True),
+        (128, 8, 2, 1, False, True),
+        (5, 2, 2, 3, True, False),
+        (160, 6, 1, 2, True, True),
+    ],
+)
+def test_experts_and_weights_are_those_of_the_reference(
+    experts, top_k, tokens, split, bias, normalize
+):
+    width = -(-experts // 128) * 128
+    logits = random_logits(experts, split, tokens, width)
+    correction = None
+    if bias:
+        correction = jnp.asarray(np.random.default_rng(1).standard_normal(experts) * 0.02)
+        correction = correction.astype(jnp.float32)
+    settings = dict(experts=experts, top_k=top_k, normalize=normalize, norm_min=1e-12)
+    index, weights = top_k_experts(logits, correction, **settings)
+    wanted_index, wanted_weights = top_k_experts_reference(logits, correction, **settings)
+    np.testing.assert_array_equal(index, wanted_index)
+    largest = np.abs(wanted_weights).max()
+    assert largest > 0
+    assert np.abs(weights - wanted_weights).max() <= 5e-6 * largest
+    again = top_k_experts(logits, correction, **settings)
+    np.testing.assert_array_equal(weights, again[1])
+
+
+def test_reference_is_the_definition():
+    logits = np.asarray(random_logits(3, 2, 2, 128), np.float64)
+    bias = np.random.default_rng(4).standard_normal(100) * 0.01
+    index, weights = top_k_experts_reference(
+        jnp.asarray(logits, jnp.float32),
+        jnp.asarray(bias, jnp.float32),
+        experts=100,
+        top_k=4,
+        norm_min=1e-12,
+    )
+    summed = logits.sum(axis=0)[:, :100]
+    powers = np.exp(summed - summed.max(axis=1, keepdims=True))
+    probabilities = powers / powers.sum(axis=1, keepdims=True)
+    for t in range(2):
+        chosen = np.argsort(-(probabilities[t] + bias), kind="stable")[:4]
+        np.testing.assert_array_equal(index[t], chosen)
+        picked = probabilities[t][chosen]
+        np.testing.assert_allclose(weights[t], picked / picked.sum(), rtol=1e-5)
+
+
+def test_equal_scores_take_the_first_expert():
+    logits = jnp.zeros((1, 1, 128), jnp.float32)
+    index, weights = top_k_experts(logits, None, experts=70, top_k=3)
+    np.testing.assert_array_equal(index, [[0, 1, 2]])
+    np.testing.assert_allclose(weights, np.full((1, 3), 1 / 3), rtol=1e-6)
+
+
+def test_width_must_be_whole_and_hold_the_experts():
+    with pytest.raises(ValueError, match="multiple of 128"):
+        top_k_experts(jnp.zeros((1, 1, 64), jnp.float32), None, experts=64, top_k=2)
