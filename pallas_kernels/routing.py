@@ -67,7 +67,7 @@ def top_k_experts(
     Raises:
       ValueError: N is no multiple of 128 or below ``experts``.
     """
-    split, tokens, width = logits.shape
+    width = logits.shape[-1]
     if width % THREADS or width < experts:
         raise ValueError(
             f"top_k_experts: logits have {width} columns, expected a multiple of {THREADS} that "

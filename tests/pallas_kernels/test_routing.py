@@ -30,7 +30,7 @@ def test_experts_and_weights_are_those_of_the_reference(
     if bias:
         correction = jnp.asarray(np.random.default_rng(1).standard_normal(experts) * 0.02)
         correction = correction.astype(jnp.float32)
-    settings = dict(experts=experts, top_k=top_k, normalize=normalize, norm_min=1e-12)
+    settings = {"experts": experts, "top_k": top_k, "normalize": normalize, "norm_min": 1e-12}
     index, weights = top_k_experts(logits, correction, **settings)
     wanted_index, wanted_weights = top_k_experts_reference(logits, correction, **settings)
     np.testing.assert_array_equal(index, wanted_index)
