@@ -101,6 +101,7 @@ class Report:
         `pallas_kernels.launches.Launches`.
       instructions_per_weight: of the hot loop of the case's kernel; None where nothing was counted.
       instruction_budget: above it, instructions and not memory limit the kernel on this GPU.
+      instruction_limit: what the case promises to stay within.
     """
 
     case: str
@@ -123,6 +124,7 @@ class Report:
     large_results: tuple[LargeResult, ...] = ()
     instructions_per_weight: float | None = None
     instruction_budget: float | None = None
+    instruction_limit: float | None = None
 
     @property
     def mosaic_kernels(self) -> tuple[KernelReport, ...]:
@@ -130,16 +132,20 @@ class Report:
         return tuple(kernel for kernel in self.kernels if kernel.mosaic)
 
     def problems(self) -> list[str]:
-        """Why this report fails the check: it did not compile, or one of our kernels spills."""
+        """Why this report fails the check: no compile, spills, or too many instructions."""
         if not self.ok:
             return [f"{self.case} on {self.gpu}: {self.error}"]
-        return [
-            f"{self.case} on {self.gpu} ({self.arch}): {kernel.name} spills "
-            f"{kernel.spill_store_bytes} bytes of stores and {kernel.spill_load_bytes} of loads "
-            f"with {kernel.registers} registers"
+        where = f"{self.case} on {self.gpu} ({self.arch})"
+        problems = [
+            f"{where}: {kernel.name} spills {kernel.spill_store_bytes} bytes of stores and "
+            f"{kernel.spill_load_bytes} of loads with {kernel.registers} registers"
             for kernel in self.mosaic_kernels
             if kernel.spills
         ]
+        count, limit = self.instructions_per_weight, self.instruction_limit
+        if limit is not None and (count is None or count > limit):
+            problems.append(f"{where}: {count} instructions per weight, the limit is {limit}")
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -353,6 +359,7 @@ def _with_instructions(
     return dataclasses.replace(
         report,
         instructions_per_weight=round(len(counted) / weights, 3) if weights else None,
+        instruction_limit=case.instruction_limit,
         instruction_budget=(
             round(target.instruction_budget(case.bytes_per_weight), 2)
             if case.bytes_per_weight

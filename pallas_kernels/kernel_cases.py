@@ -51,6 +51,7 @@ class KernelCase:
         there is nothing to count.
       bytes_per_weight: stored bytes, scales included (0.5156 for int4 in groups of 128); for the
         instruction budget.
+      instruction_limit: more instructions per weight than this are a failure of the check.
       xla_kernels: whether to report on the kernels that XLA adds to ours.
       report: the Mosaic kernel whose loop is counted, as a part of its name; "" is the first one.
     """
@@ -62,6 +63,7 @@ class KernelCase:
     representative: bool = False
     weights_per_iteration: float | Callable[[Loop], float] | None = None
     bytes_per_weight: float | None = None
+    instruction_limit: float | None = None
     xla_kernels: bool = True
     report: str = ""
 

@@ -1,0 +1,44 @@
+"""Every kernel and format, compiled for each GPU generation that it claims: no spills.
+
+One representative shape of each; `fdq kernels --all` compiles the others.
+"""
+
+import os
+
+import pytest
+
+from pallas_kernels.ahead_of_time import compile_jobs, unavailable
+from pallas_kernels.kernel_cases import all_cases
+
+# One GPU of each architecture: sm_75, sm_80, sm_89, sm_90a, sm_120a.
+GENERATIONS = ("t4", "a100", "l4", "h100", "rtx_pro_6000")
+CASES = all_cases()
+JOBS = [
+    (case, gpu) for gpu in GENERATIONS for case in CASES if case.representative and gpu in case.gpus
+]
+needs_compiler = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+@pytest.fixture(scope="module")
+def reports():
+    # Another worker of pytest-xdist has the other core.
+    processes = 1 if os.environ.get("PYTEST_XDIST_WORKER") else 2
+    compiled = compile_jobs(JOBS, processes=processes)
+    return {(report.case, report.gpu): report for report in compiled}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("case", "gpu"), [pytest.param(c, g, id=f"{c.kernel}-{g}") for c, g in JOBS]
+)
+def test_compiles_without_spills(reports, case, gpu):
+    report = reports[case.name, gpu]
+    assert report.problems() == []
+    assert report.mosaic_kernels, "nothing of ours was compiled: the wrapper fell back to XLA"
+
+
+def test_every_kernel_has_one_representative():
+    counts = {case.kernel: 0 for case in CASES}
+    for case in CASES:
+        counts[case.kernel] += case.representative
+    assert {kernel: n for kernel, n in counts.items() if n != 1} == {}
