@@ -16,6 +16,8 @@ from pallas_kernels.launch import default_device, launch
 LOWEST = -(2**20)
 """Exponent of a part that saw no slot."""
 
+_TO_INTEGER = 1.5 * 2**23  # a float32 of this size has no fraction left
+_TO_INTEGER_BITS = 0x4B400000
 _SMALLEST_PART = 256  # slots; shorter parts do not pay for the second pass
 _MOST_PARTS = 64
 
@@ -56,8 +58,12 @@ def part_bounds(length, part, *, parts: int, tile: int, sliding_window: int | No
 
 
 def exponent(x: jax.Array) -> jax.Array:
-    """int32 near float32 ``x``: what ``2 ** x`` is scaled by. T4 has no maximum of floats."""
-    return jnp.where(x > LOWEST, x, jnp.float32(LOWEST)).astype(jnp.int32)
+    """int32 nearest float32 ``x``, no less than `LOWEST`: what ``2 ** x`` is scaled by.
+
+    Below 2^22. By bits, for T4 lacks the maximum and minimum that a conversion brings along.
+    """
+    x = jnp.where(x > LOWEST, x, jnp.float32(LOWEST)) + jnp.float32(_TO_INTEGER)
+    return lax.bitcast_convert_type(x, jnp.int32) - jnp.int32(_TO_INTEGER_BITS)
 
 
 def spread(width: int) -> Any:
@@ -99,8 +105,8 @@ def write_output(out_ref, planes_ref, total, kv, static: dict[str, Any], side: C
       dtype: of the output.
     """
     width, layout = side.width, spread(side.width)
-    seen = jnp.where(total > 0, jnp.float32(1), jnp.float32(0))
-    factor = jnp.float32(1) / jnp.where(total > 0, total, jnp.float32(1))
+    seen = jnp.where(total == 0, jnp.float32(0), jnp.float32(1))
+    factor = jnp.float32(1) / (total + (jnp.float32(1) - seen))
 
     def of_channel(name, j):
         ref = static[name]
