@@ -1,0 +1,129 @@
+"""Instructions that `jax.numpy` has no name for, applied to each element of an array of columns.
+
+For kernels on a GPU only: the interpreter has no machine instructions, so that every caller has
+another form for it, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as mg
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+from pallas_kernels.launch import THREADS
+
+
+def column_layout(columns: int) -> Any:
+    """How an array ``[columns]`` of 32-bit elements lies in a warp group.
+
+    Four neighbours a thread (one 128-bit load) where there are enough of them.
+
+    Raises:
+      ValueError: columns is not a multiple of 128.
+    """
+    if columns % THREADS:
+        raise ValueError(
+            f"columns={columns} is not a multiple of {THREADS}, the threads of a warp group."
+        )
+    vector_size = next(size for size in (4, 2, 1) if columns % (size * THREADS) == 0)
+    return mg.Layout.WG_STRIDED((columns,), vec_size=vector_size)
+
+
+def apply(
+    emit: Callable[..., Sequence[Any]], arrays: Sequence[jax.Array], dtypes: Sequence[Any]
+) -> list[jax.Array]:
+    """``emit`` of the elements of 32-bit arrays ``[columns]``, one thread's element at a time.
+
+    Args:
+      emit: MLIR values, one for each array -> MLIR values, one for each dtype.
+      arrays: of one shape.
+      dtypes: of the results, 32 bits wide.
+
+    Returns:
+      One array of the same shape for each dtype.
+    """
+    (columns,) = arrays[0].shape
+    layout = column_layout(columns)
+
+    @mg.inline_mgpu(
+        arg_types=tuple(layout for _ in arrays),
+        return_type=tuple(mg.ShapeDtypeStruct((columns,), dtype, layout) for dtype in dtypes),
+    )
+    def run(_context, *operands):
+        shape = operands[0].registers.shape
+        results = [np.empty(shape, dtype=object) for _ in dtypes]
+        for index in np.ndindex(shape):
+            lanes = [_split(operand.registers[index]) for operand in operands]
+            columns = [emit(*elements) for elements in zip(*lanes, strict=True)]
+            for result, parts in zip(results, zip(*columns, strict=True), strict=True):
+                kind = ir.VectorType.get((len(parts),), parts[0].type)
+                result[index] = vector.from_elements(kind, list(parts))
+        return tuple(
+            mgpu.FragmentedArray(
+                _registers=result,
+                _layout=operands[0].layout,
+                _is_signed=False if np.issubdtype(dtype, np.integer) else None,
+            )
+            for result, dtype in zip(results, dtypes, strict=True)
+        )
+
+    return list(run(*arrays))
+
+
+def _split(register: Any) -> list[Any]:
+    """The elements of a register vector."""
+    return [
+        vector.extract(
+            register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
+        )
+        for i in range(ir.VectorType(register.type).shape[0])
+    ]
+
+
+def assembly(text: str, *operands: Any) -> Any:
+    """One float32 result of PTX without side effects; operands are float32 values."""
+    constraints = ",".join(["=f"] + ["f"] * len(operands))
+    return llvm.inline_asm(
+        ir.F32Type.get(), list(operands), text, constraints, has_side_effects=False
+    )
+
+
+def integer(value: int) -> Any:
+    """An int32 constant."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+
+def shift_right(word: Any, bits: int) -> Any:
+    """Logical shift of an int32 value."""
+    return arith.shrui(word, integer(bits)) if bits else word
+
+
+def lane_table(values: Sequence[float]) -> Any:
+    """A float32 in each lane of a warp: ``values[lane % len(values)]``, a power of two of them.
+
+    Does not change from loop to loop, so the compiler keeps it in one register.
+    """
+    f32 = ir.F32Type.get()
+    lane = mgpu.thread_idx()
+    # Single-precision numbers pass through the double unchanged.
+    table = [arith.constant(f32, ir.FloatAttr.get(f32, float(value))) for value in values]
+    bit = 1
+    while len(table) > 1:
+        is_set = arith.cmpi(
+            arith.CmpIPredicate.ne, arith.andi(lane, integer(bit)), integer(0)
+        )
+        table = [arith.select(is_set, b, a) for a, b in zip(table[::2], table[1::2], strict=True)]
+        bit *= 2
+    return table[0]
+
+
+def read_lane(table: Any, lane: Any) -> Any:
+    """The float32 that lane ``lane % 32`` of the warp holds in ``table``: one shuffle."""
+    return nvvm.shfl_sync(integer(-1), table, lane, integer(0x1F), nvvm.ShflKind.idx)
