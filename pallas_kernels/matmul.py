@@ -1,0 +1,283 @@
+"""Matrix-vector products with a quantized weight, M = 1 .. 8 rows of x, CUDA cores, every GPU.
+
+    y[m, n] = sum_k x[m, k] * w[k, n]
+
+A program owns a block of columns and a piece of K; its sums go to their own row of
+``[split, M, N]``, which the consumer adds up: an XLA fusion (residual and norm), or the next
+kernel's prologue. So the sum is deterministic, and there is no second pass of our own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.decoded_weight import decoded_weight
+from pallas_kernels.launch import default_device, launch, runs_interpreted, synchronize
+from pallas_kernels.layouts import KernelWeight, WeightLayout
+from pallas_kernels.matrix_vector_core import (
+    Piece,
+    accumulate,
+    kernel_operands,
+    load,
+    stage,
+    staging_factors,
+)
+
+MOST_ROWS = 8
+"""Rows of x beyond which tensor cores are the better tool."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixVectorConfig:
+    """How a product is cut into programs.
+
+    Attributes:
+      block_columns: columns of a program: 128, 256 or 512 (1, 2 or 4 a thread).
+      split: pieces of K; rounded down to a divisor of the segments of a column.
+      step_rows: rows of K that a step decodes.
+      prefetch: whether a step loads the words of the next one before its own arithmetic.
+    """
+
+    block_columns: int
+    split: int
+    step_rows: int
+    prefetch: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """``silu(gate) * up``, still as the partial sums of the product that made gate and up.
+
+    Attributes:
+      partials: float32 ``[split, M, 2 I]``, gate first.
+      dtype: that gate, up and the result are rounded to, as a model in that dtype does.
+    """
+
+    partials: Any
+    dtype: Any = dataclasses.field(default=jnp.bfloat16, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(M, I)``."""
+        return self.partials.shape[-2], self.partials.shape[-1] // 2
+
+    def value(self) -> jax.Array:
+        """``[M, I]`` in `dtype`."""
+        gate, up = jnp.split(jnp.sum(self.partials, axis=0), 2, axis=-1)
+        return gated(gate, up, self.dtype).astype(self.dtype)
+
+
+jax.tree_util.register_dataclass(Gated, data_fields=["partials"], meta_fields=["dtype"])
+
+
+def gated(gate: jax.Array, up: jax.Array, dtype: Any) -> jax.Array:
+    """float32 ``silu(gate) * up``: of rounded numbers, rounded once, as XLA does in `dtype`."""
+
+    def rounded(a):
+        return a.astype(dtype).astype(jnp.float32)
+
+    gate = rounded(gate)
+    return rounded(gate / (1.0 + jnp.exp(-gate)) * rounded(up))
+
+
+def matrix_vector_reference(x: jax.Array | Gated, w: KernelWeight) -> jax.Array:
+    """The meaning of `matrix_vector`: float32 ``[1, M, N]`` of the decoded weight."""
+    x = x.value() if isinstance(x, Gated) else x
+    product = lax.dot(x.astype(jnp.float32), decoded_weight(w), precision=lax.Precision.HIGHEST)
+    return product[None]
+
+
+def matrix_vector(
+    x: jax.Array | Gated,
+    w: KernelWeight,
+    *,
+    split: int | None = None,
+    block_columns: int | None = None,
+    config: MatrixVectorConfig | None = None,
+) -> jax.Array:
+    """Partial sums of ``x @ w``.
+
+    Args:
+      x: ``[M, K]`` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or a `Gated`.
+      w: ``[K, N]``, without leading axes.
+      split: pieces of K, overriding the config.
+      block_columns: columns of a program, overriding the config.
+      config: how to cut the product; None chooses by the device.
+
+    Returns:
+      float32 ``[split, M, N]``; the sum over the first axis is the product.
+
+    Raises:
+      ValueError: shapes that do not fit, or more than 8 rows.
+    """
+    m, k = x.shape
+    if w.words.ndim != 2 or k != w.layout.k:
+        raise ValueError(
+            f"matrix_vector: x {tuple(x.shape)} needs a weight [K={k}, N], found {w.shape}."
+        )
+    if not 1 <= m <= MOST_ROWS:
+        raise ValueError(
+            f"matrix_vector: x has {m} rows, expected 1 .. {MOST_ROWS}; use XLA for more."
+        )
+    if config is None:
+        config = choose_config(w.layout, m, multiprocessors())
+    changes: dict[str, Any] = {"split": split, "block_columns": block_columns}
+    config = dataclasses.replace(config, **{f: v for f, v in changes.items() if v is not None})
+    if isinstance(x, Gated) and not in_kernel(x, w.layout):
+        x = x.value()
+    return _matrix_vector(x, w, config, runs_interpreted())
+
+
+def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixVectorConfig:
+    """The default for a device that nobody tuned for.
+
+    Wide blocks need the fewest instructions (x is read from shared memory once for the columns of a
+    thread), many programs hide memory's latency, and partial sums are traffic too: at most an
+    eighth of the weight's.
+
+    Args:
+      layout: of the weight.
+      m: rows of x.
+      multiprocessors: of the device.
+    """
+    segments, columns = layout.segments, layout.padded_n
+    bits = 32 * layout.words.words / layout.words.rows
+    most = max(1, int(layout.k * bits / 8 / 8 / (8 * m)))
+    wanted = (4 if m <= 2 else 2) * multiprocessors
+    step_rows = {1: 32, 2: 32, 3: 16, 4: 16}.get(m, 8)
+
+    def split_for(block: int) -> int:
+        programs = columns // block
+        needed = -(-wanted // programs)
+        return whole_split(segments, min(most, needed), up=needed <= most)
+
+    blocks = [b for b in (512, 256, 128) if columns % b == 0]
+    for block in blocks:
+        split = split_for(block)
+        if columns // block * split >= wanted // 2:
+            break
+    else:
+        block = blocks[-1] if m == 1 else blocks[0]
+        split = split_for(block)
+    return MatrixVectorConfig(block_columns=block, split=split, step_rows=step_rows)
+
+
+def whole_split(segments: int, split: int, *, up: bool = False) -> int:
+    """The divisor of `segments` next to `split`, from below or above."""
+    divisors = [d for d in range(1, segments + 1) if segments % d == 0]
+    if up:
+        return next(d for d in divisors if d >= min(split, segments))
+    return next(d for d in reversed(divisors) if d <= max(split, 1))
+
+
+def multiprocessors() -> int:
+    """Of the device that the trace is for; 4 in the interpreter, so that it splits as well."""
+    return getattr(default_device(), "core_count", None) or 4
+
+
+def in_kernel(x: Gated, layout: WeightLayout) -> bool:
+    """Whether the prologue can read gate and up: they end where segments do."""
+    return layout.k % layout.segment == 0
+
+
+def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[Piece, int]:
+    """What one program computes, and how many share a column.
+
+    Raises:
+      ValueError: the block does not divide the columns.
+    """
+    if config.block_columns % 128 or layout.padded_n % config.block_columns:
+        raise ValueError(
+            f"matrix_vector: block_columns={config.block_columns} must be a multiple of 128 that "
+            f"divides the padded N={layout.padded_n}."
+        )
+    split = whole_split(layout.segments, config.split)
+    piece = Piece(
+        layout=layout,
+        rows=m,
+        columns=config.block_columns,
+        segments=layout.segments // split,
+        units=max(1, config.step_rows // layout.words.rows),
+        prefetch=config.prefetch,
+    )
+    return piece, split
+
+
+def by_segments(x: jax.Array | Gated, layout: WeightLayout) -> jax.Array:
+    """``[..., segments, S]`` of x, padded with zeros, or ``[split, M, 2, segments, S]``."""
+    if isinstance(x, Gated):
+        parts, m, _ = x.partials.shape
+        return x.partials.reshape(parts, m, 2, layout.segments, layout.segment)
+    missing = layout.segments * layout.segment - x.shape[-1]
+    x = jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
+    return x.reshape(*x.shape[:-1], layout.segments, layout.segment)
+
+
+def reader(ref: Any, row: Any, first_segment: Any, dtype: Any = None):
+    """``read_x`` of `stage` for x by segments: rows ``row ..`` from `first_segment` on.
+
+    Args:
+      ref: ``[M, segments, S]``, or partial sums ``[split, M, 2, segments, S]`` with a dtype.
+      row: the first row.
+      first_segment: of the piece.
+      dtype: of a `Gated`; None: plain x.
+    """
+
+    def read(m, segment, tile, layout):
+        rows = pl.ds(first_segment + segment, tile)
+        if dtype is None:
+            return load(ref.at[row + m, rows], layout).astype(jnp.float32)
+
+        def total(half):
+            parts = [load(ref.at[s, row + m, half, rows], layout) for s in range(ref.shape[0])]
+            return functools.reduce(jnp.add, parts)
+
+        return gated(total(0), total(1), dtype)
+
+    return read
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _matrix_vector(x, w, config, interpreted) -> jax.Array:
+    del interpreted  # part of the key under which a trace is kept
+    layout = w.layout
+    m = x.shape[0]
+    piece, split = piece_of(layout, m, config)
+    dtype = x.dtype if isinstance(x, Gated) else None
+    operands, name_refs = kernel_operands(w)
+
+    def body(x_ref, factors_ref, *refs):
+        *weight_refs, out_ref, staged_ref, sums_ref = refs
+        first_segment = lax.axis_index("split") * piece.segments
+        first_column = pl.multiple_of(lax.axis_index("columns") * piece.columns, piece.columns)
+        stage(piece, reader(x_ref, 0, first_segment, dtype), factors_ref, staged_ref, sums_ref)
+        synchronize()
+        totals = accumulate(
+            piece, name_refs(weight_refs), first_column, first_segment, staged_ref, sums_ref
+        )
+        for row, total in enumerate(totals):
+            out_ref[lax.axis_index("split"), row, pl.ds(first_column, piece.columns)] = total
+
+    body.__name__ = kernel_name("matrix_vector", layout, m)
+    out = launch(
+        body,
+        (by_segments(x, layout), jnp.asarray(staging_factors(layout)), *operands),
+        out_type=jax.ShapeDtypeStruct((split, m, layout.padded_n), jnp.float32),
+        grid=(layout.padded_n // piece.columns, split),
+        grid_names=("columns", "split"),
+        scratch_types=piece.scratch,
+    )
+    return out[..., : layout.n]
+
+
+def kernel_name(prefix: str, layout: WeightLayout, m: int) -> str:
+    """A name that profilers and reports show."""
+    group = "" if layout.group is None else f"_g{layout.group}"
+    return f"{prefix}_{layout.format}{group}_m{m}"
