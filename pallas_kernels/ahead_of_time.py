@@ -328,7 +328,7 @@ def _compile(
         _text(xla, "*gpu_after_optimizations.txt"),
     )
     ours, loops = _mosaic_kernels(mosaic)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     report = dataclasses.replace(
         base,
         ok=True,
@@ -402,12 +402,14 @@ def _xla_kernels(directory: pathlib.Path) -> list[KernelReport]:
 def _kernel_report(
     resources: Resources, name: str, dynamic: int, *, mosaic: bool, loop: Loop | None
 ) -> KernelReport:
-    hot = loop and HotLoop(
-        instructions=len(loop),
-        opcodes=loop.opcodes,
-        global_bytes=loop.global_bytes,
-        whole_kernel=loop.whole_kernel,
-    )
+    hot = None
+    if loop is not None:
+        hot = HotLoop(
+            instructions=len(loop),
+            opcodes=loop.opcodes,
+            global_bytes=loop.global_bytes,
+            whole_kernel=loop.whole_kernel,
+        )
     return KernelReport(
         name=name,
         mosaic=mosaic,

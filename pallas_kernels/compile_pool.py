@@ -39,9 +39,12 @@ def run_jobs(
     failures: list[BaseException] = []
     payloads = [_payload(case, gpu, timeout) for case, gpu in jobs]
 
+    workers: list[_Worker] = []
+
     def work() -> None:
         try:
             with _Worker() as worker:
+                workers.append(worker)
                 while not failures:
                     try:
                         index = waiting.get_nowait()
@@ -59,8 +62,16 @@ def run_jobs(
     threads = [threading.Thread(target=work) for _ in range(max(1, min(processes, len(jobs))))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C
+        failures.append(error)
+        for worker in workers:
+            worker.end()
+        for thread in threads:
+            thread.join()
+        raise
     if failures:
         raise failures[0]
     return [reports[index] for index in range(len(jobs))]
@@ -92,6 +103,11 @@ class _Worker:
             self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
+
+    def end(self) -> None:
+        """Ends the process and what it compiles; `run` then reports that."""
+        if self._process is not None:
+            self._process.terminate()
 
     def run(self, payload: bytes, case: KernelCase, gpu: str) -> Report:
         """Sends one job and waits for its report."""

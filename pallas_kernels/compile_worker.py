@@ -9,10 +9,12 @@ crash is one job's, and no cache of an earlier job hides a kernel from the dump.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -28,9 +30,13 @@ from pallas_kernels import gpu_targets
 from pallas_kernels.ahead_of_time import Report, compile_here, one_line
 from pallas_kernels.kernel_cases import all_cases
 
+_NO_INSTRUCTION = re.compile(r"Cannot select: intrinsic %llvm\.nvvm\.([\w.]+)")
+
 
 def main() -> None:
-    """Serves jobs until standard input ends."""
+    """Serves jobs until standard input ends, or until the parent ends it with SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     _use_installed_libdevice()
     while header := sys.stdin.buffer.read(8):
         job = pickle.loads(sys.stdin.buffer.read(int.from_bytes(header, "little")))
@@ -53,6 +59,9 @@ def _isolated(job: dict[str, Any]) -> dict[str, Any]:
             error = f"still compiling after {job['timeout']:g} s, ended"
         else:
             error = f"the compiler ended its process ({_signal(status)}): {_last_words(log)}"
+            if missing := _NO_INSTRUCTION.search(error):
+                arch = gpu_targets.find(job["gpu"]).arch
+                error = f"{arch} has no instruction {missing.group(1)}; {error}"
         return _failed(job, error)
 
 
@@ -73,6 +82,7 @@ def _run(job: dict[str, Any], result: pathlib.Path, log: pathlib.Path) -> None:
     """Compiles and ends the process. What libraries print goes to `log`."""
     try:
         os.setsid()  # so that ptxas ends with us
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -105,20 +115,28 @@ def _find_case(job: dict[str, Any]) -> Any:
 def _wait(child: int, timeout: float) -> int | None:
     """The exit status of a child; None if it was ended after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            for end in (os.killpg, os.kill):  # before setsid there is no group
-                try:
-                    end(child, signal.SIGKILL)
-                    break
-                except ProcessLookupError:
-                    continue
-            os.waitpid(child, 0)
-            return None
-        time.sleep(0.02)
+    try:
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+    except SystemExit:
+        _end(child)
+        raise
+    _end(child)
+    return None
+
+
+def _end(child: int) -> None:
+    """Ends a child and what it started, and waits for it."""
+    for end in (os.killpg, os.kill):  # before its setsid there is no group
+        try:
+            end(child, signal.SIGKILL)
+            break
+        except ProcessLookupError:
+            continue
+    os.waitpid(child, 0)
 
 
 def _signal(status: int) -> str:
@@ -135,9 +153,11 @@ def _last_words(log: pathlib.Path) -> str:
 
 def _use_installed_libdevice() -> None:
     """Lets Mosaic find libdevice in the installed wheels rather than in a CUDA of the system."""
-    package = pathlib.Path(jax.__file__).parent.parent / "nvidia" / "cu13"
-    if (package / "nvvm" / "libdevice").is_dir():
-        os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(package)
+    package = importlib.util.find_spec("nvidia")
+    for location in (package.submodule_search_locations or ()) if package else ():
+        root = pathlib.Path(location) / "cu13"
+        if (root / "nvvm" / "libdevice").is_dir():
+            os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(root)
 
 
 if __name__ == "__main__":

@@ -205,8 +205,8 @@ def _computations(hlo: str) -> dict[str, list[_Line]]:
         if match := _COMPUTATION.match(line):
             current = found.setdefault(match.group(1), [])
         elif match := _INSTRUCTION.match(line):
-            root, *others = match.groups()
-            current.append((root or "", *others))
+            root, name, shape, operation, rest = match.groups()
+            current.append((root or "", name, shape, operation, rest))
     return found
 
 

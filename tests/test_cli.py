@@ -19,7 +19,7 @@ from fdq.cli.console import size
 from fdq.models import CONFIGS, Decoder
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMMANDS = ("demo", "convert", "inspect", "generate", "evaluate", "plan")
+COMMANDS = ("demo", "convert", "inspect", "generate", "evaluate", "plan", "kernels")
 TEXT = "def main(argv):\n    return argv\n\n\nclass Reader:\n    pass\n" * 3
 
 

@@ -71,6 +71,21 @@ def test_only_load_save_and_the_command_import_checkpoints():
             assert module.split(".")[0] != "checkpoints", f"{path}:{line} imports {module}"
 
 
+def test_kernels_need_only_jax_and_numpy():
+    """pallas_kernels takes arrays and returns arrays: nothing of Flax, Orbax or the extras."""
+    allowed = {"jax", "jaxlib", "numpy", "ml_dtypes", "pallas_kernels"} | sys.stdlib_module_names
+    for path in sources("pallas_kernels"):
+        for line, module in imports(path, top_level_only=False):
+            assert module.split(".")[0] in allowed, f"{path}:{line} imports {module}"
+
+
+def test_nothing_needs_private_modules_of_jax():
+    for package in PACKAGES:
+        for path in sources(package):
+            for line, module in imports(path, top_level_only=False):
+                assert not module.startswith("jax._src"), f"{path}:{line} imports {module}"
+
+
 def test_modules_of_fdq_import_only_earlier_layers():
     for path in sources("fdq"):
         name = path.relative_to(ROOT / "fdq").parts[0].removesuffix(".py")

@@ -6,14 +6,24 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 
 # Modules of the extra: their absence is explained, that of any other is a defect and is shown.
 _EXTRA = ("typer", "rich", "tokenizers")
 
 
+# What the kernel shows of an NVIDIA GPU: a card, one of a Windows host, one of a Jetson.
+_GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-*")
+
+
 def main() -> None:
     """Runs the command line; exits with 0, 1 (a check failed), 2 (wrong use) or 130 (Ctrl-C)."""
+    if not any(glob.glob(pattern) for pattern in _GPU_DEVICES):
+        # The extra `aot` brings JAX's CUDA plugin without CUDA's libraries. Where there is no GPU
+        # that they could be for, their absence is no error to print a traceback for.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
         from fdq.cli.app import app
     except ModuleNotFoundError as error:

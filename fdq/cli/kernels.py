@@ -67,8 +67,8 @@ def run(
 ) -> None:
     """What runs on a GPU and why something will not: compiled for it, on a machine without one.
 
-    Registers, spills, shared memory, and machine instructions per weight of the inner loop "of"
-    the number from which instructions, not memory, limit the card.
+    Registers, spills, shared memory, and machine instructions that the inner loop spends on a
+    weight, "of" the number from which instructions and not memory limit the card.
 
     Needs the extra `aot` of fdq. Exit code 1 if a kernel fails where it should run.
     """
@@ -95,7 +95,7 @@ def run(
             _show(name, [report for report in reports if report.gpu == name])
     if broken:
         for problem in broken:
-            console.err.print(problem, style="red", markup=False)
+            console.err.print(problem, style="red", markup=False, soft_wrap=True)
         raise typer.Exit(console.FAILED_CHECK)
 
 
@@ -190,7 +190,7 @@ def _show(gpu: str, reports: Sequence[Report]) -> None:
 
     target = GPUS[gpu]
     title = f"{target.device_kind} ({target.arch}), jax {reports[0].jax}"
-    columns = ["kernel", "runs", "registers", "spills", "shared memory", "instructions/weight"]
+    columns = ["kernel", "runs", "registers", "spills", "shared", "instr./weight"]
     table = rows(reports)
     cells = [
         (
@@ -206,7 +206,7 @@ def _show(gpu: str, reports: Sequence[Report]) -> None:
     console.out.print(console.table(title, columns, cells))
     for row in table:
         if not row.runs:
-            console.out.print(f"{row.kernel}: {_short(row.reason)}", markup=False)
+            console.out.print(f"{row.kernel}: {_short(row.reason)}", markup=False, soft_wrap=True)
 
 
 def _instructions(row: Row) -> str:
@@ -241,7 +241,7 @@ def _summary(
     body = [(name, *(cell.get(gpu, "–") for gpu in gpus)) for name, cell in cells.items()]
     console.out.print(console.table(title, ["kernel", *gpus], body))
     for name, reason in reasons.items():
-        console.out.print(f"{name}: {_short(reason)}", markup=False)
+        console.out.print(f"{name}: {_short(reason)}", markup=False, soft_wrap=True)
 
 
 def _short(reason: str) -> str:
@@ -324,12 +324,13 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
     console.out.print(console.table(title, columns, rows))
     for r in results:
         if not r.ok:
-            console.out.print(f"{r.gpu}: {r.error}", markup=False)
+            console.out.print(f"{r.gpu}: {r.error}", markup=False, soft_wrap=True)
         for large in r.large_results[:10]:
             console.out.print(
                 f"{r.gpu}: {large.count} x {large.operation} writes {large.shape} "
                 f"({console.size(large.bytes)}): {large.source}",
                 markup=False,
+                soft_wrap=True,
             )
     console.out.print(
         "Copies are results of the size of a weight or of the cache that are written each step."

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import threading
+import time
 
 import aot_programs as programs
 import pytest
@@ -143,6 +145,32 @@ def test_reports_survive_json(reports):
 def test_a_compile_that_hangs_is_ended():
     (report,) = compile_cases([programs.SLEEPS], ["l4"], processes=1, timeout=1)
     assert report.error == "still compiling after 1 s, ended"
+
+
+def test_ctrl_c_ends_the_children(monkeypatch):
+    """The wait is interrupted while a child sleeps for a minute: it ends, and at once."""
+    join = threading.Thread.join
+    calls = []
+
+    def interrupted(thread, timeout=None):
+        calls.append(thread)
+        if len(calls) == 1:
+            join(thread, 3)
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        compile_cases([programs.SLEEPS], ["l4"], processes=1)
+    assert time.monotonic() - start < 30
+
+
+def test_more_instructions_than_promised_are_a_failure(reports):
+    report = reports["matrix-vector probe", "h200"]
+    (problem,) = dataclasses.replace(report, instruction_limit=4.0).problems()
+    assert "4.344 instructions per weight, the limit is 4.0" in problem
+    assert dataclasses.replace(report, instruction_limit=4.5).problems() == []
 
 
 def test_compile_for_takes_a_function():
