@@ -79,6 +79,13 @@ def spread(width: int) -> Any:
     return mg.Layout.TILED(mg.Tiling(tiling), warp_dims, lane_dims, -1)
 
 
+def rows_of_threads(rows: int) -> Any:
+    """Layout of ``[rows, columns]`` whose thread has whole rows; columns reduce to `spread`."""
+    warps = min(rows // 32, 4)
+    warp_dims = (-4,) if warps == 4 else (mg.Replicated(4 // warps), -4)
+    return mg.Layout.TILED(mg.Tiling(((warps * 32, 1), (32, 1))), warp_dims, (-2,), -1)
+
+
 def load(ref: Any, layout: Any) -> jax.Array:
     """An array in a layout, however slow the load."""
     return mg.load(ref, layout=layout, optimized=False)
@@ -92,12 +99,12 @@ def store(ref: Any, value: jax.Array) -> None:
         ref[...] = value
 
 
-def write_output(out_ref, planes_ref, total, kv, static: dict[str, Any], side: CacheWords, dtype):
+def write_output(out_ref, planes, total, kv, static: dict[str, Any], side: CacheWords, dtype):
     """Stores ``planes / total`` in the order of channels, with static scales and zero points.
 
     Args:
       out_ref: ``[W, J]``.
-      planes_ref: shared memory ``[J * W]``: the sums, plane by plane.
+      planes: the sums: J arrays ``[W]`` in `spread`, or shared memory ``[J * W]``.
       total: float32 scalar, the sum of the probabilities; 0 gives zeros.
       kv: int32 scalar, the KV head.
       static: refs ``v_scale`` and ``v_zero``, ``[KH, W, J]`` or ``[KH, 1]``, where they are static.
@@ -112,8 +119,11 @@ def write_output(out_ref, planes_ref, total, kv, static: dict[str, Any], side: C
         ref = static[name]
         return ref[kv, 0] if len(ref.shape) == 2 else load(ref.at[kv, :, j], layout)
 
-    for j in range(side.planes):
-        plane = load(planes_ref.at[pl.ds(j * width, width)], layout) * factor
+    if not isinstance(planes, list):
+        ref = planes
+        planes = [load(ref.at[pl.ds(j * width, width)], layout) for j in range(side.planes)]
+    for j, plane in enumerate(planes):
+        plane = plane * factor
         if "v_zero" in static:
             plane = plane + (jnp.float32(INT4_MIDDLE) - of_channel("v_zero", j)) * seen
         if "v_scale" in static:

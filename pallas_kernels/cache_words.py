@@ -46,16 +46,20 @@ class CacheWords:
       dtype: of the array in memory.
       dynamic: scales (and zero points) belong to a token; otherwise to a channel or head.
       head_dim: D.
+      natural: one plane, channels in their order: for results that were never split into planes.
     """
 
     format: str | None
     dtype: jnp.dtype
     dynamic: bool
     head_dim: int
+    natural: bool = False
 
     @property
     def planes(self) -> int:
         """J, codes in a word; 1 where elements are not read as words."""
+        if self.natural:
+            return 1
         if self.format is not None:
             return 8 if self.format == "int4" else 4
         return 2 if self.dtype == jnp.bfloat16 else 1

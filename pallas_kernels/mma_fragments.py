@@ -1,0 +1,533 @@
+"""Attention tiles on tensor cores, registers to registers: what `attention_mma` is made of.
+
+``mma.sync.m16n8k16`` multiplies A ``[16, 16]`` and B ``[16, 8]``, each spread over a warp: thread
+``(r, t) = (lane // 4, lane % 4)`` holds of A the rows r and r + 8 at the columns 2t, 2t + 1,
+2t + 8, 2t + 9, of B the rows 2t, 2t + 1, 2t + 8, 2t + 9 at column r, and of the result the rows r
+and r + 8 at the columns 2t, 2t + 1. Query heads are columns (8 at a time), so that:
+
+- scores ``[slots, heads]`` = keys (A: 16 slots of a warp, 16 channels) x queries (B);
+- sums ``[channels, heads]`` += values (A: 16 channels, 16 slots) x probabilities (B).
+
+Which channel a column (of keys) or a row (of values) stands for is free as long as queries and sums
+agree, so a thread loads what lies together in memory: of keys 4 neighbouring words of its slots r
+and r + 8, of values words of its four slots 2t, 2t + 1, 2t + 8, 2t + 9. Codes become exact 16-bit
+floats by byte permutations and magic numbers (int4, int8: ``0x6400 | code`` is the float16
+``1024 + code``), with nothing that needs more than sm_80. Probabilities cross the warp by
+``movmatrix``.
+
+Here an array is a tile of 64 slots, 16 for each of the four warps. The interpreter has no tensor
+cores: there the same functions compute the same numbers with `jax.numpy`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as mg
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.launch import runs_interpreted
+
+SLOTS = 64
+"""Slots of a tile: four warps of 16."""
+
+E4M3_SHIFT = 2.0**-8
+"""What `Codes` of float8_e4m3 are too small by: their bits are read as float16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """How 32-bit words of a cache become 16-bit floats; static.
+
+    Attributes:
+      kind: ``int8``, ``float8_e4m3``, ``int4``, ``bfloat16`` or ``float16``.
+      head_dim: D.
+    """
+
+    kind: str
+    head_dim: int
+
+    @property
+    def per_word(self) -> int:
+        """Channels of a word."""
+        return {"int4": 8, "int8": 4, "float8_e4m3": 4}.get(self.kind, 2)
+
+    @property
+    def width(self) -> int:
+        """Words of a slot."""
+        return self.head_dim // self.per_word
+
+    @property
+    def dtype(self) -> Any:
+        """Of what the tensor cores multiply."""
+        return jnp.bfloat16 if self.kind == "bfloat16" else jnp.float16
+
+    @property
+    def key_vector(self) -> int:
+        """Neighbouring words of a key that a thread loads at once; 4 threads share a slot."""
+        return min(4, self.width // 4)
+
+    @property
+    def value_vector(self) -> int:
+        """Likewise of values; 8 threads share a slot."""
+        return min(4, self.width // 8)
+
+
+def score_layout() -> Any:
+    """``[64, heads]``: the result of a product of keys."""
+    return mg.Layout.TILED(mg.Tiling(((64, 8), (16, 8), (8, 8), (2,))), (-7,), (-3, -2), -1)
+
+
+def key_layout(codes: Codes) -> Any:
+    """``[64, W]`` words of keys."""
+    wide = 4 * codes.key_vector
+    tiling = ((64, wide), (16, wide), (8, wide), (codes.key_vector,))
+    return mg.Layout.TILED(mg.Tiling(tiling), (-7,), (-3, -2), -1)
+
+
+def value_layout(codes: Codes) -> Any:
+    """``[64, W]`` words of values."""
+    wide = 8 * codes.value_vector
+    tiling = ((64, wide), (16, wide), (8, wide), (2, codes.value_vector))
+    return mg.Layout.TILED(mg.Tiling(tiling), (-8,), (-3, -4), -1)
+
+
+def query_layout(codes: Codes) -> Any:
+    """``[heads, D]``, float32 or 16-bit; every warp has a copy."""
+    lane = codes.key_vector * codes.per_word
+    tiling = ((8, 4 * lane), (lane,), (4,))
+    return mg.Layout.TILED(mg.Tiling(tiling), (mg.Replicated(4),), (-4, -3), -1)
+
+
+def sum_layout(codes: Codes) -> Any:
+    """``[4, D, heads]`` sums of values, one for each warp."""
+    lane = codes.value_vector * codes.per_word
+    tiling = ((4, 8 * lane, 8), (lane, 8), (2,))
+    return mg.Layout.TILED(mg.Tiling(tiling), (-6,), (-5, -2), -1)
+
+
+def split_terms(x: jax.Array, dtype: Any, terms: int) -> list[jax.Array]:
+    """Arrays of ``dtype`` whose sum is float32 ``x`` up to the last one's rounding."""
+    parts = []
+    for i in range(terms):
+        parts.append(x.astype(dtype))
+        if i + 1 < terms:
+            x = x - parts[-1].astype(jnp.float32)
+    return parts
+
+
+def tile_scores(
+    words: jax.Array, queries: Sequence[jax.Array], codes: Codes, offset: jax.Array | None = None
+) -> jax.Array:
+    """float32 ``[64, heads]``: products of a tile of keys, before scales.
+
+    Args:
+      words: int32 ``[64, W]`` in `key_layout`.
+      queries: arrays ``[heads, D]`` of ``codes.dtype`` in `query_layout` whose sum is the query.
+      codes: what the words hold.
+      offset: float32 ``[64]``, zero points of an int4 cache, in ``score_layout().reduce(1)``.
+    """
+    heads = queries[0].shape[0]
+    if runs_interpreted():
+        keys = _decode_reference(words, codes, offset)
+        query = functools.reduce(jnp.add, [q.astype(jnp.float32) for q in queries])
+        return _dot(keys, query, 1, 1)
+    arrays = [words, *queries, *([] if offset is None else [offset])]
+    layouts = [key_layout(codes), *[query_layout(codes)] * len(queries)]
+    if offset is not None:
+        layouts.append(score_layout().reduce(1))
+
+    @mg.inline_mgpu(
+        arg_types=tuple(layouts),
+        return_type=mg.ShapeDtypeStruct((SLOTS, heads), jnp.float32, layout=score_layout()),
+    )
+    def multiply(_ctx, words, *rest):
+        return _emit_scores(words, rest[: len(queries)], rest[len(queries) :], codes, heads)
+
+    return multiply(*arrays)
+
+
+def warp_maximum(x: jax.Array) -> jax.Array:
+    """``[64, heads]`` in `score_layout`: each warp's largest of 16 slots, in all of them."""
+    heads = x.shape[1]
+    if runs_interpreted():
+        rows = x.reshape(4, 16, heads)
+        return jnp.broadcast_to(jnp.max(rows, axis=1, keepdims=True), rows.shape).reshape(x.shape)
+
+    @mg.inline_mgpu(
+        arg_types=(score_layout(),),
+        return_type=mg.ShapeDtypeStruct(x.shape, jnp.float32, layout=score_layout()),
+    )
+    def maximum(_ctx, x):
+        regs = x.registers.reshape(heads // 8, 2)
+        out = np.empty_like(regs)
+        for n in range(heads // 8):
+            parts = []
+            for i in range(2):
+                one = _binary("max.f32", _lane(regs[n, 0], i), _lane(regs[n, 1], i))
+                for distance in (4, 8, 16):
+                    one = _binary("max.f32", one, _shuffle(one, distance))
+                parts.append(one)
+            out[n, :] = _vector(parts)
+        return _array(out, x)
+
+    return maximum(x)
+
+
+def add_values(
+    sums: jax.Array,
+    shrink: jax.Array,
+    words: Sequence[jax.Array],
+    weights: Sequence[Sequence[jax.Array]],
+    codes: Codes,
+    offsets: Sequence[jax.Array] | None = None,
+) -> jax.Array:
+    """float32 ``[4, D, heads]``: ``sums * shrink`` and every tile's values times its weights.
+
+    Args:
+      sums: in `sum_layout`.
+      shrink: float32 ``[64, heads]`` in `score_layout`, the same in all 16 slots of a warp.
+      words: for each tile int32 ``[64, W]`` in `value_layout`.
+      weights: for each tile float32 ``[64, heads]`` in `score_layout`, as one of its 16-bit terms
+        after the other (`split_terms`).
+      codes: what the words hold.
+      offsets: for each tile float32 ``[64]``, zero points of an int4 cache, in
+        ``value_layout(codes).reduce(1)``.
+    """
+    heads = sums.shape[2]
+    if runs_interpreted():
+        sums = sums * shrink.reshape(4, 16, heads)[:, :1]
+        for i, (tile, terms) in enumerate(zip(words, weights, strict=True)):
+            values = _decode_reference(tile, codes, None if offsets is None else offsets[i])
+            weight = functools.reduce(jnp.add, [w.astype(jnp.float32) for w in terms])
+            parts = [
+                _dot(values[16 * w : 16 * w + 16], weight[16 * w : 16 * w + 16], 0, 0)
+                for w in range(4)
+            ]
+            sums = sums + jnp.stack(parts)
+        return sums
+    terms = len(weights[0]) if weights else 0
+    arrays = [sums, shrink]
+    layouts = [sum_layout(codes), score_layout()]
+    for i, tile in enumerate(words):
+        arrays += [tile, *weights[i], *([] if offsets is None else [offsets[i]])]
+        layouts += [value_layout(codes), *[score_layout()] * terms]
+        layouts += [] if offsets is None else [value_layout(codes).reduce(1)]
+    stride = 1 + terms + (offsets is not None)
+
+    @mg.inline_mgpu(
+        arg_types=tuple(layouts),
+        return_type=mg.ShapeDtypeStruct(sums.shape, jnp.float32, layout=sum_layout(codes)),
+    )
+    def accumulate(_ctx, sums, shrink, *rest):
+        regs = _scaled(sums, shrink, heads)
+        for i in range(0, len(rest), stride):
+            offset = rest[i + 1 + terms : i + stride]
+            _emit_sums(regs, rest[i], rest[i + 1 : i + 1 + terms], offset, codes, heads)
+        return _array(_vectors(regs), sums)
+
+    return accumulate(*arrays)
+
+
+def scale_sums(sums: jax.Array, factor: jax.Array, codes: Codes) -> jax.Array:
+    """``sums [4, D, heads]`` times a warp's ``factor [64, heads]``, as in `add_values`."""
+    return add_values(sums, factor, [], [], codes)
+
+
+# -- the same in jax.numpy, for the interpreter
+
+
+def _dot(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
+    return lax.dot_general(x, y, (((i,), (j,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _decode_reference(words: jax.Array, codes: Codes, offset: jax.Array | None) -> jax.Array:
+    """float32 ``[64, D]``: what the tensor cores multiply."""
+    bits = 32 // codes.per_word
+    shifts = jnp.arange(codes.per_word, dtype=jnp.int32) * jnp.int32(bits)
+    planes = lax.shift_right_logical(
+        jnp.broadcast_to(words[:, :, None], (*words.shape, codes.per_word)),
+        jnp.broadcast_to(shifts[None, None], (*words.shape, codes.per_word)),
+    )
+    planes = planes.reshape(words.shape[0], codes.head_dim) & jnp.int32((1 << bits) - 1)
+    if codes.kind == "int4":
+        middle = jnp.float32(8) if offset is None else offset[:, None]
+        return planes.astype(jnp.float32) - middle
+    if codes.kind == "int8":
+        return ((planes ^ jnp.int32(128)) - jnp.int32(128)).astype(jnp.float32)
+    if codes.kind == "float8_e4m3":
+        values = lax.bitcast_convert_type(planes.astype(jnp.uint8), jnp.float8_e4m3fn)
+        return values.astype(jnp.float32) * jnp.float32(E4M3_SHIFT)
+    return lax.bitcast_convert_type(planes.astype(jnp.uint16), codes.dtype).astype(jnp.float32)
+
+
+# -- what is emitted for the GPU
+
+
+def _emit_scores(words, queries, offset, codes: Codes, heads: int):
+    steps = codes.width // (4 * codes.key_vector)
+    words_ = words.registers.reshape(steps, 2)
+    pairs = [_query_pairs(q, codes, heads) for q in queries]
+    zeros = None
+    if codes.kind == "int4":
+        zeros = [_int4_offset(x, x) for x in offset[0].registers.flat] if offset else None
+    acc = [[_zero_f32() for _ in range(4)] for _ in range(heads // 8)]
+    for step in range(steps):
+        rows = [[_lane(words_[step, h], i) for i in range(codes.key_vector)] for h in range(2)]
+        fragments = _key_fragments(rows, codes, zeros)
+        for k, fragment in enumerate(fragments):
+            for n in range(heads // 8):
+                for pair in pairs:
+                    acc[n] = _mma(acc[n], fragment, pair[n][step][k], codes)
+    out = np.empty((heads // 8, 2), dtype=object)
+    for n in range(heads // 8):
+        out[n, 0], out[n, 1] = _vector(acc[n][:2]), _vector(acc[n][2:])
+    layout = score_layout().to_mgpu()
+    out = out.reshape(layout.registers_shape((SLOTS, heads)))
+    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+
+def _query_pairs(query, codes: Codes, heads: int):
+    """B fragments ``[heads / 8][step][k]``, in the order of `_key_fragments`."""
+    lane = codes.key_vector * codes.per_word
+    steps = codes.head_dim // (4 * lane)
+    regs = query.registers.reshape(heads // 8, steps, lane // 4)
+    out = []
+    for n in range(heads // 8):
+        out.append([])
+        for step in range(steps):
+            chunks = [_as_words(reg) for reg in regs[n, step]]  # channels (0, 1), (2, 3) of four
+            if codes.kind != "int4":
+                out[n].append(chunks)
+                continue
+            fragments = []
+            for low, high in zip(chunks[::2], chunks[1::2], strict=True):
+                # Channels i and i + 4 of a word share a register.
+                for i in range(2):
+                    even = _permute(low[i], high[i], 0x5410)
+                    odd = _permute(low[i], high[i], 0x7632)
+                    fragments.append([even, odd])
+            out[n].append(fragments)
+    return out
+
+
+def _key_fragments(rows, codes: Codes, zeros):
+    """A fragments of the words ``rows[half][i]`` of two slots."""
+    fragments = []
+    if codes.per_word == 2:
+        for i in range(0, codes.key_vector, 2):
+            fragments.append([rows[0][i], rows[1][i], rows[0][i + 1], rows[1][i + 1]])
+        return fragments
+    for i in range(codes.key_vector):
+        halves = []
+        for half in range(2):
+            word = rows[half][i]
+            if codes.kind == "int4":
+                offset = _constant(0x64086408) if zeros is None else zeros[half]
+                halves.append([_nibbles(word, j, offset) for j in range(4)])
+            elif codes.kind == "int8":
+                word = arith.xori(word, _constant(0x80808080))
+                halves.append([_bytes(word, selector) for selector in (0x4140, 0x4342)])
+            else:
+                halves.append([_e4m3(word, selector) for selector in (0x1404, 0x3424)])
+        for j in range(0, len(halves[0]), 2):
+            fragments.append([halves[0][j], halves[1][j], halves[0][j + 1], halves[1][j + 1]])
+    return fragments
+
+
+def _emit_sums(regs, words, weights, offset, codes: Codes, heads: int) -> None:
+    """Adds one tile to ``regs [step][heads / 8][channel][2]``."""
+    steps = codes.width // (8 * codes.value_vector)
+    words_ = words.registers.reshape(steps, 2, 2)
+    zeros = None
+    if codes.kind == "int4" and offset:
+        points = offset[0].registers.reshape(2, 2)
+        zeros = [_int4_offset(points[a, 0], points[a, 1]) for a in range(2)]
+    columns = []  # B fragments of each term and 8 heads
+    for weight in weights:
+        halves = weight.registers.reshape(heads // 8, 2)
+        columns.append([[_transpose(_as_word(h)) for h in halves[n]] for n in range(heads // 8)])
+    for step in range(steps):
+        for i in range(codes.value_vector):
+            four = [[_lane(words_[step, a, b], i) for b in range(2)] for a in range(2)]
+            channels = _value_channels(four, codes, zeros)
+            for j in range(0, codes.per_word, 2):
+                fragment = [channels[0][j], channels[0][j + 1], channels[1][j], channels[1][j + 1]]
+                for n in range(heads // 8):
+                    at = i * codes.per_word + j
+                    acc = [*regs[step][n][at], *regs[step][n][at + 1]]
+                    for column in columns:
+                        acc = _mma(acc, fragment, column[n], codes)
+                    regs[step][n][at], regs[step][n][at + 1] = acc[:2], acc[2:]
+
+
+def _value_channels(four, codes: Codes, zeros):
+    """``[a][channel]``: the two slots ``2t + 8a``, ``2t + 8a + 1`` of each channel of a word."""
+    out = []
+    for a in range(2):
+        first, second = four[a]
+        if codes.per_word == 4:
+            if codes.kind == "int8":
+                first = arith.xori(first, _constant(0x80808080))
+                second = arith.xori(second, _constant(0x80808080))
+            pairs = [_permute(first, second, s) for s in (0x5140, 0x7362)]
+            decode = _bytes if codes.kind == "int8" else _e4m3
+            selectors = (0x4140, 0x4342) if codes.kind == "int8" else (0x1404, 0x3424)
+            out.append([decode(pair, s) for pair in pairs for s in selectors])
+            continue
+        pairs = [_permute(first, second, s) for s in (0x5410, 0x7632)]
+        if codes.kind == "int4":
+            offset = _constant(0x64086408) if zeros is None else zeros[a]
+            pairs = [_nibbles(pair, j, offset) for pair in pairs for j in range(4)]
+        out.append(pairs)
+    return out
+
+
+def _scaled(sums, shrink, heads: int):
+    """Registers of sums as ``[step][heads / 8][channel][2]``, times the warp's factor."""
+    lane = sums.registers.shape[6]
+    regs = sums.registers.reshape(-1, heads // 8, lane)
+    factors = [_lanes(reg) for reg in shrink.registers.reshape(heads // 8, 2)[:, 0]]
+    return [
+        [
+            [
+                [arith.mulf(x, f) for x, f in zip(_lanes(reg), factors[n], strict=True)]
+                for reg in regs[step, n]
+            ]
+            for n in range(heads // 8)
+        ]
+        for step in range(regs.shape[0])
+    ]
+
+
+def _vectors(regs):
+    flat = [_vector(pair) for step in regs for block in step for pair in block]
+    out = np.empty(len(flat), dtype=object)
+    out[:] = flat
+    return out
+
+
+def _nibbles(word, j: int, offset):
+    """Two float16: nibbles j and j + 4 (of each half j) minus those of ``offset``, 1024 + zero."""
+    if j:
+        word = arith.shrui(word, _constant(4 * j))
+    word = arith.andi(word, _constant(0x000F000F))
+    return _subtract(arith.ori(word, _constant(0x64006400)), offset)
+
+
+def _bytes(word, selector: int):
+    """Two float16 of two bytes that are 128 too large."""
+    return _subtract(_permute(word, _constant(0x64646464), selector), _constant(0x64806480))
+
+
+def _e4m3(word, selector: int):
+    """Two float16 of two bytes, their values times `E4M3_SHIFT`: exponent and mantissa moved."""
+    word = _permute(word, _constant(0), selector)
+    small = arith.andi(arith.shrui(word, _constant(1)), _constant(0x3F803F80))
+    return arith.ori(arith.andi(word, _constant(0x80008000)), small)
+
+
+def _int4_offset(low, high):
+    """Two float16, 1024 + the zero points of two vectors of one float32."""
+    f16 = ir.F16Type.get()
+    parts = []
+    for reg in (low, high):
+        shifted = arith.addf(_lane(reg, 0), arith.constant(ir.F32Type.get(), 1024.0))
+        parts.append(arith.truncf(f16, shifted))
+    return _as_word(_vector(parts))
+
+
+def _subtract(x, y):
+    pair = ir.VectorType.get((2,), ir.F16Type.get())
+    return _as_word(arith.subf(_bitcast(x, pair), _bitcast(y, pair)))
+
+
+def _mma(acc, a, b, codes: Codes):
+    """``acc + a @ b`` with four, four and two registers."""
+    kind = "bf16" if codes.kind == "bfloat16" else "f16"
+    f32 = ir.F32Type.get()
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*a, *b, *acc],
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+
+
+def _transpose(word):
+    """An 8 x 8 matrix of 16 bits, a row in four threads, transposed."""
+    return _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", word)
+
+
+def _permute(low, high, selector: int):
+    """Bytes by number: 0 .. 3 of ``low``, 4 .. 7 of ``high``; lowest nibble first."""
+    return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", low, high, _constant(selector))
+
+
+def _shuffle(x, distance: int):
+    text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+    return llvm.inline_asm(x.type, [x], text, "=f,f", has_side_effects=True)
+
+
+def _binary(name: str, x, y):
+    return llvm.inline_asm(x.type, [x, y], f"{name} $0, $1, $2;", "=f,f,f", has_side_effects=False)
+
+
+def _asm(text: str, constraints: str, *operands):
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, list(operands), text, constraints, has_side_effects=False)
+
+
+def _constant(value: int):
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) * (value >> 31)))
+
+
+def _zero_f32():
+    return arith.constant(ir.F32Type.get(), 0.0)
+
+
+def _bitcast(x, target):
+    return x if x.type == target else llvm.bitcast(target, x)
+
+
+def _as_word(pair):
+    """A vector of two 16-bit floats as i32."""
+    return _bitcast(pair, ir.IntegerType.get_signless(32))
+
+
+def _as_words(reg):
+    """A vector of four 16-bit floats as two i32."""
+    return _lanes(_bitcast(reg, ir.VectorType.get((2,), ir.IntegerType.get_signless(32))))
+
+
+def _lane(reg, i: int):
+    position = ir.DenseI64ArrayAttr.get([i])
+    return vector.extract(reg, dynamic_position=[], static_position=position)
+
+
+def _lanes(reg):
+    return [_lane(reg, i) for i in range(ir.VectorType(reg.type).shape[0])]
+
+
+def _vector(parts):
+    kind = ir.VectorType.get((len(parts),), parts[0].type)
+    return vector.from_elements(kind, list(parts))
+
+
+def _array(registers, like):
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=None
+    )
