@@ -123,8 +123,8 @@ def tile_layout(rows: int, segment: int) -> Any:
     lane_dims: tuple[Any, ...] = (-2,) if lanes == 32 else (mg.Replicated(32 // lanes), -2)
     warp_dims: tuple[Any, ...] = (mg.Replicated(4),)
     if rows > 1:
-        warp_dims = (-5,) if rows == 4 else (mg.Replicated(2), -5)
-    tiling = mg.Tiling(((rows, segment), (1, segment), (vector,)))
+        warp_dims = (-3,) if rows == 4 else (mg.Replicated(2), -3)
+    tiling = mg.Tiling(((rows, segment), (vector,)))
     return mg.Layout.TILED(tiling, warp_dims, lane_dims, -1)
 
 
