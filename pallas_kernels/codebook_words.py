@@ -1,4 +1,4 @@
-"""4-bit codes that are not integers, as words: e2m1 (of mxfp4 and nvfp4) and nf4."""
+"""Codes that are indices into a table, as words: nf4."""
 
 from __future__ import annotations
 
@@ -8,23 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from pallas_kernels import lane_instructions
-from pallas_kernels.float_words import (
-    as_int32,
-    copy_sign_right,
-    shift_left,
-    small_float,
-    small_float_exponent,
-    small_float_exponents,
-)
-from pallas_kernels.word_formats import (
-    WordFormat,
-    bytes_to_words,
-    shift_right,
-    words_to_bytes,
-)
+from pallas_kernels import lane_instructions as lanes
+from pallas_kernels.word_formats import WORD_FORMATS, WordFormat, shift_right
 
 NF4_LEVELS = tuple(
     float(np.float32(level))
@@ -51,62 +37,6 @@ NF4_LEVELS = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class Float4Words(WordFormat):
-    """Eight rows of e2m1 in a word, their bits placed so that a row costs few instructions.
-
-    A float32 with e2m1's bits has the sign in bit 31, the exponent in bits 24 and 23, the mantissa
-    in bit 22. Row r is ``((word << left) >> right) & mask``, the right shift copying the sign, with
-    the shifts below: an exhaustive search found no eight places that need fewer instructions (19)
-    and overlap nowhere. `pack` moves the bits of the canonical codes there.
-    """
-
-    SHIFTS = ((0, 0), (6, 0), (16, 0), (22, 0), (1, 6), (5, 2), (17, 6), (21, 2))
-    MASK = 0x81C00000
-
-    def exponents(self, interpreted: bool) -> tuple[int, ...]:
-        """The same for all rows."""
-        return small_float_exponents(self.rows, interpreted)
-
-    def exponent(self, interpreted: bool) -> int:
-        """Makes up for the exponent's bias."""
-        return small_float_exponent(2, interpreted)
-
-    def place(self, words: Sequence[jax.Array]) -> list[jax.Array]:
-        """Words of a unit -> int32 bits of the float32 of each row."""
-        (word,) = words
-        mask = jnp.int32(as_int32(self.MASK))
-        return [
-            copy_sign_right(shift_left(word, left), right) & mask for left, right in self.SHIFTS
-        ]
-
-    def decode(
-        self, words: Sequence[jax.Array], columns: Sequence[jax.Array], interpreted: bool
-    ) -> list[jax.Array]:
-        """Bits in place, read as float32."""
-        return [small_float(bits, interpreted) for bits in self.place(words)]
-
-    def pack(self, codes: jax.Array) -> jax.Array:
-        """Moves sign and magnitude of every row to their places."""
-        stream = lax.bitcast_convert_type(bytes_to_words(codes), jnp.uint32)
-        word = jnp.zeros_like(stream)
-        for row, (left, right) in enumerate(self.SHIFTS):
-            code = stream >> jnp.uint32(4 * row)
-            word = word | (code & jnp.uint32(7)) << jnp.uint32(22 + right - left)
-            word = word | (code >> jnp.uint32(3) & jnp.uint32(1)) << jnp.uint32(31 - left)
-        return lax.bitcast_convert_type(word, jnp.int32)
-
-    def unpack(self, words: jax.Array) -> jax.Array:
-        """Moves them back."""
-        word = lax.bitcast_convert_type(words, jnp.uint32)
-        stream = jnp.zeros_like(word)
-        for row, (left, right) in enumerate(self.SHIFTS):
-            magnitude = word >> jnp.uint32(22 + right - left) & jnp.uint32(7)
-            sign = word >> jnp.uint32(31 - left) & jnp.uint32(1)
-            stream = stream | (magnitude | sign << jnp.uint32(3)) << jnp.uint32(4 * row)
-        return words_to_bytes(lax.bitcast_convert_type(stream, jnp.int32))
-
-
-@dataclasses.dataclass(frozen=True)
 class CodebookWords(WordFormat):
     """Eight consecutive rows of 4-bit codes in a word, each an index into 16 float32 levels.
 
@@ -128,13 +58,10 @@ class CodebookWords(WordFormat):
             return [self._select(shift_right(word, 4 * row)) for row in range(8)]
 
         def emit(word):
-            table = lane_instructions.lane_table(self.levels)
-            return [
-                lane_instructions.read_lane(table, lane_instructions.shift_right(word, 4 * row))
-                for row in range(8)
-            ]
+            table = lanes.lane_table(self.levels)
+            return [lanes.read_lane(table, lanes.shift_right(word, 4 * row)) for row in range(8)]
 
-        return lane_instructions.apply(emit, [word], [jnp.float32] * 8)
+        return lanes.apply(emit, [word], [jnp.float32] * 8)
 
     def _select(self, index: jax.Array) -> jax.Array:
         """The level that the lowest 4 bits name."""
@@ -146,8 +73,6 @@ class CodebookWords(WordFormat):
         return values[0]
 
 
-FORMATS: tuple[WordFormat, ...] = (
-    CodebookWords(name="nf4", words=1, rows=8, levels=NF4_LEVELS),
-    Float4Words(name="mxfp4", words=1, rows=8),
-    Float4Words(name="nvfp4", words=1, rows=8),
-)
+FORMATS: tuple[WordFormat, ...] = (CodebookWords(name="nf4", words=1, rows=8, levels=NF4_LEVELS),)
+
+WORD_FORMATS.update((format.name, format) for format in FORMATS)

@@ -79,19 +79,23 @@ def apply(
 def _split(register: Any) -> list[Any]:
     """The elements of a register vector."""
     return [
-        vector.extract(
-            register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
-        )
+        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
         for i in range(ir.VectorType(register.type).shape[0])
     ]
 
 
-def assembly(text: str, *operands: Any) -> Any:
-    """One float32 result of PTX without side effects; operands are float32 values."""
-    constraints = ",".join(["=f"] + ["f"] * len(operands))
-    return llvm.inline_asm(
-        ir.F32Type.get(), list(operands), text, constraints, has_side_effects=False
-    )
+def assembly_bits(text: str, *operands: Any) -> Any:
+    """The int32 result of PTX without side effects; operands are float32 or int32 values."""
+    f32 = ir.F32Type.get()
+    constraints = ["=r"] + ["f" if operand.type == f32 else "r" for operand in operands]
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, list(operands), text, ",".join(constraints), has_side_effects=False)
+
+
+def number(value: float) -> Any:
+    """A float32 constant."""
+    f32 = ir.F32Type.get()
+    return arith.constant(f32, ir.FloatAttr.get(f32, value))
 
 
 def integer(value: int) -> Any:
@@ -100,9 +104,38 @@ def integer(value: int) -> Any:
     return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
 
+class Word:
+    """An int32 value with the operators of a signed integer of which the other one is static."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __lshift__(self, bits: int) -> Word:
+        return Word(arith.shli(self.value, integer(bits)))
+
+    def __rshift__(self, bits: int) -> Word:
+        return Word(arith.shrsi(self.value, integer(bits)))
+
+    def __and__(self, mask: int) -> Word:
+        return Word(arith.andi(self.value, integer(mask)))
+
+
+def as_float(word: Word) -> Any:
+    """The float32 value with the bits of a word."""
+    return arith.bitcast(ir.F32Type.get(), word.value)
+
+
 def shift_right(word: Any, bits: int) -> Any:
     """Logical shift of an int32 value."""
     return arith.shrui(word, integer(bits)) if bits else word
+
+
+def read_byte(word: Any, byte: int) -> Any:
+    """Byte 0 .. 3 of an int32 value, read as a float32: 2^-149 of it."""
+    bits = shift_right(word, 8 * byte)
+    if byte < 3:
+        bits = arith.andi(bits, integer(0xFF))
+    return arith.bitcast(ir.F32Type.get(), bits)
 
 
 def lane_table(values: Sequence[float]) -> Any:
@@ -110,15 +143,11 @@ def lane_table(values: Sequence[float]) -> Any:
 
     Does not change from loop to loop, so the compiler keeps it in one register.
     """
-    f32 = ir.F32Type.get()
     lane = mgpu.thread_idx()
-    # Single-precision numbers pass through the double unchanged.
-    table = [arith.constant(f32, ir.FloatAttr.get(f32, float(value))) for value in values]
+    table = [number(value) for value in values]
     bit = 1
     while len(table) > 1:
-        is_set = arith.cmpi(
-            arith.CmpIPredicate.ne, arith.andi(lane, integer(bit)), integer(0)
-        )
+        is_set = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, integer(bit)), integer(0))
         table = [arith.select(is_set, b, a) for a, b in zip(table[::2], table[1::2], strict=True)]
         bit *= 2
     return table[0]

@@ -243,3 +243,6 @@ _ALL: tuple[WordFormat, ...] = (
 
 WORD_FORMATS: dict[str, WordFormat] = {format.name: format for format in _ALL}
 """Every format that matrix kernels read, by name."""
+
+# The other formats: each module derives from what is above and adds its own to the table.
+from pallas_kernels import codebook_words, convolutional_words, float_words  # noqa: E402, F401
