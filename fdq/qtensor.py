@@ -37,7 +37,8 @@ class QTensor:
     """A quantized weight ``[..., K, N]``, used as ``x @ w``; leading axes are experts or layers.
 
     Attributes:
-      codes: packed or plain codes; packing is along K (axis -2), lower index in lower bits.
+      codes: packed or plain codes; packing is along K (axis -2), lower index in lower bits. In a
+        layout of ``fdq.prepare`` it may be a pytree that holds the scales as well.
       scale: ``[..., G, N]``; ``G`` groups along K (1 per channel), ``[..., 1, 1]`` per tensor,
         ``[..., ceil(K / bk), ceil(N / bn)]`` per block.
       zero: zero points, same shape as ``scale``, uint8; formats with ``zero_point="integer"``.
@@ -84,7 +85,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes that the arrays take, packed as they are."""
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.arrays().values())
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
 
     @property
     def bits_per_weight(self) -> float:

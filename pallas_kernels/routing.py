@@ -1,7 +1,7 @@
-"""The router of a mixture of experts in one launch: softmax, the top k, and their weights.
+"""The router of a mixture of experts in two launches: its product, and the choice of experts.
 
-XLA needs five launches for this after the product (softmax, bias, sort, gather, normalization),
-which in a decode step cost more than the experts' bytes.
+XLA needs three launches for the norm, two for the float32 product and five for the choice (softmax,
+bias, sort, gather, normalization), which in a decode step cost more than the experts' bytes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,113 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from pallas_kernels.attention_parts import spread, store
 from pallas_kernels.kernel_cases import KernelCase, Program
 from pallas_kernels.launch import THREADS, launch, synchronize
+from pallas_kernels.staging import Normed, inverse_root_mean_square, normed_chunk, whole
 
+_ROUTER_STEP = 128  # rows of the router's kernel that are staged at a time
+_ROUTER_PARTS = 32
 _LOWEST = -3.0e38  # of padded experts; finite, so that differences are
+
+
+def router_logits_reference(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
+    """The meaning of `router_logits`, summed over its parts: ``[1, M, E]``."""
+    rows = x.value() if isinstance(x, Normed) else x
+    product = jnp.matmul(
+        rows.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST
+    )
+    return product[None]
+
+
+def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
+    """``x @ kernel`` in float32, as partial sums that `top_k_experts` adds up.
+
+    Args:
+      x: ``[M, K]`` float, or `Normed`.
+      kernel: float32 ``[K, E]``; E is 64, 128 or 256 (`supports_router`).
+
+    Returns:
+      float32 ``[split, M, E]``.
+    """
+    normed = isinstance(x, Normed)
+    rows = x.x if normed else x
+    operands = (whole(rows), whole(x.scale, 0)) if normed else (whole(rows),)
+    return _logits(operands, kernel, epsilon=x.epsilon if normed else None)
+
+
+def supports_router(experts: int, hidden: int) -> bool:
+    """Whether `router_logits` takes a ``[hidden, experts]`` kernel."""
+    return experts in (64, 128, 256) and hidden % _ROUTER_STEP == 0
+
+
+@functools.partial(jax.jit, static_argnames=("epsilon",))
+def _logits(operands, kernel, *, epsilon):
+    k, experts = kernel.shape
+    m, width = operands[0].shape
+    parts = min(_ROUTER_PARTS, k // _ROUTER_STEP)
+    steps = -(-k // (_ROUTER_STEP * parts))  # of _ROUTER_STEP rows, for each part
+    rows = 4 * THREADS // experts  # that 128 threads read at a time
+    layout = _router_layout(experts)
+
+    def router_logits_kernel(*refs):
+        inputs, kernel_ref, out_ref, staged = refs[:-3], refs[-3], refs[-2], refs[-1]
+        part = lax.axis_index("part")
+        row = lax.axis_index("row")
+        first = part * (steps * _ROUTER_STEP)
+        factor = None
+        if epsilon is not None:
+            factor = inverse_root_mean_square(inputs[0], row, k, epsilon)
+
+        def step(i, total):
+            # The last part may begin a step beyond the end: it reads the last one, times zero.
+            wanted = first + i * _ROUTER_STEP
+            start = jnp.minimum(wanted, k - _ROUTER_STEP)
+            if factor is None:
+                chunk = inputs[0][row, pl.ds(start, _ROUTER_STEP)].astype(jnp.float32)
+            else:
+                chunk = normed_chunk(inputs, row, start, factor)
+            chunk = chunk * jnp.where(wanted == start, jnp.float32(1), jnp.float32(0))
+            synchronize()  # the step before has been read
+            staged[...] = chunk
+            synchronize()
+
+            def block(j, total):
+                x = mg.load(
+                    staged.at[pl.ds(j * rows, rows)], layout=layout.reduce(1), optimized=False
+                )
+                x = lax.broadcast_in_dim(x, (rows, experts), (0,))
+                w = mg.load(
+                    kernel_ref.at[pl.ds(start + j * rows, rows)], layout=layout, optimized=False
+                )
+                return total + x * w
+
+            return lax.fori_loop(0, _ROUTER_STEP // rows, block, total)
+
+        total = mg.layout_cast(jnp.zeros((rows, experts), jnp.float32), layout)
+        total = lax.fori_loop(0, steps, step, total)
+        store(out_ref.at[part, row], jnp.sum(total, axis=0))
+
+    return launch(
+        router_logits_kernel,
+        (*operands, kernel),
+        out_type=jax.ShapeDtypeStruct((parts, m, experts), jnp.float32),
+        grid=(parts, m),
+        grid_names=("part", "row"),
+        scratch_types=(mg.SMEM((_ROUTER_STEP,), jnp.float32),),
+    )
+
+
+def _router_layout(experts: int):
+    """``[rows, experts]``, four columns a thread: 64 experts take half a warp, 256 two warps."""
+    if experts == 64:
+        return mg.Layout.TILED(mg.Tiling(((8, 64), (2, 64), (4,))), (-5,), (-3, -2), -1)
+    if experts == 128:
+        return mg.Layout.TILED(mg.Tiling(((4, 128), (4,))), (-3,), (-2,), -1)
+    return mg.Layout.TILED(mg.Tiling(((2, 256), (128,), (4,))), (-4, -3), (-2,), -1)
 
 
 def top_k_experts_reference(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.ops import mosaic_gpu
 from fdq.ops.cache import cache_code_planes, dequantize_cache, join_planes
 from fdq.ops.choice import resolve_implementation
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
@@ -67,11 +68,25 @@ def attention(
       ``[B, T, H, D]`` in the dtype of q; scores, softmax and sums are float32. A query that sees
       no slot gets zeros.
     """
-    resolve_implementation("attention", implementation)
+    request = resolve_implementation("attention", implementation)
     _check(q, k, v, cache_format, k_scale, v_scale, k_zero, v_zero)
     lengths = lengths.astype(jnp.int32)
     offset = lengths - q.shape[1] if offset is None else offset.astype(jnp.int32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mosaic_gpu.use_attention(request, q, k, cache_format):
+        return mosaic_gpu.decode_attention(
+            q,
+            k,
+            v,
+            lengths=jnp.minimum(lengths, offset + 1),
+            cache_format=cache_format,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            k_zero=k_zero,
+            v_zero=v_zero,
+            sliding_window=sliding_window,
+            scale=scale,
+        )
 
     def attend(q, key, value, lengths, offset):
         return _attend(q, key, value, lengths, offset, sliding_window, scale, block_size)

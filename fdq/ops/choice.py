@@ -1,8 +1,8 @@
 """Which implementation and which formulation an op uses: decided while tracing, from measured data.
 
-``implementation`` is what the user may force (``"xla"``); a *formulation* is one of several XLA
-programs with the same meaning, chosen by path, rows of x and size of the weight from
-``cpu_choices.json``. ``python -m benchmarks.cpu --tune`` measures that table again.
+``implementation`` is what the user may force (``"xla"``, ``"mosaic_gpu"``); a *formulation* is one
+of several XLA programs with the same meaning, chosen by path, rows of x and size of the weight
+from ``cpu_choices.json``. ``python -m benchmarks.cpu --tune`` measures that table again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -21,28 +22,75 @@ IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 _LOGGER = logging.getLogger("fdq")
 
 
-def resolve_implementation(op: str, implementation: str | None) -> str:
-    """The implementation of ``op`` to trace: the argument, else ``FDQ_IMPLEMENTATION``, else best.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+      name: ``xla``, ``mosaic_gpu``, or None for the best.
+      source: ``implementation`` (the argument), ``FDQ_IMPLEMENTATION`` or ``default``.
+    """
+
+    name: str | None
+    source: str
+
+
+def resolve_implementation(op: str, implementation: str | None) -> Request:
+    """What to trace ``op`` as: the argument, else ``FDQ_IMPLEMENTATION``, else the best.
 
     Raises:
       ValueError: for an unknown name.
-      NotImplementedError: for a name that cannot run ``op``.
     """
     name, source = implementation, "implementation"
     if name is None:
         name, source = os.environ.get("FDQ_IMPLEMENTATION") or None, "FDQ_IMPLEMENTATION"
     if name is None:
-        _log_once(op, "xla", "nothing else is built in")
-        return "xla"
+        return Request(None, "default")
     if name not in IMPLEMENTATIONS:
         options = ", ".join(repr(n) for n in IMPLEMENTATIONS)
         raise ValueError(f"{op}: unknown {source} {name!r}; use one of {options}, or None.")
-    if name == "mosaic_gpu":
-        raise NotImplementedError(
-            f"{op}[mosaic_gpu]: fdq has no Mosaic GPU kernels yet; use {source}=None or 'xla'."
-        )
-    _log_once(op, name, f"{source}={name!r}")
-    return name
+    return Request(name, source)
+
+
+def accept_kernel(
+    op: str, request: Request, obstacle: str | None, preference: Callable[[], str | None]
+) -> bool:
+    """Whether ``op`` is traced as a Mosaic GPU kernel.
+
+    Args:
+      op: for messages.
+      request: what the user asked for.
+      obstacle: why the kernel cannot run this; None if it can.
+      preference: asked where the user left the choice and the kernel can: why XLA is preferred,
+        None if the kernel is.
+
+    Raises:
+      NotImplementedError: the argument ``implementation="mosaic_gpu"`` asks for what cannot be.
+        ``FDQ_IMPLEMENTATION`` stands for a whole program: there XLA runs what kernels cannot.
+    """
+    if request.name == "xla":
+        _log_once(op, "xla", f"{request.source}='xla'")
+        return False
+    if request.name == "mosaic_gpu":
+        if obstacle is None:
+            _log_once(op, "mosaic_gpu", f"{request.source}='mosaic_gpu'")
+            return True
+        if request.source == "implementation":
+            raise NotImplementedError(
+                f"{op}[mosaic_gpu]: {obstacle}; use implementation=None or 'xla'."
+            )
+        _log_once(op, "xla", f"{request.source}='mosaic_gpu', but {obstacle}")
+        return False
+    reason = obstacle
+    if reason is None and trace_target().platform != "gpu":
+        reason = "the device is not a GPU"
+    if reason is None:
+        reason = preference()
+    if reason is not None:
+        _log_once(op, "xla", reason)
+        return False
+    _log_once(op, "mosaic_gpu", "the tuning table prefers it")
+    return True
 
 
 @functools.cache

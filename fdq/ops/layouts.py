@@ -1,6 +1,7 @@
 """Layouts that devices want, and ``prepare``, which puts weights into them.
 
-One so far: ``transposed``, int8 codes as ``[N, K]`` with everything else as in a checkpoint. On
+GPUs want ``mosaic_gpu``, the words that the kernels of ``pallas_kernels`` read. CPUs may want
+``transposed``, int8 codes as ``[N, K]`` with everything else as in a checkpoint. On
 CPUs with matrix units (AMX) an int8 dot whose weight is ``[N, K]`` is the fastest way to read it:
 0.7 ms at 4096 x 4096 against 1.1 ms for the element-wise fusion over ``[K, N]``. On CPUs without
 them it is the slower of the two (AMD Zen 4: 3.0 ms against 2.4 ms), and ``prepare`` changes
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from fdq.ops.choice import resolve_implementation
+from fdq.ops.kernel_layout import MOSAIC_GPU, layout_obstacle
 from fdq.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
 
 _SPLITS = 3
@@ -49,8 +52,17 @@ LAYOUTS["transposed"] = Layout(
 
 
 def best_layout(q: QTensor, platform: str) -> str:
-    """The layout in which ``matmul`` is fastest for this weight on ``platform``."""
+    """The layout in which ``matmul`` is fastest for this weight on ``platform``.
+
+    ``FDQ_IMPLEMENTATION`` counts here as it does in ops: with ``mosaic_gpu`` the kernels' layout is
+    the best on every platform, with ``xla`` on none.
+    """
     spec = q.spec
+    wanted = resolve_implementation("prepare", None).name
+    if wanted is None:
+        wanted = MOSAIC_GPU if platform in ("gpu", "cuda") else "xla"
+    if wanted == MOSAIC_GPU and q.ndim <= 3 and layout_obstacle(q) is None:
+        return MOSAIC_GPU
     plain = spec.format == "int8" and spec.granularity in ("channel", "tensor")
     # Stacked weights (experts, layers) are sliced first: they stay as they are.
     plain = plain and spec.zero_point == "none" and q.ndim == 2
@@ -92,11 +104,15 @@ def unprepare(tree: Any) -> Any:
 def _to_layout(q: QTensor, layout: str) -> QTensor:
     if q.layout == layout:
         return q
-    variables = {n: v for n, v in q.arrays().items() if isinstance(v, nnx.Variable)}
     raw = canonical(q)
     new = raw if layout == "canonical" else LAYOUTS[layout].from_canonical(raw)
-    rewrapped = {n: v.replace(getattr(new, n)) for n, v in variables.items()}
-    return dataclasses.replace(new, **rewrapped) if rewrapped else new
+    old = q.arrays()
+    if not any(isinstance(v, nnx.Variable) for v in old.values()):
+        return new
+    # Layouts differ in which fields they use: a field that is new is a Variable like the others.
+    variable = old.get("scale", old["codes"])
+    rewrapped = {n: old.get(n, variable).replace(a) for n, a in new.arrays().items()}
+    return dataclasses.replace(new, **rewrapped)
 
 
 def _map_qtensors(tree: Any, change: Callable[[QTensor], QTensor]) -> Any:

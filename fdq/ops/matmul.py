@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.ops import mosaic_gpu
 from fdq.ops.activation import activation_values, integer_product, quantize_activation
 from fdq.ops.choice import (
     Target,
@@ -84,7 +85,7 @@ def matmul(
       >>> fdq.matmul(jnp.ones((3, 256)), q).shape
       (3, 64)
     """
-    resolve_implementation("matmul", implementation)
+    request = resolve_implementation("matmul", implementation)
     spec = parse_activation(activation)
     shape = tuple(w.shape)
     if len(shape) != 2 or x.ndim == 0 or x.shape[-1] != shape[0]:
@@ -96,27 +97,26 @@ def matmul(
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if activation_scale is not None:
         activation_scale = jnp.asarray(activation_scale)
+    kernel = False
     if isinstance(w, QTensor):
         w = materialize(w)
+        kernel = mosaic_gpu.use_matrix_vector("matmul", request, math.prod(x.shape[:-1]), w)
 
     def product(x, w, activation_scale):
         rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if isinstance(w, QTensor):
-            y = _quantized_rows(rows, w, activation_scale, spec, path)
+            y = _quantized_rows(rows, w, activation_scale, spec, path, kernel)
         else:
             y = _dense_rows(rows, w, activation_scale, spec, path)
         y = y.astype(out_dtype)
         return y if x.ndim == 2 else y.reshape(*x.shape[:-1], shape[1])
 
     def result():
-        codes, axis = (w.codes, _column_axis(w)) if isinstance(w, QTensor) else (w, -1)
+        codes = jax.tree.leaves(w)[0]
+        axis = -2 if isinstance(w, QTensor) and w.layout == "transposed" else -1
         return [spec_entry(x, i) for i in range(x.ndim - 1)] + [spec_entry(codes, axis)]
 
     return in_auto_axes(product, x, w, activation_scale, result=result)
-
-
-def _column_axis(q: QTensor) -> int:
-    return -2 if q.layout == "transposed" else -1
 
 
 def _dense_rows(rows, w, activation_scale, spec, path):
@@ -199,25 +199,26 @@ def _dot_over_columns(x: jax.Array, w: jax.Array) -> jax.Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _quantized_rows(
     x: jax.Array,
     q: QTensor,
     activation_scale: jax.Array | None,
     spec: ActivationSpec | None,
     path: str,
+    kernel: bool,
 ) -> jax.Array:
     """``[M, K] -> [M, N]`` float32, with the gradient of ``x @ dequantize(q)``."""
-    return quantized_product(x, q, spec, activation_scale, path=path)
+    return quantized_product(x, q, spec, activation_scale, path=path, kernel=kernel)
 
 
-def _forward(x, q, activation_scale, spec, path):
-    y = quantized_product(x, q, spec, activation_scale, path=path)
+def _forward(x, q, activation_scale, spec, path, kernel):
+    y = quantized_product(x, q, spec, activation_scale, path=path, kernel=kernel)
     return y, (q, jnp.zeros((0,), x.dtype), activation_scale)
 
 
-def _backward(spec, path, residuals, g):
-    del spec, path
+def _backward(spec, path, kernel, residuals, g):
+    del spec, path, kernel
     q, like, activation_scale = residuals
     w = dequantize(q)
     dx = _dot_over_columns(g, w)
@@ -235,13 +236,17 @@ def quantized_product(
     activation_scale: jax.Array | None = None,
     *,
     path: str = "<array>",
+    kernel: bool = False,
 ) -> jax.Array:
     """``[M, K]`` times a QTensor ``[K, N]`` -> float32 ``[M, N]``; the formulation is chosen here.
 
     Not differentiable by itself where a loop is chosen; ``matmul`` and ``grouped_matmul`` are.
+    With ``kernel`` it is a Mosaic GPU kernel, whatever the device.
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, q.shape[-1]), jnp.float32)
+    if kernel:
+        return _kernel_product(x, q, spec, activation_scale, path)
     target = trace_target()
     # Ties the weight to x. In a decode loop XLA would otherwise move the decoding, which does not
     # depend on the token, out of the loop, and every step would read float32 weights from memory.
@@ -258,6 +263,19 @@ def quantized_product(
     else:
         y = _product(codes.astype(jnp.float32), q, target)
     return y * scale
+
+
+def _kernel_product(x, q, spec, activation_scale, path) -> jax.Array:
+    """`quantized_product` by the kernels: the same arithmetic."""
+    if spec is None:
+        return mosaic_gpu.product(x, q)
+    codes, scale = quantize_activation(x, spec, activation_scale, path=path)
+    if spec.granularity == "token_group":
+        rows = activation_values(codes, scale, spec.group_size, jnp.float32)
+        return mosaic_gpu.product(rows, q)
+    if mosaic_gpu.takes_integers(q, spec):
+        return mosaic_gpu.integer_product(codes, q) * scale
+    return mosaic_gpu.product(codes.astype(jnp.float32), q) * scale
 
 
 def _integer_rows(codes: jax.Array, q: QTensor, target: Target) -> jax.Array:

@@ -201,7 +201,7 @@ def test_prepared_weights(name, rng, monkeypatch):
     gradient = jax.grad(lambda x: ops.matmul(x, prepared).sum())(x)
     assert error(gradient, np.broadcast_to(decoded(name).sum(1), x.shape)) < TOLERANCE
     assert ops.prepare(weight("int4 group"), "cpu").layout == "canonical"
-    assert ops.prepare(q, "gpu").layout == "canonical"
+    assert ops.prepare(q, "gpu").layout == "mosaic_gpu"
     monkeypatch.setattr(layouts, "_has_matrix_units", lambda: False)
     assert ops.prepare(q, "cpu").layout == "canonical"
 
@@ -237,10 +237,13 @@ def test_implementation(monkeypatch):
     q, x = weight("int8 channel"), jnp.ones((1, 256))
     with pytest.raises(ValueError, match=r"unknown implementation 'triton'; use one of 'xla'"):
         ops.matmul(x, q, implementation="triton")
-    with pytest.raises(NotImplementedError, match=r"matmul\[mosaic_gpu\]"):
-        ops.matmul(x, q, implementation="mosaic_gpu")
+    many = jnp.ones((9, 256))
+    with pytest.raises(NotImplementedError, match=r"matmul\[mosaic_gpu\]: .*1 to 8 rows.*found 9"):
+        ops.matmul(many, q, implementation="mosaic_gpu")
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="FDQ_IMPLEMENTATION"):
+    assert ops.matmul(many, q).shape == (9, 512)  # XLA does what the kernels cannot
+    monkeypatch.setenv("FDQ_IMPLEMENTATION", "cuda")
+    with pytest.raises(ValueError, match="unknown FDQ_IMPLEMENTATION 'cuda'"):
         ops.matmul(x, q)
     assert ops.matmul(x, q, implementation="xla").shape == (1, 512)
 

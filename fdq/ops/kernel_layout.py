@@ -1,0 +1,67 @@
+"""The layout ``mosaic_gpu``: a QTensor whose codes are a ``KernelWeight`` of ``pallas_kernels``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from fdq.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
+from pallas_kernels.layouts import KernelWeight, from_kernel, to_kernel, unsupported
+
+MOSAIC_GPU = "mosaic_gpu"
+
+
+def layout_obstacle(q: QTensor) -> str | None:
+    """Why no kernel reads this weight, in one line; None if one does."""
+    spec = q.spec
+    return unsupported(
+        spec.format,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+        block_size=spec.block_size,
+    )
+
+
+def kernel_weight(q: QTensor) -> KernelWeight:
+    """What the kernels read; of a canonical QTensor it is made here, which costs a copy."""
+    q = materialize(q)
+    if q.layout == MOSAIC_GPU:
+        return q.codes
+    return _to_kernel(canonical(q)).codes
+
+
+def _to_kernel(q: QTensor) -> QTensor:
+    q = materialize(q)
+    spec, shape = q.spec, q.shape
+
+    def convert(arrays: dict[str, Any]) -> KernelWeight:
+        return to_kernel(
+            arrays,
+            format=spec.format,
+            granularity=spec.granularity,
+            group_size=spec.group_size,
+            block_size=spec.block_size,
+            zero_point=spec.zero_point,
+            k=shape[-2],
+            n=shape[-1],
+        )
+
+    abstract = isinstance(q.codes, jax.ShapeDtypeStruct)
+    arrays = q.arrays()
+    codes = jax.eval_shape(convert, arrays) if abstract else jax.jit(convert)(arrays)
+    return QTensor(codes, spec=spec, padding=q.padding, layout=MOSAIC_GPU)
+
+
+def _from_kernel(q: QTensor) -> QTensor:
+    weight = materialize(q).codes
+    abstract = isinstance(weight.words, jax.ShapeDtypeStruct)
+    arrays = jax.eval_shape(from_kernel, weight) if abstract else from_kernel(weight)
+    return QTensor(**arrays, spec=q.spec, padding=q.padding)
+
+
+LAYOUTS[MOSAIC_GPU] = Layout(
+    shape=lambda q: tuple(q.codes.shape),
+    to_canonical=_from_kernel,
+    from_canonical=_to_kernel,
+)

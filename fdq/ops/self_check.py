@@ -1,0 +1,91 @@
+"""Kernels prove themselves on the user's device once, on a small case, before they are used.
+
+Whatever a kernel was compiled and tested on, the device at hand is another: a kernel that does not
+compile there, or disagrees with its reference, is switched off with one line in the log, and XLA
+goes on in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+_LOGGER = logging.getLogger("fdq")
+_LOCK = threading.Lock()
+_RESULTS: dict[tuple[Any, ...], str | None] = {}
+
+TOLERANCE = 1e-4
+"""Largest difference over the largest reference value. Kernels sum in float32 (5e-6); a wrong one
+is off by far more."""
+
+
+def is_real(device: Any) -> bool:
+    """Whether a device can run programs: not one of a topology to compile ahead of time for."""
+    try:
+        return any(device is one for one in jax.devices(device.platform))
+    except RuntimeError:  # this machine has no such platform
+        return False
+
+
+def failure(
+    kernel: str,
+    format: str,
+    device: Any,
+    case: Callable[[], tuple[Any, Any]],
+    *,
+    tolerance: float = TOLERANCE,
+) -> str | None:
+    """Why a kernel is switched off on ``device``; None if it is right there, or cannot be run.
+
+    Args:
+      kernel: its name, for the log.
+      format: of the weights or the cache.
+      device: the device that the trace is for. Devices of a topology are not checked.
+      case: makes inputs and returns the kernel's result and the reference's. It runs once per
+        kernel, format and kind of device, in a thread of its own: this one may be tracing.
+      tolerance: of the difference, relative to the largest reference value.
+    """
+    if not is_real(device):
+        return None
+    key = (kernel, format, device.device_kind)
+    with _LOCK:
+        if key not in _RESULTS:
+            with ThreadPoolExecutor(1) as pool:
+                reason = pool.submit(_compare, device, case, tolerance).result()
+            if reason is not None:
+                _LOGGER.warning(
+                    "%s[%s] is switched off on %s: %s; XLA takes its place",
+                    kernel,
+                    format,
+                    device.device_kind,
+                    reason,
+                )
+            _RESULTS[key] = reason
+        return _RESULTS[key]
+
+
+def _compare(device: Any, case: Callable[[], Any], tolerance: float) -> str | None:
+    try:
+        with jax.default_device(device):
+            results, references = case()
+            pairs = zip(jax.tree.leaves(results), jax.tree.leaves(references), strict=True)
+            for result, reference in pairs:
+                got = np.asarray(result).astype(np.float64)
+                wanted = np.asarray(reference).astype(np.float64)
+                largest = np.abs(wanted).max()
+                difference = np.abs(got - wanted).max()
+                if not difference <= tolerance * largest or largest == 0:
+                    return (
+                        f"it differs from its reference by {difference:.3g} where the largest "
+                        f"value is {largest:.3g}"
+                    )
+    except Exception as error:  # whatever the compiler or the driver raises
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:200]}"
+    return None
