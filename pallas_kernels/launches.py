@@ -70,8 +70,8 @@ class LargeResult:
     Attributes:
       instruction: name in the HLO.
       operation: "copy", "fusion", "custom-call" ...
-      shape: "bf16[2560,3584]".
-      bytes: of one execution.
+      shape: "bf16[2560,3584]"; of several results the largest.
+      bytes: of that, in one execution.
       source: what the user wrote: JAX's name of the operation.
     """
 
@@ -176,7 +176,10 @@ def large_results(hlo: str, at_least: int = LARGE) -> tuple[LargeResult, ...]:
             called = [c.lstrip("%") for m in _CALLED.findall(rest) for c in m.split(", ")]
             if operation in ("while", "conditional", "call", "async-start"):
                 waiting += called
-            size = array_bytes(shape)
+            # Of several results the largest: fusions of many small things are none.
+            arrays = [f"{dtype}[{sizes}]" for dtype, sizes in _ARRAY.findall(shape)]
+            largest = max(arrays, key=array_bytes, default="")
+            size = array_bytes(largest)
             if operation in _WRITES_NOTHING or size < at_least:
                 continue
             if "output_to_operand_aliasing" in rest:
@@ -188,7 +191,7 @@ def large_results(hlo: str, at_least: int = LARGE) -> tuple[LargeResult, ...]:
             source = _OP_NAME.search(rest)
             found.append(
                 LargeResult(
-                    instruction, operation, _plain(shape), size, source.group(1) if source else ""
+                    instruction, operation, largest, size, source.group(1) if source else ""
                 )
             )
     return tuple(sorted(found, key=lambda result: -result.bytes))

@@ -64,6 +64,7 @@ ENTRY %main (cache: bf16[4096,1024], x: f32[]) -> bf16[4096,1024] {
   %cache = bf16[4096,1024]{1,0} parameter(0)
   %copy.1 = bf16[4096,1024]{1,0:T(8,128)} copy(%cache)
   %attend.2 = (bf16[4096,1024]{1,0}, f32[8]{0}) custom-call(%copy.1), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{0}: (0, {})}
+  %many = (f32[300,300]{1,0}, f32[300,300]{1,0}, /*index=2*/f32[300,300]{1,0}) fusion(%x), kind=kLoop, calls=%zeros
   %in_place = bf16[4096,1024]{1,0} fusion(%copy.1), kind=kLoop, calls=%inside
   %while.4 = (s32[], bf16[6,2560]{1,0}) while(%tuple), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"6"}}
   ROOT %while.10 = (s32[], bf16[6,2560]{1,0}) while(%tuple), condition=%c, body=%other, backend_config={}
