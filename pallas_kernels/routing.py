@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention_parts import spread, store
+from pallas_kernels.attention_parts import store
 from pallas_kernels.kernel_cases import KernelCase, Program
 from pallas_kernels.launch import THREADS, launch, synchronize
 from pallas_kernels.staging import Normed, inverse_root_mean_square, normed_chunk, whole
@@ -41,7 +41,7 @@ def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
       kernel: float32 ``[K, E]``; E is 64, 128 or 256 (`supports_router`).
 
     Returns:
-      float32 ``[split, M, E]``.
+      float32 ``[split, M, max(E, 128)]``; columns from E on are not written.
     """
     normed = isinstance(x, Normed)
     rows = x.x if normed else x
@@ -57,7 +57,7 @@ def supports_router(experts: int, hidden: int) -> bool:
 @functools.partial(jax.jit, static_argnames=("epsilon",))
 def _logits(operands, kernel, *, epsilon):
     k, experts = kernel.shape
-    m, width = operands[0].shape
+    m = operands[0].shape[0]
     parts = min(_ROUTER_PARTS, k // _ROUTER_STEP)
     steps = -(-k // (_ROUTER_STEP * parts))  # of _ROUTER_STEP rows, for each part
     rows = 4 * THREADS // experts  # that 128 threads read at a time
@@ -99,12 +99,12 @@ def _logits(operands, kernel, *, epsilon):
 
         total = mg.layout_cast(jnp.zeros((rows, experts), jnp.float32), layout)
         total = lax.fori_loop(0, steps, step, total)
-        store(out_ref.at[part, row], jnp.sum(total, axis=0))
+        store(out_ref.at[part, row, pl.ds(0, experts)], jnp.sum(total, axis=0))
 
     return launch(
         router_logits_kernel,
         (*operands, kernel),
-        out_type=jax.ShapeDtypeStruct((parts, m, experts), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((parts, m, max(experts, THREADS)), jnp.float32),
         grid=(parts, m),
         grid_names=("part", "row"),
         scratch_types=(mg.SMEM((_ROUTER_STEP,), jnp.float32),),
@@ -282,6 +282,12 @@ def _unordered(bits: jax.Array) -> jax.Array:
 def kernel_cases() -> list[KernelCase]:
     """The router of ERNIE-4.5-21B-A3B (64 experts, 6 of them) for one token."""
 
+    def build_logits() -> Program:
+        x = jax.ShapeDtypeStruct((1, 2560), jnp.bfloat16)
+        scale = jax.ShapeDtypeStruct((2560,), jnp.bfloat16)
+        kernel = jax.ShapeDtypeStruct((2560, 64), jnp.float32)
+        return Program(function=router_logits, arguments=(Normed(x, scale, 1e-6), kernel))
+
     def build() -> Program:
         function = functools.partial(top_k_experts, experts=64, top_k=6, norm_min=1e-12)
         arguments = (
@@ -292,6 +298,12 @@ def kernel_cases() -> list[KernelCase]:
 
     return [
         KernelCase(
+            name="router logits 2560x64",
+            kernel="router_logits",
+            build=build_logits,
+            representative=True,
+        ),
+        KernelCase(
             name="top-k experts 6 of 64", kernel="top_k_experts", build=build, representative=True
-        )
+        ),
     ]

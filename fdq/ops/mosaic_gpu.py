@@ -1,4 +1,4 @@
-"""The seam between ops and ``pallas_kernels``: can a kernel do this, is it wanted, is it right here.
+"""The seam between ops and ``pallas_kernels``: can a kernel do it, is it wanted, is it right here.
 
 A kernel is traced where the user asks for it (``implementation``, ``FDQ_IMPLEMENTATION``), and on
 GPUs wherever it can run, the tuning table prefers it, and it has proven itself on the device

@@ -4,7 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.routing import top_k_experts, top_k_experts_reference
+from pallas_kernels.routing import (
+    router_logits,
+    router_logits_reference,
+    supports_router,
+    top_k_experts,
+    top_k_experts_reference,
+)
+from pallas_kernels.staging import Normed
 
 
 def random_logits(seed, split, tokens, width):
@@ -71,3 +78,35 @@ def test_equal_scores_take_the_first_expert():
 def test_width_must_be_whole_and_hold_the_experts():
     with pytest.raises(ValueError, match="multiple of 128"):
         top_k_experts(jnp.zeros((1, 1, 64), jnp.float32), None, experts=64, top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "rows"), [(64, 640, 2), (128, 256, 1), (256, 128, 3)]
+)
+def test_logits_of_plain_and_normalized_rows(experts, hidden, rows):
+    rng = np.random.default_rng(experts)
+    assert supports_router(experts, hidden)
+    kernel = rng.standard_normal((hidden, experts))
+    x = jnp.asarray(rng.standard_normal((rows, hidden)), jnp.float32)
+    scale = rng.standard_normal(hidden)
+    y = np.asarray(router_logits(x, jnp.asarray(kernel, jnp.float32)), np.float64)
+    wanted = np.asarray(x, np.float64) @ kernel
+    assert np.abs(y.sum(0)[:, :experts] - wanted).max() <= 5e-6 * np.abs(wanted).max()
+    normed = Normed(x, jnp.asarray(scale, jnp.float32), 1e-5)
+    y = np.asarray(router_logits(normed, jnp.asarray(kernel, jnp.float32)), np.float64)
+    square = (np.asarray(x, np.float64) ** 2).mean(axis=1, keepdims=True)
+    wanted = (np.asarray(x, np.float64) / np.sqrt(square + 1e-5) * scale) @ kernel
+    assert np.abs(y.sum(0)[:, :experts] - wanted).max() <= 5e-6 * np.abs(wanted).max()
+    reference = router_logits_reference(normed, jnp.asarray(kernel, jnp.float32))[0]
+    assert np.abs(reference - wanted).max() <= 5e-6 * np.abs(wanted).max()
+
+
+def test_rounding_of_normalized_rows_is_that_of_the_model():
+    """bfloat16 rows are rounded after the norm, as fdq.nn.RMSNorm does."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 256)), jnp.bfloat16)
+    normed = Normed(x, jnp.ones((256,), jnp.bfloat16), 1e-6)
+    kernel = jnp.asarray(rng.standard_normal((256, 64)), jnp.float32)
+    y = np.asarray(router_logits(normed, kernel), np.float64).sum(0)[:, :64]
+    wanted = np.asarray(normed.value(), np.float64) @ np.asarray(kernel, np.float64)
+    assert np.abs(y - wanted).max() <= 5e-6 * np.abs(wanted).max()
