@@ -1,0 +1,278 @@
+"""How fast fdq's kernels are on this GPU, beside everything else that computes the same.
+
+Measures the copy bandwidth first; every result is a part of it, and a ratio to each peer in the
+same run: XLA, cuBLAS, cuDNN, and torch, gemlite and tokamax where they are installed. A peer or a
+kernel that fails costs one line. Writes benchmarks/results/<device>-<date>.json and a plot.
+
+    python -m benchmarks.gpu                             # everything, 10 minutes
+    python -m benchmarks.gpu --only matmul attention     # a part of it
+    python -m benchmarks.gpu --budget-minutes 40         # every shape at M = 1, 2, 4 and 8
+    python -m benchmarks.gpu --smoke                     # without a GPU: does it all run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from benchmarks.gpu_child import Settings, start_section
+from benchmarks.gpu_model import CASES, ModelCase
+from benchmarks.gpu_report import checks, plot, print_report, rows_of, seconds, wrong_results
+
+SECTIONS = ("matmul", "attention", "model", "experts", "append")
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+# Section -> (module, what it is told beside the settings, its part of the time).
+_PARTS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "matmul": ("benchmarks.gpu_products", {}, 30),
+    "torch": ("benchmarks.gpu_torch", {"library": "torch"}, 6),
+    "gemlite": ("benchmarks.gpu_torch", {"library": "gemlite"}, 4),
+    "attention": ("benchmarks.gpu_attention", {}, 14),
+    "torch attention": ("benchmarks.gpu_torch", {"library": "torch"}, 3),
+    "model": ("benchmarks.gpu_model", {}, 32),
+    "experts": ("benchmarks.gpu_products", {"experts": True}, 7),
+    "tokamax": ("benchmarks.gpu_tokamax", {}, 2),
+    "append": ("benchmarks.gpu_attention", {"append": True}, 2),
+}
+# Peers: the section whose cases they measure.
+_PEERS = {
+    "torch": "matmul",
+    "gemlite": "matmul",
+    "torch attention": "attention",
+    "tokamax": "experts",
+}
+_SHORTEST = 15.0  # seconds that are worth starting a process for
+
+
+class Run:
+    """One run of the benchmark: its record, its time and what it shows meanwhile."""
+
+    def __init__(self, arguments: argparse.Namespace, console: Console):
+        self.smoke: bool = arguments.smoke
+        self.peers: bool = not arguments.no_peers
+        self.sections = [s for s in SECTIONS if s in arguments.only]
+        self.console = console
+        self.end = time.monotonic() + 60 * arguments.budget_minutes
+        self.record: dict[str, Any] = {
+            "counts": not self.smoke,
+            "date": datetime.date.today().isoformat(),
+            "command": "python -m benchmarks.gpu" + (" --smoke" if self.smoke else ""),
+            "machine": {},
+            "results": [],
+            "skipped": [],
+            "notes": [],
+        }
+        self.by_case: dict[str, dict[str, Any]] = {}
+        self.settings = Settings(smoke=self.smoke, seconds=120.0)
+
+    def environment(self) -> dict[str, str]:
+        """Of every process: all of the GPU's memory, or no GPU at all."""
+        if self.smoke:
+            return {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+        return {"XLA_CLIENT_MEM_FRACTION": "0.94", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}
+
+    def find_machine(self) -> None:
+        """Device, bandwidth and rate; what the other sections are told about them."""
+        failure = start_section(
+            "benchmarks.gpu_machine", self.settings, self.take, self.environment()
+        )
+        machine = self.record["machine"]
+        if failure or not machine:
+            raise SystemExit(f"the device could not be measured: {failure}")
+        if machine["platform"] != "gpu" and not self.smoke:
+            raise SystemExit(
+                f"jax sees no GPU here, but {machine['device_kind']!r}. Install fdq with the extra "
+                "cuda12 or cuda13, or try everything on the CPU with --smoke."
+            )
+        capability = float(machine["compute_capability"] or 8.0)
+        self.settings = Settings(
+            smoke=self.smoke,
+            seconds=0.0,
+            dtype="bfloat16" if capability >= 8.0 else "float16",
+            l2_bytes=_l2_bytes(machine["device_kind"]),
+        )
+        rates = [
+            f"{label} {machine[name] * scale:.1f} {unit}"
+            for label, name, scale, unit in (
+                ("copies", "copy_bandwidth", 1e-9, "GB/s"),
+                ("reads", "read_bandwidth", 1e-9, "GB/s"),
+                (f"{machine['matrix_dtype']} products", "matrix_rate", 1e-12, "Tflop/s"),
+            )
+            if machine.get(name)
+        ]
+        self.console.print(f"{machine['device_kind']}: {', '.join(rates)}", highlight=False)
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Puts a report of a section where it belongs."""
+        if "machine" in event:
+            self.record["machine"] = event["machine"]
+        elif "unavailable" in event:
+            self.record["notes"].append(event["unavailable"])
+        elif "skipped" in event:
+            self.record["skipped"].append(event["case"])
+        elif event["case"] in self.by_case and "entries" in event:
+            self.by_case[event["case"]]["entries"] |= event["entries"]
+        elif event["case"] in self.by_case:
+            self.record["notes"].append(f"{event['case']}: {event['error']}")
+        else:
+            self.by_case[event["case"]] = event
+            self.record["results"].append(event)
+
+    def start(self, part: str, take: Callable[[dict[str, Any]], None], left: float) -> None:
+        """Runs one part in a process of its own, for at most ``left`` seconds."""
+        module, more, _ = _PARTS[part]
+        if part in _PEERS:
+            cases = [
+                row
+                for row in rows_of(self.record, _PEERS[part])
+                if seconds(row, "kernel") or seconds(row, "xla")
+            ]
+            # Those that a figure depends on, and one row, before all others.
+            cases.sort(key=lambda row: (not row.get("urgent", False), row["m"]))
+            if not cases:
+                return
+            more = {**more, "cases": cases}
+        settings = Settings(**{**vars(self.settings), "seconds": left, "more": more})
+        known = len(self.record["notes"])
+        failure = start_section(module, settings, take, self.environment())
+        for at in range(known, len(self.record["notes"])):
+            self.record["notes"][at] = f"{part}: {self.record['notes'][at]}"
+        if failure:
+            self.record["notes"].append(f"{part} did not come to its end: {failure}")
+
+    def start_models(self, take: Callable[[dict[str, Any]], None], left: float) -> None:
+        """Whole models, each in a process with flags of its own."""
+        end = time.monotonic() + left
+        cases: tuple[ModelCase, ...] = CASES
+        if self.smoke:
+            cases = (CASES[0], CASES[2], ModelCase("llama-3-8b", None, "off"))
+            cases = (
+                ModelCase(cases[0].model, cases[0].scheme, implementation="mosaic_gpu"),
+                *cases[1:],
+            )
+        for case in cases:
+            left = end - time.monotonic()
+            if left < _SHORTEST and not self.smoke:
+                self.record["skipped"].append(case.key)
+                continue
+            more = {
+                "model": case.model,
+                "scheme": case.scheme,
+                "graphs": case.graphs,
+                "implementation": case.implementation,
+            }
+            settings = Settings(**{**vars(self.settings), "seconds": left, "more": more})
+            environment = {**self.environment(), **case.environment()}
+            failure = start_section("benchmarks.gpu_model", settings, take, environment)
+            if failure:
+                self.record["notes"].append(f"{case.key}: {failure}")
+
+    def run(self) -> None:
+        """All parts, each with its share of the time that is left."""
+        parts = [p for p in _PARTS if _PEERS.get(p, p) in self.sections]
+        parts = [p for p in parts if p not in _PEERS or self.peers]
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("{task.completed:.0f} cases"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            for at, part in enumerate(parts):
+                task = progress.add_task(part)
+
+                def take(event: dict[str, Any], task: Any = task, part: str = part) -> None:
+                    self.take(event)
+                    progress.update(task, advance=1, description=f"{part}: {event.get('case', '')}")
+
+                weight = sum(_PARTS[p][2] for p in parts[at:])
+                left = max(self.end - time.monotonic(), 0.0) * _PARTS[part][2] / weight
+                if part == "model":
+                    self.start_models(take, left)
+                else:
+                    self.start(part, take, left)
+                progress.remove_task(task)
+
+
+def _l2_bytes(device_kind: str) -> int:
+    from pallas_kernels.gpu_targets import of_device
+
+    gpu = of_device(device_kind)
+    return gpu.l2_bytes if gpu is not None else 64 << 20
+
+
+def result_path(record: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
+    """``<device>-<date>.json``."""
+    from pallas_kernels.choices import file_name
+
+    device = file_name(record["machine"]["device_kind"]).removesuffix(".json")
+    return directory / f"{device}-{record['date']}.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections (all)"
+    )
+    made.add_argument(
+        "--budget-minutes",
+        type=float,
+        default=9.0,
+        help="the important cases come first, and those that are left at the end are left out (9)",
+    )
+    made.add_argument("--smoke", action="store_true", help="tiny shapes on CPU; no figure counts")
+    made.add_argument("--no-peers", action="store_true", help="without torch, gemlite and tokamax")
+    made.add_argument(
+        "--output", type=pathlib.Path, metavar="DIR", help="of JSON and plot (benchmarks/results)"
+    )
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; 1 if a kernel's result was wrong, or nothing could be measured."""
+    arguments = parser().parse_args(argv)
+    console = Console(highlight=False)
+    if arguments.smoke:
+        console.print("Smoke run on CPU: kernels are interpreted, and no figure below counts.")
+    directory = arguments.output
+    if directory is None:
+        directory = pathlib.Path(tempfile.mkdtemp()) if arguments.smoke else RESULTS
+    run = Run(arguments, console)
+    run.find_machine()
+    run.run()
+    record = run.record
+    record["checks"] = [vars(check) for check in checks(record)]
+    print_report(record, console)
+    if arguments.smoke:
+        console.print("This was a smoke run on CPU: no figure above counts.")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = result_path(record, directory)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"wrote {path}", soft_wrap=True)
+    try:
+        plot(record, path.with_suffix(".png"))
+        console.print(f"wrote {path.with_suffix('.png')}", soft_wrap=True)
+    except ImportError as error:
+        console.print(f"no plot: it needs matplotlib (pip install 'fdq[plots]'): {error}")
+    wrong = wrong_results(record)
+    for line in wrong:
+        console.print(f"WRONG: {line}", style="red", markup=False)
+    return int(bool(wrong) or not any("entries" in r or "seconds" in r for r in record["results"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""Decode attention over each cache format, and writing new tokens to the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import gpu_cases
+from benchmarks.gpu_cases import AttentionCase
+from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
+from benchmarks.gpu_products import KERNEL, timed
+from benchmarks.gpu_timing import Work, difference, links_for
+from benchmarks.gpu_weights import nbytes, random_array, random_cache
+from fdq import ops
+from fdq.kv_cache import parse_format
+from fdq.scheme import CacheSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """One layer's keys and values ``[B, KH, S, D]`` with scales and zero points; see `KVCache`."""
+
+    k: Any
+    v: Any
+    k_scale: Any
+    v_scale: Any
+    k_zero: Any
+    v_zero: Any
+
+    @property
+    def small(self) -> dict[str, Any]:
+        """Scales and zero points by the names of `fdq.attention`."""
+        names = ("k_scale", "v_scale", "k_zero", "v_zero")
+        return {name: getattr(self, name) for name in names}
+
+
+def run(settings: Settings, emit: Emit) -> None:
+    """Measures all attention cases, or all appends (``more["append"]``)."""
+    if settings.more.get("append"):
+        from benchmarks.gpu_append import append_cases, measure_append
+
+        cases = append_cases()
+        run_cases(
+            [small(case) for case in cases[:3]] if settings.smoke else cases,
+            settings,
+            emit,
+            measure_append,
+        )
+        return
+    cases = gpu_cases.attention_cases()
+    if settings.smoke:
+        kept: dict[str, AttentionCase] = {}
+        for case in cases:
+            kept.setdefault(case.format, case)
+        cases = [small(case) for case in kept.values()]
+    run_cases(cases, settings, emit, measure)
+
+
+def small(case: AttentionCase) -> AttentionCase:
+    """The case over 64 tokens with two heads a KV head."""
+    return dataclasses.replace(case, batch=1, slots=64, heads=4, kv_heads=2)
+
+
+def random_caches(case: AttentionCase, dtype: Any, l2_bytes: int, *, smoke: bool) -> list[Cache]:
+    """Different caches of a case, together larger than the L2 cache four times."""
+    spec = parse_format(case.format)
+    make = functools.partial(_random, case=case, spec=spec, dtype=jnp.dtype(dtype).name)
+    size = nbytes(jax.eval_shape(make, jax.random.key(0)))
+    seed = jax.random.key(zlib.crc32(case.key.encode()))
+    keys = jax.random.split(seed, links_for(size, l2_bytes, smoke=smoke))
+    return [make(key) for key in keys]
+
+
+def _random(key: jax.Array, case: AttentionCase, spec: CacheSpec | None, dtype: str) -> Cache:
+    shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
+    sides = [random_cache(k, shape, spec, dtype) for k in jax.random.split(key)]
+    (k, k_scale, k_zero), (v, v_scale, v_zero) = sides
+    return Cache(k, v, k_scale, v_scale, k_zero, v_zero)
+
+
+def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
+    """Times one step of attention by kernel, XLA and cuDNN; bytes are those of the cache."""
+    from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
+
+    dtype = jnp.dtype(settings.dtype)
+    spec = parse_format(case.format)
+    caches = random_caches(case, dtype, settings.l2_bytes, smoke=settings.smoke)
+    q = random_array(jax.random.key(1), (case.batch, case.heads, case.head_dim), dtype)
+    lengths = jnp.full((case.batch,), case.slots, jnp.int32)
+    name = None if spec is None else spec.format
+
+    def kernel(x: Any, cache: Cache) -> jax.Array:
+        q, lengths = x
+        return decode_attention(
+            q, cache.k, cache.v, lengths=lengths, cache_format=name, **cache.small
+        )
+
+    def seam(x: Any, cache: Cache, implementation: str) -> jax.Array:
+        q, lengths = x
+        return ops.attention(
+            q[:, None],
+            cache.k,
+            cache.v,
+            lengths=lengths,
+            cache_format=spec,
+            implementation=implementation,
+            **cache.small,
+        )[:, 0]
+
+    x = (q, lengths)
+    works: dict[str, Work | str] = {
+        KERNEL: Work(kernel, x, caches),
+        "fdq": Work(functools.partial(seam, implementation="mosaic_gpu"), x, caches),
+        "xla": Work(functools.partial(seam, implementation="xla"), x, caches),
+    }
+    if spec is None:
+        works["cuDNN"] = _cudnn(x, caches)
+    first = caches[0]
+    expected = jax.jit(
+        lambda q, lengths, cache: decode_attention_reference(
+            q.astype(jnp.float32),
+            cache.k,
+            cache.v,
+            lengths=lengths,
+            cache_format=name,
+            **cache.small,
+        )
+    )(q, lengths, first)
+    checks = dict.fromkeys(works, lambda y: difference(y, expected))
+    return {
+        "section": "attention",
+        "scheme": case.format,
+        "model": case.model,
+        "m": case.batch,
+        "slots": case.slots,
+        "heads": case.heads,
+        "kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "bytes": nbytes(first),
+        "entries": timed(works, checks, {}, settings),
+    }
+
+
+def _cudnn(x: Any, caches: list[Cache]) -> Work:
+    """`jax.nn.dot_product_attention` by cuDNN, over caches in the order that it wants."""
+
+    def step(x: Any, kv: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, lengths = x
+        return jax.nn.dot_product_attention(
+            q[:, None],
+            *kv,
+            key_value_seq_lengths=lengths,
+            query_seq_lengths=jnp.ones_like(lengths),
+            implementation="cudnn",
+        )[:, 0]
+
+    swap = jax.jit(lambda a: jnp.swapaxes(a, 1, 2))
+    return Work(step, x, [(swap(c.k), swap(c.v)) for c in caches])
+
+
+if __name__ == "__main__":
+    section_main(run)

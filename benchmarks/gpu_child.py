@@ -1,0 +1,178 @@
+"""Sections of the GPU benchmark as processes of their own, which report one JSON line a result.
+
+A process that dies (a compiler that aborts, memory that runs out) takes no other section with it:
+what it has reported stays, and it is started again without the case that killed it. Processes also
+keep frameworks apart: torch and JAX each find the memory of the GPU free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks.gpu_timing import reason
+
+Emit = Callable[[dict[str, Any]], None]
+
+_MARK = "@fdq "
+_GRACE = 45.0  # seconds beyond its time until a section is ended
+_RESTARTS = 4
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a section is told.
+
+    Attributes:
+      smoke: tiny shapes on CPU; nothing that is measured counts.
+      seconds: no case is begun after so many.
+      dtype: of activations: ``bfloat16``, or ``float16`` where that is not native.
+      l2_bytes: of the device.
+      skip: keys of cases that killed the process before.
+      more: of this section alone.
+    """
+
+    smoke: bool
+    seconds: float
+    dtype: str = "bfloat16"
+    l2_bytes: int = 64 << 20
+    skip: tuple[str, ...] = ()
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: str) -> Settings:
+        """From `json.dumps` of `dataclasses.asdict`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "skip": tuple(fields["skip"])})
+
+
+def run_cases(
+    cases: Iterable[Any],
+    settings: Settings,
+    emit: Emit,
+    measure: Callable[[Any, Settings], dict[str, Any]],
+) -> None:
+    """Measures cases one after the other until the time is used up; reports each.
+
+    Args:
+      cases: with a ``key``.
+      settings: of the section.
+      emit: where reports go: ``{"case": key, ...}`` with what ``measure`` returned, an ``error``,
+        or ``skipped``.
+      measure: of one case.
+    """
+    end = time.monotonic() + settings.seconds
+    for case in cases:
+        if case.key in settings.skip:
+            continue
+        if time.monotonic() > end:
+            emit({"case": case.key, "skipped": "no time left (--budget-minutes)"})
+            continue
+        emit({"start": case.key})
+        try:
+            emit({"case": case.key, **measure(case, settings)})
+        except Exception as error:
+            emit({"case": case.key, "error": reason(error)})
+
+
+def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> str | None:
+    """Runs a section to its end, again without the case that it died of.
+
+    Args:
+      module: dotted name; its `main` is called by ``python -m``.
+      settings: of the section.
+      emit: called with each report.
+      env: added to the environment; an empty value removes the variable.
+
+    Returns:
+      Why the section did not come to its end; None if it did.
+    """
+    end = time.monotonic() + settings.seconds
+    seen: set[str] = set()
+    failure = None
+    for _ in range(_RESTARTS):
+        begun: list[str] = []
+
+        def note(event: dict[str, Any], begun: list[str] = begun) -> None:
+            if "start" in event:
+                begun.append(event["start"])
+                return
+            if "case" in event:
+                if event["case"] in begun:
+                    begun.remove(event["case"])
+                if event["case"] in seen:
+                    return
+                if "skipped" not in event:
+                    seen.add(event["case"])
+            emit(event)
+
+        left = max(end - time.monotonic(), 0.0)
+        skip = tuple(sorted({*settings.skip, *seen}))
+        failure = _run(module, dataclasses.replace(settings, seconds=left, skip=skip), note, env)
+        if failure is None or not begun:
+            return failure
+        seen.add(begun[0])
+        emit({"case": begun[0], "error": f"the process died of it: {failure}"})
+    return failure
+
+
+def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> str | None:
+    variables = {**os.environ, **env}
+    variables = {name: value for name, value in variables.items() if value}
+    paths = [str(_ROOT), variables.get("PYTHONPATH", "")]
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    text = json.dumps(dataclasses.asdict(settings))
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, text],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=variables,
+        )
+        grace = _GRACE if not settings.smoke else 600.0
+        timer = threading.Timer(settings.seconds + grace, process.kill)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(_MARK):
+                    emit(json.loads(line.removeprefix(_MARK)))
+            code = process.wait()
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
+            if process.poll() is None:
+                process.kill()
+        if code == 0:
+            return None
+        if late:
+            return f"ended after {settings.seconds + grace:.0f} s"
+        errors.seek(0)
+        lines = [line.strip() for line in errors if line.strip()]
+        return f"exit code {code}: {lines[-1][:300] if lines else 'no message'}"
+
+
+def section_main(run: Callable[[Settings, Emit], None]) -> None:
+    """The `main` of a section's module: settings from the command line, reports to stdout."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("this is a part of `python -m benchmarks.gpu`, which calls it")
+    # Libraries print to stdout as they like: reports have a stream of their own.
+    with os.fdopen(os.dup(1), "w", buffering=1) as stream:
+
+        def emit(event: dict[str, Any]) -> None:
+            stream.write(_MARK + json.dumps(event) + "\n")
+
+        with contextlib.redirect_stdout(sys.stderr):
+            run(Settings.read(sys.argv[1]), emit)

@@ -1,0 +1,315 @@
+"""Products with quantized weights, dense layers and experts, beside XLA's and cuBLAS's."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import gpu_cases
+from benchmarks.gpu_cases import ExpertCase, MatrixCase
+from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
+from benchmarks.gpu_timing import Timing, Work, difference, links_for, reason, time_all
+from benchmarks.gpu_weights import nbytes, random_array, random_weight, weight_spec
+from fdq import ops
+from fdq.qtensor import QTensor, dequantize
+
+KERNEL = "kernel"
+"""Entry of the kernel alone: float32 partial sums, which its consumer adds up."""
+
+# Largest difference over the largest value: of float32 sums, and of what is rounded to 16 bits.
+_TOLERANCE, _ROUNDED = 2e-5, 2e-2
+
+_DENSE: dict[tuple[int, int, int], dict[str, Any]] = {}
+
+
+def run(settings: Settings, emit: Emit) -> None:
+    """Measures all matrix cases, or all expert cases (``more["experts"]``)."""
+    if settings.more.get("experts"):
+        cases: list[Any] = gpu_cases.expert_cases()
+        if settings.smoke:
+            cases = [small_experts(cases[0])]
+        run_cases(cases, settings, emit, measure_experts)
+        return
+    cases = list(gpu_cases.matrix_cases())
+    if settings.smoke:
+        cases = small_matrices(cases)
+    run_cases(cases, settings, emit, measure_matrix)
+
+
+def small_matrices(cases: list[MatrixCase]) -> list[MatrixCase]:
+    """One case of each format, cut to a size for the interpreter."""
+    kept: dict[str, MatrixCase] = {}
+    for case in cases:
+        kept.setdefault(case.scheme, case)
+    return [cut(case) for case in kept.values()]
+
+
+def cut(case: MatrixCase) -> MatrixCase:
+    """The case with 256 rows and columns."""
+    fields = {**case.__dict__, "k": 256, "n": 256}
+    return MatrixCase(**fields)
+
+
+def small_experts(case: ExpertCase) -> ExpertCase:
+    """The case with 4 small experts."""
+    return ExpertCase(**{**case.__dict__, "experts": 4, "top_k": 2, "k": 256, "n": 256})
+
+
+def kernel_weight(q: QTensor) -> Any:
+    """A QTensor in the kernels' layout."""
+    from pallas_kernels.layouts import to_kernel
+
+    spec, (k, n) = q.spec, q.shape[-2:]
+    return to_kernel(
+        q.arrays(),
+        format=spec.format,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+        block_size=spec.block_size,
+        zero_point=spec.zero_point,
+        k=k,
+        n=n,
+    )
+
+
+def random_weights(case: Any, count: int, lead: tuple[int, ...] = ()) -> list[QTensor]:
+    """``count`` different weights of a case; the same in every run."""
+    keys = jax.random.split(jax.random.key(zlib.crc32(case.key.encode())), count)
+    spec = weight_spec(case.format)
+    return [random_weight(key, (*lead, case.k, case.n), spec) for key in keys]
+
+
+def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
+    """Times one product, by everything that can compute it, and compares the results."""
+    from pallas_kernels import matmul as kernels
+
+    dtype = jnp.dtype(settings.dtype)
+    spec = weight_spec(case.format)
+    shapes = jax.eval_shape(lambda k: random_weight(k, (case.k, case.n), spec), jax.random.key(0))
+    size = nbytes(shapes)
+    links = links_for(size, settings.l2_bytes, smoke=settings.smoke)
+    weights = random_weights(case, links)
+    x = random_array(jax.random.key(1), (case.m, case.k), dtype)
+    activation = case.activation
+
+    def matmul(implementation: str) -> Callable[..., jax.Array]:
+        return functools.partial(ops.matmul, activation=activation, implementation=implementation)
+
+    works: dict[str, Work | str] = {}
+    packed = attempt(lambda: [jax.jit(kernel_weight)(q) for q in weights])
+    if activation is None:
+        works[KERNEL] = later(packed, lambda w: Work(kernels.matrix_vector, x, w))
+    else:
+        codes, _, _ = quantized_rows(x)
+        works[KERNEL] = later(packed, lambda w: Work(kernels.integer_matrix_vector, codes, w))
+    if case.urgent or settings.smoke or case.m == 1:
+        prepared = attempt(lambda: [prepare(q) for q in weights])
+        works["fdq"] = later(prepared, lambda w: Work(matmul("mosaic_gpu"), x, w))
+        works["xla"] = Work(matmul("xla"), x, weights)
+
+    first = weights[0]
+    if activation is None:
+        expected = jax.jit(reference_product)(x, first)
+        partial_sums = expected
+    else:
+        expected = matmul("xla")(x, first, out_dtype=jnp.float32)
+        _, _, rounded = quantized_rows(x)
+        partial_sums = jax.jit(reference_product)(rounded, first)
+    checks = {
+        KERNEL: lambda y: difference(y.sum(axis=0), partial_sums),
+        "fdq": lambda y: difference(y, expected),
+        "xla": lambda y: difference(y, expected),
+    }
+    entries = timed(works, checks, {KERNEL: _TOLERANCE}, settings)
+    entries["cuBLAS"] = dense(case, settings)
+    labels = {name: getattr(case, name) for name in ("model", "layer", "m", "k", "n", "urgent")}
+    return {"section": "matmul", "scheme": case.scheme, **labels, "bytes": size, "entries": entries}
+
+
+def quantized_rows(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """int8 codes, their scales and the codes as float32 numbers."""
+    spec = ops.parse_activation("int8")
+    assert spec is not None
+    codes, scale = ops.quantize_activation(x, spec)
+    return codes, scale, codes.astype(jnp.float32)
+
+
+def prepare(q: QTensor) -> QTensor:
+    """The weight as `fdq.prepare` lays it out for the kernels, whatever the device."""
+    return ops.prepare(q, "gpu")
+
+
+def reference_product(x: jax.Array, q: QTensor) -> jax.Array:
+    """float32 ``x @ dequantize(q)``."""
+    return jnp.dot(x.astype(jnp.float32), dequantize(q), precision=jax.lax.Precision.HIGHEST)
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, or the error that it raises."""
+    try:
+        return jax.block_until_ready(make())
+    except Exception as error:
+        return error
+
+
+def later(operands: Any, work: Callable[[Any], Work]) -> Work | str:
+    """``work(operands)``, or why there are no operands."""
+    return reason(operands) if isinstance(operands, Exception) else work(operands)
+
+
+def timed(
+    works: dict[str, Work | str],
+    checks: dict[str, Callable[[Any], float]],
+    tolerances: dict[str, float],
+    settings: Settings,
+) -> dict[str, dict[str, Any]]:
+    """Entries of a report: seconds and difference of each work, or an error.
+
+    A work whose result is wrong gets no time.
+
+    Args:
+      works: by name; a str says why there is none.
+      checks: by name: result of one step -> difference from the reference.
+      tolerances: by name, where a rounded result is not what is compared.
+      settings: of the section.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    right: dict[str, Work] = {}
+    for name, work in works.items():
+        if isinstance(work, str):
+            entries[name] = {"error": work}
+            continue
+        try:
+            found = jax.jit(work.step)(work.x, work.operands[0])
+            if work.threads:
+                found = found[0]
+            worst = checks[name](found)
+        except Exception as error:
+            entries[name] = {"error": reason(error)}
+            continue
+        entries[name] = {"difference": worst}
+        if worst > tolerances.get(name, _ROUNDED):
+            entries[name]["error"] = f"wrong: differs from the reference by {worst:.2g}"
+        else:
+            right[name] = work
+    for name, timing in time_all(right, smoke=settings.smoke).items():
+        entries[name] |= entry(timing)
+    return entries
+
+
+def entry(timing: Timing | str) -> dict[str, Any]:
+    """A timing as JSON."""
+    if isinstance(timing, str):
+        return {"error": timing}
+    return {
+        "seconds": timing.seconds,
+        "spread": round(timing.spread, 4),
+        "links": timing.links,
+        "compile_seconds": round(timing.compile_seconds, 2),
+    }
+
+
+def dense(case: MatrixCase, settings: Settings) -> dict[str, Any]:
+    """The product of the same sizes in 16 bits by cuBLAS (``jnp.dot``); measured once a size."""
+    key = (case.m, case.k, case.n)
+    if key not in _DENSE:
+        dtype = jnp.dtype(settings.dtype)
+        size = case.k * case.n * dtype.itemsize
+        links = links_for(size, settings.l2_bytes, smoke=settings.smoke)
+        keys = jax.random.split(jax.random.key(2), links)
+        w = [random_array(k, (case.k, case.n), dtype, case.k**-0.5) for k in keys]
+        x = random_array(jax.random.key(1), (case.m, case.k), dtype)
+        timing = time_all({"dense": Work(jnp.dot, x, w)}, smoke=settings.smoke)["dense"]
+        _DENSE[key] = {**entry(timing), "bytes": size}
+    return _DENSE[key]
+
+
+def expert_indices(case: ExpertCase, links: int, seed: int = 3) -> list[np.ndarray]:
+    """``[tokens * top_k]`` int32 a launch; experts of one token differ, and so do launches.
+
+    With one token every launch reads other experts, until all have been read.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    queue: list[int] = []
+    for _ in range(links):
+        rows = []
+        for _ in range(case.tokens):
+            if len(queue) < case.top_k:
+                queue = rng.permutation(case.experts).tolist()
+            rows += [queue.pop() for _ in range(case.top_k)]
+        found.append(np.asarray(rows, np.int32))
+    return found
+
+
+def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
+    """Times the products of picked experts; bytes are those of the experts that are hit."""
+    from pallas_kernels.grouped_matmul import gathered_matrix_vector
+
+    dtype = jnp.dtype(settings.dtype)
+    stack = random_weights(case, 1, lead=(case.experts,))[0]
+    links = 1 if settings.smoke else max(3, min(16, case.experts // case.top_k))
+    chosen = expert_indices(case, links)
+    rows = case.tokens * case.top_k
+    x = random_array(jax.random.key(1), (rows, case.k), dtype)
+    operands = [jnp.asarray(index) for index in chosen]
+    hit = float(np.mean([len(set(index.tolist())) for index in chosen]))
+
+    def kernel(x: tuple[jax.Array, Any], index: jax.Array) -> jax.Array:
+        return gathered_matrix_vector(x[0], x[1], index)
+
+    def seam(implementation: str) -> Callable[..., jax.Array]:
+        def step(x: tuple[jax.Array, Any], index: jax.Array) -> jax.Array:
+            return ops.grouped_matmul(x[0], x[1], index, implementation=implementation)
+
+        return step
+
+    packed = attempt(lambda: jax.jit(kernel_weight)(stack))
+    prepared = attempt(lambda: prepare(stack))
+    works: dict[str, Work | str] = {
+        KERNEL: later(packed, lambda w: Work(kernel, (x, w), operands)),
+        "fdq": later(prepared, lambda w: Work(seam("mosaic_gpu"), (x, w), operands)),
+        "xla": Work(seam("xla"), (x, stack), operands),
+    }
+    expected = _expert_reference(x, stack, operands[0])
+    checks = {
+        KERNEL: lambda y: difference(y.sum(axis=0), expected),
+        "fdq": lambda y: difference(y, expected),
+        "xla": lambda y: difference(y, expected),
+    }
+    entries = timed(works, checks, {KERNEL: _TOLERANCE}, settings)
+    return {
+        "section": "experts",
+        "scheme": f"{case.format}A16",
+        "model": case.model,
+        "layer": f"experts.{case.layer}",
+        "m": case.tokens,
+        "rows": rows,
+        "experts_hit": hit,
+        "k": case.k,
+        "n": case.n,
+        "bytes": int(stack.nbytes / case.experts * hit),
+        "entries": entries,
+    }
+
+
+@jax.jit
+def _expert_reference(x: jax.Array, stack: QTensor, index: jax.Array) -> jax.Array:
+    """float32 ``[T, N]``, an expert at a time."""
+
+    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        row, expert = item
+        q = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, 0, False), stack)
+        return reference_product(row[None], q)[0]
+
+    return jax.lax.map(one, (x, index))
+
+
+if __name__ == "__main__":
+    section_main(run)
