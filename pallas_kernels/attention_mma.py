@@ -232,7 +232,7 @@ def _program(
         if side.dynamic:
             key_scales = [fetch("k_scale", at, row) for at in starts]
             value_scales = [fetch("v_scale", at, row) for at in starts]
-        scores = []
+        scores, inverses = [], []
         for at, words, key_scale, value_scale in zip(
             starts, key_words, key_scales, value_scales, strict=True
         ):
@@ -244,6 +244,9 @@ def _program(
                 score = score * factor
             else:
                 score = score * across(key_scale * factor) + across(jnp.log2(value_scale))
+                inverse = jnp.float32(1) / value_scale
+                # Hidden slots may hold scales of zero.
+                inverses.append(across(jnp.where(visible, inverse, jnp.float32(0))))
             scores.append(jnp.where(across(visible), score, jnp.float32(MASKED)))
         new_top = functools.reduce(jnp.maximum, scores)
         new_top = jnp.maximum(top, mma.warp_maximum(new_top))
@@ -251,11 +254,8 @@ def _program(
         level = new_top - jnp.float32(_HEADROOM)
         weights = [jnp.exp2(score - level) for score in scores]
         total = total * shrink
-        for weight, value_scale in zip(weights, value_scales, strict=True):
-            if value_scale is None:
-                total = total + weight
-            else:
-                total = total + weight * across(jnp.float32(1) / value_scale)
+        for u, weight in enumerate(weights):
+            total = total + (weight * inverses[u] if inverses else weight)
         offsets = [points("v_zero", at, value_row) for at in starts] if zeros else None
         terms = [mma.split_terms(weight, codes.dtype, _TERMS) for weight in weights]
         sums = mma.add_values(sums, shrink, value_words, terms, codes, offsets)
@@ -296,7 +296,7 @@ def _load_queries(shape: _Shape, inputs, b, kv, query_ref) -> list[jax.Array]:
 
     Columns beyond the group are zero.
     """
-    side, codes, group = shape.side, shape.codes, shape.group
+    codes, group = shape.codes, shape.group
     d = codes.head_dim
     row = load(inputs["q"].at[b, pl.ds(kv * group, group)], spread(d)).astype(jnp.float32)
     store(query_ref.at[pl.ds(0, group)], row)

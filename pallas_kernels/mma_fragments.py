@@ -322,11 +322,10 @@ def _query_pairs(query, codes: Codes, heads: int):
 
 def _key_fragments(rows, codes: Codes, zeros):
     """A fragments of the words ``rows[half][i]`` of two slots."""
-    fragments = []
     if codes.per_word == 2:
-        for i in range(0, codes.key_vector, 2):
-            fragments.append([rows[0][i], rows[1][i], rows[0][i + 1], rows[1][i + 1]])
-        return fragments
+        first = range(0, codes.key_vector, 2)
+        return [[rows[0][i], rows[1][i], rows[0][i + 1], rows[1][i + 1]] for i in first]
+    fragments = []
     for i in range(codes.key_vector):
         halves = []
         for half in range(2):
@@ -339,8 +338,9 @@ def _key_fragments(rows, codes: Codes, zeros):
                 halves.append([_bytes(word, selector) for selector in (0x4140, 0x4342)])
             else:
                 halves.append([_e4m3(word, selector) for selector in (0x1404, 0x3424)])
-        for j in range(0, len(halves[0]), 2):
-            fragments.append([halves[0][j], halves[1][j], halves[0][j + 1], halves[1][j + 1]])
+        low, high = halves
+        first = range(0, len(low), 2)
+        fragments += [[low[j], high[j], low[j + 1], high[j + 1]] for j in first]
     return fragments
 
 
