@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import gpu_targets
-from pallas_kernels.ahead_of_time import Report
+from pallas_kernels.compile_report import Report
 from pallas_kernels.kernel_cases import KernelCase
 
 # XLA's and JAX's settings of the parent could change or skip the compile (a cached executable is

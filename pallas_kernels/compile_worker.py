@@ -27,7 +27,8 @@ from jax.experimental import topologies as topologies  # imported once, for all 
 from jax.experimental.pallas import mosaic_gpu as mosaic_gpu
 
 from pallas_kernels import gpu_targets
-from pallas_kernels.ahead_of_time import Report, compile_here, one_line
+from pallas_kernels.ahead_of_time import compile_here, one_line
+from pallas_kernels.compile_report import Report
 from pallas_kernels.kernel_cases import all_cases
 
 _NO_INSTRUCTION = re.compile(r"Cannot select: intrinsic %llvm\.nvvm\.([\w.]+)")

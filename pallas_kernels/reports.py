@@ -11,7 +11,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from pallas_kernels.ahead_of_time import KernelReport, Report
+from pallas_kernels.compile_report import KernelReport, Report
 from pallas_kernels.gpu_targets import GPUS
 
 DIRECTORY = pathlib.Path(__file__).parent / "reports"
@@ -26,7 +26,7 @@ def save(reports: Sequence[Report], path: pathlib.Path) -> None:
     """Writes reports of one version of jax, one a line; XLA's own kernels are left out."""
     lines = []
     for report in reports:
-        ours = dataclasses.replace(report, kernels=report.mosaic_kernels)
+        ours = dataclasses.replace(report, kernels=report.mosaic_kernels, traceback="")
         lines.append(json.dumps(ours.to_dict(), sort_keys=True))
     versions = sorted({report.jax for report in reports})
     path.parent.mkdir(parents=True, exist_ok=True)

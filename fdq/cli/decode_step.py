@@ -43,7 +43,7 @@ class DecodeStepReport:
       model, scheme, gpu, jax: what was compiled, for what, by which version.
       layers, of_layers: compiled, and of the model.
       context, batch: slots of the cache, and sequences.
-      ok, error: whether it compiled, and why not.
+      ok, error, traceback: whether it compiled, and why not.
       launches, launch_kinds: of one step, loops with a known trip count in full.
       unknown_loops: loops whose trip count depends on data; counted as one trip each.
       launches_per_layer: of the last layer: the difference between three and two layers.
@@ -66,6 +66,7 @@ class DecodeStepReport:
     batch: int
     ok: bool
     error: str = ""
+    traceback: str = ""
     launches: int = 0
     launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
@@ -202,6 +203,7 @@ def report(
         batch=batch,
         ok=full.ok,
         error=full.error,
+        traceback=full.traceback,
         weight_bytes=plan.weights.bytes,
         cache_bytes=plan.cache_bytes,
         seconds=round(full.lower_seconds + full.compile_seconds, 1),

@@ -76,7 +76,7 @@ def run(
 
     names = [gpu_targets.find(name).name for name in gpu or []]
     if decode_step is not None:
-        _decode_steps(decode_step, scheme, names, layers, context, batch, output, json)
+        _decode_steps(decode_step, scheme, names, layers, context, batch, output, json, debug)
         return
     if not names and not everything:
         names = _this_machine()
@@ -93,6 +93,9 @@ def run(
     else:
         for name in names:
             _show(name, [report for report in reports if report.gpu == name])
+    if debug:
+        for report in reports:
+            console.err.print(report.traceback, markup=False, soft_wrap=True, end="")
     if broken:
         for problem in broken:
             console.err.print(problem, style="red", markup=False, soft_wrap=True)
@@ -257,6 +260,7 @@ def _decode_steps(
     batch: int,
     output: pathlib.Path | None,
     json: bool,
+    debug: bool,
 ) -> None:
     import json as text
 
@@ -295,6 +299,9 @@ def _decode_steps(
         console.print_json(value)
     else:
         _show_decode_steps(results)
+    if debug:
+        for result in results:
+            console.err.print(result.traceback, markup=False, soft_wrap=True, end="")
     if not all(result.ok for result in results):
         raise typer.Exit(console.FAILED_CHECK)
 
