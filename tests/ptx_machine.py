@@ -112,6 +112,12 @@ class Machine:
         dtype = _SIGNED if suffix == "s32" else _UNSIGNED
         self._set(operands[0], self._value(operands[1], dtype) >> self._value(operands[2], dtype))
 
+    def _bfe(self, suffix: str, operands: list[str]) -> None:
+        start, length = (int(o) for o in operands[2:])
+        dtype = _SIGNED if suffix == "s32" else _UNSIGNED
+        top = self._value(operands[1]) << _UNSIGNED(32 - start - length)
+        self._set(operands[0], top.view(dtype) >> dtype(32 - length))
+
     def _shf(self, suffix: str, operands: list[str]) -> None:
         if suffix != "r.wrap.b32":
             raise NotImplementedError(f"PTX machine: shf.{suffix}")
