@@ -66,9 +66,14 @@ def exponent(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.int32) - jnp.int32(_TO_INTEGER_BITS)
 
 
-def spread(width: int) -> Any:
-    """Layout of ``[..., width]``: one element a thread, over as many warps as there are."""
-    lanes = min(width, 32)
+def spread(width: int, lanes: int = 32) -> Any:
+    """Layout of ``[..., width]``: one element a thread, over as many warps as there are.
+
+    Args:
+      width: a power of two.
+      lanes: threads of a warp that differ, a power of two; the others have copies.
+    """
+    lanes = min(width, lanes)
     warps = min(width // lanes, 4)
     lane_dims = (-2,) if lanes == 32 else (mg.Replicated(32 // lanes), -2)
     tiling: tuple[tuple[int, ...], ...] = ((lanes,), (1,))

@@ -57,6 +57,11 @@ class Row:
         """Channels of a piece."""
         return self.head_dim // len(self.indices)
 
+    @property
+    def layout(self) -> Any:
+        """Of a piece. A maximum over all 32 threads of a warp is an instruction that T4 lacks."""
+        return spread(self.width, 16)
+
 
 def write_row(shape: Row, qkv, cos, sin, slots, caches, kept):
     """Launches the kernel; returns the fields of `cache_update.Appended`."""
@@ -110,7 +115,7 @@ def write_row(shape: Row, qkv, cos, sin, slots, caches, kept):
 def _program(shape: Row, refs: dict[str, Any], q_ref) -> None:
     """One head of one sequence."""
     head, b = lax.axis_index("head"), lax.axis_index("sequence")
-    layout = spread(shape.width)
+    layout = shape.layout
     rounded = rounding(shape.dtype)
 
     def piece(ref, *where):
@@ -217,12 +222,12 @@ def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _splat(shape: Row, scalar: jax.Array) -> jax.Array:
-    return mg.layout_cast(lax.broadcast_in_dim(scalar, (shape.width,), ()), spread(shape.width))
+    return mg.layout_cast(lax.broadcast_in_dim(scalar, (shape.width,), ()), shape.layout)
 
 
 def _first(shape: Row, x: jax.Array) -> jax.Array:
     """The scalar that a vector is full of."""
-    index = mg.broadcasted_iota(jnp.int32, x.shape, 0, layout=spread(shape.width))
+    index = mg.broadcasted_iota(jnp.int32, x.shape, 0, layout=shape.layout)
     return jnp.sum(jnp.where(index == 0, x, jnp.zeros((), x.dtype)))
 
 
@@ -251,7 +256,7 @@ def _static(shape: Row, ref: Any, kv: jax.Array, index: tuple[Any, ...]):
         return None
     if len(ref.shape) == 2:
         return _splat(shape, ref[kv, 0])
-    return load(ref.at[(kv, *index)], spread(shape.width))
+    return load(ref.at[(kv, *index)], shape.layout)
 
 
 def _at_least(x: jax.Array, least: float) -> jax.Array:
