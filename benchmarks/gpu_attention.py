@@ -45,13 +45,10 @@ def run(settings: Settings, emit: Emit) -> None:
     if settings.more.get("append"):
         from benchmarks.gpu_append import append_cases, measure_append
 
-        cases = append_cases()
-        run_cases(
-            [small(case) for case in cases[:3]] if settings.smoke else cases,
-            settings,
-            emit,
-            measure_append,
-        )
+        appends = append_cases()
+        if settings.smoke:
+            appends = [dataclasses.replace(case, case=small(case.case)) for case in appends[:4]]
+        run_cases(appends, settings, emit, measure_append)
         return
     cases = gpu_cases.attention_cases()
     if settings.smoke:

@@ -17,7 +17,7 @@ from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_timing import Timing, Work, difference, links_for, reason, time_all
 from benchmarks.gpu_weights import nbytes, random_array, random_weight, weight_spec
 from fdq import ops
-from fdq.qtensor import QTensor, dequantize
+from fdq.qtensor import LAYOUTS, QTensor, dequantize
 
 KERNEL = "kernel"
 """Entry of the kernel alone: float32 partial sums, which its consumer adds up."""
@@ -61,21 +61,24 @@ def small_experts(case: ExpertCase) -> ExpertCase:
     return ExpertCase(**{**case.__dict__, "experts": 4, "top_k": 2, "k": 256, "n": 256})
 
 
-def kernel_weight(q: QTensor) -> Any:
-    """A QTensor in the kernels' layout."""
-    from pallas_kernels.layouts import to_kernel
+def prepare(q: QTensor) -> QTensor:
+    """The weight in the kernels' layout, as `fdq.prepare` lays it out on a GPU."""
+    return LAYOUTS["mosaic_gpu"].from_canonical(q)
 
-    spec, (k, n) = q.spec, q.shape[-2:]
-    return to_kernel(
-        q.arrays(),
-        format=spec.format,
-        granularity=spec.granularity,
-        group_size=spec.group_size,
-        block_size=spec.block_size,
-        zero_point=spec.zero_point,
-        k=k,
-        n=n,
-    )
+
+def matrix_kernel(activation: str | None) -> Callable[..., jax.Array]:
+    """Rows (codes where activations are quantized) and a kernel weight -> partial sums."""
+    if activation is None:
+        from pallas_kernels.matmul import matrix_vector
+
+        return matrix_vector
+
+    def integers(codes: jax.Array, w: Any) -> jax.Array:
+        from pallas_kernels.integer_matmul import integer_matrix_vector
+
+        return integer_matrix_vector(codes, w)
+
+    return integers
 
 
 def random_weights(case: Any, count: int, lead: tuple[int, ...] = ()) -> list[QTensor]:
@@ -87,8 +90,6 @@ def random_weights(case: Any, count: int, lead: tuple[int, ...] = ()) -> list[QT
 
 def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
     """Times one product, by everything that can compute it, and compares the results."""
-    from pallas_kernels import matmul as kernels
-
     dtype = jnp.dtype(settings.dtype)
     spec = weight_spec(case.format)
     shapes = jax.eval_shape(lambda k: random_weight(k, (case.k, case.n), spec), jax.random.key(0))
@@ -102,14 +103,11 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
         return functools.partial(ops.matmul, activation=activation, implementation=implementation)
 
     works: dict[str, Work | str] = {}
-    packed = attempt(lambda: [jax.jit(kernel_weight)(q) for q in weights])
-    if activation is None:
-        works[KERNEL] = later(packed, lambda w: Work(kernels.matrix_vector, x, w))
-    else:
-        codes, _, _ = quantized_rows(x)
-        works[KERNEL] = later(packed, lambda w: Work(kernels.integer_matrix_vector, codes, w))
+    prepared = attempt(lambda: [prepare(q) for q in weights])
+    rows = x if activation is None else quantized_rows(x)[0]
+    kernel = matrix_kernel(activation)
+    works[KERNEL] = later(prepared, lambda w: Work(kernel, rows, [q.codes for q in w]))
     if case.urgent or settings.smoke or case.m == 1:
-        prepared = attempt(lambda: [prepare(q) for q in weights])
         works["fdq"] = later(prepared, lambda w: Work(matmul("mosaic_gpu"), x, w))
         works["xla"] = Work(matmul("xla"), x, weights)
 
@@ -138,11 +136,6 @@ def quantized_rows(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     assert spec is not None
     codes, scale = ops.quantize_activation(x, spec)
     return codes, scale, codes.astype(jnp.float32)
-
-
-def prepare(q: QTensor) -> QTensor:
-    """The weight as `fdq.prepare` lays it out for the kernels, whatever the device."""
-    return ops.prepare(q, "gpu")
 
 
 def reference_product(x: jax.Array, q: QTensor) -> jax.Array:
@@ -175,7 +168,7 @@ def timed(
 
     Args:
       works: by name; a str says why there is none.
-      checks: by name: result of one step -> difference from the reference.
+      checks: by name: what one step returns -> difference from the reference.
       tolerances: by name, where a rounded result is not what is compared.
       settings: of the section.
     """
@@ -187,8 +180,6 @@ def timed(
             continue
         try:
             found = jax.jit(work.step)(work.x, work.operands[0])
-            if work.threads:
-                found = found[0]
             worst = checks[name](found)
         except Exception as error:
             entries[name] = {"error": reason(error)}
@@ -250,8 +241,6 @@ def expert_indices(case: ExpertCase, links: int, seed: int = 3) -> list[np.ndarr
 
 def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
     """Times the products of picked experts; bytes are those of the experts that are hit."""
-    from pallas_kernels.grouped_matmul import gathered_matrix_vector
-
     dtype = jnp.dtype(settings.dtype)
     stack = random_weights(case, 1, lead=(case.experts,))[0]
     links = 1 if settings.smoke else max(3, min(16, case.experts // case.top_k))
@@ -262,6 +251,8 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
     hit = float(np.mean([len(set(index.tolist())) for index in chosen]))
 
     def kernel(x: tuple[jax.Array, Any], index: jax.Array) -> jax.Array:
+        from pallas_kernels.grouped_matmul import gathered_matrix_vector
+
         return gathered_matrix_vector(x[0], x[1], index)
 
     def seam(implementation: str) -> Callable[..., jax.Array]:
@@ -270,10 +261,9 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
 
         return step
 
-    packed = attempt(lambda: jax.jit(kernel_weight)(stack))
     prepared = attempt(lambda: prepare(stack))
     works: dict[str, Work | str] = {
-        KERNEL: later(packed, lambda w: Work(kernel, (x, w), operands)),
+        KERNEL: later(prepared, lambda w: Work(kernel, (x, w.codes), operands)),
         "fdq": later(prepared, lambda w: Work(seam("mosaic_gpu"), (x, w), operands)),
         "xla": Work(seam("xla"), (x, stack), operands),
     }

@@ -66,7 +66,9 @@ def peers_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def checks(record: dict[str, Any]) -> list[Check]:
-    """The figures that must be reached, each with what this run found."""
+    """The figures that must be reached, each with what this run found; a smoke run finds none."""
+    if not record["counts"]:
+        record = {**record, "results": []}
     machine = record["machine"]
     matmul = [r for r in rows_of(record, "matmul") if r["m"] == 1 and r["bytes"] >= LARGE]
     found = [
@@ -153,10 +155,9 @@ def wrong_results(record: dict[str, Any]) -> list[str]:
 
 def print_report(record: dict[str, Any], console: Console) -> None:
     """All tables, what could not be measured, and the list of figures."""
-    machine = record["machine"]
     for section in _TITLES:
-        _print_section(section, rows_of(record, section), machine, console)
-    _print_models(rows_of(record, "model"), machine, console)
+        _print_section(section, rows_of(record, section), record, console)
+    _print_models(rows_of(record, "model"), record, console)
     _print_failures(record, console)
     marks = {True: "[green]met[/]", False: "[red]MISSED[/]", None: "not measured"}
     table = Table("figure that must be reached", "measured", "", title_justify="left")
@@ -166,29 +167,44 @@ def print_report(record: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def label(row: dict[str, Any]) -> str:
+    """A case in few words."""
+    name = f"{row['scheme']} {row['model']}"
+    if "layer" in row:
+        hit = f", {row['experts_hit']:.0f} experts" if "experts_hit" in row else ""
+        return f"{name} {row['layer']} {row['k']} x {row['n']}, M = {row['m']}{hit}"
+    return f"{name}, {row['m']} x {row['slots']} tokens"
+
+
 def _print_section(
-    section: str, rows: list[dict[str, Any]], machine: dict[str, Any], console: Console
+    section: str, rows: list[dict[str, Any]], record: dict[str, Any], console: Console
 ) -> None:
+    machine, counts = record["machine"], record["counts"]
     if not rows:
         return
     peers = peers_of(rows)
     table = Table(title=_TITLES[section], title_justify="left")
-    table.add_column("case", overflow="fold")
-    for column in ("bytes", "kernel", "of bandwidth"):
+    table.add_column("case", overflow="fold", min_width=24)
+    for column in ("MB", "kernel, us", "bandwidth"):
         table.add_column(column, justify="right", no_wrap=True)
     for peer in peers:
         table.add_column(f"{peer} / kernel", justify="right")
     for row in rows:
         own, part = seconds(row, KERNEL), share(row, KERNEL, machine)
-        cells = [
-            f"{row['bytes'] / 1e6:.1f} MB",
-            "–" if own is None else f"{own * 1e6:.2f} us",
-            "–" if part is None else f"{part:.1%}",
-        ]
+        cells = [f"{row['bytes'] / 1e6:.1f}"]
+        if counts:
+            cells += [
+                "–" if own is None else f"{own * 1e6:.2f}",
+                "–" if part is None else f"{part:.1%}",
+            ]
+        else:
+            cells += ["–" if own is None else "ran", "" if own is None else "no figure"]
         for peer in peers:
             other = seconds(row, peer)
-            cells.append("–" if other is None or own is None else f"{other / own:.2f}x")
-        table.add_row(row["case"], *cells)
+            known = other is not None and own is not None
+            ratio = f"{other / own:.2f}x" if known and counts else "ran" if other else "–"
+            cells.append(ratio)
+        table.add_row(label(row), *cells)
     console.print(table)
     if section == "matmul":
         console.print(
@@ -197,24 +213,24 @@ def _print_section(
         )
 
 
-def _print_models(rows: list[dict[str, Any]], machine: dict[str, Any], console: Console) -> None:
+def _print_models(rows: list[dict[str, Any]], record: dict[str, Any], console: Console) -> None:
     if not rows:
         return
+    bandwidth, counts = record["machine"].get("copy_bandwidth"), record["counts"]
     columns = ("tokens/s", "a token", "bytes", "of bandwidth", "compiled in")
     table = Table(title="Whole-model decoding, one sequence, one jitted loop", title_justify="left")
     table.add_column("model", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        bandwidth = machine.get("copy_bandwidth")
         part = row["bytes"] / row["seconds"] / bandwidth if bandwidth else None
         name = row["case"] + (f" ({row['note']})" if row["note"] else "")
         table.add_row(
             name,
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['seconds'] * 1e3:.3f} ms",
+            f"{row['tokens_per_second']:.1f}" if counts else "ran",
+            f"{row['seconds'] * 1e3:.3f} ms" if counts else "no figure",
             f"{row['bytes'] / 1e9:.2f} GB",
-            "–" if part is None else f"{part:.1%}",
+            "–" if part is None or not counts else f"{part:.1%}",
             f"{row['compile_seconds']:.0f} s",
         )
     console.print(table)

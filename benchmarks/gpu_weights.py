@@ -87,7 +87,7 @@ def random_cache(
         return _repeat(x.astype(dtype), 2, slots), None, None
     if spec.dynamic:
         codes, scale, zero = ops.quantize_cache(x, spec)
-        scale = _repeat(scale, 2, slots)
+        scale = None if scale is None else _repeat(scale, 2, slots)
         zero = None if zero is None else _repeat(zero, 2, slots)
     else:
         width = d if spec.granularity == "channel" else 1
