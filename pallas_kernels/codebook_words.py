@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,11 @@ class CodebookWords(WordFormat):
     levels: tuple[float, ...] = ()
 
     def decode(
-        self, words: Sequence[jax.Array], columns: Sequence[jax.Array], interpreted: bool
+        self,
+        words: Sequence[jax.Array],
+        columns: Sequence[jax.Array],
+        interpreted: bool,
+        layout: Any = None,
     ) -> list[jax.Array]:
         """A shift and a shuffle a row."""
         (word,) = words
@@ -61,7 +66,7 @@ class CodebookWords(WordFormat):
             table = lanes.lane_table(self.levels)
             return [lanes.read_lane(table, lanes.shift_right(word, 4 * row)) for row in range(8)]
 
-        return lanes.apply(emit, [word], [jnp.float32] * 8)
+        return lanes.apply(emit, [word], [jnp.float32] * 8, layout)
 
     def _select(self, index: jax.Array) -> jax.Array:
         """The level that the lowest 4 bits name."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +70,17 @@ class ConvolutionalWords(WordFormat):
         return linear_exponent(interpreted)
 
     def decode(
-        self, words: Sequence[jax.Array], columns: Sequence[jax.Array], interpreted: bool
+        self,
+        words: Sequence[jax.Array],
+        columns: Sequence[jax.Array],
+        interpreted: bool,
+        layout: Any = None,
     ) -> list[jax.Array]:
         """Per byte one instruction to take it, three to round, then a mask a row."""
-        states = (interpreted_states if interpreted else rounded_states)(words[0], *columns)
+        if interpreted:
+            states = interpreted_states(words[0], *columns)
+        else:
+            states = rounded_states(words[0], *columns, layout)
         return [
             linear_field(state, shift + FRACTION_BITS, 6, interpreted)
             for state in states
@@ -98,7 +106,7 @@ def interpreted_states(
 
 
 def rounded_states(
-    word: jax.Array, code_scale: jax.Array, code_offset: jax.Array
+    word: jax.Array, code_scale: jax.Array, code_offset: jax.Array, layout: Any
 ) -> list[jax.Array]:
     """The same on a GPU; bits above 21 are not the state's."""
 
@@ -119,7 +127,7 @@ def rounded_states(
         code_scale * jnp.float32(2.0**STAGED_SCALE),
         code_offset * jnp.float32(2.0**ROUNDED_EXPONENT),
     ]
-    return lanes.apply(emit, [word, *staged], [jnp.int32] * 4)
+    return lanes.apply(emit, [word, *staged], [jnp.int32] * 4, layout)
 
 
 FORMATS: tuple[WordFormat, ...] = (

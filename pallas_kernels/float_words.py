@@ -63,7 +63,11 @@ class SmallFloatWords(WordFormat):
         return missing - (FLOAT16_EXPONENT if interpreted else STAGED_EXPONENT)
 
     def decode(
-        self, words: Sequence[jax.Array], columns: Sequence[jax.Array], interpreted: bool
+        self,
+        words: Sequence[jax.Array],
+        columns: Sequence[jax.Array],
+        interpreted: bool,
+        layout: Any = None,
     ) -> list[jax.Array]:
         """At most two shifts and a mask a row."""
         (word,) = words
@@ -73,7 +77,7 @@ class SmallFloatWords(WordFormat):
         def emit(word):
             return [lanes.as_float(bits) for bits in self.place(lanes.Word(word))]
 
-        return lanes.apply(emit, [word], [jnp.float32] * self.rows)
+        return lanes.apply(emit, [word], [jnp.float32] * self.rows, layout)
 
     def place(self, word: Any) -> list[Any]:
         """int32 bits of the float32 of each row; of anything with the operators of an int32."""

@@ -36,34 +36,38 @@ def column_layout(columns: int) -> Any:
 
 
 def apply(
-    emit: Callable[..., Sequence[Any]], arrays: Sequence[jax.Array], dtypes: Sequence[Any]
+    emit: Callable[..., Sequence[Any]],
+    arrays: Sequence[jax.Array],
+    dtypes: Sequence[Any],
+    layout: Any = None,
 ) -> list[jax.Array]:
-    """``emit`` of the elements of 32-bit arrays ``[columns]``, one thread's element at a time.
+    """``emit`` of the elements of 32-bit arrays, one thread's element at a time.
 
     Args:
       emit: MLIR values, one for each array -> MLIR values, one for each dtype.
       arrays: of one shape.
       dtypes: of the results, 32 bits wide.
+      layout: of the arrays and of the results; None: `column_layout`.
 
     Returns:
       One array of the same shape for each dtype.
     """
-    (columns,) = arrays[0].shape
-    layout = column_layout(columns)
+    shape = arrays[0].shape
+    kind = column_layout(*shape) if layout is None else layout
 
     @mg.inline_mgpu(
-        arg_types=tuple(layout for _ in arrays),
-        return_type=tuple(mg.ShapeDtypeStruct((columns,), dtype, layout) for dtype in dtypes),
+        arg_types=tuple(kind for _ in arrays),
+        return_type=tuple(mg.ShapeDtypeStruct(shape, dtype, kind) for dtype in dtypes),
     )
     def run(_context, *operands):
-        shape = operands[0].registers.shape
-        results = [np.empty(shape, dtype=object) for _ in dtypes]
-        for index in np.ndindex(shape):
+        registers = operands[0].registers.shape
+        results = [np.empty(registers, dtype=object) for _ in dtypes]
+        for index in np.ndindex(registers):
             lanes = [_split(operand.registers[index]) for operand in operands]
-            columns = [emit(*elements) for elements in zip(*lanes, strict=True)]
-            for result, parts in zip(results, zip(*columns, strict=True), strict=True):
-                kind = ir.VectorType.get((len(parts),), parts[0].type)
-                result[index] = vector.from_elements(kind, list(parts))
+            elements = [emit(*values) for values in zip(*lanes, strict=True)]
+            for result, parts in zip(results, zip(*elements, strict=True), strict=True):
+                vector_type = ir.VectorType.get((len(parts),), parts[0].type)
+                result[index] = vector.from_elements(vector_type, list(parts))
         return tuple(
             mgpu.FragmentedArray(
                 _registers=result,

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,11 @@ class WordFormat:
         return 0
 
     def decode(
-        self, words: Sequence[jax.Array], columns: Sequence[jax.Array], interpreted: bool
+        self,
+        words: Sequence[jax.Array],
+        columns: Sequence[jax.Array],
+        interpreted: bool,
+        layout: Any = None,
     ) -> list[jax.Array]:
         """Words of a unit -> its rows, before bias and scale; in kernels, element by element.
 
@@ -73,6 +78,8 @@ class WordFormat:
           words: `words` int32 arrays of one shape (of columns).
           columns: float32 arrays of that shape, in the order of `columns`.
           interpreted: whether XLA on CPU runs this, rather than a GPU.
+          layout: of these arrays in a kernel, for formats that need instructions without a name in
+            `jax.numpy`; None: arrays ``[columns]``, neighbours in one thread.
 
         Returns:
           `rows` float32 arrays.
@@ -191,7 +198,11 @@ class IntegerWords(WordFormat):
         return [(0, p) if p + self.bits <= 24 else (shift, p - shift) for p in positions]
 
     def decode(
-        self, words: Sequence[jax.Array], columns: Sequence[jax.Array], interpreted: bool
+        self,
+        words: Sequence[jax.Array],
+        columns: Sequence[jax.Array],
+        interpreted: bool,
+        layout: Any = None,
     ) -> list[jax.Array]:
         """One mask a row, and one shift a word."""
         (word,) = words
