@@ -50,7 +50,8 @@ class DecodeStepReport:
       weight_bytes, cache_bytes: of what is compiled (`layers`).
       temp_bytes: temporaries of one step.
       alias_bytes: written in place; the whole cache if nothing copies it.
-      large_results: copies of weights or of the cache, or what stands for one.
+      large_results: copies of weights or of the cache, what stands for one, and what kernels write
+        (partial sums).
       copies: copy thunks: (count, bytes of all).
       kernels: ours.
       seconds: of the compile.
@@ -85,9 +86,15 @@ class DecodeStepReport:
         """Temporaries over weights."""
         return self.temp_bytes / self.weight_bytes if self.weight_bytes else 0.0
 
+    @property
+    def weight_copies(self) -> int:
+        """Results of the size of a weight or of the cache that XLA writes, not a kernel of ours."""
+        return sum(r.count for r in self.large_results if r.operation != "custom-call")
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**dataclasses.asdict(self), "temp_fraction": self.temp_fraction}
+        derived = {"temp_fraction": self.temp_fraction, "weight_copies": self.weight_copies}
+        return {**dataclasses.asdict(self), **derived}
 
 
 def config_for(model: str, gpu: str, layers: int | None = None) -> Any:

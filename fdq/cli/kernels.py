@@ -323,7 +323,7 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
             console.size(r.weight_bytes),
             console.size(r.temp_bytes),
             f"{100 * r.temp_fraction:.2f} %",
-            f"{sum(large.count for large in r.large_results)}",
+            str(r.weight_copies),
         )
         for r in results
         if r.ok
@@ -332,6 +332,12 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
     for r in results:
         if not r.ok:
             console.out.print(f"{r.gpu}: {r.error}", markup=False, soft_wrap=True)
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in r.launch_kinds.items())
+        console.out.print(f"{r.gpu} launches: {kinds}", markup=False, soft_wrap=True)
+        for kernel in r.kernels:
+            if kernel.spills:
+                spilled = kernel.spill_store_bytes + kernel.spill_load_bytes
+                console.out.print(f"{r.gpu}: {kernel.name} spills {console.size(spilled)}")
         for large in r.large_results[:10]:
             console.out.print(
                 f"{r.gpu}: {large.count} x {large.operation} writes {large.shape} "
@@ -340,5 +346,5 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
                 soft_wrap=True,
             )
     console.out.print(
-        "Copies are results of the size of a weight or of the cache that are written each step."
+        "Copies are results of the size of a weight or of the cache that XLA writes each step."
     )
