@@ -193,6 +193,48 @@ class KVCache:
                 fields[field] = (*arrays[:layer], updated, *arrays[layer + 1 :])
         return dataclasses.replace(self, **fields)
 
+    def append(
+        self,
+        layer: int,
+        qkv: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        start: jax.Array,
+        **options: Any,
+    ) -> tuple[jax.Array, KVCache] | None:
+        """Rotation and `update` of one token per sequence in one launch, where a kernel does it.
+
+        Args:
+          layer: which layer.
+          qkv: float32 partial sums `[split, B, (heads + 2 kv_heads) D]`.
+          angles: cosines and sines of the token's position, `[B, D / 2]` each.
+          start: the slot to write: a scalar or [B] int32.
+          **options: see `fdq.ops.append_token`.
+
+        Returns:
+          The rotated queries [B, heads, D] and the cache; None where there is no kernel.
+        """
+        batch = qkv.shape[1]
+        names = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
+        old = {name: getattr(self, name) for name in names}
+        out = ops.append_token(
+            qkv,
+            angles,
+            jnp.broadcast_to(start, (batch,)).astype(jnp.int32),
+            {name: None if a is None else a[layer] for name, a in old.items()},
+            cache_format=self.spec,
+            head_dim=angles[0].shape[-1] * 2,
+            **options,
+        )
+        if out is None:
+            return None
+        q, new = out
+        fields = {
+            name: (*arrays[:layer], new[name], *arrays[layer + 1 :])
+            for name, arrays in old.items()
+            if arrays is not None
+        }
+        return q, dataclasses.replace(self, **fields)
+
     def attend(self, layer: int, q: jax.Array, start: jax.Array) -> jax.Array:
         """Attention of `q [B, T, heads, D]`, at slots `start ...`, to all slots up to its own."""
         b, t = q.shape[:2]

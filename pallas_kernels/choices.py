@@ -24,6 +24,7 @@ KERNELS = (
     "gathered_matrix_vector",
     "decode_attention",
     "append",
+    "router",
 )
 """Names that rows may use; of attention and append the format is that of the cache."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import nn
+from fdq import nn, ops
 from fdq.kv_cache import KVCache, LayerScales, parse_format
 from fdq.models.config import DecoderConfig
 from fdq.nn.parameters import CacheScale, value
@@ -69,9 +69,29 @@ class DecoderLayer(nnx.Module):
         start: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
+        b, t, _ = x.shape
+        if cache is not None and start is not None and t == 1 and ops.joins_token_step(b):
+            return self._token(x, angles, cache, layer, start)
         y, cache = self.self_attn(self.input_layernorm(x), angles, cache, layer=layer, start=start)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+    def _token(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: KVCache,
+        layer: int,
+        start: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """The same for one token per sequence, in as few launches as the kernels allow."""
+        rows = x[:, 0]
+        y, cache = self.self_attn.token(
+            self.input_layernorm.lazily(rows), angles, cache, layer=layer, start=start
+        )
+        rows = rows + y
+        rows = rows + self.mlp.token(self.post_attention_layernorm.lazily(rows))
+        return rows[:, None], cache
 
 
 class Decoder(nnx.Module):

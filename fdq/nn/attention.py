@@ -11,6 +11,7 @@ from flax import nnx
 from fdq.kv_cache import KVCache
 from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
+from fdq.nn.parameters import value
 from fdq.nn.rotary import apply_rotary
 
 # Rows of queries whose scores are in memory at once, in attention over a whole sequence.
@@ -126,8 +127,21 @@ class Attention(nnx.Module):
           [B, T, H] in the dtype of `x`, and the updated cache.
         """
         b, t, _ = x.shape
+        y, cache = self._attend(self.qkv_proj(x), angles, cache, layer, start)
+        return self.o_proj(y.reshape(b, t, -1)), cache
+
+    def _attend(
+        self,
+        qkv: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: KVCache | None,
+        layer: int,
+        start: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """What stands between the two products: `qkv [B, T, (H + 2 KH) D] -> [B, T, H, D]`."""
+        b, t, _ = qkv.shape
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = self.qkv_proj(x).reshape(b, t, heads + 2 * kv_heads, d)
+        qkv = qkv.reshape(b, t, heads + 2 * kv_heads, d)
         q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -136,11 +150,63 @@ class Attention(nnx.Module):
         if self.kv_observer is not None:
             self.kv_observer(k, v)
         if cache is None:
-            y = causal_attention(q, k, v)
+            return causal_attention(q, k, v), None
+        if start is None:
+            raise ValueError("attention over a cache needs start, the first slot to write")
+        # Write first, then attend: reading the old cache beside the new one copies it.
+        cache = cache.update(layer, k, v, start)
+        return cache.attend(layer, q, start), cache
+
+    def token(
+        self,
+        x: Any,
+        angles: tuple[jax.Array, jax.Array],
+        cache: KVCache,
+        *,
+        layer: int,
+        start: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """As `__call__` over a cache, for one token per sequence and rows yet to be normalized.
+
+        Args:
+          x: rows `[B, H]`, see `fdq.ops.partial_product`.
+          angles: of the token's position, `[B, 1, D / 2]` each.
+          cache: see `__call__`.
+          layer: see `__call__`.
+          start: see `__call__`.
+
+        Returns:
+          `[B, H]` in the dtype of `x`, and the updated cache.
+        """
+        b, dtype = x.shape[0], x.dtype
+        partials = self.qkv_proj.partial_sums(x)
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None:
+            norms = {
+                "q_norm": value(self.q_norm.scale),
+                "k_norm": value(self.k_norm.scale),
+                "epsilon": self.q_norm.epsilon,
+            }
+        appended = None
+        if self.kv_observer is None:
+            appended = cache.append(
+                layer,
+                partials,
+                (angles[0][:, 0], angles[1][:, 0]),
+                start,
+                heads=self.num_heads,
+                interleaved=self.interleaved,
+                bias=value(self.qkv_proj.bias),
+                dtype=dtype,
+                **norms,
+            )
+        if appended is None:
+            qkv = self.qkv_proj.finish(partials, dtype)[:, None]
+            y, updated = self._attend(qkv, angles, cache, layer, start)
+            assert updated is not None
+            cache = updated
         else:
-            if start is None:
-                raise ValueError("attention over a cache needs start, the first slot to write")
-            # Write first, then attend: reading the old cache beside the new one copies it.
-            cache = cache.update(layer, k, v, start)
-            y = cache.attend(layer, q, start)
-        return self.o_proj(y.reshape(b, t, heads * d)), cache
+            q, cache = appended
+            y = cache.attend(layer, q[:, None], start)
+        partials = self.o_proj.partial_sums(y.reshape(b, -1))
+        return self.o_proj.finish(partials, dtype), cache

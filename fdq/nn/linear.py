@@ -57,3 +57,19 @@ class Linear(nnx.Module):
             bias = value(self.bias).astype(y.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
         return y
+
+    def partial_sums(self, x: Any) -> jax.Array:
+        """Rows `x [M, K]`, see `fdq.ops.partial_product` -> float32 `[split, M, N]`, no bias."""
+        return ops.partial_product(
+            x,
+            value(self.kernel),
+            activation=self.activation,
+            activation_scale=value(self.activation_scale),
+        )
+
+    def finish(self, partials: jax.Array, dtype: Any) -> jax.Array:
+        """`partial_sums` added up, rounded to `dtype` and with the bias: `[M, N]`."""
+        y = jnp.sum(partials, axis=0).astype(dtype)
+        if self.bias is not None:
+            y = y + value(self.bias).astype(dtype)[None]
+        return y

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdq import ops
 from fdq.nn.experts import Experts
 from fdq.nn.linear import Linear
 from fdq.nn.router import Router
@@ -36,6 +37,13 @@ class MLP(nnx.Module):
         """`x [..., H]` -> the same shape and dtype."""
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         return self.down_proj(jax.nn.silu(gate) * up)
+
+    def token(self, x: Any) -> jax.Array:
+        """Rows `x [M, H]`, perhaps yet to be normalized -> `[M, H]`, for a decode step."""
+        if self.gate_up_proj.bias is not None:
+            return self(ops.finished(x))
+        rows = ops.gated(self.gate_up_proj.partial_sums(x), x.dtype)
+        return self.down_proj.finish(self.down_proj.partial_sums(rows), x.dtype)
 
 
 class MoE(nnx.Module):
@@ -77,3 +85,12 @@ class MoE(nnx.Module):
         if self.shared_experts is not None:
             y = y + self.shared_experts(rows)
         return y.reshape(x.shape)
+
+    def token(self, x: Any) -> jax.Array:
+        """Rows `x [M, H]`, perhaps yet to be normalized -> `[M, H]`, for a decode step."""
+        rows = ops.finished(x)
+        routed = self.router.token(x)
+        y = self.experts(rows, *routed)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts.token(x)
+        return y

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdq import ops
 from fdq.nn.parameters import value
 
 
@@ -24,3 +25,7 @@ class RMSNorm(nnx.Module):
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         scale = value(self.scale).astype(jnp.float32)
         return (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(x.dtype)
+
+    def lazily(self, x: jax.Array) -> Any:
+        """`x [M, features]` as rows that the kernels of a decode step normalize themselves."""
+        return ops.normed(x, value(self.scale), self.epsilon)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdq import ops
 from fdq.nn.linear import initial_kernel
 from fdq.nn.parameters import value
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
@@ -88,3 +89,15 @@ class Router(nnx.Module):
             normalize=self.normalize,
             norm_min=self.norm_min,
         )
+
+    def token(self, x: Any) -> tuple[jax.Array, jax.Array]:
+        """As `__call__`, for the rows of a decode step, which may be yet to be normalized."""
+        routed = ops.route_token(
+            x,
+            value(self.kernel),
+            value(self.correction_bias),
+            top_k=self.top_k,
+            normalize=self.normalize,
+            norm_min=self.norm_min,
+        )
+        return self(ops.finished(x)) if routed is None else routed

@@ -14,3 +14,10 @@ from fdq.ops.layouts import unprepare as unprepare
 from fdq.ops.matmul import matmul as matmul
 from fdq.ops.matmul import parse_activation as parse_activation
 from fdq.ops.matmul import transposed_matmul as transposed_matmul
+from fdq.ops.token_step import append_token as append_token
+from fdq.ops.token_step import finished as finished
+from fdq.ops.token_step import gated as gated
+from fdq.ops.token_step import joins_token_step as joins_token_step
+from fdq.ops.token_step import normed as normed
+from fdq.ops.token_step import partial_product as partial_product
+from fdq.ops.token_step import route_token as route_token

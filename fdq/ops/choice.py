@@ -53,14 +53,18 @@ def resolve_implementation(op: str, implementation: str | None) -> Request:
 
 
 def accept_kernel(
-    op: str, request: Request, obstacle: str | None, preference: Callable[[], str | None]
+    op: str,
+    request: Request,
+    obstacle: Callable[[], str | None],
+    preference: Callable[[], str | None],
 ) -> bool:
     """Whether ``op`` is traced as a Mosaic GPU kernel.
 
     Args:
       op: for messages.
       request: what the user asked for.
-      obstacle: why the kernel cannot run this; None if it can.
+      obstacle: why the kernel cannot run this; None if it can. Asked only where kernels are
+        considered at all, for asking imports them.
       preference: asked where the user left the choice and the kernel can: why XLA is preferred,
         None if the kernel is.
 
@@ -71,25 +75,23 @@ def accept_kernel(
     if request.name == "xla":
         _log_once(op, "xla", f"{request.source}='xla'")
         return False
-    if request.name == "mosaic_gpu":
-        if obstacle is None:
-            _log_once(op, "mosaic_gpu", f"{request.source}='mosaic_gpu'")
-            return True
-        if request.source == "implementation":
-            raise NotImplementedError(
-                f"{op}[mosaic_gpu]: {obstacle}; use implementation=None or 'xla'."
-            )
-        _log_once(op, "xla", f"{request.source}='mosaic_gpu', but {obstacle}")
+    if request.name is None and trace_target().platform != "gpu":
+        _log_once(op, "xla", "the device is not a GPU")
         return False
-    reason = obstacle
-    if reason is None and trace_target().platform != "gpu":
-        reason = "the device is not a GPU"
-    if reason is None:
-        reason = preference()
+    reason = obstacle()
+    if request.name == "mosaic_gpu":
+        if reason is not None and request.source == "implementation":
+            raise NotImplementedError(
+                f"{op}[mosaic_gpu]: {reason}; use implementation=None or 'xla'."
+            )
+        origin = f"{request.source}='mosaic_gpu'"
+    else:
+        reason = reason or preference()
+        origin = "the tuning table prefers it"
     if reason is not None:
         _log_once(op, "xla", reason)
         return False
-    _log_once(op, "mosaic_gpu", "the tuning table prefers it")
+    _log_once(op, "mosaic_gpu", origin)
     return True
 
 
@@ -111,11 +113,17 @@ class Target:
     has_bfloat16: bool
 
 
-def trace_target() -> Target:
-    """The default device's kind; reads no device memory and works while tracing."""
+def default_device() -> Any:
+    """The device that a trace is for; of a topology where one is compiled for ahead of time."""
     device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
+    return device
+
+
+def trace_target() -> Target:
+    """The default device's kind; reads no device memory and works while tracing."""
+    device = default_device()
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
     capability = getattr(device, "compute_capability", None)
     has_bfloat16 = True

@@ -1,4 +1,7 @@
-"""The layout ``mosaic_gpu``: a QTensor whose codes are a ``KernelWeight`` of ``pallas_kernels``."""
+"""The layout ``mosaic_gpu``: a QTensor whose codes are a ``KernelWeight`` of ``pallas_kernels``.
+
+Kernels are imported when the first is asked for: Mosaic takes a third of a second.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from typing import Any
 import jax
 
 from fdq.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
-from pallas_kernels.layouts import KernelWeight, from_kernel, to_kernel, unsupported
 
 MOSAIC_GPU = "mosaic_gpu"
 
 
 def layout_obstacle(q: QTensor) -> str | None:
     """Why no kernel reads this weight, in one line; None if one does."""
+    from pallas_kernels.layouts import unsupported
+
     spec = q.spec
     return unsupported(
         spec.format,
@@ -23,8 +27,8 @@ def layout_obstacle(q: QTensor) -> str | None:
     )
 
 
-def kernel_weight(q: QTensor) -> KernelWeight:
-    """What the kernels read; of a canonical QTensor it is made here, which costs a copy."""
+def kernel_weight(q: QTensor) -> Any:
+    """The ``KernelWeight`` of a QTensor; of a canonical one it is made here, which costs a copy."""
     q = materialize(q)
     if q.layout == MOSAIC_GPU:
         return q.codes
@@ -32,10 +36,12 @@ def kernel_weight(q: QTensor) -> KernelWeight:
 
 
 def _to_kernel(q: QTensor) -> QTensor:
+    from pallas_kernels.layouts import to_kernel
+
     q = materialize(q)
     spec, shape = q.spec, q.shape
 
-    def convert(arrays: dict[str, Any]) -> KernelWeight:
+    def convert(arrays: dict[str, Any]) -> Any:
         return to_kernel(
             arrays,
             format=spec.format,
@@ -54,10 +60,12 @@ def _to_kernel(q: QTensor) -> QTensor:
 
 
 def _from_kernel(q: QTensor) -> QTensor:
+    from pallas_kernels.layouts import from_kernel
+
     weight = materialize(q).codes
     abstract = isinstance(weight.words, jax.ShapeDtypeStruct)
     arrays = jax.eval_shape(from_kernel, weight) if abstract else from_kernel(weight)
-    return QTensor(**arrays, spec=q.spec, padding=q.padding)
+    return QTensor(spec=q.spec, padding=q.padding, **arrays)  # type: ignore[arg-type]
 
 
 LAYOUTS[MOSAIC_GPU] = Layout(

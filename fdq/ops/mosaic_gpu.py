@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from fdq.ops import self_check
-from fdq.ops.choice import Request, accept_kernel
+from fdq.ops.choice import Request, accept_kernel, default_device
 from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
 from fdq.qtensor import QTensor, materialize
 from fdq.quantizers.weight import quantize_array
 from fdq.scheme import ActivationSpec, CacheSpec
 from pallas_kernels import choices
-from pallas_kernels.launch import default_device
 
 MOST_ROWS = 8
 """Rows of x that the matrix-vector kernels take."""
+
+HEAD_DIMS = (64, 128, 256)
+"""Those that attention and append are laid out for."""
 
 INTEGER_FORMATS = ("int8", "int4", "int3", "int2")
 
@@ -40,7 +42,7 @@ def use_matrix_vector(op: str, request: Request, rows: int, q: QTensor) -> bool:
         reason = _preference(kernel, q.spec.format, rows, shape[-2] * shape[-1])
         return reason or _check_product(q, default_device())
 
-    return accept_kernel(op, request, _obstacle(rows, q), preference)
+    return accept_kernel(op, request, lambda: _obstacle(rows, q), preference)
 
 
 def _obstacle(rows: int, q: QTensor) -> str | None:
@@ -74,7 +76,10 @@ def _choice(kernel: str, format: str, rows: int, weights: int) -> choices.Choice
 def partial_sums(x: Any, q: QTensor) -> jax.Array:
     """Rows ``[M, K]`` (or what a kernel stages as such) times a weight -> ``[split, M, N]``."""
     from pallas_kernels.matmul import matrix_vector
+    from pallas_kernels.staging import Normed
 
+    if isinstance(x, Normed):
+        x = x.value()
     return matrix_vector(x, kernel_weight(q), config=_matrix_config("matrix_vector", q, x.shape[0]))
 
 
@@ -142,12 +147,19 @@ def use_attention(request: Request, q: jax.Array, k: jax.Array, spec: CacheSpec 
         reason = _preference("decode_attention", name, q.shape[0], k.size)
         return reason or _check_attention(q, k, spec)
 
-    obstacle = None
-    if q.shape[1] != 1:
-        obstacle = f"the kernel takes one query per sequence, found {q.shape[1]}"
-    elif q.shape[-1] not in (64, 128, 256):
-        obstacle = f"the kernel takes head_dim 64, 128 or 256, found {q.shape[-1]}"
-    return accept_kernel("attention", request, obstacle or mesh_obstacle(), preference)
+    def obstacle() -> str | None:
+        if q.shape[1] != 1:
+            return f"the kernel takes one query per sequence, found {q.shape[1]}"
+        return head_dim_obstacle(q.shape[-1]) or mesh_obstacle()
+
+    return accept_kernel("attention", request, obstacle, preference)
+
+
+def head_dim_obstacle(head_dim: int) -> str | None:
+    """Why attention and append have no kernel for a head_dim; None if they have."""
+    if head_dim in HEAD_DIMS:
+        return None
+    return f"the kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, found {head_dim}"
 
 
 def _check_attention(q: jax.Array, k: jax.Array, spec: CacheSpec | None) -> str | None:
@@ -197,3 +209,65 @@ def decode_attention(q, k, v, *, lengths, cache_format: CacheSpec | None, **arra
 def prepared(q: Any) -> bool:
     """Whether a parameter is a QTensor in the kernels' layout."""
     return isinstance(q, QTensor) and materialize(q).layout == MOSAIC_GPU
+
+
+def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> str | None:
+    """Why XLA is to append; None if the kernel is."""
+    name = "float" if spec is None else spec.format
+    reason = _preference("append", name, qkv.shape[1], qkv.shape[2])
+    if reason is not None or (spec is not None and not spec.dynamic):
+        return reason  # static scales differ in nothing that a check would see
+
+    def case():
+        from pallas_kernels.cache_update import append, append_reference
+
+        heads, kv_heads, d, slots = 2, 1, 128, 64
+        keys = jax.random.split(jax.random.key(3), 2)
+        width = (heads + 2 * kv_heads) * d
+        parts = jax.random.normal(keys[0], (2, 2, width), jnp.float32)
+        angle = jax.random.uniform(keys[1], (2, d // 2), jnp.float32)
+        dtype = jnp.float32 if spec is None else _CODES[spec.format]
+        columns = d // 2 if spec is not None and spec.format == "int4" else d
+        codes = jnp.zeros((2, kv_heads, slots, columns), dtype)
+        scale = zero = None
+        if spec is not None:
+            scale = jnp.zeros((2, kv_heads, slots), jnp.float32)
+            zero = jnp.zeros((2, kv_heads, slots), jnp.uint8) if spec.format == "int4" else None
+        settings = {
+            "heads": heads,
+            "interleaved": options["interleaved"],
+            "cache_format": None if spec is None else spec.format,
+            "dtype": jnp.float32,
+        }
+        arrays = (parts, jnp.cos(angle), jnp.sin(angle), jnp.asarray([5, 63], jnp.int32))
+        caches = (codes, codes, scale, scale, zero, zero)
+        wanted = append_reference(*arrays, *caches, **settings)
+        result = jax.jit(lambda *a: append(*a, **settings))(*arrays, *caches)
+        return result, wanted
+
+    # A code may differ by one where the rotation does by a bit: 1 in 7 at most, of int4.
+    return self_check.failure("append", name, default_device(), case, tolerance=0.2)
+
+
+_CODES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}
+
+
+def routing_preference(experts: int, top_k: int) -> str | None:
+    """Why XLA is to route; None if the kernels are."""
+    reason = _preference("router", "float32", 1, experts)
+    if reason is not None:
+        return reason
+
+    def case():
+        from pallas_kernels import routing
+
+        keys = jax.random.split(jax.random.key(4), 2)
+        x = jax.random.normal(keys[0], (2, 256), jnp.float32)
+        kernel = jax.random.normal(keys[1], (256, experts), jnp.float32)
+        logits = routing.router_logits(x, kernel)
+        wanted = routing.router_logits_reference(x, kernel)
+        chosen = routing.top_k_experts(logits, None, experts=experts, top_k=top_k)
+        wanted_chosen = routing.top_k_experts_reference(wanted, None, experts=experts, top_k=top_k)
+        return (logits.sum(0)[:, :experts], chosen), (wanted[0], wanted_chosen)
+
+    return self_check.failure("router", f"{top_k} of {experts}", default_device(), case)

@@ -1,0 +1,153 @@
+"""The products of one decode step, joined so that nothing has to run between two kernels.
+
+A product's partial sums are added up by whatever reads them: the residual addition, the kernel that
+writes the cache, or the next product, which also normalizes or gates its rows as it stages them.
+Each function here falls back to XLA by itself where a kernel cannot or should not run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.ops import mosaic_gpu
+from fdq.ops.choice import accept_kernel, resolve_implementation, trace_target
+from fdq.ops.matmul import matmul
+from fdq.qtensor import QTensor, materialize
+from fdq.scheme import ActivationSpec, CacheSpec
+
+Rows = Any
+"""``[M, K]``: an array, or ``Normed`` or ``Gated`` rows that kernels finish as they stage them."""
+
+
+def joins_token_step(rows: int) -> bool:
+    """Whether a decode step of ``rows`` sequences is put together from the functions here."""
+    request = resolve_implementation("decode step", None)
+    if request.name == "xla" or not 1 <= rows <= mosaic_gpu.MOST_ROWS:
+        return False
+    if request.name is None and (trace_target().platform != "gpu" or jax.device_count() > 1):
+        return False
+    return mosaic_gpu.mesh_obstacle() is None
+
+
+def normed(x: jax.Array, scale: jax.Array, epsilon: float) -> Rows:
+    """Rows ``x [M, K]`` that are RMS-normalized where they are read."""
+    from pallas_kernels.staging import Normed
+
+    return Normed(x, scale, epsilon)
+
+
+def gated(partials: jax.Array, dtype: Any) -> Rows:
+    """``silu(gate) * up`` of partial sums ``[split, M, 2 I]`` of gate and up, where it is read."""
+    from pallas_kernels.matmul import Gated
+
+    return Gated(partials, jnp.dtype(dtype))
+
+
+def finished(x: Rows) -> jax.Array:
+    """The rows as an array."""
+    return x if isinstance(x, jax.Array) else x.value()
+
+
+def partial_product(
+    x: Rows,
+    w: QTensor | jax.Array,
+    *,
+    activation: ActivationSpec | None = None,
+    activation_scale: jax.Array | None = None,
+) -> jax.Array:
+    """``x @ w`` as float32 partial sums ``[split, M, N]``, to be added up by whoever reads them."""
+    if isinstance(w, QTensor) and activation is None:
+        w = materialize(w)
+        request = resolve_implementation("matmul", None)
+        if mosaic_gpu.use_matrix_vector("matmul", request, x.shape[0], w):
+            return mosaic_gpu.partial_sums(x, w)
+    y = matmul(
+        finished(x),
+        w,
+        activation=activation,
+        activation_scale=activation_scale,
+        out_dtype=jnp.float32,
+    )
+    return y[None]
+
+
+def append_token(
+    qkv: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    slots: jax.Array,
+    cache: dict[str, jax.Array | None],
+    *,
+    cache_format: CacheSpec | None,
+    head_dim: int,
+    **options: Any,
+) -> tuple[jax.Array, dict[str, jax.Array | None]] | None:
+    """Rotates one token's queries and writes its keys and values to the cache, in one launch.
+
+    Args:
+      qkv: float32 partial sums ``[split, B, (H + 2 KH) D]``.
+      angles: cosines and sines of the positions, ``[B, D / 2]`` each.
+      slots: int32 ``[B]``, where to write.
+      cache: ``k``, ``v`` and their scales and zeros by the names of ``attention``'s arguments.
+      cache_format: what the codes are; None for floats.
+      head_dim: D.
+      **options: ``heads``, ``interleaved``, ``bias``, ``q_norm``, ``k_norm``, ``epsilon`` and
+        ``dtype``, as in ``pallas_kernels.cache_update.append``.
+
+    Returns:
+      Queries ``[B, H, D]`` and the cache's arrays; None where XLA is to do it, in steps.
+    """
+    request = resolve_implementation("append", None)
+
+    def obstacle() -> str | None:
+        return mosaic_gpu.head_dim_obstacle(head_dim) or mosaic_gpu.mesh_obstacle()
+
+    def preference() -> str | None:
+        return mosaic_gpu.append_preference(cache_format, qkv, options)
+
+    if not accept_kernel("append", request, obstacle, preference):
+        return None
+    from pallas_kernels.cache_update import append
+
+    name = None if cache_format is None else cache_format.format
+    out = append(qkv, *angles, slots, **cache, cache_format=name, **options)._asdict()
+    return out.pop("q"), out
+
+
+def route_token(
+    x: Rows,
+    kernel: jax.Array,
+    correction_bias: jax.Array | None,
+    *,
+    top_k: int,
+    normalize: bool,
+    norm_min: float,
+) -> tuple[jax.Array, jax.Array] | None:
+    """Experts ``[M, top_k]`` and weights of each row; None where XLA is to choose them."""
+    request = resolve_implementation("router", None)
+    hidden, experts = kernel.shape
+
+    def obstacle() -> str | None:
+        from pallas_kernels.routing import supports_router
+
+        if kernel.dtype != jnp.float32 or not supports_router(experts, hidden):
+            return f"no kernel routes {kernel.dtype.name} [{hidden}, {experts}]"
+        return mosaic_gpu.mesh_obstacle()
+
+    def preference() -> str | None:
+        return mosaic_gpu.routing_preference(experts, top_k)
+
+    if not accept_kernel("router", request, obstacle, preference):
+        return None
+    from pallas_kernels.routing import router_logits, top_k_experts
+
+    return top_k_experts(
+        router_logits(x, kernel),
+        correction_bias,
+        experts=experts,
+        top_k=top_k,
+        normalize=normalize,
+        norm_min=norm_min,
+    )

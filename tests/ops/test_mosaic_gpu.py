@@ -1,0 +1,160 @@
+"""The seam to the kernels: layout, choice, self-check. Kernels run in Mosaic's interpreter."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fdq
+from fdq import ops
+from fdq.kv_cache import parse_format
+from fdq.ops import choice, mosaic_gpu, self_check
+from fdq.ops.kernel_layout import MOSAIC_GPU
+from tests.ops.format_cases import error
+
+TOLERANCE = 5e-6
+SCHEMES = ["W8A16", "W4A16", "W4A16-g64", "W2A16"]
+
+
+def weight(scheme, k=256, n=200, seed=0):
+    values = np.random.default_rng(seed).standard_normal((k, n)) * 0.05
+    return fdq.quantize(jnp.asarray(values, jnp.float32), scheme)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Ops run as kernels where they can."""
+    monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_prepared_weights_give_the_same_products(scheme, rng, kernels):
+    q = weight(scheme)
+    prepared = ops.prepare(q)
+    assert prepared.layout == MOSAIC_GPU
+    assert prepared.shape == q.shape and prepared.nbytes >= q.nbytes
+    x = jnp.asarray(rng.standard_normal((3, 256)), jnp.float32)
+    expected = np.asarray(x, np.float64) @ np.asarray(fdq.dequantize(q), np.float64)
+    assert error(ops.matmul(x, prepared), expected) < TOLERANCE
+    assert error(ops.matmul(x, prepared, implementation="xla"), expected) < TOLERANCE
+    back = ops.unprepare(prepared)
+    assert back.layout == "canonical" and back.padding == q.padding
+    for name, array in q.arrays().items():
+        np.testing.assert_array_equal(getattr(back, name), array)
+
+
+@pytest.mark.parametrize("activation", ["int8", "fp8", "fp8-x128"])
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
+def test_quantized_activations(scheme, activation, rng, kernels):
+    q = ops.prepare(weight(scheme))
+    x = jnp.asarray(rng.standard_normal((2, 256)), jnp.float32)
+    y = ops.matmul(x, q, activation=activation)
+    wanted = ops.matmul(x, q, activation=activation, implementation="xla")
+    assert error(y, wanted) < TOLERANCE
+
+
+def test_gradient_and_vmap(rng, kernels):
+    q = ops.prepare(weight("W4A16"))
+    x = jnp.asarray(rng.standard_normal((4, 2, 256)), jnp.float32)
+    decoded = np.asarray(fdq.dequantize(q), np.float64)
+    gradient = jax.grad(lambda x: ops.matmul(x, q).sum())(x[0])
+    assert error(gradient, np.broadcast_to(decoded.sum(1), (2, 256))) < TOLERANCE
+    y = jax.jit(jax.vmap(lambda x: ops.matmul(x, q)))(x)
+    assert error(y, np.asarray(x, np.float64) @ decoded) < TOLERANCE
+
+
+def test_modules_and_abstract_weights_are_prepared(kernels):
+    class Layer(nnx.Module):
+        def __init__(self):
+            q = weight("W4A16")
+            boxed = {n: nnx.Variable(a) for n, a in q.arrays().items()}
+            self.kernel = nnx.data(type(q)(**boxed, spec=q.spec))
+
+    prepared = ops.prepare(Layer())
+    assert prepared.kernel.layout == MOSAIC_GPU and prepared.kernel.shape == (256, 200)
+    assert isinstance(prepared.kernel.codes, nnx.Variable)
+    back = ops.unprepare(prepared)
+    np.testing.assert_array_equal(back.kernel.codes[...], weight("W4A16").codes)
+    abstract = fdq.quantize(jax.ShapeDtypeStruct((256, 200), jnp.float32), "W4A16")
+    for one, other in zip(
+        jax.tree.leaves(ops.prepare(abstract)),
+        jax.tree.leaves(ops.prepare(weight("W4A16"))),
+        strict=True,
+    ):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def test_stacked_weights_keep_their_axes(kernels):
+    stacked = fdq.quantize(jnp.ones((3, 256, 128)), "W4A16")
+    prepared = ops.prepare(stacked)
+    assert prepared.shape == (3, 256, 128)
+    one = jax.vmap(lambda q: jnp.zeros(q.shape))(prepared)
+    assert one.shape == (3, 256, 128)
+
+
+def test_attention_of_one_query_runs_as_a_kernel(rng):
+    spec = parse_format("C8")
+    values = jnp.asarray(rng.standard_normal((2, 2, 40, 64)), jnp.float32)
+    codes, scale, _ = ops.quantize_cache(values, spec)
+    q = jnp.asarray(rng.standard_normal((2, 1, 6, 64)), jnp.float32)
+    settings = {"k_scale": scale, "v_scale": scale, "cache_format": spec}
+    settings["lengths"] = jnp.asarray([40, 13], jnp.int32)
+    y = ops.attention(q, codes, codes, implementation="mosaic_gpu", **settings)
+    wanted = ops.attention(q, codes, codes, implementation="xla", **settings)
+    assert error(y, wanted) < TOLERANCE
+    two = jnp.concatenate([q, q], axis=1)
+    with pytest.raises(NotImplementedError, match=r"attention\[mosaic_gpu\]: .*one query"):
+        ops.attention(two, codes, codes, implementation="mosaic_gpu", **settings)
+
+
+def test_a_cpu_takes_xla_unless_it_is_told(rng, caplog):
+    choice._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="fdq"):
+        ops.matmul(jnp.ones((1, 256)), weight("W4A16"))
+    assert "matmul runs as 'xla': the device is not a GPU" in caplog.text
+
+
+class FakeGpu:
+    device_kind = "NVIDIA Test"
+    platform = "gpu"
+
+
+def test_a_kernel_that_disagrees_is_switched_off_once(monkeypatch, caplog):
+    monkeypatch.setattr(self_check, "is_real", lambda device: True)
+    monkeypatch.setattr(jax, "default_device", lambda device: jax.ensure_compile_time_eval())
+    calls = []
+
+    def wrong():
+        calls.append(1)
+        return jnp.ones(3), jnp.full(3, 2.0)
+
+    with caplog.at_level(logging.WARNING, logger="fdq"):
+        first = self_check.failure("test_wrong", "int4", FakeGpu(), wrong)
+        again = self_check.failure("test_wrong", "int4", FakeGpu(), wrong)
+    assert first == again and "differs from its reference by 1" in str(first)
+    assert calls == [1]
+    assert caplog.text.count("switched off on NVIDIA Test") == 1
+
+    def broken():
+        raise RuntimeError("ptxas: no such instruction\nand much more")
+
+    reason = self_check.failure("test_broken", "int4", FakeGpu(), broken)
+    assert reason == "RuntimeError: ptxas: no such instruction"
+    right = self_check.failure("test_right", "int4", FakeGpu(), lambda: (jnp.ones(3),) * 2)
+    assert right is None
+    nothing = self_check.failure("test_zero", "int4", FakeGpu(), lambda: (jnp.zeros(3),) * 2)
+    assert nothing is not None  # zeros prove nothing
+
+
+def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(self_check, "is_real", lambda device: True)
+    monkeypatch.setattr(self_check, "_RESULTS", {})
+    device = jax.devices("cpu")[0]
+    assert mosaic_gpu._check_product(weight("W4A16"), device) is None
+    cache = jnp.zeros((1, 2, 32, 64), jnp.int8)
+    q = jnp.zeros((1, 1, 4, 64), jnp.bfloat16)
+    assert mosaic_gpu._check_attention(q, cache, parse_format("C8")) is None
+    assert self_check._RESULTS and not any(self_check._RESULTS.values())
