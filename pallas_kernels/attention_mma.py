@@ -53,7 +53,9 @@ _HEADROOM = 14.0  # log2 of the largest probability as a float16, which ends at 
 
 def supports(side: CacheWords, group: int, slots: int) -> bool:
     """Whether this file has a kernel for a cache, a query group and a number of slots."""
-    return side.dtype != jnp.float32 and group <= MOST_HEADS and slots >= mma.SLOTS
+    columns = 8 if group <= 8 else 16
+    fits = group <= MOST_HEADS and columns * side.head_dim <= 2048  # sums, in registers
+    return side.dtype != jnp.float32 and fits and slots >= mma.SLOTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _Shape:
     def factor(self) -> float:
         """What products of queries and codes are multiplied by, beside the cache's scales."""
         factor = self.scale * LOG2_E / (_LIFT if self.lifted else 1.0)
-        return factor / (mma.E4M3_SHIFT if self.side.format == "float8_e4m3" else 1.0)
+        return factor / self.codes.shift
 
     @property
     def unrolled(self) -> int:
@@ -201,7 +203,6 @@ def _program(
     tiles = jnp.maximum(end - first + (tile - 1), 0) // tile
     queries = _load_queries(shape, inputs, b, kv, query_ref)
     rows = mg.broadcasted_iota(jnp.int32, (mma.SLOTS,), 0, layout=row)
-    is_fp8 = side.format == "float8_e4m3"
     factor = jnp.float32(shape.factor)
     if side.format is not None and not side.dynamic and not shape.lifted:
         factor = factor * inputs["k_scale"][kv, 0]
@@ -272,9 +273,7 @@ def _program(
     store(totals_ref, jnp.sum(total * weight, axis=0))
     store(tops_ref, largest)
     sums = jnp.sum(mma.scale_sums(sums, weight, codes), axis=0)
-    if is_fp8:
-        sums = sums * jnp.float32(1 / mma.E4M3_SHIFT)
-    store(sums_ref, sums)
+    store(sums_ref, sums * jnp.float32(1 / codes.shift))
     sums = load(sums_ref, rows_of_threads(d))
     column = mg.broadcasted_iota(jnp.int32, (d, columns), 1, layout=rows_of_threads(d))
     for g in range(shape.group):

@@ -11,9 +11,9 @@ and r + 8 at the columns 2t, 2t + 1. Query heads are columns (8 at a time), so t
 Which channel a column (of keys) or a row (of values) stands for is free as long as queries and sums
 agree, so a thread loads what lies together in memory: of keys 4 neighbouring words of its slots r
 and r + 8, of values words of its four slots 2t, 2t + 1, 2t + 8, 2t + 9. Codes become exact 16-bit
-floats by byte permutations and magic numbers (int4, int8: ``0x6400 | code`` is the float16
-``1024 + code``), with nothing that needs more than sm_80. Probabilities cross the warp by
-``movmatrix``.
+floats by byte permutations and masks (int8: ``0x6400 | code`` is the float16 ``1024 + code``; int4
+and float8_e4m3: bits of a float16 times a power of two), with nothing that needs more than sm_80.
+Probabilities cross the warp by ``movmatrix``.
 
 Here an array is a tile of 64 slots, 16 for each of the four warps. The interpreter has no tensor
 cores: there the same functions compute the same numbers with `jax.numpy`.
@@ -40,9 +40,6 @@ from pallas_kernels.launch import runs_interpreted
 SLOTS = 64
 """Slots of a tile: four warps of 16."""
 
-E4M3_SHIFT = 2.0**-8
-"""What `Codes` of float8_e4m3 are too small by: their bits are read as float16."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
@@ -60,6 +57,11 @@ class Codes:
     def per_word(self) -> int:
         """Channels of a word."""
         return {"int4": 8, "int8": 4, "float8_e4m3": 4}.get(self.kind, 2)
+
+    @property
+    def shift(self) -> float:
+        """What the floats are too small by."""
+        return {"int4": 2.0**-9, "float8_e4m3": 2.0**-8}.get(self.kind, 1.0)
 
     @property
     def width(self) -> int:
@@ -128,7 +130,7 @@ def split_terms(x: jax.Array, dtype: Any, terms: int) -> list[jax.Array]:
 def tile_scores(
     words: jax.Array, queries: Sequence[jax.Array], codes: Codes, offset: jax.Array | None = None
 ) -> jax.Array:
-    """float32 ``[64, heads]``: products of a tile of keys, before scales.
+    """float32 ``[64, heads]``: products of a tile of keys, before scales, times ``codes.shift``.
 
     Args:
       words: int32 ``[64, W]`` in `key_layout`.
@@ -192,6 +194,8 @@ def add_values(
     offsets: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
     """float32 ``[4, D, heads]``: ``sums * shrink`` and every tile's values times its weights.
+
+    Values are `codes.shift` too small.
 
     Args:
       sums: in `sum_layout`.
@@ -261,12 +265,12 @@ def _decode_reference(words: jax.Array, codes: Codes, offset: jax.Array | None) 
     planes = planes.reshape(words.shape[0], codes.head_dim) & jnp.int32((1 << bits) - 1)
     if codes.kind == "int4":
         middle = jnp.float32(8) if offset is None else offset[:, None]
-        return planes.astype(jnp.float32) - middle
+        return (planes.astype(jnp.float32) - middle) * jnp.float32(codes.shift)
     if codes.kind == "int8":
         return ((planes ^ jnp.int32(128)) - jnp.int32(128)).astype(jnp.float32)
     if codes.kind == "float8_e4m3":
         values = lax.bitcast_convert_type(planes.astype(jnp.uint8), jnp.float8_e4m3fn)
-        return values.astype(jnp.float32) * jnp.float32(E4M3_SHIFT)
+        return values.astype(jnp.float32) * jnp.float32(codes.shift)
     return lax.bitcast_convert_type(planes.astype(jnp.uint16), codes.dtype).astype(jnp.float32)
 
 
@@ -331,7 +335,7 @@ def _key_fragments(rows, codes: Codes, zeros):
         for half in range(2):
             word = rows[half][i]
             if codes.kind == "int4":
-                offset = _constant(0x64086408) if zeros is None else zeros[half]
+                offset = _constant(0xA400A400) if zeros is None else zeros[half]
                 halves.append([_nibbles(word, j, offset) for j in range(4)])
             elif codes.kind == "int8":
                 word = arith.xori(word, _constant(0x80808080))
@@ -386,7 +390,7 @@ def _value_channels(four, codes: Codes, zeros):
             continue
         pairs = [_permute(first, second, s) for s in (0x5410, 0x7632)]
         if codes.kind == "int4":
-            offset = _constant(0x64086408) if zeros is None else zeros[a]
+            offset = _constant(0xA400A400) if zeros is None else zeros[a]
             pairs = [_nibbles(pair, j, offset) for pair in pairs for j in range(4)]
         out.append(pairs)
     return out
@@ -417,11 +421,15 @@ def _vectors(regs):
 
 
 def _nibbles(word, j: int, offset):
-    """Two float16: nibbles j and j + 4 (of each half j) minus those of ``offset``, 1024 + zero."""
-    if j:
-        word = arith.shrui(word, _constant(4 * j))
-    word = arith.andi(word, _constant(0x000F000F))
-    return _subtract(arith.ori(word, _constant(0x64006400)), offset)
+    """Two float16: nibbles j and j + 4 (j of each half), times 2^-9, plus ``offset``.
+
+    A nibble in a float16's lowest bits is a subnormal, which a multiply-add takes as it is.
+    """
+    if j >= 2:
+        word = arith.shrui(word, _constant(8))
+    mask, factor = ((0x000F000F, 0x78007800), (0x00F000F0, 0x68006800))[j % 2]  # 2^15, 2^11
+    word = arith.andi(word, _constant(mask))
+    return _asm("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", word, _constant(factor), offset)
 
 
 def _bytes(word, selector: int):
@@ -430,19 +438,17 @@ def _bytes(word, selector: int):
 
 
 def _e4m3(word, selector: int):
-    """Two float16 of two bytes, their values times `E4M3_SHIFT`: exponent and mantissa moved."""
+    """Two float16 of two bytes, their values times 2^-8: exponent and mantissa moved."""
     word = _permute(word, _constant(0), selector)
     small = arith.andi(arith.shrui(word, _constant(1)), _constant(0x3F803F80))
     return arith.ori(arith.andi(word, _constant(0x80008000)), small)
 
 
 def _int4_offset(low, high):
-    """Two float16, 1024 + the zero points of two vectors of one float32."""
-    f16 = ir.F16Type.get()
-    parts = []
-    for reg in (low, high):
-        shifted = arith.addf(_lane(reg, 0), arith.constant(ir.F32Type.get(), 1024.0))
-        parts.append(arith.truncf(f16, shifted))
+    """Two float16, minus 2^-9 times the zero points of two vectors of one float32."""
+    f32, f16 = ir.F32Type.get(), ir.F16Type.get()
+    factor = arith.constant(f32, -(2.0**-9))
+    parts = [arith.truncf(f16, arith.mulf(_lane(reg, 0), factor)) for reg in (low, high)]
     return _as_word(_vector(parts))
 
 
