@@ -1,0 +1,286 @@
+"""The shapes that the kernels of a decode step are compiled for ahead of time.
+
+One representative case for each kernel and format, and the layers of published models besides.
+Shapes are ``K x N`` of a weight: Llama-3-8B's fused query, key and value projection is 4096 x 6144.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cache_update import append
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.kernel_cases import KernelCase, Program, fma_weights
+from pallas_kernels.layouts import to_kernel
+from pallas_kernels.matmul import matrix_vector
+
+_REPRESENTATIVE = (4096, 6144)
+_LAYERS = {
+    "Llama-3-8B gate and up": (4096, 28672),
+    "Llama-3-8B down": (14336, 4096),
+    "Qwen3-32B o": (8192, 5120),
+    "ERNIE-4.5-21B qkv": (2560, 3584),
+    "ERNIE-4.5-300B qkv": (8192, 10240),
+}
+# Three FFMA and LOP3 a weight and what they share; above five, an H200 is below 74 % of its memory.
+_INT4_LIMIT = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Weight:
+    """A way to store a weight: the arguments of `to_kernel`, and dtypes of its arrays."""
+
+    format: str
+    bits: int
+    granularity: str = "group"
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+    zero_point: str = "none"
+    code_dtype: str = "uint8"
+    scale_dtype: str = "bfloat16"
+    extras: tuple[str, ...] = ()
+    limit: float | None = None
+
+    def arrays(self, k: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The canonical arrays, abstract."""
+        packed = self.code_dtype == "uint8"
+        rows = k * self.bits // 8 if packed else k
+        scale_rows = {"group": k // (self.group_size or k), "channel": 1}.get(self.granularity, 1)
+        scale_shape = (scale_rows, n)
+        if self.block_size is not None:
+            scale_shape = (k // self.block_size[0], n // self.block_size[1])
+        arrays = {
+            "codes": _array((rows, n), self.code_dtype),
+            "scale": _array(scale_shape, self.scale_dtype),
+        }
+        if self.zero_point == "integer":
+            arrays["zero"] = _array(scale_shape, "uint8")
+        for name in self.extras:
+            arrays[name] = _array((1, 1 if name == "global_scale" else n), "float32")
+        return arrays
+
+    def kernel_weight(self, k: int, n: int) -> Any:
+        """The weight in the kernel's layout, abstract."""
+        convert = functools.partial(
+            to_kernel,
+            format=self.format,
+            granularity=self.granularity,
+            group_size=self.group_size,
+            block_size=self.block_size,
+            zero_point=self.zero_point,
+            k=k,
+            n=n,
+        )
+        return jax.eval_shape(convert, self.arrays(k, n))
+
+    def bytes_per_weight(self) -> float:
+        """Stored bytes, scales included."""
+        k, n = 4096, 4096
+        total = sum(a.size * a.dtype.itemsize for a in self.arrays(k, n).values())
+        return total / (k * n)
+
+
+_CHANNEL = {"granularity": "channel", "scale_dtype": "float32"}
+_WEIGHTS = {
+    "int8 per channel": _Weight(format="int8", bits=8, code_dtype="int8", **_CHANNEL),
+    "int8 groups of 128": _Weight(format="int8", bits=8, code_dtype="int8", group_size=128),
+    "int4 groups of 128": _Weight(format="int4", bits=4, group_size=128, limit=_INT4_LIMIT),
+    "int4 groups of 128, zero points": _Weight(
+        format="int4", bits=4, group_size=128, zero_point="integer", limit=_INT4_LIMIT
+    ),
+    "int4 per channel": _Weight(format="int4", bits=4, limit=_INT4_LIMIT, **_CHANNEL),
+    "int3 groups of 128": _Weight(format="int3", bits=3, group_size=128),
+    "int2 groups of 128": _Weight(format="int2", bits=2, group_size=128, zero_point="half"),
+    "WINT2's code": _Weight(
+        format="cc2",
+        bits=2,
+        group_size=128,
+        scale_dtype="uint8",
+        extras=("code_scale", "code_offset", "super_scale"),
+    ),
+    "NF4 groups of 64": _Weight(format="nf4", bits=4, group_size=64),
+    "fp8 per channel": _Weight(
+        format="float8_e4m3", bits=8, code_dtype="float8_e4m3fn", **_CHANNEL
+    ),
+    "fp8 blocks of 128": _Weight(
+        format="float8_e4m3",
+        bits=8,
+        granularity="block",
+        block_size=(128, 128),
+        code_dtype="float8_e4m3fn",
+        scale_dtype="float32",
+    ),
+    "MXFP4": _Weight(format="mxfp4", bits=4, group_size=32, scale_dtype="float8_e8m0fnu"),
+    "NVFP4": _Weight(
+        format="nvfp4",
+        bits=4,
+        group_size=16,
+        scale_dtype="float8_e4m3fn",
+        extras=("global_scale",),
+    ),
+    "MXFP8": _Weight(
+        format="mxfp8",
+        bits=8,
+        group_size=32,
+        code_dtype="float8_e4m3fn",
+        scale_dtype="float8_e8m0fnu",
+    ),
+}
+
+
+def kernel_cases() -> list[KernelCase]:
+    """Every kernel of a decode step."""
+    return [*_matrix_vector_cases(), *_attention_cases(), *_append_cases()]
+
+
+def _matrix_vector_cases() -> list[KernelCase]:
+    from pallas_kernels.word_formats import WORD_FORMATS
+
+    def case(name: str, rows: int, k: int, n: int, *, label: str = "") -> KernelCase:
+        weight = _WEIGHTS[name]
+        return KernelCase(
+            name=f"matrix-vector {name}, {rows} x {k} x {n}{label}",
+            kernel=f"matrix-vector {name}",
+            build=functools.partial(_matrix_vector, weight, rows, k, n),
+            representative=not label and rows == 1,
+            weights_per_iteration=fma_weights(rows),
+            bytes_per_weight=weight.bytes_per_weight(),
+            instruction_limit=weight.limit if rows == 1 else None,
+        )
+
+    known = [name for name, weight in _WEIGHTS.items() if weight.format in WORD_FORMATS]
+    cases = [case(name, 1, *_REPRESENTATIVE) for name in known]
+    for name in ("int4 groups of 128", "int8 per channel"):
+        cases += [case(name, rows, *_REPRESENTATIVE) for rows in (2, 4, 8)]
+        cases += [
+            case(name, rows, k, n, label=f" ({layer})")
+            for layer, (k, n) in _LAYERS.items()
+            for rows in (1, 8)
+        ]
+    return cases
+
+
+def _matrix_vector(weight: _Weight, rows: int, k: int, n: int) -> Program:
+    x = _array((rows, k), _activation_dtype())
+    return Program(function=_product, arguments=(x, weight.kernel_weight(k, n)))
+
+
+def _product(x: jax.Array, w: Any) -> jax.Array:
+    return matrix_vector(x, w).sum(0)
+
+
+# Formats of the cache: bytes of an element, and what goes with it.
+_CACHES = {"C16": (None, 2.0), "C8": ("int8", 1.0), "Cfp8": ("float8_e4m3", 1.0)}
+_CACHES |= {"C4": ("int4", 0.5), "C8 static": ("int8", 1.0)}
+_ATTENTION = {  # query heads, heads of the cache, slots, sequences
+    "Llama-3-8B": (32, 8, 8192, 1),
+    "ERNIE-4.5-21B": (20, 4, 4096, 1),
+    "Llama-3-8B, 128k": (32, 8, 131072, 1),
+    "Llama-3-8B, batch 64": (32, 8, 4096, 64),
+    "as many heads as the cache": (8, 8, 8192, 1),
+}
+
+
+def _attention_cases() -> list[KernelCase]:
+    return [
+        KernelCase(
+            name=f"attention {cache}, {model}",
+            kernel=f"attention {cache}",
+            build=functools.partial(_attention, cache, *shape),
+            representative=index == 0,
+        )
+        for cache in _CACHES
+        for index, (model, shape) in enumerate(_ATTENTION.items())
+    ]
+
+
+def _attention(cache: str, heads: int, kv_heads: int, slots: int, batch: int) -> Program:
+    q = _array((batch, heads, 128), _activation_dtype())
+    arrays = _cache(cache, batch, kv_heads, slots)
+    lengths = _array((batch,), "int32")
+    function = functools.partial(_attend, _CACHES[cache][0])
+    return Program(function=function, arguments=(q, lengths, arrays))
+
+
+def _attend(cache_format: str | None, q: Any, lengths: Any, arrays: dict[str, Any]) -> jax.Array:
+    return decode_attention(q, lengths=lengths, cache_format=cache_format, **arrays)
+
+
+def _append_cases() -> list[KernelCase]:
+    return [
+        KernelCase(
+            name=f"append {cache}, Llama-3-8B, batch {batch}",
+            kernel=f"append {cache}",
+            build=functools.partial(_append, cache, batch),
+            representative=batch == 1,
+        )
+        for cache in _CACHES
+        for batch in (1, 8)
+    ]
+
+
+def _append(cache: str, batch: int) -> Program:
+    heads, kv_heads, slots, size = 32, 8, 8192, 128
+    qkv = _array((8, batch, (heads + 2 * kv_heads) * size), "float32")  # partial sums
+    turn = _array((batch, size // 2), "float32")
+    function = functools.partial(_appended, _CACHES[cache][0], _activation_dtype(), heads)
+    return Program(
+        function=function,
+        arguments=(
+            qkv,
+            turn,
+            turn,
+            _array((batch,), "int32"),
+            _cache(cache, batch, kv_heads, slots),
+        ),
+        donate=(4,),
+    )
+
+
+def _appended(
+    cache_format: str | None, dtype: str, heads: int, qkv: Any, cos: Any, sin: Any, slots: Any,
+    arrays: dict[str, Any],
+) -> Any:  # fmt: skip
+    return append(
+        qkv,
+        cos,
+        sin,
+        slots,
+        **arrays,
+        heads=heads,
+        interleaved=False,
+        cache_format=cache_format,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def _cache(cache: str, batch: int, kv_heads: int, slots: int) -> dict[str, jax.ShapeDtypeStruct]:
+    cache_format, _ = _CACHES[cache]
+    dtype = {None: _activation_dtype(), "int8": "int8"}.get(cache_format, "uint8")
+    width = 64 if cache_format == "int4" else 128
+    codes = _array((batch, kv_heads, slots, width), dtype)
+    arrays = {"k": codes, "v": codes}
+    if cache_format is not None:
+        static = cache.endswith("static")
+        shape = (kv_heads, 128) if static else (batch, kv_heads, slots)
+        arrays |= dict.fromkeys(("k_scale", "v_scale"), _array(shape, "float32"))
+        if cache_format == "int4":
+            arrays |= dict.fromkeys(("k_zero", "v_zero"), _array(shape, "uint8"))
+    return arrays
+
+
+def _activation_dtype() -> str:
+    """bfloat16, or float16 where the GPU has no arithmetic for it (before sm_80)."""
+    from pallas_kernels.launch import default_device
+
+    capability = getattr(default_device(), "compute_capability", "8.0")
+    return "bfloat16" if float(capability) >= 8 else "float16"
+
+
+def _array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
