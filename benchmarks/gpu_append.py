@@ -114,7 +114,7 @@ def measure_append(append: AppendCase, settings: Settings) -> dict[str, Any]:
         q = apply_rotary(q, (cos, sin), interleaved=interleaved)
         k = apply_rotary(k, (cos, sin), interleaved=interleaved)
         fields = {name: getattr(cache, name) for name in _FIELDS}
-        layer = {name: None if a is None else (a,) for name, a in fields.items()}
+        layer: dict[str, Any] = {n: None if a is None else (a,) for n, a in fields.items()}
         whole = KVCache(**layer, length=slots, spec=spec).update(0, k, v, slots)
         new = [getattr(whole, name) for name in _FIELDS]
         return q[:, 0], Cache(*(None if a is None else a[0] for a in new))

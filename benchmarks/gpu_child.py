@@ -146,9 +146,10 @@ def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> st
         timer.start()
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(_MARK):
-                    emit(json.loads(line.removeprefix(_MARK)))
+            with process.stdout:
+                for line in process.stdout:
+                    if line.startswith(_MARK):
+                        emit(json.loads(line.removeprefix(_MARK)))
             code = process.wait()
         finally:
             late = not timer.is_alive()

@@ -201,9 +201,10 @@ def _print_section(
             cells += ["–" if own is None else "ran", "" if own is None else "no figure"]
         for peer in peers:
             other = seconds(row, peer)
-            known = other is not None and own is not None
-            ratio = f"{other / own:.2f}x" if known and counts else "ran" if other else "–"
-            cells.append(ratio)
+            if other is None or own is None:
+                cells.append("–")
+            else:
+                cells.append(f"{other / own:.2f}x" if counts else "ran")
         table.add_row(label(row), *cells)
     console.print(table)
     if section == "matmul":

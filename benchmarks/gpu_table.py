@@ -1,0 +1,81 @@
+"""README's table of kernels and GPUs, from the committed ahead-of-time report.
+
+``python -m benchmarks.gpu_table`` prints it, ``--readme README.md`` puts it between its marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Iterable
+
+from pallas_kernels import reports as files
+from pallas_kernels.ahead_of_time import Report
+
+MARKS = ("<!-- kernels:begin -->", "<!-- kernels:end -->")
+_HEADS = {
+    "t4": "T4",
+    "l4": "L4",
+    "a100": "A100",
+    "h100": "H100",
+    "h200": "H200",
+    "b200": "B200",
+    "rtx_pro_6000": "RTX PRO 6000",
+}
+
+
+def table(reports: Iterable[Report]) -> str:
+    """Markdown: a row a kernel, a column a GPU.
+
+    A number is the machine instructions that the inner loop spends on a weight (of attention: on an
+    element of the cache), ``yes`` where there is nothing to count, a dash where it does not run.
+    """
+    cells: dict[str, dict[str, str]] = {}
+    for row in files.rows(reports):
+        cells.setdefault(row.kernel, {})[row.gpu] = files.cell(row)
+    gpus = [gpu for gpu in _HEADS if any(gpu in row for row in cells.values())]
+    lines = ["| kernel | " + " | ".join(_HEADS[gpu] for gpu in gpus) + " |"]
+    lines.append("|---|" + "---:|" * len(gpus))
+    for kernel, row in cells.items():
+        lines.append(f"| {kernel} | " + " | ".join(row.get(gpu, "–") for gpu in gpus) + " |")
+    return "\n".join(lines)
+
+
+def in_readme(text: str) -> str:
+    """What stands between the marks.
+
+    Raises:
+      ValueError: the marks are missing.
+    """
+    if not all(mark in text for mark in MARKS):
+        raise ValueError(f"README lacks the marks {' and '.join(MARKS)} around its table")
+    return text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table, or writes it to a file with marks."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--readme", type=pathlib.Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    made = table(files.load())
+    if arguments.readme is None:
+        print(made)
+        return 0
+    text = arguments.readme.read_text("utf-8")
+    in_readme(text)  # raises if the marks are missing
+    arguments.readme.write_text(filled(text, made), "utf-8")
+    return 0
+
+
+def filled(text: str, made: str) -> str:
+    """The text with another table between the marks."""
+    before, _, rest = text.partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n{made}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,282 @@
+"""The measurements of the tuner: ways to cut a kernel, and XLA, for classes of shapes.
+
+A case is one kernel, format, number of rows and class of sizes; its shapes are measured one after
+the other, every candidate beside the others. `benchmarks.tune` makes rows of a tuning table of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.gpu_attention import Cache, random_caches
+from benchmarks.gpu_cases import AttentionCase, ExpertCase, MatrixCase
+from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
+from benchmarks.gpu_products import (
+    attempt,
+    expert_indices,
+    later,
+    prepare,
+    random_weights,
+    reference_product,
+    timed,
+)
+from benchmarks.gpu_timing import Work, difference, links_for
+from benchmarks.gpu_weights import nbytes, random_array, weight_spec
+from fdq import ops
+from fdq.kv_cache import parse_format
+
+XLA, OWN = "xla", "{}"
+"""Entries: XLA's formulation, and the kernel's own choice (no settings)."""
+
+# Sizes of a class, and the number of weights up to which it reaches; None: no end.
+MATRIX_CLASSES: tuple[tuple[tuple[tuple[int, int], ...], int | None], ...] = (
+    (((2560, 2560), (2560, 3584)), 1 << 23),
+    (((4096, 6144), (12288, 2560)), 1 << 25),
+    (((14336, 4096), (4096, 28672)), None),
+)
+ATTENTION_CLASSES = (
+    (((1, 1024),), 1 << 21),
+    (((1, 8192),), 1 << 24),
+    (((1, 65536), (8, 8192)), None),
+)
+FORMATS = ("W4", "W8", "W2", "WNF4", "Wfp8", "WMXFP4", "WNVFP4", "WCC2", "W3")
+CACHES = ("C16", "C8", "C4", "Cfp8")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneCase:
+    """One class to tune.
+
+    Attributes:
+      kernel: a name in `pallas_kernels.choices.KERNELS`.
+      format: a weight's or a cache's, as in a scheme's name.
+      rows: M; of attention, sequences.
+      shapes: ``(K, N)`` each; of attention ``(batch, slots)``.
+      bound: weights up to which the class reaches; None for the last.
+    """
+
+    kernel: str
+    format: str
+    rows: int
+    shapes: tuple[tuple[int, int], ...]
+    bound: int | None
+
+    @property
+    def key(self) -> str:
+        """Unique."""
+        sizes = ", ".join(f"{a} x {b}" for a, b in self.shapes)
+        return f"{self.kernel} {self.format} M = {self.rows}: {sizes}"
+
+    @property
+    def format_name(self) -> str:
+        """As the tuning table calls it; a cache in 16 bits goes by its dtype instead."""
+        spec = parse_format(self.format) if self.kernel == "decode_attention" else None
+        if spec is not None:
+            return spec.format
+        return weight_spec(self.format).format
+
+
+def tune_cases() -> list[TuneCase]:
+    """What is tuned, by importance."""
+
+    def matrices(formats: tuple[str, ...], rows: tuple[int, ...]) -> Iterator[TuneCase]:
+        for m in rows:
+            for format in formats:
+                for shapes, bound in reversed(MATRIX_CLASSES):
+                    yield TuneCase("matrix_vector", format, m, shapes, bound)
+
+    cases = list(matrices(FORMATS[:2], (1, 8)))
+    for format in CACHES:
+        for shapes, bound in ATTENTION_CLASSES:
+            cases.append(TuneCase("decode_attention", format, shapes[0][0], shapes, bound))
+    experts = ((2560, 3072),)
+    cases += [TuneCase("gathered_matrix_vector", f, 6, experts, None) for f in FORMATS[:2]]
+    cases += matrices(FORMATS[:2], (2, 4))
+    cases += matrices(FORMATS[2:], (1, 8))
+    return cases
+
+
+def run(settings: Settings, emit: Emit) -> None:
+    """Measures all cases; reports ``{"case", "kernel", "format", ..., "shapes": [entries]}``."""
+    cases = tune_cases()
+    if settings.smoke:
+        kept = {case.kernel: case for case in reversed(cases)}
+        cases = [_small(case) for case in kept.values()]
+    only = settings.more.get("only")
+    run_cases([c for c in cases if not only or c.kernel in only], settings, emit, measure)
+
+
+def _small(case: TuneCase) -> TuneCase:
+    shape = (1, 64) if case.kernel == "decode_attention" else (256, 256)
+    rows = 2 if case.kernel == "gathered_matrix_vector" else 1
+    return dataclasses.replace(case, rows=rows, shapes=(shape,))
+
+
+def measure(case: TuneCase, settings: Settings) -> dict[str, Any]:
+    """Times of every candidate, for each shape of the class."""
+    one = {
+        "matrix_vector": _matrix,
+        "gathered_matrix_vector": _experts,
+        "decode_attention": _attention,
+    }[case.kernel]
+    return {
+        "kernel": case.kernel,
+        "format": case.format_name,
+        "rows": case.rows,
+        "bound": case.bound,
+        "shapes": [
+            {"shape": shape, "entries": one(case, shape, settings)} for shape in case.shapes
+        ],
+    }
+
+
+def name_of(settings: dict[str, Any]) -> str:
+    """A candidate as JSON text, the name of its entry."""
+    import json
+
+    return json.dumps(settings, sort_keys=True)
+
+
+def matrix_candidates(own: Any, smoke: bool = False) -> list[dict[str, Any]]:
+    """Single changes of the kernel's own choice; those that hold for any shape of a class.
+
+    Columns of a block are only narrowed to 128, which divides every padded N.
+
+    Args:
+      own: the `MatrixVectorConfig` that the kernel chooses.
+      smoke: two candidates.
+    """
+    found: list[dict[str, Any]] = [{}]
+    found += [{"step_rows": rows} for rows in (8, 16, 32, 64) if rows != own.step_rows]
+    found.append({"prefetch": not own.prefetch})
+    found += [{"split": s} for s in (own.split // 2, own.split * 2) if s >= 1]
+    if own.block_columns != 128:
+        found.append({"block_columns": 128})
+    return found[:2] if smoke else found
+
+
+def _matrix(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
+    from pallas_kernels import matmul as kernels
+
+    k, n = shape
+    dtype = jnp.dtype(settings.dtype)
+    product = MatrixCase(format=case.format, model="tuning", layer="-", m=case.rows, k=k, n=n)
+    size = nbytes(jax.eval_shape(lambda: random_weights(product, 1)[0]))
+    weights = random_weights(product, links_for(size, settings.l2_bytes, smoke=settings.smoke))
+    prepared = attempt(lambda: [prepare(q) for q in weights])
+    x = random_array(jax.random.key(1), (case.rows, k), dtype)
+    works: dict[str, Work | str] = {
+        XLA: Work(functools.partial(ops.matmul, implementation="xla"), x, weights)
+    }
+    if isinstance(prepared, Exception):
+        works[OWN] = later(prepared, lambda w: Work(jnp.add, x, w))
+    else:
+        own = kernels.choose_config(prepared[0].codes.layout, case.rows, kernels.multiprocessors())
+        codes = [q.codes for q in prepared]
+        for candidate in matrix_candidates(own, settings.smoke):
+            config = dataclasses.replace(own, **candidate)
+            works[name_of(candidate)] = Work(_summed(kernels.matrix_vector, config), x, codes)
+    expected = jax.jit(reference_product)(x, weights[0])
+    checks = dict.fromkeys(works, lambda y: difference(y, expected))
+    return timed(works, checks, {}, settings)
+
+
+def _summed(kernel: Callable[..., jax.Array], config: Any) -> Callable[..., jax.Array]:
+    """The kernel with its partial sums added up and rounded, as XLA's product is."""
+
+    def step(x: jax.Array, w: Any) -> jax.Array:
+        return kernel(x, w, config=config).sum(axis=0).astype(x.dtype)
+
+    return step
+
+
+def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
+    k, n = shape
+    experts = 4 if settings.smoke else 64
+    layer = ExpertCase(
+        format=case.format,
+        model="tuning",
+        layer="-",
+        tokens=1,
+        experts=experts,
+        top_k=case.rows,
+        k=k,
+        n=n,
+    )
+    stack = random_weights(layer, 1, lead=(experts,))[0]
+    prepared = attempt(lambda: prepare(stack))
+    indices = [jnp.asarray(i) for i in expert_indices(layer, 1 if settings.smoke else 10)]
+    x = random_array(jax.random.key(1), (case.rows, k), jnp.dtype(settings.dtype))
+
+    def step(implementation: str) -> Callable[..., jax.Array]:
+        def run(x: Any, index: jax.Array) -> jax.Array:
+            return ops.grouped_matmul(x[0], x[1], index, implementation=implementation)
+
+        return run
+
+    works: dict[str, Work | str] = {
+        XLA: Work(step("xla"), (x, stack), indices),
+        OWN: later(prepared, lambda w: Work(step("mosaic_gpu"), (x, w), indices)),
+    }
+    expected = step("xla")((x.astype(jnp.float32), stack), indices[0])
+    checks = dict.fromkeys(works, lambda y: difference(y, expected))
+    return timed(works, checks, {}, settings)
+
+
+def _attention(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
+    from pallas_kernels.decode_attention import decode_attention
+
+    batch, slots = shape
+    heads = (4, 2) if settings.smoke else (32, 8)
+    spec = parse_format(case.format)
+    sizes = AttentionCase(
+        format=case.format,
+        model="tuning",
+        batch=batch,
+        slots=slots,
+        heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=128,
+    )
+    dtype = jnp.dtype(settings.dtype)
+    caches = random_caches(sizes, dtype, settings.l2_bytes, smoke=settings.smoke)
+    q = random_array(jax.random.key(1), (batch, heads[0], 128), dtype)
+    x = (q, jnp.full((batch,), slots, jnp.int32))
+
+    def by_xla(x: Any, cache: Cache) -> jax.Array:
+        q, lengths = x
+        return ops.attention(
+            q[:, None],
+            cache.k,
+            cache.v,
+            lengths=lengths,
+            cache_format=spec,
+            implementation="xla",
+            **cache.small,
+        )[:, 0]
+
+    def by_kernel(x: Any, cache: Cache, parts: int | None = None) -> jax.Array:
+        q, lengths = x
+        name = None if spec is None else spec.format
+        return decode_attention(
+            q, cache.k, cache.v, lengths=lengths, cache_format=name, parts=parts, **cache.small
+        )
+
+    works: dict[str, Work | str] = {XLA: Work(by_xla, x, caches), OWN: Work(by_kernel, x, caches)}
+    for parts in (2,) if settings.smoke else (4, 8, 16, 32, 64):
+        if slots >= 128 * parts or settings.smoke:
+            step = functools.partial(by_kernel, parts=parts)
+            works[name_of({"parts": parts})] = Work(step, x, caches)
+    expected = by_xla((q.astype(jnp.float32), x[1]), caches[0])
+    checks = dict.fromkeys(works, lambda y: difference(y, expected))
+    return timed(works, checks, {}, settings)
+
+
+if __name__ == "__main__":
+    section_main(run)
