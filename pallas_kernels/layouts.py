@@ -81,6 +81,11 @@ class WeightLayout:
         return min(self.group & -self.group, SEGMENT)
 
     @property
+    def segment_units(self) -> int:
+        """Units of the format in a segment."""
+        return self.segment // self.words.rows
+
+    @property
     def segments(self) -> int:
         """Segments of a column."""
         return -(-self.k // self.segment)
@@ -162,6 +167,8 @@ def unsupported(
         group = block_size[0] if block_size else None
     if group is not None and group % words.rows:
         return f"groups of {group} rows cut through the {words.rows} rows of a unit of {format}"
+    if group is not None and group & -group == words.rows:
+        return f"groups of {group} rows have segments of one unit of {format}"
     return None
 
 

@@ -28,6 +28,7 @@ from pallas_kernels.matrix_vector_core import (
     load,
     stage,
     staging_factors,
+    store,
 )
 
 MOST_ROWS = 8
@@ -211,32 +212,34 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
 
 
 def by_segments(x: jax.Array | Gated, layout: WeightLayout) -> jax.Array:
-    """``[..., segments, S]`` of x, padded with zeros, or ``[split, M, 2, segments, S]``."""
+    """``[M, segments, units, rows, 1]`` of x, padded; ``[split, M, 2, ...]`` of Gated."""
+    shape = (layout.segments, layout.segment_units, layout.words.rows, 1)
     if isinstance(x, Gated):
         parts, m, _ = x.partials.shape
-        return x.partials.reshape(parts, m, 2, layout.segments, layout.segment)
+        return x.partials.reshape(parts, m, 2, *shape)
     missing = layout.segments * layout.segment - x.shape[-1]
     x = jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
-    return x.reshape(*x.shape[:-1], layout.segments, layout.segment)
+    return x.reshape(x.shape[0], *shape)
 
 
 def reader(ref: Any, row: Any, first_segment: Any, dtype: Any = None):
     """``read_x`` of `stage` for x by segments: rows ``row ..`` from `first_segment` on.
 
     Args:
-      ref: ``[M, segments, S]``, or partial sums ``[split, M, 2, segments, S]`` with a dtype.
+      ref: as `by_segments` made it.
       row: the first row.
       first_segment: of the piece.
       dtype: of a `Gated`; None: plain x.
     """
 
-    def read(m, segment, tile, layout):
-        rows = pl.ds(first_segment + segment, tile)
+    def read(m, segment, tile, r, layout):
+        segments = pl.ds(first_segment + segment, tile)
         if dtype is None:
-            return load(ref.at[row + m, rows], layout).astype(jnp.float32)
+            return load(ref.at[row + m, segments, :, r], layout).astype(jnp.float32)
 
         def total(half):
-            parts = [load(ref.at[s, row + m, half, rows], layout) for s in range(ref.shape[0])]
+            where = (row + m, half, segments, slice(None), r)
+            parts = [load(ref.at[(s, *where)], layout) for s in range(ref.shape[0])]
             return functools.reduce(jnp.add, parts)
 
         return gated(total(0), total(1), dtype)
@@ -262,8 +265,8 @@ def _matrix_vector(x, w, config, interpreted) -> jax.Array:
         totals = accumulate(
             piece, name_refs(weight_refs), first_column, first_segment, staged_ref, sums_ref
         )
-        for row, total in enumerate(totals):
-            out_ref[lax.axis_index("split"), row, pl.ds(first_column, piece.columns)] = total
+        columns = pl.ds(first_column, piece.columns)
+        store(out_ref.at[lax.axis_index("split"), :, columns], totals)
 
     body.__name__ = kernel_name("matrix_vector", layout, m)
     out = launch(

@@ -30,9 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 from pallas_kernels.launch import runs_interpreted
 from pallas_kernels.layouts import KernelWeight, WeightLayout
 
-ReadX = Callable[[int, int, int, Any], jax.Array]
-
-_TILES_IN_FLIGHT = 8  # of x, while it is staged
+ReadX = Callable[[int, Any, int, Any, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +66,11 @@ def kernel_operands(
     fields["column_scale"] = weight.column_scale
     present = {name: a for name, a in fields.items() if a is not None}
 
+    # A unit's words on an axis of their own, so that neighbouring units are one load.
+    *lead, rows, columns = weight.words.shape
+    per_unit = weight.layout.words.words
+    present["words"] = weight.words.reshape(*lead, rows // per_unit, per_unit, columns)
+
     def name_refs(refs: Sequence[Any]) -> WeightRefs:
         named = dict.fromkeys(fields) | dict(zip(present, refs, strict=False))
         return WeightRefs(**named, constants=tuple(refs[len(present) :]))
@@ -84,7 +87,7 @@ class Piece:
       rows: M, rows of x.
       columns: of the block; a multiple of 128 that divides the padded N.
       segments: of K in the piece.
-      units: units of a format that a step decodes.
+      units: of a column that a step decodes at once; a power of two.
       prefetch: whether a step loads the words of the next one first.
     """
 
@@ -101,31 +104,45 @@ class Piece:
         return bool(self.layout.bias) or self.layout.zero_point == "integer"
 
     @property
+    def step(self) -> int:
+        """Units of a step: of one segment."""
+        return min(self.units, self.layout.segment_units)
+
+    @property
     def scratch(self) -> tuple[Any, Any]:
-        """Shared memory: staged x and its sums."""
+        """Shared memory: staged x and its sums. Rows of x are innermost: loaded together."""
+        units, rows = self.layout.segment_units, self.layout.words.rows
         return (
-            mg.SMEM((self.rows, self.segments, self.layout.segment), jnp.float32),
-            mg.SMEM((self.rows, self.segments), jnp.float32),
+            mg.SMEM((self.segments, rows, units, self.rows), jnp.float32),
+            mg.SMEM((self.segments, self.rows), jnp.float32),
         )
+
+    @property
+    def products(self) -> Any:
+        """Layout of ``[U, M, columns]``, of ``[M, columns]`` for steps of one unit: threads own
+        neighbouring columns.
+        """
+        vector = self.columns // 128
+        tile = (self.rows, self.columns)
+        if self.step > 1:  # sums over an axis of one element have no layout
+            tile = (self.step, *tile)
+        tiling = mg.Tiling((tile, (32 * vector,), (vector,)))
+        return mg.Layout.TILED(tiling, (-3,), (-2,), -1)
 
 
 def staging_factors(layout: WeightLayout) -> np.ndarray:
-    """The power of two of each row of a segment, float32 ``[S]``."""
+    """The power of two of each row of a unit, float32 ``[rows]``."""
     exponents = layout.words.exponents(runs_interpreted())
-    repeats = layout.segment // layout.words.rows
-    return np.tile(np.ldexp(np.float32(1), exponents).astype(np.float32), repeats)
+    return np.ldexp(np.float32(1), exponents).astype(np.float32)
 
 
-def tile_layout(rows: int, segment: int) -> Any:
-    """Layout of ``[..., rows, S]``: a row to a warp, neighbours to a lane; rows are 1, 2 or 4."""
-    vector = max(1, segment // 32)
-    lanes = segment // vector
-    lane_dims: tuple[Any, ...] = (-2,) if lanes == 32 else (mg.Replicated(32 // lanes), -2)
+def tile_layout(segments: int, units: int) -> Any:
+    """Layout of ``[segments, units, 1]`` of x, one, two or four segments, each a warp's."""
+    lane_dims: tuple[Any, ...] = (-2,) if units == 32 else (mg.Replicated(32 // units), -2)
     warp_dims: tuple[Any, ...] = (mg.Replicated(4),)
-    if rows > 1:
-        warp_dims = (-3,) if rows == 4 else (mg.Replicated(2), -3)
-    tiling = mg.Tiling(((rows, segment), (vector,)))
-    return mg.Layout.TILED(tiling, warp_dims, lane_dims, -1)
+    if segments > 1:
+        warp_dims = (-3,) if segments == 4 else (mg.Replicated(2), -3)
+    return mg.Layout.TILED(mg.Tiling(((segments, units, 1),)), warp_dims, lane_dims, -1)
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
@@ -146,34 +163,45 @@ def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: A
 
     Args:
       piece: what the program computes.
-      read_x: ``(m, first segment in the piece, R, array layout) -> [R, S]`` float32.
-      factors_ref: float32 ``[S]``, `staging_factors`.
-      x_ref: shared, ``[M, segments, S]``.
-      sums_ref: shared, ``[M, segments]``: what bias and zero point are multiplied by.
+      read_x: ``(m, first segment in the piece, how many, row of the units, array layout)`` ->
+        float32 ``[segments, units, 1]``.
+      factors_ref: float32 ``[rows]``, `staging_factors`.
+      x_ref: shared, ``[segments, rows, units, M]``.
+      sums_ref: shared, ``[segments, M]``: what bias and zero point are multiplied by.
     """
+    units = piece.layout.segment_units
     tile = math.gcd(piece.segments, 4)
-    layout = tile_layout(tile, piece.layout.segment)
-    factors = load(factors_ref, layout.reduce(0))
+    layout = tile_layout(tile, units)
     # The bias takes part in units of the unfinished sum, and so does the sum that a zero point
     # is multiplied by.
     exponent = piece.layout.words.exponent(runs_interpreted())
     bias = 1.0 if piece.layout.zero_point == "integer" else piece.layout.bias
     factor = jnp.float32(math.ldexp(-bias, -exponent))
-    places = [(m, s) for m in range(piece.rows) for s in range(0, piece.segments, tile)]
-    for first in range(0, len(places), _TILES_IN_FLIGHT):
-        some = places[first : first + _TILES_IN_FLIGHT]
-        tiles = [read_x(m, s, tile, layout) for m, s in some]
-        for (m, s), x in zip(some, tiles, strict=True):
-            wide = lax.broadcast_in_dim(factors, x.shape, (1,))
-            store(x_ref.at[m, pl.ds(s, tile)], x * wide)
-            if piece.has_sums:
-                store(sums_ref.at[m, pl.ds(s, tile)], jnp.sum(x, axis=1) * factor)
+    zero = mg.layout_cast(jnp.zeros((tile, units, 1), jnp.float32), layout)
+
+    def tiles(i, _):
+        segments = pl.ds(i * tile, tile)
+
+        def rows(r, sums):
+            xs = [read_x(m, i * tile, tile, r, layout) for m in range(piece.rows)]
+            power = factors_ref[r]
+            for m, x in enumerate(xs):
+                store(x_ref.at[segments, r, :, pl.ds(m, 1)], x * power)
+            return [a + x for a, x in zip(sums, xs, strict=True)] if sums else sums
+
+        start = [zero] * piece.rows if piece.has_sums else []
+        sums = lax.fori_loop(0, piece.layout.words.rows, rows, start)
+        for m, total in enumerate(sums):
+            store(sums_ref.at[segments, pl.ds(m, 1)], jnp.sum(total, axis=1) * factor)
+        return ()
+
+    lax.fori_loop(0, piece.segments // tile, tiles, ())
 
 
 def accumulate(
     piece: Piece, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any, sums_ref: Any
-) -> list[jax.Array]:
-    """Partial sums of the block: M arrays ``[columns]`` float32, scales applied.
+) -> jax.Array:
+    """Partial sums of the block: float32 ``[M, columns]``, scales applied.
 
     Args:
       piece: what the program computes.
@@ -186,94 +214,112 @@ def accumulate(
     layout, words = piece.layout, piece.layout.words
     interpreted = runs_interpreted()
     columns = pl.ds(first_column, piece.columns)
-    units = layout.segment // words.rows  # of a segment
-    step = min(piece.units, units)
+    units, step = layout.segment_units, piece.step
+    several = int(step > 1)  # arrays have an axis of units, the first
+    shape = (step,) * several + (piece.rows, piece.columns)
+    fields_shape = shape[:several] + shape[-1:]
+    products = piece.products
+    fields = products.reduce(several)  # [U, columns]
+    staged = products.reduce(several + 1)  # [U, M]
+    totals_layout = products.reduce(0) if several else products  # [M, columns]
+    column, row = totals_layout.reduce(0), totals_layout.reduce(1)  # [columns], [M]
+    axes = tuple(range(len(shape)))
     together = math.gcd(piece.segments, max(1, piece.units // units))  # segments unrolled
     first_unit = first_segment * units
-    last_step = first_unit + piece.segments * units - step
-    constants = [ref[0, columns] for ref in refs.constants]
+    last_unit = first_unit + (piece.segments * units - step)
+
+    def of_column(ref, index):
+        return load(ref.at[index, columns], column)
+
+    constants = [of_column(ref, 0) for ref in refs.constants]
+    if several:
+        constants = [lax.broadcast_in_dim(c, fields_shape, (1,)) for c in constants]
+
+    def units_from(unit):
+        return pl.ds(unit, step) if several else unit
 
     def fetch(unit):
-        rows = [unit * words.words + i for i in range(step * words.words)]
-        return [refs.words[row, columns] for row in rows]
+        rows = units_from(unit)
+        return [load(refs.words.at[rows, i, columns], fields) for i in range(words.words)]
 
-    def steps(segment, within, parts, fetched):
-        """One step: `within` counts steps of the segment."""
-        unit = first_unit + segment * units + within * step
+    def one_step(segment, unit, parts, fetched):
+        start = first_unit + segment * units + unit
         if piece.prefetch:
-            following = fetch(jnp.minimum(unit + step, last_step))
+            following = fetch(jnp.minimum(start + step, last_unit))
         else:
-            fetched, following = fetch(unit), fetched
-        for u in range(step):
-            some = fetched[u * words.words : (u + 1) * words.words]
-            row = within * step * words.rows + u * words.rows
-            for r, value in enumerate(words.decode(some, constants, interpreted)):
-                for m in range(piece.rows):
-                    parts[m] = parts[m] + value * x_ref[m, segment, row + r]
+            fetched, following = fetch(start), fetched
+        rows = words.decode(fetched, constants, interpreted, fields)
+        for r, value in enumerate(rows):
+            x = load(x_ref.at[segment, r, units_from(unit)], staged)
+            value = lax.broadcast_in_dim(value, shape, axes[:several] + axes[-1:])
+            parts = parts + value * lax.broadcast_in_dim(x, shape, axes[:-1])
         return parts, following
 
     def finish_segment(segment, parts, totals):
-        place = first_segment + segment
-        if layout.zero_point == "integer":
-            zero = packed_bytes(refs.zero, group_of(layout, place), columns).astype(jnp.float32)
-            parts = [p + zero * sums_ref[m, segment] for m, p in enumerate(parts)]
-        elif piece.has_sums:
-            parts = [p + sums_ref[m, segment] for m, p in enumerate(parts)]
+        total = jnp.sum(parts, axis=0) if several else parts
+        group = group_of(layout, first_segment + segment)
+        if piece.has_sums:
+            sums = load(sums_ref.at[segment], row)
+            sums = lax.broadcast_in_dim(sums, total.shape, (0,))
+            if layout.zero_point == "integer":
+                zero = packed_bytes(refs.zero, group, of_column).astype(jnp.float32)
+                sums = sums * lax.broadcast_in_dim(zero, total.shape, (1,))
+            total = total + sums
         if layout.group is not None:
-            scale = read_scale(layout, refs.scale, group_of(layout, place), columns)
-            parts = [p * scale for p in parts]
-        return [t + p for t, p in zip(totals, parts, strict=True)]
+            scale = read_scale(layout, refs.scale, group, of_column)
+            total = total * lax.broadcast_in_dim(scale, total.shape, (1,))
+        return totals + total
 
-    zeros = [jnp.zeros((piece.columns,), jnp.float32) for _ in range(piece.rows)]
+    zero_parts = mg.layout_cast(jnp.zeros(shape, jnp.float32), products)
+    zero_totals = jnp.zeros((piece.rows, piece.columns), jnp.float32)
+    zero_totals = mg.layout_cast(zero_totals, totals_layout)
 
     def body(i, carry):
         totals, fetched = carry
         for s in range(together):
             segment = i * together + s
             if units == step:
-                parts, fetched = steps(segment, 0, list(zeros), fetched)
+                parts, fetched = one_step(segment, 0, zero_parts, fetched)
             else:
                 parts, fetched = lax.fori_loop(
                     0,
                     units // step,
-                    lambda t, c, segment=segment: steps(segment, t, list(c[0]), c[1]),
-                    (list(zeros), fetched),
+                    lambda t, c, segment=segment: one_step(segment, t * step, *c),
+                    (zero_parts, fetched),
                 )
             totals = finish_segment(segment, parts, totals)
         return totals, fetched
 
     start = fetch(first_unit) if piece.prefetch else []
-    totals, _ = lax.fori_loop(0, piece.segments // together, body, (zeros, start))
-    finish = jnp.float32(math.ldexp(1.0, words.exponent(interpreted)))
-    totals = [t * finish for t in totals]
+    totals, _ = lax.fori_loop(0, piece.segments // together, body, (zero_totals, start))
+    totals = totals * jnp.float32(math.ldexp(1.0, words.exponent(interpreted)))
     if refs.column_scale is not None:
-        scale = refs.column_scale[0, columns]
-        totals = [t * scale for t in totals]
+        scale = of_column(refs.column_scale, 0)
+        totals = totals * lax.broadcast_in_dim(scale, totals.shape, (1,))
     return totals
 
 
 def group_of(layout: WeightLayout, segment: Any) -> Any:
     """The group that a segment belongs to."""
-    assert layout.group is not None or layout.zero_point == "integer"
     if layout.group is None:
         return jnp.int32(0)
     per_group = layout.group // layout.segment
     return segment if per_group == 1 else segment // per_group
 
 
-def packed_bytes(ref: Any, index: Any, columns: Any, per_word: int = 4) -> jax.Array:
+def packed_bytes(ref: Any, index: Any, of_column: Any, per_word: int = 4) -> jax.Array:
     """Number `index` of those that int32 words of a column hold; int32, unsigned."""
     bits = 32 // per_word
-    word = ref[index // per_word, columns]
+    word = of_column(ref, index // per_word)
     shift = lax.broadcast_in_dim(index % per_word * bits, word.shape, ())
     return lax.shift_right_logical(word, shift) & jnp.int32((1 << bits) - 1)
 
 
-def read_scale(layout: WeightLayout, ref: Any, group: Any, columns: Any) -> jax.Array:
+def read_scale(layout: WeightLayout, ref: Any, group: Any, of_column: Any) -> jax.Array:
     """float32 scales of a group."""
     if not layout.packed_scales:
-        return ref[group, columns].astype(jnp.float32)
-    code = packed_bytes(ref, group, columns, layout.packed_scales)
+        return of_column(ref, group).astype(jnp.float32)
+    code = packed_bytes(ref, group, of_column, layout.packed_scales)
     if layout.scale_dtype == "uint4":
         return code.astype(jnp.float32)
     if layout.scale_dtype == "float8_e8m0fnu":
