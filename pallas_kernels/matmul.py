@@ -25,11 +25,12 @@ from pallas_kernels.matrix_vector_core import (
     Piece,
     accumulate,
     kernel_operands,
-    load,
     stage,
     staging_factors,
     store,
 )
+from pallas_kernels.row_sources import Gated as Gated
+from pallas_kernels.row_sources import Rows, finished, readable, row_operands, row_reader
 
 MOST_ROWS = 8
 """Rows of x beyond which tensor cores are the better tool."""
@@ -52,51 +53,15 @@ class MatrixVectorConfig:
     prefetch: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Gated:
-    """``silu(gate) * up``, still as the partial sums of the product that made gate and up.
-
-    Attributes:
-      partials: float32 ``[split, M, 2 I]``, gate first.
-      dtype: that gate, up and the result are rounded to, as a model in that dtype does.
-    """
-
-    partials: Any
-    dtype: Any = dataclasses.field(default=jnp.bfloat16, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(M, I)``."""
-        return self.partials.shape[-2], self.partials.shape[-1] // 2
-
-    def value(self) -> jax.Array:
-        """``[M, I]`` in `dtype`."""
-        gate, up = jnp.split(jnp.sum(self.partials, axis=0), 2, axis=-1)
-        return gated(gate, up, self.dtype).astype(self.dtype)
-
-
-jax.tree_util.register_dataclass(Gated, data_fields=["partials"], meta_fields=["dtype"])
-
-
-def gated(gate: jax.Array, up: jax.Array, dtype: Any) -> jax.Array:
-    """float32 ``silu(gate) * up``: of rounded numbers, rounded once, as XLA does in `dtype`."""
-
-    def rounded(a):
-        return a.astype(dtype).astype(jnp.float32)
-
-    gate = rounded(gate)
-    return rounded(gate / (1.0 + jnp.exp(-gate)) * rounded(up))
-
-
-def matrix_vector_reference(x: jax.Array | Gated, w: KernelWeight) -> jax.Array:
+def matrix_vector_reference(x: Rows, w: KernelWeight) -> jax.Array:
     """The meaning of `matrix_vector`: float32 ``[1, M, N]`` of the decoded weight."""
-    x = x.value() if isinstance(x, Gated) else x
-    product = lax.dot(x.astype(jnp.float32), decoded_weight(w), precision=lax.Precision.HIGHEST)
+    x = finished(x).astype(jnp.float32)
+    product = lax.dot(x, decoded_weight(w), precision=lax.Precision.HIGHEST)
     return product[None]
 
 
 def matrix_vector(
-    x: jax.Array | Gated,
+    x: Rows,
     w: KernelWeight,
     *,
     split: int | None = None,
@@ -106,7 +71,8 @@ def matrix_vector(
     """Partial sums of ``x @ w``.
 
     Args:
-      x: ``[M, K]`` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or a `Gated`.
+      x: ``[M, K]`` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or a `Gated` or
+        `Normed`, which are finished as they are staged.
       w: ``[K, N]``, without leading axes.
       split: pieces of K, overriding the config.
       block_columns: columns of a program, overriding the config.
@@ -131,9 +97,7 @@ def matrix_vector(
         config = choose_config(w.layout, m, multiprocessors())
     changes: dict[str, Any] = {"split": split, "block_columns": block_columns}
     config = dataclasses.replace(config, **{f: v for f, v in changes.items() if v is not None})
-    if isinstance(x, Gated) and not in_kernel(x, w.layout):
-        x = x.value()
-    return _matrix_vector(x, w, config, runs_interpreted())
+    return _matrix_vector(readable(x, w.layout), w, config, runs_interpreted())
 
 
 def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixVectorConfig:
@@ -183,11 +147,6 @@ def multiprocessors() -> int:
     return getattr(default_device(), "core_count", None) or 4
 
 
-def in_kernel(x: Gated, layout: WeightLayout) -> bool:
-    """Whether the prologue can read gate and up: they end where segments do."""
-    return layout.k % layout.segment == 0
-
-
 def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[Piece, int]:
     """What one program computes, and how many share a column.
 
@@ -211,67 +170,33 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
     return piece, split
 
 
-def by_segments(x: jax.Array | Gated, layout: WeightLayout) -> jax.Array:
-    """``[M, segments, units, rows, 1]`` of x, padded; ``[split, M, 2, ...]`` of Gated."""
-    shape = (layout.segments, layout.segment_units, layout.words.rows, 1)
-    if isinstance(x, Gated):
-        parts, m, _ = x.partials.shape
-        return x.partials.reshape(parts, m, 2, *shape)
-    missing = layout.segments * layout.segment - x.shape[-1]
-    x = jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
-    return x.reshape(x.shape[0], *shape)
-
-
-def reader(ref: Any, row: Any, first_segment: Any, dtype: Any = None):
-    """``read_x`` of `stage` for x by segments: rows ``row ..`` from `first_segment` on.
-
-    Args:
-      ref: as `by_segments` made it.
-      row: the first row.
-      first_segment: of the piece.
-      dtype: of a `Gated`; None: plain x.
-    """
-
-    def read(m, segment, tile, r, layout):
-        segments = pl.ds(first_segment + segment, tile)
-        if dtype is None:
-            return load(ref.at[row + m, segments, :, r], layout).astype(jnp.float32)
-
-        def total(half):
-            where = (row + m, half, segments, slice(None), r)
-            parts = [load(ref.at[(s, *where)], layout) for s in range(ref.shape[0])]
-            return functools.reduce(jnp.add, parts)
-
-        return gated(total(0), total(1), dtype)
-
-    return read
-
-
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _matrix_vector(x, w, config, interpreted) -> jax.Array:
     del interpreted  # part of the key under which a trace is kept
     layout = w.layout
     m = x.shape[0]
     piece, split = piece_of(layout, m, config)
-    dtype = x.dtype if isinstance(x, Gated) else None
+    x_operands = row_operands(x, layout)
     operands, name_refs = kernel_operands(w)
 
-    def body(x_ref, factors_ref, *refs):
-        *weight_refs, out_ref, staged_ref, sums_ref = refs
-        first_segment = lax.axis_index("split") * piece.segments
+    def body(factors_ref, *refs):
+        x_refs, weight_refs = refs[: len(x_operands)], refs[len(x_operands) : -3]
+        out_ref, staged_ref, sums_ref = refs[-3:]
+        part = lax.axis_index("split")
+        first_segment = part * piece.segments
         first_column = pl.multiple_of(lax.axis_index("columns") * piece.columns, piece.columns)
-        stage(piece, reader(x_ref, 0, first_segment, dtype), factors_ref, staged_ref, sums_ref)
+        read_x = row_reader(x, x_refs, layout, 0, m, first_segment)
+        stage(piece, read_x, factors_ref, staged_ref, sums_ref)
         synchronize()
         totals = accumulate(
             piece, name_refs(weight_refs), first_column, first_segment, staged_ref, sums_ref
         )
-        columns = pl.ds(first_column, piece.columns)
-        store(out_ref.at[lax.axis_index("split"), :, columns], totals)
+        store(out_ref.at[part, :, pl.ds(first_column, piece.columns)], totals)
 
     body.__name__ = kernel_name("matrix_vector", layout, m)
     out = launch(
         body,
-        (by_segments(x, layout), jnp.asarray(staging_factors(layout)), *operands),
+        (jnp.asarray(staging_factors(layout)), *x_operands, *operands),
         out_type=jax.ShapeDtypeStruct((split, m, layout.padded_n), jnp.float32),
         grid=(layout.padded_n // piece.columns, split),
         grid_names=("columns", "split"),
