@@ -77,10 +77,11 @@ class ConvolutionalWords(WordFormat):
         layout: Any = None,
     ) -> list[jax.Array]:
         """Per byte one instruction to take it, three to round, then a mask a row."""
+        (word,), (code_scale, code_offset) = words, columns
         if interpreted:
-            states = interpreted_states(words[0], *columns)
+            states = interpreted_states(word, code_scale, code_offset)
         else:
-            states = rounded_states(words[0], *columns, layout)
+            states = rounded_states(word, code_scale, code_offset, layout)
         return [
             linear_field(state, shift + FRACTION_BITS, 6, interpreted)
             for state in states

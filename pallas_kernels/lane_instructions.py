@@ -77,7 +77,8 @@ def apply(
             for result, dtype in zip(results, dtypes, strict=True)
         )
 
-    return list(run(*arrays))
+    results: Any = run(*arrays)
+    return list(results)
 
 
 def _split(register: Any) -> list[Any]:
