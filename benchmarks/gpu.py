@@ -33,15 +33,15 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 # Section -> (module, what it is told beside the settings, its part of the time).
 _PARTS: dict[str, tuple[str, dict[str, Any], float]] = {
-    "matmul": ("benchmarks.gpu_products", {}, 30),
-    "torch": ("benchmarks.gpu_torch", {"library": "torch"}, 6),
-    "gemlite": ("benchmarks.gpu_torch", {"library": "gemlite"}, 4),
-    "attention": ("benchmarks.gpu_attention", {}, 14),
-    "torch attention": ("benchmarks.gpu_torch", {"library": "torch"}, 3),
-    "model": ("benchmarks.gpu_model", {}, 32),
-    "experts": ("benchmarks.gpu_products", {"experts": True}, 7),
+    "matmul": ("benchmarks.gpu_products", {}, 27),
+    "torch": ("benchmarks.gpu_torch", {"library": "torch"}, 5),
+    "gemlite": ("benchmarks.gpu_torch", {"library": "gemlite"}, 3),
+    "attention": ("benchmarks.gpu_attention", {}, 12),
+    "torch attention": ("benchmarks.gpu_torch", {"library": "torch"}, 2),
+    "model": ("benchmarks.gpu_model", {}, 40),
+    "experts": ("benchmarks.gpu_products", {"experts": True}, 6),
     "tokamax": ("benchmarks.gpu_tokamax", {}, 2),
-    "append": ("benchmarks.gpu_attention", {"append": True}, 2),
+    "append": ("benchmarks.gpu_attention", {"append": True}, 3),
 }
 # Peers: the section whose cases they measure.
 _PEERS = {
@@ -170,7 +170,8 @@ class Run:
                 "graphs": case.graphs,
                 "implementation": case.implementation,
             }
-            settings = Settings(**{**vars(self.settings), "seconds": left, "more": more})
+            changes = {"seconds": left, "more": more, "case_seconds": 300.0}
+            settings = Settings(**{**vars(self.settings), **changes})
             environment = {**self.environment(), **case.environment()}
             failure = start_section("benchmarks.gpu_model", settings, take, environment)
             if failure:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
+import gc
 import json
 import os
 import pathlib
@@ -39,6 +41,7 @@ class Settings:
       seconds: no case is begun after so many.
       dtype: of activations: ``bfloat16``, or ``float16`` where that is not native.
       l2_bytes: of the device.
+      case_seconds: a case that takes longer hangs: its process is ended and goes on without it.
       skip: keys of cases that killed the process before.
       more: of this section alone.
     """
@@ -47,6 +50,7 @@ class Settings:
     seconds: float
     dtype: str = "bfloat16"
     l2_bytes: int = 64 << 20
+    case_seconds: float = 100.0
     skip: tuple[str, ...] = ()
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -80,10 +84,15 @@ def run_cases(
             emit({"case": case.key, "skipped": "no time left (--budget-minutes)"})
             continue
         emit({"start": case.key})
+        if not settings.smoke:
+            faulthandler.dump_traceback_later(settings.case_seconds, exit=True)
         try:
             emit({"case": case.key, **measure(case, settings)})
         except Exception as error:
             emit({"case": case.key, "error": reason(error)})
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        gc.collect()  # what one case held on the device is free for the next
 
 
 def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> str | None:
@@ -162,7 +171,10 @@ def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> st
             return f"ended after {settings.seconds + grace:.0f} s"
         errors.seek(0)
         lines = [line.strip() for line in errors if line.strip()]
-        return f"exit code {code}: {lines[-1][:300] if lines else 'no message'}"
+        # What `faulthandler` writes begins so; its last line is a place in some thread.
+        hung = [line for line in lines if line.startswith("Timeout (")]
+        last = (hung or lines or ["no message"])[-1]
+        return f"exit code {code}: {last[:300]}"
 
 
 def section_main(run: Callable[[Settings, Emit], None]) -> None:

@@ -109,6 +109,7 @@ def run(settings: Settings, emit: Emit) -> None:
         kept = {case.kernel: case for case in reversed(cases)}
         cases = [_small(case) for case in kept.values()]
     only = settings.more.get("only")
+    settings = dataclasses.replace(settings, case_seconds=300.0)
     run_cases([c for c in cases if not only or c.kernel in only], settings, emit, measure)
 
 

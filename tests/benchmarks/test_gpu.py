@@ -129,7 +129,7 @@ def test_a_section_survives_a_case_that_kills_its_process():
     events = []
     failure = start_section(
         "tests.benchmarks.dying_section",
-        Settings(smoke=True, seconds=60.0),
+        Settings(smoke=True, seconds=60.0, more={"cases": "abcd"}),
         events.append,
         {"JAX_PLATFORMS": "cpu"},
     )
@@ -141,9 +141,21 @@ def test_a_section_survives_a_case_that_kills_its_process():
     assert by_case["d"]["section"] == "test"
 
 
+def test_a_case_that_hangs_costs_its_own_time():
+    events = []
+    settings = Settings(smoke=False, seconds=60.0, case_seconds=2.0, more={"cases": "had"})
+    environment = {"JAX_PLATFORMS": "cpu"}
+    assert (
+        start_section("tests.benchmarks.dying_section", settings, events.append, environment)
+        is None
+    )
+    assert [event["case"] for event in events] == ["h", "a", "d"]
+    assert "Timeout" in events[0]["error"]
+
+
 def test_a_section_without_time_skips():
     events = []
-    settings = Settings(smoke=True, seconds=-1.0)
+    settings = Settings(smoke=True, seconds=-1.0, more={"cases": "abcd"})
     start_section("tests.benchmarks.dying_section", settings, events.append, {})
     assert [sorted(event) for event in events] == [["case", "skipped"]] * 4
 
