@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from fdq.kv_cache import parse_format
 from fdq.models import CONFIGS
 from fdq.qtensor import dequantize
 from fdq.quantizers import quantize_array
+from pallas_kernels import reports
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 SMOKE = Settings(smoke=True, seconds=600.0)
 
@@ -261,6 +265,14 @@ def test_the_whole_benchmark_runs_without_a_gpu(tmp_path, capsys):
     assert {r["section"] for r in found["results"] if "section" in r} == set(gpu.SECTIONS)
     assert not found["counts"]
     assert not [check for check in found["checks"] if check["met"] is not None]
+
+
+def test_readme_has_the_table_of_the_committed_report():
+    if not reports.DIRECTORY.exists():
+        pytest.skip("the package has no ahead-of-time report yet")
+    found = gpu_table.in_readme((ROOT / "README.md").read_text("utf-8"))
+    again = "python -m benchmarks.gpu_table --readme README.md"
+    assert found == gpu_table.table(reports.load()), f"make it again: {again}"
 
 
 def test_a_table_goes_between_the_marks():
