@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cache_update import append
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.kernel_cases import KernelCase, Program, fma_weights
+from pallas_kernels.kernel_cases import KernelCase, Program, fma_weights, loaded_weights
 from pallas_kernels.layouts import to_kernel
 from pallas_kernels.matmul import matrix_vector
 
@@ -193,6 +193,9 @@ def _attention_cases() -> list[KernelCase]:
             kernel=f"attention {cache}",
             build=functools.partial(_attention, cache, *shape),
             representative=index == 0,
+            weights_per_iteration=loaded_weights(_CACHES[cache][1]),
+            bytes_per_weight=_CACHES[cache][1],
+            report="decode_attention",
         )
         for cache in _CACHES
         for index, (model, shape) in enumerate(_ATTENTION.items())

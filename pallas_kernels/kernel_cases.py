@@ -81,6 +81,15 @@ def _fmas_per_row(rows: int, loop: Loop) -> float:
     return loop.float32_fmas / rows
 
 
+def loaded_weights(bytes_per_weight: float) -> Callable[[Loop], float]:
+    """Counts weights by the bytes that the loop loads in vectors, as scales are not."""
+    return functools.partial(_loaded, bytes_per_weight)
+
+
+def _loaded(bytes_per_weight: float, loop: Loop) -> float:
+    return loop.vector_bytes / bytes_per_weight
+
+
 def all_cases() -> list[KernelCase]:
     """Every registered case.
 

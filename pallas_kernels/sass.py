@@ -70,8 +70,17 @@ class Loop:
 
     @property
     def global_bytes(self) -> int:
-        """Bytes that a thread loads from global memory."""
-        return sum(_load_bytes(i.opcode) for i in self.instructions if i.name in ("LDG", "LDGSTS"))
+        """Bytes that a thread loads from global memory, or through pointers to any memory (LD)."""
+        return sum(self._loads())
+
+    @property
+    def vector_bytes(self) -> int:
+        """Those of `global_bytes` that come by 8 and more: weights, and not their scales."""
+        return sum(size for size in self._loads() if size >= 8)
+
+    def _loads(self) -> list[int]:
+        loads = ("LDG", "LDGSTS", "LD")
+        return [_load_bytes(i.opcode) for i in self.instructions if i.name in loads]
 
 
 def functions(text: str) -> dict[str, tuple[Instruction, ...]]:

@@ -1,6 +1,6 @@
 """The reader of machine code, on text as cuobjdump prints it."""
 
-from pallas_kernels.sass import functions, hot_loop
+from pallas_kernels.sass import Loop, functions, hot_loop
 
 TEXT = """
 	code for sm_89
@@ -55,3 +55,6 @@ def test_a_kernel_without_loops_counts_as_a_whole():
     assert loop.whole_kernel
     assert [i.name for i in loop.instructions] == ["LDG", "EXIT"]
     assert loop.global_bytes == 4
+    assert loop.vector_bytes == 0
+    first = functions(TEXT)["first_mosaic_gpu_kernel"]
+    assert Loop(first, whole_kernel=True).vector_bytes == 16
