@@ -167,10 +167,12 @@ class Machine:
 
 
 def add_downwards(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float32 ``a + b`` rounded toward minus infinity (for exponents less than 40 apart)."""
-    exact = a.astype(np.longdouble) + b.astype(np.longdouble)
-    nearest = exact.astype(np.float32)
-    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+    """float32 ``a + b`` rounded toward minus infinity."""
+    nearest = a + b
+    # What rounding to nearest left out, exactly (Knuth's two-sum).
+    b_part = nearest - a
+    left_out = (a - (nearest - b_part)) + (b - b_part)
+    return np.where(left_out < 0, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
 def _braces_of_vectors(body: str) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from ptx_machine import add_downwards
 
 from fdq.formats import FORMATS
 from fdq.formats.convolutional import CODE_OFFSET, CODE_SCALE
@@ -180,7 +181,7 @@ def test_cc2_rounds_on_a_gpu_as_its_definition_says(kind, rng):
     product = byte * (scale * np.float32(2.0**STAGED_SCALE))
     total = product + offset * np.float32(2.0**ROUNDED_EXPONENT)
     assert total.dtype == np.float32
-    rounded = round_down(total, np.float32(ROUNDING * 2.0**ROUNDED_EXPONENT))
+    rounded = add_downwards(total, np.float32(ROUNDING * 2.0**ROUNDED_EXPONENT))
     bits = rounded.view(np.int32)
     rows = []
     for shift in SHIFTS:
@@ -189,13 +190,6 @@ def test_cc2_rounds_on_a_gpu_as_its_definition_says(kind, rng):
         rows.append(window.astype(np.float64) * 2.0 ** (149 - position) - 32)
     values = np.stack(rows, axis=1).reshape(-1, 512)
     np.testing.assert_array_equal(values, cc2_rows(codes, scale, offset))
-
-
-def round_down(a: np.ndarray, b: np.float32) -> np.ndarray:
-    """float32 ``a + b`` rounded toward minus infinity."""
-    exact = a.astype(np.longdouble) + np.longdouble(b)
-    nearest = exact.astype(np.float32)
-    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
 def test_cc2_exponents_undo_the_positions():
