@@ -32,6 +32,9 @@ from pallas_kernels.matrix_vector_core import (
 from pallas_kernels.row_sources import Gated as Gated
 from pallas_kernels.row_sources import Rows, finished, readable, row_operands, row_reader
 
+_MOST_STAGED = 32 * 1024
+"""Bytes of staged x: a T4 has 64 KiB of shared memory for all programs of a multiprocessor."""
+
 MOST_ROWS = 8
 """Rows of x beyond which tensor cores are the better tool."""
 
@@ -97,7 +100,7 @@ def matrix_vector(
         config = choose_config(w.layout, m, multiprocessors())
     changes: dict[str, Any] = {"split": split, "block_columns": block_columns}
     config = dataclasses.replace(config, **{f: v for f, v in changes.items() if v is not None})
-    return _matrix_vector(readable(x, w.layout), w, config, runs_interpreted())
+    return _matrix_vector(readable(x, w.layout, m), w, config, runs_interpreted())
 
 
 def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixVectorConfig:
@@ -158,7 +161,10 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
             f"matrix_vector: block_columns={config.block_columns} must be a multiple of 128 that "
             f"divides the padded N={layout.padded_n}."
         )
+    staged = 4 * m * layout.segments * layout.segment
     split = whole_split(layout.segments, config.split)
+    if staged > split * _MOST_STAGED:
+        split = whole_split(layout.segments, -(-staged // _MOST_STAGED), up=True)
     piece = Piece(
         layout=layout,
         rows=m,
@@ -180,12 +186,12 @@ def _matrix_vector(x, w, config, interpreted) -> jax.Array:
     operands, name_refs = kernel_operands(w)
 
     def body(factors_ref, *refs):
-        x_refs, weight_refs = refs[: len(x_operands)], refs[len(x_operands) : -3]
-        out_ref, staged_ref, sums_ref = refs[-3:]
+        x_refs, weight_refs = refs[: len(x_operands)], refs[len(x_operands) : -4]
+        out_ref, staged_ref, sums_ref, norms_ref = refs[-4:]
         part = lax.axis_index("split")
         first_segment = part * piece.segments
         first_column = pl.multiple_of(lax.axis_index("columns") * piece.columns, piece.columns)
-        read_x = row_reader(x, x_refs, layout, 0, m, first_segment)
+        read_x = row_reader(x, x_refs, layout, 0, m, first_segment, norms_ref)
         stage(piece, read_x, factors_ref, staged_ref, sums_ref)
         synchronize()
         totals = accumulate(

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 from pallas_kernels.launch import runs_interpreted
 from pallas_kernels.layouts import KernelWeight, WeightLayout
 
-ReadX = Callable[[int, Any, int, Any, Any], jax.Array]
+ReadX = Callable[[Any, int, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +109,13 @@ class Piece:
         return min(self.units, self.layout.segment_units)
 
     @property
-    def scratch(self) -> tuple[Any, Any]:
-        """Shared memory: staged x and its sums. Rows of x are innermost: loaded together."""
+    def scratch(self) -> tuple[Any, Any, Any]:
+        """Shared memory: staged x, its sums, norms of rows. M is innermost: loaded together."""
         units, rows = self.layout.segment_units, self.layout.words.rows
         return (
             mg.SMEM((self.segments, rows, units, self.rows), jnp.float32),
             mg.SMEM((self.segments, self.rows), jnp.float32),
+            mg.SMEM((1, self.rows), jnp.float32),
         )
 
     @property
@@ -136,13 +137,18 @@ def staging_factors(layout: WeightLayout) -> np.ndarray:
     return np.ldexp(np.float32(1), exponents).astype(np.float32)
 
 
-def tile_layout(segments: int, units: int) -> Any:
-    """Layout of ``[segments, units, 1]`` of x, one, two or four segments, each a warp's."""
-    lane_dims: tuple[Any, ...] = (-2,) if units == 32 else (mg.Replicated(32 // units), -2)
+def tile_layout(piece: Piece, segments: int) -> Any:
+    """Layout of ``[segments, rows, units, M]`` of x; one, two or four segments, each a warp's."""
+    layout = piece.layout
+    units = layout.segment_units
+    tile = (segments, layout.words.rows, units, piece.rows)
+    tiling = mg.Tiling((tile,) if piece.rows == 1 else (tile, (1,)))
+    last = -2 if piece.rows == 1 else -3
+    lane_dims: tuple[Any, ...] = (last,) if units == 32 else (mg.Replicated(32 // units), last)
     warp_dims: tuple[Any, ...] = (mg.Replicated(4),)
     if segments > 1:
-        warp_dims = (-3,) if segments == 4 else (mg.Replicated(2), -3)
-    return mg.Layout.TILED(mg.Tiling(((segments, units, 1),)), warp_dims, lane_dims, -1)
+        warp_dims = (last - 2,) if segments == 4 else (mg.Replicated(2), last - 2)
+    return mg.Layout.TILED(tiling, warp_dims, lane_dims, -1)
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
@@ -163,39 +169,30 @@ def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: A
 
     Args:
       piece: what the program computes.
-      read_x: ``(m, first segment in the piece, how many, row of the units, array layout)`` ->
-        float32 ``[segments, units, 1]``.
+      read_x: ``(first segment in the piece, how many, array layout)`` -> float32
+        ``[segments, rows, units, M]``.
       factors_ref: float32 ``[rows]``, `staging_factors`.
       x_ref: shared, ``[segments, rows, units, M]``.
       sums_ref: shared, ``[segments, M]``: what bias and zero point are multiplied by.
     """
-    units = piece.layout.segment_units
     tile = math.gcd(piece.segments, 4)
-    layout = tile_layout(tile, units)
+    layout = tile_layout(piece, tile)
     # The bias takes part in units of the unfinished sum, and so does the sum that a zero point
     # is multiplied by.
     exponent = piece.layout.words.exponent(runs_interpreted())
     bias = 1.0 if piece.layout.zero_point == "integer" else piece.layout.bias
     factor = jnp.float32(math.ldexp(-bias, -exponent))
-    zero = mg.layout_cast(jnp.zeros((tile, units, 1), jnp.float32), layout)
+    factors = load(factors_ref, layout.reduce(0).reduce(1).reduce(1))
 
-    def tiles(i, _):
+    def one_tile(i, _):
         segments = pl.ds(i * tile, tile)
-
-        def rows(r, sums):
-            xs = [read_x(m, i * tile, tile, r, layout) for m in range(piece.rows)]
-            power = factors_ref[r]
-            for m, x in enumerate(xs):
-                store(x_ref.at[segments, r, :, pl.ds(m, 1)], x * power)
-            return [a + x for a, x in zip(sums, xs, strict=True)] if sums else sums
-
-        start = [zero] * piece.rows if piece.has_sums else []
-        sums = lax.fori_loop(0, piece.layout.words.rows, rows, start)
-        for m, total in enumerate(sums):
-            store(sums_ref.at[segments, pl.ds(m, 1)], jnp.sum(total, axis=1) * factor)
+        x = read_x(i * tile, tile, layout)
+        store(x_ref.at[segments], x * lax.broadcast_in_dim(factors, x.shape, (1,)))
+        if piece.has_sums:
+            store(sums_ref.at[segments], jnp.sum(jnp.sum(x, axis=1), axis=1) * factor)
         return ()
 
-    lax.fori_loop(0, piece.segments // tile, tiles, ())
+    lax.fori_loop(0, piece.segments // tile, one_tile, ())
 
 
 def accumulate(

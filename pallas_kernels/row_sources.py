@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.launch import synchronize
 from pallas_kernels.layouts import WeightLayout
 from pallas_kernels.matrix_vector_core import ReadX, load
 from pallas_kernels.staging import Normed, inverse_root_mean_square, whole
@@ -64,16 +66,22 @@ def finished(x: Rows) -> jax.Array:
     return x.value() if isinstance(x, (Gated, Normed)) else x
 
 
-def readable(x: Rows, layout: WeightLayout) -> Rows:
-    """`x`, finished where a kernel cannot: gate and up must end where segments do."""
-    if isinstance(x, Gated) and layout.k % layout.segment:
-        return x.value()
+_MOST_PARTIALS = 32  # rows of partial sums that every program may read again
+
+
+def readable(x: Rows, layout: WeightLayout, rows: int) -> Rows:
+    """`x`, finished where a kernel cannot (gate and up must end where segments do) or should not:
+    every program adds the partial sums of its `rows` up, which for many costs more than a launch.
+    """
+    if isinstance(x, Gated):
+        if layout.k % layout.segment or x.partials.shape[0] * rows > _MOST_PARTIALS:
+            return x.value()
     return x
 
 
 def row_operands(x: Rows, layout: WeightLayout) -> list[jax.Array]:
     """The arrays that a kernel reads x from."""
-    shape = (layout.segments, layout.segment_units, layout.words.rows, 1)
+    shape = (layout.segments, layout.segment_units, layout.words.rows)
     if isinstance(x, Gated):
         parts, m, _ = x.partials.shape
         return [x.partials.reshape(parts, m, 2, *shape)]
@@ -89,7 +97,13 @@ def row_operands(x: Rows, layout: WeightLayout) -> list[jax.Array]:
 
 
 def row_reader(
-    x: Rows, refs: Sequence[Any], layout: WeightLayout, first_row: Any, rows: int, segment: Any
+    x: Rows,
+    refs: Sequence[Any],
+    layout: WeightLayout,
+    first_row: Any,
+    rows: int,
+    segment: Any,
+    scratch_ref: Any,
 ) -> ReadX:
     """``read_x`` of `matrix_vector_core.stage`.
 
@@ -98,43 +112,50 @@ def row_reader(
       refs: of `row_operands`.
       layout: of the weight.
       first_row: of x, of the program.
-      rows: how many.
+      rows: how many, M.
       segment: the first of the program.
+      scratch_ref: shared float32 ``[1 or more, M]``, free until the first read.
     """
+    some = pl.ds(first_row, rows)
 
-    def places(first, tile, r):
-        return pl.ds(segment + first, tile), slice(None), r
+    def where(first, tile):
+        return pl.ds(segment + first, tile)
 
     if isinstance(x, Gated):
-        (ref,) = refs
+        # Axes of x follow those of shared memory: [split, gate or up, segment, row, unit, M].
+        by_unit = refs[0].transpose((0, 2, 3, 5, 4, 1))
 
-        def read_gated(m, first, tile, r, tile_layout):
+        def read_gated(first, tile, tile_layout):
             def total(half):
-                where = (first_row + m, half, *places(first, tile, r))
-                parts = [load(ref.at[(s, *where)], tile_layout) for s in range(ref.shape[0])]
+                parts = [
+                    load(by_unit.at[s, half, where(first, tile), :, :, some], tile_layout)
+                    for s in range(by_unit.shape[0])
+                ]
                 return functools.reduce(jnp.add, parts)
 
             return gated(total(0), total(1), x.dtype)
 
         return read_gated
-    if isinstance(x, Normed):
-        ref, scale_ref, whole_ref = refs
-        factors = [
-            inverse_root_mean_square(whole_ref, first_row + m, layout.k, x.epsilon)
-            for m in range(rows)
-        ]
+    by_unit = refs[0].transpose((1, 3, 2, 0))  # [segment, row, unit, M]
 
-        def read_normed(m, first, tile, r, tile_layout):
-            where = places(first, tile, r)
-            y = load(ref.at[(first_row + m, *where)], tile_layout).astype(jnp.float32)
-            y = y * factors[m] * load(scale_ref.at[where], tile_layout).astype(jnp.float32)
-            return y.astype(x.dtype).astype(jnp.float32)
+    def read(first, tile, tile_layout):
+        y = load(by_unit.at[where(first, tile), :, :, some], tile_layout)
+        return y.astype(jnp.float32)
 
-        return read_normed
-    (ref,) = refs
+    if not isinstance(x, Normed):
+        return read
+    for m in range(rows):
+        scratch_ref[0, m] = inverse_root_mean_square(refs[2], first_row + m, layout.k, x.epsilon)
+    synchronize()
+    scale_by_unit = refs[1].transpose((0, 2, 1))
 
-    def read(m, first, tile, r, tile_layout):
-        where = (first_row + m, *places(first, tile, r))
-        return load(ref.at[where], tile_layout).astype(jnp.float32)
+    def read_normed(first, tile, tile_layout):
+        one_row = tile_layout.reduce(0).reduce(0).reduce(0)
+        factors = load(scratch_ref.at[0], one_row)
+        scale = load(scale_by_unit.at[where(first, tile)], tile_layout.reduce(3))
+        y = read(first, tile, tile_layout)
+        y = y * lax.broadcast_in_dim(factors, y.shape, (3,))
+        scale = lax.broadcast_in_dim(scale.astype(jnp.float32), y.shape, (0, 1, 2))
+        return (y * scale).astype(x.dtype).astype(jnp.float32)
 
-    return read
+    return read_normed
