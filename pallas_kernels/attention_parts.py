@@ -19,7 +19,7 @@ LOWEST = -(2**20)
 _TO_INTEGER = 1.5 * 2**23  # a float32 of this size has no fraction left
 _TO_INTEGER_BITS = 0x4B400000
 _SMALLEST_PART = 256  # slots; shorter parts do not pay for the second pass
-_MOST_PARTS = 64
+_MOST_PARTS = 128
 
 
 def choose_parts(programs: int, slots: int) -> int:

@@ -1,15 +1,29 @@
-"""Attention of one new token per sequence over a quantized KV cache; CUDA cores, every GPU.
+"""Attention of one new token per sequence over a quantized KV cache.
 
     out[b, h] = sum_s softmax_s(scale * q[b, h] . key[b, h // G, s]) * value[b, h // G, s]
 
-A program is 128 threads with one (sequence, KV head), up to four query heads of its group and a
-part of the sequence. Eight threads share a slot, 16 slots make a tile, and each of the 16 rows of
-threads runs an online softmax of its own over the slots that pass through it: no exchange between
-rows until the end, where 16 states become one. The parts of a sequence become one in a second pass,
-an XLA fusion; with one part there is none.
+A program takes one (sequence, KV head), the query heads of its group and a part of the sequence;
+the parts become one in a second launch, and with one part there is none. Two kernels do it:
+`attention_cuda_cores` on every GPU, `attention_mma` on tensor cores where a group has two query
+heads or more.
 
 Scales never touch the cache: per token they multiply scores and probabilities, per channel or head
 the query and the output.
+
+Instructions that a thread spends on a byte of the cache (SASS of the hot loop, loads included,
+head_dim 128; a GPU at full bandwidth affords about 31 on T4, 57 on L4, 11 on A100, 10 on H100 and 7
+on H200), and registers; nothing spills:
+
+====================  =====================================  ==================================
+cache                 CUDA cores, group of 1 / 2 / 4         tensor cores, group up to 8 / 16
+====================  =====================================  ==================================
+int8 token_head       @i8d@
+float8 token_head     @f8d@
+int8 channel          @i8c@
+int4 token_head       @i4d@
+int4 channel          @i4c@
+bfloat16              @bf16@
+====================  =====================================  ==================================
 """
 
 from __future__ import annotations
@@ -20,8 +34,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention_cuda_cores import attend
-from pallas_kernels.cache_words import describe_cache
+from pallas_kernels import attention_cuda_cores, attention_mma
+from pallas_kernels.cache_words import CacheWords, describe_cache
+from pallas_kernels.launch import default_device
 
 
 def decode_attention_reference(
@@ -91,6 +106,7 @@ def decode_attention(
     sliding_window: int | None = None,
     scale: float | None = None,
     parts: int | None = None,
+    tensor_cores: bool | None = None,
 ) -> jax.Array:
     """The newest token of each sequence attends to the slots ``s < lengths[b]``.
 
@@ -109,19 +125,21 @@ def decode_attention(
       sliding_window: slots that the token sees, its own included; None for all.
       scale: multiplies the scores; ``D ** -0.5`` if None.
       parts: programs that share a sequence; None chooses by the device's multiprocessors.
+      tensor_cores: whether to multiply on tensor cores; None does so from sm_80 on where a KV head
+        has 2 query heads or more, and not in the interpreter, which emulates them if True.
 
     Returns:
       ``[B, H, D]`` in the dtype of q; scores, softmax and sums are float32.
 
     Raises:
-      NotImplementedError: a head_dim without a kernel.
+      NotImplementedError: a head_dim without a kernel, or tensor cores for what they have none.
       ValueError: arrays that do not belong together.
     """
     d = q.shape[-1]
     side = describe_cache(k, d, cache_format, k_scale)
     _check(q, k, v, cache_format, (k_scale, v_scale), (k_zero, v_zero))
     static = functools.partial(
-        attend,
+        _implementation(side, q.shape[1] // k.shape[1], k.shape[2], tensor_cores),
         side=side,
         sliding_window=sliding_window,
         scale=d**-0.5 if scale is None else scale,
@@ -135,6 +153,22 @@ def decode_attention(
     )
     arrays = (q, k, v, lengths.astype(jnp.int32), k_scale, v_scale, k_zero, v_zero)
     return _differentiable(static, reference)(*arrays)
+
+
+def _implementation(side: CacheWords, group: int, slots: int, tensor_cores: bool | None):
+    """The `attend` of `attention_mma` or of `attention_cuda_cores`."""
+    supported = attention_mma.supports(side, group, slots)
+    if tensor_cores is None:
+        capability = getattr(default_device(), "compute_capability", None)
+        modern = capability is not None and float(capability) >= 8.0
+        tensor_cores = modern and supported and group >= 2
+    if tensor_cores and not supported:
+        raise NotImplementedError(
+            f"decode_attention: no tensor-core kernel for a {side.dtype.name} cache of {slots} "
+            f"slots, head_dim {side.head_dim} and {group} query heads a KV head; leave tensor_cores "
+            "as None."
+        )
+    return attention_mma.attend if tensor_cores else attention_cuda_cores.attend
 
 
 def _reference_positional(q, k, v, lengths, k_scale, v_scale, k_zero, v_zero, **static):

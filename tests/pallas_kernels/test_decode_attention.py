@@ -1,0 +1,235 @@
+"""Decode attention in the interpreter, on CUDA cores and on (emulated) tensor cores."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closeness import assert_close
+
+from fdq import ops
+from fdq.scheme import CacheSpec
+from pallas_kernels.attention_cuda_cores import heads_per_program
+from pallas_kernels.attention_parts import choose_parts, exponent
+from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
+
+BOUND = 5e-6  # of the largest reference value
+
+SPECS = {
+    "bfloat16": None,
+    "float16": None,
+    "float32": None,
+    "int8": CacheSpec(format="int8"),
+    "float8": CacheSpec(format="float8_e4m3"),
+    "int4": CacheSpec(format="int4", zero_point=True),
+    "int8 channel": CacheSpec(format="int8", granularity="channel", dynamic=False),
+    "float8 head": CacheSpec(format="float8_e4m3", granularity="head", dynamic=False),
+    "int4 channel": CacheSpec(format="int4", granularity="channel", dynamic=False, zero_point=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a cache and queries are made from."""
+
+    batch: int = 2
+    kv_heads: int = 1
+    group: int = 2
+    slots: int = 150
+    head_dim: int = 64
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def quantize(x, spec, scale, zero):
+    return ops.quantize_cache(x, spec, scale=scale, zero=zero)
+
+
+def make(rng, name, sizes):
+    """Queries, the arrays of a cache, and the arguments that go with them."""
+    spec = SPECS[name]
+    d = sizes.head_dim
+    shape = (sizes.batch, sizes.kv_heads, sizes.slots, d)
+    q = rng.standard_normal((sizes.batch, sizes.kv_heads * sizes.group, d))
+    arrays = {}
+    sides = []
+    for side in "kv":
+        x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        if spec is None:
+            sides.append(x.astype(name))
+            continue
+        scale = zero = None
+        if not spec.dynamic:
+            width = d if spec.granularity == "channel" else 1
+            spread = {"int8": 0.02, "float8_e4m3": 0.01, "int4": 0.3}[spec.format]
+            scale = rng.uniform(0.5, 1.5, (sizes.kv_heads, width)) * spread
+            scale = jnp.asarray(scale, jnp.float32)
+            if spec.zero_point:
+                zero = jnp.asarray(rng.integers(5, 11, scale.shape), jnp.uint8)
+        codes, scale, zero = quantize(x, spec, scale, zero)
+        sides.append(codes)
+        arrays |= {f"{side}_scale": scale}
+        arrays |= {} if zero is None else {f"{side}_zero": zero}
+    settings = {"cache_format": None if spec is None else spec.format, **arrays}
+    return jnp.asarray(q, jnp.float32), *sides, settings
+
+
+@functools.partial(jax.jit, static_argnames=("cache_format", "sliding_window", "scale"))
+def reference(q, k, v, lengths, **settings):
+    return decode_attention_reference(q, k, v, lengths=lengths, **settings)
+
+
+def check(rng, name, sizes, lengths, **options):
+    *arrays, settings = make(rng, name, sizes)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    window = options.get("sliding_window")
+    out = decode_attention(*arrays, lengths=lengths, **settings, **options)
+    expected = reference(*arrays, lengths, sliding_window=window, **settings)
+    assert_close(out, expected, of_largest=BOUND, what=name)
+    return out, arrays, lengths, settings
+
+
+# Formats, and with them groups, head dims, numbers of slots that fill no tile, and parts.
+CUDA_CORES = {
+    "bfloat16": (Sizes(group=1, slots=40, head_dim=128), 1),
+    "float16": (Sizes(group=2, slots=33), 2),
+    "float32": (Sizes(group=3, slots=21), 1),
+    "int8": (Sizes(group=5, slots=70), 2),
+    "float8": (Sizes(group=3, slots=20, head_dim=256), 1),
+    "int4": (Sizes(group=2, slots=33, head_dim=128), 1),
+    "int8 channel": (Sizes(group=16, slots=17), 1),
+    "float8 head": (Sizes(group=7, slots=19), 1),
+    "int4 channel": (Sizes(kv_heads=2, slots=31), 1),
+}
+TENSOR_CORES = {
+    "bfloat16": (Sizes(group=4, slots=65, head_dim=128), 1),
+    "float16": (Sizes(group=2, slots=100), 1),
+    "int8": (Sizes(group=5, slots=150, head_dim=128), 2),
+    "float8": (Sizes(group=8, slots=64), 1),
+    "int4": (Sizes(group=12, slots=70), 1),
+    "int8 channel": (Sizes(group=16, slots=90), 1),
+    "float8 head": (Sizes(group=3, slots=64, head_dim=256), 1),
+    "int4 channel": (Sizes(group=7, slots=70, head_dim=128), 1),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_CORES)
+def test_formats_on_cuda_cores(rng, name):
+    sizes, parts = CUDA_CORES[name]
+    slots = sizes.slots
+    out, arrays, lengths, settings = check(rng, name, sizes, [slots, slots // 2], parts=parts)
+    if name == "int4":
+        settings = settings | {"cache_format": SPECS[name]}
+        q, k, v = arrays
+        xla = ops.attention(q[:, None], k, v, lengths=lengths, implementation="xla", **settings)
+        assert_close(out, xla[:, 0], of_largest=BOUND)
+
+
+@pytest.mark.parametrize("name", TENSOR_CORES)
+def test_formats_on_tensor_cores(rng, name):
+    sizes, parts = TENSOR_CORES[name]
+    slots = sizes.slots
+    check(rng, name, sizes, [slots, slots // 2], parts=parts, tensor_cores=True)
+
+
+def test_fewer_slots_than_a_tile(rng):
+    check(rng, "int8", Sizes(group=1, slots=9), [9, 4], parts=1)
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_lengths_and_windows(rng, tensor_cores):
+    out, *_ = check(
+        rng,
+        "int8",
+        Sizes(batch=4, slots=170),
+        [0, 1, 64, 170],
+        parts=2,
+        sliding_window=70,
+        tensor_cores=tensor_cores,
+    )
+    assert not out[0].any()
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_what_counts(rng, tensor_cores):
+    """Hidden slots do not, not even scales of zero as in a fresh cache; to the bit.
+
+    Scales and zero points do: with those of other tokens the result is another.
+    """
+    q, k, v, settings = make(rng, "int4", Sizes(slots=100))
+    lengths = jnp.asarray([40, 90], jnp.int32)
+    options = {"lengths": lengths, "parts": 1, "tensor_cores": tensor_cores}
+    run = jax.jit(functools.partial(decode_attention, **options, cache_format="int4"))
+    expected = reference(q, k, v, lengths, **settings)
+    settings.pop("cache_format")
+    out = run(q, k, v, **settings)
+    assert_close(out, expected, of_largest=BOUND)
+    for name in settings:
+        others = run(q, k, v, **(settings | {name: settings[name][:, :, ::-1]}))
+        assert np.abs(others - expected).max() > 100 * BOUND * np.abs(expected).max(), name
+    hidden = jnp.arange(100)[None, None, :] >= lengths[:, None, None]
+
+    def blank(a):
+        mask = hidden if a.ndim == 3 else hidden[..., None]
+        return jnp.where(mask, jnp.zeros((), a.dtype), a)
+
+    settings = {n: blank(a) for n, a in settings.items()}
+    np.testing.assert_array_equal(out, run(q, blank(k), blank(v), **settings))
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_large_scores(rng, tensor_cores):
+    """Probabilities of one slot alone, and scores far below zero."""
+    q, k, v, _ = make(rng, "bfloat16", Sizes(slots=70))
+    q = q.astype(jnp.bfloat16)
+    lengths = jnp.asarray([70, 39], jnp.int32)
+    out = decode_attention(
+        q, k, v, lengths=lengths, scale=-100.0, parts=1, tensor_cores=tensor_cores
+    )
+    assert_close(out, reference(q, k, v, lengths, scale=-100.0), of_largest=0.01)
+
+
+def test_vmap_and_gradient(rng):
+    q, k, v, _ = make(rng, "bfloat16", Sizes(slots=20))
+    lengths = jnp.asarray([20, 7], jnp.int32)
+
+    def run(q, k, v, lengths):
+        return decode_attention(q, k, v, lengths=lengths, parts=1)
+
+    stacked = [jnp.stack([a, a[::-1]]) for a in (q, k, v, lengths)]
+    assert_close(jax.vmap(run)(*stacked), jax.vmap(reference)(*stacked), of_largest=BOUND)
+    twice = jnp.stack([q, 2 * q])
+    out = jax.vmap(run, (0, None, None, None))(twice, k, v, lengths)
+    assert_close(out[1], reference(2 * q, k, v, lengths), of_largest=BOUND)
+    gradient = jax.grad(lambda *a: run(*a).sum())(q, k, v, lengths)
+    expected = jax.grad(lambda *a: reference(*a).sum())(q, k, v, lengths)
+    assert_close(gradient, expected, of_largest=BOUND)
+
+
+def test_what_is_refused(rng):
+    q, k, v, _ = make(rng, "bfloat16", Sizes(slots=20))
+    lengths = jnp.asarray([20, 7], jnp.int32)
+    with pytest.raises(NotImplementedError, match="head_dim=32"):
+        decode_attention(q[..., :32], k[..., :32], v[..., :32], lengths=lengths)
+    with pytest.raises(NotImplementedError, match="no tensor-core kernel"):
+        decode_attention(q, k, v, lengths=lengths, tensor_cores=True)
+    with pytest.raises(ValueError, match="k and v alike"):
+        decode_attention(q, k, v[:, :, :10], lengths=lengths)
+    with pytest.raises(ValueError, match="scales go with a quantized format"):
+        decode_attention(q, k, v, lengths=lengths, k_scale=jnp.ones((2, 1, 20)))
+    with pytest.raises(ValueError, match="float8_e4m3"):
+        decode_attention(q, k, v, lengths=lengths, cache_format="fp8")
+
+
+def test_how_a_sequence_is_shared():
+    assert [heads_per_program(g, 128) for g in (1, 4, 5, 7, 8, 12, 16)] == [1, 4, 3, 4, 4, 4, 4]
+    assert heads_per_program(5, 256) == 2
+    assert choose_parts(1, 100) == 1
+    assert choose_parts(1, 1024) == 4  # no part below 256 slots
+    assert choose_parts(12, 8192) == 1  # the interpreter has 4 multiprocessors
+
+
+def test_exponents_are_whole(rng):
+    x = jnp.asarray([-1e30, -3.4, 0.0, 2.5, 1000.2], jnp.float32)
+    np.testing.assert_array_equal(exponent(x), [-(2**20), -3, 0, 2, 1000])
