@@ -1,0 +1,172 @@
+"""The append kernel in the interpreter, against XLA's steps and against fdq's own cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closeness import assert_close
+
+from fdq import ops
+from fdq.nn.rotary import apply_rotary
+from fdq.scheme import CacheSpec
+from pallas_kernels.cache_row import _e4m3_bits
+from pallas_kernels.cache_update import append, append_reference
+
+HEADS, KV_HEADS, SLOTS, D = 3, 2, 20, 64
+WIDTH = (HEADS + 2 * KV_HEADS) * D
+SPECS = {
+    "float": None,
+    "int8": CacheSpec(format="int8"),
+    "float8": CacheSpec(format="float8_e4m3"),
+    "int4": CacheSpec(format="int4", zero_point=True),
+    "int8 channel": CacheSpec(format="int8", granularity="channel", dynamic=False),
+    "float8 head": CacheSpec(format="float8_e4m3", granularity="head", dynamic=False),
+    "int4 channel": CacheSpec(format="int4", granularity="channel", dynamic=False, zero_point=True),
+}
+CODES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}
+
+
+def make(rng, name, dtype, *, splits=None, batch=2):
+    """Positional arguments of `append`, and its format."""
+    spec = SPECS[name]
+    shape = (batch, WIDTH) if splits is None else (splits, batch, WIDTH)
+    qkv = rng.standard_normal(shape)
+    qkv = jnp.asarray(qkv, jnp.float32 if splits else dtype)
+    angle = rng.uniform(0, 6, (batch, D // 2))
+    angles = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
+    slots = jnp.asarray(rng.permutation(SLOTS)[:batch], jnp.int32)
+    width = D // 2 if spec is not None and spec.format == "int4" else D
+    code = dtype if spec is None else CODES[spec.format]
+    caches = [jnp.asarray(rng.integers(0, 9, (batch, KV_HEADS, SLOTS, width)), code)] * 2
+    if spec is not None:
+        small = (batch, KV_HEADS, SLOTS)
+        if not spec.dynamic:
+            small = (KV_HEADS, D if spec.granularity == "channel" else 1)
+        spread = {"int8": 0.02, "float8_e4m3": 0.005, "int4": 0.3}[spec.format]
+        caches += [jnp.asarray(rng.uniform(0.5, 1.5, small) * spread, jnp.float32)] * 2
+        if spec.zero_point:
+            caches += [jnp.asarray(rng.integers(4, 12, small), jnp.uint8)] * 2
+    return [qkv, *angles, slots, *caches], None if spec is None else spec.format
+
+
+def run(function, arguments, **options):
+    return jax.jit(functools.partial(function, heads=HEADS, **options))(*arguments)
+
+
+def assert_equal(result, expected):
+    for name, a, b in zip(expected._fields, result, expected, strict=True):
+        if b is not None:
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "name, interleaved",
+    [*((name, i % 2 == 0) for i, name in enumerate(SPECS)), ("int8", True), ("int4", False)],
+)
+def test_formats(rng, name, interleaved):
+    """Codes, scales and queries are XLA's, bit for bit, and other slots stay as they are."""
+    arguments, cache_format = make(rng, name, jnp.bfloat16)
+    options = {"interleaved": interleaved, "cache_format": cache_format}
+    result = run(append, arguments, **options)
+    assert_equal(result, run(append_reference, arguments, **options))
+    slots = np.asarray(arguments[3])
+    for old, new in zip(arguments[4:], result[1:], strict=False):
+        if old.ndim < 3:
+            np.testing.assert_array_equal(old, new)
+            continue
+        changed = (np.asarray(old) != np.asarray(new)).reshape(2, KV_HEADS, SLOTS, -1).any((1, 3))
+        for b in range(2):
+            assert changed[b, slots[b]]
+            assert changed[b].sum() == 1
+
+
+def test_norms_bias_and_partial_sums(rng):
+    interleaved = False
+    arguments, cache_format = make(rng, "int4", jnp.bfloat16, splits=3)
+    options = {
+        "interleaved": interleaved,
+        "cache_format": cache_format,
+        "dtype": jnp.bfloat16,
+        "bias": jnp.asarray(rng.standard_normal(WIDTH), jnp.bfloat16),
+        "q_norm": jnp.asarray(rng.uniform(0.5, 1.5, D), jnp.bfloat16),
+        "k_norm": jnp.asarray(rng.uniform(0.5, 1.5, D), jnp.bfloat16),
+    }
+    assert_equal(run(append, arguments, **options), run(append_reference, arguments, **options))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4 channel"])
+def test_agrees_with_the_cache_of_fdq(rng, name):
+    """The steps of `fdq.nn.Attention` and `KVCache.update`, one by one."""
+    arguments, cache_format = make(rng, name, jnp.bfloat16)
+    result = run(append, arguments, interleaved=False, cache_format=cache_format)
+    qkv, cos, sin, slots, *caches = arguments
+    spec = SPECS[name]
+    x = qkv.reshape(2, 1, HEADS + 2 * KV_HEADS, D)
+    q, k, v = jnp.split(x, (HEADS, HEADS + KV_HEADS), axis=2)
+    angles = (cos[:, None], sin[:, None])
+    rotate = jax.jit(functools.partial(apply_rotary, angles=angles, interleaved=False))
+    np.testing.assert_array_equal(result.q, rotate(q)[:, 0])
+    static = {} if spec.dynamic else {"scale": caches[2], "zero": caches[4]}
+    for codes, x in ((result.k, rotate(k)), (result.v, v)):
+        expected, _, _ = ops.quantize_cache(jnp.swapaxes(x, 1, 2), spec, **static)
+        for b in range(2):
+            np.testing.assert_array_equal(codes[b, :, slots[b]], expected[b, :, 0])
+
+
+def test_slots_beyond_the_cache(rng):
+    """As in XLA, the last one; a negative one is the first."""
+    arguments, _ = make(rng, "float", jnp.float32)
+    arguments[3] = jnp.asarray([SLOTS + 5, -3], jnp.int32)
+    result = run(append, arguments, interleaved=True)
+    v = arguments[0].reshape(2, -1, D)[:, -KV_HEADS:]
+    np.testing.assert_array_equal(result.v[0, :, SLOTS - 1], v[0])
+    np.testing.assert_array_equal(result.v[1, :, 0], v[1])
+
+
+def test_float32_activations(rng):
+    """The rotation may differ by a bit there, and with it a scale."""
+    arguments, cache_format = make(rng, "int8", jnp.float32)
+    options = {"interleaved": True, "cache_format": cache_format}
+    result, expected = (run(f, arguments, **options) for f in (append, append_reference))
+    assert_close(result.q, expected.q, of_largest=3e-7)
+    assert_close(result.k_scale, expected.k_scale, of_largest=3e-7)
+    np.testing.assert_array_equal(result.v, expected.v)
+    np.testing.assert_array_equal(result.v_scale, expected.v_scale)
+
+
+def test_vmap(rng):
+    one, cache_format = make(rng, "int8", jnp.bfloat16)
+    stacked = [jnp.stack([a, a[::-1]]) for a in one]
+    options = {"heads": HEADS, "interleaved": True, "cache_format": cache_format}
+    result = jax.vmap(functools.partial(append, **options))(*stacked)
+    expected = jax.vmap(functools.partial(append_reference, **options))(*stacked)
+    assert_equal(result, expected)
+
+
+def test_every_float8_code():
+    """All values of float8_e4m3fn, their midpoints (ties to even) and a little beside them."""
+    values = np.arange(127, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
+    middle = (values[1:] + values[:-1]) / 2
+    x = np.concatenate([values, middle, middle * np.float32(1 + 2**-20), middle * 0.9999])
+    x = jnp.asarray(np.concatenate([x, -x]), jnp.float32)
+    expected = jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
+    np.testing.assert_array_equal(_e4m3_bits(x), expected.astype(jnp.int32))
+
+
+def test_what_is_refused(rng):
+    arguments, _ = make(rng, "float", jnp.float32)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda qkv: run(append, [qkv, *arguments[1:]], interleaved=True).q.sum())(
+            arguments[0]
+        )
+    with pytest.raises(ValueError, match="partial sums of qkv need dtype"):
+        run(append, [arguments[0][None], *arguments[1:]], interleaved=True)
+    with pytest.raises(ValueError, match="scales go with a quantized format"):
+        run(append, arguments, interleaved=True, cache_format="int8")
+    with pytest.raises(ValueError, match="expected \\[2, "):
+        run(append, [arguments[0][:, :-1], *arguments[1:]], interleaved=True)
+    with pytest.raises(NotImplementedError, match="head_dim=32"):
+        run(append, [*arguments[:4], *[c[..., :32] for c in arguments[4:]]], interleaved=True)
