@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import pathlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -219,6 +220,11 @@ def result_path(record: dict[str, Any], directory: pathlib.Path) -> pathlib.Path
     return directory / f"{device}-{record['date']}.json"
 
 
+def wide_console() -> Console:
+    """Wide enough for the tables, whatever the terminal: a notebook's has 80 columns."""
+    return Console(highlight=False, width=max(140, shutil.get_terminal_size().columns))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
@@ -246,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; 1 if a kernel's result was wrong, or nothing could be measured."""
     arguments = parser().parse_args(argv)
-    console = Console(highlight=False)
+    console = wide_console()
     if arguments.smoke:
         console.print("Smoke run on CPU: kernels are interpreted, and no figure below counts.")
     directory = arguments.output

@@ -18,10 +18,9 @@ import tempfile
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks.gpu import Run
+from benchmarks.gpu import Run, wide_console
 from benchmarks.gpu_child import Settings, start_section
 from benchmarks.gpu_tuning import OWN, XLA
 
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="of the table")
     arguments = parser.parse_args(argv)
     arguments.no_peers, arguments.only, only = True, (), arguments.only
-    console = Console(highlight=False)
+    console = wide_console()
     if arguments.smoke:
         console.print("Smoke run on CPU: kernels are interpreted, and the table means nothing.")
     run = Run(arguments, console)
