@@ -15,7 +15,11 @@ from typing import Any
 from pallas_kernels.gpu_targets import ALL
 from pallas_kernels.sass import Loop
 
-MODULES: tuple[str, ...] = ("pallas_kernels.decode_shapes", "pallas_kernels.routing")
+MODULES: tuple[str, ...] = (
+    "pallas_kernels.decode_shapes",
+    "pallas_kernels.integer_matmul",
+    "pallas_kernels.routing",
+)
 """Modules of this package that register cases."""
 
 

@@ -100,9 +100,13 @@ def product(x: jax.Array, q: QTensor) -> jax.Array:
 
 def integer_product(codes: jax.Array, q: QTensor) -> jax.Array:
     """int8 rows ``[M, K]`` times integer codes -> float32 ``[M, N]`` before the x scale."""
-    from pallas_kernels.integer_matmul import integer_matrix_vector
+    from pallas_kernels.integer_matmul import has_kernel, integer_matrix_vector
 
-    return jnp.sum(integer_matrix_vector(codes, kernel_weight(q)), axis=0)
+    weight = kernel_weight(q)
+    if not has_kernel(weight):
+        return product(codes.astype(jnp.float32), q)
+    config = _matrix_config("integer_matrix_vector", q, codes.shape[0])
+    return jnp.sum(integer_matrix_vector(codes, weight, config=config), axis=0)
 
 
 def takes_integers(q: QTensor, spec: ActivationSpec) -> bool:
