@@ -119,7 +119,7 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     bits = 32 * layout.words.words / layout.words.rows
     most = max(1, int(layout.k * bits / 8 / 8 / (8 * m)))
     wanted = (4 if m <= 2 else 2) * multiprocessors
-    step_rows = {1: 32, 2: 32, 3: 16, 4: 16}.get(m, 8)
+    in_flight = {1: 16, 2: 16, 3: 8, 4: 8}.get(m, 4)  # words of a thread
 
     def split_for(block: int) -> int:
         programs = columns // block
@@ -134,7 +134,8 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     else:
         block = blocks[-1] if m == 1 else blocks[0]
         split = split_for(block)
-    return MatrixVectorConfig(block_columns=block, split=split, step_rows=step_rows)
+    units = max(1, in_flight * 128 // (block * layout.words.words))
+    return MatrixVectorConfig(block_columns=block, split=split, step_rows=units * layout.words.rows)
 
 
 def whole_split(segments: int, split: int, *, up: bool = False) -> int:

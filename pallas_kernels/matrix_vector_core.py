@@ -221,7 +221,8 @@ def accumulate(
     totals_layout = products.reduce(0) if several else products  # [M, columns]
     column, row = totals_layout.reduce(0), totals_layout.reduce(1)  # [columns], [M]
     axes = tuple(range(len(shape)))
-    together = math.gcd(piece.segments, max(1, piece.units // units))  # segments unrolled
+    # Short segments are unrolled: 32 rows of K an iteration, if their number allows it.
+    together = math.gcd(piece.segments, max(1, 32 // layout.segment))
     first_unit = first_segment * units
     last_unit = first_unit + (piece.segments * units - step)
 

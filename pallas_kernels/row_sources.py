@@ -66,17 +66,17 @@ def finished(x: Rows) -> jax.Array:
     return x.value() if isinstance(x, (Gated, Normed)) else x
 
 
-_MOST_PARTIALS = 32  # rows of partial sums that every program may read again
+_MOST_PARTIALS = 16  # rows of partial sums that every program may read again
 
 
 def readable(x: Rows, layout: WeightLayout, rows: int) -> Rows:
     """`x`, finished where a kernel cannot (gate and up must end where segments do) or should not:
     every program adds the partial sums of its `rows` up, which for many costs more than a launch.
     """
-    if isinstance(x, Gated):
-        if layout.k % layout.segment or x.partials.shape[0] * rows > _MOST_PARTIALS:
-            return x.value()
-    return x
+    if not isinstance(x, Gated):
+        return x
+    costly = x.partials.shape[0] * rows > _MOST_PARTIALS
+    return x.value() if costly or layout.k % layout.segment else x
 
 
 def row_operands(x: Rows, layout: WeightLayout) -> list[jax.Array]:
