@@ -212,7 +212,11 @@ def difference(result: Any, reference: Any) -> float:
 
 
 def slope(run: Callable[[int], Any], turns: int, repetitions: int = 7) -> float:
-    """Seconds a turn of ``run(turns)``, whose argument is static: from n and 2n turns."""
+    """Seconds a turn of ``run(turns)``, whose argument is static: from n and 2n turns.
+
+    Raises:
+      ValueError: more turns take no more time.
+    """
     for count in (turns, 2 * turns):
         for _ in range(_WARM_UPS):
             jax.block_until_ready(run(count))
@@ -224,4 +228,7 @@ def slope(run: Callable[[int], Any], turns: int, repetitions: int = 7) -> float:
             jax.block_until_ready(run(count))
             spent.append(time.perf_counter() - start)
         found.append((spent[1] - spent[0]) / turns)
-    return float(np.median(found))
+    seconds = float(np.median(found))
+    if seconds <= 0:
+        raise ValueError(f"too noisy to time: {turns} turns more take {seconds * turns:.3g} s")
+    return seconds

@@ -73,13 +73,12 @@ class TuneCase:
         sizes = ", ".join(f"{a} x {b}" for a, b in self.shapes)
         return f"{self.kernel} {self.format} M = {self.rows}: {sizes}"
 
-    @property
-    def format_name(self) -> str:
-        """As the tuning table calls it; a cache in 16 bits goes by its dtype instead."""
-        spec = parse_format(self.format) if self.kernel == "decode_attention" else None
-        if spec is not None:
-            return spec.format
-        return weight_spec(self.format).format
+    def format_name(self, dtype: str) -> str:
+        """As the tuning table calls it; a cache in 16 bits goes by its ``dtype``."""
+        if self.kernel != "decode_attention":
+            return weight_spec(self.format).format
+        spec = parse_format(self.format)
+        return dtype if spec is None else spec.format
 
 
 def tune_cases() -> list[TuneCase]:
@@ -128,7 +127,7 @@ def measure(case: TuneCase, settings: Settings) -> dict[str, Any]:
     }[case.kernel]
     return {
         "kernel": case.kernel,
-        "format": case.format_name,
+        "format": case.format_name(settings.dtype),
         "rows": case.rows,
         "bound": case.bound,
         "shapes": [
@@ -198,6 +197,9 @@ def _summed(kernel: Callable[..., jax.Array], config: Any) -> Callable[..., jax.
 
 
 def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
+    from pallas_kernels import matmul as kernels
+    from pallas_kernels.grouped_matmul import gathered_matrix_vector
+
     k, n = shape
     experts = 4 if settings.smoke else 64
     layer = ExpertCase(
@@ -215,17 +217,28 @@ def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict
     indices = [jnp.asarray(i) for i in expert_indices(layer, 1 if settings.smoke else 10)]
     x = random_array(jax.random.key(1), (case.rows, k), jnp.dtype(settings.dtype))
 
-    def step(implementation: str) -> Callable[..., jax.Array]:
-        def run(x: Any, index: jax.Array) -> jax.Array:
-            return ops.grouped_matmul(x[0], x[1], index, implementation=implementation)
+    def by_xla(x: Any, index: jax.Array) -> jax.Array:
+        return ops.grouped_matmul(x[0], x[1], index, implementation="xla")
 
-        return run
+    def by_kernel(config: Any) -> Callable[..., jax.Array]:
+        def step(x: Any, index: jax.Array) -> jax.Array:
+            sums = gathered_matrix_vector(x[0], x[1], index, config=config)
+            return sums.sum(axis=0).astype(x[0].dtype)
 
-    works: dict[str, Work | str] = {
-        XLA: Work(step("xla"), (x, stack), indices),
-        OWN: later(prepared, lambda w: Work(step("mosaic_gpu"), (x, w), indices)),
-    }
-    expected = step("xla")((x.astype(jnp.float32), stack), indices[0])
+        return step
+
+    works: dict[str, Work | str] = {XLA: Work(by_xla, (x, stack), indices)}
+    if isinstance(prepared, Exception):
+        works[OWN] = later(prepared, lambda w: Work(jnp.add, x, w))
+    else:
+        weight = prepared.codes
+        # As the kernel chooses: every pick has its share of the multiprocessors.
+        share = -(-kernels.multiprocessors() // case.rows)
+        own = kernels.choose_config(weight.layout, 1, share)
+        for candidate in matrix_candidates(own, settings.smoke):
+            config = dataclasses.replace(own, **candidate)
+            works[name_of(candidate)] = Work(by_kernel(config), (x, weight), indices)
+    expected = by_xla((x.astype(jnp.float32), stack), indices[0])
     checks = dict.fromkeys(works, lambda y: difference(y, expected))
     return timed(works, checks, {}, settings)
 

@@ -75,6 +75,8 @@ def test_cases_are_unique_and_their_kernels_known():
     cases = gpu_tuning.tune_cases()
     assert len({case.key for case in cases}) == len(cases)
     assert {case.kernel for case in cases} == set(tune.KERNELS) <= set(choices.KERNELS)
+    names = {case.format_name("float16") for case in cases}
+    assert {"int4", "int8", "float16", "float8_e4m3", "cc2"} <= names
 
 
 @pytest.mark.slow
