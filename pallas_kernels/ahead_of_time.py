@@ -214,6 +214,7 @@ def _compile(
         launch_kinds=counted.kinds,
         unknown_loops=counted.unknown_loops,
         copies=counted.copies,
+        sequence=counted.sequence,
         large_results=counted.large_results,
     )
     return _with_instructions(report, case, target, loops)

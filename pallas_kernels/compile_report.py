@@ -69,7 +69,7 @@ class Report:
       kernels: Mosaic's first.
       argument_bytes, temp_bytes, alias_bytes: of the program; aliased are donated buffers that
         results are written to in place.
-      launches, launch_kinds, unknown_loops, copies, large_results: see
+      launches, launch_kinds, unknown_loops, copies, sequence, large_results: see
         `pallas_kernels.launches.Launches`.
       instructions_per_weight: of the hot loop of the case's kernel; None where nothing was counted.
       instruction_budget: above it, instructions and not memory limit the kernel on this GPU.
@@ -94,6 +94,7 @@ class Report:
     launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     copies: tuple[Copy, ...] = ()
+    sequence: tuple[str, ...] = ()
     large_results: tuple[LargeResult, ...] = ()
     instructions_per_weight: float | None = None
     instruction_budget: float | None = None
@@ -139,4 +140,12 @@ class Report:
         )
         copies = tuple(Copy(**copy) for copy in value["copies"])
         large = tuple(LargeResult(**result) for result in value["large_results"])
-        return Report(**{**value, "kernels": kernels, "copies": copies, "large_results": large})
+        return Report(
+            **{
+                **value,
+                "kernels": kernels,
+                "copies": copies,
+                "large_results": large,
+                "sequence": tuple(value["sequence"]),
+            }
+        )

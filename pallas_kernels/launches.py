@@ -44,6 +44,9 @@ _WRITES_NOTHING = frozenset(
     {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional"}
     | {"call", "opt-barrier", "async-start", "async-update", "async-done", "copy-done"}
 )
+_SOURCES = re.compile(
+    r'^\s*(?:ROOT )?%([\w.\-]+) = [^\n]*?metadata=\{op_name="([^"]*)"', re.MULTILINE
+)
 _TRIPS = re.compile(r'%([\w.\-]+) = [^\n]*? while\([^\n]*?"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"(pred|[a-z]+[0-9]+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _BITS = re.compile(r"^[a-z]+(\d+)")
@@ -92,6 +95,8 @@ class Launches:
       unknown_loops: loops whose trip count the compiler does not know; their bodies count once,
         their condition (and a copy of it to the host) not at all.
       copies: every copy thunk.
+      sequence: every launch in its order, a line each: kind, HLO instruction, and JAX's name of
+        what it computes.
       large_results: where weights or caches are copied, converted or sliced, this says so.
     """
 
@@ -99,6 +104,7 @@ class Launches:
     kinds: dict[str, int]
     unknown_loops: int
     copies: tuple[Copy, ...]
+    sequence: tuple[str, ...]
     large_results: tuple[LargeResult, ...]
 
 
@@ -110,6 +116,8 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
     mosaic = set(re.findall(r'%([\w.\-]+) = [^\n]*custom_call_target="mosaic_gpu', hlo))
     kinds: collections.Counter[str] = collections.Counter()
     copies: list[Copy] = []
+    sequence: list[str] = []
+    sources = dict(_SOURCES.findall(hlo))
     unknown = 0
     # Loops around the current line: (indentation, times that its body runs).
     around: list[tuple[int, int]] = []
@@ -145,12 +153,16 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
         if kind == "kCopy":
             shape = shapes.get(name, "")
             copies.append(Copy(name, _plain(shape), array_bytes(shape), times))
-        kinds[_kind(kind, rest, name in mosaic)] += times
+        word = _kind(kind, rest, name in mosaic)
+        kinds[word] += times
+        often = f" x {times}" if times > 1 else ""
+        sequence.append(f"{word}{often} {name}: {sources.get(name, '')}")
     return Launches(
         total=sum(kinds.values()),
         kinds=dict(kinds.most_common()),
         unknown_loops=unknown,
         copies=tuple(copies),
+        sequence=tuple(sequence),
         large_results=large_results(hlo),
     )
 

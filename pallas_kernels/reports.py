@@ -26,7 +26,7 @@ def save(reports: Sequence[Report], path: pathlib.Path) -> None:
     """Writes reports of one version of jax, one a line; XLA's own kernels are left out."""
     lines = []
     for report in reports:
-        ours = dataclasses.replace(report, kernels=report.mosaic_kernels, traceback="")
+        ours = dataclasses.replace(report, kernels=report.mosaic_kernels, traceback="", sequence=())
         lines.append(json.dumps(ours.to_dict(), sort_keys=True))
     versions = sorted({report.jax for report in reports})
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ class DecodeStepReport:
       launches, launch_kinds: of one step, loops with a known trip count in full.
       unknown_loops: loops whose trip count depends on data; counted as one trip each.
       launches_per_layer: of the last layer: the difference between three and two layers.
+      layer_sequence: the launches of the second layer, in their order (see `Launches.sequence`).
       weight_bytes, cache_bytes: of what is compiled (`layers`).
       temp_bytes: temporaries of one step.
       alias_bytes: written in place; the whole cache if nothing copies it.
@@ -72,6 +73,7 @@ class DecodeStepReport:
     launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     launches_per_layer: int | None = None
+    layer_sequence: tuple[str, ...] = ()
     weight_bytes: int = 0
     cache_bytes: int = 0
     temp_bytes: int = 0
@@ -227,6 +229,7 @@ def report(
         launch_kinds=full.launch_kinds,
         unknown_loops=full.unknown_loops,
         launches_per_layer=per_layer,
+        layer_sequence=_second_layer(by_layers) if per_layer else (),
         temp_bytes=full.temp_bytes,
         alias_bytes=full.alias_bytes,
         large_results=_grouped(full, logits_bytes),
@@ -236,6 +239,25 @@ def report(
         ),
         kernels=full.mosaic_kernels,
     )
+
+
+def _second_layer(by_layers: dict[int, Report]) -> tuple[str, ...]:
+    """What three layers launch before they go on as two do.
+
+    Both programs end alike (the last layer, the head), and the shorter one's other layers are the
+    first of the longer one; the difference lies between.
+    """
+    shorter, longer = by_layers[2].sequence, by_layers[3].sequence
+    same = 0
+    while same < len(shorter) and _words(shorter[-1 - same]) == _words(longer[-1 - same]):
+        same += 1
+    end = len(longer) - same
+    return longer[max(0, end - (len(longer) - len(shorter))) : end]
+
+
+def _words(line: str) -> str:
+    """A launch without the numbers of its instruction: kind, and JAX's name."""
+    return line.split(" ")[0] + line.partition(":")[2]
 
 
 def _grouped(report: Report, logits_bytes: int) -> tuple[LargeResult, ...]:

@@ -21,6 +21,7 @@ EXAMPLE = (
     "fdq kernels --decode-step ernie-4.5-21b-a3b --scheme W4A16C8 --gpu h200"
 )
 _LONGEST_REASON = 160
+_FEW_LAUNCHES = 40  # of a layer: more are not listed
 
 
 @console.command
@@ -334,6 +335,8 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
             console.out.print(f"{r.gpu}: {r.error}", markup=False, soft_wrap=True)
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in r.launch_kinds.items())
         console.out.print(f"{r.gpu} launches: {kinds}", markup=False, soft_wrap=True)
+        for line in r.layer_sequence if r.launches_per_layer <= _FEW_LAUNCHES else ():
+            console.out.print(f"  {line}", markup=False, soft_wrap=True)
         for kernel in r.kernels:
             if kernel.spills:
                 spilled = kernel.spill_store_bytes + kernel.spill_load_bytes

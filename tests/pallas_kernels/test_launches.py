@@ -63,7 +63,7 @@ HloModule jit_f, is_scheduled=true
 ENTRY %main (cache: bf16[4096,1024], x: f32[]) -> bf16[4096,1024] {
   %cache = bf16[4096,1024]{1,0} parameter(0)
   %copy.1 = bf16[4096,1024]{1,0:T(8,128)} copy(%cache)
-  %attend.2 = (bf16[4096,1024]{1,0}, f32[8]{0}) custom-call(%copy.1), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{0}: (0, {})}
+  %attend.2 = (bf16[4096,1024]{1,0}, f32[8]{0}) custom-call(%copy.1), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{0}: (0, {})}, metadata={op_name="jit(f)/attend"}
   %many = (f32[300,300]{1,0}, f32[300,300]{1,0}, /*index=2*/f32[300,300]{1,0}) fusion(%x), kind=kLoop, calls=%zeros
   %in_place = bf16[4096,1024]{1,0} fusion(%copy.1), kind=kLoop, calls=%inside
   %while.4 = (s32[], bf16[6,2560]{1,0}) while(%tuple), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"6"}}
@@ -90,6 +90,13 @@ def test_copies_have_names_and_sizes():
     assert (outside.instruction, outside.shape) == ("copy.1", "bf16[4096,1024]")
     assert (outside.bytes, outside.times) == (8 << 20, 1)
     assert (inside.instruction, inside.bytes, inside.times) == ("slice_fusion.7", 5120, 6)
+
+
+def test_the_sequence_names_every_launch():
+    sequence = count(SEQUENCE, METADATA, HLO).sequence
+    assert sequence[:2] == ("copy copy.1: ", "mosaic attend.2: jit(f)/attend")
+    assert sequence[3] == "copy x 6 slice_fusion.7: "
+    assert len(sequence) == 7
 
 
 def test_large_results_are_what_is_written_outside_the_inputs():
