@@ -40,6 +40,7 @@ from pallas_kernels.matrix_vector_core import (
     store,
 )
 from pallas_kernels.row_sources import Rows, finished, readable, row_operands, row_reader
+from pallas_kernels.transformations import batchable, differentiable, rows_cotangent
 
 
 def gathered_matrix_vector_reference(
@@ -103,7 +104,30 @@ def gathered_matrix_vector(
             shared_config = choose_config(weight.layout, rows.shape[0], multiprocessors())
         shared = (readable(rows, weight.layout, rows.shape[0]), weight)
     x, index = readable(x, w.layout, 1), index.astype(jnp.int32)
-    return _gathered(x, w, index, shared, config, shared_config, runs_interpreted())
+    shared_rows, shared_weight = (None, None) if shared is None else shared
+    run = _transformable(config, shared_config)
+    return run((x, shared_rows), w, index, shared_weight)
+
+
+def _transformable(config, shared_config):
+    """The launch with its gradient with respect to rows, and with a launch for each of a batch."""
+
+    def kernel(rows, w, index, shared_weight):
+        x, shared_rows = rows
+        shared = None if shared_weight is None else (shared_rows, shared_weight)
+        return _gathered(x, w, index, shared, config, shared_config, runs_interpreted())
+
+    def gradient(cotangent, rows, w, index, shared_weight):
+        x, shared_rows = rows
+        picked, others = (cotangent, None) if shared_weight is None else cotangent
+        decoded = decoded_weight(jax.tree.map(lambda a: a[index], w))
+        of_x = rows_cotangent(picked, x, w, decoded, index.shape[0] // x.shape[0])
+        if shared_weight is None:
+            return of_x, None
+        decoded = decoded_weight(shared_weight)
+        return of_x, rows_cotangent(others, shared_rows, shared_weight, decoded)
+
+    return differentiable(batchable(kernel), gradient)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))

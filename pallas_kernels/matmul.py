@@ -31,6 +31,7 @@ from pallas_kernels.matrix_vector_core import (
 )
 from pallas_kernels.row_sources import Gated as Gated
 from pallas_kernels.row_sources import Rows, finished, readable, row_operands, row_reader
+from pallas_kernels.transformations import batchable, differentiable, rows_cotangent
 
 _MOST_STAGED = 32 * 1024
 """Bytes of staged x: a T4 has 64 KiB of shared memory for all programs of a multiprocessor."""
@@ -82,7 +83,8 @@ def matrix_vector(
       config: how to cut the product; None chooses by the device.
 
     Returns:
-      float32 ``[split, M, N]``; the sum over the first axis is the product.
+      float32 ``[split, M, N]``; the sum over the first axis is the product. It has a gradient with
+      respect to x, not to w.
 
     Raises:
       ValueError: shapes that do not fit, or more than 8 rows.
@@ -100,7 +102,31 @@ def matrix_vector(
         config = choose_config(w.layout, m, multiprocessors())
     changes: dict[str, Any] = {"split": split, "block_columns": block_columns}
     config = dataclasses.replace(config, **{f: v for f, v in changes.items() if v is not None})
-    return _matrix_vector(readable(x, w.layout, m), w, config, runs_interpreted())
+    return _transformable(config)(readable(x, w.layout, m), w)
+
+
+def _transformable(config: MatrixVectorConfig):
+    """The launch with its gradient and its rule for vmap: a batch is rows of x, if they fit."""
+
+    def kernel(x, w):
+        return _matrix_vector(x, w, config, runs_interpreted())
+
+    def fold(axis_size, batched, x, w):
+        if not isinstance(x, jax.Array) or any(jax.tree.leaves(batched[1])):
+            return None
+        m, k = x.shape[1:]
+        if axis_size * m > MOST_ROWS:
+            return None
+        _, split = piece_of(w.layout, m, config)
+        if piece_of(w.layout, axis_size * m, config)[1] != split:
+            return None
+        out = kernel(x.reshape(axis_size * m, k), w)
+        return jnp.moveaxis(out.reshape(split, axis_size, m, -1), 1, 0)
+
+    def gradient(cotangent, x, w):
+        return rows_cotangent(cotangent, x, w, decoded_weight(w))
+
+    return differentiable(batchable(kernel, fold), gradient)
 
 
 def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixVectorConfig:
