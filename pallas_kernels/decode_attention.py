@@ -11,18 +11,20 @@ Scales never touch the cache: per token they multiply scores and probabilities, 
 the query and the output.
 
 Instructions that a thread spends on a byte of the cache (SASS of the hot loop, loads included,
-head_dim 128; a GPU at full bandwidth affords about 31 on T4, 57 on L4, 11 on A100, 10 on H100 and 7
-on H200), and registers; nothing spills:
+head_dim 128), with registers in brackets, as compiled for L4; on the other GPUs they differ by a
+tenth at most, and nothing spills. At full bandwidth a GPU can issue about 31 on T4, 57 on L4, 11 on
+A100, 10 on H100 and 7 on H200.
+
 
 ====================  =====================================  ==================================
 cache                 CUDA cores, group of 1 / 2 / 4         tensor cores, group up to 8 / 16
 ====================  =====================================  ==================================
-int8 token_head       @i8d@
-float8 token_head     @f8d@
-int8 channel          @i8c@
-int4 token_head       @i4d@
-int4 channel          @i4c@
-bfloat16              @bf16@
+int8 token_head       5.5 (95) / 7.4 (147) / 11.9 (242)      3.1 (160) / 4.7 (205)
+float8 token_head     6.0 (96) / 7.8 (151) / 12.3 (236)      3.9 (151) / 5.5 (199)
+int8 channel          5.2 (96) / 7.1 (147) / 11.4 (236)      2.6 (165) / 4.2 (226)
+int4 token_head       11.9 (111) / 15.5 (143) / 24.3 (241)   5.8 (191) / 8.0 (240)
+int4 channel          10.8 (92) / 14.4 (140) / 23.2 (236)    4.3 (206) / 6.6 (254)
+bfloat16              1.7 (92) / 2.8 (125) / 4.8 (218)       1.0 (131) / 1.7 (194)
 ====================  =====================================  ==================================
 """
 
