@@ -1,7 +1,8 @@
 """Decoding through the kernels, in Mosaic's interpreter, against the same model in XLA."""
 
+import logging
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +11,7 @@ import fdq
 from fdq.models import Decoder, DecoderConfig
 from fdq.models.config import MoEConfig
 from fdq.nn.rotary import RotaryConfig
+from fdq.ops import choice
 from fdq.ops.kernel_layout import MOSAIC_GPU
 
 STEPS = 4
@@ -70,14 +72,21 @@ def decode(model, scheme):
     ("family", "scheme"),
     [("dense", "W4A16C8-g64"), ("dense", "W8A8C4"), ("experts", "W4A16C8-g64")],
 )
-def test_tokens_are_those_of_xla(family, scheme, monkeypatch):
+def test_tokens_are_those_of_xla(family, scheme, monkeypatch, caplog):
     model = Decoder(config(family), rngs=nnx.Rngs(params=0))
     model = fdq.quantize(model, scheme, quiet=True)
     wanted_tokens, wanted = decode(model, scheme)
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
     prepared = fdq.prepare(model)
     assert prepared.layers[0].self_attn.qkv_proj.kernel.layout == MOSAIC_GPU
-    tokens, logits = decode(prepared, scheme)
+    choice._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="fdq"):
+        tokens, logits = decode(prepared, scheme)
+    used = {"matmul", "append", "attention"}
+    if family == "experts":
+        used |= {"grouped_matmul", "router"}
+    for op in used:
+        assert f"{op} runs as 'mosaic_gpu'" in caplog.text
     assert np.abs(wanted).max() > 0.1
     # Greedy tokens are the same wherever the margin between the best two is more than noise.
     top = np.sort(wanted, axis=-1)

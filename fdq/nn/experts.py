@@ -84,3 +84,30 @@ class Experts(nnx.Module):
         y = self.down_proj(jax.nn.silu(gate) * up, index)
         y = y.reshape(tokens, top_k, -1).astype(jnp.float32)
         return (y * weights[..., None]).sum(axis=1).astype(x.dtype)
+
+    def token(
+        self, x: Any, experts: jax.Array, shared: Any = None
+    ) -> tuple[jax.Array, jax.Array | None] | None:
+        """The products of a decode step, see `fdq.ops.expert_products`.
+
+        Args:
+          x: rows [T, H], perhaps yet to be normalized.
+          experts: [T, top_k] int32.
+          shared: the `MLP` of the shared experts, to come along in the same launches.
+
+        Returns:
+          float32 [split, T, top_k, H] of the picks and [split, T, H] of the shared experts, None
+          for these where they are to run by themselves; None where XLA is to do it all.
+        """
+        own = (self.gate_up_proj, self.down_proj)
+        if any(layer.activation is not None for layer in own):
+            return None
+        gate_up, down = (value(layer.kernel) for layer in own)
+        if shared is not None:
+            others = (shared.gate_up_proj, shared.down_proj)
+            if all(layer.activation is None and layer.bias is None for layer in others):
+                pair = tuple(value(layer.kernel) for layer in others)
+                joined = ops.expert_products(x, experts, gate_up, down, pair)
+                if joined is not None:
+                    return joined
+        return ops.expert_products(x, experts, gate_up, down)

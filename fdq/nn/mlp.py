@@ -88,9 +88,16 @@ class MoE(nnx.Module):
 
     def token(self, x: Any) -> jax.Array:
         """Rows `x [M, H]`, perhaps yet to be normalized -> `[M, H]`, for a decode step."""
-        rows = ops.finished(x)
-        routed = self.router.token(x)
-        y = self.experts(rows, *routed)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts.token(x)
-        return y
+        experts, weights = self.router.token(x)
+        shared = self.shared_experts
+        products = self.experts.token(x, experts, shared)
+        if products is None:
+            y = self.experts(ops.finished(x), experts, weights)
+            return y if shared is None else y + shared.token(x)
+        picked, common = products
+        y = jnp.sum(picked * weights[None, :, :, None], axis=(0, 2))
+        if common is not None:
+            y = y + jnp.sum(common, axis=0)
+        elif shared is not None:
+            y = y + shared.token(x).astype(jnp.float32)
+        return y.astype(x.dtype)

@@ -15,6 +15,7 @@ from fdq.ops.matmul import matmul as matmul
 from fdq.ops.matmul import parse_activation as parse_activation
 from fdq.ops.matmul import transposed_matmul as transposed_matmul
 from fdq.ops.token_step import append_token as append_token
+from fdq.ops.token_step import expert_products as expert_products
 from fdq.ops.token_step import finished as finished
 from fdq.ops.token_step import gated as gated
 from fdq.ops.token_step import joins_token_step as joins_token_step

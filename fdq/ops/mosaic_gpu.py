@@ -83,6 +83,31 @@ def partial_sums(x: Any, q: QTensor) -> jax.Array:
     return matrix_vector(x, kernel_weight(q), config=_matrix_config("matrix_vector", q, x.shape[0]))
 
 
+def gathered_sums(x: Any, q: QTensor, index: jax.Array, shared: tuple[Any, QTensor] | None) -> Any:
+    """Partial sums of ``x[p // picks] @ q[index[p]]``, with those of ``shared`` in one launch.
+
+    Args:
+      x: rows ``[T, K]``, T a divisor of P.
+      q: ``[E, K, N]``.
+      index: int32 ``[P]``.
+      shared: rows and a weight ``[K', N']`` that all of them are multiplied by.
+
+    Returns:
+      float32 ``[split, P, N]``; with ``shared`` a pair.
+    """
+    from pallas_kernels.grouped_matmul import gathered_matrix_vector
+
+    settings = {}
+    weights = q.shape[-2] * q.shape[-1]
+    if _choice("gathered_matrix_vector", q.spec.format, x.shape[0], weights).config:
+        settings["config"] = _matrix_config("gathered_matrix_vector", q, 1)
+    if shared is not None:
+        rows, weight = shared
+        settings["shared"] = rows, kernel_weight(weight)
+        settings["shared_config"] = _matrix_config("matrix_vector", weight, rows.shape[0])
+    return gathered_matrix_vector(x, kernel_weight(q), index, **settings)
+
+
 def _matrix_config(kernel: str, q: QTensor, rows: int) -> Any:
     """How the tuning table cuts a product, on top of the kernel's own choice."""
     from pallas_kernels.matmul import choose_config, multiprocessors
@@ -122,18 +147,25 @@ def _sample(format_key: Any) -> QTensor:
 
 
 def _check_product(q: QTensor, device: Any) -> str | None:
-    spec = q.spec
+    spec, experts = q.spec, q.ndim == 3
 
     def case():
+        from pallas_kernels.grouped_matmul import gathered_matrix_vector_reference
         from pallas_kernels.matmul import matrix_vector_reference
 
-        weight = kernel_weight(_sample(spec))
+        sample = _sample(spec)
         x = jax.random.normal(jax.random.key(1), (2, 512), jnp.float32)
         x = x.astype(jnp.float16 if _is_old(device) else jnp.bfloat16)
-        return product(x, _sample(spec)), matrix_vector_reference(x, weight)[0]
+        if not experts:
+            return product(x, sample), matrix_vector_reference(x, kernel_weight(sample))[0]
+        stack = jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), sample)
+        index = jnp.asarray([2, 0, 0, 2], jnp.int32)
+        wanted = gathered_matrix_vector_reference(x, kernel_weight(stack), index)
+        return gathered_sums(x, stack, index, None).sum(0), wanted[0]
 
+    kernel = "gathered_matrix_vector" if experts else "matrix_vector"
     detail = f"{spec.format}, {spec.granularity}, {spec.group_size}, {spec.zero_point}"
-    return self_check.failure("matrix_vector", detail, device, case)
+    return self_check.failure(kernel, detail, device, case)
 
 
 def _is_old(device: Any) -> bool:

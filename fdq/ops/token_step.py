@@ -41,7 +41,7 @@ def normed(x: jax.Array, scale: jax.Array, epsilon: float) -> Rows:
 
 def gated(partials: jax.Array, dtype: Any) -> Rows:
     """``silu(gate) * up`` of partial sums ``[split, M, 2 I]`` of gate and up, where it is read."""
-    from pallas_kernels.matmul import Gated
+    from pallas_kernels.row_sources import Gated
 
     return Gated(partials, jnp.dtype(dtype))
 
@@ -72,6 +72,44 @@ def partial_product(
         out_dtype=jnp.float32,
     )
     return y[None]
+
+
+def expert_products(
+    x: Rows,
+    index: jax.Array,
+    gate_up: Any,
+    down: Any,
+    shared: tuple[Any, ...] | None = None,
+) -> tuple[jax.Array, jax.Array | None] | None:
+    """SwiGLU experts of a decode step in two launches, the shared ones along with the picked.
+
+    Args:
+      x: rows ``[M, K]``.
+      index: int32 ``[M, top_k]``, the experts of each row.
+      gate_up: ``[E, K, 2 I]``, gate first.
+      down: ``[E, I, K]``.
+      shared: gate_up ``[K, 2 I']`` and down ``[I', K]`` of the shared experts.
+
+    Returns:
+      float32 partial sums ``[split, M, top_k, K]`` of the picks, and ``[split', M, K]`` of the
+      shared experts (None without them); None where XLA is to do it, in steps.
+    """
+    weights = [materialize(w) for w in (gate_up, down, *(shared or ())) if isinstance(w, QTensor)]
+    if len(weights) < 2 + len(shared or ()):
+        return None
+    request = resolve_implementation("grouped_matmul", None)
+    rows, top_k = index.shape
+    if not all(mosaic_gpu.use_matrix_vector("grouped_matmul", request, rows, w) for w in weights):
+        return None
+    gate_up, down, *more = weights
+    picks = index.reshape(-1)
+    first = mosaic_gpu.gathered_sums(x, gate_up, picks, (x, more[0]) if more else None)
+    if not more:
+        y = mosaic_gpu.gathered_sums(gated(first, x.dtype), down, picks, None)
+        return y.reshape(y.shape[0], rows, top_k, -1), None
+    picked, common = (gated(partials, x.dtype) for partials in first)
+    y, z = mosaic_gpu.gathered_sums(picked, down, picks, (common, more[1]))
+    return y.reshape(y.shape[0], rows, top_k, -1), z
 
 
 def append_token(
