@@ -155,11 +155,11 @@ class Run:
         end = time.monotonic() + left
         cases: tuple[ModelCase, ...] = CASES
         if self.smoke:
-            cases = (CASES[0], CASES[2], ModelCase("llama-3-8b", None, "off"))
-            cases = (
-                ModelCase(cases[0].model, cases[0].scheme, implementation="mosaic_gpu"),
-                *cases[1:],
-            )
+            kernels = [
+                ModelCase(case.model, case.scheme, implementation="mosaic_gpu")
+                for case in (CASES[0], CASES[2])
+            ]
+            cases = (*kernels, ModelCase(CASES[0].model, None, "off"))
         for case in cases:
             left = end - time.monotonic()
             if left < _SHORTEST and not self.smoke:

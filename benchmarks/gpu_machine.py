@@ -38,6 +38,9 @@ _PACKAGES = (
 def run(settings: Settings, emit: Emit) -> None:
     """Reports ``{"machine": {...}}``: device, versions, bandwidth (bytes/s), rate (flop/s)."""
     device = jax.devices()[0]
+    if device.platform != "gpu" and not settings.smoke:
+        emit({"machine": describe(device)})
+        return
     limit = (device.memory_stats() or {}).get("bytes_limit", 4 << 30)
     machine = {**describe(device), "memory_bytes": limit, "versions": versions()}
     size = 1 << 16 if settings.smoke else min(1 << 30, limit // 8)

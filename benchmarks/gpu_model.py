@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -212,6 +213,7 @@ def bytes_a_step(config: DecoderConfig, params: dict, state: fdq.DecodeState) ->
 def measure(case: ModelCase, settings: Settings) -> dict[str, Any]:
     """Tokens a second of one case."""
     device = jax.devices()[0]
+    log = _listen()
     config = CONFIGS[case.model].replace(dtype=settings.dtype)
     steps, slots, context, note = _STEPS, _SLOTS, _CONTEXT, ""
     if settings.smoke:
@@ -265,7 +267,22 @@ def measure(case: ModelCase, settings: Settings) -> dict[str, Any]:
         "compile_seconds": round(compiled, 1),
         "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
         "difference": difference,
+        "log": log,
     }
+
+
+def _listen() -> list[str]:
+    """What fdq logs from now on: which implementation each op got, and why."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger = logging.getLogger("fdq")
+    logger.addHandler(Handler())
+    logger.setLevel(logging.INFO)
+    return lines
 
 
 def compare_with_xla(

@@ -246,6 +246,9 @@ def _print_failures(record: dict[str, Any], console: Console) -> None:
         for name, entry in row.get("entries", {}).items():
             if "error" in entry:
                 counted.setdefault((name, entry["error"]), []).append(row["case"])
+        for line in row.get("log", ()):
+            if "switched off" in line:
+                counted.setdefault(("kernel", line), []).append(row["case"])
     for (name, error), cases in counted.items():
         more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
         console.print(f"{name}: {cases[0]}{more}: {error}", markup=False)
