@@ -101,7 +101,9 @@ def gathered_matrix_vector(
                 f"at most {MOST_ROWS} rows; found {weight.shape}."
             )
         if shared_config is None:
-            shared_config = choose_config(weight.layout, rows.shape[0], multiprocessors())
+            # The picks fill the device already.
+            few = -(-multiprocessors() // 4)
+            shared_config = choose_config(weight.layout, rows.shape[0], few)
         shared = (readable(rows, weight.layout, rows.shape[0]), weight)
     x, index = readable(x, w.layout, 1), index.astype(jnp.int32)
     shared_rows, shared_weight = (None, None) if shared is None else shared

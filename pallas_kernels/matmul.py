@@ -133,43 +133,32 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     """The default for a device that nobody tuned for.
 
     Wide blocks need the fewest instructions (x is read from shared memory once for the columns of a
-    thread), many programs hide memory's latency, and partial sums are traffic too: at most an
-    eighth of the weight's.
+    thread), many programs hide memory's latency, and partial sums are traffic too, which a consumer
+    may read more than once: K is rather split eight ways at most, and blocks are narrower.
 
     Args:
       layout: of the weight.
       m: rows of x.
       multiprocessors: of the device.
     """
-    segments, columns = layout.segments, layout.padded_n
-    bits = 32 * layout.words.words / layout.words.rows
-    most = max(1, int(layout.k * bits / 8 / 8 / (8 * m)))
+    columns = layout.padded_n
     wanted = (4 if m <= 2 else 2) * multiprocessors
     in_flight = {1: 16, 2: 16, 3: 8, 4: 8}.get(m, 4)  # words of a thread
-
-    def split_for(block: int) -> int:
-        programs = columns // block
-        needed = -(-wanted // programs)
-        return whole_split(segments, min(most, needed), up=needed <= most)
-
-    blocks = [b for b in (512, 256, 128) if columns % b == 0]
-    for block in blocks:
-        split = split_for(block)
-        if columns // block * split >= wanted // 2:
-            break
-    else:
-        block = blocks[-1] if m == 1 else blocks[0]
-        split = split_for(block)
+    cuts = [
+        (block, whole_split(layout.segments, min(-(-wanted * block // columns), most)))
+        for most in (8, 16)
+        for block in (512, 256, 128)
+        if columns % block == 0
+    ]
+    enough = (cut for cut in cuts if columns // cut[0] * cut[1] >= wanted // 2)
+    block, split = next(enough, cuts[-1])
     units = max(1, in_flight * 128 // (block * layout.words.words))
     return MatrixVectorConfig(block_columns=block, split=split, step_rows=units * layout.words.rows)
 
 
-def whole_split(segments: int, split: int, *, up: bool = False) -> int:
-    """The divisor of `segments` next to `split`, from below or above."""
-    divisors = [d for d in range(1, segments + 1) if segments % d == 0]
-    if up:
-        return next(d for d in divisors if d >= min(split, segments))
-    return next(d for d in reversed(divisors) if d <= max(split, 1))
+def whole_split(segments: int, split: int) -> int:
+    """The largest divisor of `segments` that is no more than `split`."""
+    return max(d for d in range(1, min(segments, max(split, 1)) + 1) if segments % d == 0)
 
 
 def multiprocessors() -> int:

@@ -14,13 +14,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention_parts import store
+from pallas_kernels.attention_parts import spread, store
 from pallas_kernels.kernel_cases import KernelCase, Program
 from pallas_kernels.launch import THREADS, launch, synchronize
 from pallas_kernels.staging import Normed, inverse_root_mean_square, normed_chunk, whole
 
 _ROUTER_STEP = 128  # rows of the router's kernel that are staged at a time
 _ROUTER_PARTS = 32
+_BIAS_STEP = 32  # experts whose correction bias is read at a time
 _LOWEST = -3.0e38  # of padded experts; finite, so that differences are
 
 
@@ -190,8 +191,6 @@ def top_k_experts(
 def _launch(logits, correction_bias, *, experts, top_k, normalize, norm_min):
     split, tokens, width = logits.shape
     has_bias = correction_bias.size > 0
-    if has_bias and width > experts:
-        correction_bias = jnp.pad(correction_bias, (0, width - experts))
     operands = (logits, correction_bias) if has_bias else (logits,)
     layout = mg.Layout.WG_STRIDED((width,), vec_size=1)
 
@@ -214,7 +213,20 @@ def _launch(logits, correction_bias, *, experts, top_k, normalize, norm_min):
         probabilities = powers / jnp.sum(powers)
         scores = probabilities
         if has_bias:
-            scores = scores + load(refs[1])
+            # Through shared memory: it is as wide as there are experts, the scores are wider.
+            for start in range(0, experts, _BIAS_STEP):
+                count = min(_BIAS_STEP, experts - start)
+                if count == _BIAS_STEP:
+                    part = mg.load(
+                        refs[1].at[pl.ds(start, count)], layout=spread(count), optimized=False
+                    )
+                    store(scores_smem.at[pl.ds(start, count)], part)
+                else:
+                    for i in range(start, experts):
+                        scores_smem[i] = refs[1][i]
+            synchronize()
+            scores = scores + load(scores_smem)
+            synchronize()
         scores = jnp.where(real, scores, jnp.float32(_LOWEST))
         values_smem[...] = probabilities
         scores_smem[...] = scores

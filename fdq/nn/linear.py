@@ -69,7 +69,7 @@ class Linear(nnx.Module):
 
     def finish(self, partials: jax.Array, dtype: Any) -> jax.Array:
         """`partial_sums` added up, rounded to `dtype` and with the bias: `[M, N]`."""
-        y = jnp.sum(partials, axis=0).astype(dtype)
+        y = ops.added_up(partials).astype(dtype)
         if self.bias is not None:
             y = y + value(self.bias).astype(dtype)[None]
         return y

@@ -95,9 +95,9 @@ class MoE(nnx.Module):
             y = self.experts(ops.finished(x), experts, weights)
             return y if shared is None else y + shared.token(x)
         picked, common = products
-        y = jnp.sum(picked * weights[None, :, :, None], axis=(0, 2))
+        y = ops.added_up(picked, weights)
         if common is not None:
-            y = y + jnp.sum(common, axis=0)
+            y = y + ops.added_up(common)
         elif shared is not None:
             y = y + shared.token(x).astype(jnp.float32)
         return y.astype(x.dtype)

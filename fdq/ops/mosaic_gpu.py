@@ -76,10 +76,6 @@ def _choice(kernel: str, format: str, rows: int, weights: int) -> choices.Choice
 def partial_sums(x: Any, q: QTensor) -> jax.Array:
     """Rows ``[M, K]`` (or what a kernel stages as such) times a weight -> ``[split, M, N]``."""
     from pallas_kernels.matmul import matrix_vector
-    from pallas_kernels.staging import Normed
-
-    if isinstance(x, Normed):
-        x = x.value()
     return matrix_vector(x, kernel_weight(q), config=_matrix_config("matrix_vector", q, x.shape[0]))
 
 
@@ -104,7 +100,6 @@ def gathered_sums(x: Any, q: QTensor, index: jax.Array, shared: tuple[Any, QTens
     if shared is not None:
         rows, weight = shared
         settings["shared"] = rows, kernel_weight(weight)
-        settings["shared_config"] = _matrix_config("matrix_vector", weight, rows.shape[0])
     return gathered_matrix_vector(x, kernel_weight(q), index, **settings)
 
 

@@ -7,6 +7,7 @@ Each function here falls back to XLA by itself where a kernel cannot or should n
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -72,6 +73,19 @@ def partial_product(
         out_dtype=jnp.float32,
     )
     return y[None]
+
+
+def added_up(partials: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """``[split, M, N]``, or ``[split, M, P, N]`` with weights ``[M, P]`` -> ``[M, N]``.
+
+    Spelled out term by term: a reduction would be a launch of its own, while XLA joins additions to
+    whatever reads them.
+    """
+    total = functools.reduce(jnp.add, [partials[i] for i in range(partials.shape[0])])
+    if weights is None:
+        return total
+    terms = [total[:, p] * weights[:, p, None] for p in range(weights.shape[1])]
+    return functools.reduce(jnp.add, terms)
 
 
 def expert_products(
