@@ -113,7 +113,8 @@ def attend(
     )
     if parts == 1:
         return out[0].reshape(b, h, d)
-    return join_parts(*out, static, side, q.dtype)
+    sums, top, total = out
+    return join_parts(sums, top, total, static, side, q.dtype)
 
 
 def by_plane(a: jax.Array, side: CacheWords) -> jax.Array:

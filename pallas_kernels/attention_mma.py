@@ -172,7 +172,8 @@ def attend(
     )
     if parts == 1:
         return out[0].reshape(b, h, d)
-    return join_parts(*out, static, order, q.dtype)
+    sums, top, total = out
+    return join_parts(sums, top, total, static, order, q.dtype)
 
 
 def _words(array: jax.Array, codes: mma.Codes) -> jax.Array:
@@ -229,7 +230,8 @@ def _program(
         starts = [base + u * mma.SLOTS for u in range(shape.unrolled)]
         key_words = [fetch("k", at, mma.key_layout(codes)) for at in starts]
         value_words = [fetch("v", at, mma.value_layout(codes)) for at in starts]
-        key_scales = value_scales = [None] * shape.unrolled
+        key_scales: list[Any] = [None] * shape.unrolled
+        value_scales: list[Any] = [None] * shape.unrolled
         if side.dynamic:
             key_scales = [fetch("k_scale", at, row) for at in starts]
             value_scales = [fetch("v_scale", at, row) for at in starts]

@@ -99,9 +99,10 @@ def write_row(shape: Row, qkv, cos, sin, slots, caches, kept):
     def append_kernel(*refs):
         _program(shape, dict(zip(names, refs[:-1], strict=True)), refs[-1])
 
+    everything: Any = (*operands.values(), *cells.values())  # arrays, and references to arrays
     q = launch(
         append_kernel,
-        (*operands.values(), *cells.values()),
+        everything,
         out_type=jax.ShapeDtypeStruct((batch, shape.heads, *shape.pieces), shape.dtype),
         grid=(total, batch),
         grid_names=("head", "sequence"),
@@ -178,6 +179,8 @@ def _write(shape: Row, refs: dict[str, Any], name: str, x: list[jax.Array], wher
             store(codes_ref.at[(*where, *index)], one.astype(codes_ref.dtype))
         return
     bound = jnp.float32(BOUNDS[shape.format])
+    scales: Any
+    zeros: Any
     if shape.dynamic:
         wide, zero = _dynamic(shape, x, bound)
         refs[f"{name}_scale"][where] = _first(shape, wide)

@@ -157,11 +157,12 @@ def _write_reference(cache, row, slots):
     return jax.vmap(write)(cache, row, slots)
 
 
-def _quantize_row(shape: Row, x, scale, zero):
+def _quantize_row(shape: Row, x, scale, zero) -> tuple[jax.Array, Any, Any]:
     """``x [B, KH, D]`` -> codes (int4: packed), scale and zero point ``[B, KH]``."""
     if shape.format is None:
         return x, None, None
     bound = jnp.float32(BOUNDS[shape.format])
+    wide_zero: Any = None
     if not shape.dynamic:
         wide = scale.astype(jnp.float32)[None]
         wide_zero = None if zero is None else zero.astype(jnp.float32)[None]
@@ -174,7 +175,7 @@ def _quantize_row(shape: Row, x, scale, zero):
     else:
         largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         wide = quotient(jnp.maximum(largest, jnp.float32(SMALLEST_MAXIMUM)), bound)
-        scale, wide_zero = wide[..., 0], None
+        scale = wide[..., 0]
     y = quotient(x, jnp.broadcast_to(wide, x.shape))
     if shape.format == "int4":
         codes = jnp.clip(jnp.round(y) + wide_zero, 0.0, 15.0).astype(jnp.uint8)

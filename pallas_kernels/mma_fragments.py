@@ -148,14 +148,10 @@ def tile_scores(
     if offset is not None:
         layouts.append(score_layout().reduce(1))
 
-    @mg.inline_mgpu(
-        arg_types=tuple(layouts),
-        return_type=mg.ShapeDtypeStruct((SLOTS, heads), jnp.float32, layout=score_layout()),
-    )
-    def multiply(_ctx, words, *rest):
+    def multiply(words, *rest):
         return _emit_scores(words, rest[: len(queries)], rest[len(queries) :], codes, heads)
 
-    return multiply(*arrays)
+    return _inline(multiply, layouts, (SLOTS, heads), score_layout())(*arrays)
 
 
 def warp_maximum(x: jax.Array) -> jax.Array:
@@ -165,11 +161,7 @@ def warp_maximum(x: jax.Array) -> jax.Array:
         rows = x.reshape(4, 16, heads)
         return jnp.broadcast_to(jnp.max(rows, axis=1, keepdims=True), rows.shape).reshape(x.shape)
 
-    @mg.inline_mgpu(
-        arg_types=(score_layout(),),
-        return_type=mg.ShapeDtypeStruct(x.shape, jnp.float32, layout=score_layout()),
-    )
-    def maximum(_ctx, x):
+    def maximum(x):
         regs = x.registers.reshape(heads // 8, 2)
         out = np.empty_like(regs)
         for n in range(heads // 8):
@@ -182,7 +174,7 @@ def warp_maximum(x: jax.Array) -> jax.Array:
             out[n, :] = _vector(parts)
         return _array(out, x)
 
-    return maximum(x)
+    return _inline(maximum, [score_layout()], x.shape, score_layout())(x)
 
 
 def add_values(
@@ -228,18 +220,14 @@ def add_values(
         layouts += [] if offsets is None else [value_layout(codes).reduce(1)]
     stride = 1 + terms + (offsets is not None)
 
-    @mg.inline_mgpu(
-        arg_types=tuple(layouts),
-        return_type=mg.ShapeDtypeStruct(sums.shape, jnp.float32, layout=sum_layout(codes)),
-    )
-    def accumulate(_ctx, sums, shrink, *rest):
+    def accumulate(sums, shrink, *rest):
         regs = _scaled(sums, shrink, heads)
         for i in range(0, len(rest), stride):
             offset = rest[i + 1 + terms : i + stride]
             _emit_sums(regs, rest[i], rest[i + 1 : i + 1 + terms], offset, codes, heads)
         return _array(_vectors(regs), sums)
 
-    return accumulate(*arrays)
+    return _inline(accumulate, layouts, sums.shape, sum_layout(codes))(*arrays)
 
 
 def scale_sums(sums: jax.Array, factor: jax.Array, codes: Codes) -> jax.Array:
@@ -275,6 +263,13 @@ def _decode_reference(words: jax.Array, codes: Codes, offset: jax.Array | None) 
 
 
 # -- what is emitted for the GPU
+
+
+def _inline(emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any) -> Any:
+    """A function of arrays in ``layouts`` whose registers ``emit`` makes; float32 ``shape``."""
+    result = mg.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout)
+    decorate: Any = mg.inline_mgpu(arg_types=tuple(layouts), return_type=result)
+    return decorate(lambda _context, *arrays: emit(*arrays))
 
 
 def _emit_scores(words, queries, offset, codes: Codes, heads: int):

@@ -2,6 +2,7 @@
 
 import functools
 
+import append_program
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from closeness import assert_close
 from fdq import ops
 from fdq.nn.rotary import apply_rotary
 from fdq.scheme import CacheSpec
+from pallas_kernels.ahead_of_time import compile_for, unavailable
 from pallas_kernels.cache_row import _e4m3_bits
 from pallas_kernels.cache_update import append, append_reference
 
@@ -144,6 +146,20 @@ def test_vmap(rng):
     result = jax.vmap(functools.partial(append, **options))(*stacked)
     expected = jax.vmap(functools.partial(append_reference, **options))(*stacked)
     assert_equal(result, expected)
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.parametrize("cache_format, gpu", [("int8", "t4"), ("int4", "h200"), (None, "l4")])
+def test_a_donated_cache_is_written_in_place(cache_format, gpu):
+    function = functools.partial(append_program.append_in_a_loop, cache_format)
+    arguments = append_program.arguments(cache_format)
+    report = compile_for(function, arguments, gpu, donate=(0,))
+    assert report.problems() == []
+    caches = sum(np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arguments[0])
+    assert report.alias_bytes == caches
+    assert report.temp_bytes < caches / 20
+    largest = max((copy.bytes for copy in report.copies), default=0)
+    assert largest < caches / 20
 
 
 def test_every_float8_code():
