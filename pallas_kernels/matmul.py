@@ -180,7 +180,8 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
     staged = 4 * m * layout.segments * layout.segment
     split = whole_split(layout.segments, config.split)
     if staged > split * _MOST_STAGED:
-        split = whole_split(layout.segments, -(-staged // _MOST_STAGED), up=True)
+        least = min(-(-staged // _MOST_STAGED), layout.segments)
+        split = next(d for d in range(least, layout.segments + 1) if layout.segments % d == 0)
     piece = Piece(
         layout=layout,
         rows=m,
