@@ -15,9 +15,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.cache_update import append
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.grouped_matmul import gathered_matrix_vector
 from pallas_kernels.kernel_cases import KernelCase, Program, fma_weights, loaded_weights
 from pallas_kernels.layouts import to_kernel
 from pallas_kernels.matmul import matrix_vector
+from pallas_kernels.row_sources import Gated
+from pallas_kernels.staging import Normed
+from pallas_kernels.word_formats import WORD_FORMATS
 
 _REPRESENTATIVE = (4096, 6144)
 _LAYERS = {
@@ -46,8 +50,8 @@ class _Weight:
     extras: tuple[str, ...] = ()
     limit: float | None = None
 
-    def arrays(self, k: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The canonical arrays, abstract."""
+    def arrays(self, k: int, n: int, *experts: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The canonical arrays, abstract, with leading axes or none."""
         packed = self.code_dtype == "uint8"
         rows = k * self.bits // 8 if packed else k
         scale_rows = {"group": k // (self.group_size or k), "channel": 1}.get(self.granularity, 1)
@@ -62,9 +66,9 @@ class _Weight:
             arrays["zero"] = _array(scale_shape, "uint8")
         for name in self.extras:
             arrays[name] = _array((1, 1 if name == "global_scale" else n), "float32")
-        return arrays
+        return {name: _array((*experts, *a.shape), a.dtype) for name, a in arrays.items()}
 
-    def kernel_weight(self, k: int, n: int) -> Any:
+    def kernel_weight(self, k: int, n: int, *experts: int) -> Any:
         """The weight in the kernel's layout, abstract."""
         convert = functools.partial(
             to_kernel,
@@ -76,7 +80,7 @@ class _Weight:
             k=k,
             n=n,
         )
-        return jax.eval_shape(convert, self.arrays(k, n))
+        return jax.eval_shape(convert, self.arrays(k, n, *experts))
 
     def bytes_per_weight(self) -> float:
         """Stored bytes, scales included."""
@@ -135,12 +139,21 @@ _WEIGHTS = {
 
 def kernel_cases() -> list[KernelCase]:
     """Every kernel of a decode step."""
-    return [*_matrix_vector_cases(), *_attention_cases(), *_append_cases()]
+    return [
+        *_matrix_vector_cases(),
+        *_mlp_cases(),
+        *_experts_cases(),
+        *_attention_cases(),
+        *_append_cases(),
+    ]
+
+
+def _readable() -> list[str]:
+    """The ways to store a weight that kernels read."""
+    return [name for name, weight in _WEIGHTS.items() if weight.format in WORD_FORMATS]
 
 
 def _matrix_vector_cases() -> list[KernelCase]:
-    from pallas_kernels.word_formats import WORD_FORMATS
-
     def case(name: str, rows: int, k: int, n: int, *, label: str = "") -> KernelCase:
         weight = _WEIGHTS[name]
         return KernelCase(
@@ -153,8 +166,7 @@ def _matrix_vector_cases() -> list[KernelCase]:
             instruction_limit=weight.limit if rows == 1 else None,
         )
 
-    known = [name for name, weight in _WEIGHTS.items() if weight.format in WORD_FORMATS]
-    cases = [case(name, 1, *_REPRESENTATIVE) for name in known]
+    cases = [case(name, 1, *_REPRESENTATIVE) for name in _readable()]
     for name in ("int4 groups of 128", "int8 per channel"):
         cases += [case(name, rows, *_REPRESENTATIVE) for rows in (2, 4, 8)]
         cases += [
@@ -172,6 +184,107 @@ def _matrix_vector(weight: _Weight, rows: int, k: int, n: int) -> Program:
 
 def _product(x: jax.Array, w: Any) -> jax.Array:
     return matrix_vector(x, w).sum(0)
+
+
+def _mlp_cases() -> list[KernelCase]:
+    """Rows that are normalized, and gated, as the products read them: Llama-3-8B's MLP."""
+    return [
+        KernelCase(
+            name=f"MLP int4 groups of 128, {rows} x 4096 x 14336",
+            kernel="MLP int4 groups of 128",
+            build=functools.partial(_mlp, _WEIGHTS["int4 groups of 128"], rows, 4096, 14336),
+            representative=rows == 1,
+        )
+        for rows in (1, 2, 8)
+    ]
+
+
+def _mlp(weight: _Weight, rows: int, hidden: int, inner: int) -> Program:
+    dtype = _activation_dtype()
+    return Program(
+        function=functools.partial(_mlp_step, dtype),
+        arguments=(
+            _array((rows, hidden), dtype),
+            _array((hidden,), dtype),
+            weight.kernel_weight(hidden, 2 * inner),
+            weight.kernel_weight(inner, hidden),
+        ),
+    )
+
+
+def _mlp_step(dtype: str, x: Any, scale: Any, gate_up: Any, down: Any) -> jax.Array:
+    partials = matrix_vector(Normed(x, scale, 1e-6), gate_up)
+    return matrix_vector(Gated(partials, jnp.dtype(dtype)), down)
+
+
+def _experts_cases() -> list[KernelCase]:
+    """Experts of ERNIE-4.5-21B-A3B, 6 of 64 picked, the shared ones along.
+
+    The down product stands for both: its rows are gated as they are read. Both in a row are a case
+    of some formats besides.
+    """
+
+    def case(name: str, tokens: int, *, both: bool = False) -> KernelCase:
+        weight = _WEIGHTS[name]
+        return KernelCase(
+            name=f"experts {name}, {tokens} x 6 of 64{', both products' if both else ''}",
+            kernel=f"experts {name}",
+            build=functools.partial(_experts, weight, tokens, both),
+            representative=tokens == 1 and not both,
+            weights_per_iteration=fma_weights(1),
+            bytes_per_weight=weight.bytes_per_weight(),
+            instruction_limit=weight.limit,
+        )
+
+    often = ("int4 groups of 128", "int8 per channel", "WINT2's code")
+    return [
+        *(case(name, 1) for name in _readable()),
+        *(case(name, tokens, both=True) for name in often for tokens in (1, 4)),
+    ]
+
+
+def _experts(weight: _Weight, tokens: int, both: bool) -> Program:
+    experts, picks, hidden, inner = 64, 6, 2560, 1536
+    dtype = _activation_dtype()
+    index = _array((tokens * picks,), "int32")
+    down = (weight.kernel_weight(inner, hidden, experts), weight.kernel_weight(2 * inner, hidden))
+    gate_up: tuple[Any, ...]
+    if both:
+        gate_up = (
+            _array((tokens, hidden), dtype),
+            weight.kernel_weight(hidden, 2 * inner, experts),
+            weight.kernel_weight(hidden, 4 * inner),
+        )
+        function = _both_products
+    else:
+        gate_up = (
+            _array((2, tokens * picks, 2 * inner), "float32"),
+            _array((2, tokens, 4 * inner), "float32"),
+        )
+        function = _down_product
+    return Program(function=functools.partial(function, dtype), arguments=(index, *gate_up, *down))
+
+
+def _both_products(
+    dtype: str,
+    index: Any,
+    x: Any,
+    gate_up: Any,
+    shared_gate_up: Any,
+    down: Any,
+    shared_down: Any,
+) -> Any:
+    picked, shared = gathered_matrix_vector(x, gate_up, index, shared=(x, shared_gate_up))
+    return _down_product(dtype, index, picked, shared, down, shared_down)
+
+
+def _down_product(
+    dtype: str, index: Any, picked: Any, shared: Any, down: Any, shared_down: Any
+) -> Any:
+    kind = jnp.dtype(dtype)
+    return gathered_matrix_vector(
+        Gated(picked, kind), down, index, shared=(Gated(shared, kind), shared_down)
+    )
 
 
 # Formats of the cache: bytes of an element, and what goes with it.
@@ -285,5 +398,5 @@ def _activation_dtype() -> str:
     return "bfloat16" if float(capability) >= 8 else "float16"
 
 
-def _array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
