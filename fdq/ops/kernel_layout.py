@@ -5,11 +5,13 @@ Kernels are imported when the first is asked for: Mosaic takes a third of a seco
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 
 from fdq.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
+from fdq.scheme import WeightSpec
 
 MOSAIC_GPU = "mosaic_gpu"
 
@@ -36,27 +38,28 @@ def kernel_weight(q: QTensor) -> Any:
 
 
 def _to_kernel(q: QTensor) -> QTensor:
+    q = materialize(q)
+    convert = functools.partial(_convert, spec=q.spec, shape=q.shape[-2:])
+    abstract = isinstance(q.codes, jax.ShapeDtypeStruct)
+    codes = jax.eval_shape(convert, q.arrays()) if abstract else convert(q.arrays())
+    return QTensor(codes, spec=q.spec, padding=q.padding, layout=MOSAIC_GPU)
+
+
+# One function for all weights: those of equal shapes share what was compiled.
+@functools.partial(jax.jit, static_argnames=("spec", "shape"))
+def _convert(arrays: dict[str, Any], *, spec: WeightSpec, shape: tuple[int, int]) -> Any:
     from pallas_kernels.layouts import to_kernel
 
-    q = materialize(q)
-    spec, shape = q.spec, q.shape
-
-    def convert(arrays: dict[str, Any]) -> Any:
-        return to_kernel(
-            arrays,
-            format=spec.format,
-            granularity=spec.granularity,
-            group_size=spec.group_size,
-            block_size=spec.block_size,
-            zero_point=spec.zero_point,
-            k=shape[-2],
-            n=shape[-1],
-        )
-
-    abstract = isinstance(q.codes, jax.ShapeDtypeStruct)
-    arrays = q.arrays()
-    codes = jax.eval_shape(convert, arrays) if abstract else jax.jit(convert)(arrays)
-    return QTensor(codes, spec=spec, padding=q.padding, layout=MOSAIC_GPU)
+    return to_kernel(
+        arrays,
+        format=spec.format,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+        block_size=spec.block_size,
+        zero_point=spec.zero_point,
+        k=shape[0],
+        n=shape[1],
+    )
 
 
 def _from_kernel(q: QTensor) -> QTensor:
