@@ -28,6 +28,7 @@ def run_jobs(
     *,
     processes: int,
     timeout: float,
+    thorough: bool,
     update: Callable[[Report], None] | None,
 ) -> list[Report]:
     """One report for each (case, name of a GPU), in their order."""
@@ -37,7 +38,7 @@ def run_jobs(
         waiting.put(index)
     lock = threading.Lock()
     failures: list[BaseException] = []
-    payloads = [_payload(case, gpu, timeout) for case, gpu in jobs]
+    payloads = [_payload(case, gpu, timeout, thorough) for case, gpu in jobs]
 
     workers: list[_Worker] = []
 
@@ -77,15 +78,14 @@ def run_jobs(
     return [reports[index] for index in range(len(jobs))]
 
 
-def _payload(case: KernelCase, gpu: str, timeout: float) -> bytes:
+def _payload(case: KernelCase, gpu: str, timeout: float, thorough: bool) -> bytes:
     """The job as bytes: the case itself, or the name of a registered one."""
     try:
         content = pickle.dumps(case)
     except (pickle.PicklingError, AttributeError, TypeError):
         content = None
-    return pickle.dumps(
-        {"case": content, "name": case.name, "kernel": case.kernel, "gpu": gpu, "timeout": timeout}
-    )
+    names = {"name": case.name, "kernel": case.kernel, "gpu": gpu}
+    return pickle.dumps({"case": content, **names, "timeout": timeout, "thorough": thorough})
 
 
 class _Worker:

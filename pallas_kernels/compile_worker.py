@@ -88,7 +88,8 @@ def _run(job: dict[str, Any], result: pathlib.Path, log: pathlib.Path) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         try:
-            report = compile_here(_find_case(job), job["gpu"]).to_dict()
+            case, gpu = _find_case(job), job["gpu"]
+            report = compile_here(case, gpu, thorough=job["thorough"]).to_dict()
         except (LookupError, ImportError, AttributeError) as error:  # there is no such case here
             report = _failed(job, one_line(error))
         part = result.with_suffix(".part")

@@ -169,12 +169,10 @@ def _matrix_vector_cases() -> list[KernelCase]:
     cases = [case(name, 1, *_REPRESENTATIVE) for name in _readable()]
     for name in ("int4 groups of 128", "int8 per channel"):
         cases += [case(name, rows, *_REPRESENTATIVE) for rows in (2, 4, 8)]
-        cases += [
-            case(name, rows, k, n, label=f" ({layer})")
-            for layer, (k, n) in _LAYERS.items()
-            for rows in (1, 8)
-        ]
-    return cases
+    return cases + [
+        case("int4 groups of 128", 1, k, n, label=f" ({layer})")
+        for layer, (k, n) in _LAYERS.items()
+    ]
 
 
 def _matrix_vector(weight: _Weight, rows: int, k: int, n: int) -> Program:
@@ -312,6 +310,7 @@ def _attention_cases() -> list[KernelCase]:
         )
         for cache in _CACHES
         for index, (model, shape) in enumerate(_ATTENTION.items())
+        if index == 0 or cache in ("C8", "C4")
     ]
 
 

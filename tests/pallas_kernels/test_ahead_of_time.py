@@ -173,6 +173,22 @@ def test_more_instructions_than_promised_are_a_failure(reports):
     assert dataclasses.replace(report, instruction_limit=4.5).problems() == []
 
 
+def test_a_quick_report_finds_the_same_spills(reports):
+    """Two of the jobs again, of which one wants its machine code counted."""
+    probe = dataclasses.replace(programs.PROBE, instruction_limit=5.0)
+    quick = compile_jobs(
+        [(programs.SPILLS, "a100"), (probe, "l4"), (programs.SHARED, "t4")],
+        processes=PROCESSES,
+        thorough=False,
+    )
+    for report in quick:
+        (kernel,) = report.mosaic_kernels
+        (same,) = reports[report.case, report.gpu].mosaic_kernels
+        assert kernel.name == same.name and kernel.registers == same.registers
+        assert kernel.spill_store_bytes == same.spill_store_bytes
+    assert [r.instructions_per_weight is None for r in quick] == [True, False, True]
+
+
 def test_compile_for_takes_a_function():
     program = programs.PROBE.build()
     report = compile_for(program.function, program.arguments, "L4")

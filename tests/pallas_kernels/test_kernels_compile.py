@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(unavailable() is not None, reason=str(unavai
 def reports():
     # Another worker of pytest-xdist has the other core.
     processes = 1 if os.environ.get("PYTEST_XDIST_WORKER") else 2
-    compiled = compile_jobs(JOBS, processes=processes)
+    compiled = compile_jobs(JOBS, processes=processes, thorough=False)
     return {(report.case, report.gpu): report for report in compiled}
 
 
