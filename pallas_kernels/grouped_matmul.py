@@ -121,13 +121,13 @@ def _transformable(config, shared_config):
 
     def gradient(cotangent, rows, w, index, shared_weight):
         x, shared_rows = rows
-        picked, others = (cotangent, None) if shared_weight is None else cotangent
+        of_picks = cotangent if shared_weight is None else cotangent[0]
         decoded = decoded_weight(jax.tree.map(lambda a: a[index], w))
-        of_x = rows_cotangent(picked, x, w, decoded, index.shape[0] // x.shape[0])
+        of_x = rows_cotangent(of_picks, x, w, decoded, index.shape[0] // x.shape[0])
         if shared_weight is None:
             return of_x, None
         decoded = decoded_weight(shared_weight)
-        return of_x, rows_cotangent(others, shared_rows, shared_weight, decoded)
+        return of_x, rows_cotangent(cotangent[1], shared_rows, shared_weight, decoded)
 
     return differentiable(batchable(kernel), gradient)
 
@@ -142,7 +142,7 @@ def _gathered(x, w, index, shared, config, shared_config, interpreted) -> Any:
     programs = products[0].programs * picks
     grid = programs
     if shared is not None:
-        more = _Product(*shared, shared[0].shape[0], shared_config)
+        more = _Product(shared[0], shared[1], shared[0].shape[0], shared_config)
         products.append(more)
         shape = (more.split, more.piece.rows, more.weight.layout.padded_n)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -211,7 +211,7 @@ def to_kernel(
         n=n,
         granularity=granularity,
         group_size=group_size if granularity == "group" else None,
-        block_size=tuple(block_size) if granularity == "block" and block_size else None,
+        block_size=block_size if granularity == "block" else None,
         zero_point=zero_point,
         code_dtype=codes.dtype.name,
         scale_dtype="uint4" if format == "cc2" else scale.dtype.name,

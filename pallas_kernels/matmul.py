@@ -134,7 +134,8 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
 
     Wide blocks need the fewest instructions (x is read from shared memory once for the columns of a
     thread), many programs hide memory's latency, and partial sums are traffic too, which a consumer
-    may read more than once: K is rather split eight ways at most, and blocks are narrower.
+    may read more than once: K is rather split eight ways at most, and blocks are narrower where few
+    rows allow it.
 
     Args:
       layout: of the weight.
@@ -144,13 +145,18 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     columns = layout.padded_n
     wanted = (4 if m <= 2 else 2) * multiprocessors
     in_flight = {1: 16, 2: 16, 3: 8, 4: 8}.get(m, 4)  # words of a thread
+    blocks = [block for block in (512, 256, 128) if columns % block == 0]
+    if m <= 2:
+        ways = [(block, most) for most in (8, 16) for block in blocks if block > 128]
+        ways += [(block, most) for most in (8, 16) for block in blocks if block == 128]
+    else:  # a thread with one column waits for shared memory four times as long as it multiplies
+        blocks = [block for block in blocks if block > 128] or blocks
+        ways = [(block, most) for block in blocks for most in (8, 16)]
     cuts = [
         (block, whole_split(layout.segments, min(-(-wanted * block // columns), most)))
-        for most in (8, 16)
-        for block in (512, 256, 128)
-        if columns % block == 0
+        for block, most in ways
     ]
-    enough = (cut for cut in cuts if columns // cut[0] * cut[1] >= wanted // 2)
+    enough = (cut for cut in cuts if columns // cut[0] * cut[1] >= 0.45 * wanted)
     block, split = next(enough, cuts[-1])
     units = max(1, in_flight * 128 // (block * layout.words.words))
     return MatrixVectorConfig(block_columns=block, split=split, step_rows=units * layout.words.rows)
