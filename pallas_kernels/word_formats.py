@@ -244,11 +244,62 @@ class IntegerWords(WordFormat):
         return planes
 
 
+@dataclasses.dataclass(frozen=True)
+class ThreeBitWords(WordFormat):
+    """Codes of 3 bits as one stream: 32 consecutive rows in three words.
+
+    Ten rows of a word are fields of it; rows 10 and 21 lie in two words each and are put together
+    by three instructions.
+    """
+
+    _starts = (0, 1, 2)  # bit of a word's first whole field
+
+    def bias(self, zero_point: str) -> float:
+        """As `IntegerWords.bias`."""
+        return {"none": 4.0, "half": 3.5, "integer": 0.0}[zero_point]
+
+    def exponents(self, interpreted: bool) -> tuple[int, ...]:
+        """Undo the position of each field."""
+        positions = []
+        for start in self._starts:
+            fields = range(start, start + 30, 3)
+            positions += [p if p <= 21 else p - 8 for p in fields] + [0]
+        return linear_exponents(positions[:-1], interpreted)
+
+    def exponent(self, interpreted: bool) -> int:
+        """That of linear bits."""
+        return linear_exponent(interpreted)
+
+    def decode(
+        self,
+        words: Sequence[jax.Array],
+        columns: Sequence[jax.Array],
+        interpreted: bool,
+        layout: Any = None,
+    ) -> list[jax.Array]:
+        """One mask a row, one shift a word, and the two rows between words."""
+        rows = []
+        for i, (word, start) in enumerate(zip(words, self._starts, strict=True)):
+            shifted = shift_right(word, 8)
+            for position in range(start, start + 30, 3):
+                if position <= 21:
+                    rows.append(linear_field(word, position, 3, interpreted))
+                else:
+                    rows.append(linear_field(shifted, position - 8, 3, interpreted))
+            if i < 2:
+                low = shift_right(word, 30 + i)
+                high = words[i + 1] << jnp.int32(2 - i)
+                between = low | (high & jnp.int32(7 & -(4 >> i)))
+                rows.append(linear_bits(between, interpreted))
+        return rows
+
+
 _SIGN_BITS = -0x7F7F7F80  # 0x80808080
 
 _ALL: tuple[WordFormat, ...] = (
     IntegerWords(name="int8", words=1, rows=4, bits=8),
     IntegerWords(name="int4", words=1, rows=8, bits=4),
+    ThreeBitWords(name="int3", words=3, rows=32),
     IntegerWords(name="int2", words=1, rows=16, bits=2),
 )
 
