@@ -16,6 +16,8 @@ from pallas_kernels.ahead_of_time import compile_for, unavailable
 from pallas_kernels.cache_row import _e4m3_bits
 from pallas_kernels.cache_update import append, append_reference
 
+# Programs run once: compiling them is what takes time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 HEADS, KV_HEADS, SLOTS, D = 3, 2, 20, 64
 WIDTH = (HEADS + 2 * KV_HEADS) * D
 SPECS = {
@@ -54,7 +56,8 @@ def make(rng, name, dtype, *, splits=None, batch=2):
 
 
 def run(function, arguments, **options):
-    return jax.jit(functools.partial(function, heads=HEADS, **options))(*arguments)
+    run = functools.partial(function, heads=HEADS, **options)
+    return jax.jit(run, compiler_options=QUICK)(*arguments)
 
 
 def assert_equal(result, expected):

@@ -16,6 +16,8 @@ from pallas_kernels.attention_parts import choose_parts, exponent
 from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
 
 BOUND = 5e-6  # of the largest reference value
+# Programs run once: compiling them is what takes time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 SPECS = {
     "bfloat16": None,
@@ -75,7 +77,11 @@ def make(rng, name, sizes):
     return jnp.asarray(q, jnp.float32), *sides, settings
 
 
-@functools.partial(jax.jit, static_argnames=("cache_format", "sliding_window", "scale"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("cache_format", "sliding_window", "scale"),
+    compiler_options=QUICK,
+)
 def reference(q, k, v, lengths, **settings):
     return decode_attention_reference(q, k, v, lengths=lengths, **settings)
 
@@ -84,7 +90,10 @@ def check(rng, name, sizes, lengths, **options):
     *arrays, settings = make(rng, name, sizes)
     lengths = jnp.asarray(lengths, jnp.int32)
     window = options.get("sliding_window")
-    out = decode_attention(*arrays, lengths=lengths, **settings, **options)
+    static = options | {"cache_format": settings["cache_format"]}
+    run = jax.jit(functools.partial(decode_attention, **static), compiler_options=QUICK)
+    given = {name: a for name, a in settings.items() if name != "cache_format"}
+    out = run(*arrays, lengths=lengths, **given)
     expected = reference(*arrays, lengths, sliding_window=window, **settings)
     assert_close(out, expected, of_largest=BOUND, what=name)
     return out, arrays, lengths, settings
@@ -160,7 +169,8 @@ def test_what_counts(rng, tensor_cores):
     q, k, v, settings = make(rng, "int4", Sizes(slots=100))
     lengths = jnp.asarray([40, 90], jnp.int32)
     options = {"lengths": lengths, "parts": 1, "tensor_cores": tensor_cores}
-    run = jax.jit(functools.partial(decode_attention, **options, cache_format="int4"))
+    static = {**options, "cache_format": "int4"}
+    run = jax.jit(functools.partial(decode_attention, **static), compiler_options=QUICK)
     expected = reference(q, k, v, lengths, **settings)
     settings.pop("cache_format")
     out = run(q, k, v, **settings)
