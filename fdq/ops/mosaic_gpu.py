@@ -234,7 +234,9 @@ def decode_attention(q, k, v, *, lengths, cache_format: CacheSpec | None, **arra
     from pallas_kernels.decode_attention import decode_attention as kernel
 
     name = None if cache_format is None else cache_format.format
-    return kernel(q[:, 0], k, v, lengths=lengths, cache_format=name, **arrays)[:, None]
+    settings = _choice("decode_attention", name or k.dtype.name, q.shape[0], k.size).config
+    out = kernel(q[:, 0], k, v, lengths=lengths, cache_format=name, **arrays, **settings)
+    return out[:, None]
 
 
 def prepared(q: Any) -> bool:
