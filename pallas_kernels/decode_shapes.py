@@ -89,7 +89,7 @@ class _Weight:
         return total / (k * n)
 
 
-_CHANNEL = {"granularity": "channel", "scale_dtype": "float32"}
+_CHANNEL: dict[str, Any] = {"granularity": "channel", "scale_dtype": "float32"}
 _WEIGHTS = {
     "int8 per channel": _Weight(format="int8", bits=8, code_dtype="int8", **_CHANNEL),
     "int8 groups of 128": _Weight(format="int8", bits=8, code_dtype="int8", group_size=128),
