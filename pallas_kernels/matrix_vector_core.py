@@ -9,8 +9,14 @@ own one, two or four columns each, walk down the words of their columns. Timelin
             end of a segment: bias or zero point times the sum of x, scale, into the total
     end     total * 2^exponent * scale of the column -> its own row of partial sums
 
-x is read from shared memory as scalars: all threads want the same, and the compiler makes 16-byte
-loads of four neighbours.
+All threads want the same numbers of x: M of them lie together in shared memory, and so do units,
+so that the compiler makes 16-byte loads. M and the units of a step are axes of arrays, not unrolled
+operations: Mosaic's layout inference takes longer than linear time in their number.
+
+Instructions of the hot loop a weight (M = 1, 4096 x 4096 on an H200, counted from machine code), of
+which two are the mask and the multiply-add: int4 in groups of 128 2.6, with zero points 2.6, int8
+2.7, int2 2.4, nf4 3.3, cc2 3.5, mxfp4 3.5, nvfp4 3.8, float8_e4m3 4.4. Blocks of 512 columns take
+0.2 less than those of 256. Eight rows: 10 to 12, a multiply-add for each.
 """
 
 from __future__ import annotations
