@@ -117,7 +117,8 @@ def weight_table(tree: Any) -> WeightTable:
     for key, leaf in leaves:
         path = ".".join(_key_text(k) for k in key)
         if isinstance(leaf, QTensor):
-            arrays = [_value(a) for a in leaf.arrays().values()]
+            # A prepared weight's codes may be a pytree.
+            arrays = jax.tree.leaves([_value(a) for a in leaf.arrays().values()])
             shape, kind_of_format = tuple(leaf.shape), leaf.spec.format
         else:
             arrays = [_value(leaf)]

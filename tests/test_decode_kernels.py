@@ -13,6 +13,7 @@ from fdq.models.config import MoEConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import choice
 from fdq.ops.kernel_layout import MOSAIC_GPU
+from fdq.planner import weight_table
 
 STEPS = 4
 PROMPTS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -98,3 +99,17 @@ def test_tokens_are_those_of_xla(family, scheme, monkeypatch, caplog):
             assert tokens[row][step] == wanted_tokens[row][step], (row, step)
     assert clear[:, 0].all()
     assert np.abs(logits[0] - wanted[0]).max() < 1e-4 * np.abs(wanted[0]).max()
+
+
+def test_a_prepared_model_is_counted_and_saved_as_any_other(monkeypatch, tmp_path):
+    model = fdq.quantize(Decoder(config("dense"), rngs=nnx.Rngs(params=0)), "W4A16", quiet=True)
+    monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
+    prepared = fdq.prepare(model)
+    assert weight_table(prepared).bytes == weight_table(model).bytes
+    fdq.save(prepared, tmp_path / "saved")
+    loaded = fdq.load(tmp_path / "saved", prepare=False)
+    kernel = loaded.layers[1].mlp.down_proj.kernel
+    assert kernel.layout == "canonical"
+    np.testing.assert_array_equal(
+        kernel.codes[...], model.layers[1].mlp.down_proj.kernel.codes[...]
+    )
