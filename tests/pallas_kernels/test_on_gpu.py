@@ -1,0 +1,108 @@
+"""The kernels on the GPU of this machine: ``JAX_PLATFORMS=cuda,cpu pytest -m gpu``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from canonical_weights import CASES, difference, generator, random_weight
+from flax import nnx
+
+import fdq
+from fdq import ops
+from fdq.kv_cache import parse_format
+from fdq.models import Decoder, DecoderConfig
+from fdq.nn.rotary import RotaryConfig
+from fdq.ops import self_check
+from pallas_kernels.integer_matmul import BITS, integer_matrix_vector
+from pallas_kernels.matmul import matrix_vector
+from pallas_kernels.routing import router_logits, top_k_experts, top_k_experts_reference
+
+pytestmark = pytest.mark.gpu
+BOUND = 5e-6
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    with jax.default_device(jax.devices("gpu")[0]):
+        yield
+
+
+@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products(case, m):
+    w, values = random_weight(case, 1024, 640)
+    x = jnp.asarray(generator("gpu", m).normal(size=(m, 1024)) + 0.25, jnp.float16)
+    y = matrix_vector(x, w)
+    assert difference(y.sum(axis=0), np.asarray(x, np.float64) @ values) < BOUND
+    np.testing.assert_array_equal(y, matrix_vector(x, w))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.format in BITS], ids=str)
+def test_integer_products(case):
+    w, values = random_weight(case, 512, 256)
+    x = generator("gpu integers").integers(-127, 128, (2, 512))
+    y = integer_matrix_vector(jnp.asarray(x, jnp.int8), w)
+    assert difference(y.sum(axis=0), x.astype(np.float64) @ values) < BOUND
+
+
+@pytest.mark.parametrize("group", [1, 2, 5, 8])
+@pytest.mark.parametrize("name", ["C16", "C8", "Cfp8", "C4"])
+def test_attention(name, group):
+    spec = parse_format(name)
+    rng = generator("gpu attention", name, group)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((3, 1, 2 * group, 128), (3, 2, 700, 128), (3, 2, 700, 128))
+    )
+    settings = {"lengths": jnp.asarray([700, 333, 1], jnp.int32), "cache_format": spec}
+    if spec is None:
+        k, v = k.astype(jnp.float16), v.astype(jnp.float16)
+    else:
+        k, settings["k_scale"], settings["k_zero"] = ops.quantize_cache(k, spec)
+        v, settings["v_scale"], settings["v_zero"] = ops.quantize_cache(v, spec)
+        if k.dtype == jnp.float8_e4m3fn:
+            k, v = (jax.lax.bitcast_convert_type(a, jnp.uint8) for a in (k, v))
+    y = ops.attention(q, k, v, implementation="mosaic_gpu", **settings)
+    with jax.default_device(jax.devices("cpu")[0]):
+        host = jax.tree.map(np.asarray, (q, k, v))
+        small = {n: a if a is None or n == "cache_format" else np.asarray(a)
+                 for n, a in settings.items()}  # fmt: skip
+        wanted = ops.attention_reference(*map(jnp.asarray, host), **small)
+    assert difference(y, np.asarray(wanted, np.float64)) < BOUND
+
+
+def test_routing():
+    rng = generator("gpu routing")
+    x = jnp.asarray(rng.normal(size=(3, 2560)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(2560, 64)), jnp.float32)
+    logits = router_logits(x, kernel)
+    wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    assert difference(logits.sum(axis=0)[:, :64], wanted) < BOUND
+    found = top_k_experts(logits, None, experts=64, top_k=6)
+    reference = top_k_experts_reference(logits, None, experts=64, top_k=6)
+    np.testing.assert_array_equal(found[0], reference[0])
+    assert difference(found[1], np.asarray(reference[1], np.float64)) < BOUND
+
+
+@pytest.mark.parametrize("scheme", ["W4A16C8-g64", "W8A8C4"])
+def test_a_decoder_uses_kernels_by_itself_and_none_is_switched_off(scheme):
+    config = DecoderConfig(
+        model_type="llama",
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        rms_norm_epsilon=1e-6,
+        rotary=RotaryConfig(),
+        dtype="float16",
+    )
+    model = fdq.quantize(Decoder(config, rngs=nnx.Rngs(params=0)), scheme, quiet=True)
+    wanted = fdq.generate(model, [[1, 2, 3, 4]], 8)
+    found = fdq.generate(fdq.prepare(model), [[1, 2, 3, 4]], 8)
+    assert len(found[0]) == len(wanted[0]) == 8
+    assert found[0][0] == wanted[0][0]
+    assert self_check._RESULTS
+    assert not any(self_check._RESULTS.values())
