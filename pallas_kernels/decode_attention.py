@@ -167,8 +167,8 @@ def _implementation(side: CacheWords, group: int, slots: int, tensor_cores: bool
     if tensor_cores and not supported:
         raise NotImplementedError(
             f"decode_attention: no tensor-core kernel for a {side.dtype.name} cache of {slots} "
-            f"slots, head_dim {side.head_dim} and {group} query heads a KV head; leave tensor_cores "
-            "as None."
+            f"slots, head_dim {side.head_dim} and {group} query heads a KV head; leave "
+            "tensor_cores as None."
         )
     return attention_mma.attend if tensor_cores else attention_cuda_cores.attend
 

@@ -13,7 +13,7 @@ THREADS = 128
 """CUDA threads of a warp group, the unit that Mosaic's array programs run on."""
 
 
-def default_device() -> jax.Device:
+def default_device() -> Any:
     """The device that a trace is for; works while tracing and while compiling ahead of time."""
     device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):

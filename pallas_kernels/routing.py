@@ -215,12 +215,10 @@ def _launch(logits, correction_bias, *, experts, top_k, normalize, norm_min):
         if has_bias:
             # Through shared memory: it is as wide as there are experts, the scores are wider.
             for start in range(0, experts, _BIAS_STEP):
-                count = min(_BIAS_STEP, experts - start)
-                if count == _BIAS_STEP:
-                    part = mg.load(
-                        refs[1].at[pl.ds(start, count)], layout=spread(count), optimized=False
-                    )
-                    store(scores_smem.at[pl.ds(start, count)], part)
+                if start + _BIAS_STEP <= experts:
+                    step = pl.ds(start, _BIAS_STEP)
+                    part = mg.load(refs[1].at[step], layout=spread(_BIAS_STEP), optimized=False)
+                    store(scores_smem.at[step], part)
                 else:
                     for i in range(start, experts):
                         scores_smem[i] = refs[1][i]

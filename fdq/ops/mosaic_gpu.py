@@ -76,6 +76,7 @@ def _choice(kernel: str, format: str, rows: int, weights: int) -> choices.Choice
 def partial_sums(x: Any, q: QTensor) -> jax.Array:
     """Rows ``[M, K]`` (or what a kernel stages as such) times a weight -> ``[split, M, N]``."""
     from pallas_kernels.matmul import matrix_vector
+
     return matrix_vector(x, kernel_weight(q), config=_matrix_config("matrix_vector", q, x.shape[0]))
 
 
@@ -234,7 +235,7 @@ def decode_attention(q, k, v, *, lengths, cache_format: CacheSpec | None, **arra
     from pallas_kernels.decode_attention import decode_attention as kernel
 
     name = None if cache_format is None else cache_format.format
-    settings = _choice("decode_attention", name or k.dtype.name, q.shape[0], k.size).config
+    settings: Any = _choice("decode_attention", name or k.dtype.name, q.shape[0], k.size).config
     out = kernel(q[:, 0], k, v, lengths=lengths, cache_format=name, **arrays, **settings)
     return out[:, None]
 
