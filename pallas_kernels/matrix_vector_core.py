@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.launch import runs_interpreted
+from pallas_kernels.launch import runs_interpreted, synchronize
 from pallas_kernels.layouts import KernelWeight, WeightLayout
 
 ReadX = Callable[[Any, int, Any], jax.Array]
@@ -144,7 +144,7 @@ def staging_factors(layout: WeightLayout) -> np.ndarray:
 
 
 def tile_layout(piece: Piece, segments: int) -> Any:
-    """Layout of ``[segments, rows, units, M]`` of x; one, two or four segments, each a warp's."""
+    """Layout of ``[segments, rows, units, M]`` of x; two or four segments are a warp's each."""
     layout = piece.layout
     units = layout.segment_units
     tile = (segments, layout.words.rows, units, piece.rows)
@@ -152,7 +152,7 @@ def tile_layout(piece: Piece, segments: int) -> Any:
     last = -2 if piece.rows == 1 else -3
     lane_dims: tuple[Any, ...] = (last,) if units == 32 else (mg.Replicated(32 // units), last)
     warp_dims: tuple[Any, ...] = (mg.Replicated(4),)
-    if segments > 1:
+    if segments in (2, 4):
         warp_dims = (last - 2,) if segments == 4 else (mg.Replicated(2), last - 2)
     return mg.Layout.TILED(tiling, warp_dims, lane_dims, -1)
 
@@ -182,6 +182,10 @@ def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: A
       sums_ref: shared, ``[segments, M]``: what bias and zero point are multiplied by.
     """
     tile = math.gcd(piece.segments, 4)
+    if tile == piece.rows == 1:
+        # An array of one sum has no layout: several segments to a thread, or sums without arrays.
+        tile = next((d for d in (3, 5, 7) if piece.segments % d == 0), 1)
+    alone = tile == piece.rows == 1
     layout = tile_layout(piece, tile)
     # The bias takes part in units of the unfinished sum, and so does the sum that a zero point
     # is multiplied by.
@@ -194,15 +198,31 @@ def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: A
         segments = pl.ds(i * tile, tile)
         x = read_x(i * tile, tile, layout)
         store(x_ref.at[segments], x * lax.broadcast_in_dim(factors, x.shape, (1,)))
-        if piece.has_sums:
-            sums = jnp.sum(x, axis=1)
-            if tile == piece.rows == 1:  # jax 0.11 divides by the stride of an array of one element
-                sums_ref[i, 0] = jnp.sum(sums) * factor
-            else:
-                store(sums_ref.at[segments], jnp.sum(sums, axis=1) * factor)
+        if piece.has_sums and not alone:
+            store(sums_ref.at[segments], jnp.sum(jnp.sum(x, axis=1), axis=1) * factor)
         return ()
 
     lax.fori_loop(0, piece.segments // tile, one_tile, ())
+    if piece.has_sums and alone:
+        synchronize()
+        _sum_alone(piece, factor, x_ref, sums_ref)
+
+
+def _sum_alone(piece: Piece, factor: jax.Array, x_ref: Any, sums_ref: Any) -> None:
+    """Sums of one row of x, a segment at a time, by every thread from what is staged."""
+    exponents = piece.layout.words.exponents(runs_interpreted())
+
+    def one_segment(segment, _):
+        def one_unit(unit, total):
+            for r, exponent in enumerate(exponents):
+                total = total + x_ref[segment, r, unit, 0] * jnp.float32(math.ldexp(1.0, -exponent))
+            return total
+
+        total = lax.fori_loop(0, piece.layout.segment_units, one_unit, jnp.float32(0))
+        sums_ref[segment, 0] = total * factor
+        return ()
+
+    lax.fori_loop(0, piece.segments, one_segment, ())
 
 
 def accumulate(

@@ -62,6 +62,7 @@ def test_every_number_of_rows(m):
     ("case", "k", "n", "m"),
     [
         (INT4, 128, 128, 1),
+        (INT4, 1408, 128, 1),
         (INT4, 384, 100, 3),
         (INT4, 640, 200, 2),
         (INT8, 100, 100, 1),
