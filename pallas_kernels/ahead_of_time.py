@@ -209,7 +209,8 @@ def _compile(
         _text(xla, "*thunk_metadata.txt"),
         _text(xla, "*gpu_after_optimizations.txt"),
     )
-    ours, loops = _mosaic_kernels(mosaic, thorough or case.instruction_limit is not None)
+    wanted = thorough or case.instruction_limit is not None
+    ours, loops = _mosaic_kernels(mosaic, wanted, case.weights_per_iteration)
     memory: Any = compiled.memory_analysis()
     report = dataclasses.replace(
         base,
@@ -287,9 +288,10 @@ def _with_instructions(
 
 
 def _mosaic_kernels(
-    directory: pathlib.Path, machine_code: bool
+    directory: pathlib.Path, machine_code: bool, weights: float | Callable[[Loop], float] | None
 ) -> tuple[list[KernelReport], dict[str, Loop]]:
     """Mosaic's kernels without repetition, and, if wanted, the hot loop of each by name."""
+    work = weights if callable(weights) else len
     reports: list[KernelReport] = []
     loops: dict[str, Loop] = {}
     seen: set[str] = set()
@@ -303,7 +305,7 @@ def _mosaic_kernels(
         dynamic = _dynamic_shared_memory(ptx.with_suffix(".mlir-passes.log"))
         for one in resources:
             name = one.name.removesuffix(_MOSAIC_SUFFIX)
-            loop = hot_loop(code[one.name]) if machine_code else None
+            loop = hot_loop(code[one.name], work) if machine_code else None
             if loop is not None:
                 loops.setdefault(name, loop)
             reports.append(_kernel_report(one, name, dynamic, mosaic=True, loop=loop))

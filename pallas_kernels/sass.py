@@ -1,8 +1,8 @@
 """Counts instructions in SASS, the machine code of NVIDIA GPUs, as `cuobjdump -sass` prints it.
 
 A decode kernel reads each weight once, so what it spends on a weight is the length of its hot loop
-over the weights that a thread uses up in one iteration. `hot_loop` finds that loop:
-the largest loop that holds no other loop, or the whole kernel if it has none (unrolled by ptxas).
+over the weights that a thread uses up in one iteration. `hot_loop` finds that loop among those that
+hold no other loop, or takes the whole kernel if it has none (unrolled by ptxas).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from collections.abc import Callable
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 # "/*0010*/   @!P0 LDG.E.128 R4, [R2.64] ;": address, predicate, opcode, operands.
@@ -96,11 +97,16 @@ def functions(text: str) -> dict[str, tuple[Instruction, ...]]:
     }
 
 
-def hot_loop(instructions: tuple[Instruction, ...]) -> Loop:
-    """The largest innermost loop, or everything if there is no loop.
+def hot_loop(instructions: tuple[Instruction, ...], work: Callable[[Loop], float] = len) -> Loop:
+    """The innermost loop that does the most work, or everything if there is no loop.
 
     A loop is what lies between a backward branch and its target. The endless branch to itself with
     which a function is padded is none.
+
+    Args:
+      instructions: of a function.
+      work: what an iteration does. By its instructions, a loop that prepares the activations can
+        seem the largest; by the weights that it uses up it is not. Among equals the longest wins.
     """
     spans = {(i.jump, i.address) for i in instructions if i.jump is not None}
     spans = {(start, end) for start, end in spans if start < end}
@@ -115,10 +121,11 @@ def hot_loop(instructions: tuple[Instruction, ...]) -> Loop:
         # NOPs and the endless branch pad the end.
         used = tuple(i for i in instructions if i.name != "NOP" and i.jump != i.address)
         return Loop(used, whole_kernel=True)
-    bodies = [
-        tuple(i for i in instructions if start <= i.address <= end) for start, end in innermost
+    loops = [
+        Loop(tuple(i for i in instructions if start <= i.address <= end), whole_kernel=False)
+        for start, end in innermost
     ]
-    return Loop(max(bodies, key=len), whole_kernel=False)
+    return max(loops, key=lambda loop: (work(loop), len(loop)))
 
 
 def _load_bytes(opcode: str) -> int:

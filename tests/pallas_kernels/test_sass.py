@@ -50,6 +50,14 @@ def test_the_hot_loop_is_the_largest_innermost_one():
     assert loop.global_bytes == 1
 
 
+def test_the_hot_loop_is_the_one_that_does_the_work_asked_for():
+    """By additions it is the first loop, which is the shorter one; ties go to the longer one."""
+    code = functions(TEXT)["first_mosaic_gpu_kernel"]
+    adding = hot_loop(code, lambda loop: loop.opcodes.get("FADD", 0))
+    assert [i.address for i in adding.instructions] == [0x20, 0x30]
+    assert hot_loop(code, lambda loop: 1) == hot_loop(code)
+
+
 def test_a_kernel_without_loops_counts_as_a_whole():
     loop = hot_loop(functions(TEXT)["second"])
     assert loop.whole_kernel
