@@ -119,10 +119,14 @@ class Machine:
         self._set(operands[0], top.view(dtype) >> dtype(32 - length))
 
     def _shf(self, suffix: str, operands: list[str]) -> None:
-        if suffix != "r.wrap.b32":
-            raise NotImplementedError(f"PTX machine: shf.{suffix}")
         low, high, count = (self._value(o).astype(np.uint64) for o in operands[1:])
-        wide = (high << np.uint64(32) | low) >> (count & np.uint64(31))
+        wide, count = high << np.uint64(32) | low, count & np.uint64(31)
+        if suffix == "r.wrap.b32":
+            wide = wide >> count
+        elif suffix == "l.wrap.b32":
+            wide = wide << count >> np.uint64(32)
+        else:
+            raise NotImplementedError(f"PTX machine: shf.{suffix}")
         self._set(operands[0], wide.astype(_UNSIGNED))
 
     def _mul(self, suffix: str, operands: list[str]) -> None:
