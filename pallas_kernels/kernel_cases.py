@@ -76,13 +76,14 @@ def fma_weights(rows: int = 1) -> Callable[[Loop], float]:
     """Counts weights by the loop's float32 multiply-adds: `rows` (M) of them for each weight.
 
     The multiply-adds that apply scales count as weights too, so that the result is a little too
-    large where groups are small: one weight in `group size` for each row.
+    large where groups are small: one weight in `group size` for each row. A loop with special
+    functions (SwiGLU's exponential) prepares x, and uses up none.
     """
     return functools.partial(_fmas_per_row, rows)  # unlike a lambda, it can be pickled
 
 
 def _fmas_per_row(rows: int, loop: Loop) -> float:
-    return loop.float32_fmas / rows
+    return 0.0 if "MUFU" in loop.opcodes else loop.float32_fmas / rows
 
 
 def loaded_weights(bytes_per_weight: float) -> Callable[[Loop], float]:

@@ -184,7 +184,9 @@ def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: A
     tile = math.gcd(piece.segments, 4)
     if tile == piece.rows == 1:
         # An array of one sum has no layout: several segments to a thread, or sums without arrays.
-        tile = next((d for d in (3, 5, 7) if piece.segments % d == 0), 1)
+        # More than 64 rows of units at a time do not fit in registers (int3 has 32 a segment).
+        few = (d for d in (3, 5, 7) if d * piece.layout.words.rows <= 64)
+        tile = next((d for d in few if piece.segments % d == 0), 1)
     alone = tile == piece.rows == 1
     layout = tile_layout(piece, tile)
     # The bias takes part in units of the unfinished sum, and so does the sum that a zero point

@@ -1,6 +1,7 @@
 """The reader of machine code, on text as cuobjdump prints it."""
 
-from pallas_kernels.sass import Loop, functions, hot_loop
+from pallas_kernels.kernel_cases import fma_weights
+from pallas_kernels.sass import Instruction, Loop, functions, hot_loop
 
 TEXT = """
 	code for sm_89
@@ -66,3 +67,10 @@ def test_a_kernel_without_loops_counts_as_a_whole():
     assert loop.vector_bytes == 0
     first = functions(TEXT)["first_mosaic_gpu_kernel"]
     assert Loop(first, whole_kernel=True).vector_bytes == 16
+
+
+def test_a_loop_with_special_functions_uses_up_no_weights():
+    decodes = Loop(tuple(Instruction(16 * i, "FFMA", "") for i in range(4)), whole_kernel=False)
+    gates = Loop((*decodes.instructions, Instruction(64, "MUFU.EX2", "")), whole_kernel=False)
+    assert fma_weights(2)(decodes) == 2
+    assert fma_weights(2)(gates) == 0
