@@ -58,10 +58,10 @@ class _Weight:
         scale_shape = (scale_rows, n)
         if self.block_size is not None:
             scale_shape = (k // self.block_size[0], n // self.block_size[1])
-        arrays = {
-            "codes": _array((rows, n), self.code_dtype),
-            "scale": _array(scale_shape, self.scale_dtype),
-        }
+        scale = _array(scale_shape, self.scale_dtype)
+        if self.scale_dtype == "uint4":  # two in a byte
+            scale = _array((scale_rows // 2, n), "uint8")
+        arrays = {"codes": _array((rows, n), self.code_dtype), "scale": scale}
         if self.zero_point == "integer":
             arrays["zero"] = _array(scale_shape, "uint8")
         for name in self.extras:
@@ -103,8 +103,8 @@ _WEIGHTS = {
     "WINT2's code": _Weight(
         format="cc2",
         bits=2,
-        group_size=128,
-        scale_dtype="uint8",
+        group_size=64,
+        scale_dtype="uint4",
         extras=("code_scale", "code_offset", "super_scale"),
     ),
     "NF4 groups of 64": _Weight(format="nf4", bits=4, group_size=64),
