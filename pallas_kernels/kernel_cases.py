@@ -12,11 +12,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from pallas_kernels.gpu_targets import ALL
+from pallas_kernels.launch import default_device
 from pallas_kernels.sass import Loop
 
 MODULES: tuple[str, ...] = (
-    "pallas_kernels.decode_shapes",
+    "pallas_kernels.matmul_shapes",
+    "pallas_kernels.cache_shapes",
     "pallas_kernels.integer_matmul",
     "pallas_kernels.routing",
 )
@@ -93,6 +98,17 @@ def loaded_weights(bytes_per_weight: float) -> Callable[[Loop], float]:
 
 def _loaded(bytes_per_weight: float, loop: Loop) -> float:
     return loop.vector_bytes / bytes_per_weight
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An argument of a `Program`."""
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def activation_dtype() -> str:
+    """bfloat16, or float16 where the GPU has no arithmetic for it (before sm_80)."""
+    capability = getattr(default_device(), "compute_capability", "8.0")
+    return "bfloat16" if float(capability) >= 8 else "float16"
 
 
 def all_cases() -> list[KernelCase]:

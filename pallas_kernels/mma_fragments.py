@@ -32,9 +32,9 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as mg
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith
 
+from pallas_kernels import mma_instructions as ptx
 from pallas_kernels.launch import runs_interpreted
 
 SLOTS = 64
@@ -167,11 +167,11 @@ def warp_maximum(x: jax.Array) -> jax.Array:
         for n in range(heads // 8):
             parts = []
             for i in range(2):
-                one = _binary("max.f32", _lane(regs[n, 0], i), _lane(regs[n, 1], i))
+                one = ptx.binary("max.f32", ptx.lane(regs[n, 0], i), ptx.lane(regs[n, 1], i))
                 for distance in (4, 8, 16):
-                    one = _binary("max.f32", one, _shuffle(one, distance))
+                    one = ptx.binary("max.f32", one, ptx.shuffle(one, distance))
                 parts.append(one)
-            out[n, :] = _vector(parts)
+            out[n, :] = ptx.vector(parts)
         return _array(out, x)
 
     return _inline(maximum, [score_layout()], x.shape, score_layout())(x)
@@ -278,18 +278,18 @@ def _emit_scores(words, queries, offset, codes: Codes, heads: int):
     pairs = [_query_pairs(q, codes, heads) for q in queries]
     zeros = None
     if codes.kind == "int4":
-        zeros = [_int4_offset(x, x) for x in offset[0].registers.flat] if offset else None
-    acc = [[_zero_f32() for _ in range(4)] for _ in range(heads // 8)]
+        zeros = [ptx.int4_offset(x, x) for x in offset[0].registers.flat] if offset else None
+    acc = [[ptx.zero_f32() for _ in range(4)] for _ in range(heads // 8)]
     for step in range(steps):
-        rows = [[_lane(words_[step, h], i) for i in range(codes.key_vector)] for h in range(2)]
+        rows = [[ptx.lane(words_[step, h], i) for i in range(codes.key_vector)] for h in range(2)]
         fragments = _key_fragments(rows, codes, zeros)
         for k, fragment in enumerate(fragments):
             for n in range(heads // 8):
                 for pair in pairs:
-                    acc[n] = _mma(acc[n], fragment, pair[n][step][k], codes)
+                    acc[n] = ptx.mma(acc[n], fragment, pair[n][step][k], codes.dtype)
     out = np.empty((heads // 8, 2), dtype=object)
     for n in range(heads // 8):
-        out[n, 0], out[n, 1] = _vector(acc[n][:2]), _vector(acc[n][2:])
+        out[n, 0], out[n, 1] = ptx.vector(acc[n][:2]), ptx.vector(acc[n][2:])
     layout = score_layout().to_mgpu()
     out = out.reshape(layout.registers_shape((SLOTS, heads)))
     return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
@@ -304,7 +304,7 @@ def _query_pairs(query, codes: Codes, heads: int):
     for n in range(heads // 8):
         out.append([])
         for step in range(steps):
-            chunks = [_as_words(reg) for reg in regs[n, step]]  # channels (0, 1), (2, 3) of four
+            chunks = [ptx.as_words(reg) for reg in regs[n, step]]  # channels (0, 1), (2, 3) of four
             if codes.kind != "int4":
                 out[n].append(chunks)
                 continue
@@ -312,8 +312,8 @@ def _query_pairs(query, codes: Codes, heads: int):
             for low, high in zip(chunks[::2], chunks[1::2], strict=True):
                 # Channels i and i + 4 of a word share a register.
                 for i in range(2):
-                    even = _permute(low[i], high[i], 0x5410)
-                    odd = _permute(low[i], high[i], 0x7632)
+                    even = ptx.permute(low[i], high[i], 0x5410)
+                    odd = ptx.permute(low[i], high[i], 0x7632)
                     fragments.append([even, odd])
             out[n].append(fragments)
     return out
@@ -330,13 +330,13 @@ def _key_fragments(rows, codes: Codes, zeros):
         for half in range(2):
             word = rows[half][i]
             if codes.kind == "int4":
-                offset = _constant(0xA400A400) if zeros is None else zeros[half]
-                halves.append([_nibbles(word, j, offset) for j in range(4)])
+                offset = ptx.constant(0xA400A400) if zeros is None else zeros[half]
+                halves.append([ptx.nibbles(word, j, offset) for j in range(4)])
             elif codes.kind == "int8":
-                word = arith.xori(word, _constant(0x80808080))
-                halves.append([_bytes(word, selector) for selector in (0x4140, 0x4342)])
+                word = arith.xori(word, ptx.constant(0x80808080))
+                halves.append([ptx.biased_bytes(word, selector) for selector in (0x4140, 0x4342)])
             else:
-                halves.append([_e4m3(word, selector) for selector in (0x1404, 0x3424)])
+                halves.append([ptx.e4m3(word, selector) for selector in (0x1404, 0x3424)])
         low, high = halves
         first = range(0, len(low), 2)
         fragments += [[low[j], high[j], low[j + 1], high[j + 1]] for j in first]
@@ -350,14 +350,16 @@ def _emit_sums(regs, words, weights, offset, codes: Codes, heads: int) -> None:
     zeros = None
     if codes.kind == "int4" and offset:
         points = offset[0].registers.reshape(2, 2)
-        zeros = [_int4_offset(points[a, 0], points[a, 1]) for a in range(2)]
+        zeros = [ptx.int4_offset(points[a, 0], points[a, 1]) for a in range(2)]
     columns = []  # B fragments of each term and 8 heads
     for weight in weights:
         halves = weight.registers.reshape(heads // 8, 2)
-        columns.append([[_transpose(_as_word(h)) for h in halves[n]] for n in range(heads // 8)])
+        columns.append(
+            [[ptx.transpose(ptx.as_word(h)) for h in halves[n]] for n in range(heads // 8)]
+        )
     for step in range(steps):
         for i in range(codes.value_vector):
-            four = [[_lane(words_[step, a, b], i) for b in range(2)] for a in range(2)]
+            four = [[ptx.lane(words_[step, a, b], i) for b in range(2)] for a in range(2)]
             channels = _value_channels(four, codes, zeros)
             for j in range(0, codes.per_word, 2):
                 fragment = [channels[0][j], channels[0][j + 1], channels[1][j], channels[1][j + 1]]
@@ -365,7 +367,7 @@ def _emit_sums(regs, words, weights, offset, codes: Codes, heads: int) -> None:
                     at = i * codes.per_word + j
                     acc = [*regs[step][n][at], *regs[step][n][at + 1]]
                     for column in columns:
-                        acc = _mma(acc, fragment, column[n], codes)
+                        acc = ptx.mma(acc, fragment, column[n], codes.dtype)
                     regs[step][n][at], regs[step][n][at + 1] = acc[:2], acc[2:]
 
 
@@ -376,17 +378,17 @@ def _value_channels(four, codes: Codes, zeros):
         first, second = four[a]
         if codes.per_word == 4:
             if codes.kind == "int8":
-                first = arith.xori(first, _constant(0x80808080))
-                second = arith.xori(second, _constant(0x80808080))
-            pairs = [_permute(first, second, s) for s in (0x5140, 0x7362)]
-            decode = _bytes if codes.kind == "int8" else _e4m3
+                first = arith.xori(first, ptx.constant(0x80808080))
+                second = arith.xori(second, ptx.constant(0x80808080))
+            pairs = [ptx.permute(first, second, s) for s in (0x5140, 0x7362)]
+            decode = ptx.biased_bytes if codes.kind == "int8" else ptx.e4m3
             selectors = (0x4140, 0x4342) if codes.kind == "int8" else (0x1404, 0x3424)
             out.append([decode(pair, s) for pair in pairs for s in selectors])
             continue
-        pairs = [_permute(first, second, s) for s in (0x5410, 0x7632)]
+        pairs = [ptx.permute(first, second, s) for s in (0x5410, 0x7632)]
         if codes.kind == "int4":
-            offset = _constant(0xA400A400) if zeros is None else zeros[a]
-            pairs = [_nibbles(pair, j, offset) for pair in pairs for j in range(4)]
+            offset = ptx.constant(0xA400A400) if zeros is None else zeros[a]
+            pairs = [ptx.nibbles(pair, j, offset) for pair in pairs for j in range(4)]
         out.append(pairs)
     return out
 
@@ -395,11 +397,11 @@ def _scaled(sums, shrink, heads: int):
     """Registers of sums as ``[step][heads / 8][channel][2]``, times the warp's factor."""
     lane = sums.registers.shape[6]
     regs = sums.registers.reshape(-1, heads // 8, lane)
-    factors = [_lanes(reg) for reg in shrink.registers.reshape(heads // 8, 2)[:, 0]]
+    factors = [ptx.lanes(reg) for reg in shrink.registers.reshape(heads // 8, 2)[:, 0]]
     return [
         [
             [
-                [arith.mulf(x, f) for x, f in zip(_lanes(reg), factors[n], strict=True)]
+                [arith.mulf(x, f) for x, f in zip(ptx.lanes(reg), factors[n], strict=True)]
                 for reg in regs[step, n]
             ]
             for n in range(heads // 8)
@@ -409,123 +411,10 @@ def _scaled(sums, shrink, heads: int):
 
 
 def _vectors(regs):
-    flat = [_vector(pair) for step in regs for block in step for pair in block]
+    flat = [ptx.vector(pair) for step in regs for block in step for pair in block]
     out = np.empty(len(flat), dtype=object)
     out[:] = flat
     return out
-
-
-def _nibbles(word, j: int, offset):
-    """Two float16: nibbles j and j + 4 (j of each half), times 2^-9, plus ``offset``.
-
-    A nibble in a float16's lowest bits is a subnormal, which a multiply-add takes as it is.
-    """
-    if j >= 2:
-        word = arith.shrui(word, _constant(8))
-    mask, factor = ((0x000F000F, 0x78007800), (0x00F000F0, 0x68006800))[j % 2]  # 2^15, 2^11
-    word = arith.andi(word, _constant(mask))
-    return _asm("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", word, _constant(factor), offset)
-
-
-def _bytes(word, selector: int):
-    """Two float16 of two bytes that are 128 too large."""
-    return _subtract(_permute(word, _constant(0x64646464), selector), _constant(0x64806480))
-
-
-def _e4m3(word, selector: int):
-    """Two float16 of two bytes, their values times 2^-8: exponent and mantissa moved."""
-    word = _permute(word, _constant(0), selector)
-    small = arith.andi(arith.shrui(word, _constant(1)), _constant(0x3F803F80))
-    return arith.ori(arith.andi(word, _constant(0x80008000)), small)
-
-
-def _int4_offset(low, high):
-    """Two float16, minus 2^-9 times the zero points of two vectors of one float32."""
-    f32, f16 = ir.F32Type.get(), ir.F16Type.get()
-    factor = arith.constant(f32, -(2.0**-9))
-    parts = [arith.truncf(f16, arith.mulf(_lane(reg, 0), factor)) for reg in (low, high)]
-    return _as_word(_vector(parts))
-
-
-def _subtract(x, y):
-    pair = ir.VectorType.get((2,), ir.F16Type.get())
-    return _as_word(arith.subf(_bitcast(x, pair), _bitcast(y, pair)))
-
-
-def _mma(acc, a, b, codes: Codes):
-    """``acc + a @ b`` with four, four and two registers."""
-    kind = "bf16" if codes.kind == "bfloat16" else "f16"
-    f32 = ir.F32Type.get()
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * 4),
-        [*a, *b, *acc],
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        has_side_effects=False,
-    )
-    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
-
-
-def _transpose(word):
-    """An 8 x 8 matrix of 16 bits, a row in four threads, transposed."""
-    return _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", word)
-
-
-def _permute(low, high, selector: int):
-    """Bytes by number: 0 .. 3 of ``low``, 4 .. 7 of ``high``; lowest nibble first."""
-    return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", low, high, _constant(selector))
-
-
-def _shuffle(x, distance: int):
-    text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
-    return llvm.inline_asm(x.type, [x], text, "=f,f", has_side_effects=True)
-
-
-def _binary(name: str, x, y):
-    return llvm.inline_asm(x.type, [x, y], f"{name} $0, $1, $2;", "=f,f,f", has_side_effects=False)
-
-
-def _asm(text: str, constraints: str, *operands):
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, list(operands), text, constraints, has_side_effects=False)
-
-
-def _constant(value: int):
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) * (value >> 31)))
-
-
-def _zero_f32():
-    return arith.constant(ir.F32Type.get(), 0.0)
-
-
-def _bitcast(x, target):
-    return x if x.type == target else llvm.bitcast(target, x)
-
-
-def _as_word(pair):
-    """A vector of two 16-bit floats as i32."""
-    return _bitcast(pair, ir.IntegerType.get_signless(32))
-
-
-def _as_words(reg):
-    """A vector of four 16-bit floats as two i32."""
-    return _lanes(_bitcast(reg, ir.VectorType.get((2,), ir.IntegerType.get_signless(32))))
-
-
-def _lane(reg, i: int):
-    position = ir.DenseI64ArrayAttr.get([i])
-    return vector.extract(reg, dynamic_position=[], static_position=position)
-
-
-def _lanes(reg):
-    return [_lane(reg, i) for i in range(ir.VectorType(reg.type).shape[0])]
-
-
-def _vector(parts):
-    kind = ir.VectorType.get((len(parts),), parts[0].type)
-    return vector.from_elements(kind, list(parts))
 
 
 def _array(registers, like):

@@ -1,4 +1,4 @@
-"""Runs what `pallas_kernels.mma_fragments` emits for a GPU: 128 threads in NumPy.
+"""Runs what `mma_fragments` and `mma_instructions` emit for a GPU: 128 threads in NumPy.
 
 The functions under test build their code through a handful of MLIR constructors and inline PTX.
 Here these names stand for the same operations on arrays of one number a thread, written from the
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import mma_fragments
+from pallas_kernels import mma_fragments, mma_instructions
 
 THREADS = 128
 _NUMPY = {"i32": np.uint32, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -241,11 +241,15 @@ def emulated_gpu(monkeypatch):
         for name, value in {
             "mg": mosaic,
             "mgpu": arrays,
-            "ir": _IR,
             "arith": _ARITH,
-            "llvm": _LLVM,
-            "vector": _VECTOR,
             "runs_interpreted": lambda: False,
         }.items():
             patch.setattr(mma_fragments, name, value)
+        for name, value in {
+            "ir": _IR,
+            "arith": _ARITH,
+            "llvm": _LLVM,
+            "vectors": _VECTOR,
+        }.items():
+            patch.setattr(mma_instructions, name, value)
         yield

@@ -1,4 +1,4 @@
-"""The shapes that the kernels of a decode step are compiled for ahead of time.
+"""The shapes that matrix-vector kernels are compiled for ahead of time.
 
 One representative case for each kernel and format, and the layers of published models besides.
 Shapes are ``K x N`` of a weight: Llama-3-8B's fused query, key and value projection is 4096 x 6144.
@@ -13,10 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cache_update import append
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.grouped_matmul import gathered_matrix_vector
-from pallas_kernels.kernel_cases import KernelCase, Program, fma_weights, loaded_weights
+from pallas_kernels.kernel_cases import KernelCase, Program, abstract, activation_dtype, fma_weights
 from pallas_kernels.layouts import to_kernel
 from pallas_kernels.matmul import matrix_vector
 from pallas_kernels.row_sources import Gated
@@ -58,15 +56,15 @@ class _Weight:
         scale_shape = (scale_rows, n)
         if self.block_size is not None:
             scale_shape = (k // self.block_size[0], n // self.block_size[1])
-        scale = _array(scale_shape, self.scale_dtype)
+        scale = abstract(scale_shape, self.scale_dtype)
         if self.scale_dtype == "uint4":  # two in a byte
-            scale = _array((scale_rows // 2, n), "uint8")
-        arrays = {"codes": _array((rows, n), self.code_dtype), "scale": scale}
+            scale = abstract((scale_rows // 2, n), "uint8")
+        arrays = {"codes": abstract((rows, n), self.code_dtype), "scale": scale}
         if self.zero_point == "integer":
-            arrays["zero"] = _array(scale_shape, "uint8")
+            arrays["zero"] = abstract(scale_shape, "uint8")
         for name in self.extras:
-            arrays[name] = _array((1, 1 if name == "global_scale" else n), "float32")
-        return {name: _array((*experts, *a.shape), a.dtype) for name, a in arrays.items()}
+            arrays[name] = abstract((1, 1 if name == "global_scale" else n), "float32")
+        return {name: abstract((*experts, *a.shape), a.dtype) for name, a in arrays.items()}
 
     def kernel_weight(self, k: int, n: int, *experts: int) -> Any:
         """The weight in the kernel's layout, abstract."""
@@ -138,13 +136,11 @@ _WEIGHTS = {
 
 
 def kernel_cases() -> list[KernelCase]:
-    """Every kernel of a decode step."""
+    """Dense products, an MLP, and experts."""
     return [
         *_matrix_vector_cases(),
         *_mlp_cases(),
         *_experts_cases(),
-        *_attention_cases(),
-        *_append_cases(),
     ]
 
 
@@ -176,7 +172,7 @@ def _matrix_vector_cases() -> list[KernelCase]:
 
 
 def _matrix_vector(weight: _Weight, rows: int, k: int, n: int) -> Program:
-    x = _array((rows, k), _activation_dtype())
+    x = abstract((rows, k), activation_dtype())
     return Program(function=_product, arguments=(x, weight.kernel_weight(k, n)))
 
 
@@ -198,12 +194,12 @@ def _mlp_cases() -> list[KernelCase]:
 
 
 def _mlp(weight: _Weight, rows: int, hidden: int, inner: int) -> Program:
-    dtype = _activation_dtype()
+    dtype = activation_dtype()
     return Program(
         function=functools.partial(_mlp_step, dtype),
         arguments=(
-            _array((rows, hidden), dtype),
-            _array((hidden,), dtype),
+            abstract((rows, hidden), dtype),
+            abstract((hidden,), dtype),
             weight.kernel_weight(hidden, 2 * inner),
             weight.kernel_weight(inner, hidden),
         ),
@@ -243,21 +239,21 @@ def _experts_cases() -> list[KernelCase]:
 
 def _experts(weight: _Weight, tokens: int, both: bool) -> Program:
     experts, picks, hidden, inner = 64, 6, 2560, 1536
-    dtype = _activation_dtype()
-    index = _array((tokens * picks,), "int32")
+    dtype = activation_dtype()
+    index = abstract((tokens * picks,), "int32")
     down = (weight.kernel_weight(inner, hidden, experts), weight.kernel_weight(2 * inner, hidden))
     gate_up: tuple[Any, ...]
     if both:
         gate_up = (
-            _array((tokens, hidden), dtype),
+            abstract((tokens, hidden), dtype),
             weight.kernel_weight(hidden, 2 * inner, experts),
             weight.kernel_weight(hidden, 4 * inner),
         )
         function = _both_products
     else:
         gate_up = (
-            _array((2, tokens * picks, 2 * inner), "float32"),
-            _array((2, tokens, 4 * inner), "float32"),
+            abstract((2, tokens * picks, 2 * inner), "float32"),
+            abstract((2, tokens, 4 * inner), "float32"),
         )
         function = _down_product
     return Program(function=functools.partial(function, dtype), arguments=(index, *gate_up, *down))
@@ -283,119 +279,3 @@ def _down_product(
     return gathered_matrix_vector(
         Gated(picked, kind), down, index, shared=(Gated(shared, kind), shared_down)
     )
-
-
-# Formats of the cache: bytes of an element, and what goes with it.
-_CACHES = {"C16": (None, 2.0), "C8": ("int8", 1.0), "Cfp8": ("float8_e4m3", 1.0)}
-_CACHES |= {"C4": ("int4", 0.5), "C8 static": ("int8", 1.0)}
-_ATTENTION = {  # query heads, heads of the cache, slots, sequences
-    "Llama-3-8B": (32, 8, 8192, 1),
-    "ERNIE-4.5-21B": (20, 4, 4096, 1),
-    "Llama-3-8B, 128k": (32, 8, 131072, 1),
-    "Llama-3-8B, batch 64": (32, 8, 4096, 64),
-    "as many heads as the cache": (8, 8, 8192, 1),
-}
-
-
-def _attention_cases() -> list[KernelCase]:
-    return [
-        KernelCase(
-            name=f"attention {cache}, {model}",
-            kernel=f"attention {cache}",
-            build=functools.partial(_attention, cache, *shape),
-            representative=index == 0,
-            weights_per_iteration=loaded_weights(_CACHES[cache][1]),
-            bytes_per_weight=_CACHES[cache][1],
-            report="decode_attention",
-        )
-        for cache in _CACHES
-        for index, (model, shape) in enumerate(_ATTENTION.items())
-        if index == 0 or cache in ("C8", "C4")
-    ]
-
-
-def _attention(cache: str, heads: int, kv_heads: int, slots: int, batch: int) -> Program:
-    q = _array((batch, heads, 128), _activation_dtype())
-    arrays = _cache(cache, batch, kv_heads, slots)
-    lengths = _array((batch,), "int32")
-    function = functools.partial(_attend, _CACHES[cache][0])
-    return Program(function=function, arguments=(q, lengths, arrays))
-
-
-def _attend(cache_format: str | None, q: Any, lengths: Any, arrays: dict[str, Any]) -> jax.Array:
-    return decode_attention(q, lengths=lengths, cache_format=cache_format, **arrays)
-
-
-def _append_cases() -> list[KernelCase]:
-    return [
-        KernelCase(
-            name=f"append {cache}, Llama-3-8B, batch {batch}",
-            kernel=f"append {cache}",
-            build=functools.partial(_append, cache, batch),
-            representative=batch == 1,
-        )
-        for cache in _CACHES
-        for batch in (1, 8)
-    ]
-
-
-def _append(cache: str, batch: int) -> Program:
-    heads, kv_heads, slots, size = 32, 8, 8192, 128
-    qkv = _array((8, batch, (heads + 2 * kv_heads) * size), "float32")  # partial sums
-    turn = _array((batch, size // 2), "float32")
-    function = functools.partial(_appended, _CACHES[cache][0], _activation_dtype(), heads)
-    return Program(
-        function=function,
-        arguments=(
-            qkv,
-            turn,
-            turn,
-            _array((batch,), "int32"),
-            _cache(cache, batch, kv_heads, slots),
-        ),
-        donate=(4,),
-    )
-
-
-def _appended(
-    cache_format: str | None, dtype: str, heads: int, qkv: Any, cos: Any, sin: Any, slots: Any,
-    arrays: dict[str, Any],
-) -> Any:  # fmt: skip
-    return append(
-        qkv,
-        cos,
-        sin,
-        slots,
-        **arrays,
-        heads=heads,
-        interleaved=False,
-        cache_format=cache_format,
-        dtype=jnp.dtype(dtype),
-    )
-
-
-def _cache(cache: str, batch: int, kv_heads: int, slots: int) -> dict[str, jax.ShapeDtypeStruct]:
-    cache_format, _ = _CACHES[cache]
-    dtype = {None: _activation_dtype(), "int8": "int8"}.get(cache_format, "uint8")
-    width = 64 if cache_format == "int4" else 128
-    codes = _array((batch, kv_heads, slots, width), dtype)
-    arrays = {"k": codes, "v": codes}
-    if cache_format is not None:
-        static = cache.endswith("static")
-        shape = (kv_heads, 128) if static else (batch, kv_heads, slots)
-        arrays |= dict.fromkeys(("k_scale", "v_scale"), _array(shape, "float32"))
-        if cache_format == "int4":
-            arrays |= dict.fromkeys(("k_zero", "v_zero"), _array(shape, "uint8"))
-    return arrays
-
-
-def _activation_dtype() -> str:
-    """bfloat16, or float16 where the GPU has no arithmetic for it (before sm_80)."""
-    from pallas_kernels.launch import default_device
-
-    capability = getattr(default_device(), "compute_capability", "8.0")
-    return "bfloat16" if float(capability) >= 8 else "float16"
-
-
-def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

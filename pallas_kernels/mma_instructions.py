@@ -1,0 +1,133 @@
+"""Instructions of one thread that tensor-core tiles are made of: MLIR values in, MLIR values out.
+
+A word is an i32; four codes of a byte, eight of a nibble or two 16-bit floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import vector as vectors
+
+
+def nibbles(word, j: int, offset):
+    """Two float16: nibbles j and j + 4 (j of each half), times 2^-9, plus ``offset``.
+
+    A nibble in a float16's lowest bits is a subnormal, which a multiply-add takes as it is.
+    """
+    if j >= 2:
+        word = arith.shrui(word, constant(8))
+    mask, factor = ((0x000F000F, 0x78007800), (0x00F000F0, 0x68006800))[j % 2]  # 2^15, 2^11
+    word = arith.andi(word, constant(mask))
+    return _asm("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", word, constant(factor), offset)
+
+
+def biased_bytes(word, selector: int):
+    """Two float16 of two bytes that are 128 too large."""
+    return _subtract(permute(word, constant(0x64646464), selector), constant(0x64806480))
+
+
+def e4m3(word, selector: int):
+    """Two float16 of two bytes, their values times 2^-8: exponent and mantissa moved."""
+    word = permute(word, constant(0), selector)
+    small = arith.andi(arith.shrui(word, constant(1)), constant(0x3F803F80))
+    return arith.ori(arith.andi(word, constant(0x80008000)), small)
+
+
+def int4_offset(low, high):
+    """Two float16, minus 2^-9 times the zero points of two vectors of one float32."""
+    f32, f16 = ir.F32Type.get(), ir.F16Type.get()
+    factor = arith.constant(f32, -(2.0**-9))
+    parts = [arith.truncf(f16, arith.mulf(lane(reg, 0), factor)) for reg in (low, high)]
+    return as_word(vector(parts))
+
+
+def _subtract(x, y):
+    pair = ir.VectorType.get((2,), ir.F16Type.get())
+    return as_word(arith.subf(_bitcast(x, pair), _bitcast(y, pair)))
+
+
+def mma(acc, a, b, dtype: Any):
+    """``acc + a @ b`` with four, four and two registers."""
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    f32 = ir.F32Type.get()
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*a, *b, *acc],
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+
+
+def transpose(word):
+    """An 8 x 8 matrix of 16 bits, a row in four threads, transposed."""
+    return _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", word)
+
+
+def permute(low, high, selector: int):
+    """Bytes by number: 0 .. 3 of ``low``, 4 .. 7 of ``high``; lowest nibble first."""
+    return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", low, high, constant(selector))
+
+
+def shuffle(x, distance: int):
+    """The float32 of the thread whose number in the warp differs in the bit ``distance``."""
+    text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+    return llvm.inline_asm(x.type, [x], text, "=f,f", has_side_effects=True)
+
+
+def binary(name: str, x, y):
+    """An instruction of two float32."""
+    return llvm.inline_asm(x.type, [x, y], f"{name} $0, $1, $2;", "=f,f,f", has_side_effects=False)
+
+
+def _asm(text: str, constraints: str, *operands):
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, list(operands), text, constraints, has_side_effects=False)
+
+
+def constant(value: int):
+    """A word of the 32 bits of ``value``."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) * (value >> 31)))
+
+
+def zero_f32():
+    """The float32 zero."""
+    return arith.constant(ir.F32Type.get(), 0.0)
+
+
+def _bitcast(x, target):
+    return x if x.type == target else llvm.bitcast(target, x)
+
+
+def as_word(pair):
+    """A vector of two 16-bit floats as i32."""
+    return _bitcast(pair, ir.IntegerType.get_signless(32))
+
+
+def as_words(reg):
+    """A vector of four 16-bit floats as two i32."""
+    return lanes(_bitcast(reg, ir.VectorType.get((2,), ir.IntegerType.get_signless(32))))
+
+
+def lane(reg, i: int):
+    """An element of a vector."""
+    position = ir.DenseI64ArrayAttr.get([i])
+    return vectors.extract(reg, dynamic_position=[], static_position=position)
+
+
+def lanes(reg):
+    """The elements of a vector."""
+    return [lane(reg, i) for i in range(ir.VectorType(reg.type).shape[0])]
+
+
+def vector(parts):
+    """A vector of elements."""
+    kind = ir.VectorType.get((len(parts),), parts[0].type)
+    return vectors.from_elements(kind, list(parts))
