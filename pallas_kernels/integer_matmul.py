@@ -21,7 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.decoded_weight import decoded_weight
-from pallas_kernels.kernel_cases import KernelCase, Program
 from pallas_kernels.lane_instructions import apply, assembly_bits
 from pallas_kernels.launch import THREADS, launch, runs_interpreted
 from pallas_kernels.layouts import KernelWeight
@@ -219,8 +218,8 @@ def _accumulate(
             wide = lax.broadcast_in_dim(x, shape, (0, 1))
             parts = dot4(lax.broadcast_in_dim(plane, shape, (0, 2)), wide, parts, products)
             if with_sums:
-                ones = mg.layout_cast(jnp.full(shape, 0x01010101, jnp.int32), products)
-                sums = dot4(wide, ones, sums, products)
+                ones = mg.layout_cast(jnp.full(x.shape, 0x01010101, jnp.int32), staged)
+                sums = dot4(x, ones, sums, staged)
         return parts, sums
 
     def segment_sums(segment, parts, sums):
@@ -231,8 +230,9 @@ def _accumulate(
         )
 
     nothing = zeros(shape, jnp.int32, products)
-    no_sums = nothing if with_sums else ()
-    together = math.gcd(piece.segments, max(1, 32 // units))  # segments unrolled
+    no_sums = zeros(shape[:2], jnp.int32, staged) if with_sums else ()
+    # Segments unrolled: many rows have enough to do in one.
+    together = math.gcd(piece.segments, max(1, 32 // (units * max(1, piece.rows // 2))))
 
     def finish(segment, parts, sums):
         """The float32 value of finished integer sums, without scale."""
@@ -240,6 +240,7 @@ def _accumulate(
         if not with_sums:
             return total
         sums = jnp.sum(sums, axis=0).astype(jnp.float32)
+        sums = lax.broadcast_in_dim(sums, total.shape, (0,))
         if layout.zero_point == "half":
             return total + sums * jnp.float32(0.5)
         group = group_of(layout, first_segment + segment)
@@ -275,43 +276,3 @@ def _accumulate(
         scale = of_column(refs.column_scale, 0)
         totals = totals * lax.broadcast_in_dim(scale, totals.shape, (1,))
     return totals
-
-
-def kernel_cases() -> list[KernelCase]:
-    """int8 and int4 weights of 4096 x 4096, one row and eight."""
-    return [
-        KernelCase(
-            name=f"integer matvec {label} m{m} 4096x4096",
-            kernel=f"integer matvec {label}",
-            build=functools.partial(_case, format, group, m),
-            representative=m == 1,
-            bytes_per_weight=BITS[format] / 8,
-            report="integer_matrix_vector",
-        )
-        for label, format, group in (("int8", "int8", None), ("int4-g128", "int4", 128))
-        for m in (1, 8)
-    ]
-
-
-def _case(format: str, group: int | None, m: int) -> Program:
-    from pallas_kernels.layouts import to_kernel
-
-    k = n = 4096
-    rows = k * BITS[format] // 8
-    dtype = jnp.int8 if format == "int8" else jnp.uint8
-    arrays = {"codes": jax.ShapeDtypeStruct((rows, n), dtype)}
-    if group is None:
-        arrays["scale"] = jax.ShapeDtypeStruct((1, n), jnp.float32)
-    else:
-        arrays["scale"] = jax.ShapeDtypeStruct((k // group, n), jnp.bfloat16)
-    granularity = "channel" if group is None else "group"
-    weight = jax.eval_shape(
-        functools.partial(
-            to_kernel, format=format, granularity=granularity, group_size=group, k=k, n=n
-        ),
-        arrays,
-    )
-    return Program(
-        function=integer_matrix_vector,
-        arguments=(jax.ShapeDtypeStruct((m, k), jnp.int8), weight),
-    )

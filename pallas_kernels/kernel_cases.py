@@ -22,7 +22,6 @@ from pallas_kernels.sass import Loop
 MODULES: tuple[str, ...] = (
     "pallas_kernels.matmul_shapes",
     "pallas_kernels.cache_shapes",
-    "pallas_kernels.integer_matmul",
     "pallas_kernels.routing",
 )
 """Modules of this package that register cases."""
@@ -48,8 +47,8 @@ class KernelCase:
     """One kernel at one shape.
 
     Attributes:
-      name: unique: "matvec int4-g128 m1 4096x4096".
-      kernel: name of the kernel, which its cases share: "matvec int4-g128".
+      name: unique: "matrix-vector int4 groups of 128, 1 x 4096 x 6144".
+      kernel: name of the kernel, which its cases share: "matrix-vector int4 groups of 128".
       build: makes the program; called in the child process that compiles it, while the default
         device is the GPU that it compiles for.
       gpus: names of the GPUs (`gpu_targets.GPUS`) that the kernel promises to compile for.
@@ -89,6 +88,15 @@ def fma_weights(rows: int = 1) -> Callable[[Loop], float]:
 
 def _fmas_per_row(rows: int, loop: Loop) -> float:
     return 0.0 if "MUFU" in loop.opcodes else loop.float32_fmas / rows
+
+
+def dot_weights(rows: int = 1) -> Callable[[Loop], float]:
+    """Counts weights by the loop's four-byte dots (IDP.4A): `rows` (M) of them for four weights."""
+    return functools.partial(_dots_per_row, rows)
+
+
+def _dots_per_row(rows: int, loop: Loop) -> float:
+    return 4 * loop.opcodes.get("IDP", 0) / rows
 
 
 def loaded_weights(bytes_per_weight: float) -> Callable[[Loop], float]:

@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import gathered_matrix_vector
-from pallas_kernels.kernel_cases import KernelCase, Program, abstract, activation_dtype, fma_weights
+from pallas_kernels.integer_matmul import integer_matrix_vector
+from pallas_kernels.kernel_cases import (
+    KernelCase,
+    Program,
+    abstract,
+    activation_dtype,
+    dot_weights,
+    fma_weights,
+)
 from pallas_kernels.layouts import to_kernel
 from pallas_kernels.matmul import matrix_vector
 from pallas_kernels.row_sources import Gated
@@ -136,9 +144,10 @@ _WEIGHTS = {
 
 
 def kernel_cases() -> list[KernelCase]:
-    """Dense products, an MLP, and experts."""
+    """Dense products, of int8 activations too, an MLP, and experts."""
     return [
         *_matrix_vector_cases(),
+        *_integer_cases(),
         *_mlp_cases(),
         *_experts_cases(),
     ]
@@ -162,9 +171,7 @@ def _matrix_vector_cases() -> list[KernelCase]:
             instruction_limit=weight.limit if rows == 1 else None,
         )
 
-    cases = [case(name, 1, *_REPRESENTATIVE) for name in _readable()]
-    for name in ("int4 groups of 128", "int8 per channel"):
-        cases += [case(name, rows, *_REPRESENTATIVE) for rows in (2, 4, 8)]
+    cases = [case(name, rows, *_REPRESENTATIVE) for name in _readable() for rows in (1, 2, 4, 8)]
     return cases + [
         case("int4 groups of 128", 1, k, n, label=f" ({layer})")
         for layer, (k, n) in _LAYERS.items()
@@ -178,6 +185,31 @@ def _matrix_vector(weight: _Weight, rows: int, k: int, n: int) -> Program:
 
 def _product(x: jax.Array, w: Any) -> jax.Array:
     return matrix_vector(x, w).sum(0)
+
+
+def _integer_cases() -> list[KernelCase]:
+    """int8 activations."""
+
+    def case(name: str, rows: int) -> KernelCase:
+        weight = _WEIGHTS[name]
+        k, n = _REPRESENTATIVE
+        return KernelCase(
+            name=f"int8 x {name}, {rows} x {k} x {n}",
+            kernel=f"int8 x {name}",
+            build=functools.partial(_integer, weight, rows, k, n),
+            representative=rows == 1,
+            weights_per_iteration=dot_weights(rows),
+            bytes_per_weight=weight.bytes_per_weight(),
+            report="integer_matrix_vector",
+        )
+
+    names = ("int8 per channel", "int4 groups of 128", "int4 per channel", "int2 groups of 128")
+    return [case(name, rows) for name in names for rows in (1, 8)]
+
+
+def _integer(weight: _Weight, rows: int, k: int, n: int) -> Program:
+    arguments = (abstract((rows, k), "int8"), weight.kernel_weight(k, n))
+    return Program(function=integer_matrix_vector, arguments=arguments)
 
 
 def _mlp_cases() -> list[KernelCase]:

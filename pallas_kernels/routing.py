@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.attention_parts import spread, store
-from pallas_kernels.kernel_cases import KernelCase, Program
+from pallas_kernels.kernel_cases import KernelCase, Program, abstract, activation_dtype
 from pallas_kernels.launch import THREADS, launch, synchronize
 from pallas_kernels.staging import Normed, inverse_root_mean_square, normed_chunk, whole
 
@@ -293,27 +293,24 @@ def kernel_cases() -> list[KernelCase]:
     """The router of ERNIE-4.5-21B-A3B (64 experts, 6 of them) for one token."""
 
     def build_logits() -> Program:
-        x = jax.ShapeDtypeStruct((1, 2560), jnp.bfloat16)
-        scale = jax.ShapeDtypeStruct((2560,), jnp.bfloat16)
-        kernel = jax.ShapeDtypeStruct((2560, 64), jnp.float32)
-        return Program(function=router_logits, arguments=(Normed(x, scale, 1e-6), kernel))
+        dtype = activation_dtype()
+        rows = Normed(abstract((1, 2560), dtype), abstract((2560,), dtype), 1e-6)
+        kernel = abstract((2560, 64), "float32")
+        return Program(function=router_logits, arguments=(rows, kernel))
 
     def build() -> Program:
         function = functools.partial(top_k_experts, experts=64, top_k=6, norm_min=1e-12)
-        arguments = (
-            jax.ShapeDtypeStruct((8, 1, 128), jnp.float32),
-            jax.ShapeDtypeStruct((64,), jnp.float32),
-        )
+        arguments = (abstract((8, 1, 128), "float32"), abstract((64,), "float32"))
         return Program(function=function, arguments=arguments)
 
     return [
         KernelCase(
-            name="router logits 2560x64",
-            kernel="router_logits",
+            name="router, 1 x 2560 x 64",
+            kernel="router",
             build=build_logits,
             representative=True,
         ),
         KernelCase(
-            name="top-k experts 6 of 64", kernel="top_k_experts", build=build, representative=True
+            name="top-k experts, 6 of 64", kernel="top-k experts", build=build, representative=True
         ),
     ]
