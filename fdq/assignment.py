@@ -173,7 +173,7 @@ def leaf_at(path: str, value: Any) -> Leaf:
     if isinstance(value, nnx.Variable):
         value = value.get_value()
     if isinstance(value, QTensor):
-        return Leaf(path, value.shape, value.codes.dtype, "fixed", f"is quantized ({value.spec})")
+        return Leaf(path, value.shape, value.code_dtype, "fixed", f"is quantized ({value.spec})")
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return Leaf(path, (), None, "fixed", f"{type(value).__name__}, not an array")
     shape, dtype, ndim = tuple(value.shape), value.dtype, len(value.shape)

@@ -92,6 +92,17 @@ class QTensor:
         """Stored bits, scales included, by weight."""
         return 8 * self.nbytes / self.size
 
+    @property
+    def code_dtype(self) -> Any:
+        """Dtype of the codes as checkpoints hold them."""
+        codes = materialize(self).codes
+        return codes.dtype if hasattr(codes, "dtype") else jnp.dtype(codes.layout.code_dtype)
+
+    @property
+    def is_abstract(self) -> bool:
+        """Whether it holds ``jax.ShapeDtypeStruct`` s instead of arrays."""
+        return isinstance(jax.tree.leaves(self.codes)[0], jax.ShapeDtypeStruct)
+
     def __repr__(self) -> str:
         """One line without the arrays; also of what tree transformations put in their place."""
         parts = [self.spec.format]
@@ -173,7 +184,7 @@ def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Any:
       ``[..., K, N]``; a ``ShapeDtypeStruct`` if ``q`` holds those.
     """
     q = materialize(q)
-    if isinstance(q.codes, jax.ShapeDtypeStruct):
+    if q.is_abstract:
         return jax.eval_shape(lambda q: dequantize(q, dtype), q)
     q = layout_of(q).to_canonical(q)
     return FORMATS[q.spec.format].decode(q.arrays(), q.spec, padding=q.padding, dtype=dtype)

@@ -21,7 +21,7 @@ from fdq import nn
 from fdq.assignment import Leaf, MatchTable
 from fdq.nn import general
 from fdq.nn.parameters import QCodes, QScale
-from fdq.qtensor import QTensor, materialize
+from fdq.qtensor import QTensor
 from fdq.scheme import Scheme
 
 DEFAULTS_OF_MODULES = (
@@ -122,8 +122,7 @@ def describe(tensor: Tensor) -> Leaf:
         return Leaf(first.path, shape, dtype, "fixed", why, aliases)
 
     if isinstance(array, QTensor):
-        dtype = materialize(array).codes.dtype
-        return fixed(array.shape, dtype, f"is quantized ({array.spec})")
+        return fixed(array.shape, array.code_dtype, f"is quantized ({array.spec})")
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return fixed((), None, type(array).__name__)
     shape, dtype = tuple(array.shape), array.dtype

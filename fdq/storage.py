@@ -58,7 +58,7 @@ def load(
     """
     import checkpoints
     from fdq import models
-    from fdq.ops import prepare as prepare_layouts
+    from fdq.ops.layouts import prepare_in_place
 
     loaded = checkpoints.load(
         path,
@@ -74,7 +74,7 @@ def load(
         progress=progress,
     )
     if prepare and sharding is None and isinstance(loaded, models.Decoder):
-        return prepare_layouts(loaded)
+        prepare_in_place(loaded)
     return loaded
 
 

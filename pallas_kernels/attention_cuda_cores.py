@@ -24,14 +24,12 @@ from pallas_kernels.attention_parts import (
     choose_parts,
     exponent,
     join_parts,
-    load,
     part_bounds,
     spread,
-    store,
     write_output,
 )
 from pallas_kernels.cache_words import CacheWords
-from pallas_kernels.launch import launch
+from pallas_kernels.launch import launch, load, store
 
 ROWS = 16
 """Slots of a tile: 128 threads, 8 of them a slot."""

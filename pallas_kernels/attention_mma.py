@@ -33,21 +33,20 @@ from pallas_kernels.attention_parts import (
     choose_parts,
     exponent,
     join_parts,
-    load,
     part_bounds,
     rows_of_threads,
     spread,
-    store,
     write_output,
 )
 from pallas_kernels.cache_words import CacheWords
-from pallas_kernels.launch import launch
+from pallas_kernels.launch import launch, load, store
 
 MOST_HEADS = 16
 """Query heads of a KV head that one program holds."""
 
 _TERMS = 2
-_LIFT = 16.0  # of queries times scales of channels, whose low terms would underflow
+_QUERY_EXPONENT = 10  # of the largest number of a program's queries, as float16 terms
+_LEAST_SCALE = 2.0**-64  # of a token's values
 _HEADROOM = 14.0  # log2 of the largest probability as a float16, which ends at 65504
 
 
@@ -87,8 +86,7 @@ class _Shape:
     @property
     def factor(self) -> float:
         """What products of queries and codes are multiplied by, beside the cache's scales."""
-        factor = self.scale * LOG2_E / (_LIFT if self.lifted else 1.0)
-        return factor / self.codes.shift
+        return self.scale * LOG2_E / self.codes.shift
 
     @property
     def unrolled(self) -> int:
@@ -202,9 +200,9 @@ def _program(
         sliding_window=shape.sliding_window,
     )
     tiles = jnp.maximum(end - first + (tile - 1), 0) // tile
-    queries = _load_queries(shape, inputs, b, kv, query_ref)
+    queries, query_scale = _load_queries(shape, inputs, b, kv, query_ref)
     rows = mg.broadcasted_iota(jnp.int32, (mma.SLOTS,), 0, layout=row)
-    factor = jnp.float32(shape.factor)
+    factor = jnp.float32(shape.factor) * query_scale
     if side.format is not None and not side.dynamic and not shape.lifted:
         factor = factor * inputs["k_scale"][kv, 0]
     zeros = side.dynamic and side.format == "int4"
@@ -246,10 +244,11 @@ def _program(
             if key_scale is None:
                 score = score * factor
             else:
+                # A scale of zero, in hidden slots too, has neither logarithm nor inverse.
+                least = jnp.float32(_LEAST_SCALE)
+                value_scale = jnp.where(value_scale > least, value_scale, least)
                 score = score * across(key_scale * factor) + across(jnp.log2(value_scale))
-                inverse = jnp.float32(1) / value_scale
-                # Hidden slots may hold scales of zero.
-                inverses.append(across(jnp.where(visible, inverse, jnp.float32(0))))
+                inverses.append(across(jnp.float32(1) / value_scale))
             scores.append(jnp.where(across(visible), score, jnp.float32(MASKED)))
         new_top = functools.reduce(jnp.maximum, scores)
         new_top = jnp.maximum(top, mma.warp_maximum(new_top))
@@ -292,24 +291,37 @@ def _program(
             write_output(out, [plane], totals_ref[g], kv, static, order, shape.dtype)
 
 
-def _load_queries(shape: _Shape, inputs, b, kv, query_ref) -> list[jax.Array]:
-    """The queries ``[columns, D]`` as 16-bit terms, times the scales of channels.
+def _load_queries(shape: _Shape, inputs, b, kv, query_ref) -> tuple[list[jax.Array], jax.Array]:
+    """The queries ``[columns, D]`` as 16-bit terms, times the scales of channels; and their scale.
 
+    A power of two brings them into float16's range: what is left of it multiplies the scores.
     Columns beyond the group are zero.
     """
     codes, group = shape.codes, shape.group
     d = codes.head_dim
-    row = load(inputs["q"].at[b, pl.ds(kv * group, group)], spread(d)).astype(jnp.float32)
-    store(query_ref.at[pl.ds(0, group)], row)
-    if shape.columns > group:
-        rest = jnp.zeros((shape.columns - group, d), jnp.float32)
-        store(query_ref.at[pl.ds(group, shape.columns - group)], mg.layout_cast(rest, spread(d)))
-    layout = mma.query_layout(codes)
-    query = load(query_ref, layout)
-    if not shape.lifted:
-        # 16 bits are exact in float16, and bfloat16 is exact in itself.
-        exact = inputs["q"].dtype in (codes.dtype, jnp.bfloat16)
-        return mma.split_terms(query, codes.dtype, 1 if exact else _TERMS)
-    channel = load(inputs["k_scale"].at[kv, :, 0], layout.reduce(0)) * jnp.float32(_LIFT)
-    query = query * lax.broadcast_in_dim(channel, query.shape, (1,))
-    return mma.split_terms(query, codes.dtype, _TERMS)
+    across = spread(d)
+    rows = [
+        load(inputs["q"].at[b, kv * group + g], across).astype(jnp.float32) for g in range(group)
+    ]
+    if shape.lifted:
+        channel = load(inputs["k_scale"].at[kv, :, 0], across)
+        rows = [row * channel for row in rows]
+
+    def power_of_two(biased):
+        full = mg.layout_cast(jnp.full((d,), biased << jnp.int32(23), jnp.int32), across)
+        return lax.bitcast_convert_type(full, jnp.float32)
+
+    magnitudes = [lax.bitcast_convert_type(jnp.abs(row), jnp.int32) for row in rows]
+    largest = functools.reduce(lambda x, y: jnp.where(x > y, x, y), magnitudes)
+    exponent_bits = jnp.max(largest) >> jnp.int32(23)
+    exponent_bits = jnp.maximum(exponent_bits, jnp.int32(2 * _QUERY_EXPONENT))
+    up = power_of_two(jnp.int32(254 + _QUERY_EXPONENT) - exponent_bits)
+    down = power_of_two(exponent_bits - jnp.int32(_QUERY_EXPONENT))
+    for g, row in enumerate(rows):
+        store(query_ref.at[g], row * up)
+    for g in range(group, shape.columns):
+        store(query_ref.at[g], mg.layout_cast(jnp.zeros((d,), jnp.float32), across))
+    query = load(query_ref, mma.query_layout(codes))
+    # The 8 bits of a bfloat16 are exact in float16.
+    exact = inputs["q"].dtype in (codes.dtype, jnp.bfloat16) and not shape.lifted
+    return mma.split_terms(query, codes.dtype, 1 if exact else _TERMS), jnp.max(down)

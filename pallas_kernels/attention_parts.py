@@ -11,13 +11,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.cache_words import INT4_MIDDLE, CacheWords
-from pallas_kernels.launch import default_device, launch
+from pallas_kernels.launch import default_device, launch, load, store
 
 LOWEST = -(2**20)
 """Exponent of a part that saw no slot."""
 
-_TO_INTEGER = 1.5 * 2**23  # a float32 of this size has no fraction left
-_TO_INTEGER_BITS = 0x4B400000
+TO_INTEGER = 1.5 * 2**23
+"""A float32 of this size has no fraction left: adding it rounds to integers."""
+
+TO_INTEGER_BITS = 0x4B400000
+
 _SMALLEST_PART = 256  # slots; shorter parts do not pay for the second pass
 _MOST_PARTS = 128
 
@@ -62,8 +65,8 @@ def exponent(x: jax.Array) -> jax.Array:
 
     Below 2^22. By bits, for T4 lacks the maximum and minimum that a conversion brings along.
     """
-    x = jnp.where(x > LOWEST, x, jnp.float32(LOWEST)) + jnp.float32(_TO_INTEGER)
-    return lax.bitcast_convert_type(x, jnp.int32) - jnp.int32(_TO_INTEGER_BITS)
+    x = jnp.where(x > LOWEST, x, jnp.float32(LOWEST)) + jnp.float32(TO_INTEGER)
+    return lax.bitcast_convert_type(x, jnp.int32) - jnp.int32(TO_INTEGER_BITS)
 
 
 def spread(width: int, lanes: int = 32) -> Any:
@@ -89,19 +92,6 @@ def rows_of_threads(rows: int) -> Any:
     warps = min(rows // 32, 4)
     warp_dims = (-4,) if warps == 4 else (mg.Replicated(4 // warps), -4)
     return mg.Layout.TILED(mg.Tiling(((warps * 32, 1), (32, 1))), warp_dims, (-2,), -1)
-
-
-def load(ref: Any, layout: Any) -> jax.Array:
-    """An array in a layout, however slow the load."""
-    return mg.load(ref, layout=layout, optimized=False)
-
-
-def store(ref: Any, value: jax.Array) -> None:
-    """Stores an array, however slow the store."""
-    if hasattr(mg, "store"):  # jax 0.12; before, a plain assignment asks for no optimization
-        mg.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def write_output(out_ref, planes, total, kv, static: dict[str, Any], side: CacheWords, dtype):

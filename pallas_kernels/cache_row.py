@@ -12,17 +12,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention_parts import load, spread, store
-from pallas_kernels.launch import launch
+from pallas_kernels.attention_parts import TO_INTEGER, TO_INTEGER_BITS, spread
+from pallas_kernels.launch import launch, load, store
 
 SMALLEST_MAXIMUM = 1e-10
 """Of a token whose numbers are all zero."""
 
 BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0, "int4": 15.0}
 """Largest code: a scale is the largest magnitude (int4: max - min) over this."""
-
-_TO_INTEGER = 1.5 * 2**23  # a float32 of this size has no fraction left
-_TO_INTEGER_BITS = 0x4B400000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +270,8 @@ def _clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _integer(x: jax.Array) -> jax.Array:
     """float32 below 2^22 -> the nearest int32, ties to even."""
-    bits = lax.bitcast_convert_type(x + jnp.float32(_TO_INTEGER), jnp.int32)
-    return bits - jnp.int32(_TO_INTEGER_BITS)
+    bits = lax.bitcast_convert_type(x + jnp.float32(TO_INTEGER), jnp.int32)
+    return bits - jnp.int32(TO_INTEGER_BITS)
 
 
 def _float(x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.cache_row import BOUNDS, SMALLEST_MAXIMUM, Row, quotient, rounding, write_row
-from pallas_kernels.cache_words import HEAD_DIMS
+from pallas_kernels.cache_words import describe_cache
 
 
 class Appended(NamedTuple):
@@ -62,7 +62,7 @@ def append(
         ``[split, B, (H + 2 KH) D]`` of a matrix kernel.
       cos: float32 ``[B, D / 2]``, of the token's position.
       sin: as cos.
-      slots: int32 ``[B]``, where to write; beyond the cache the last slot, as in XLA.
+      slots: int32 ``[B]``, where to write; outside of the cache its nearest slot.
       k: ``[B, KH, S, D]`` floats or codes, int4 ``[B, KH, S, D / 2]``; given up.
       v: as k.
       k_scale: float32 ``[B, KH, S]``, given up and written, or the static ``[KH, D]`` or
@@ -84,14 +84,10 @@ def append(
       NotImplementedError: a head_dim without a kernel, or a gradient is taken.
       ValueError: arrays that do not belong together.
     """
-    shape = _describe(qkv, k, k_scale, heads, interleaved, cache_format, epsilon, dtype)
-    if (k_scale is None) != (cache_format is None) or (k_zero is None) == (cache_format == "int4"):
-        raise ValueError(
-            f"append: cache_format={cache_format!r}: scales go with a quantized format and zero "
-            "points with 'int4', and only there."
-        )
-    kept = (bias, q_norm, k_norm)
     caches = (k, v, k_scale, v_scale, k_zero, v_zero)
+    kept = (bias, q_norm, k_norm)
+    shape = _describe(qkv, caches, heads, interleaved, cache_format, epsilon, dtype)
+    _check(shape, k.shape[0], cos, sin, slots, kept)
     return Appended(*_differentiable(shape)(qkv, cos, sin, slots.astype(jnp.int32), caches, kept))
 
 
@@ -99,10 +95,10 @@ def append_reference(
     qkv, cos, sin, slots, k, v, k_scale=None, v_scale=None, k_zero=None, v_zero=None, **options
 ) -> Appended:
     """The meaning of `append` in jax.numpy; same arguments."""
+    slots = jnp.clip(slots, 0, k.shape[2] - 1)
     shape = _describe(
         qkv,
-        k,
-        k_scale,
+        (k, v, k_scale, v_scale, k_zero, v_zero),
         options["heads"],
         options["interleaved"],
         options.get("cache_format"),
@@ -186,27 +182,23 @@ def _quantize_row(shape: Row, x, scale, zero) -> tuple[jax.Array, Any, Any]:
     return lax.bitcast_convert_type(y.astype(jnp.float8_e4m3fn), jnp.uint8), scale, None
 
 
-def _describe(qkv, k, k_scale, heads, interleaved, cache_format, epsilon, dtype) -> Row:
+def _describe(qkv, caches, heads, interleaved, cache_format, epsilon, dtype) -> Row:
+    k, v, k_scale, v_scale, k_zero, v_zero = caches
     kv_heads, slots, width = k.shape[1:]
     d = 2 * width if cache_format == "int4" else width
-    if d not in HEAD_DIMS:
-        raise NotImplementedError(
-            f"append: head_dim={d}; the kernel is laid out for {', '.join(map(str, HEAD_DIMS))}. "
-            "Use implementation='xla'."
-        )
-    if cache_format is not None and cache_format not in BOUNDS:
-        raise ValueError(
-            f"append: cache_format={cache_format!r}; expected None or one of {', '.join(BOUNDS)}"
-        )
+    side = describe_cache("append", (k, v), d, cache_format, (k_scale, v_scale), (k_zero, v_zero))
     splits = qkv.shape[0] if qkv.ndim == 3 else None
-    if qkv.shape[-1] != (heads + 2 * kv_heads) * d or qkv.shape[-2] != k.shape[0]:
+    if (
+        qkv.ndim not in (2, 3)
+        or qkv.shape[-1] != (heads + 2 * kv_heads) * d
+        or qkv.shape[-2] != k.shape[0]
+    ):
         raise ValueError(
             f"append: qkv {qkv.shape} beside a cache {k.shape} and heads={heads}: expected "
             f"[{k.shape[0]}, {(heads + 2 * kv_heads) * d}], or such partial sums."
         )
     if splits is not None and dtype is None:
         raise ValueError("append: partial sums of qkv need dtype, the activations' dtype.")
-    dynamic = k_scale is not None and k_scale.ndim == 3
     return Row(
         heads,
         kv_heads,
@@ -214,11 +206,31 @@ def _describe(qkv, k, k_scale, heads, interleaved, cache_format, epsilon, dtype)
         d,
         interleaved,
         cache_format,
-        dynamic,
+        side.dynamic,
         epsilon,
         jnp.dtype(qkv.dtype if dtype is None else dtype),
         splits,
     )
+
+
+def _check(shape: Row, batch: int, cos, sin, slots, kept) -> None:
+    bias, q_norm, k_norm = kept
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("append: q_norm and k_norm go together; found one of them.")
+    d = shape.head_dim
+    everything = (shape.heads + 2 * shape.kv_heads) * d
+    for name, a, expected in (
+        ("cos", cos, (batch, d // 2)),
+        ("sin", sin, (batch, d // 2)),
+        ("slots", slots, (batch,)),
+        ("bias", bias, (everything,)),
+        ("q_norm", q_norm, (d,)),
+        ("k_norm", k_norm, (d,)),
+    ):
+        if a is not None and a.shape != expected:
+            raise ValueError(f"append: expected {name} {list(expected)}, found {list(a.shape)}.")
+    if not jnp.issubdtype(slots.dtype, jnp.integer):
+        raise ValueError(f"append: expected slots int32 [{batch}], found {slots.dtype.name}.")
 
 
 def _differentiable(shape: Row):
@@ -233,9 +245,12 @@ def _differentiable(shape: Row):
     def _fold(axis_size, batched, *arrays):
         leaves, tree = jax.tree.flatten(arrays)
         flags = jax.tree.leaves(batched)
-        (qkv, *rows, caches, kept), small = arrays, jax.tree.leaves(arrays[-1])
+        small = jax.tree.leaves(arrays[-1])
         if any(flags[len(leaves) - len(small) :]) or (not shape.dynamic and any(flags[6:])):
-            raise NotImplementedError("append: vmap over norms, bias or static scales")
+            raise NotImplementedError(
+                "append: bias, norms and static scales belong to the model, found them batched by "
+                "vmap; leave them out of in_axes, or use implementation='xla'."
+            )
         wide = []
         for i, (a, is_batched) in enumerate(zip(leaves, flags, strict=True)):
             if i >= len(leaves) - len(small) or (not shape.dynamic and i >= 6):
@@ -245,7 +260,6 @@ def _differentiable(shape: Row):
             at = 1 if i == 0 and shape.splits is not None else 0
             a = jnp.moveaxis(a, 0, at)
             wide.append(a.reshape(*a.shape[:at], -1, *a.shape[at + 2 :]))
-        del qkv, rows, caches, kept
         out = batchable(*jax.tree.unflatten(tree, wide))
 
         def unfold(a):

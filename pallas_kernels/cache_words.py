@@ -25,12 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.launch import runs_interpreted
+from pallas_kernels.word_formats import SIGN_BITS
 
 HEAD_DIMS = (64, 128, 256)
 
 _CODE_DTYPES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}
 _FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-_SIGN_BITS = -0x7F7F7F80  # 0x80808080
 _TWO_23 = 0x4B000000  # the float 2^23: a byte in its lowest bits adds exactly that byte
 _SIXTEEN = 0x41800000  # the float 16: a nibble in bits 19 .. 22 adds exactly that nibble
 INT4_MIDDLE = 8.0
@@ -99,43 +99,73 @@ class CacheWords:
             return [_nibble(words, j) - offset for j in range(8)]
         if self.format == "float8_e4m3":
             return [_e4m3(words, j) for j in range(4)]
-        flipped = words ^ jnp.int32(_SIGN_BITS)
+        flipped = words ^ jnp.int32(SIGN_BITS)
         return [_byte(flipped, j) - jnp.float32(2**23 + 128) for j in range(4)]
 
 
 def describe_cache(
-    k: jax.Array, head_dim: int, format: str | None, scale: jax.Array | None
+    caller: str,
+    codes: tuple[jax.Array, jax.Array],
+    head_dim: int,
+    format: str | None,
+    scales: tuple[jax.Array | None, jax.Array | None],
+    zeros: tuple[jax.Array | None, jax.Array | None],
 ) -> CacheWords:
-    """The description of a cache ``k [B, KH, S, ...]``.
+    """The description of a cache, of keys and values alike.
+
+    Args:
+      caller: named in errors.
+      codes: of keys and values, ``[B, KH, S, ...]``.
+      head_dim: D.
+      format: of the cache.
+      scales: of keys and values, ``[B, KH, S]`` per token, ``[KH, D]`` or ``[KH, 1]`` static.
+      zeros: likewise zero points.
 
     Raises:
       NotImplementedError: a head_dim that the kernels have no layout for.
-      ValueError: dtype or width that do not fit the format.
+      ValueError: arrays that do not fit the format, or each other.
     """
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(
-            f"decode_attention: head_dim={head_dim}; the kernels are laid out for "
+            f"{caller}: head_dim={head_dim}; the kernels are laid out for "
             f"{', '.join(map(str, HEAD_DIMS))}. Use implementation='xla'."
+        )
+    k, v = codes
+    if k.ndim != 4 or k.shape != v.shape or k.dtype != v.dtype or not k.size:
+        raise ValueError(
+            f"{caller}: expected k and v alike, [B, KH, S, ...] and not empty; found k "
+            f"{k.dtype.name} {k.shape} and v {v.dtype.name} {v.shape}."
         )
     dtypes = _FLOAT_DTYPES if format is None else (_CODE_DTYPES.get(format),)
     if format is not None and format not in _CODE_DTYPES:
         raise ValueError(
-            f"decode_attention: cache_format={format!r}; expected None or one of "
-            + ", ".join(_CODE_DTYPES)
+            f"{caller}: cache_format={format!r}; expected None or one of {', '.join(_CODE_DTYPES)}."
         )
     width = head_dim // 2 if format == "int4" else head_dim
     if k.dtype not in dtypes or k.shape[-1] != width:
         names = " or ".join(jnp.dtype(d).name for d in dtypes)
         raise ValueError(
-            f"decode_attention: a {format or 'float'} cache of head_dim {head_dim} is "
+            f"{caller}: a {format or 'float'} cache of head_dim {head_dim} is "
             f"{names} [B, KH, S, {width}], found {k.dtype.name} {k.shape}."
         )
-    if (format is None) != (scale is None):
+    expected = [format is not None] * 2 + [format == "int4"] * 2
+    given = [*scales, *zeros]
+    if [a is not None for a in given] != expected:
+        names = ("k_scale", "v_scale", "k_zero", "v_zero")
+        found = [name for name, a in zip(names, given, strict=True) if a is not None]
         raise ValueError(
-            f"decode_attention: cache_format={format!r}; scales go with a quantized format and "
-            "only there."
+            f"{caller}: cache_format={format!r}: both scales go with a quantized format, both zero "
+            f"points with 'int4', and only there; found {', '.join(found) or 'none of them'}."
         )
-    return CacheWords(format, k.dtype, scale is not None and scale.ndim == 3, head_dim)
+    small = [a for a in given if a is not None]
+    kv_heads = k.shape[1]
+    shapes = (k.shape[:3], (kv_heads, 1), (kv_heads, head_dim))
+    if any(a.shape not in shapes or (a.ndim == 3) != (small[0].ndim == 3) for a in small):
+        raise ValueError(
+            f"{caller}: scales and zero points must all be [B, KH, S] = {list(k.shape[:3])} or all "
+            f"[KH, D or 1] with KH={kv_heads} and D={head_dim}; found {[a.shape for a in small]}."
+        )
+    return CacheWords(format, k.dtype, bool(small) and small[0].ndim == 3, head_dim)
 
 
 def _float(bits: jax.Array) -> jax.Array:

@@ -29,6 +29,15 @@ KERNELS = (
 """Names that rows may use; of attention and append the format is that of the cache."""
 
 USES = ("mosaic_gpu", "xla")
+CONFIG = {
+    "matrix_vector": ("block_columns", "split", "step_rows", "prefetch"),
+    "integer_matrix_vector": ("block_columns", "split", "step_rows", "prefetch"),
+    "gathered_matrix_vector": ("block_columns", "split", "step_rows", "prefetch"),
+    "decode_attention": ("parts",),
+}
+"""Settings that a row may have, by kernel."""
+
+_BOUNDS = ("max_rows", "min_weights", "max_weights")
 _FIELDS = {"kernel", "formats", "max_rows", "min_weights", "max_weights", "use", "config"}
 
 
@@ -62,6 +71,8 @@ def check(table: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
         raise ValueError(f"{name}: expected an object with a list 'choices'")
     for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}: choices[{i}] is {row!r}, expected an object")
         unknown = sorted(set(row) - _FIELDS)
         if unknown:
             raise ValueError(f"{name}: choices[{i}] has unknown fields {unknown}")
@@ -73,6 +84,17 @@ def check(table: Any, name: str) -> list[dict[str, Any]]:
             raise ValueError(f"{name}: choices[{i}].use is {row.get('use')!r}, expected {USES}")
         if not isinstance(row.get("formats"), list):
             raise ValueError(f"{name}: choices[{i}].formats is not a list of format names")
+        known = CONFIG.get(row["kernel"], ())
+        config = row.get("config", {})
+        numbers = {**{f: row[f] for f in _BOUNDS if f in row}, **config}
+        wrong = sorted(set(config) - set(known)) + [
+            field for field, value in numbers.items() if not isinstance(value, int)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{name}: choices[{i}]: expected whole numbers, and in config for "
+                f"{row['kernel']!r} only {known}; found {', '.join(wrong)}"
+            )
     return rows
 
 
@@ -90,9 +112,10 @@ def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: in
     Args:
       device_kind: as ``jax.Device`` says it.
       kernel: one of `KERNELS`.
-      format: of the weight, or of the cache (``bfloat16`` for floats).
+      format: of the weight, or of the cache (its dtype for floats).
       rows: M; of attention, sequences.
-      weights: K * N; of attention, elements of K that a step reads (B * KH * S * D).
+      weights: K * N; of attention, numbers in the cache of keys (B * KH * S * D); of append, the
+        columns of qkv; of the router, experts.
     """
     for file in (file_name(device_kind), "defaults.json"):
         for i, row in enumerate(_rows(file)):

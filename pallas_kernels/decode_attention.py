@@ -15,7 +15,6 @@ head_dim 128), with registers in brackets, as compiled for L4; on the other GPUs
 tenth at most, and nothing spills. At full bandwidth a GPU can issue about 31 on T4, 57 on L4, 11 on
 A100, 10 on H100 and 7 on H200.
 
-
 ====================  =====================================  ==================================
 cache                 CUDA cores, group of 1 / 2 / 4         tensor cores, group up to 8 / 16
 ====================  =====================================  ==================================
@@ -120,7 +119,7 @@ def decode_attention(
       lengths: int32 ``[B]``, valid slots; a sequence of length 0 gets zeros.
       k_scale: float32, ``[B, KH, S]`` per token, ``[KH, D]`` or ``[KH, 1]`` static; None for
         floats.
-      v_scale: as k_scale.
+      v_scale: as k_scale; on tensor cores positive (per token, 0 counts as 2^-64).
       k_zero: uint8 zero points of the shape of k_scale; int4 only.
       v_zero: as k_zero.
       cache_format: ``int8``, ``float8_e4m3``, ``int4``; None for floats.
@@ -137,9 +136,13 @@ def decode_attention(
       NotImplementedError: a head_dim without a kernel, or tensor cores for what they have none.
       ValueError: arrays that do not belong together.
     """
+    if q.ndim != 3:
+        raise ValueError(f"decode_attention: expected q [B, H, D], found {q.shape}.")
     d = q.shape[-1]
-    side = describe_cache(k, d, cache_format, k_scale)
-    _check(q, k, v, cache_format, (k_scale, v_scale), (k_zero, v_zero))
+    side = describe_cache(
+        "decode_attention", (k, v), d, cache_format, (k_scale, v_scale), (k_zero, v_zero)
+    )
+    _check(q, k, lengths, sliding_window, parts)
     static = functools.partial(
         _implementation(side, q.shape[1] // k.shape[1], k.shape[2], tensor_cores),
         side=side,
@@ -225,22 +228,18 @@ def _differentiable(kernel, reference):
     return differentiable
 
 
-def _check(q, k, v, cache_format, scales, zeros) -> None:
-    kh = k.shape[1]
-    if k.shape != v.shape or k.dtype != v.dtype or q.shape[0] != k.shape[0] or q.shape[1] % kh:
+def _check(q, k, lengths, sliding_window, parts) -> None:
+    b, h, _ = q.shape
+    if b != k.shape[0] or not h or h % k.shape[1]:
         raise ValueError(
-            f"decode_attention: q {q.shape} needs k and v alike, [B, KH, S, ...] with KH dividing "
-            f"H={q.shape[1]}; found k {k.dtype.name} {k.shape} and v {v.dtype.name} {v.shape}."
+            f"decode_attention: q {q.shape} does not belong to a cache [B, KH, S, ...] {k.shape}: "
+            "expected the same B, and H a multiple of KH."
         )
-    shapes = (k.shape[:3], (kh, 1), (kh, q.shape[2]))
-    given = [a for a in (*scales, *zeros) if a is not None]
-    if any(a.shape not in shapes or (a.ndim == 3) != (given[0].ndim == 3) for a in given):
+    if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
-            "decode_attention: scales and zero points must all be [B, KH, S] or all [KH, D or 1], "
-            f"found {[a.shape for a in given]} beside k {k.shape}."
+            f"decode_attention: expected lengths int32 [{b}], one for each sequence; found "
+            f"{lengths.dtype.name} {lengths.shape}."
         )
-    if (cache_format == "int4") != all(a is not None for a in zeros):
-        raise ValueError(
-            f"decode_attention: cache_format={cache_format!r}; zero points go with 'int4' and "
-            "only there."
-        )
+    for name, value in (("sliding_window", sliding_window), ("parts", parts)):
+        if value is not None and value < 1:
+            raise ValueError(f"decode_attention: {name}={value}, expected 1 or more, or None.")

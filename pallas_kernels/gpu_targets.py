@@ -254,8 +254,8 @@ def at_least(major: int, minor: int = 0) -> tuple[str, ...]:
 def of_device(device_kind: str) -> Gpu | None:
     """The GPU with this `jax.Device.device_kind`; None if it is not known.
 
-    Cards of the same model differ in their suffix ("NVIDIA A100-SXM4-80GB"): the longest name that
-    the kinds share decides.
+    Cards of the same model differ in their suffix ("NVIDIA A100-SXM4-80GB"): the model's name among
+    the words decides.
     """
     for gpu in _GPUS:
         if gpu.device_kind == device_kind:

@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoded_weight import decoded_weight
-from pallas_kernels.launch import launch, runs_interpreted, synchronize
-from pallas_kernels.layouts import KernelWeight
+from pallas_kernels.launch import launch, store, synchronize
+from pallas_kernels.layouts import KernelWeight, WeightLayout
 from pallas_kernels.matmul import (
     MOST_ROWS,
     MatrixVectorConfig,
@@ -37,9 +37,15 @@ from pallas_kernels.matrix_vector_core import (
     kernel_operands,
     stage,
     staging_factors,
-    store,
 )
-from pallas_kernels.row_sources import Rows, finished, readable, row_operands, row_reader
+from pallas_kernels.row_sources import (
+    Rows,
+    finished,
+    readable,
+    row_operands,
+    row_reader,
+    rows_shape,
+)
 from pallas_kernels.transformations import batchable, differentiable, rows_cotangent
 
 
@@ -85,30 +91,41 @@ def gathered_matrix_vector(
     Raises:
       ValueError: shapes that do not fit.
     """
-    (t, k), picks = x.shape, index.shape[0]
+    t, k = rows_shape(x, "gathered_matrix_vector")
+    picks = index.size
     if w.words.ndim != 3 or k != w.layout.k or index.ndim != 1 or not picks or picks % t:
         raise ValueError(
-            f"gathered_matrix_vector: x {tuple(x.shape)} needs w [E, K={k}, N] and index [P] with "
+            f"gathered_matrix_vector: x {(t, k)} needs w [E, K={k}, N] and index [P] with "
             f"P a multiple of T={t}; found w {w.shape} and index {index.shape}."
         )
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(
+            f"gathered_matrix_vector: expected int32 index [P], found {index.dtype.name}."
+        )
     if config is None:
-        config = choose_config(w.layout, 1, -(-multiprocessors() // picks))
+        config = gathered_config(w.layout, picks)
     if shared is not None:
         rows, weight = shared
-        if weight.words.ndim != 2 or rows.shape[1] != weight.layout.k or rows.shape[0] > MOST_ROWS:
+        shape = rows_shape(rows, "gathered_matrix_vector")
+        if weight.words.ndim != 2 or shape[1] != weight.layout.k or shape[0] > MOST_ROWS:
             raise ValueError(
-                f"gathered_matrix_vector: shared rows {tuple(rows.shape)} need a weight [K, N] and "
+                f"gathered_matrix_vector: shared rows {shape} need a weight [K, N] and "
                 f"at most {MOST_ROWS} rows; found {weight.shape}."
             )
         if shared_config is None:
             # The picks fill the device already.
             few = -(-multiprocessors() // 4)
-            shared_config = choose_config(weight.layout, rows.shape[0], few)
-        shared = (readable(rows, weight.layout, rows.shape[0]), weight)
+            shared_config = choose_config(weight.layout, shape[0], few)
+        shared = (readable(rows, weight.layout, shape[0]), weight)
     x, index = readable(x, w.layout, 1), index.astype(jnp.int32)
     shared_rows, shared_weight = (None, None) if shared is None else shared
     run = _transformable(config, shared_config)
     return run((x, shared_rows), w, index, shared_weight)
+
+
+def gathered_config(layout: WeightLayout, picks: int) -> MatrixVectorConfig:
+    """The default for `picks` products at a time, for a device that nobody tuned for."""
+    return choose_config(layout, 1, -(-multiprocessors() // picks))
 
 
 def _transformable(config, shared_config):
@@ -117,7 +134,7 @@ def _transformable(config, shared_config):
     def kernel(rows, w, index, shared_weight):
         x, shared_rows = rows
         shared = None if shared_weight is None else (shared_rows, shared_weight)
-        return _gathered(x, w, index, shared, config, shared_config, runs_interpreted())
+        return _gathered(x, w, index, shared, config, shared_config)
 
     def gradient(cotangent, rows, w, index, shared_weight):
         x, shared_rows = rows
@@ -132,9 +149,8 @@ def _transformable(config, shared_config):
     return differentiable(batchable(kernel), gradient)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _gathered(x, w, index, shared, config, shared_config, interpreted) -> Any:
-    del interpreted  # part of the key under which a trace is kept
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _gathered(x, w, index, shared, config, shared_config) -> Any:
     picks = index.shape[0]
     per_row = picks // x.shape[0]
     products = [_Product(x, w, 1, config)]

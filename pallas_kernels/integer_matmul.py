@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.decoded_weight import decoded_weight
 from pallas_kernels.lane_instructions import apply, assembly_bits
-from pallas_kernels.launch import THREADS, launch, runs_interpreted
+from pallas_kernels.launch import THREADS, launch, load, runs_interpreted, store
 from pallas_kernels.layouts import KernelWeight
 from pallas_kernels.matmul import (
     MOST_ROWS,
@@ -31,22 +31,21 @@ from pallas_kernels.matmul import (
     kernel_name,
     multiprocessors,
     piece_of,
+    rows_of_a_batch,
 )
 from pallas_kernels.matrix_vector_core import (
     Piece,
     WeightRefs,
     group_of,
     kernel_operands,
-    load,
     packed_bytes,
     read_scale,
-    store,
 )
+from pallas_kernels.transformations import batchable
+from pallas_kernels.word_formats import SIGN_BITS
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 """Formats with a kernel here. Codes of 3 bits fill no bytes: their products decode to floats."""
-
-_SIGNS = -0x7F7F7F80  # 0x80808080
 
 
 def integer_matrix_vector_reference(x: jax.Array, w: KernelWeight) -> jax.Array:
@@ -70,42 +69,26 @@ def integer_matrix_vector(
     Raises:
       ValueError: shapes or dtypes that do not fit, more than 8 rows, or a format without a kernel.
     """
+    if x.ndim != 2 or x.dtype != jnp.int8 or not 1 <= x.shape[0] <= MOST_ROWS:
+        raise ValueError(
+            f"integer_matrix_vector: expected int8 x [M, K] of 1 .. {MOST_ROWS} rows, found "
+            f"{x.dtype.name} {x.shape}; use XLA for more rows."
+        )
     m, k = x.shape
     if not has_kernel(w) or w.words.ndim != 2 or k != w.layout.k:
         raise ValueError(
             f"integer_matrix_vector: x {x.shape} needs a weight [K={k}, N] of {', '.join(BITS)}, "
             f"found {w.layout.format} {w.shape}."
         )
-    if x.dtype != jnp.int8 or not 1 <= m <= MOST_ROWS:
-        raise ValueError(
-            f"integer_matrix_vector: expected int8 x of 1 .. {MOST_ROWS} rows, found "
-            f"{x.dtype.name} {x.shape}; use XLA for more rows."
-        )
     if config is None:
         config = choose_config(w.layout, m, multiprocessors())
-    return _batchable(config)(x, w)
+    kernel = functools.partial(_integer_matrix_vector, config=config)
+    return batchable(kernel, rows_of_a_batch(kernel, config))(x, w)
 
 
 def has_kernel(w: KernelWeight) -> bool:
     """Whether a weight has byte planes, and groups of more than one unit of them."""
     return w.layout.format in BITS and w.layout.segment_units > 1
-
-
-def _batchable(config: MatrixVectorConfig):
-    """The launch with a rule for vmap: rows of a batch are rows of x, a few at a time."""
-
-    @jax.custom_batching.custom_vmap
-    def product(x, w):
-        return _integer_matrix_vector(x, w, config, runs_interpreted())
-
-    @product.def_vmap
-    def _fold(axis_size, batched, x, w):
-        if any(jax.tree.leaves(batched[1])):
-            axes = (0 if batched[0] else None, jax.tree.map(lambda b: 0 if b else None, batched[1]))
-            return jax.vmap(integer_matrix_vector_reference, in_axes=axes)(x, w), True
-        return lax.map(lambda rows: product(rows, w), x), True
-
-    return product
 
 
 def x_words(x: jax.Array, w: KernelWeight) -> jax.Array:
@@ -127,13 +110,13 @@ def signed_planes(word: jax.Array, bits: int) -> list[jax.Array]:
     that a shift carries into the next byte are masked.
     """
     if bits == 8:
-        return [word ^ jnp.int32(_SIGNS)]
+        return [word ^ jnp.int32(SIGN_BITS)]
     mask = int.from_bytes(bytes([256 - (1 << (8 - bits))] * 4), "little", signed=True)
     planes = []
     for i in range(8 // bits):
         shift = 8 - bits * (i + 1)
         moved = word << jnp.full_like(word, shift) if shift else word
-        planes.append((moved & jnp.int32(mask)) ^ jnp.int32(_SIGNS))
+        planes.append((moved & jnp.int32(mask)) ^ jnp.int32(SIGN_BITS))
     return planes
 
 
@@ -156,9 +139,8 @@ def dot4_reference(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     return c
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _integer_matrix_vector(x, w, config, interpreted) -> jax.Array:
-    del interpreted  # part of the key under which a trace is kept
+@functools.partial(jax.jit, static_argnames=("config",))
+def _integer_matrix_vector(x, w, *, config) -> jax.Array:
     layout = w.layout
     m = x.shape[0]
     piece, split = piece_of(layout, m, config)

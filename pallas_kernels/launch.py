@@ -41,6 +41,19 @@ def synchronize() -> None:
         mg.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
 
 
+def load(ref: Any, layout: Any) -> jax.Array:
+    """An array in a layout, however slow the load."""
+    return mg.load(ref, layout=layout, optimized=False)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Stores an array, however slow the store."""
+    if hasattr(mg, "store"):  # jax 0.12; before, a plain assignment asks for no optimization
+        mg.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def launch(
     body: Callable[..., None],
     operands: Sequence[jax.Array],
@@ -49,7 +62,6 @@ def launch(
     grid: tuple[int, ...],
     grid_names: tuple[str, ...],
     scratch_types: Any = (),
-    warp_groups: int = 1,
 ) -> Any:
     """Runs ``body(*input_refs, *output_refs, *scratch_refs)`` once for each point of ``grid``.
 
@@ -63,14 +75,10 @@ def launch(
       grid: programs along each axis, the first varying fastest on the GPU.
       grid_names: axis names of the grid.
       scratch_types: shared memory and barriers.
-      warp_groups: warp groups of a block; with more than one, ``lax.axis_index("warp_group")``.
 
     Returns:
       Arrays of ``out_type``.
     """
-    threads: dict[str, Any] = {}
-    if warp_groups > 1:
-        threads = {"num_threads": warp_groups, "thread_name": "warp_group"}
     return mg.kernel(
         body,
         out_type=out_type,
@@ -81,5 +89,4 @@ def launch(
         compiler_params=mg.CompilerParams(
             lowering_semantics=mg.LoweringSemantics.Warpgroup,
         ),
-        **threads,
     )(*operands)

@@ -162,6 +162,8 @@ def unsupported(
     words = WORD_FORMATS.get(format)
     if words is None:
         return f"format {format!r} has no kernel; there are {', '.join(WORD_FORMATS)}"
+    if granularity in ("tensor", "channel") and format in ("cc2", "nvfp4"):
+        return f"format {format!r} has scales of groups, found granularity {granularity!r}"
     group = group_size if granularity == "group" else None
     if granularity == "block":
         group = block_size[0] if block_size else None
@@ -198,12 +200,19 @@ def to_kernel(
 
     Raises:
       NotImplementedError: no kernel reads such a weight; `unsupported` says why.
+      ValueError: arrays that are missing, or are not those of a ``[k, n]`` weight.
     """
     problem = unsupported(
         format, granularity=granularity, group_size=group_size, block_size=block_size
     )
     if problem is not None:
         raise NotImplementedError(f"to_kernel: {problem}; use the canonical layout (XLA).")
+    if granularity not in _GRANULARITIES or zero_point not in _ZERO_POINTS:
+        raise ValueError(
+            f"to_kernel: expected a granularity of {_GRANULARITIES} and a zero_point of "
+            f"{_ZERO_POINTS}, found {granularity!r} and {zero_point!r}."
+        )
+    _check_names(arrays, format, granularity, group_size, block_size, zero_point)
     codes, scale = arrays["codes"], arrays["scale"]
     layout = WeightLayout(
         format=format,
@@ -216,6 +225,7 @@ def to_kernel(
         code_dtype=codes.dtype.name,
         scale_dtype="uint4" if format == "cc2" else scale.dtype.name,
     )
+    _check_shapes(arrays, layout)
     words = layout.words
     unit_bytes = 4 * words.words
     padded_rows = layout.segments * layout.segment // words.rows * unit_bytes
@@ -237,7 +247,6 @@ def to_kernel(
         kept = {"global_scale": arrays["global_scale"]}
         column_scale = _columns(arrays["global_scale"], layout)
     if layout.group is None:
-        assert column_scale is None
         scale, column_scale = None, _columns(_to_float32(scale), layout)
     elif layout.packed_scales:
         scale = bytes_to_words(_pad_rows(_columns(scale, layout), 4))
@@ -252,6 +261,61 @@ def to_kernel(
         kept=kept,
         layout=layout,
     )
+
+
+_GRANULARITIES = ("tensor", "channel", "group", "block")
+_ZERO_POINTS = ("none", "half", "integer")
+
+
+def _check_names(
+    arrays: dict[str, jax.Array],
+    format: str,
+    granularity: str,
+    group_size: int | None,
+    block_size: tuple[int, int] | None,
+    zero_point: str,
+) -> None:
+    """Raises ValueError where arrays or sizes are missing."""
+    wanted = ["codes", "scale"]
+    if format == "cc2":
+        wanted += [*WORD_FORMATS[format].columns, "super_scale"]
+    if zero_point == "integer":
+        wanted.append("zero")
+    missing = [name for name in wanted if name not in arrays]
+    if granularity == "group" and not group_size:
+        missing.append("group_size")
+    if granularity == "block" and not block_size:
+        missing.append("block_size")
+    if missing:
+        raise ValueError(
+            f"to_kernel: {format} with granularity={granularity!r} and zero_point={zero_point!r} "
+            f"needs {', '.join(missing)}; found {', '.join(arrays)}."
+        )
+    if zero_point == "integer" and arrays["codes"].dtype == jnp.int8:
+        raise ValueError(
+            "to_kernel: codes with zero points are unsigned, expected uint8, found int8 codes."
+        )
+
+
+def _check_shapes(arrays: dict[str, jax.Array], layout: WeightLayout) -> None:
+    """Raises ValueError where arrays are not those of the weight that the layout describes."""
+    k, n, groups = layout.k, layout.n, layout.groups
+    rows = _canonical_rows(layout)
+    expected: dict[str, tuple[tuple[int, ...], ...]] = {"codes": ((rows, n),)}
+    small: tuple[tuple[int, ...], ...] = ((groups, n),)
+    if layout.granularity == "tensor":
+        small = ((1, 1),)
+    elif layout.block_size is not None:
+        small = ((groups, -(-n // layout.block_size[1])),)
+    expected["zero"] = small
+    expected["scale"] = ((-(-groups // 2), n),) if layout.scale_dtype == "uint4" else small
+    for name, shapes in expected.items():
+        if name in arrays and arrays[name].shape[-2:] not in shapes:
+            raise ValueError(
+                f"to_kernel: {name} of a {layout.format} weight [{k}, {n}] with "
+                f"{layout.granularity} scales is [..., {shapes[0][0]}, {shapes[0][1]}], found "
+                f"{list(arrays[name].shape)}."
+            )
 
 
 def from_kernel(weight: KernelWeight) -> dict[str, jax.Array]:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoded_weight import decoded_weight
-from pallas_kernels.launch import default_device, launch, runs_interpreted, synchronize
+from pallas_kernels.launch import default_device, launch, store, synchronize
 from pallas_kernels.layouts import KernelWeight, WeightLayout
 from pallas_kernels.matrix_vector_core import (
     Piece,
@@ -27,10 +27,15 @@ from pallas_kernels.matrix_vector_core import (
     kernel_operands,
     stage,
     staging_factors,
-    store,
 )
-from pallas_kernels.row_sources import Gated as Gated
-from pallas_kernels.row_sources import Rows, finished, readable, row_operands, row_reader
+from pallas_kernels.row_sources import (
+    Rows,
+    finished,
+    readable,
+    row_operands,
+    row_reader,
+    rows_shape,
+)
 from pallas_kernels.transformations import batchable, differentiable, rows_cotangent
 
 _MOST_STAGED = 32 * 1024
@@ -47,7 +52,7 @@ class MatrixVectorConfig:
     Attributes:
       block_columns: columns of a program: 128, 256 or 512 (1, 2 or 4 a thread).
       split: pieces of K; rounded down to a divisor of the segments of a column.
-      step_rows: rows of K that a step decodes.
+      step_rows: rows of K that a step decodes: a power of two times the rows of the format's unit.
       prefetch: whether a step loads the words of the next one before its own arithmetic.
     """
 
@@ -89,11 +94,9 @@ def matrix_vector(
     Raises:
       ValueError: shapes that do not fit, or more than 8 rows.
     """
-    m, k = x.shape
+    m, k = rows_shape(x, "matrix_vector")
     if w.words.ndim != 2 or k != w.layout.k:
-        raise ValueError(
-            f"matrix_vector: x {tuple(x.shape)} needs a weight [K={k}, N], found {w.shape}."
-        )
+        raise ValueError(f"matrix_vector: x {(m, k)} needs a weight [K={k}, N], found {w.shape}.")
     if not 1 <= m <= MOST_ROWS:
         raise ValueError(
             f"matrix_vector: x has {m} rows, expected 1 .. {MOST_ROWS}; use XLA for more."
@@ -107,9 +110,21 @@ def matrix_vector(
 
 def _transformable(config: MatrixVectorConfig):
     """The launch with its gradient and its rule for vmap: a batch is rows of x, if they fit."""
+    kernel = functools.partial(_matrix_vector, config=config)
 
-    def kernel(x, w):
-        return _matrix_vector(x, w, config, runs_interpreted())
+    def gradient(cotangent, x, w):
+        return rows_cotangent(cotangent, x, w, decoded_weight(w))
+
+    return differentiable(batchable(kernel, rows_of_a_batch(kernel, config)), gradient)
+
+
+def rows_of_a_batch(kernel: Any, config: MatrixVectorConfig):
+    """For `transformations.batchable`: a batch of x is more rows of x, where they fit a launch.
+
+    Args:
+      kernel: ``(x [M, K], w)`` -> ``[split, M, N]``.
+      config: how it cuts the product.
+    """
 
     def fold(axis_size, batched, x, w):
         if not isinstance(x, jax.Array) or any(jax.tree.leaves(batched[1])):
@@ -123,10 +138,7 @@ def _transformable(config: MatrixVectorConfig):
         out = kernel(x.reshape(axis_size * m, k), w)
         return jnp.moveaxis(out.reshape(split, axis_size, m, -1), 1, 0)
 
-    def gradient(cotangent, x, w):
-        return rows_cotangent(cotangent, x, w, decoded_weight(w))
-
-    return differentiable(batchable(kernel, fold), gradient)
+    return fold
 
 
 def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixVectorConfig:
@@ -159,6 +171,7 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     enough = (cut for cut in cuts if columns // cut[0] * cut[1] >= 0.45 * wanted)
     block, split = next(enough, cuts[-1])
     units = max(1, in_flight * 128 // (block * layout.words.words))
+    units = 1 << (units.bit_length() - 1)
     return MatrixVectorConfig(block_columns=block, split=split, step_rows=units * layout.words.rows)
 
 
@@ -176,13 +189,21 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
     """What one program computes, and how many share a column.
 
     Raises:
-      ValueError: the block does not divide the columns.
+      ValueError: the block does not divide the columns, or the step not the segments.
     """
-    if config.block_columns % 128 or layout.padded_n % config.block_columns:
+    if config.block_columns not in (128, 256, 512) or layout.padded_n % config.block_columns:
         raise ValueError(
-            f"matrix_vector: block_columns={config.block_columns} must be a multiple of 128 that "
-            f"divides the padded N={layout.padded_n}."
+            f"matrix_vector: block_columns={config.block_columns} must be 128, 256 or 512 and "
+            f"divide the padded N={layout.padded_n}."
         )
+    units, rest = divmod(config.step_rows, layout.words.rows)
+    if config.step_rows < 1 or (units & (units - 1)) or (rest and units):
+        raise ValueError(
+            f"matrix_vector: step_rows={config.step_rows} must be {layout.words.rows} (rows of a "
+            f"unit of {layout.format}) times a power of two, or less than that."
+        )
+    if config.split < 1:
+        raise ValueError(f"matrix_vector: split={config.split}, expected 1 or more.")
     staged = 4 * m * layout.segments * layout.segment
     split = whole_split(layout.segments, config.split)
     if staged > split * _MOST_STAGED:
@@ -199,9 +220,8 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
     return piece, split
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _matrix_vector(x, w, config, interpreted) -> jax.Array:
-    del interpreted  # part of the key under which a trace is kept
+@functools.partial(jax.jit, static_argnames=("config",))
+def _matrix_vector(x, w, *, config) -> jax.Array:
     layout = w.layout
     m = x.shape[0]
     piece, split = piece_of(layout, m, config)

@@ -25,8 +25,7 @@ from pallas_kernels.kernel_cases import (
 )
 from pallas_kernels.layouts import to_kernel
 from pallas_kernels.matmul import matrix_vector
-from pallas_kernels.row_sources import Gated
-from pallas_kernels.staging import Normed
+from pallas_kernels.row_sources import Gated, Normed
 from pallas_kernels.word_formats import WORD_FORMATS
 
 _REPRESENTATIVE = (4096, 6144)

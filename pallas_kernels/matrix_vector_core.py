@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.launch import runs_interpreted, synchronize
+from pallas_kernels.launch import load, runs_interpreted, store, synchronize
 from pallas_kernels.layouts import KernelWeight, WeightLayout
 
 ReadX = Callable[[Any, int, Any], jax.Array]
@@ -155,19 +155,6 @@ def tile_layout(piece: Piece, segments: int) -> Any:
     if segments in (2, 4):
         warp_dims = (last - 2,) if segments == 4 else (mg.Replicated(2), last - 2)
     return mg.Layout.TILED(tiling, warp_dims, lane_dims, -1)
-
-
-def load(ref: Any, layout: Any) -> jax.Array:
-    """An array in a layout, however slow the load."""
-    return mg.load(ref, layout=layout, optimized=False)
-
-
-def store(ref: Any, value: jax.Array) -> None:
-    """Stores an array, however slow the store."""
-    if hasattr(mg, "store"):  # jax 0.12; before, a plain assignment asks for no optimization
-        mg.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: Any) -> None:

@@ -63,8 +63,8 @@ class Row:
       spill_bytes: the most that one spills, stores and loads.
       shared_memory_bytes: the most that one takes, of a block.
       tensor_core: whether one uses tensor cores.
-      instructions_per_weight: of the hot loop, the largest of the cases.
-      instruction_budget: where instructions begin to limit this GPU.
+      instructions_per_weight: of the hot loop, of the first case that has any: the representative.
+      instruction_budget: where instructions begin to limit this GPU, likewise.
     """
 
     kernel: str
@@ -129,8 +129,8 @@ def _row(kernel: str, gpu: str, reports: list[Report]) -> Row:
         spill_bytes=max((k.spill_store_bytes + k.spill_load_bytes for k in ours), default=0),
         shared_memory_bytes=max((k.shared_memory_bytes for k in ours), default=0),
         tensor_core=any(k.tensor_core for k in ours),
-        instructions_per_weight=max(counts, default=None),
-        instruction_budget=min(budgets, default=None),
+        instructions_per_weight=next(iter(counts), None),
+        instruction_budget=next(iter(budgets), None),
     )
 
 

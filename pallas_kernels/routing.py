@@ -7,6 +7,7 @@ bias, sort, gather, normalization), which in a decode step cost more than the ex
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention_parts import spread, store
+from pallas_kernels.attention_parts import spread
 from pallas_kernels.kernel_cases import KernelCase, Program, abstract, activation_dtype
-from pallas_kernels.launch import THREADS, launch, synchronize
-from pallas_kernels.staging import Normed, inverse_root_mean_square, normed_chunk, whole
+from pallas_kernels.launch import THREADS, launch, load, store, synchronize
+from pallas_kernels.row_sources import (
+    Normed,
+    finished,
+    inverse_root_mean_square,
+    rows_shape,
+    whole,
+)
+from pallas_kernels.transformations import batchable, differentiable
 
 _ROUTER_STEP = 128  # rows of the router's kernel that are staged at a time
 _ROUTER_PARTS = 32
@@ -42,12 +50,48 @@ def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
       kernel: float32 ``[K, E]``; E is 64, 128 or 256 (`supports_router`).
 
     Returns:
-      float32 ``[split, M, max(E, 128)]``; columns from E on are not written.
+      float32 ``[split, M, max(E, 128)]``; columns from E on are not written. It has a gradient with
+      respect to both.
+
+    Raises:
+      ValueError: shapes without a kernel, or that do not fit.
     """
-    normed = isinstance(x, Normed)
-    rows = x.x if normed else x
-    operands = (whole(rows), whole(x.scale, 0)) if normed else (whole(rows),)
-    return _logits(operands, kernel, epsilon=x.epsilon if normed else None)
+    m, k = rows_shape(x, "router_logits")
+    if kernel.ndim != 2 or kernel.shape[0] != k or not supports_router(kernel.shape[1], k):
+        raise ValueError(
+            f"router_logits: x {(m, k)} needs a kernel [K={k}, E] of 64, 128 or 256 experts, and K "
+            f"a multiple of {_ROUTER_STEP}; found {kernel.shape}. Use XLA for others."
+        )
+    if kernel.dtype != jnp.float32:
+        raise ValueError(f"router_logits: expected a float32 kernel, found {kernel.dtype.name}.")
+
+    def run(x, kernel):
+        if not isinstance(x, Normed):
+            return _logits((whole(x),), kernel, epsilon=None)
+        return _logits((whole(x.x), whole(x.scale, 0)), kernel, epsilon=x.epsilon)
+
+    def gradient(cotangent, x, kernel):
+        return jax.vjp(_partial_logits, x, kernel)[1](cotangent)
+
+    return differentiable(batchable(run), gradient, all_arguments=True)(x, kernel)
+
+
+def _partial_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
+    """`router_logits` in plain JAX, with its parts; zeros where it writes nothing."""
+    k, experts = kernel.shape
+    parts, steps = _cut(k)
+    missing = parts * steps * _ROUTER_STEP - k
+    rows = jnp.pad(finished(x).astype(jnp.float32), [(0, 0), (0, missing)])
+    rows = rows.reshape(rows.shape[0], parts, -1)
+    pieces = jnp.pad(kernel, [(0, missing), (0, 0)]).reshape(parts, -1, experts)
+    product = jnp.einsum("mpk,pke->pme", rows, pieces, precision=lax.Precision.HIGHEST)
+    return jnp.pad(product, [(0, 0), (0, 0), (0, max(experts, THREADS) - experts)])
+
+
+def _cut(k: int) -> tuple[int, int]:
+    """Parts of K, and steps of each."""
+    parts = min(_ROUTER_PARTS, k // _ROUTER_STEP)
+    return parts, -(-k // (_ROUTER_STEP * parts))
 
 
 def supports_router(experts: int, hidden: int) -> bool:
@@ -59,8 +103,7 @@ def supports_router(experts: int, hidden: int) -> bool:
 def _logits(operands, kernel, *, epsilon):
     k, experts = kernel.shape
     m = operands[0].shape[0]
-    parts = min(_ROUTER_PARTS, k // _ROUTER_STEP)
-    steps = -(-k // (_ROUTER_STEP * parts))  # of _ROUTER_STEP rows, for each part
+    parts, steps = _cut(k)
     rows = 4 * THREADS // experts  # that 128 threads read at a time
     layout = _router_layout(experts)
 
@@ -87,13 +130,9 @@ def _logits(operands, kernel, *, epsilon):
             synchronize()
 
             def block(j, total):
-                x = mg.load(
-                    staged.at[pl.ds(j * rows, rows)], layout=layout.reduce(1), optimized=False
-                )
+                x = load(staged.at[pl.ds(j * rows, rows)], layout.reduce(1))
                 x = lax.broadcast_in_dim(x, (rows, experts), (0,))
-                w = mg.load(
-                    kernel_ref.at[pl.ds(start + j * rows, rows)], layout=layout, optimized=False
-                )
+                w = load(kernel_ref.at[pl.ds(start + j * rows, rows)], layout)
                 return total + x * w
 
             return lax.fori_loop(0, _ROUTER_STEP // rows, block, total)
@@ -110,6 +149,22 @@ def _logits(operands, kernel, *, epsilon):
         grid_names=("part", "row"),
         scratch_types=(mg.SMEM((_ROUTER_STEP,), jnp.float32),),
     )
+
+
+def normed_chunk(normed_refs: Any, row: Any, first: Any, factor: jax.Array) -> jax.Array:
+    """float32 ``[128]`` of a row of `Normed`, rounded to the dtype of x.
+
+    Args:
+      normed_refs: refs of x ``[M, W]`` and scale ``[W]``.
+      row: of x.
+      first: first of the 128 columns, a multiple of 128.
+      factor: from `inverse_root_mean_square`.
+    """
+    x_ref, scale_ref = normed_refs
+    columns = pl.ds(pl.multiple_of(first, THREADS), THREADS)
+    x = x_ref[row, columns]
+    y = x.astype(jnp.float32) * factor * scale_ref[columns].astype(jnp.float32)
+    return y.astype(x.dtype).astype(jnp.float32)
 
 
 def _router_layout(experts: int):
@@ -170,21 +225,35 @@ def top_k_experts(
       ValueError: N is no multiple of 128 or below ``experts``.
     """
     width = logits.shape[-1]
-    if width % THREADS or width < experts:
+    if logits.ndim != 3 or not all(logits.shape) or width % THREADS or width < experts:
         raise ValueError(
-            f"top_k_experts: logits have {width} columns, expected a multiple of {THREADS} that "
-            f"holds {experts} experts."
+            f"top_k_experts: logits {logits.shape}: expected [split, T, N], and for N a multiple "
+            f"of {THREADS} columns that holds {experts} experts."
         )
-    if correction_bias is None:
-        correction_bias = jnp.zeros((0,), jnp.float32)
-    return _launch(
-        logits,
-        correction_bias,
-        experts=experts,
-        top_k=top_k,
-        normalize=normalize,
-        norm_min=norm_min,
-    )
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k_experts: top_k={top_k}, expected 1 .. {experts}, the experts.")
+    if correction_bias is not None and correction_bias.shape != (experts,):
+        raise ValueError(
+            f"top_k_experts: expected correction_bias [{experts}], found {correction_bias.shape}."
+        )
+    options = {
+        "experts": experts,
+        "top_k": top_k,
+        "normalize": normalize,
+        "norm_min": norm_min,
+    }
+
+    def run(logits, bias):
+        bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
+        return _launch(logits, bias, **options)
+
+    def gradient(cotangent, logits, bias):
+        def weights(logits):  # of the experts that were chosen
+            return top_k_experts_reference(logits, bias, **options)[1]
+
+        return jax.vjp(weights, logits)[1](cotangent[1])[0], None
+
+    return differentiable(batchable(run), gradient, all_arguments=True)(logits, correction_bias)
 
 
 @functools.partial(jax.jit, static_argnames=("experts", "top_k", "normalize", "norm_min"))
@@ -194,18 +263,15 @@ def _launch(logits, correction_bias, *, experts, top_k, normalize, norm_min):
     operands = (logits, correction_bias) if has_bias else (logits,)
     layout = mg.Layout.WG_STRIDED((width,), vec_size=1)
 
-    def load(ref):
-        return mg.load(ref, layout=layout, optimized=False)
-
     def top_k_experts_kernel(*refs):
         logits_ref, index_ref, weight_ref = refs[0], refs[-5], refs[-4]
         scores_smem, values_smem, ranks_smem = refs[-3:]
         token = lax.axis_index("token")
         lane = mg.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
         real = lane < experts
-        values = load(logits_ref.at[0, token])
+        values = load(logits_ref.at[0, token], layout)
         for s in range(1, split):
-            values = values + load(logits_ref.at[s, token])
+            values = values + load(logits_ref.at[s, token], layout)
         values = jnp.where(real, values, jnp.float32(_LOWEST))
         largest = jnp.full((width,), jnp.max(_ordered(values)), jnp.int32)
         largest = _unordered(mg.layout_cast(largest, layout))
@@ -217,13 +283,12 @@ def _launch(logits, correction_bias, *, experts, top_k, normalize, norm_min):
             for start in range(0, experts, _BIAS_STEP):
                 if start + _BIAS_STEP <= experts:
                     step = pl.ds(start, _BIAS_STEP)
-                    part = mg.load(refs[1].at[step], layout=spread(_BIAS_STEP), optimized=False)
-                    store(scores_smem.at[step], part)
+                    store(scores_smem.at[step], load(refs[1].at[step], spread(_BIAS_STEP)))
                 else:
                     for i in range(start, experts):
                         scores_smem[i] = refs[1][i]
             synchronize()
-            scores = scores + load(scores_smem)
+            scores = scores + load(scores_smem, layout)
             synchronize()
         scores = jnp.where(real, scores, jnp.float32(_LOWEST))
         values_smem[...] = probabilities

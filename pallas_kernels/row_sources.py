@@ -1,7 +1,8 @@
 """What x of a matrix kernel may be, and how the kernel reads it while it stages it.
 
 An array ``[M, K]``; `Gated`, the partial sums of gate and up; `Normed`, rows that want their norm.
-The last two save the launches that XLA would need to finish the rows.
+A decode step is a chain of small products, and what XLA would do between two of them costs it one
+to three launches each; so the kernel that reads the rows finishes them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.launch import synchronize
+from pallas_kernels.launch import THREADS, load, synchronize
 from pallas_kernels.layouts import WeightLayout
-from pallas_kernels.matrix_vector_core import ReadX, load
-from pallas_kernels.staging import Normed, inverse_root_mean_square, whole
+from pallas_kernels.matrix_vector_core import ReadX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,38 @@ class Gated:
 jax.tree_util.register_dataclass(Gated, data_fields=["partials"], meta_fields=["dtype"])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """Rows that are normalized on their way in: ``x / sqrt(mean(x^2) + epsilon) * scale``.
+
+    Attributes:
+      x: ``[M, K]``, any float dtype; results are rounded to it.
+      scale: ``[K]``.
+      epsilon: added to the mean square.
+    """
+
+    x: Any
+    scale: Any
+    epsilon: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x."""
+        return tuple(self.x.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of x, and of the rows."""
+        return self.x.dtype
+
+    def value(self) -> jax.Array:
+        """The rows, in plain JAX: float32 inside, rounded to the dtype of x."""
+        y = self.x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale.astype(jnp.float32)[None, :]).astype(self.x.dtype)
+
+
 def gated(gate: jax.Array, up: jax.Array, dtype: Any) -> jax.Array:
     """float32 ``silu(gate) * up``: of rounded numbers, rounded once, as XLA does in `dtype`."""
 
@@ -64,6 +96,30 @@ Rows = jax.Array | Gated | Normed
 def finished(x: Rows) -> jax.Array:
     """The rows as an array ``[M, K]``."""
     return x.value() if isinstance(x, (Gated, Normed)) else x
+
+
+def rows_shape(x: Rows, caller: str) -> tuple[int, int]:
+    """``(M, K)`` of the rows that `caller` was given.
+
+    Raises:
+      ValueError: arrays that are no rows, or do not belong together.
+    """
+    if isinstance(x, Gated):
+        if x.partials.ndim != 3 or x.partials.shape[-1] % 2:
+            raise ValueError(
+                f"{caller}: Gated needs partials [split, M, 2 I], found {x.partials.shape}."
+            )
+        return x.shape
+    if len(x.shape) != 2 or not all(x.shape):
+        raise ValueError(f"{caller}: expected rows x [M, K], found {tuple(x.shape)}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{caller}: expected float rows, found {x.dtype} {tuple(x.shape)}.")
+    if isinstance(x, Normed) and x.scale.shape != x.shape[1:]:
+        raise ValueError(
+            f"{caller}: Normed rows {x.shape} need a scale [{x.shape[1]}], found {x.scale.shape}."
+        )
+    m, k = x.shape
+    return m, k
 
 
 _MOST_PARTIALS = 16  # rows of partial sums that every program may read again
@@ -159,3 +215,35 @@ def row_reader(
         return (y * scale).astype(x.dtype).astype(jnp.float32)
 
     return read_normed
+
+
+def inverse_root_mean_square(x_ref: Any, row: Any, features: int, epsilon: float) -> jax.Array:
+    """float32 scalar ``1 / sqrt(mean(x[row]^2) + epsilon)``; the row's width is whole.
+
+    Args:
+      x_ref: ``[M, W]``, W a multiple of 128, zeros beyond ``features``.
+      row: of x_ref.
+      features: K, that the sum is divided by.
+      epsilon: added to the mean.
+    """
+    width = x_ref.shape[-1]
+
+    def add(chunk, total):
+        y = x_ref[row, pl.ds(pl.multiple_of(chunk * THREADS, THREADS), THREADS)]
+        y = y.astype(jnp.float32)
+        return total + y * y
+
+    zero = jnp.zeros((THREADS,), jnp.float32)
+    squares = lax.fori_loop(0, width // THREADS, add, zero)
+    mean = jnp.sum(squares) * jnp.float32(1 / features)
+    return lax.rsqrt(mean + jnp.float32(epsilon))
+
+
+def whole(a: jax.Array, axis: int = -1) -> jax.Array:
+    """``a`` with zeros after ``axis`` up to a multiple of 128; as it is where it is whole."""
+    missing = -a.shape[axis] % THREADS
+    if not missing:
+        return a
+    pad = [(0, 0)] * a.ndim
+    pad[axis] = (0, missing)
+    return jnp.pad(a, pad)

@@ -47,13 +47,14 @@ def batchable(
 
 
 def differentiable(
-    kernel: Callable[..., jax.Array], gradient: Callable[..., Any]
-) -> Callable[..., jax.Array]:
-    """`kernel` of rows and other arguments, with a gradient with respect to the rows alone.
+    kernel: Callable[..., Any], gradient: Callable[..., Any], *, all_arguments: bool = False
+) -> Callable[..., Any]:
+    """`kernel` of rows and other arguments, with a gradient.
 
     Args:
       kernel: ``(x, *others)``.
       gradient: ``(cotangent, x, *others)`` -> cotangent of x.
+      all_arguments: the gradient is of all arguments, a tuple; else the others have none.
     """
 
     @jax.custom_vjp
@@ -64,7 +65,8 @@ def differentiable(
         return run(x, *others), (x, *others)
 
     def backward(arguments, cotangent):
-        return gradient(cotangent, *arguments), *(None for _ in arguments[1:])
+        found = gradient(cotangent, *arguments)
+        return found if all_arguments else (found, *(None for _ in arguments[1:]))
 
     run.defvjp(forward, backward)
     return run

@@ -14,7 +14,8 @@ stages x once for all columns, and they are what makes decoding cheap:
 2^-149: subnormals and the first binade of float32 share one step. GPU arithmetic is exact and of
 full speed there. So a field of a word is decoded by one AND with a mask, without a shift or a
 conversion: the field at bit p comes out as ``q * 2**(p - 149)``, and ``x * 2**(64 - p)`` undoes the
-position. Fields above bit 23 are shifted down first. Numbers are safe while ``|x| < 2**60``.
+position. Fields above bit 23 are shifted down first. Numbers are safe while ``|x| < 2**60``, and
+have all bits of a float32 while ``|x| > 2**-40``: products of smaller ones lose their last.
 
 XLA on CPU flushes subnormals to zero, therefore the interpreter converts (``astype``) instead of
 reinterpreting bits: the same masks, with exponents that differ by a constant.
@@ -32,6 +33,9 @@ from jax import lax
 
 LINEAR_EXPONENT = 149
 """Bits of an integer below 2^24, read as a float32, are the integer times 2^-149."""
+
+SIGN_BITS = -0x7F7F7F80
+"""The highest bit of each byte of a word, 0x80808080: what signed bytes are offset by."""
 
 STAGED_EXPONENT = 64
 """Staged x is this many powers of two larger, so that products are normal numbers."""
@@ -219,7 +223,7 @@ class IntegerWords(WordFormat):
     def pack(self, codes: jax.Array) -> jax.Array:
         """As the stream is; int8 becomes offset binary."""
         words = bytes_to_words(codes)
-        return words ^ jnp.int32(_SIGN_BITS) if codes.dtype == jnp.int8 else words
+        return words ^ jnp.int32(SIGN_BITS) if codes.dtype == jnp.int8 else words
 
     def unpack(self, words: jax.Array) -> jax.Array:
         """uint8, offset binary where `pack` made it so."""
@@ -293,8 +297,6 @@ class ThreeBitWords(WordFormat):
                 rows.append(linear_bits(between, interpreted))
         return rows
 
-
-_SIGN_BITS = -0x7F7F7F80  # 0x80808080
 
 _ALL: tuple[WordFormat, ...] = (
     IntegerWords(name="int8", words=1, rows=4, bits=8),

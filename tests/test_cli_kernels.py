@@ -55,6 +55,18 @@ def test_a_wrong_gpu_lists_the_valid_ones():
     assert all(name in output for name in gpu_targets.ALL)
 
 
+def test_options_that_would_go_unread_are_refused(cases):
+    output = run("--layers", "2", "--scheme", "W8A16", code=2).stderr
+    assert "--scheme, --layers: only with --decode-step" in output
+    output = run("--decode-step", "llama-3-8b", "--all", "--kernel", "x", code=2).stderr
+    assert "--all, --kernel: not with --decode-step" in output
+
+
+def test_a_committed_report_without_such_a_kernel_lists_its_kernels():
+    output = run("--kernel", "nosuch", code=2).stderr
+    assert "'nosuch' matches no kernel" in output and "append C8" in output
+
+
 def test_a_kernel_that_does_not_exist_lists_those_that_do(cases):
     output = run("--gpu", "l4", "--kernel", "nothing", code=2).stderr
     assert "'nothing'" in output and "matrix-vector probe" in output

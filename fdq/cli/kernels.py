@@ -26,6 +26,7 @@ _FEW_LAUNCHES = 40  # of a layer: more are not listed
 
 @console.command
 def run(
+    ctx: typer.Context,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,6 +76,7 @@ def run(
     """
     from pallas_kernels import gpu_targets
 
+    _refuse_what_goes_unread(ctx, decode_step is not None)
     names = [gpu_targets.find(name).name for name in gpu or []]
     if decode_step is not None:
         _decode_steps(decode_step, scheme, names, layers, context, batch, output, json, debug)
@@ -101,6 +103,23 @@ def run(
         for problem in broken:
             console.err.print(problem, style="red", markup=False, soft_wrap=True)
         raise typer.Exit(console.FAILED_CHECK)
+
+
+_OF_DECODE_STEPS = ("scheme", "layers", "context", "batch")
+_OF_KERNELS = {"everything": "--all", "kernel": "--kernel", "markdown": "--markdown"}
+
+
+def _refuse_what_goes_unread(ctx: typer.Context, of_decode_step: bool) -> None:
+    """An option that has no meaning beside the others is an error."""
+    names = _OF_KERNELS if of_decode_step else {name: f"--{name}" for name in _OF_DECODE_STEPS}
+    given = [
+        option
+        for name, option in names.items()
+        if getattr(ctx.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE"
+    ]
+    if given:
+        without = "not with" if of_decode_step else "only with"
+        raise ValueError(f"{', '.join(given)}: {without} --decode-step. See fdq kernels --help.")
 
 
 def _this_machine() -> list[str]:
@@ -134,9 +153,18 @@ def _cases(kernel: str | None) -> list[KernelCase]:
     from pallas_kernels.kernel_cases import all_cases
 
     cases = all_cases()
-    chosen = [case for case in cases if kernel is None or kernel.lower() in case.name.lower()]
+    return _named(cases, [case.name for case in cases], kernel)
+
+
+def _named(items: Sequence[Any], names: Sequence[str], kernel: str | None) -> list[Any]:
+    """The items (cases or reports, with the kernel's name) whose name contains `kernel`."""
+    chosen = [
+        item
+        for item, name in zip(items, names, strict=True)
+        if kernel is None or kernel.lower() in name.lower()
+    ]
     if not chosen:
-        known = ", ".join(sorted({case.kernel for case in cases}))
+        known = ", ".join(dict.fromkeys(item.kernel for item in items))
         raise ValueError(f"--kernel {kernel!r} matches no kernel. There are: {known}.")
     return chosen
 
@@ -184,7 +212,7 @@ def _committed(kernel: str | None) -> list[Report]:
     from pallas_kernels.reports import load
 
     reports = load(jax.__version__)
-    return [r for r in reports if kernel is None or kernel.lower() in r.case.lower()]
+    return _named(reports, [report.case for report in reports], kernel)
 
 
 def _show(gpu: str, reports: Sequence[Report]) -> None:
@@ -333,9 +361,11 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
     for r in results:
         if not r.ok:
             console.out.print(f"{r.gpu}: {r.error}", markup=False, soft_wrap=True)
+            continue
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in r.launch_kinds.items())
         console.out.print(f"{r.gpu} launches: {kinds}", markup=False, soft_wrap=True)
-        for line in r.layer_sequence if r.launches_per_layer <= _FEW_LAUNCHES else ():
+        few = r.launches_per_layer is not None and r.launches_per_layer <= _FEW_LAUNCHES
+        for line in r.layer_sequence if few else ():
             console.out.print(f"  {line}", markup=False, soft_wrap=True)
         for kernel in r.kernels:
             if kernel.spills:

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.ops import mosaic_gpu
 from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import resolve_implementation
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.matmul import dense_product, parse_activation, quantized_product
-from fdq.qtensor import QTensor, canonical, dequantize, materialize
+from fdq.qtensor import QTensor, dequantize, materialize
 from fdq.scheme import ActivationSpec
 
 _SMALLEST_TILE, _LARGEST_TILE = 16, 256
@@ -51,7 +52,7 @@ def grouped_matmul(
     Returns:
       ``[T, N]``. The gradient with respect to x is that of the decoded weights.
     """
-    resolve_implementation("grouped_matmul", implementation)
+    request = resolve_implementation("grouped_matmul", implementation)
     spec = parse_activation(activation)
     shape = tuple(w.shape)
     if len(shape) != 3 or x.ndim != 2 or x.shape[1] != shape[1]:
@@ -64,17 +65,21 @@ def grouped_matmul(
             f"{path}: expected one expert a row, [{x.shape[0]}], found {expert_index.shape}."
         )
     if isinstance(w, QTensor):
-        w = canonical(materialize(w))
+        w = materialize(w)
+    kernel = mosaic_gpu.use_gathered(request, x.shape[0], w, spec)
     if activation_scale is not None:
         activation_scale = jnp.asarray(activation_scale)
     index = expert_index.astype(jnp.int32)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
 
     def product(x, w, index, activation_scale):
+        if kernel:
+            sums = mosaic_gpu.gathered_sums(x, w, index, None)
+            return jnp.sum(sums, axis=0).astype(out_dtype)
         return _grouped_rows(x, w, index, activation_scale, spec, path).astype(out_dtype)
 
     def result():
-        codes = w.codes if isinstance(w, QTensor) else w
+        codes = jax.tree.leaves(w)[0]
         return [spec_entry(x, 0), spec_entry(codes, -1)]
 
     return in_auto_axes(product, x, w, index, activation_scale, result=result)

@@ -10,6 +10,7 @@ nothing.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -60,7 +61,9 @@ def best_layout(q: QTensor, platform: str) -> str:
     spec = q.spec
     wanted = resolve_implementation("prepare", None).name
     if wanted is None:
-        wanted = MOSAIC_GPU if platform in ("gpu", "cuda") else "xla"
+        # With several devices XLA runs, which would have to undo the kernels' layout in every step.
+        kernels = platform in ("gpu", "cuda") and jax.device_count() == 1
+        wanted = MOSAIC_GPU if kernels else "xla"
     if wanted == MOSAIC_GPU and q.ndim <= 3 and layout_obstacle(q) is None:
         return MOSAIC_GPU
     plain = spec.format == "int8" and spec.granularity in ("channel", "tensor")
@@ -94,6 +97,36 @@ def prepare(tree: Any, device: Any = None) -> Any:
         device = jax.devices()[0]
     platform = device if isinstance(device, str) else device.platform
     return _map_qtensors(tree, lambda q: _to_layout(q, best_layout(q, platform)))
+
+
+def prepare_in_place(module: nnx.Module) -> None:
+    """``prepare`` of a module that nobody else holds: a weight at a time takes the old one's place.
+
+    So a model whose weights fill more than half of the device's memory can be prepared.
+    """
+    platform = jax.devices()[0].platform
+    modules = [one for _, one in nnx.iter_modules(module)]
+    uses = collections.Counter(
+        id(value.codes)
+        for one in modules
+        for value in vars(one).values()
+        if isinstance(value, QTensor)
+    )
+    shared: dict[int, tuple[QTensor, QTensor]] = {}  # the old ones too, so that ids stay theirs
+    for one in modules:
+        for name, value in list(vars(one).items()):
+            if not isinstance(value, QTensor):
+                continue
+            key = id(value.codes)
+            if key in shared:
+                setattr(one, name, shared[key][1])
+                continue
+            new = _to_layout(value, best_layout(value, platform))
+            if uses[key] > 1:
+                shared[key] = value, new
+            setattr(one, name, new)
+            del value
+            jax.block_until_ready(jax.tree.leaves(new))
 
 
 def unprepare(tree: Any) -> Any:

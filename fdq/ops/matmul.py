@@ -97,10 +97,9 @@ def matmul(
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if activation_scale is not None:
         activation_scale = jnp.asarray(activation_scale)
-    kernel = False
     if isinstance(w, QTensor):
         w = materialize(w)
-        kernel = mosaic_gpu.use_matrix_vector("matmul", request, math.prod(x.shape[:-1]), w)
+    kernel = mosaic_gpu.use_matrix_vector("matmul", request, math.prod(x.shape[:-1]), w, spec)
 
     def product(x, w, activation_scale):
         rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -254,11 +253,10 @@ def quantized_product(
     if spec is None:
         return _product(x, q, target)
     codes, scale = quantize_activation(x, spec, activation_scale, path=path)
-    integer = spec.format == "int8" and q.spec.format in ("int8", "int4", "int3", "int2")
     if spec.granularity == "token_group":
         # Exact products of codes, each slice of K scaled by its activation scale.
         return _product(activation_values(codes, scale, spec.group_size, jnp.float32), q, target)
-    if integer:
+    if mosaic_gpu.takes_integers(q, spec):
         y = _integer_rows(codes, q, target)
     else:
         y = _product(codes.astype(jnp.float32), q, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,35 +18,67 @@ import jax.numpy as jnp
 from fdq.ops import self_check
 from fdq.ops.choice import Request, accept_kernel, default_device
 from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
-from fdq.qtensor import QTensor, materialize
+from fdq.qtensor import QTensor
 from fdq.quantizers.weight import quantize_array
-from fdq.scheme import ActivationSpec, CacheSpec
+from fdq.scheme import ActivationSpec, CacheSpec, WeightSpec
 from pallas_kernels import choices
 
 MOST_ROWS = 8
 """Rows of x that the matrix-vector kernels take."""
 
-HEAD_DIMS = (64, 128, 256)
-"""Those that attention and append are laid out for."""
-
 INTEGER_FORMATS = ("int8", "int4", "int3", "int2")
 
 
-def use_matrix_vector(op: str, request: Request, rows: int, q: QTensor) -> bool:
-    """Whether a product of ``rows`` rows with ``q [..., K, N]`` is traced as a kernel."""
-    kernel = "gathered_matrix_vector" if q.ndim == 3 else "matrix_vector"
+def use_matrix_vector(
+    op: str, request: Request, rows: int, q: Any, activation: ActivationSpec | None = None
+) -> bool:
+    """Whether a product of ``rows`` rows with ``q [..., K, N]`` is traced as a kernel.
+
+    Args:
+      op: for messages.
+      request: what the user asked for.
+      rows: M.
+      q: a QTensor without Variables, or an array, which no kernel reads.
+      activation: what rows are quantized to.
+    """
 
     def preference() -> str | None:
         if q.layout != MOSAIC_GPU:
             return "the weight is not in the kernels' layout (fdq.prepare puts it there)"
+        kernel = _product_kernel(q, activation)
         shape = q.shape
         reason = _preference(kernel, q.spec.format, rows, shape[-2] * shape[-1])
-        return reason or _check_product(q, default_device())
+        return reason or _check_product(kernel, q, default_device())
 
     return accept_kernel(op, request, lambda: _obstacle(rows, q), preference)
 
 
-def _obstacle(rows: int, q: QTensor) -> str | None:
+def use_gathered(request: Request, rows: int, w: Any, activation: ActivationSpec | None) -> bool:
+    """Whether products of ``rows`` rows with experts ``w [E, K, N]`` are traced as a kernel."""
+    if activation is None:
+        return use_matrix_vector("grouped_matmul", request, rows, w)
+
+    def obstacle() -> str:
+        return "no kernel gathers experts for quantized activations"
+
+    return accept_kernel("grouped_matmul", request, obstacle, lambda: None)
+
+
+def _product_kernel(q: QTensor, activation: ActivationSpec | None) -> str:
+    """The name in the tuning table."""
+    if q.ndim == 3:
+        return "gathered_matrix_vector"
+    if activation is not None and takes_integers(q, activation):
+        from pallas_kernels.integer_matmul import has_kernel
+
+        if has_kernel(kernel_weight(q)):
+            return "integer_matrix_vector"
+    return "matrix_vector"
+
+
+def _obstacle(rows: int, q: Any) -> str | None:
+    if not isinstance(q, QTensor):
+        return "the weight is an array, and the kernels read quantized ones"
     if not 1 <= rows <= MOST_ROWS:
         return f"the kernels take 1 to {MOST_ROWS} rows of x, found {rows}"
     return layout_obstacle(q) or mesh_obstacle()
@@ -92,12 +125,12 @@ def gathered_sums(x: Any, q: QTensor, index: jax.Array, shared: tuple[Any, QTens
     Returns:
       float32 ``[split, P, N]``; with ``shared`` a pair.
     """
-    from pallas_kernels.grouped_matmul import gathered_matrix_vector
+    from pallas_kernels.grouped_matmul import gathered_config, gathered_matrix_vector
 
-    settings = {}
     weights = q.shape[-2] * q.shape[-1]
-    if _choice("gathered_matrix_vector", q.spec.format, x.shape[0], weights).config:
-        settings["config"] = _matrix_config("gathered_matrix_vector", q, 1)
+    tuned = _choice("gathered_matrix_vector", q.spec.format, x.shape[0], weights).config
+    config = gathered_config(kernel_weight(q).layout, index.shape[0])
+    settings: dict[str, Any] = {"config": dataclasses.replace(config, **tuned)}
     if shared is not None:
         rows, weight = shared
         settings["shared"] = rows, kernel_weight(weight)
@@ -114,8 +147,8 @@ def _matrix_config(kernel: str, q: QTensor, rows: int) -> Any:
     return dataclasses.replace(config, **settings)
 
 
-def product(x: jax.Array, q: QTensor) -> jax.Array:
-    """Rows ``[M, K]`` times a weight -> float32 ``[M, N]``."""
+def product(x: Any, q: QTensor) -> jax.Array:
+    """Rows ``[M, K]`` (or what a kernel stages as such) times a weight -> float32 ``[M, N]``."""
     return jnp.sum(partial_sums(x, q), axis=0)
 
 
@@ -132,35 +165,53 @@ def integer_product(codes: jax.Array, q: QTensor) -> jax.Array:
 
 def takes_integers(q: QTensor, spec: ActivationSpec) -> bool:
     """Whether a product with activations of ``spec`` is formed in integers."""
-    return spec.format == "int8" and q.spec.format in INTEGER_FORMATS
+    per_row = spec.granularity != "token_group"
+    return per_row and spec.format == "int8" and q.spec.format in INTEGER_FORMATS
 
 
 @functools.cache
-def _sample(format_key: Any) -> QTensor:
-    """A small weight of a spec: 512 x 256, seeded."""
-    values = jax.random.normal(jax.random.key(0), (512, 256), jnp.float32)
-    return quantize_array(values, format_key, method=None)
+def _sample(spec: WeightSpec) -> QTensor:
+    """A small weight: 256 columns, and whole groups of 512 rows or more; seeded."""
+    rows = math.lcm(spec.group_size or 1, 128)
+    values = jax.random.normal(jax.random.key(0), (rows * -(-512 // rows), 256), jnp.float32)
+    return quantize_array(values, spec, method=None)
 
 
-def _check_product(q: QTensor, device: Any) -> str | None:
-    spec, experts = q.spec, q.ndim == 3
+def _check_product(kernel: str, q: QTensor, device: Any) -> str | None:
+    spec = q.spec
 
     def case():
         from pallas_kernels.grouped_matmul import gathered_matrix_vector_reference
+        from pallas_kernels.integer_matmul import integer_matrix_vector_reference
         from pallas_kernels.matmul import matrix_vector_reference
+        from pallas_kernels.row_sources import Gated, Normed
 
         sample = _sample(spec)
-        x = jax.random.normal(jax.random.key(1), (2, 512), jnp.float32)
-        x = x.astype(jnp.float16 if _is_old(device) else jnp.bfloat16)
-        if not experts:
-            return product(x, sample), matrix_vector_reference(x, kernel_weight(sample))[0]
+        weight = kernel_weight(sample)
+        k = sample.shape[0]
+        keys = jax.random.split(jax.random.key(1), 3)
+        dtype = jnp.float16 if _is_old(device) else jnp.bfloat16
+        x = jax.random.normal(keys[0], (2, k), jnp.float32).astype(dtype)
+        if kernel == "integer_matrix_vector":
+            codes = jax.random.randint(keys[0], (2, k), -127, 128).astype(jnp.int8)
+            wanted = integer_matrix_vector_reference(codes, weight)[0]
+            return integer_product(codes, sample), wanted
+        if kernel == "matrix_vector":
+            normed = Normed(x, 1 + jax.random.uniform(keys[1], (k,)).astype(dtype), 1e-6)
+            results = product(x, sample), product(normed, sample)
+            return results, [matrix_vector_reference(rows, weight)[0] for rows in (x, normed)]
         stack = jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), sample)
         index = jnp.asarray([2, 0, 0, 2], jnp.int32)
-        wanted = gathered_matrix_vector_reference(x, kernel_weight(stack), index)
-        return gathered_sums(x, stack, index, None).sum(0), wanted[0]
+        partials = jax.random.normal(keys[2], (2, 4, 2 * k), jnp.float32)
+        picked, shared = Gated(partials, dtype), Gated(partials[:, :2], dtype)
+        results = gathered_sums(picked, stack, index, (shared, sample))
+        wanted = gathered_matrix_vector_reference(
+            picked, kernel_weight(stack), index, (shared, weight)
+        )
+        return [a.sum(0) for a in results], [a[0] for a in wanted]
 
-    kernel = "gathered_matrix_vector" if experts else "matrix_vector"
-    detail = f"{spec.format}, {spec.granularity}, {spec.group_size}, {spec.zero_point}"
+    scales = f"{spec.granularity} {spec.group_size or ''}".strip()
+    detail = f"{spec.format}, {scales} scales of {spec.scale_dtype}, zero point {spec.zero_point}"
     return self_check.failure(kernel, detail, device, case)
 
 
@@ -176,7 +227,7 @@ def use_attention(request: Request, q: jax.Array, k: jax.Array, spec: CacheSpec 
     name = spec.format if spec is not None else k.dtype.name
 
     def preference() -> str | None:
-        reason = _preference("decode_attention", name, q.shape[0], k.size)
+        reason = _preference("decode_attention", name, q.shape[0], _elements(q, k))
         return reason or _check_attention(q, k, spec)
 
     def obstacle() -> str | None:
@@ -187,8 +238,15 @@ def use_attention(request: Request, q: jax.Array, k: jax.Array, spec: CacheSpec 
     return accept_kernel("attention", request, obstacle, preference)
 
 
+def _elements(q: jax.Array, k: jax.Array) -> int:
+    """Numbers in a cache of keys, whatever its codes are packed in."""
+    return math.prod(k.shape[:3]) * q.shape[-1]
+
+
 def head_dim_obstacle(head_dim: int) -> str | None:
     """Why attention and append have no kernel for a head_dim; None if they have."""
+    from pallas_kernels.cache_words import HEAD_DIMS
+
     if head_dim in HEAD_DIMS:
         return None
     return f"the kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, found {head_dim}"
@@ -225,7 +283,11 @@ def _check_attention(q: jax.Array, k: jax.Array, spec: CacheSpec | None) -> str 
         result = attention(query, *cache, implementation=MOSAIC_GPU, **settings)
         return result, attention_reference(query, *cache, **settings)
 
-    detail = f"{k.dtype.name if spec is None else spec.format}, {group} heads of {d}"
+    kind = f"{k.dtype.name}"
+    if spec is not None:
+        dynamic = "dynamic" if spec.dynamic else "static"
+        kind = f"{spec.format}, {dynamic} scales per {spec.granularity}"
+    detail = f"{kind}, {group} heads of {d}, {dtype.name}"
     # Results are rounded to the dtype of q, probabilities on tensor cores too.
     return self_check.failure("decode_attention", detail, device, case, tolerance=0.02)
 
@@ -235,22 +297,19 @@ def decode_attention(q, k, v, *, lengths, cache_format: CacheSpec | None, **arra
     from pallas_kernels.decode_attention import decode_attention as kernel
 
     name = None if cache_format is None else cache_format.format
-    settings: Any = _choice("decode_attention", name or k.dtype.name, q.shape[0], k.size).config
+    choice = _choice("decode_attention", name or k.dtype.name, q.shape[0], _elements(q, k))
+    settings: Any = choice.config
     out = kernel(q[:, 0], k, v, lengths=lengths, cache_format=name, **arrays, **settings)
     return out[:, None]
 
 
-def prepared(q: Any) -> bool:
-    """Whether a parameter is a QTensor in the kernels' layout."""
-    return isinstance(q, QTensor) and materialize(q).layout == MOSAIC_GPU
-
-
 def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> str | None:
     """Why XLA is to append; None if the kernel is."""
-    name = "float" if spec is None else spec.format
+    name = jnp.dtype(options["dtype"]).name if spec is None else spec.format
     reason = _preference("append", name, qkv.shape[1], qkv.shape[2])
-    if reason is not None or (spec is not None and not spec.dynamic):
-        return reason  # static scales differ in nothing that a check would see
+    if reason is not None:
+        return reason
+    static = spec is not None and not spec.dynamic
 
     def case():
         from pallas_kernels.cache_update import append, append_reference
@@ -260,19 +319,25 @@ def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> s
         width = (heads + 2 * kv_heads) * d
         parts = jax.random.normal(keys[0], (2, 2, width), jnp.float32)
         angle = jax.random.uniform(keys[1], (2, d // 2), jnp.float32)
-        dtype = jnp.float32 if spec is None else _CODES[spec.format]
+        dtype = options["dtype"] if spec is None else _CODES[spec.format]
         columns = d // 2 if spec is not None and spec.format == "int4" else d
         codes = jnp.zeros((2, kv_heads, slots, columns), dtype)
         scale = zero = None
         if spec is not None:
-            scale = jnp.zeros((2, kv_heads, slots), jnp.float32)
-            zero = jnp.zeros((2, kv_heads, slots), jnp.uint8) if spec.format == "int4" else None
+            shape = (kv_heads, d) if static else (2, kv_heads, slots)
+            scale = jnp.full(shape, 0.2 if static else 0.0, jnp.float32)
+            zero = jnp.full(shape, 7, jnp.uint8) if spec.format == "int4" else None
         settings = {
             "heads": heads,
             "interleaved": options["interleaved"],
             "cache_format": None if spec is None else spec.format,
-            "dtype": jnp.float32,
+            "dtype": options["dtype"],
         }
+        if options.get("q_norm") is not None:
+            settings |= dict.fromkeys(("q_norm", "k_norm"), jnp.full((d,), 1.5, jnp.float32))
+        if options.get("bias") is not None:
+            settings["bias"] = jnp.full((width,), 0.5, jnp.float32)
+
         arrays = (parts, jnp.cos(angle), jnp.sin(angle), jnp.asarray([5, 63], jnp.int32))
         caches = (codes, codes, scale, scale, zero, zero)
         wanted = append_reference(*arrays, *caches, **settings)
@@ -280,7 +345,11 @@ def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> s
         return result, wanted
 
     # A code may differ by one where the rotation does by a bit: 1 in 7 at most, of int4.
-    return self_check.failure("append", name, default_device(), case, tolerance=0.2)
+    with_norm = options.get("q_norm") is not None
+    with_bias = options.get("bias") is not None
+    detail = f"{name}, {'static' if static else 'dynamic'}, {jnp.dtype(options['dtype']).name}"
+    detail += f"{', norms' * with_norm}{', bias' * with_bias}"
+    return self_check.failure("append", detail, default_device(), case, tolerance=0.2)
 
 
 _CODES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}

@@ -35,7 +35,7 @@ def joins_token_step(rows: int) -> bool:
 
 def normed(x: jax.Array, scale: jax.Array, epsilon: float) -> Rows:
     """Rows ``x [M, K]`` that are RMS-normalized where they are read."""
-    from pallas_kernels.staging import Normed
+    from pallas_kernels.row_sources import Normed
 
     return Normed(x, scale, epsilon)
 

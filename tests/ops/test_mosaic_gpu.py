@@ -1,5 +1,6 @@
 """The seam to the kernels: layout, choice, self-check. Kernels run in Mosaic's interpreter."""
 
+import functools
 import logging
 
 import jax
@@ -13,6 +14,7 @@ from fdq import ops
 from fdq.kv_cache import parse_format
 from fdq.ops import choice, mosaic_gpu, self_check
 from fdq.ops.kernel_layout import MOSAIC_GPU
+from fdq.ops.layouts import prepare_in_place
 from tests.ops.format_cases import error
 
 TOLERANCE = 5e-6
@@ -149,11 +151,78 @@ def test_a_kernel_that_disagrees_is_switched_off_once(monkeypatch, caplog):
     assert nothing is not None  # zeros prove nothing
 
 
+@pytest.mark.parametrize("activation", [None, "int8"])
+def test_experts_in_the_kernels_layout(activation, rng, kernels):
+    """Up to 8 rows are gathered by the kernel; XLA takes one expert at a time out of the layout."""
+    stack = fdq.quantize(jnp.asarray(rng.standard_normal((4, 256, 128)), jnp.float32), "W4A16")
+    prepared = ops.prepare(stack)
+    decoded = np.asarray(fdq.dequantize(stack), np.float64)
+    for rows in (3, 12):
+        x = jnp.asarray(rng.standard_normal((rows, 256)), jnp.float32)
+        index = jnp.asarray(rng.integers(0, 4, rows), jnp.int32)
+        y = ops.grouped_matmul(x, prepared, index, activation=activation)
+        wanted = np.einsum("tk,tkn->tn", np.asarray(x, np.float64), decoded[index])
+        assert error(y, wanted) < (0.02 if activation else TOLERANCE)
+        xla = ops.grouped_matmul(x, stack, index, activation=activation, implementation="xla")
+        assert error(y, np.asarray(xla, np.float64)) < TOLERANCE
+    run = functools.partial(ops.grouped_matmul, implementation="xla")
+    program = jax.jit(run).lower(x, prepared, index).as_text()
+    assert "tensor<128x128xui8>" in program
+    assert "tensor<4x128x128xui8>" not in program  # the whole stack is not made again
+
+
+def test_what_no_kernel_does_is_refused_where_it_is_asked_for(rng):
+    x = jnp.ones((2, 256))
+    index = jnp.zeros((2,), jnp.int32)
+    stack = ops.prepare(fdq.quantize(jnp.ones((3, 256, 128)), "W4A16"), "gpu")
+    with pytest.raises(NotImplementedError, match=r"matmul\[mosaic_gpu\]: the weight is an array"):
+        ops.matmul(x, jnp.ones((256, 128)), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="no kernel gathers experts for quantized"):
+        ops.grouped_matmul(x, stack, index, activation="int8", implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="the kernels take 1 to 8 rows of x, found 9"):
+        ops.grouped_matmul(
+            jnp.ones((9, 256)), stack, jnp.zeros((9,), jnp.int32), implementation="mosaic_gpu"
+        )
+
+
+def test_prepared_weights_describe_themselves(kernels):
+    prepared = ops.prepare(weight("W4A16"))
+    assert prepared.code_dtype == weight("W4A16").code_dtype == jnp.uint8
+    abstract = jax.eval_shape(lambda: prepared)
+    assert abstract.is_abstract and not prepared.is_abstract
+    assert fdq.dequantize(abstract).shape == (256, 200)
+    with pytest.raises(ValueError, match="Nothing to quantize"):
+        fdq.quantize({"mlp": {"kernel": prepared}}, "W4A16")
+
+
+def test_a_loaded_model_is_prepared_a_weight_at_a_time(kernels):
+    class Layer(nnx.Module):
+        def __init__(self, q):
+            self.kernel = nnx.data(q)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            q = weight("W4A16")
+            boxed = type(q)(**{n: nnx.Variable(a) for n, a in q.arrays().items()}, spec=q.spec)
+            self.layers = nnx.List([Layer(boxed), Layer(boxed)])
+
+    model = Model()
+    expected = ops.prepare(model)
+    prepare_in_place(model)
+    first, second = (layer.kernel for layer in model.layers)
+    assert first.layout == MOSAIC_GPU and first.codes is second.codes
+    words = expected.layers[0].kernel.codes.get_value().words
+    np.testing.assert_array_equal(first.codes.get_value().words, words)
+
+
 def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(self_check, "is_real", lambda device: True)
     monkeypatch.setattr(self_check, "_RESULTS", {})
     device = jax.devices("cpu")[0]
-    assert mosaic_gpu._check_product(weight("W4A16"), device) is None
+    kernels = ("matrix_vector", "integer_matrix_vector", "gathered_matrix_vector")
+    for kernel, scheme in zip(kernels, ("W4A16-g96", "W8A16", "W4A16"), strict=True):
+        q = weight(scheme, k=768)
+        assert mosaic_gpu._check_product(kernel, q, device) is None
     cache = jnp.zeros((1, 2, 32, 64), jnp.int8)
     q = jnp.zeros((1, 1, 4, 64), jnp.bfloat16)
     assert mosaic_gpu._check_attention(q, cache, parse_format("C8")) is None

@@ -1,6 +1,7 @@
 """Compiles for GPUs that are not there, and what is reported of them."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import threading
@@ -12,6 +13,7 @@ import pytest
 from pallas_kernels import cuda_tools
 from pallas_kernels.ahead_of_time import (
     Report,
+    _with_instructions,
     compile_cases,
     compile_for,
     compile_jobs,
@@ -232,3 +234,24 @@ def test_missing_tools_are_explained(monkeypatch):
 def test_cases_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         programs.PROBE.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("missing", ["jax_plugins", "jax_plugins.xla_cuda13"])
+def test_without_the_plugin_the_reason_says_how_to_install_it(monkeypatch, missing):
+    def find_spec(name):
+        if name == missing:
+            return None
+        if name.startswith(missing):
+            raise ModuleNotFoundError(f"No module named {missing!r}")
+        return object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    assert "fdq[aot]" in str(unavailable())
+
+
+def test_a_limit_on_a_loop_that_is_not_there_is_a_problem():
+    case = dataclasses.replace(programs.FITS, report="no_such_kernel", instruction_limit=5.0)
+    case = dataclasses.replace(case, weights_per_iteration=4.0)
+    report = Report(case=case.name, kernel=case.kernel, gpu="l4", arch="sm_89", jax="0", ok=True)
+    counted = _with_instructions(report, case, GPUS["l4"], {})
+    assert counted.problems()

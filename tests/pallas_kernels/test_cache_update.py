@@ -175,16 +175,32 @@ def test_every_float8_code():
     np.testing.assert_array_equal(_e4m3_bits(x), expected.astype(jnp.int32))
 
 
+def test_slots_outside_of_the_cache(rng):
+    arguments, _ = make(rng, "float", jnp.float32)
+    arguments[3] = jnp.asarray([-1, SLOTS + 5], jnp.int32)
+    result = run(append, arguments, interleaved=True)
+    assert_equal(result, run(append_reference, arguments, interleaved=True))
+
+
 def test_what_is_refused(rng):
     arguments, _ = make(rng, "float", jnp.float32)
+    plain = functools.partial(append, heads=HEADS, interleaved=True)
     with pytest.raises(NotImplementedError, match="no gradient"):
-        jax.grad(lambda qkv: run(append, [qkv, *arguments[1:]], interleaved=True).q.sum())(
-            arguments[0]
-        )
+        jax.grad(lambda qkv: plain(qkv, *arguments[1:]).q.sum())(arguments[0])
     with pytest.raises(ValueError, match="partial sums of qkv need dtype"):
         run(append, [arguments[0][None], *arguments[1:]], interleaved=True)
-    with pytest.raises(ValueError, match="scales go with a quantized format"):
-        run(append, arguments, interleaved=True, cache_format="int8")
+    with pytest.raises(ValueError, match=r"int8 \[B, KH, S, 64\], found float32"):
+        plain(*arguments, cache_format="int8")
+    with pytest.raises(ValueError, match="both scales go with a quantized format"):
+        plain(*arguments, k_scale=jnp.ones((2, KV_HEADS, SLOTS)))
+    with pytest.raises(ValueError, match="q_norm and k_norm go together"):
+        plain(*arguments, k_norm=jnp.ones((64,)))
+    with pytest.raises(ValueError, match=r"expected cos \[2, 32\], found \[2, 64\]"):
+        plain(arguments[0], jnp.ones((2, 64)), *arguments[2:])
+    with pytest.raises(ValueError, match=r"expected slots \[2\], found \[1\]"):
+        plain(*arguments[:3], jnp.zeros((1,), jnp.int32), *arguments[4:])
+    with pytest.raises(ValueError, match="expected k and v alike"):
+        plain(*arguments[:5], arguments[5][:, :, :4])
     with pytest.raises(ValueError, match="expected \\[2, "):
         run(append, [arguments[0][:, :-1], *arguments[1:]], interleaved=True)
     with pytest.raises(NotImplementedError, match="head_dim=32"):

@@ -200,6 +200,29 @@ def test_large_scores(rng, tensor_cores):
     assert_close(out, reference(q, k, v, lengths, scale=-100.0), of_largest=0.01)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "float16", "int8 channel"])
+@pytest.mark.parametrize("size", [3e5, 1e-6])
+def test_queries_beyond_float16_on_tensor_cores(rng, name, size):
+    """Codes meet queries as float16, which ends at 65504 and has few bits below 2^-14."""
+    q, k, v, settings = make(rng, name, Sizes(slots=70))
+    lengths = jnp.asarray([70, 39], jnp.int32)
+    q = q * size
+    static = {"scale": 0.5 / size, "cache_format": settings.pop("cache_format")}
+    out = decode_attention(
+        q, k, v, lengths=lengths, parts=1, tensor_cores=True, **static, **settings
+    )
+    expected = reference(q, k, v, lengths, **static, **settings)
+    assert_close(out, expected, of_largest=BOUND)
+
+
+def test_values_with_a_scale_of_zero_on_tensor_cores(rng):
+    q, k, v, settings = make(rng, "int8", Sizes(slots=70))
+    lengths = jnp.asarray([70, 39], jnp.int32)
+    settings["v_scale"] = settings["v_scale"].at[:, :, 7:20].set(0)
+    out = decode_attention(q, k, v, lengths=lengths, parts=1, tensor_cores=True, **settings)
+    assert_close(out, reference(q, k, v, lengths, **settings), of_largest=BOUND)
+
+
 def test_vmap_and_gradient(rng):
     q, k, v, _ = make(rng, "bfloat16", Sizes(slots=20))
     lengths = jnp.asarray([20, 7], jnp.int32)
@@ -212,8 +235,11 @@ def test_vmap_and_gradient(rng):
     twice = jnp.stack([q, 2 * q])
     out = jax.vmap(run, (0, None, None, None))(twice, k, v, lengths)
     assert_close(out[1], reference(2 * q, k, v, lengths), of_largest=BOUND)
+    plain = decode_attention_reference
     gradient = jax.grad(lambda *a: run(*a).sum())(q, k, v, lengths)
-    expected = jax.grad(lambda *a: reference(*a).sum())(q, k, v, lengths)
+    expected = jax.grad(lambda *a, lengths: plain(*a, lengths=lengths).sum())(
+        q, k, v, lengths=lengths
+    )
     assert_close(gradient, expected, of_largest=BOUND)
 
 
@@ -226,8 +252,20 @@ def test_what_is_refused(rng):
         decode_attention(q, k, v, lengths=lengths, tensor_cores=True)
     with pytest.raises(ValueError, match="k and v alike"):
         decode_attention(q, k, v[:, :, :10], lengths=lengths)
-    with pytest.raises(ValueError, match="scales go with a quantized format"):
+    with pytest.raises(ValueError, match="both scales go with a quantized format"):
         decode_attention(q, k, v, lengths=lengths, k_scale=jnp.ones((2, 1, 20)))
+    codes = jnp.zeros(k.shape, jnp.int8)
+    with pytest.raises(ValueError, match="found k_scale"):
+        decode_attention(
+            q, codes, codes, lengths=lengths, cache_format="int8", k_scale=jnp.ones((1, 64))
+        )
+    with pytest.raises(ValueError, match=r"\[B, KH, S\] = \[2, 1, 20\] or all"):
+        scales = {"k_scale": jnp.ones((2, 1, 19)), "v_scale": jnp.ones((2, 1, 20))}
+        decode_attention(q, codes, codes, lengths=lengths, cache_format="int8", **scales)
+    with pytest.raises(ValueError, match=r"expected lengths int32 \[2\]"):
+        decode_attention(q, k, v, lengths=lengths[:1])
+    with pytest.raises(ValueError, match="sliding_window=0, expected 1 or more"):
+        decode_attention(q, k, v, lengths=lengths, sliding_window=0)
     with pytest.raises(ValueError, match="float8_e4m3"):
         decode_attention(q, k, v, lengths=lengths, cache_format="fp8")
 

@@ -11,7 +11,8 @@ from pallas_kernels.grouped_matmul import (
     gathered_matrix_vector,
     gathered_matrix_vector_reference,
 )
-from pallas_kernels.matmul import Gated, MatrixVectorConfig
+from pallas_kernels.matmul import MatrixVectorConfig
+from pallas_kernels.row_sources import Gated
 
 BOUND = 5e-6
 INT4 = Case("int4", "group", 128)

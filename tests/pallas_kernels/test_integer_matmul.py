@@ -109,15 +109,16 @@ def test_vmap_over_rows_and_over_weights(rng):
     stacked = jax.tree.map(lambda a: jnp.stack([a] * 3), w)
     each = jax.vmap(lambda x, w: integer_matrix_vector(x, w).sum(0))(x, stacked)
     wanted = np.asarray(x, np.float64) @ np.asarray(fdq.dequantize(q), np.float64)
+    assert jax.vmap(lambda x, w: integer_matrix_vector(x, w))(x, stacked).ndim == 4
     for y in (many, each):
         assert np.abs(y - wanted).max() <= BOUND * np.abs(wanted).max()
 
 
 def test_wrong_inputs_are_named(rng):
     w = kernel_weight(weight(rng, 128, 128, spec("int8")))
-    with pytest.raises(ValueError, match=r"expected int8 x of 1 .. 8 rows, found float32"):
+    with pytest.raises(ValueError, match=r"expected int8 x \[M, K\] of 1 .. 8 rows, found float32"):
         integer_matrix_vector(jnp.ones((1, 128)), w)
-    with pytest.raises(ValueError, match=r"found int8 \(9, 128\)"):
+    with pytest.raises(ValueError, match=r"found int8 \(9, 128\); use XLA"):
         integer_matrix_vector(jnp.ones((9, 128), jnp.int8), w)
     with pytest.raises(ValueError, match=r"needs a weight \[K=64, N\]"):
         integer_matrix_vector(jnp.ones((1, 64), jnp.int8), w)

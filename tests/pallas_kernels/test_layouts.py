@@ -79,12 +79,33 @@ def test_every_format_is_tested():
         ("int4", {"granularity": "group", "group_size": 12}, "groups of 12 rows cut"),
         ("int4", {"granularity": "group", "group_size": 24}, "segments of one unit"),
         ("int8", {"granularity": "block", "block_size": (6, 128)}, "groups of 6 rows cut"),
+        ("nvfp4", {"granularity": "channel"}, "has scales of groups"),
     ],
 )
 def test_what_has_no_kernel_says_why(format, options, message):
     assert message in str(unsupported(format, **options))
     with pytest.raises(NotImplementedError, match=message):
         to_kernel({}, format=format, **options, k=48, n=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"k": 512}, r"codes of a int4 weight \[512, 200\] .* is \[..., 256, 200\], found"),
+        ({}, {"n": 220}, r"found \[128, 200\]"),
+        ({"scale": np.ones((3, 200), np.float32)}, {}, r"scale of a int4 .* \[..., 2, 200\]"),
+        ({"scale": None}, {}, "needs scale; found codes"),
+        ({}, {"zero_point": "integer"}, "needs zero"),
+        ({}, {"zero_point": "int"}, "expected a granularity"),
+        ({}, {"group_size": None}, "needs group_size"),
+    ],
+)
+def test_arrays_of_another_weight(changes, options, message):
+    case = Case("int4", "group", 128)
+    arrays = random_arrays(case, 256, 200) | changes
+    arrays = {name: a for name, a in arrays.items() if a is not None}
+    with pytest.raises(ValueError, match=message):
+        to_kernel(arrays, **{**case.options, "k": 256, "n": 200, **options})
 
 
 def test_what_has_a_kernel():

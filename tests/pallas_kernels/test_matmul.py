@@ -10,14 +10,13 @@ from canonical_weights import CASES, Case, difference, generator, random_weight
 
 from pallas_kernels.gpu_targets import GPUS
 from pallas_kernels.matmul import (
-    Gated,
     MatrixVectorConfig,
     choose_config,
     matrix_vector,
     matrix_vector_reference,
     piece_of,
 )
-from pallas_kernels.staging import Normed
+from pallas_kernels.row_sources import Gated, Normed
 
 BOUND = 5e-6
 INT4 = Case("int4", "group", 128)
@@ -191,5 +190,19 @@ def test_what_does_not_fit_says_so():
         matrix_vector(rows(1, 128), w)
     with pytest.raises(ValueError, match="x has 9 rows, expected 1 .. 8"):
         matrix_vector(rows(9, 256), w)
-    with pytest.raises(ValueError, match="block_columns=256 must be a multiple of 128"):
+    with pytest.raises(ValueError, match="block_columns=256 must be 128, 256 or 512"):
         matrix_vector(rows(1, 256), w, block_columns=256)
+    for step_rows in (0, 24, 40):
+        config = MatrixVectorConfig(block_columns=128, split=1, step_rows=step_rows)
+        with pytest.raises(ValueError, match=f"step_rows={step_rows} must be 8 .* power of two"):
+            matrix_vector(rows(1, 256), w, config=config)
+    with pytest.raises(ValueError, match="split=0, expected 1 or more"):
+        matrix_vector(rows(1, 256), w, split=0)
+    with pytest.raises(ValueError, match=r"expected rows x \[M, K\], found \(256,\)"):
+        matrix_vector(rows(1, 256)[0], w)
+    with pytest.raises(ValueError, match="expected float rows, found int8"):
+        matrix_vector(rows(1, 256).astype(jnp.int8), w)
+    with pytest.raises(ValueError, match=r"need a scale \[256\], found \(128,\)"):
+        matrix_vector(Normed(rows(1, 256), jnp.ones((128,)), 1e-6), w)
+    with pytest.raises(ValueError, match=r"partials \[split, M, 2 I\], found \(1, 1, 513\)"):
+        matrix_vector(Gated(jnp.ones((1, 1, 513))), w)

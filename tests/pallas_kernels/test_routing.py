@@ -1,5 +1,6 @@
 """The routing kernel against its reference and against NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pallas_kernels.routing import (
     top_k_experts,
     top_k_experts_reference,
 )
-from pallas_kernels.staging import Normed
+from pallas_kernels.row_sources import Normed
 
 
 def random_logits(seed, split, tokens, width):
@@ -75,9 +76,42 @@ def test_equal_scores_take_the_first_expert():
     np.testing.assert_allclose(weights, np.full((1, 3), 1 / 3), rtol=1e-6)
 
 
-def test_width_must_be_whole_and_hold_the_experts():
+def test_wrong_inputs_are_named():
     with pytest.raises(ValueError, match="multiple of 128"):
         top_k_experts(jnp.zeros((1, 1, 64), jnp.float32), None, experts=64, top_k=2)
+    logits = jnp.zeros((1, 1, 128), jnp.float32)
+    with pytest.raises(ValueError, match="top_k=6, expected 1 .. 4"):
+        top_k_experts(logits, None, experts=4, top_k=6)
+    with pytest.raises(ValueError, match=r"expected correction_bias \[64\], found \(60,\)"):
+        top_k_experts(logits, jnp.zeros((60,)), experts=64, top_k=6)
+    for k, kernel in ((192, (192, 64)), (256, (256, 96)), (256, (128, 64))):
+        with pytest.raises(ValueError, match=rf"needs a kernel \[K={k}, E\]"):
+            router_logits(jnp.ones((1, k)), jnp.ones(kernel, jnp.float32))
+    with pytest.raises(ValueError, match="expected a float32 kernel, found bfloat16"):
+        router_logits(jnp.ones((1, 128)), jnp.ones((128, 64), jnp.bfloat16))
+
+
+def test_gradients_and_vmap_are_those_of_the_references():
+    rng = np.random.default_rng(7)
+    x = jnp.asarray(rng.standard_normal((3, 2, 256)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((256, 64)) / 8, jnp.float32)
+    pull = jnp.asarray(rng.standard_normal((2, 6)), jnp.float32)
+    options = {"experts": 64, "top_k": 6}
+
+    def weights(x, kernel):
+        return top_k_experts(router_logits(x, kernel), None, **options)[1]
+
+    def wanted(x, kernel):
+        return top_k_experts_reference(router_logits_reference(x, kernel), None, **options)[1]
+
+    for one, other in zip(
+        jax.grad(lambda *a: (weights(*a) * pull).sum(), (0, 1))(x[0], kernel),
+        jax.grad(lambda *a: (wanted(*a) * pull).sum(), (0, 1))(x[0], kernel),
+        strict=True,
+    ):
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+    each = jax.vmap(weights, (0, None))(x, kernel)
+    np.testing.assert_allclose(each, jax.vmap(wanted, (0, None))(x, kernel), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
