@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.cache_words import INT4_MIDDLE, CacheWords
-from pallas_kernels.launch import default_device, launch, load, store
+from pallas_kernels.device import default_device
+from pallas_kernels.launch import launch, load, store
 
 LOWEST = -(2**20)
 """Exponent of a part that saw no slot."""

@@ -37,7 +37,7 @@ from jax import lax
 
 from pallas_kernels import attention_cuda_cores, attention_mma
 from pallas_kernels.cache_words import CacheWords, describe_cache
-from pallas_kernels.launch import default_device
+from pallas_kernels.device import default_device
 
 
 def decode_attention_reference(

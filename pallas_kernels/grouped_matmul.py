@@ -19,10 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoded_weight import decoded_weight
+from pallas_kernels.device import MOST_ROWS
 from pallas_kernels.launch import launch, store, synchronize
 from pallas_kernels.layouts import KernelWeight, WeightLayout
 from pallas_kernels.matmul import (
-    MOST_ROWS,
     MatrixVectorConfig,
     choose_config,
     kernel_name,

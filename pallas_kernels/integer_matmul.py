@@ -21,11 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.decoded_weight import decoded_weight
+from pallas_kernels.device import MOST_ROWS
 from pallas_kernels.lane_instructions import apply, assembly_bits
 from pallas_kernels.launch import THREADS, launch, load, runs_interpreted, store
 from pallas_kernels.layouts import KernelWeight
 from pallas_kernels.matmul import (
-    MOST_ROWS,
     MatrixVectorConfig,
     choose_config,
     kernel_name,

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import default_device
 from pallas_kernels.gpu_targets import ALL
-from pallas_kernels.launch import default_device
 from pallas_kernels.sass import Loop
 
 MODULES: tuple[str, ...] = (

@@ -9,16 +9,10 @@ import jax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from pallas_kernels.device import default_device
+
 THREADS = 128
 """CUDA threads of a warp group, the unit that Mosaic's array programs run on."""
-
-
-def default_device() -> Any:
-    """The device that a trace is for; works while tracing and while compiling ahead of time."""
-    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return device
 
 
 def runs_interpreted() -> bool:

@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoded_weight import decoded_weight
-from pallas_kernels.launch import default_device, launch, store, synchronize
+from pallas_kernels.device import MOST_ROWS, default_device
+from pallas_kernels.launch import launch, store, synchronize
 from pallas_kernels.layouts import KernelWeight, WeightLayout
 from pallas_kernels.matrix_vector_core import (
     Piece,
@@ -40,9 +41,6 @@ from pallas_kernels.transformations import batchable, differentiable, rows_cotan
 
 _MOST_STAGED = 32 * 1024
 """Bytes of staged x: a T4 has 64 KiB of shared memory for all programs of a multiprocessor."""
-
-MOST_ROWS = 8
-"""Rows of x beyond which tensor cores are the better tool."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ def program(
 
     import fdq
     from fdq.models import abstract
-    from pallas_kernels.launch import default_device
+    from pallas_kernels.device import default_device
 
     config = config_for(model, gpu, layers)
     quantized = fdq.quantize(abstract(config), scheme, quiet=True)

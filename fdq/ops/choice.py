@@ -16,7 +16,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-import jax
+from pallas_kernels.device import default_device
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 _LOGGER = logging.getLogger("fdq")
@@ -111,14 +111,6 @@ class Target:
 
     platform: str
     has_bfloat16: bool
-
-
-def default_device() -> Any:
-    """The device that a trace is for; of a topology where one is compiled for ahead of time."""
-    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return device
 
 
 def trace_target() -> Target:

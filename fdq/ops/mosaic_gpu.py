@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from fdq.ops import self_check
-from fdq.ops.choice import Request, accept_kernel, default_device
+from fdq.ops.choice import Request, accept_kernel
 from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
 from fdq.qtensor import QTensor
 from fdq.quantizers.weight import quantize_array
 from fdq.scheme import ActivationSpec, CacheSpec, WeightSpec
 from pallas_kernels import choices
-
-MOST_ROWS = 8
-"""Rows of x that the matrix-vector kernels take."""
+from pallas_kernels.device import MOST_ROWS, default_device
 
 INTEGER_FORMATS = ("int8", "int4", "int3", "int2")
 

@@ -18,6 +18,7 @@ from fdq.ops.choice import accept_kernel, resolve_implementation, trace_target
 from fdq.ops.matmul import matmul
 from fdq.qtensor import QTensor, materialize
 from fdq.scheme import ActivationSpec, CacheSpec
+from pallas_kernels.device import MOST_ROWS
 
 Rows = Any
 """``[M, K]``: an array, or ``Normed`` or ``Gated`` rows that kernels finish as they stage them."""
@@ -26,7 +27,7 @@ Rows = Any
 def joins_token_step(rows: int) -> bool:
     """Whether a decode step of ``rows`` sequences is put together from the functions here."""
     request = resolve_implementation("decode step", None)
-    if request.name == "xla" or not 1 <= rows <= mosaic_gpu.MOST_ROWS:
+    if request.name == "xla" or not 1 <= rows <= MOST_ROWS:
         return False
     if request.name is None and (trace_target().platform != "gpu" or jax.device_count() > 1):
         return False
