@@ -2,9 +2,10 @@
 
 Measures the copy bandwidth first; every result is a part of it, and a ratio to each peer in the
 same run: XLA, cuBLAS, cuDNN, and torch, gemlite and tokamax where they are installed. A peer or a
-kernel that fails costs one line. Writes benchmarks/results/<device>-<date>.json and a plot.
+kernel that fails costs one line. Writes benchmarks/results/<device>-<date>.json and a plot; what is
+measured is in the file after each part, and stays there if the run is interrupted.
 
-    python -m benchmarks.gpu                             # everything, 10 minutes
+    python -m benchmarks.gpu                             # everything, 8 minutes
     python -m benchmarks.gpu --only matmul attention     # a part of it
     python -m benchmarks.gpu --budget-minutes 40         # every shape at M = 1, 2, 4 and 8
     python -m benchmarks.gpu --smoke                     # without a GPU: does it all run?
@@ -25,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from benchmarks import atomic_file
 from benchmarks.gpu_child import Settings, start_section
 from benchmarks.gpu_model import CASES, ModelCase
 from benchmarks.gpu_report import checks, plot, print_report, rows_of, seconds, wrong_results
@@ -39,10 +41,11 @@ _PARTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "gemlite": ("benchmarks.gpu_torch", {"library": "gemlite"}, 3),
     "attention": ("benchmarks.gpu_attention", {}, 12),
     "torch attention": ("benchmarks.gpu_torch", {"library": "torch"}, 2),
-    "model": ("benchmarks.gpu_model", {}, 40),
     "experts": ("benchmarks.gpu_products", {"experts": True}, 6),
     "tokamax": ("benchmarks.gpu_tokamax", {}, 2),
     "append": ("benchmarks.gpu_attention", {"append": True}, 3),
+    # Last: its cases take what they take.
+    "model": ("benchmarks.gpu_model", {}, 40),
 }
 # Peers: the section whose cases they measure.
 _PEERS = {
@@ -51,6 +54,23 @@ _PEERS = {
     "torch attention": "attention",
     "tokamax": "experts",
 }
+_FOR_PEERS = (
+    "case",
+    "section",
+    "scheme",
+    "model",
+    "layer",
+    "m",
+    "k",
+    "n",
+    "rows",
+    "experts",
+    "slots",
+    "heads",
+    "kv_heads",
+    "head_dim",
+)
+"""What peers are told about a case."""
 _SHORTEST = 15.0  # seconds that are worth starting a process for
 
 
@@ -67,6 +87,7 @@ class Run:
             "counts": not self.smoke,
             "date": datetime.date.today().isoformat(),
             "command": "python -m benchmarks.gpu" + (" --smoke" if self.smoke else ""),
+            "finished": False,
             "machine": {},
             "results": [],
             "skipped": [],
@@ -141,7 +162,8 @@ class Run:
             cases.sort(key=lambda row: (not row.get("urgent", False), row["m"]))
             if not cases:
                 return
-            more = {**more, "cases": cases}
+            told = [{name: row[name] for name in _FOR_PEERS if name in row} for row in cases]
+            more = {**more, "cases": told}
         settings = Settings(**{**vars(self.settings), "seconds": left, "more": more})
         known = len(self.record["notes"])
         failure = start_section(module, settings, take, self.environment())
@@ -151,8 +173,11 @@ class Run:
             self.record["notes"].append(f"{part} did not come to its end: {failure}")
 
     def start_models(self, take: Callable[[dict[str, Any]], None], left: float) -> None:
-        """Whole models, each in a process with flags of its own."""
-        end = time.monotonic() + left
+        """Whole models, each in a process with flags of its own.
+
+        None is begun in less time than the one before took.
+        """
+        end, needed = time.monotonic() + left, _SHORTEST
         cases: tuple[ModelCase, ...] = CASES
         if self.smoke:
             kernels = [
@@ -161,8 +186,9 @@ class Run:
             ]
             cases = (*kernels, ModelCase(CASES[0].model, None, "off"))
         for case in cases:
-            left = end - time.monotonic()
-            if left < _SHORTEST and not self.smoke:
+            begun = time.monotonic()
+            left = end - begun
+            if left < needed and not self.smoke:
                 self.record["skipped"].append(case.key)
                 continue
             more = {
@@ -175,11 +201,16 @@ class Run:
             settings = Settings(**{**vars(self.settings), **changes})
             environment = {**self.environment(), **case.environment()}
             failure = start_section("benchmarks.gpu_model", settings, take, environment)
+            needed = max(_SHORTEST, time.monotonic() - begun)
             if failure:
                 self.record["notes"].append(f"{case.key}: {failure}")
 
-    def run(self) -> None:
-        """All parts, each with its share of the time that is left."""
+    def run(self, save: Callable[[], None]) -> None:
+        """All parts, each with its share of the time that is left, but for those that have none.
+
+        Args:
+          save: called after each part, and with what there is where one is interrupted.
+        """
         parts = [p for p in _PARTS if _PEERS.get(p, p) in self.sections]
         parts = [p for p in parts if p not in _PEERS or self.peers]
         columns = (
@@ -197,12 +228,22 @@ class Run:
                     progress.update(task, advance=1, description=f"{part}: {event.get('case', '')}")
 
                 weight = sum(_PARTS[p][2] for p in parts[at:])
-                left = max(self.end - time.monotonic(), 0.0) * _PARTS[part][2] / weight
-                if part == "model":
-                    self.start_models(take, left)
-                else:
-                    self.start(part, take, left)
+                whole = max(self.end - time.monotonic(), 0.0)
+                if whole < _SHORTEST and not self.smoke:
+                    self.record["notes"].append(f"{part}: left out for lack of time")
+                    progress.remove_task(task)
+                    continue
+                left = max(whole * _PARTS[part][2] / weight, min(_SHORTEST, whole))
+                try:
+                    if part == "model":
+                        self.start_models(take, left)
+                    else:
+                        self.start(part, take, left)
+                finally:
+                    save()
                 progress.remove_task(task)
+        self.record["finished"] = True
+        save()
 
 
 def _l2_bytes(device_kind: str) -> int:
@@ -213,11 +254,22 @@ def _l2_bytes(device_kind: str) -> int:
 
 
 def result_path(record: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
-    """``<device>-<date>.json``."""
+    """``<device>-<date>.json``, or with a number where that has been written before."""
     from pallas_kernels.choices import file_name
 
     device = file_name(record["machine"]["device_kind"]).removesuffix(".json")
-    return directory / f"{device}-{record['date']}.json"
+    path = directory / f"{device}-{record['date']}.json"
+    number = 2
+    while path.exists():
+        path = directory / f"{device}-{record['date']}-{number}.json"
+        number += 1
+    return path
+
+
+def write_record(record: dict[str, Any], path: pathlib.Path) -> None:
+    """The record with the figures that it says something about, as JSON."""
+    record["checks"] = [vars(check) for check in checks(record)]
+    atomic_file.write(path, json.dumps(record, indent=1) + "\n")
 
 
 def wide_console() -> Console:
@@ -238,8 +290,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--budget-minutes",
         type=float,
-        default=9.0,
-        help="the important cases come first, and those that are left at the end are left out (9)",
+        default=8.0,
+        help="the important cases come first, and those that are left at the end are left out (8)",
     )
     made.add_argument("--smoke", action="store_true", help="tiny shapes on CPU; no figure counts")
     made.add_argument("--no-peers", action="store_true", help="without torch, gemlite and tokamax")
@@ -260,15 +312,17 @@ def main(argv: list[str] | None = None) -> int:
         directory = pathlib.Path(tempfile.mkdtemp()) if arguments.smoke else RESULTS
     run = Run(arguments, console)
     run.find_machine()
-    run.run()
     record = run.record
-    record["checks"] = [vars(check) for check in checks(record)]
+    path = result_path(record, directory)
+    interrupted = False
+    try:
+        run.run(lambda: write_record(record, path))
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("interrupted: this is what there is")
     print_report(record, console)
     if arguments.smoke:
         console.print("This was a smoke run on CPU: no figure above counts.")
-    directory.mkdir(parents=True, exist_ok=True)
-    path = result_path(record, directory)
-    path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"wrote {path}", soft_wrap=True)
     try:
         plot(record, path.with_suffix(".png"))
@@ -278,6 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     wrong = wrong_results(record)
     for line in wrong:
         console.print(f"WRONG: {line}", style="red", markup=False)
+    if interrupted:
+        return 130
     return int(bool(wrong) or not any("entries" in r or "seconds" in r for r in record["results"]))
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu_attention import Cache, random_caches
-from benchmarks.gpu_cases import MODELS, AttentionCase
+from benchmarks.gpu_cases import KERNEL, MODELS, AttentionCase
 from benchmarks.gpu_child import Settings
-from benchmarks.gpu_products import KERNEL, timed
-from benchmarks.gpu_timing import Work, difference
+from benchmarks.gpu_products import timed
+from benchmarks.gpu_timing import Work, difference, l2_ratio
 from benchmarks.gpu_weights import random_array
 from fdq.kv_cache import KVCache, parse_format
 from fdq.models import CONFIGS
@@ -140,5 +140,6 @@ def measure_append(append: AppendCase, settings: Settings) -> dict[str, Any]:
         "head_dim": d,
         "slots": case.slots,
         "bytes": 2 * qkv.nbytes,
+        "l2_ratio": l2_ratio(2 * qkv.nbytes, settings.l2_bytes),
         "entries": timed(works, checks, {}, settings),
     }

@@ -28,7 +28,8 @@ Emit = Callable[[dict[str, Any]], None]
 
 _MARK = "@fdq "
 _GRACE = 45.0  # seconds beyond its time until a section is ended
-_RESTARTS = 4
+_PROCESSES = 4  # for one section
+_NO_TIME = "no time left (--budget-minutes)"
 _ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -55,9 +56,9 @@ class Settings:
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, text: str) -> Settings:
-        """From `json.dumps` of `dataclasses.asdict`."""
-        fields = json.loads(text)
+    def read(cls, path: str) -> Settings:
+        """From a file with `json.dumps` of `dataclasses.asdict`."""
+        fields = json.loads(pathlib.Path(path).read_text("utf-8"))
         return cls(**{**fields, "skip": tuple(fields["skip"])})
 
 
@@ -73,15 +74,17 @@ def run_cases(
       cases: with a ``key``.
       settings: of the section.
       emit: where reports go: ``{"case": key, ...}`` with what ``measure`` returned, an ``error``,
-        or ``skipped``.
+        or ``skipped``; before them ``{"cases": keys}`` and each ``{"start": key}``.
       measure: of one case.
     """
     end = time.monotonic() + settings.seconds
+    cases = list(cases)
+    emit({"cases": [case.key for case in cases]})
     for case in cases:
         if case.key in settings.skip:
             continue
         if time.monotonic() > end:
-            emit({"case": case.key, "skipped": "no time left (--budget-minutes)"})
+            emit({"case": case.key, "skipped": _NO_TIME})
             continue
         emit({"start": case.key})
         if not settings.smoke:
@@ -98,22 +101,28 @@ def run_cases(
 def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> str | None:
     """Runs a section to its end, again without the case that it died of.
 
+    It is not started again where no cases or no time are left.
+
     Args:
       module: dotted name; its `main` is called by ``python -m``.
       settings: of the section.
-      emit: called with each report.
+      emit: called with each report on a case.
       env: added to the environment; an empty value removes the variable.
 
     Returns:
       Why the section did not come to its end; None if it did.
     """
     end = time.monotonic() + settings.seconds
-    seen: set[str] = set()
+    cases: list[str] = []
+    seen: set[str] = set(settings.skip)
     failure = None
-    for _ in range(_RESTARTS):
+    for _ in range(_PROCESSES):
         begun: list[str] = []
 
         def note(event: dict[str, Any], begun: list[str] = begun) -> None:
+            if "cases" in event:
+                cases[:] = event["cases"]
+                return
             if "start" in event:
                 begun.append(event["start"])
                 return
@@ -127,12 +136,19 @@ def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, st
             emit(event)
 
         left = max(end - time.monotonic(), 0.0)
-        skip = tuple(sorted({*settings.skip, *seen}))
+        skip = tuple(sorted(seen))
         failure = _run(module, dataclasses.replace(settings, seconds=left, skip=skip), note, env)
         if failure is None or not begun:
             return failure
         seen.add(begun[0])
         emit({"case": begun[0], "error": f"the process died of it: {failure}"})
+        remaining = [key for key in cases if key not in seen]
+        if time.monotonic() > end:
+            for key in remaining:
+                emit({"case": key, "skipped": _NO_TIME})
+            remaining = []
+        if not remaining:
+            return None
     return failure
 
 
@@ -141,10 +157,15 @@ def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> st
     variables = {name: value for name, value in variables.items() if value}
     paths = [str(_ROOT), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    text = json.dumps(dataclasses.asdict(settings))
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        tempfile.TemporaryDirectory(prefix="fdq-section-") as directory,
+    ):
+        # A file: an argument has 128 KiB at most, and the cases of peers may be more.
+        path = pathlib.Path(directory) / "settings.json"
+        path.write_text(json.dumps(dataclasses.asdict(settings)), "utf-8")
         process = subprocess.Popen(
-            [sys.executable, "-m", module, text],
+            [sys.executable, "-m", module, str(path)],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -165,6 +186,7 @@ def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> st
             timer.cancel()
             if process.poll() is None:
                 process.kill()
+                process.wait()
         if code == 0:
             return None
         if late:
@@ -178,7 +200,7 @@ def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> st
 
 
 def section_main(run: Callable[[Settings, Emit], None]) -> None:
-    """The `main` of a section's module: settings from the command line, reports to stdout."""
+    """The `main` of a section's module: settings from a file, reports to stdout."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit("this is a part of `python -m benchmarks.gpu`, which calls it")
     # Libraries print to stdout as they like: reports have a stream of their own.

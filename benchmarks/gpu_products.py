@@ -1,7 +1,11 @@
-"""Products with quantized weights, dense layers and experts, beside XLA's and cuBLAS's."""
+"""Products with quantized weights, dense layers and experts, beside XLA's and cuBLAS's.
+
+The kernel alone is cut as the tuning table says, like those that fdq runs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -12,20 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_cases
-from benchmarks.gpu_cases import ExpertCase, MatrixCase
+from benchmarks.gpu_cases import KERNEL, ExpertCase, MatrixCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
-from benchmarks.gpu_timing import Timing, Work, difference, links_for, reason, time_all
+from benchmarks.gpu_timing import (
+    Noisy,
+    Timing,
+    Work,
+    difference,
+    l2_ratio,
+    links_for,
+    reason,
+    time_all,
+)
 from benchmarks.gpu_weights import nbytes, random_array, random_weight, weight_spec
 from fdq import ops
 from fdq.qtensor import LAYOUTS, QTensor, dequantize
+from pallas_kernels import choices
+from pallas_kernels.device import default_device
 
-KERNEL = "kernel"
-"""Entry of the kernel alone: float32 partial sums, which its consumer adds up."""
+DOT, CUBLAS = "jnp.dot 16-bit", "cuBLAS 16-bit"
+"""Entries of the dense product: as XLA likes it, which may be a kernel of Triton, and by cuBLAS."""
 
 # Largest difference over the largest value: of float32 sums, and of what is rounded to 16 bits.
 _TOLERANCE, _ROUNDED = 2e-5, 2e-2
 
-_DENSE: dict[tuple[int, int, int], dict[str, Any]] = {}
+_DENSE: dict[tuple[int, int, int], dict[str, dict[str, Any]]] = {}
 
 
 def run(settings: Settings, emit: Emit) -> None:
@@ -66,19 +81,33 @@ def prepare(q: QTensor) -> QTensor:
     return LAYOUTS["mosaic_gpu"].from_canonical(q)
 
 
-def matrix_kernel(activation: str | None) -> Callable[..., jax.Array]:
-    """Rows (codes where activations are quantized) and a kernel weight -> partial sums."""
-    if activation is None:
-        from pallas_kernels.matmul import matrix_vector
+def tuned(kernel: str, format: str, *, rows: int, weights: int) -> dict[str, Any]:
+    """Settings of a kernel from the tuning table of this device, as fdq runs it."""
+    kind = default_device().device_kind
+    return dict(choices.choose(kind, kernel, format, rows=rows, weights=weights).config)
 
-        return matrix_vector
 
-    def integers(codes: jax.Array, w: Any) -> jax.Array:
-        from pallas_kernels.integer_matmul import integer_matrix_vector
+def matrix_kernel(
+    activation: str | None, settings: dict[str, Any] | None = None
+) -> Callable[..., jax.Array]:
+    """Rows (codes where activations are quantized) and a kernel weight -> partial sums.
 
-        return integer_matrix_vector(codes, w)
+    Args:
+      activation: what rows are quantized to.
+      settings: of the `MatrixVectorConfig`, on top of the kernel's own choice.
+    """
 
-    return integers
+    def step(x: jax.Array, w: Any) -> jax.Array:
+        from pallas_kernels import integer_matmul, matmul
+
+        own = matmul.choose_config(w.layout, x.shape[0], matmul.multiprocessors())
+        config = dataclasses.replace(own, **(settings or {}))
+        kernel = matmul.matrix_vector
+        if activation is not None:
+            kernel = integer_matmul.integer_matrix_vector
+        return kernel(x, w, config=config)
+
+    return step
 
 
 def random_weights(case: Any, count: int, lead: tuple[int, ...] = ()) -> list[QTensor]:
@@ -105,7 +134,9 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
     works: dict[str, Work | str] = {}
     prepared = attempt(lambda: [prepare(q) for q in weights])
     rows = x if activation is None else quantized_rows(x)[0]
-    kernel = matrix_kernel(activation)
+    name = "matrix_vector" if activation is None else "integer_matrix_vector"
+    config = tuned(name, spec.format, rows=case.m, weights=case.k * case.n)
+    kernel = matrix_kernel(activation, config)
     works[KERNEL] = later(prepared, lambda w: Work(kernel, rows, [q.codes for q in w]))
     if case.urgent or settings.smoke or case.m == 1:
         works["fdq"] = later(prepared, lambda w: Work(matmul("mosaic_gpu"), x, w))
@@ -125,9 +156,16 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
         "xla": lambda y: difference(y, expected),
     }
     entries = timed(works, checks, {KERNEL: _TOLERANCE}, settings)
-    entries["cuBLAS"] = dense(case, settings)
+    entries[KERNEL]["config"] = config
     labels = {name: getattr(case, name) for name in ("model", "layer", "m", "k", "n", "urgent")}
-    return {"section": "matmul", "scheme": case.scheme, **labels, "bytes": size, "entries": entries}
+    return {
+        "section": "matmul",
+        "scheme": case.scheme,
+        **labels,
+        "bytes": size,
+        "l2_ratio": l2_ratio(links * size, settings.l2_bytes),
+        "entries": entries | dense(case, settings),
+    }
 
 
 def quantized_rows(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -196,6 +234,8 @@ def timed(
 
 def entry(timing: Timing | str) -> dict[str, Any]:
     """A timing as JSON."""
+    if isinstance(timing, Noisy):
+        return {"error": str(timing), "noisy": True}
     if isinstance(timing, str):
         return {"error": timing}
     return {
@@ -206,8 +246,12 @@ def entry(timing: Timing | str) -> dict[str, Any]:
     }
 
 
-def dense(case: MatrixCase, settings: Settings) -> dict[str, Any]:
-    """The product of the same sizes in 16 bits by cuBLAS (``jnp.dot``); measured once a size."""
+def dense(case: MatrixCase, settings: Settings) -> dict[str, dict[str, Any]]:
+    """Entries of the product of the same sizes in 16 bits; measured once a size.
+
+    XLA compiles ``jnp.dot`` to what it takes for the fastest, mostly a kernel of Triton; an entry
+    of its own is cuBLAS, which exists on GPUs alone.
+    """
     key = (case.m, case.k, case.n)
     if key not in _DENSE:
         dtype = jnp.dtype(settings.dtype)
@@ -216,9 +260,19 @@ def dense(case: MatrixCase, settings: Settings) -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(2), links)
         w = [random_array(k, (case.k, case.n), dtype, case.k**-0.5) for k in keys]
         x = random_array(jax.random.key(1), (case.m, case.k), dtype)
-        timing = time_all({"dense": Work(jnp.dot, x, w)}, smoke=settings.smoke)["dense"]
-        _DENSE[key] = {**entry(timing), "bytes": size}
+        works = {DOT: Work(jnp.dot, x, w)}
+        if default_device().platform == "gpu":
+            works[CUBLAS] = by_cublas(works[DOT])
+        sizes = {"bytes": size, "l2_ratio": l2_ratio(links * size, settings.l2_bytes)}
+        timings = time_all(works, smoke=settings.smoke)
+        _DENSE[key] = {name: {**entry(timing), **sizes} for name, timing in timings.items()}
     return _DENSE[key]
+
+
+def by_cublas(work: Work) -> Work:
+    """A work with a product, compiled to a call of cuBLAS, or to nothing."""
+    options = {"xla_gpu_enable_triton_gemm": False}
+    return dataclasses.replace(work, compiler_options=options, calls="__cublas$")
 
 
 def expert_indices(case: ExpertCase, links: int, seed: int = 3) -> list[np.ndarray]:
@@ -249,11 +303,16 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
     x = random_array(jax.random.key(1), (rows, case.k), dtype)
     operands = [jnp.asarray(index) for index in chosen]
     hit = float(np.mean([len(set(index.tolist())) for index in chosen]))
+    read = len(set(np.concatenate(chosen).tolist()))
+    one = stack.nbytes / case.experts
+    changes = tuned("gathered_matrix_vector", stack.spec.format, rows=rows, weights=case.k * case.n)
 
     def kernel(x: tuple[jax.Array, Any], index: jax.Array) -> jax.Array:
-        from pallas_kernels.grouped_matmul import gathered_matrix_vector
+        from pallas_kernels.grouped_matmul import gathered_config, gathered_matrix_vector
 
-        return gathered_matrix_vector(x[0], x[1], index)
+        own = gathered_config(x[1].layout, rows)
+        config = dataclasses.replace(own, **changes)
+        return gathered_matrix_vector(x[0], x[1], index, config=config)
 
     def seam(implementation: str) -> Callable[..., jax.Array]:
         def step(x: tuple[jax.Array, Any], index: jax.Array) -> jax.Array:
@@ -274,6 +333,7 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
         "xla": lambda y: difference(y, expected),
     }
     entries = timed(works, checks, {KERNEL: _TOLERANCE}, settings)
+    entries[KERNEL]["config"] = changes
     return {
         "section": "experts",
         "scheme": f"{case.format}A16",
@@ -281,10 +341,12 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
         "layer": f"experts.{case.layer}",
         "m": case.tokens,
         "rows": rows,
+        "experts": case.experts,
         "experts_hit": hit,
         "k": case.k,
         "n": case.n,
-        "bytes": int(stack.nbytes / case.experts * hit),
+        "bytes": int(one * hit),
+        "l2_ratio": l2_ratio(one * read, settings.l2_bytes),
         "entries": entries,
     }
 

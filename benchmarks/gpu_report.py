@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_cases import LARGE
+from benchmarks.gpu_cases import KERNEL, LARGE
+from benchmarks.gpu_timing import L2_TURNS
 
-KERNEL = "kernel"
 # Entries that are not somebody else's: ours alone, and ours through `fdq.matmul`.
 _OWN = (KERNEL, "fdq")
 _LARGE_CACHE = 64 << 20
@@ -46,12 +46,18 @@ def seconds(row: dict[str, Any], name: str) -> float | None:
 
 
 def share(row: dict[str, Any], name: str, machine: dict[str, Any]) -> float | None:
-    """Bytes by time, as a part of the measured copy bandwidth."""
+    """Bytes by time, as a part of the measured copy bandwidth.
+
+    None without a time, and where some of the bytes may have come from the L2 cache: of operands
+    that are not four times as large.
+    """
     time, bandwidth = seconds(row, name), machine.get("copy_bandwidth")
     if time is None or not bandwidth:
         return None
-    size = row["entries"][name].get("bytes", row["bytes"])
-    return size / time / bandwidth
+    sizes = {**row, **row["entries"][name]}
+    if sizes.get("l2_ratio", L2_TURNS) < L2_TURNS:
+        return None
+    return sizes["bytes"] / time / bandwidth
 
 
 def rows_of(record: dict[str, Any], section: str) -> list[dict[str, Any]]:

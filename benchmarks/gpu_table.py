@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from pallas_kernels import reports as files
 from pallas_kernels.ahead_of_time import Report
@@ -24,21 +24,17 @@ _HEADS = {
 }
 
 
-def table(reports: Iterable[Report]) -> str:
-    """Markdown: a row a kernel, a column a GPU.
+def table(reports: Sequence[Report]) -> str:
+    """Markdown: `pallas_kernels.reports.markdown` with short names of GPUs above their columns.
 
     A number is the machine instructions that the inner loop spends on a weight (of attention: on an
     element of the cache), ``yes`` where there is nothing to count, a dash where it does not run.
     """
-    cells: dict[str, dict[str, str]] = {}
-    for row in files.rows(reports):
-        cells.setdefault(row.kernel, {})[row.gpu] = files.cell(row)
-    gpus = [gpu for gpu in _HEADS if any(gpu in row for row in cells.values())]
-    lines = ["| kernel | " + " | ".join(_HEADS[gpu] for gpu in gpus) + " |"]
-    lines.append("|---|" + "---:|" * len(gpus))
-    for kernel, row in cells.items():
-        lines.append(f"| {kernel} | " + " | ".join(row.get(gpu, "–") for gpu in gpus) + " |")
-    return "\n".join(lines)
+    known = {report.gpu for report in reports}
+    gpus = [gpu for gpu in _HEADS if gpu in known]
+    rows = files.markdown(reports, gpus).splitlines()[2:]
+    head = "| kernel | " + " | ".join(_HEADS[gpu] for gpu in gpus) + " |"
+    return "\n".join([head, "|---|" + "---:|" * len(gpus), *rows])
 
 
 def in_readme(text: str) -> str:

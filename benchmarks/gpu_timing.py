@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_L2_TURNS = 4
-_MOST_LINKS = 64
+L2_TURNS = 4
+MOST_LINKS = 256
 _SECONDS = 0.2  # of timed calls a program
 _REPETITIONS = (9, 51)
 _WARM_UPS = 3  # command buffers are recorded, and updated once, in the first calls
@@ -38,12 +38,16 @@ class Work:
       x: what every launch gets, unchanged.
       operands: what the launches read in turn, alike in structure and shapes.
       threads: the launch updates its operand in place; operands are donated.
+      compiler_options: of XLA, for this work alone.
+      calls: what the compiled program must call, by its name in it.
     """
 
     step: Callable[..., Any]
     x: Any
     operands: list[Any]
     threads: bool = False
+    compiler_options: dict[str, Any] | None = None
+    calls: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +67,33 @@ class Timing:
     compile_seconds: float
 
 
+class Noisy(str):
+    """Why there is no time although the work runs: it took now this and now that."""
+
+
 def links_for(operand_bytes: int, l2_bytes: int, *, smoke: bool = False) -> int:
-    """How many operands exceed the L2 cache four times; at least 3, at most 64."""
+    """How many operands exceed the L2 cache four times; at least 3, at most 256."""
     if smoke:
         return 1
-    return min(_MOST_LINKS, max(3, math.ceil(_L2_TURNS * l2_bytes / operand_bytes)))
+    return min(MOST_LINKS, max(3, math.ceil(L2_TURNS * l2_bytes / operand_bytes)))
+
+
+def l2_ratio(operand_bytes: float, l2_bytes: int) -> float:
+    """Bytes of all operands by those of the L2 cache: below 4, some may be read from it."""
+    return round(operand_bytes / l2_bytes, 2)
 
 
 def _program(work: Work, links: int) -> Callable[..., Any]:
+    step = jax.jit(work.step)  # traced and lowered once, not for each launch: that takes a second
+
     def run(x: Any, operands: list[Any]) -> tuple[list[Any], list[Any]]:
         outputs, operands = [], list(operands)
         for i in range(links):
             at = i % len(operands)
             if work.threads:
-                y, operands[at] = work.step(x, operands[at])
+                y, operands[at] = step(x, operands[at])
             else:
-                y = work.step(x, operands[at])
+                y = step(x, operands[at])
             x, y = lax.optimization_barrier((x, y))
             # Every result is returned: one that nobody uses would not be computed.
             outputs.append(y)
@@ -95,7 +110,7 @@ def time_all(works: dict[str, Work], *, smoke: bool = False) -> dict[str, Timing
       smoke: one repetition: nothing about the time, only that it runs.
 
     Returns:
-      A Timing each, or why there is none.
+      A Timing each, or why there is none: `Noisy` if only the time is not known.
     """
     result: dict[str, Timing | str] = {}
     programs: dict[str, tuple[Any, Any]] = {}
@@ -111,7 +126,7 @@ def time_all(works: dict[str, Work], *, smoke: bool = False) -> dict[str, Timing
             except Exception as error:
                 result[name] = reason(error)
                 continue
-            pending[name] = [pool.submit(_compile, one) for one in lowered]
+            pending[name] = [pool.submit(_compile, one, work) for one in lowered]
             seconds[name] = time.perf_counter() - start
         for name, futures in pending.items():
             try:
@@ -142,9 +157,13 @@ def time_all(works: dict[str, Work], *, smoke: bool = False) -> dict[str, Timing
     return {name: result[name] for name in works}
 
 
-def _compile(lowered: Any) -> tuple[Any, float]:
+def _compile(lowered: Any, work: Work) -> tuple[Any, float]:
     start = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - start
+    compiled = lowered.compile(compiler_options=work.compiler_options)
+    spent = time.perf_counter() - start
+    if work.calls is not None and work.calls not in compiled.as_text():
+        raise ValueError(f"XLA compiled it without a call of {work.calls}")
+    return compiled, spent
 
 
 def _repetitions(seconds: float) -> int:
@@ -157,7 +176,7 @@ def _timing(slopes: list[float], links: int, compiled: float, smoke: bool) -> Ti
     if smoke:  # nothing is slower than nothing: the interpreter's times count for nobody
         return Timing(max(median, 1e-9), 0.0, links, compiled)
     if median <= 0 or high - low > median:
-        return f"too noisy to time: slopes between {low * 1e6:.2f} and {high * 1e6:.2f} us"
+        return Noisy(f"too noisy to time: slopes between {low * 1e6:.2f} and {high * 1e6:.2f} us")
     return Timing(median, (high - low) / 2 / median, links, compiled)
 
 

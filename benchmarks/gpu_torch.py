@@ -7,18 +7,16 @@ times, random data, the median of slopes. torch runs in a process of its own, wi
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
-from benchmarks.gpu_timing import reason
+from benchmarks.gpu_timing import l2_ratio, links_for, reason
 
 _GROUP = 128
 _REPETITIONS = 20
 _TOLERANCE = 2e-2
-_MOST_LINKS = 64
 
 # Kernel and sizes -> entry: formats of the same sizes share a peer.
 _MEASURED: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}
@@ -131,7 +129,12 @@ def _checked(step: Callable[[Any], Any], operands: list[Any], expected: Any) -> 
 
 
 def _links(size: int, settings: Settings) -> int:
-    return min(_MOST_LINKS, max(3, math.ceil(4 * settings.l2_bytes / size)))
+    return links_for(size, settings.l2_bytes)
+
+
+def _sizes(size: int, links: int, settings: Settings) -> dict[str, Any]:
+    """Of operands that are not those of the case."""
+    return {"bytes": size, "l2_ratio": l2_ratio(links * size, settings.l2_bytes)}
 
 
 def _dtype(settings: Settings) -> Any:
@@ -154,7 +157,7 @@ def _dense(fields: dict[str, Any], settings: Settings) -> dict[str, Any]:
     x = _normal((m, k), dtype)
     w = [_normal((k, n), dtype, k**-0.5) for _ in range(_links(size, settings))]
     expected = x.float() @ w[0].float()
-    return {**_checked(lambda w: x @ w, w, expected), "bytes": size}
+    return {**_checked(lambda w: x @ w, w, expected), **_sizes(size, len(w), settings)}
 
 
 def _group_weights(k: int, n: int) -> tuple[Any, Any]:
@@ -274,7 +277,7 @@ def _sdpa(fields: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
     k, v = (a.float().repeat_interleave(heads // kv_heads, dim=1) for a in caches[0])
     expected = torch.softmax(q.float() @ k.transpose(2, 3) * d**-0.5, dim=-1) @ v
-    return {**_checked(step, caches, expected), "bytes": size}
+    return {**_checked(step, caches, expected), **_sizes(size, len(caches), settings)}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ ATTENTION_CLASSES = (
     (((1, 8192),), 1 << 24),
     (((1, 65536), (8, 8192)), None),
 )
+ROWS = (1, 2, 4, 8)
+"""Classes of rows of x: each reaches up to its number, from the one before."""
 FORMATS = ("W4", "W8", "W2", "WNF4", "Wfp8", "WMXFP4", "WNVFP4", "WCC2", "W3")
 CACHES = ("C16", "C8", "C4", "Cfp8")
 
@@ -58,14 +60,15 @@ class TuneCase:
       format: a weight's or a cache's, as in a scheme's name.
       rows: M; of attention, sequences.
       shapes: ``(K, N)`` each; of attention ``(batch, slots)``.
-      bound: weights up to which the class reaches; None for the last.
+      min_weights, max_weights: sizes of the class; None where it has no end.
     """
 
     kernel: str
     format: str
     rows: int
     shapes: tuple[tuple[int, int], ...]
-    bound: int | None
+    min_weights: int | None
+    max_weights: int | None
 
     @property
     def key(self) -> str:
@@ -81,23 +84,37 @@ class TuneCase:
         return dtype if spec is None else spec.format
 
 
+Shapes = tuple[tuple[int, int], ...]
+
+
+def classes(
+    bounds: tuple[tuple[Shapes, int | None], ...],
+) -> list[tuple[Shapes, int | None, int | None]]:
+    """Shapes, and the least and the most weights of each class: it begins where another ends."""
+    found, least = [], None
+    for shapes, most in bounds:
+        found.append((shapes, least, most))
+        least = None if most is None else most + 1
+    return found
+
+
 def tune_cases() -> list[TuneCase]:
     """What is tuned, by importance."""
 
     def matrices(formats: tuple[str, ...], rows: tuple[int, ...]) -> Iterator[TuneCase]:
         for m in rows:
             for format in formats:
-                for shapes, bound in reversed(MATRIX_CLASSES):
-                    yield TuneCase("matrix_vector", format, m, shapes, bound)
+                for shapes, *bounds in reversed(classes(MATRIX_CLASSES)):
+                    yield TuneCase("matrix_vector", format, m, shapes, *bounds)
 
-    cases = list(matrices(FORMATS[:2], (1, 8)))
+    cases = list(matrices(FORMATS[:2], (ROWS[0], ROWS[-1])))
     for format in CACHES:
-        for shapes, bound in ATTENTION_CLASSES:
-            cases.append(TuneCase("decode_attention", format, shapes[0][0], shapes, bound))
+        for shapes, *bounds in classes(ATTENTION_CLASSES):
+            cases.append(TuneCase("decode_attention", format, shapes[0][0], shapes, *bounds))
     experts = ((2560, 3072),)
-    cases += [TuneCase("gathered_matrix_vector", f, 6, experts, None) for f in FORMATS[:2]]
-    cases += matrices(FORMATS[:2], (2, 4))
-    cases += matrices(FORMATS[2:], (1, 8))
+    cases += [TuneCase("gathered_matrix_vector", f, 6, experts, None, None) for f in FORMATS[:2]]
+    cases += matrices(FORMATS[:2], ROWS[1:-1])
+    cases += matrices(FORMATS[2:], (ROWS[0], ROWS[-1]))
     return cases
 
 
@@ -129,7 +146,8 @@ def measure(case: TuneCase, settings: Settings) -> dict[str, Any]:
         "kernel": case.kernel,
         "format": case.format_name(settings.dtype),
         "rows": case.rows,
-        "bound": case.bound,
+        "min_weights": case.min_weights,
+        "max_weights": case.max_weights,
         "shapes": [
             {"shape": shape, "entries": one(case, shape, settings)} for shape in case.shapes
         ],
@@ -197,8 +215,7 @@ def _summed(kernel: Callable[..., jax.Array], config: Any) -> Callable[..., jax.
 
 
 def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
-    from pallas_kernels import matmul as kernels
-    from pallas_kernels.grouped_matmul import gathered_matrix_vector
+    from pallas_kernels.grouped_matmul import gathered_config, gathered_matrix_vector
 
     k, n = shape
     experts = 4 if settings.smoke else 64
@@ -232,9 +249,7 @@ def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict
         works[OWN] = later(prepared, lambda w: Work(jnp.add, x, w))
     else:
         weight = prepared.codes
-        # As the kernel chooses: every pick has its share of the multiprocessors.
-        share = -(-kernels.multiprocessors() // case.rows)
-        own = kernels.choose_config(weight.layout, 1, share)
+        own = gathered_config(weight.layout, case.rows)
         for candidate in matrix_candidates(own, settings.smoke):
             config = dataclasses.replace(own, **candidate)
             works[name_of(candidate)] = Work(by_kernel(config), (x, weight), indices)

@@ -30,6 +30,7 @@ _ATTENTION = {  # query heads, heads of the cache, slots, sequences
     "Llama-3-8B, 128k": (32, 8, 131072, 1),
     "Llama-3-8B, batch 64": (32, 8, 4096, 64),
     "as many heads as the cache": (8, 8, 8192, 1),
+    "Qwen3-235B-A22B": (64, 4, 8192, 1),
 }
 
 
@@ -51,7 +52,7 @@ def _attention_cases() -> list[KernelCase]:
         )
         for cache in _CACHES
         for index, (model, shape) in enumerate(_ATTENTION.items())
-        if index == 0 or cache in ("C8", "C4")
+        if index == 0 or cache in ("C8", "C4") or model.startswith("Qwen3")
     ]
 
 

@@ -9,18 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_cases, gpu_model, gpu_report, gpu_table, gpu_timing
+from benchmarks import (
+    atomic_file,
+    gpu,
+    gpu_cases,
+    gpu_model,
+    gpu_report,
+    gpu_table,
+    gpu_timing,
+)
 from benchmarks.gpu_attention import measure as measure_attention
 from benchmarks.gpu_attention import small
-from benchmarks.gpu_child import Settings, start_section
-from benchmarks.gpu_products import cut, expert_indices, measure_matrix, timed
+from benchmarks.gpu_child import Settings
+from benchmarks.gpu_products import (
+    by_cublas,
+    cut,
+    expert_indices,
+    matrix_kernel,
+    measure_experts,
+    measure_matrix,
+    prepare,
+    random_weights,
+    small_experts,
+    timed,
+)
 from benchmarks.gpu_timing import Timing, Work
 from benchmarks.gpu_weights import random_cache, random_weight, weight_spec
 from fdq.kv_cache import parse_format
 from fdq.models import CONFIGS
 from fdq.qtensor import dequantize
 from fdq.quantizers import quantize_array
-from pallas_kernels import reports
+from pallas_kernels import choices, decode_attention, reports
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -129,52 +148,99 @@ def test_zeros_prove_nothing():
         gpu_timing.difference(jnp.zeros(3), jnp.zeros(3))
 
 
-def test_a_section_survives_a_case_that_kills_its_process():
-    events = []
-    failure = start_section(
-        "tests.benchmarks.dying_section",
-        Settings(smoke=True, seconds=60.0, more={"cases": "abcd"}),
-        events.append,
-        {"JAX_PLATFORMS": "cpu"},
-    )
-    assert failure is None
-    by_case = {event["case"]: event for event in events}
-    assert sorted(by_case) == list("abcd") and len(events) == 4
-    assert "exit code 7" in by_case["b"]["error"]
-    assert by_case["c"]["error"] == "ValueError: not this one"
-    assert by_case["d"]["section"] == "test"
+def test_a_step_is_traced_once_whatever_the_length_of_the_chain():
+    traced = []
+
+    def step(x, w):
+        traced.append(1)
+        return x @ w
+
+    works = {"dot": Work(step, jnp.ones((1, 8)), [jnp.ones((8, 8))] * 20)}
+    gpu_timing.time_all(works, smoke=True)
+    assert len(traced) == 1
 
 
-def test_a_case_that_hangs_costs_its_own_time():
-    events = []
-    settings = Settings(smoke=False, seconds=60.0, case_seconds=2.0, more={"cases": "had"})
-    environment = {"JAX_PLATFORMS": "cpu"}
-    assert (
-        start_section("tests.benchmarks.dying_section", settings, events.append, environment)
-        is None
-    )
-    assert [event["case"] for event in events] == ["h", "a", "d"]
-    assert "Timeout" in events[0]["error"]
+def test_operands_exceed_the_l2_cache_four_times():
+    l2, short_c4 = 50 << 20, 2 * 8 * 1024 * 64 + 4 * 8 * 1024 * 5 // 2
+    assert gpu_timing.links_for(short_c4, l2) * short_c4 >= 4 * l2
+    assert gpu_timing.links_for(1, l2) == gpu_timing.MOST_LINKS
+    assert gpu_timing.links_for(1 << 30, l2) == 3
+    assert gpu_timing.l2_ratio(100 << 20, l2) == 2.0
 
 
-def test_a_section_without_time_skips():
-    events = []
-    settings = Settings(smoke=True, seconds=-1.0, more={"cases": "abcd"})
-    start_section("tests.benchmarks.dying_section", settings, events.append, {})
-    assert [sorted(event) for event in events] == [["case", "skipped"]] * 4
+def test_what_the_l2_cache_holds_has_no_bandwidth():
+    report = record(row("attention", "C8", LARGE, kernel=1e-4))
+    found = report["results"][0]
+    machine = report["machine"]
+    for ratio, part in ((3.99, None), (4.0, 1.0)):
+        found["l2_ratio"] = ratio
+        assert gpu_report.share(found, "kernel", machine) == part
+    # An entry with operands of its own goes by those.
+    found["entries"]["kernel"] |= {"bytes": LARGE // 2, "l2_ratio": 1.0}
+    assert gpu_report.share(found, "kernel", machine) is None
+
+
+def test_cublas_is_what_it_says():
+    work = by_cublas(Work(jnp.dot, jnp.ones((1, 8)), [jnp.ones((8, 8))]))
+    found = gpu_timing.time_all({"cuBLAS": work}, smoke=True)["cuBLAS"]
+    assert found == "ValueError: XLA compiled it without a call of __cublas$"  # on a CPU
 
 
 def test_a_matrix_case_runs_interpreted():
     case = next(c for c in gpu_cases.matrix_cases() if c.format == "W4" and c.m == 2)
     report = measure_matrix(cut(case), SMOKE)
     assert json.loads(json.dumps(report))["entries"]["kernel"]["difference"] < 5e-6
-    assert {"kernel", "fdq", "xla", "cuBLAS"} == set(report["entries"])
+    # cuBLAS is there on GPUs alone.
+    assert {"kernel", "fdq", "xla", "jnp.dot 16-bit"} == set(report["entries"])
     assert not [e for e in report["entries"].values() if "error" in e]
+
+
+def table_with(monkeypatch, *rows):
+    """The tuning table of this device."""
+    monkeypatch.setattr(choices, "_rows", lambda file: list(rows))
+
+
+def test_a_product_is_cut_as_the_tuning_table_says(monkeypatch):
+    row = {"kernel": "matrix_vector", "formats": ["int4"], "use": "mosaic_gpu"}
+    table_with(monkeypatch, {**row, "config": {"split": 2}})
+    case = next(c for c in gpu_cases.matrix_cases() if c.format == "W4" and c.m == 8)
+    report = measure_matrix(cut(case), SMOKE)["entries"]["kernel"]
+    assert report["config"] == {"split": 2} and "error" not in report
+    w = prepare(random_weights(cut(case), 1)[0]).codes
+    x = jnp.ones((8, 256), jnp.bfloat16)
+    for split in (1, 2):
+        assert matrix_kernel(None, {"split": split})(x, w).shape[0] == split
+
+
+def test_experts_are_cut_as_the_tuning_table_says(monkeypatch):
+    row = {"kernel": "gathered_matrix_vector", "formats": ["int4"], "use": "mosaic_gpu"}
+    table_with(monkeypatch, {**row, "config": {"split": 2}})
+    report = measure_experts(small_experts(gpu_cases.expert_cases()[0]), SMOKE)
+    assert report["entries"]["kernel"]["config"] == {"split": 2}
+    assert not [e for e in report["entries"].values() if "error" in e]
+    assert report["experts"] == 4  # tokamax makes as many
 
 
 def test_an_attention_case_runs_interpreted():
     case = next(c for c in gpu_cases.attention_cases() if c.format == "C8")
     report = measure_attention(small(case), SMOKE)
+    assert not [e for e in report["entries"].values() if "error" in e]
+
+
+def test_attention_is_cut_as_the_tuning_table_says(monkeypatch):
+    row = {"kernel": "decode_attention", "formats": ["int8"], "use": "mosaic_gpu"}
+    table_with(monkeypatch, {**row, "config": {"parts": 2}})
+    parts = []
+    kernel = decode_attention.decode_attention
+
+    def record_parts(*arguments, **more):
+        parts.append(more.get("parts"))
+        return kernel(*arguments, **more)
+
+    monkeypatch.setattr(decode_attention, "decode_attention", record_parts)
+    case = next(c for c in gpu_cases.attention_cases() if c.format == "C8")
+    report = measure_attention(small(case), SMOKE)
+    assert report["entries"]["kernel"]["config"] == {"parts": 2} and set(parts) == {2}
     assert not [e for e in report["entries"].values() if "error" in e]
 
 
@@ -190,6 +256,87 @@ def test_flags_of_a_model_case(monkeypatch):
     assert gpu_model.CASES[0].environment()["XLA_FLAGS"] == "--xla_one=1"
     off = dataclasses.replace(gpu_model.CASES[0], graphs="off").environment()["XLA_FLAGS"]
     assert off == "--xla_one=1 --xla_gpu_enable_command_buffer="
+
+
+class Parts:
+    """A run whose processes report what they are told to, by a clock of its own."""
+
+    def __init__(self, monkeypatch, *arguments, took=0.0, failing=()):
+        self.now, self.started, self.failing, self.took = 0.0, [], dict(failing), took
+        self.settings = {}
+        monkeypatch.setattr(gpu.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(gpu, "start_section", self.start)
+        self.run = gpu.Run(gpu.parser().parse_args(arguments), gpu.wide_console())
+        self.run.record["machine"] = {"device_kind": "Some GPU", "copy_bandwidth": 1e12}
+
+    def start(self, module, settings, emit, env):
+        self.started.append(module.removeprefix("benchmarks.gpu_"))
+        self.settings[self.started[-1]] = settings
+        self.now += self.took
+        if self.started[-1] in self.failing:
+            raise self.failing[self.started[-1]]
+        if self.started[-1] == "products":
+            emit(row("matmul", "W4A16", LARGE, kernel=1e-4))
+        return None
+
+
+def test_whole_models_come_last_and_have_the_time_that_they_need(monkeypatch):
+    parts = Parts(monkeypatch, "--no-peers", took=80.0)
+    parts.run.run(lambda: None)
+    assert parts.started[:4] == ["products", "attention", "products", "attention"]
+    # 8 minutes less 4 parts of 80 s are two models; in 0 s there is no third.
+    assert parts.started[4:] == ["model"] * 2
+    assert len(parts.run.record["skipped"]) == len(gpu_model.CASES) - 2
+    parts = Parts(monkeypatch, "--no-peers", "--only", "model", took=190.0)
+    parts.run.run(lambda: None)
+    assert parts.started == ["model"] * 2  # 100 s are left, and the last took 190
+
+
+def test_parts_without_time_are_not_started(monkeypatch):
+    parts = Parts(monkeypatch, "--no-peers", took=233.0)
+    parts.run.run(lambda: None)
+    assert parts.started == ["products", "attention"]
+    assert next(n for n in parts.run.record["notes"] if "lack of time" in n).startswith("experts")
+
+
+def test_small_parts_get_the_least_time_that_is_worth_a_process(monkeypatch):
+    parts = Parts(monkeypatch)
+    parts.run.run(lambda: None)
+    assert parts.settings["torch"].seconds >= 15.0
+
+
+def test_peers_are_told_what_they_need(monkeypatch):
+    parts = Parts(monkeypatch, "--only", "matmul")
+    parts.run.run(lambda: None)
+    (told,) = parts.settings["torch"].more["cases"]
+    assert told["scheme"] == "W4A16" and told["k"] == 1 and "entries" not in told
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a bug")])
+def test_what_was_measured_is_in_the_file_when_a_run_dies(monkeypatch, tmp_path, error):
+    parts = Parts(monkeypatch, failing={"attention": error})
+    monkeypatch.setattr(gpu, "Run", lambda *_: parts.run)
+    monkeypatch.setattr(parts.run, "find_machine", lambda: None)
+    monkeypatch.setattr(gpu, "plot", lambda *_: None)
+    arguments = ["--no-peers", "--output", str(tmp_path)]
+    if isinstance(error, KeyboardInterrupt):
+        assert gpu.main(arguments) == 130
+    else:
+        with pytest.raises(ValueError, match="a bug"):
+            gpu.main(arguments)
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert [r["scheme"] for r in found["results"]] == ["W4A16"] and not found["finished"]
+    assert found["checks"][0]["met"]
+    assert gpu.result_path(found, tmp_path) != path  # the next run of the day keeps it
+
+
+def test_a_file_is_written_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    atomic_file.write(path, "first")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_file.write(path, "second\ud800")
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
 
 
 def row(section, scheme, size, **entries):

@@ -1,0 +1,72 @@
+"""Sections of the GPU benchmark as processes: those that die, hang or have no time."""
+
+from benchmarks import gpu_child
+from benchmarks.gpu_child import Settings, start_section
+
+
+def test_a_section_survives_a_case_that_kills_its_process():
+    events = []
+    failure = start_section(
+        "tests.benchmarks.dying_section",
+        Settings(smoke=True, seconds=60.0, more={"cases": "abcd"}),
+        events.append,
+        {"JAX_PLATFORMS": "cpu"},
+    )
+    assert failure is None
+    by_case = {event["case"]: event for event in events}
+    assert sorted(by_case) == list("abcd") and len(events) == 4
+    assert "exit code 7" in by_case["b"]["error"]
+    assert by_case["c"]["error"] == "ValueError: not this one"
+    assert by_case["d"]["section"] == "test"
+
+
+def test_a_process_that_dies_of_its_last_case_is_not_started_again(monkeypatch):
+    started = []
+    run = gpu_child._run
+    monkeypatch.setattr(gpu_child, "_run", lambda *a: started.append(1) or run(*a))
+    events = []
+    settings = Settings(smoke=True, seconds=60.0, more={"cases": "ab"})
+    section = "tests.benchmarks.dying_section"
+    assert start_section(section, settings, events.append, {"JAX_PLATFORMS": "cpu"}) is None
+    assert len(started) == 1
+    assert [event["case"] for event in events] == ["a", "b"]
+
+
+def test_cases_of_a_dead_process_are_skipped_without_another_if_no_time_is_left(monkeypatch):
+    def run(module, settings, emit, env):
+        emit({"cases": ["b", "c"]})
+        emit({"start": "b"})
+        return "exit code 7"
+
+    monkeypatch.setattr(gpu_child, "_run", run)
+    events = []
+    assert start_section("x", Settings(smoke=True, seconds=-1.0), events.append, {}) is None
+    assert [sorted(event) for event in events] == [["case", "error"], ["case", "skipped"]]
+
+
+def test_settings_may_be_longer_than_an_argument():
+    events = []
+    more = {"cases": "a", "long": "x" * 300_000}
+    settings = Settings(smoke=True, seconds=60.0, more=more)
+    section = "tests.benchmarks.dying_section"
+    assert start_section(section, settings, events.append, {"JAX_PLATFORMS": "cpu"}) is None
+    assert [event["case"] for event in events] == ["a"]
+
+
+def test_a_case_that_hangs_costs_its_own_time():
+    events = []
+    settings = Settings(smoke=False, seconds=60.0, case_seconds=2.0, more={"cases": "had"})
+    environment = {"JAX_PLATFORMS": "cpu"}
+    assert (
+        start_section("tests.benchmarks.dying_section", settings, events.append, environment)
+        is None
+    )
+    assert [event["case"] for event in events] == ["h", "a", "d"]
+    assert "Timeout" in events[0]["error"]
+
+
+def test_a_section_without_time_skips():
+    events = []
+    settings = Settings(smoke=True, seconds=-1.0, more={"cases": "abcd"})
+    start_section("tests.benchmarks.dying_section", settings, events.append, {})
+    assert [sorted(event) for event in events] == [["case", "skipped"]] * 4
