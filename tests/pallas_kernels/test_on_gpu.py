@@ -13,6 +13,8 @@ from fdq.kv_cache import parse_format
 from fdq.models import Decoder, DecoderConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import self_check
+from pallas_kernels.cache_update import append, append_reference
+from pallas_kernels.grouped_matmul import gathered_matrix_vector
 from pallas_kernels.integer_matmul import BITS, integer_matrix_vector
 from pallas_kernels.matmul import matrix_vector
 from pallas_kernels.routing import router_logits, top_k_experts, top_k_experts_reference
@@ -43,6 +45,50 @@ def test_integer_products(case):
     x = generator("gpu integers").integers(-127, 128, (2, 512))
     y = integer_matrix_vector(jnp.asarray(x, jnp.int8), w)
     assert difference(y.sum(axis=0), x.astype(np.float64) @ values) < BOUND
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_experts(case):
+    w, values = random_weight(case, 512, 384, (3,))
+    shared, shared_values = random_weight(case, 512, 256)
+    x = jnp.asarray(generator("gpu experts").normal(size=(2, 512)), jnp.float16)
+    index = np.asarray([2, 0, 0, 1], np.int32)
+    y, z = gathered_matrix_vector(x, w, jnp.asarray(index), shared=(x, shared))
+    rows = np.asarray(x, np.float64)
+    picked = np.einsum("pk,pkn->pn", np.repeat(rows, 2, axis=0), values[index])
+    assert difference(y.sum(axis=0), picked) < BOUND
+    assert difference(z.sum(axis=0), rows @ shared_values) < BOUND
+
+
+@pytest.mark.parametrize("name", ["C16", "C8", "Cfp8", "C4"])
+def test_append(name):
+    spec = parse_format(name)
+    rng = generator("gpu append", name)
+    parts = jnp.asarray(rng.normal(size=(2, 3, (4 + 2 * 2) * 128)), jnp.float32)
+    angle = rng.uniform(0, 6, (3, 64))
+    angles = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
+    zeros = jnp.zeros((3, 2, 40, 128), jnp.float16)
+    caches = [zeros, zeros]
+    if spec is not None:
+        codes, scale, zero = ops.quantize_cache(zeros.astype(jnp.float32), spec)
+        if codes.dtype == jnp.float8_e4m3fn:
+            codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+        caches = [codes, codes, scale, scale, *([zero, zero] if spec.zero_point else [])]
+    options = {"heads": 4, "interleaved": False, "dtype": jnp.float16}
+    options["cache_format"] = None if spec is None else spec.format
+    slots = jnp.asarray([0, 39, 7], jnp.int32)
+    found = append(parts, *angles, slots, *caches, **options)
+    wanted = append_reference(parts, *angles, slots, *caches, **options)
+    for field, one, other in zip(found._fields, found, wanted, strict=True):
+        if one is None:
+            assert other is None
+            continue
+        one, other = (np.asarray(a).astype(np.float64) for a in (one, other))
+        if field in ("k", "v") and name == "C4":  # two codes in a byte
+            one, other = (np.stack([a % 16, a // 16]) for a in (one, other))
+        # The rotation may differ by a bit of float16, and a code by one.
+        bound = 1 if field in ("k", "v", "k_zero", "v_zero") and spec is not None else 2e-3
+        assert np.abs(one - other).max() <= bound
 
 
 @pytest.mark.parametrize("group", [1, 2, 5, 8])
