@@ -62,7 +62,7 @@ def best_layout(q: QTensor, platform: str) -> str:
     wanted = resolve_implementation("prepare", None).name
     if wanted is None:
         # With several devices XLA runs, which would have to undo the kernels' layout in every step.
-        kernels = platform in ("gpu", "cuda") and jax.device_count() == 1
+        kernels = platform in ("gpu", "cuda") and _devices(platform) <= 1
         wanted = MOSAIC_GPU if kernels else "xla"
     if wanted == MOSAIC_GPU and q.ndim <= 3 and layout_obstacle(q) is None:
         return MOSAIC_GPU
@@ -72,6 +72,14 @@ def best_layout(q: QTensor, platform: str) -> str:
     if plain and platform == "cpu" and _has_matrix_units():
         return "transposed"
     return "canonical"
+
+
+def _devices(platform: str) -> int:
+    """Devices of a platform on this machine; 0 where they are elsewhere."""
+    try:
+        return len(jax.devices(platform))
+    except RuntimeError:
+        return 0
 
 
 @functools.cache
