@@ -164,7 +164,7 @@ def _named(items: Sequence[Any], names: Sequence[str], kernel: str | None) -> li
         if kernel is None or kernel.lower() in name.lower()
     ]
     if not chosen:
-        known = ", ".join(dict.fromkeys(item.kernel for item in items))
+        known = "; ".join(dict.fromkeys(item.kernel for item in items))
         raise ValueError(f"--kernel {kernel!r} matches no kernel. There are: {known}.")
     return chosen
 
