@@ -212,6 +212,7 @@ def test_a_product_is_cut_as_the_tuning_table_says(monkeypatch):
         assert matrix_kernel(None, {"split": split})(x, w).shape[0] == split
 
 
+@pytest.mark.slow
 def test_experts_are_cut_as_the_tuning_table_says(monkeypatch):
     row = {"kernel": "gathered_matrix_vector", "formats": ["int4"], "use": "mosaic_gpu"}
     table_with(monkeypatch, {**row, "config": {"split": 2}})
@@ -227,6 +228,7 @@ def test_an_attention_case_runs_interpreted():
     assert not [e for e in report["entries"].values() if "error" in e]
 
 
+@pytest.mark.slow
 def test_attention_is_cut_as_the_tuning_table_says(monkeypatch):
     row = {"kernel": "decode_attention", "formats": ["int8"], "use": "mosaic_gpu"}
     table_with(monkeypatch, {**row, "config": {"parts": 2}})

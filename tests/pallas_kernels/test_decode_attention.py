@@ -200,8 +200,9 @@ def test_large_scores(rng, tensor_cores):
     assert_close(out, reference(q, k, v, lengths, scale=-100.0), of_largest=0.01)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "float16", "int8 channel"])
-@pytest.mark.parametrize("size", [3e5, 1e-6])
+@pytest.mark.parametrize(
+    ("name", "size"), [("int8", 3e5), ("int4", 1e-6), ("float16", 3e5), ("int8 channel", 1e-6)]
+)
 def test_queries_beyond_float16_on_tensor_cores(rng, name, size):
     """Codes meet queries as float16, which ends at 65504 and has few bits below 2^-14."""
     q, k, v, settings = make(rng, name, Sizes(slots=70))
