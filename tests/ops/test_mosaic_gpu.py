@@ -219,8 +219,8 @@ def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(self_check, "is_real", lambda device: True)
     monkeypatch.setattr(self_check, "_RESULTS", {})
     device = jax.devices("cpu")[0]
-    kernels = ("matrix_vector", "integer_matrix_vector", "gathered_matrix_vector")
-    for kernel, scheme in zip(kernels, ("W4A16-g96", "W8A16", "W4A16"), strict=True):
+    kernels = ("integer_matrix_vector", "gathered_matrix_vector")
+    for kernel, scheme in zip(kernels, ("W8A16", "W4A16-g96"), strict=True):
         q = weight(scheme, k=768)
         assert mosaic_gpu._check_product(kernel, q, device) is None
     cache = jnp.zeros((1, 2, 32, 64), jnp.int8)
