@@ -96,7 +96,7 @@ def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
     lengths = jnp.full((case.batch,), case.slots, jnp.int32)
     name = None if spec is None else spec.format
     first = caches[0]
-    weights = first.k.size  # as fdq looks it up
+    weights = case.batch * case.kv_heads * case.slots * case.head_dim  # as fdq looks it up
     config = tuned("decode_attention", name or dtype.name, rows=case.batch, weights=weights)
 
     def kernel(x: Any, cache: Cache) -> jax.Array:
