@@ -142,9 +142,10 @@ def _transformable(config, shared_config):
         decoded = decoded_weight(jax.tree.map(lambda a: a[index], w))
         of_x = rows_cotangent(of_picks, x, w, decoded, index.shape[0] // x.shape[0])
         if shared_weight is None:
-            return of_x, None
+            return (of_x, None), None, None, None
         decoded = decoded_weight(shared_weight)
-        return of_x, rows_cotangent(cotangent[1], shared_rows, shared_weight, decoded)
+        of_shared = rows_cotangent(cotangent[1], shared_rows, shared_weight, decoded)
+        return (of_x, of_shared), None, None, None
 
     return differentiable(batchable(kernel), gradient)
 

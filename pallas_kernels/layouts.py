@@ -301,19 +301,17 @@ def _check_shapes(arrays: dict[str, jax.Array], layout: WeightLayout) -> None:
     """Raises ValueError where arrays are not those of the weight that the layout describes."""
     k, n, groups = layout.k, layout.n, layout.groups
     rows = _canonical_rows(layout)
-    expected: dict[str, tuple[tuple[int, ...], ...]] = {"codes": ((rows, n),)}
-    small: tuple[tuple[int, ...], ...] = ((groups, n),)
+    small = groups, n
     if layout.granularity == "tensor":
-        small = ((1, 1),)
+        small = 1, 1
     elif layout.block_size is not None:
-        small = ((groups, -(-n // layout.block_size[1])),)
-    expected["zero"] = small
-    expected["scale"] = ((-(-groups // 2), n),) if layout.scale_dtype == "uint4" else small
-    for name, shapes in expected.items():
-        if name in arrays and arrays[name].shape[-2:] not in shapes:
+        small = groups, -(-n // layout.block_size[1])
+    scale = (-(-groups // 2), n) if layout.scale_dtype == "uint4" else small
+    for name, shape in (("codes", (rows, n)), ("scale", scale), ("zero", small)):
+        if name in arrays and arrays[name].shape[-2:] != shape:
             raise ValueError(
                 f"to_kernel: {name} of a {layout.format} weight [{k}, {n}] with "
-                f"{layout.granularity} scales is [..., {shapes[0][0]}, {shapes[0][1]}], found "
+                f"{layout.granularity} scales is [..., {shape[0]}, {shape[1]}], found "
                 f"{list(arrays[name].shape)}."
             )
 

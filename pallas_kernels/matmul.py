@@ -111,7 +111,7 @@ def _transformable(config: MatrixVectorConfig):
     kernel = functools.partial(_matrix_vector, config=config)
 
     def gradient(cotangent, x, w):
-        return rows_cotangent(cotangent, x, w, decoded_weight(w))
+        return rows_cotangent(cotangent, x, w, decoded_weight(w)), None
 
     return differentiable(batchable(kernel, rows_of_a_batch(kernel, config)), gradient)
 

@@ -73,7 +73,7 @@ def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
     def gradient(cotangent, x, kernel):
         return jax.vjp(_partial_logits, x, kernel)[1](cotangent)
 
-    return differentiable(batchable(run), gradient, all_arguments=True)(x, kernel)
+    return differentiable(batchable(run), gradient)(x, kernel)
 
 
 def _partial_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
@@ -253,7 +253,7 @@ def top_k_experts(
 
         return jax.vjp(weights, logits)[1](cotangent[1])[0], None
 
-    return differentiable(batchable(run), gradient, all_arguments=True)(logits, correction_bias)
+    return differentiable(batchable(run), gradient)(logits, correction_bias)
 
 
 @functools.partial(jax.jit, static_argnames=("experts", "top_k", "normalize", "norm_min"))

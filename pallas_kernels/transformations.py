@@ -47,26 +47,24 @@ def batchable(
 
 
 def differentiable(
-    kernel: Callable[..., Any], gradient: Callable[..., Any], *, all_arguments: bool = False
+    kernel: Callable[..., Any], gradient: Callable[..., tuple[Any, ...]]
 ) -> Callable[..., Any]:
-    """`kernel` of rows and other arguments, with a gradient.
+    """`kernel` with a gradient.
 
     Args:
-      kernel: ``(x, *others)``.
-      gradient: ``(cotangent, x, *others)`` -> cotangent of x.
-      all_arguments: the gradient is of all arguments, a tuple; else the others have none.
+      kernel: of pytrees.
+      gradient: ``(cotangent, *arguments)`` -> a cotangent for each argument, None for no gradient.
     """
 
     @jax.custom_vjp
-    def run(x, *others):
-        return kernel(x, *others)
+    def run(*arguments):
+        return kernel(*arguments)
 
-    def forward(x, *others):
-        return run(x, *others), (x, *others)
+    def forward(*arguments):
+        return run(*arguments), arguments
 
     def backward(arguments, cotangent):
-        found = gradient(cotangent, *arguments)
-        return found if all_arguments else (found, *(None for _ in arguments[1:]))
+        return gradient(cotangent, *arguments)
 
     run.defvjp(forward, backward)
     return run
