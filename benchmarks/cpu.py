@@ -31,9 +31,9 @@ import numpy as np
 from benchmarks.cpu_tuning import tune
 from benchmarks.figure import dot_chart
 from fdq import ops
-from fdq.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import quantize_array
-from fdq.scheme import CacheSpec, WeightSpec
+from fdq.schemes.scheme import CacheSpec, WeightSpec
 
 WEIGHTS = {
     "W8A16": ("W8", None),

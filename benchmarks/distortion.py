@@ -26,9 +26,9 @@ import numpy as np
 
 from benchmarks.figure import dot_chart
 from fdq.formats import FORMATS
-from fdq.qtensor import dequantize
+from fdq.formats.qtensor import dequantize
 from fdq.quantizers import quantize_array
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 SEED = 20260101
 REFERENCE_COLUMNS = 4096

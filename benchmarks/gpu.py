@@ -247,7 +247,7 @@ class Run:
 
 
 def _l2_bytes(device_kind: str) -> int:
-    from pallas_kernels.gpu_targets import of_device
+    from pallas_kernels.aot.gpu_targets import of_device
 
     gpu = of_device(device_kind)
     return gpu.l2_bytes if gpu is not None else 64 << 20
@@ -255,7 +255,7 @@ def _l2_bytes(device_kind: str) -> int:
 
 def result_path(record: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
     """``<device>-<date>.json``, or with a number where that has been written before."""
-    from pallas_kernels.choices import file_name
+    from pallas_kernels.tuning.choices import file_name
 
     device = file_name(record["machine"]["device_kind"]).removesuffix(".json")
     path = directory / f"{device}-{record['date']}.json"

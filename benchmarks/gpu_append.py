@@ -14,7 +14,7 @@ from benchmarks.gpu_child import Settings
 from benchmarks.gpu_products import timed
 from benchmarks.gpu_timing import Work, difference, l2_ratio
 from benchmarks.gpu_weights import random_array
-from fdq.kv_cache import KVCache, parse_format
+from fdq.cache.kv_cache import KVCache, parse_format
 from fdq.models import CONFIGS
 from fdq.nn.rotary import apply_rotary, rotary_angles
 
@@ -78,7 +78,7 @@ def measure_append(append: AppendCase, settings: Settings) -> dict[str, Any]:
     Bytes are those of the queries, keys and values that are read and written: little, so that
     what counts is the time.
     """
-    from pallas_kernels.cache_update import append as kernel
+    from pallas_kernels.append.cache_update import append as kernel
 
     case = append.case
     dtype = jnp.dtype(settings.dtype)

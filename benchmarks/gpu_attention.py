@@ -20,8 +20,8 @@ from benchmarks.gpu_products import timed, tuned
 from benchmarks.gpu_timing import Work, difference, l2_ratio, links_for
 from benchmarks.gpu_weights import nbytes, random_array, random_cache
 from fdq import ops
-from fdq.kv_cache import parse_format
-from fdq.scheme import CacheSpec
+from fdq.cache.kv_cache import parse_format
+from fdq.schemes.scheme import CacheSpec
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +87,10 @@ def _random(key: jax.Array, case: AttentionCase, spec: CacheSpec | None, dtype: 
 
 def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
     """Times one step of attention by kernel, XLA and cuDNN; bytes are those of the cache."""
-    from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
+    from pallas_kernels.attention.decode_attention import (
+        decode_attention,
+        decode_attention_reference,
+    )
 
     dtype = jnp.dtype(settings.dtype)
     spec = parse_format(case.format)

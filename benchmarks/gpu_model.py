@@ -24,9 +24,9 @@ from flax import nnx
 import fdq
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_weights import nbytes, random_array, random_cache, random_weight
-from fdq.kv_cache import KVCache
+from fdq.cache.kv_cache import KVCache
+from fdq.formats.qtensor import QTensor
 from fdq.models import CONFIGS, DecoderConfig, abstract
-from fdq.qtensor import QTensor
 
 GRAPHS = {
     "default": None,

@@ -30,9 +30,9 @@ from benchmarks.gpu_timing import (
 )
 from benchmarks.gpu_weights import nbytes, random_array, random_weight, weight_spec
 from fdq import ops
-from fdq.qtensor import LAYOUTS, QTensor, dequantize
-from pallas_kernels import choices
+from fdq.formats.qtensor import LAYOUTS, QTensor, dequantize
 from pallas_kernels.device import default_device
+from pallas_kernels.tuning import choices
 
 DOT, CUBLAS = "jnp.dot 16-bit", "cuBLAS 16-bit"
 """Entries of the dense product: as XLA likes it, which may be a kernel of Triton, and by cuBLAS."""
@@ -98,7 +98,8 @@ def matrix_kernel(
     """
 
     def step(x: jax.Array, w: Any) -> jax.Array:
-        from pallas_kernels import integer_matmul, matmul
+        from pallas_kernels.matmul import integer as integer_matmul
+        from pallas_kernels.matmul import matrix_vector as matmul
 
         own = matmul.choose_config(w.layout, x.shape[0], matmul.multiprocessors())
         config = dataclasses.replace(own, **(settings or {}))
@@ -308,7 +309,7 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
     changes = tuned("gathered_matrix_vector", stack.spec.format, rows=rows, weights=case.k * case.n)
 
     def kernel(x: tuple[jax.Array, Any], index: jax.Array) -> jax.Array:
-        from pallas_kernels.grouped_matmul import gathered_config, gathered_matrix_vector
+        from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
 
         own = gathered_config(x[1].layout, rows)
         config = dataclasses.replace(own, **changes)

@@ -9,8 +9,8 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from pallas_kernels import reports as files
-from pallas_kernels.ahead_of_time import Report
+from pallas_kernels.aot import report_files as files
+from pallas_kernels.aot.ahead_of_time import Report
 
 MARKS = ("<!-- kernels:begin -->", "<!-- kernels:end -->")
 _HEADS = {
@@ -25,7 +25,7 @@ _HEADS = {
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Markdown: `pallas_kernels.reports.markdown` with short names of GPUs above their columns.
+    """Markdown: `report_files.markdown` with short names of GPUs above their columns.
 
     A number is the machine instructions that the inner loop spends on a weight (of attention: on an
     element of the cache), ``yes`` where there is nothing to count, a dash where it does not run.

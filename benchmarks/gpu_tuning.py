@@ -29,7 +29,7 @@ from benchmarks.gpu_products import (
 from benchmarks.gpu_timing import Work, difference, links_for
 from benchmarks.gpu_weights import nbytes, random_array, weight_spec
 from fdq import ops
-from fdq.kv_cache import parse_format
+from fdq.cache.kv_cache import parse_format
 
 XLA, OWN = "xla", "{}"
 """Entries: XLA's formulation, and the kernel's own choice (no settings)."""
@@ -56,7 +56,7 @@ class TuneCase:
     """One class to tune.
 
     Attributes:
-      kernel: a name in `pallas_kernels.choices.KERNELS`.
+      kernel: a name in `pallas_kernels.tuning.choices.KERNELS`.
       format: a weight's or a cache's, as in a scheme's name.
       rows: M; of attention, sequences.
       shapes: ``(K, N)`` each; of attention ``(batch, slots)``.
@@ -180,7 +180,7 @@ def matrix_candidates(own: Any, smoke: bool = False) -> list[dict[str, Any]]:
 
 
 def _matrix(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
-    from pallas_kernels import matmul as kernels
+    from pallas_kernels.matmul import matrix_vector as kernels
 
     k, n = shape
     dtype = jnp.dtype(settings.dtype)
@@ -215,7 +215,7 @@ def _summed(kernel: Callable[..., jax.Array], config: Any) -> Callable[..., jax.
 
 
 def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
-    from pallas_kernels.grouped_matmul import gathered_config, gathered_matrix_vector
+    from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
 
     k, n = shape
     experts = 4 if settings.smoke else 64
@@ -259,7 +259,7 @@ def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict
 
 
 def _attention(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[str, Any]:
-    from pallas_kernels.decode_attention import decode_attention
+    from pallas_kernels.attention.decode_attention import decode_attention
 
     batch, slots = shape
     heads = (4, 2) if settings.smoke else (32, 8)

@@ -12,9 +12,9 @@ import numpy as np
 
 from fdq import ops
 from fdq.formats import FORMATS
-from fdq.qtensor import QTensor
+from fdq.formats.qtensor import QTensor
 from fdq.quantizers import quantize_array
-from fdq.scheme import CacheSpec, WeightSpec
+from fdq.schemes.scheme import CacheSpec, WeightSpec
 
 _COLUMNS = 512  # quantized for real, then repeated up to N: a multiple of every block size
 _EXPERTS = 2

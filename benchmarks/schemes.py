@@ -21,8 +21,8 @@ import tempfile
 import time
 from typing import Any
 
-from fdq.cli.comparison import Comparison, Row
-from fdq.recipe import Recipe
+from fdq.analysis.comparison import Comparison, Row
+from fdq.schemes.recipe import Recipe
 
 # Every name of the mission, and neighbours that say what a part of a name costs.
 SCHEMES = (

@@ -27,7 +27,7 @@ from benchmarks import atomic_file
 from benchmarks.gpu import Run, wide_console
 from benchmarks.gpu_child import Settings, start_section
 from benchmarks.gpu_tuning import OWN, ROWS, XLA
-from pallas_kernels import choices
+from pallas_kernels.tuning import choices
 
 KERNELS = ("matrix_vector", "decode_attention", "gathered_matrix_vector")
 TABLES = pathlib.Path(__file__).parent.parent / "pallas_kernels" / "tuning"

@@ -33,7 +33,7 @@ import optax
 import safetensors.numpy
 import tokenizers
 
-from fdq import sample_text
+from fdq.analysis import sample_text
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2, as in ERNIE-4.5
 EVAL_LENGTH = 256

@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from fdq.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QTensor, dequantize
 
 
 def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:

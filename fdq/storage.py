@@ -51,16 +51,16 @@ def load(
 
     Raises:
       FileNotFoundError: ``path`` does not exist.
-      checkpoints.CheckpointError: the checkpoint is refused; the message says what is wrong.
+      fdq_checkpoints.CheckpointError: the checkpoint is refused; the message says what is wrong.
 
     Examples:
       >>> model = fdq.load("ERNIE-4.5-0.3B-PT", "W4A16C8")  # doctest: +SKIP
     """
-    import checkpoints
+    import fdq_checkpoints
     from fdq import models
     from fdq.ops.layouts import prepare_in_place
 
-    loaded = checkpoints.load(
+    loaded = fdq_checkpoints.load(
         path,
         scheme,
         dtype=dtype,
@@ -100,11 +100,11 @@ def save(
 
     Raises:
       FileExistsError: ``path`` exists.
-      checkpoints.CheckpointError: a leaf is not an array, or the disk is too small.
+      fdq_checkpoints.CheckpointError: a leaf is not an array, or the disk is too small.
 
     Examples:
       >>> fdq.save(model, "ernie-w4a16c8")  # doctest: +SKIP
     """
-    import checkpoints
+    import fdq_checkpoints
 
-    checkpoints.save(obj, path, overwrite=overwrite, files=files, provenance=provenance)
+    fdq_checkpoints.save(obj, path, overwrite=overwrite, files=files, provenance=provenance)

@@ -10,9 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.gpu_targets import ALL
-from pallas_kernels.kernel_cases import KernelCase, Program, fma_weights
-from pallas_kernels.launch import launch
+from pallas_kernels.aot.gpu_targets import ALL
+from pallas_kernels.aot.kernel_cases import KernelCase, Program, fma_weights
+from pallas_kernels.mosaic.launch import launch
 
 COLUMNS = 512  # of a block: four a thread
 GROUP = 128

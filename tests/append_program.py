@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.cache_update import append
+from pallas_kernels.append.cache_update import append
 
 B, HEADS, KV_HEADS, SLOTS, D = 2, 4, 2, 1024, 128
 FORMATS = {

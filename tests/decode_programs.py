@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels.gpu_targets import find
-from pallas_kernels.launch import launch, runs_interpreted
-from pallas_kernels.word_formats import WORD_FORMATS
+from pallas_kernels.aot.gpu_targets import find
+from pallas_kernels.mosaic.launch import launch, runs_interpreted
+from pallas_kernels.weights.word_format import WORD_FORMATS
 
 COLUMNS = 512
 

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 import fdq.linen
-from fdq.qtensor import QTensor
-from fdq.quantize import quantize
+from fdq.formats.qtensor import QTensor
+from fdq.quantizers.quantization import quantize
 
 
 class Net(flax.linen.Module):

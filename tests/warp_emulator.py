@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import mma_fragments, mma_instructions
+from pallas_kernels.mosaic import mma_fragments, mma_instructions
 
 THREADS = 128
 _NUMPY = {"i32": np.uint32, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

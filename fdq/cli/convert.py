@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from fdq.cli import console
-from fdq.cli.schemes import needs_calibration, read_scheme
+from fdq.cli.schemes import read_scheme
+from fdq.schemes.recipe import Recipe
 
 NAME = "convert"
 EXAMPLE = "Example:  fdq convert ERNIE-4.5-0.3B-PT ernie-w4a16c8 --scheme W4A16C8"
@@ -46,7 +47,7 @@ def run(
 
     The same command goes on where a stopped conversion was, from the sibling DST.fdq-tmp.
     """
-    from checkpoints import convert, inspect
+    from fdq_checkpoints import convert, inspect
 
     recipe = read_scheme(scheme)
     console.checkpoint_directory(source)
@@ -55,7 +56,7 @@ def run(
             f"{destination} exists. Choose another DST, or replace an fdq checkpoint with "
             "--overwrite."
         )
-    if needs_calibration(recipe) and calibration_text is None:
+    if Recipe.parse(recipe).needs_calibration and calibration_text is None:
         raise ValueError(
             f"{scheme} has static scales: give text to calibrate them on, --calibration-text FILE."
         )
@@ -131,9 +132,9 @@ def calibrated(source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 32)
     """Statistics of the float model over the first rows x 256 tokens of a text file."""
     import numpy as np
 
-    from fdq.calibration import calibrate
+    from fdq.calibration.observation import calibrate
+    from fdq.decoding.tokenizer import Tokenizer
     from fdq.storage import load
-    from fdq.tokenizer import Tokenizer
 
     ids = Tokenizer.load(source).encode(text_file.read_text("utf-8"), bos=True)[: rows * 256]
     if not ids:

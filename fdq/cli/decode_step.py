@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels.ahead_of_time import KernelReport, Report, compile_cases
-from pallas_kernels.gpu_targets import find
-from pallas_kernels.kernel_cases import KernelCase, Program
+from pallas_kernels.aot.ahead_of_time import KernelReport, Report, compile_cases
+from pallas_kernels.aot.gpu_targets import find
+from pallas_kernels.aot.kernel_cases import KernelCase, Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class LargeResult:
     """A result of the size of a weight or of the cache that a step writes outside its inputs.
 
     Attributes:
-      operation, shape, source: see `pallas_kernels.launches.LargeResult`.
+      operation, shape, source: see `pallas_kernels.aot.launch_sequence.LargeResult`.
       bytes: of one.
       count: how many such instructions the program has.
     """
@@ -105,7 +105,7 @@ def config_for(model: str, gpu: str, layers: int | None = None) -> Any:
     Raises:
       ValueError: an unknown model, or `layers` outside 1 ... layers of the model.
     """
-    from fdq.planner import find_config
+    from fdq.analysis.planner import find_config
 
     _, config = find_config(model)
     native = find(gpu).compute_capability >= (8, 0)
@@ -169,7 +169,7 @@ def report(
     Args:
       model: a name in `fdq.models.CONFIGS`, or a directory with a config.json.
       scheme: scheme name, or what else `fdq.quantize` takes and pickle can carry.
-      gpu: a name in `pallas_kernels.gpu_targets.GPUS`.
+      gpu: a name in `pallas_kernels.aot.gpu_targets.GPUS`.
       layers: the first so many layers only; None for the whole model.
       context: slots of the cache of each sequence.
       batch: sequences.

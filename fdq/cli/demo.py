@@ -39,7 +39,7 @@ def run(
 
     The text is held-out Python source code. All tokens attend to a quantized cache.
     """
-    from fdq.cli.comparison import Comparison
+    from fdq.analysis.comparison import Comparison
 
     start = time.perf_counter()
     names = tuple(scheme or SCHEMES)

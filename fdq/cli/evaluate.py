@@ -46,9 +46,9 @@ def run(
     debug: console.Debug = False,
 ) -> None:
     """Bits per byte and perplexity on a text, through the KV cache; KL to another checkpoint."""
-    from fdq.evaluate import evaluate
+    from fdq.analysis.evaluation import evaluate
+    from fdq.decoding.tokenizer import Tokenizer
     from fdq.storage import load
-    from fdq.tokenizer import Tokenizer
 
     console.checkpoint_directory(directory)
     if against is not None:
@@ -92,7 +92,7 @@ def read_text(path: pathlib.Path | None, max_bytes: int | None) -> str:
     Raises:
       ValueError: the file is empty or not UTF-8.
     """
-    from fdq import sample_text
+    from fdq.analysis import sample_text
 
     if path is None:
         return sample_text.heldout_text(

@@ -50,8 +50,8 @@ def run(
     """Continues a prompt; the text appears as it is decoded."""
     import jax
 
-    from fdq.generate import generate
-    from fdq.sampling import Sampling
+    from fdq.decoding.generation import generate
+    from fdq.decoding.sampling import Sampling
     from fdq.storage import load
 
     console.checkpoint_directory(directory)

@@ -25,7 +25,7 @@ def run(
     debug: console.Debug = False,
 ) -> None:
     """Tensors with their formats, shapes and true bytes; exit code 1 if a checksum differs."""
-    from checkpoints import CheckpointError, inspect
+    from fdq_checkpoints import CheckpointError, inspect
 
     console.checkpoint_directory(directory)
     result = inspect(directory)

@@ -11,9 +11,9 @@ import typer
 from fdq.cli import console
 
 if TYPE_CHECKING:
-    from pallas_kernels.ahead_of_time import Report
-    from pallas_kernels.kernel_cases import KernelCase
-    from pallas_kernels.reports import Row
+    from pallas_kernels.aot.ahead_of_time import Report
+    from pallas_kernels.aot.kernel_cases import KernelCase
+    from pallas_kernels.aot.report_files import Row
 
 NAME = "kernels"
 EXAMPLE = (
@@ -74,7 +74,7 @@ def run(
 
     Needs the extra `aot` of fdq. Exit code 1 if a kernel fails where it should run.
     """
-    from pallas_kernels import gpu_targets
+    from pallas_kernels.aot import gpu_targets
 
     _refuse_what_goes_unread(ctx, decode_step is not None)
     names = [gpu_targets.find(name).name for name in gpu or []]
@@ -88,7 +88,7 @@ def run(
             return
     reports, broken = _compile(names, everything, kernel)
     if output is not None:
-        from pallas_kernels import reports as files
+        from pallas_kernels.aot import report_files as files
 
         files.save(reports, output)
     if json or markdown or everything:
@@ -126,7 +126,7 @@ def _this_machine() -> list[str]:
     """The GPU of this machine, or the known one that is closest to it."""
     import jax
 
-    from pallas_kernels import gpu_targets
+    from pallas_kernels.aot import gpu_targets
 
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -150,7 +150,7 @@ def _this_machine() -> list[str]:
 
 
 def _cases(kernel: str | None) -> list[KernelCase]:
-    from pallas_kernels.kernel_cases import all_cases
+    from pallas_kernels.aot.kernel_cases import all_cases
 
     cases = all_cases()
     return _named(cases, [case.name for case in cases], kernel)
@@ -177,8 +177,8 @@ def _compile(
     Representative cases are compiled for every GPU asked for, promised or not, so that the report
     says why a kernel does not run; the other shapes only where the kernel claims to run.
     """
-    from pallas_kernels.ahead_of_time import compile_jobs
-    from pallas_kernels.gpu_targets import GPUS
+    from pallas_kernels.aot.ahead_of_time import compile_jobs
+    from pallas_kernels.aot.gpu_targets import GPUS
 
     cases = _cases(kernel)
     jobs = [
@@ -209,7 +209,7 @@ def _compile(
 def _committed(kernel: str | None) -> list[Report]:
     import jax
 
-    from pallas_kernels.reports import load
+    from pallas_kernels.aot.report_files import load
 
     reports = load(jax.__version__)
     return _named(reports, [report.case for report in reports], kernel)
@@ -217,8 +217,8 @@ def _committed(kernel: str | None) -> list[Report]:
 
 def _show(gpu: str, reports: Sequence[Report]) -> None:
     """The table of one GPU."""
-    from pallas_kernels.gpu_targets import GPUS
-    from pallas_kernels.reports import rows
+    from pallas_kernels.aot.gpu_targets import GPUS
+    from pallas_kernels.aot.report_files import rows
 
     target = GPUS[gpu]
     title = f"{target.device_kind} ({target.arch}), jax {reports[0].jax}"
@@ -252,7 +252,7 @@ def _summary(
     reports: Sequence[Report], output: pathlib.Path | None, *, markdown: bool, json: bool
 ) -> None:
     """The table kernel by GPU."""
-    from pallas_kernels import reports as files
+    from pallas_kernels.aot import report_files as files
 
     if output is not None:
         files.save(reports, output)

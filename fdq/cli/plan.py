@@ -28,7 +28,7 @@ def run(
     debug: console.Debug = False,
 ) -> None:
     """Bytes by kind of layer and of the cache, from shapes alone."""
-    from fdq.planner import plan
+    from fdq.analysis.planner import plan
 
     known = pathlib.Path(model) if pathlib.Path(model).is_dir() else model
     with console.err.status("Quantizing shapes ..."):

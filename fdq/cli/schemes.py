@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from fdq.recipe import Recipe
+from fdq.schemes.recipe import Recipe
 
 
 def read_scheme(text: str) -> Any:
@@ -28,11 +28,3 @@ def read_scheme(text: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{text}: expected a JSON object, got {type(value).__name__}.")
     return Recipe.parse(value.get("quantization_config", value))
-
-
-def needs_calibration(scheme: Any) -> bool:
-    """Whether a scheme or recipe has static scales, of activations or of the cache."""
-    recipe = Recipe.parse(scheme)
-    schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
-    parts = [recipe.cache, *(scheme.activation for scheme in schemes if scheme is not None)]
-    return any(part is not None and not part.dynamic for part in parts)

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdq import packing
-from fdq.formats import distortion, exact_arithmetic, grouping
+from fdq.formats import distortion, exact_arithmetic, grouping, packing
 from fdq.formats.format import Arrays, Format
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 GROUP = 64
 ROWS_PER_CODE = 4

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdq.formats import grouping
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 ABSMAX_NODES = 256
 RANGE_NODES = 24

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, ScaledFormat
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}
 DTYPES = {"float8_e4m3": jnp.float8_e4m3fn, "float8_e5m2": jnp.float8_e5m2}

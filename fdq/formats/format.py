@@ -20,9 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq import packing
-from fdq.formats import distortion, exact_arithmetic, grouping
-from fdq.scheme import WeightSpec
+from fdq.formats import distortion, exact_arithmetic, grouping, packing
+from fdq.schemes.scheme import WeightSpec
 
 Arrays = dict[str, Any]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 # Below the smallest normal float32 a quotient would be flushed to zero on CPUs and GPUs.
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Candidates, ScaledFormat
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 # Fractions of the scale that just reaches the largest weight. Below 8 bits the best scale clips.
 SEARCH_FRACTIONS = (0.35, 1.15)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Candidates, ScaledFormat
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 LARGEST_E2M1 = 6.0
 LARGEST_E4M3 = 448.0

@@ -16,7 +16,7 @@ import numpy as np
 
 from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Candidates, ScaledFormat
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 # As bitsandbytes ships them: up to 2e-7 from the formula, and checkpoints mean these numbers.
 CODEBOOK = np.array(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq import nn, ops
-from fdq.kv_cache import KVCache, LayerScales, parse_format
+from fdq.cache.kv_cache import KVCache, LayerScales, parse_format
 from fdq.models.config import DecoderConfig
 from fdq.nn.parameters import CacheScale, value
-from fdq.recipe import Recipe
-from fdq.scheme import CacheSpec
+from fdq.schemes.recipe import Recipe
+from fdq.schemes.scheme import CacheSpec
 
 
 class DecoderLayer(nnx.Module):

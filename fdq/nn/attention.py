@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.kv_cache import KVCache
+from fdq.cache.kv_cache import KVCache
 from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
 from fdq.nn.parameters import value
@@ -65,8 +65,8 @@ class Attention(nnx.Module):
       o_proj: `Linear` back to the hidden size.
       q_norm, k_norm: `RMSNorm` over head_dim before the rotation (Qwen3), or None.
       k_cache_scale, v_cache_scale, k_cache_zero, v_cache_zero: what a KV cache of a static format
-        is made with, see `fdq.kv_cache.LayerScales`; None without calibration. They travel with
-        the model and are not read by the layer itself.
+        is made with, see `fdq.cache.LayerScales`; None without calibration. They travel with the
+        model and are not read by the layer itself.
       kv_observer: called with the keys and values that a cache would store; for calibration.
     """
 

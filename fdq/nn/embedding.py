@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq import ops
+from fdq.formats.qtensor import QTensor, dequantize
 from fdq.nn.parameters import value
-from fdq.qtensor import QTensor, dequantize
 
 
 class Embedding(nnx.Module):

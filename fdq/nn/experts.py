@@ -11,7 +11,7 @@ from flax import nnx
 from fdq import ops
 from fdq.nn.linear import initial_kernel
 from fdq.nn.parameters import value
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 
 
 class ExpertLinear(nnx.Module):

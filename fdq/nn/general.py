@@ -21,7 +21,7 @@ from jax import lax
 
 from fdq import ops
 from fdq.nn.parameters import value
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 
 
 @dataclasses.dataclass(frozen=True)

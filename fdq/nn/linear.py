@@ -10,7 +10,7 @@ from flax import nnx
 
 from fdq import ops
 from fdq.nn.parameters import value
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 
 
 def initial_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param:

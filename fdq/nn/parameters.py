@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fdq.qtensor import ARRAY_FIELDS, QTensor
+from fdq.formats.qtensor import ARRAY_FIELDS, QTensor
 
 
 class QCodes(nnx.Variable):

@@ -15,7 +15,7 @@ from jax import lax
 
 from fdq.formats.exact_arithmetic import quotient
 from fdq.ops.weight_view import WeightView, unsigned_rows
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 
 # FastDeploy's floor (per_token_quant_fp8.cu): a row of zeros gets a scale that is not zero.
 _SMALLEST_MAXIMUM = 1e-10

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.cache.codes import cache_code_planes, dequantize_cache, join_planes
 from fdq.ops import mosaic_gpu
-from fdq.ops.cache import cache_code_planes, dequantize_cache, join_planes
 from fdq.ops.choice import resolve_implementation
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
-from fdq.scheme import CacheSpec
+from fdq.schemes.scheme import CacheSpec
 
 DEFAULT_BLOCK = 256
 _MASKED = -1e30  # finite: a block with no visible slot must not make NaN of inf - inf

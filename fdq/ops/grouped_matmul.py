@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.formats.qtensor import QTensor, dequantize, materialize
 from fdq.ops import mosaic_gpu
 from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import resolve_implementation
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.matmul import dense_product, parse_activation, quantized_product
-from fdq.qtensor import QTensor, dequantize, materialize
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 
 _SMALLEST_TILE, _LARGEST_TILE = 16, 256
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import jax
 
-from fdq.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
-from fdq.scheme import WeightSpec
+from fdq.formats.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
+from fdq.schemes.scheme import WeightSpec
 
 MOSAIC_GPU = "mosaic_gpu"
 
 
 def layout_obstacle(q: QTensor) -> str | None:
     """Why no kernel reads this weight, in one line; None if one does."""
-    from pallas_kernels.layouts import unsupported
+    from pallas_kernels.weights.kernel_weight import unsupported
 
     spec = q.spec
     return unsupported(
@@ -48,7 +48,7 @@ def _to_kernel(q: QTensor) -> QTensor:
 # One function for all weights: those of equal shapes share what was compiled.
 @functools.partial(jax.jit, static_argnames=("spec", "shape"))
 def _convert(arrays: dict[str, Any], *, spec: WeightSpec, shape: tuple[int, int]) -> Any:
-    from pallas_kernels.layouts import to_kernel
+    from pallas_kernels.weights.kernel_weight import to_kernel
 
     return to_kernel(
         arrays,
@@ -63,7 +63,7 @@ def _convert(arrays: dict[str, Any], *, spec: WeightSpec, shape: tuple[int, int]
 
 
 def _from_kernel(q: QTensor) -> QTensor:
-    from pallas_kernels.layouts import from_kernel
+    from pallas_kernels.weights.kernel_weight import from_kernel
 
     weight = materialize(q).codes
     abstract = isinstance(weight.words, jax.ShapeDtypeStruct)

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from fdq.formats.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
 from fdq.ops.choice import resolve_implementation
 from fdq.ops.kernel_layout import MOSAIC_GPU, layout_obstacle
-from fdq.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
 
 _SPLITS = 3
 # 127 * 2 * 127: a part is rounded to 1/127 of the one before, and the remainder is half a step.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.formats.qtensor import QTensor, canonical, dequantize, materialize
 from fdq.ops import mosaic_gpu
 from fdq.ops.activation import activation_values, integer_product, quantize_activation
 from fdq.ops.choice import (
@@ -22,8 +23,7 @@ from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.layouts import transposed_integer_product, transposed_split_product
 from fdq.ops.weight_only import exact_dot, fused_product, plane_product, tiled
 from fdq.ops.weight_view import view_array, view_weight
-from fdq.qtensor import QTensor, canonical, dequantize, materialize
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 
 
 def parse_activation(activation: ActivationSpec | str | None) -> ActivationSpec | None:

@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fdq.formats.qtensor import QTensor
 from fdq.ops import self_check
 from fdq.ops.choice import Request, accept_kernel
 from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
-from fdq.qtensor import QTensor
 from fdq.quantizers.weight import quantize_array
-from fdq.scheme import ActivationSpec, CacheSpec, WeightSpec
-from pallas_kernels import choices
+from fdq.schemes.scheme import ActivationSpec, CacheSpec, WeightSpec
 from pallas_kernels.device import MOST_ROWS, default_device
+from pallas_kernels.tuning import choices
 
 INTEGER_FORMATS = ("int8", "int4", "int3", "int2")
 
@@ -67,7 +67,7 @@ def _product_kernel(q: QTensor, activation: ActivationSpec | None) -> str:
     if q.ndim == 3:
         return "gathered_matrix_vector"
     if activation is not None and takes_integers(q, activation):
-        from pallas_kernels.integer_matmul import has_kernel
+        from pallas_kernels.matmul.integer import has_kernel
 
         if has_kernel(kernel_weight(q)):
             return "integer_matrix_vector"
@@ -106,7 +106,7 @@ def _choice(kernel: str, format: str, rows: int, weights: int) -> choices.Choice
 
 def partial_sums(x: Any, q: QTensor) -> jax.Array:
     """Rows ``[M, K]`` (or what a kernel stages as such) times a weight -> ``[split, M, N]``."""
-    from pallas_kernels.matmul import matrix_vector
+    from pallas_kernels.matmul.matrix_vector import matrix_vector
 
     return matrix_vector(x, kernel_weight(q), config=_matrix_config("matrix_vector", q, x.shape[0]))
 
@@ -123,7 +123,7 @@ def gathered_sums(x: Any, q: QTensor, index: jax.Array, shared: tuple[Any, QTens
     Returns:
       float32 ``[split, P, N]``; with ``shared`` a pair.
     """
-    from pallas_kernels.grouped_matmul import gathered_config, gathered_matrix_vector
+    from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
 
     weights = q.shape[-2] * q.shape[-1]
     tuned = _choice("gathered_matrix_vector", q.spec.format, x.shape[0], weights).config
@@ -137,7 +137,7 @@ def gathered_sums(x: Any, q: QTensor, index: jax.Array, shared: tuple[Any, QTens
 
 def _matrix_config(kernel: str, q: QTensor, rows: int) -> Any:
     """How the tuning table cuts a product, on top of the kernel's own choice."""
-    from pallas_kernels.matmul import choose_config, multiprocessors
+    from pallas_kernels.matmul.matrix_vector import choose_config, multiprocessors
 
     shape = q.shape
     settings = _choice(kernel, q.spec.format, rows, shape[-2] * shape[-1]).config
@@ -152,7 +152,7 @@ def product(x: Any, q: QTensor) -> jax.Array:
 
 def integer_product(codes: jax.Array, q: QTensor) -> jax.Array:
     """int8 rows ``[M, K]`` times integer codes -> float32 ``[M, N]`` before the x scale."""
-    from pallas_kernels.integer_matmul import has_kernel, integer_matrix_vector
+    from pallas_kernels.matmul.integer import has_kernel, integer_matrix_vector
 
     weight = kernel_weight(q)
     if not has_kernel(weight):
@@ -179,10 +179,10 @@ def _check_product(kernel: str, q: QTensor, device: Any) -> str | None:
     spec = q.spec
 
     def case():
-        from pallas_kernels.grouped_matmul import gathered_matrix_vector_reference
-        from pallas_kernels.integer_matmul import integer_matrix_vector_reference
-        from pallas_kernels.matmul import matrix_vector_reference
-        from pallas_kernels.row_sources import Gated, Normed
+        from pallas_kernels.matmul.gathered import gathered_matrix_vector_reference
+        from pallas_kernels.matmul.integer import integer_matrix_vector_reference
+        from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
+        from pallas_kernels.matmul.row_sources import Gated, Normed
 
         sample = _sample(spec)
         weight = kernel_weight(sample)
@@ -244,7 +244,7 @@ def _elements(q: jax.Array, k: jax.Array) -> int:
 
 def head_dim_obstacle(head_dim: int) -> str | None:
     """Why attention and append have no kernel for a head_dim; None if they have."""
-    from pallas_kernels.cache_words import HEAD_DIMS
+    from pallas_kernels.attention.cache_words import HEAD_DIMS
 
     if head_dim in HEAD_DIMS:
         return None
@@ -256,8 +256,8 @@ def _check_attention(q: jax.Array, k: jax.Array, spec: CacheSpec | None) -> str 
     group, dtype, device = heads // kv_heads, q.dtype, default_device()
 
     def case():
+        from fdq.cache.codes import quantize_cache
         from fdq.ops.attention import attention, attention_reference
-        from fdq.ops.cache import quantize_cache
 
         keys = jax.random.split(jax.random.key(2), 3)
         query = jax.random.normal(keys[0], (2, 1, group, d)).astype(dtype)
@@ -293,7 +293,7 @@ def _check_attention(q: jax.Array, k: jax.Array, spec: CacheSpec | None) -> str 
 
 def decode_attention(q, k, v, *, lengths, cache_format: CacheSpec | None, **arrays) -> jax.Array:
     """``fdq.ops.attention`` of one query per sequence, ``q [B, 1, H, D]``, by the kernel."""
-    from pallas_kernels.decode_attention import decode_attention as kernel
+    from pallas_kernels.attention.decode_attention import decode_attention as kernel
 
     name = None if cache_format is None else cache_format.format
     choice = _choice("decode_attention", name or k.dtype.name, q.shape[0], _elements(q, k))
@@ -311,7 +311,7 @@ def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> s
     static = spec is not None and not spec.dynamic
 
     def case():
-        from pallas_kernels.cache_update import append, append_reference
+        from pallas_kernels.append.cache_update import append, append_reference
 
         heads, kv_heads, d, slots = 2, 1, 128, 64
         keys = jax.random.split(jax.random.key(3), 2)
@@ -361,7 +361,7 @@ def routing_preference(experts: int, top_k: int) -> str | None:
         return reason
 
     def case():
-        from pallas_kernels import routing
+        from pallas_kernels.router import routing
 
         keys = jax.random.split(jax.random.key(4), 2)
         x = jax.random.normal(keys[0], (2, 256), jnp.float32)

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fdq.formats.qtensor import QTensor, materialize
 from fdq.ops import mosaic_gpu
 from fdq.ops.choice import accept_kernel, resolve_implementation, trace_target
 from fdq.ops.matmul import matmul
-from fdq.qtensor import QTensor, materialize
-from fdq.scheme import ActivationSpec, CacheSpec
+from fdq.schemes.scheme import ActivationSpec, CacheSpec
 from pallas_kernels.device import MOST_ROWS
 
 Rows = Any
@@ -36,14 +36,14 @@ def joins_token_step(rows: int) -> bool:
 
 def normed(x: jax.Array, scale: jax.Array, epsilon: float) -> Rows:
     """Rows ``x [M, K]`` that are RMS-normalized where they are read."""
-    from pallas_kernels.row_sources import Normed
+    from pallas_kernels.matmul.row_sources import Normed
 
     return Normed(x, scale, epsilon)
 
 
 def gated(partials: jax.Array, dtype: Any) -> Rows:
     """``silu(gate) * up`` of partial sums ``[split, M, 2 I]`` of gate and up, where it is read."""
-    from pallas_kernels.row_sources import Gated
+    from pallas_kernels.matmul.row_sources import Gated
 
     return Gated(partials, jnp.dtype(dtype))
 
@@ -147,7 +147,7 @@ def append_token(
       cache_format: what the codes are; None for floats.
       head_dim: D.
       **options: ``heads``, ``interleaved``, ``bias``, ``q_norm``, ``k_norm``, ``epsilon`` and
-        ``dtype``, as in ``pallas_kernels.cache_update.append``.
+        ``dtype``, as in ``pallas_kernels.append.cache_update.append``.
 
     Returns:
       Queries ``[B, H, D]`` and the cache's arrays; None where XLA is to do it, in steps.
@@ -162,7 +162,7 @@ def append_token(
 
     if not accept_kernel("append", request, obstacle, preference):
         return None
-    from pallas_kernels.cache_update import append
+    from pallas_kernels.append.cache_update import append
 
     name = None if cache_format is None else cache_format.format
     out = append(qkv, *angles, slots, **cache, cache_format=name, **options)._asdict()
@@ -183,7 +183,7 @@ def route_token(
     hidden, experts = kernel.shape
 
     def obstacle() -> str | None:
-        from pallas_kernels.routing import supports_router
+        from pallas_kernels.router.routing import supports_router
 
         if kernel.dtype != jnp.float32 or not supports_router(experts, hidden):
             return f"no kernel routes {kernel.dtype.name} [{hidden}, {experts}]"
@@ -194,7 +194,7 @@ def route_token(
 
     if not accept_kernel("router", request, obstacle, preference):
         return None
-    from pallas_kernels.routing import router_logits, top_k_experts
+    from pallas_kernels.router.routing import router_logits, top_k_experts
 
     return top_k_experts(
         router_logits(x, kernel),

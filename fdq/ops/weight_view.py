@@ -22,7 +22,7 @@ from jax import lax
 from fdq.formats import FORMATS
 from fdq.formats.convolutional import GROUP, SHIFTS, unpack_local_scales
 from fdq.formats.normal_float import CODEBOOK
-from fdq.qtensor import QTensor
+from fdq.formats.qtensor import QTensor
 
 _UNITS = {
     "int8": (1, 1),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.formats import FORMATS, Arrays, ScaledFormat, grouping
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 REFITS = 1
 REAL_GAIN = 1.0 + 2.0**-12

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq import packing
-from fdq.formats import Arrays, exact_arithmetic, grouping
+from fdq.formats import Arrays, exact_arithmetic, grouping, packing
 from fdq.formats.integer import FORMATS as INTEGERS
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 COMPAT = ("fastdeploy", "fastdeploy-cpu")
 BOUNDS = {"int8": 127.0, "int4": 7.0}

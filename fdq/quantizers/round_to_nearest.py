@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from fdq.formats import FORMATS, Arrays, ScaledFormat
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 
 def round_to_nearest(w: jax.Array, spec: WeightSpec, method: str) -> Arrays:

@@ -11,10 +11,10 @@ import numpy as np
 from jax.core import Tracer
 
 from fdq.formats import FORMATS, Arrays
-from fdq.qtensor import QTensor
+from fdq.formats.qtensor import QTensor
 from fdq.quantizers import clip_search, fastdeploy_rounding
 from fdq.quantizers.round_to_nearest import round_to_nearest
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 METHODS = ("absmax", "signed_max", "four_over_six", "search")
 """Ways to choose scales; which of them a format has is in its ``methods``."""

@@ -35,11 +35,13 @@ from benchmarks.gpu_products import (
 )
 from benchmarks.gpu_timing import Timing, Work
 from benchmarks.gpu_weights import random_cache, random_weight, weight_spec
-from fdq.kv_cache import parse_format
+from fdq.cache.kv_cache import parse_format
+from fdq.formats.qtensor import dequantize
 from fdq.models import CONFIGS
-from fdq.qtensor import dequantize
 from fdq.quantizers import quantize_array
-from pallas_kernels import choices, decode_attention, reports
+from pallas_kernels.aot import report_files as reports
+from pallas_kernels.attention import decode_attention
+from pallas_kernels.tuning import choices
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import gpu_timing, gpu_tuning, tune
 from benchmarks.gpu_products import entry
-from pallas_kernels import choices
+from pallas_kernels.tuning import choices
 
 NOISY, FAILED = {"error": "too noisy to time", "noisy": True}, {"error": "ValueError: no"}
 

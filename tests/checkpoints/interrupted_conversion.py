@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 
-import checkpoints
-from checkpoints import manifest, orbax_store
+import fdq_checkpoints
+from fdq_checkpoints.store import manifest, orbax_store
 
 
 def kill(*_: object, **__: object) -> None:
@@ -41,7 +41,7 @@ def main(src: str, dst: str, point: str) -> None:
             if len(count) == last:
                 kill()
 
-    checkpoints.convert(src, dst, "W8A16", progress=progress)
+    fdq_checkpoints.convert(src, dst, "W8A16", progress=progress)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints import CheckpointError, commit, convert, load, orbax_store, save
+from fdq_checkpoints import CheckpointError, convert, load, save
+from fdq_checkpoints.store import commit, orbax_store
 
 
 def test_another_writer_is_refused_until_the_directory_has_its_name(tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ import pytest
 from flax import linen, nnx
 from orbax.checkpoint import v1 as ocp1
 
-from checkpoints import CheckpointError, convert, load, orbax_store, save
-from fdq.quantize import quantize
+from fdq.quantizers.quantization import quantize
+from fdq_checkpoints import CheckpointError, convert, load, save
+from fdq_checkpoints.store import orbax_store
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints import CheckpointError, inspect, load, manifest, save, verify
 from fdq.quantizers import quantize_array
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
+from fdq_checkpoints import CheckpointError, inspect, load, save, verify
+from fdq_checkpoints.store import manifest
 
 # When one of several concurrent reads fails, Orbax 0.12.8 closes its event loop under the others,
 # whose callbacks then raise where nobody can catch them (2026-11-22).

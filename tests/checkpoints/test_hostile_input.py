@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from checkpoints import CheckpointError, load
-from checkpoints.safetensors_reader import SafetensorsFile
+from fdq_checkpoints import CheckpointError, load
+from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile
 from tests.checkpoints import builders
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

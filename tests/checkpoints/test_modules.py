@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from checkpoints import CheckpointError, load, save, tree_paths
+from fdq.formats.qtensor import QTensor
 from fdq.linen import apply
-from fdq.qtensor import QTensor
-from fdq.quantize import quantize
+from fdq.quantizers.quantization import quantize
+from fdq_checkpoints import CheckpointError, load, save, tree_paths
 from tests.checkpoints.test_stored_trees import assert_same
 
 WIDTH = 16

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints import convert, load, tree_paths
-from checkpoints.safetensors_reader import SafetensorsFile
+from fdq_checkpoints import convert, load, tree_paths
+from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile
 from tests.checkpoints import builders
 
 FAMILIES = sorted(path.name for path in builders.MODELS.iterdir())

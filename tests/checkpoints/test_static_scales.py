@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import fdq
-from checkpoints import inspect, load
+from fdq_checkpoints import inspect, load
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
 

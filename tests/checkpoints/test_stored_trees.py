@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import fdq.ops  # noqa: F401 - registers its layouts
-from checkpoints import CheckpointError, inspect, load, save, tree_paths, verify
 from fdq.formats import FORMATS
-from fdq.qtensor import LAYOUTS, QTensor
+from fdq.formats.qtensor import LAYOUTS, QTensor
 from fdq.quantizers import quantize_array
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
+from fdq_checkpoints import CheckpointError, inspect, load, save, tree_paths, verify
 
 # Every format, and every array that a QTensor can have.
 SPECS = [
@@ -242,7 +242,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path, tree, message):
 
 
 def test_a_small_disk_and_a_second_writer(tmp_path, monkeypatch):
-    from checkpoints import commit
+    from fdq_checkpoints.store import commit
 
     with (
         commit.pending_directory(tmp_path / "a") as folder,

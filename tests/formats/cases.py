@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from fdq.qtensor import QTensor
+from fdq.formats.qtensor import QTensor
 from fdq.quantizers import quantize_array
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fdq.formats import FORMATS, convolutional
-from fdq.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import quantize_array
 from tests.formats.cases import spec
 from tests.formats.oracles import fixture

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdq.formats import FORMATS
-from fdq.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import quantize_array
 from tests.formats.cases import CASES, defined_value, levels_of, scale_of, spec, spread, stack
 

@@ -7,11 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fdq import packing
-from fdq.formats import FORMATS
+from fdq.formats import FORMATS, packing
 from fdq.formats.grouping import power_of_two
 from fdq.formats.microscaling import e2m1_from_codes, e2m1_to_codes
-from fdq.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QTensor, dequantize
 from tests.formats.cases import spec
 from tests.formats.oracles import array, fixture
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import fdq.models
-from fdq.decode import decode, prefill
-from fdq.kv_cache import KVCache
+from fdq.cache.kv_cache import KVCache
+from fdq.decoding.loop import decode, prefill
 from tests.models import oracles
 
 

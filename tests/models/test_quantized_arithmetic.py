@@ -12,7 +12,7 @@ import pytest
 
 import fdq
 from fdq import nn
-from fdq.decode import functional, prefill
+from fdq.decoding.loop import functional, prefill
 from fdq.nn.rotary import inverse_frequencies
 from tests.closeness import assert_close
 from tests.models import oracles

@@ -9,7 +9,7 @@ from flax import nnx
 import fdq
 from fdq import nn
 from fdq.nn.attention import QUERY_BLOCK, causal_attention
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 
 
 def rngs():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdq.quantizers import quantize_array
-from fdq.scheme import WeightSpec
+from fdq.schemes.scheme import WeightSpec
 
 
 def _group(format, size, scale_dtype="bfloat16", **kw):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fdq import ops
+from fdq.formats.qtensor import dequantize
 from fdq.ops import layouts
-from fdq.qtensor import dequantize
-from fdq.scheme import ActivationSpec
+from fdq.schemes.scheme import ActivationSpec
 from tests.ops.format_cases import error, weight
 
 INT8 = ActivationSpec(format="int8")

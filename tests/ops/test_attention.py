@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fdq import ops
-from fdq.scheme import CacheSpec
+from fdq.schemes.scheme import CacheSpec
 from tests.ops.format_cases import error
 
 B, H, KH, S, D = 3, 4, 2, 37, 16

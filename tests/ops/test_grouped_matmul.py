@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fdq import ops
-from fdq.qtensor import dequantize
+from fdq.formats.qtensor import dequantize
 from fdq.quantizers import quantize_array
 from tests.ops.format_cases import SPECS, error
 

@@ -11,10 +11,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdq import ops
+from fdq.formats.qtensor import dequantize
 from fdq.ops import layouts
 from fdq.ops.choice import Target
 from fdq.ops.matmul import _compute_dtype
-from fdq.qtensor import dequantize
 from tests.ops.format_cases import SPECS, error, weight
 
 TOLERANCE = 5e-6
@@ -127,7 +127,7 @@ def test_explicit_mesh_axes(name, rng):
 def test_odd_shapes(name, k, n, rng):
     """One column; K that does not fill the last packed unit or block; leading axes of x."""
     from fdq.quantizers import quantize_array
-    from fdq.scheme import WeightSpec
+    from fdq.schemes.scheme import WeightSpec
 
     spec = {
         "int8 channel": WeightSpec(format="int8"),
@@ -154,7 +154,7 @@ def test_no_rows(activation):
 def test_groups_that_split_a_packed_unit(rng):
     """Groups of 6 rows of 3-bit codes: a unit of 8 rows has two scales."""
     from fdq.quantizers import quantize_array
-    from fdq.scheme import WeightSpec
+    from fdq.schemes.scheme import WeightSpec
 
     spec = WeightSpec(format="int3", granularity="group", group_size=6, scale_dtype="bfloat16")
     q = quantize_array(jnp.asarray(rng.standard_normal((48, 8)), jnp.float32), spec)

@@ -11,7 +11,7 @@ from flax import nnx
 
 import fdq
 from fdq import ops
-from fdq.kv_cache import parse_format
+from fdq.cache.kv_cache import parse_format
 from fdq.ops import choice, mosaic_gpu, self_check
 from fdq.ops.kernel_layout import MOSAIC_GPU
 from fdq.ops.layouts import prepare_in_place

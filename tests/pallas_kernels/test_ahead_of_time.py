@@ -10,8 +10,8 @@ import time
 import aot_programs as programs
 import pytest
 
-from pallas_kernels import cuda_tools
-from pallas_kernels.ahead_of_time import (
+from pallas_kernels.aot import cuda_tools
+from pallas_kernels.aot.ahead_of_time import (
     Report,
     _with_instructions,
     compile_cases,
@@ -20,8 +20,8 @@ from pallas_kernels.ahead_of_time import (
     one_line,
     unavailable,
 )
-from pallas_kernels.gpu_targets import ALL, GPUS
-from pallas_kernels.kernel_cases import KernelCase
+from pallas_kernels.aot.gpu_targets import ALL, GPUS
+from pallas_kernels.aot.kernel_cases import KernelCase
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 

@@ -11,10 +11,10 @@ from closeness import assert_close
 
 from fdq import ops
 from fdq.nn.rotary import apply_rotary
-from fdq.scheme import CacheSpec
-from pallas_kernels.ahead_of_time import compile_for, unavailable
-from pallas_kernels.cache_row import _e4m3_bits
-from pallas_kernels.cache_update import append, append_reference
+from fdq.schemes.scheme import CacheSpec
+from pallas_kernels.aot.ahead_of_time import compile_for, unavailable
+from pallas_kernels.append.cache_row import _e4m3_bits
+from pallas_kernels.append.cache_update import append, append_reference
 
 # Programs run once: compiling them is what takes time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels import choices
+from pallas_kernels.tuning import choices
 
 ROW = {"kernel": "matrix_vector", "formats": ["int4"], "use": "mosaic_gpu"}
 

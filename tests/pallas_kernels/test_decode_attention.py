@@ -10,10 +10,10 @@ import pytest
 from closeness import assert_close
 
 from fdq import ops
-from fdq.scheme import CacheSpec
-from pallas_kernels.attention_cuda_cores import heads_per_program
-from pallas_kernels.attention_parts import choose_parts, exponent
-from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
+from fdq.schemes.scheme import CacheSpec
+from pallas_kernels.attention.cuda_cores import heads_per_program
+from pallas_kernels.attention.decode_attention import decode_attention, decode_attention_reference
+from pallas_kernels.attention.parts import choose_parts, exponent
 
 BOUND = 5e-6  # of the largest reference value
 # Programs run once: compiling them is what takes time.

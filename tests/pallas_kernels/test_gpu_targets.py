@@ -1,6 +1,6 @@
 import pytest
 
-from pallas_kernels.gpu_targets import ALL, GPUS, at_least, find, of_device
+from pallas_kernels.aot.gpu_targets import ALL, GPUS, at_least, find, of_device
 
 
 def test_names_and_architectures():

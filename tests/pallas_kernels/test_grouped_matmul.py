@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from canonical_weights import Case, difference, generator, random_weight
 
-from pallas_kernels.grouped_matmul import (
+from pallas_kernels.matmul.gathered import (
     gathered_matrix_vector,
     gathered_matrix_vector_reference,
 )
-from pallas_kernels.matmul import MatrixVectorConfig
-from pallas_kernels.row_sources import Gated
+from pallas_kernels.matmul.matrix_vector import MatrixVectorConfig
+from pallas_kernels.matmul.row_sources import Gated
 
 BOUND = 5e-6
 INT4 = Case("int4", "group", 128)

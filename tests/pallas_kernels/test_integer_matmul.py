@@ -7,8 +7,8 @@ import pytest
 
 import fdq
 from fdq.ops.kernel_layout import kernel_weight
-from fdq.scheme import WeightSpec
-from pallas_kernels.integer_matmul import (
+from fdq.schemes.scheme import WeightSpec
+from pallas_kernels.matmul.integer import (
     dot4_reference,
     integer_matrix_vector,
     integer_matrix_vector_reference,

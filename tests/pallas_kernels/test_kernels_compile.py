@@ -8,8 +8,8 @@ import os
 
 import pytest
 
-from pallas_kernels.ahead_of_time import compile_jobs, unavailable
-from pallas_kernels.kernel_cases import all_cases
+from pallas_kernels.aot.ahead_of_time import compile_jobs, unavailable
+from pallas_kernels.aot.kernel_cases import all_cases
 
 # One GPU of each architecture: sm_75, sm_80, sm_89, sm_90a, sm_120a.
 GENERATIONS = ("t4", "a100", "l4", "h100", "rtx_pro_6000")

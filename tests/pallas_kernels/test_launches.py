@@ -1,7 +1,7 @@
 # ruff: noqa: E501, lines of HLO are long
 """The reader of XLA's thunk sequences and HLO, on text as XLA writes it."""
 
-from pallas_kernels.launches import array_bytes, count, large_results
+from pallas_kernels.aot.launch_sequence import array_bytes, count, large_results
 
 SEQUENCE = """\
 001: kCopy         [source       | next=002 (1)] kCopy

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from canonical_weights import CASES, Case, difference, generator, random_weight
 
-from pallas_kernels.gpu_targets import GPUS
-from pallas_kernels.matmul import (
+from pallas_kernels.aot.gpu_targets import GPUS
+from pallas_kernels.matmul.matrix_vector import (
     MatrixVectorConfig,
     choose_config,
     matrix_vector,
     matrix_vector_reference,
     piece_of,
 )
-from pallas_kernels.row_sources import Gated, Normed
+from pallas_kernels.matmul.row_sources import Gated, Normed
 
 BOUND = 5e-6
 INT4 = Case("int4", "group", 128)

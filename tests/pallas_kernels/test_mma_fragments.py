@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from warp_emulator import emulated_gpu
 
-from pallas_kernels import mma_fragments as mma
+from pallas_kernels.mosaic import mma_fragments as mma
 
 KINDS = ["int8", "float8_e4m3", "int4", "bfloat16", "float16"]
 

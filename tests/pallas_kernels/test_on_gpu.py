@@ -9,15 +9,15 @@ from flax import nnx
 
 import fdq
 from fdq import ops
-from fdq.kv_cache import parse_format
+from fdq.cache.kv_cache import parse_format
 from fdq.models import Decoder, DecoderConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import self_check
-from pallas_kernels.cache_update import append, append_reference
-from pallas_kernels.grouped_matmul import gathered_matrix_vector
-from pallas_kernels.integer_matmul import BITS, integer_matrix_vector
-from pallas_kernels.matmul import matrix_vector
-from pallas_kernels.routing import router_logits, top_k_experts, top_k_experts_reference
+from pallas_kernels.append.cache_update import append, append_reference
+from pallas_kernels.matmul.gathered import gathered_matrix_vector
+from pallas_kernels.matmul.integer import BITS, integer_matrix_vector
+from pallas_kernels.matmul.matrix_vector import matrix_vector
+from pallas_kernels.router.routing import router_logits, top_k_experts, top_k_experts_reference
 
 pytestmark = pytest.mark.gpu
 BOUND = 5e-6

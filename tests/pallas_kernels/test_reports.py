@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pallas_kernels.gpu_targets import GPUS
-from pallas_kernels.kernel_cases import all_cases
-from pallas_kernels.reports import DIRECTORY, cell, load, markdown, rows
+from pallas_kernels.aot.gpu_targets import GPUS
+from pallas_kernels.aot.kernel_cases import all_cases
+from pallas_kernels.aot.report_files import DIRECTORY, cell, load, markdown, rows
 
 VERSIONS = [path.stem.removeprefix("jax-") for path in sorted(DIRECTORY.glob("jax-*.json"))]
 DECODE_STEPS = sorted(DIRECTORY.glob("decode-step-*.json"))

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.routing import (
+from pallas_kernels.matmul.row_sources import Normed
+from pallas_kernels.router.routing import (
     router_logits,
     router_logits_reference,
     supports_router,
     top_k_experts,
     top_k_experts_reference,
 )
-from pallas_kernels.row_sources import Normed
 
 
 def random_logits(seed, split, tokens, width):

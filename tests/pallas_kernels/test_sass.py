@@ -1,7 +1,7 @@
 """The reader of machine code, on text as cuobjdump prints it."""
 
-from pallas_kernels.kernel_cases import fma_weights
-from pallas_kernels.sass import Instruction, Loop, functions, hot_loop
+from pallas_kernels.aot.kernel_cases import fma_weights
+from pallas_kernels.aot.sass import Instruction, Loop, functions, hot_loop
 
 TEXT = """
 	code for sm_89

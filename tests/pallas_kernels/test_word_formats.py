@@ -13,15 +13,15 @@ from ptx_machine import add_downwards
 
 from fdq.formats import FORMATS
 from fdq.formats.convolutional import CODE_OFFSET, CODE_SCALE
-from pallas_kernels.codebook_words import NF4_LEVELS
-from pallas_kernels.convolutional_words import (
+from pallas_kernels.weights.codebook_words import NF4_LEVELS
+from pallas_kernels.weights.convolutional_words import (
     FRACTION_BITS,
     ROUNDED_EXPONENT,
     ROUNDING,
     SHIFTS,
     STAGED_SCALE,
 )
-from pallas_kernels.word_formats import WORD_FORMATS, words_to_bytes
+from pallas_kernels.weights.word_format import WORD_FORMATS, words_to_bytes
 
 FLOAT4 = ("mxfp4", "nvfp4")
 FLOAT8 = ("float8_e4m3", "float8_e5m2", "mxfp8")

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fdq.qtensor import dequantize
+from fdq.formats.qtensor import dequantize
 from fdq.quantizers import quantize_array, weight
 from tests.formats.cases import levels_of, spec
 

@@ -5,8 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fdq import packing
-from fdq.qtensor import QTensor, dequantize
+from fdq.formats import packing
+from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import quantize_array
 from fdq.quantizers.fastdeploy_rounding import round_half_away
 from tests.formats.cases import spec

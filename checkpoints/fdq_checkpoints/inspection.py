@@ -1,0 +1,195 @@
+"""``inspect`` and ``verify``: what is in a checkpoint, in true bytes."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from typing import Any
+
+from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.store import manifest as manifests
+from fdq_checkpoints.store.restore import StoredTensors
+from fdq_checkpoints.tree_paths import dotted
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor.
+
+    Attributes:
+      path: dotted.
+      format: the spec's short name (``W4``), or the dtype of a plain array.
+      quantized: whether it is a QTensor.
+      shape: of the weight that it stands for.
+      nbytes: stored bytes, packed, scales included.
+    """
+
+    path: str
+    format: str
+    quantized: bool
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits by weight."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's table; prints itself.
+
+    Attributes:
+      path: of the checkpoint.
+      kind: ``"model"``, ``"params"`` or ``"float model"`` (a Hugging Face or Paddle directory).
+      scheme: its name, if quantized.
+      rows: one a tensor.
+      disk_bytes: of all files, metadata and tokenizer included.
+      verified: whether all checksums were compared (and matched).
+      provenance: where the weights came from.
+    """
+
+    path: str
+    kind: str
+    scheme: str | None
+    rows: tuple[Row, ...]
+    disk_bytes: int
+    verified: bool = False
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all tensors."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
+
+    @property
+    def quantized_bits_per_weight(self) -> float | None:
+        """Over the quantized tensors; None if there are none."""
+        rows = [row for row in self.rows if row.quantized]
+        size = sum(row.size for row in rows)
+        return 8 * sum(row.nbytes for row in rows) / size if size else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, totals included."""
+        return dataclasses.asdict(self) | {
+            "nbytes": self.nbytes,
+            "size": self.size,
+            "bits_per_weight": self.bits_per_weight,
+            "quantized_bits_per_weight": self.quantized_bits_per_weight,
+        }
+
+    def __str__(self) -> str:
+        header = ("tensor", "format", "shape", "bytes", "bits/weight")
+        cells = [
+            (
+                row.path,
+                row.format,
+                " × ".join(map(str, row.shape)) or "scalar",
+                f"{row.nbytes:,}",
+                f"{row.bits_per_weight:.3f}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (header, *cells)) for i in range(5)]
+        lines = [
+            "  ".join(
+                (
+                    line[0].ljust(widths[0]),
+                    line[1].ljust(widths[1]),
+                    line[2].ljust(widths[2]),
+                    line[3].rjust(widths[3]),
+                    line[4].rjust(widths[4]),
+                )
+            )
+            for line in (header, *cells)
+        ]
+        quantized = self.quantized_bits_per_weight
+        total = (
+            f"{self.kind}, {self.scheme or 'not quantized'}: {len(self.rows)} tensors, "
+            f"{self.size:,} weights, {self.nbytes:,} bytes ({self.disk_bytes:,} on disk), "
+            f"{self.bits_per_weight:.3f} bits per weight"
+        )
+        if quantized is not None:
+            total += f" ({quantized:.3f} where quantized)"
+        total += ", checksums verified" if self.verified else ", checksums not compared"
+        return "\n".join([self.path, "", lines[0], "-" * len(lines[0]), *lines[1:], "", total])
+
+
+def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection:
+    """The table of an fdq checkpoint, or of a float model's directory.
+
+    Args:
+      path: the directory.
+      verify: read all data and compare the checksums.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      CheckpointError: it is damaged, or no checkpoint.
+    """
+    folder = pathlib.Path(path)
+    if not os.path.lexists(folder / manifests.FILE_NAME):
+        return _inspect_floats(folder)
+    stored = StoredTensors(folder)
+    if verify:
+        stored.verify()
+    rows = tuple(
+        Row(
+            path=dotted(entry.path),
+            format=str(entry.spec) if entry.spec is not None else entry.arrays["value"].dtype,
+            quantized=entry.spec is not None,
+            shape=entry.shape,
+            nbytes=entry.nbytes,
+        )
+        for entry in stored.manifest.tensors
+    )
+    return Inspection(
+        path=str(folder),
+        kind=stored.manifest.kind,
+        scheme=stored.manifest.scheme,
+        rows=rows,
+        disk_bytes=_disk_bytes(folder),
+        verified=verify,
+        provenance=stored.manifest.provenance,
+    )
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Compare every checksum of an fdq checkpoint, weights and files.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      CheckpointError: something is missing or changed; the first such thing is named.
+    """
+    folder = pathlib.Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such directory.")
+    StoredTensors(folder).verify()
+
+
+def _inspect_floats(folder: pathlib.Path) -> Inspection:
+    with SourceDirectory(folder) as directory:
+        rows = tuple(
+            Row(info.name, info.dtype.name, False, info.shape, info.nbytes)
+            for info in directory.tensors.values()
+        )
+    return Inspection(str(folder), "float model", None, rows, _disk_bytes(folder))
+
+
+def _disk_bytes(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,267 @@
+"""A strict reader of safetensors files, by ``pread``: no mmap, no pickle, nothing trusted.
+
+A file is an 8-byte little-endian header length, a JSON header ``name -> {dtype, shape,
+data_offsets}``, and the tensors' bytes. Everything in the header is checked against the file's
+size before any memory is allocated. Pages of a memory map would count as this process's memory,
+which is why rows are read with ``pread`` instead.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import dataclasses
+import math
+import os
+import stat
+import struct
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fdq_checkpoints.errors import CheckpointError, nearest, shown
+from fdq_checkpoints.readers import strict_json
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 1_000_000
+MAX_NAME_LENGTH = 512
+MAX_RANK = 8
+MAX_DIMENSION = 2**40
+_READ_BYTES = 64 * 2**20  # one system call; Linux reads at most 2 GiB at a time
+
+_OTHER_KINDS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file. Run `git lfs pull` first"),
+    (b"PK\x03\x04", "a zip archive (a PyTorch pickle?). Convert it to safetensors"),
+    (b"\x80\x02", "a Python pickle. Convert it to safetensors"),
+    (b"\x80\x03", "a Python pickle. Convert it to safetensors"),
+    (b"\x80\x04", "a Python pickle. Convert it to safetensors"),
+    (b"\x80\x05", "a Python pickle. Convert it to safetensors"),
+    (b"GGUF", "a GGUF file. Use the safetensors release of the model"),
+    (b"\x1f\x8b", "a gzip archive. Unpack it first"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is: `start` and `stop` are byte offsets in the file."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return self.stop - self.start
+
+
+class SafetensorsFile:
+    """One open safetensors file whose header has been checked; a context manager.
+
+    Attributes:
+      path: the file.
+      tensors: ``name -> TensorInfo``, in the order of the header.
+      metadata: the header's ``__metadata__``, strings to strings.
+
+    Raises:
+      CheckpointError: anything about the file is not as the format says.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be opened ({error.strerror}).") from error
+        try:
+            self.metadata, self.tensors = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; reading afterwards fails."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, in its stored dtype."""
+        info = self._info(name)
+        return self._read_bytes(info, 0, info.nbytes).view(info.dtype).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the first dimension, without reading the others.
+
+        Raises:
+          ValueError: the tensor is a scalar, or the range is not within it.
+        """
+        info = self._info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise ValueError(
+                f"{self.path}: tensor {shown(name)} of shape {info.shape} has no rows "
+                f"[{start}, {stop})."
+            )
+        row_bytes = info.dtype.itemsize * math.prod(info.shape[1:])
+        data = self._read_bytes(info, start * row_bytes, stop * row_bytes)
+        return data.view(info.dtype).reshape((stop - start, *info.shape[1:]))
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path}: no tensor {shown(name)}.{nearest(name, self.tensors)}"
+            ) from None
+
+    def _read_bytes(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        data = np.empty(stop - start, np.uint8)
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            count = os.preadv(
+                self._fd, [view[done : done + _READ_BYTES]], info.start + start + done
+            )
+            if count == 0:
+                raise self._error("the file became shorter while it was read", info.name)
+            done += count
+        return data
+
+    def _error(self, reason: str, name: str | None = None, hint: str = "") -> CheckpointError:
+        tensor = "" if name is None else f" tensor {shown(name)}:"
+        return CheckpointError(f"{self.path}:{tensor} {reason}.{' ' + hint if hint else ''}")
+
+    def _read_header(self) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise self._error("not a regular file")
+        size = status.st_size
+        beginning = os.pread(self._fd, 64, 0)
+        for magic, what in _OTHER_KINDS:
+            if beginning.startswith(magic):
+                raise self._error(f"not safetensors but {what}")
+        if size < 8:
+            raise self._error(f"{size} bytes, too short for safetensors", hint=_DOWNLOAD_AGAIN)
+        (length,) = struct.unpack("<Q", beginning[:8])
+        if not 0 < length <= MAX_HEADER_BYTES:
+            raise self._error(f"header length {length} is not in 1…{MAX_HEADER_BYTES}")
+        if 8 + length > size:
+            raise self._error(
+                f"truncated: the header needs {8 + length} bytes, the file has {size}",
+                hint=_DOWNLOAD_AGAIN,
+            )
+        header_bytes = os.pread(self._fd, length, 8)
+        if not header_bytes.startswith(b"{"):
+            raise self._error("the header does not begin with '{'")
+        header: dict[str, Any] = strict_json.parse(header_bytes, where=f"{self.path}: header")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise self._error("__metadata__ is not an object of strings")
+        if len(header) > MAX_TENSORS:
+            raise self._error(f"{len(header)} tensors, more than {MAX_TENSORS}")
+        data_start = 8 + length
+        tensors = {
+            name: self._check_entry(name, entry, data_start) for name, entry in header.items()
+        }
+        self._check_ranges(tensors, data_start, size)
+        return metadata, tensors
+
+    def _check_entry(self, name: str, entry: Any, data_start: int) -> TensorInfo:
+        if (
+            not 0 < len(name) <= MAX_NAME_LENGTH
+            or not name.isprintable()
+            or "/" in name
+            or "\\" in name
+            or ".." in name
+        ):
+            raise self._error(
+                "illegal name (1 to 512 printable characters without '/', '\\' and '..')", name
+            )
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise self._error(
+                f"header entry must have exactly dtype, shape, data_offsets; found {found}", name
+            )
+        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None:
+            raise self._error(
+                f"unsupported dtype {shown(str(entry['dtype']))}; supported: {', '.join(DTYPES)}",
+                name,
+            )
+        shape = entry["shape"]
+        if not isinstance(shape, list) or not all(
+            type(dim) is int and 0 <= dim <= MAX_DIMENSION for dim in shape
+        ):
+            raise self._error(f"shape {shown(str(shape))} is not a list of sizes", name)
+        if len(shape) > MAX_RANK:
+            raise self._error(f"{len(shape)} dimensions, more than {MAX_RANK}", name)
+        offsets = entry["data_offsets"]
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != 2
+            or not all(type(offset) is int for offset in offsets)
+            or not 0 <= offsets[0] <= offsets[1]
+        ):
+            raise self._error(
+                f"data_offsets {shown(str(offsets))} are not [begin, end] with 0 <= begin <= end",
+                name,
+            )
+        expected = math.prod(shape) * dtype.itemsize
+        if expected != offsets[1] - offsets[0]:
+            raise self._error(
+                f"{entry['dtype']}{shape} needs {expected} bytes, data_offsets give "
+                f"{offsets[1] - offsets[0]}",
+                name,
+            )
+        return TensorInfo(
+            name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1]
+        )
+
+    def _check_ranges(self, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
+        """The tensors must tile the data exactly: no overlap, hole, missing or trailing bytes."""
+        position = data_start
+        for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
+            if info.start < position:
+                raise self._error("its bytes overlap those of another tensor", info.name)
+            if info.start > position:
+                raise self._error(f"a hole of {info.start - position} bytes before it", info.name)
+            position = info.stop
+            if position > size:
+                raise self._error(
+                    f"truncated: ends at byte {position}, the file has {size}",
+                    info.name,
+                    _DOWNLOAD_AGAIN,
+                )
+        if position != size:
+            raise self._error(f"{size - position} trailing bytes after the last tensor")
+
+
+_DOWNLOAD_AGAIN = "Download it again."

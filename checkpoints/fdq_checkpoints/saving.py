@@ -1,0 +1,173 @@
+"""``save``: a model or any pytree as an fdq checkpoint."""
+
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdq.formats.qtensor import QTensor
+from fdq_checkpoints import tree_paths
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.source_directory import COMPANION_FILES
+from fdq_checkpoints.store import commit, manifest, orbax_store
+from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
+from fdq_checkpoints.tree_paths import Tensor
+
+
+def save(
+    obj: Any,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    files: Iterable[str | os.PathLike[str]] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a model, an NNX module of yours, or any pytree of arrays and QTensors.
+
+    What was prepared for a device is saved in the canonical layout. PRNG keys are saved too.
+
+    Args:
+      obj: an fdq model (loads without anything else), or any ``nnx.Module`` or pytree (loads into
+        a template, or as nested dicts).
+      path: the directory to make. It appears when it is complete, and not before.
+      overwrite: replace an fdq checkpoint that is there.
+      files: files to put beside the weights, such as tokenizer.json.
+      provenance: JSON values to keep in fdq.json.
+
+    Raises:
+      FileExistsError: `path` exists.
+      CheckpointError: a leaf is not an array, or the disk is too small.
+    """
+    tensors = tree_paths.flatten(obj)
+    if not tensors:
+        raise CheckpointError(f"{type(obj).__name__} has no arrays to save.")
+    for tensor in tensors:
+        for array in tree_paths.arrays_of(tensor.value).values():
+            if isinstance(array, jax.ShapeDtypeStruct):
+                raise CheckpointError(
+                    f"{tree_paths.dotted(tensor.path)}: abstract, it has no values to save."
+                )
+    total = sum(nbytes(tensor.value) for tensor in tensors)
+    config = model_config(obj)
+    with commit.pending_directory(path, overwrite=overwrite, needed_bytes=total) as folder:
+        writer = orbax_store.TreeWriter(folder / WEIGHTS, total_bytes=total)
+        entries = []
+        for tensor in tensors:
+            entries.append(write_tensor(writer, tensor))
+            writer.flush_if_full()
+        writer.finalize()
+        manifest.write(
+            Manifest(
+                kind="params" if config is None else "model",
+                tensors=tuple(entries),
+                scheme=scheme_name(obj),
+                config=config,
+                files=copy_files([*attached_files(obj), *files], folder),
+                provenance={
+                    "recipe": getattr(obj, "recipe_record", None),
+                    "versions": versions(),
+                    **(provenance or {}),
+                },
+                fdq_version=versions()["fdq"],
+            ),
+            folder,
+        )
+
+
+def write_tensor(writer: orbax_store.TreeWriter, tensor: Tensor) -> TensorEntry:
+    """Hand a tensor's arrays to the writer and describe them."""
+    arrays: dict[str, ArrayEntry] = {}
+    prng = None
+    for name, array in tree_paths.arrays_of(tensor.value).items():
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            prng = str(jax.random.key_impl(array))
+            array = jax.random.key_data(array)
+        host = np.asarray(array)
+        arrays[name] = manifest.array_entry(host)
+        if host.size:  # Orbax has no empty arrays; the manifest's shape says all about them
+            writer.add(tree_paths.array_path(tensor.path, name), host)
+    value = tensor.value
+    quantized = isinstance(value, QTensor)
+    return TensorEntry(
+        path=tensor.path,
+        shape=tuple(value.shape),
+        arrays=arrays,
+        spec=value.spec if quantized else None,
+        padding=value.padding if quantized else 0,
+        activation=tensor.activation,
+        prng=prng,
+    )
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of a tensor's arrays, abstract or not."""
+    total = 0
+    for array in tree_paths.arrays_of(value).values():
+        if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            array = jax.eval_shape(jax.random.key_data, array)
+        total += int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
+    return total
+
+
+def copy_files(
+    paths: Iterable[str | os.PathLike[str]], folder: pathlib.Path
+) -> dict[str, dict[str, Any]]:
+    """Copy files into the checkpoint; the manifest's ``files``.
+
+    Raises:
+      CheckpointError: two have the same name, or one is named like the checkpoint's own.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for path in map(pathlib.Path, paths):
+        if path.name in entries or path.name in (manifest.FILE_NAME, WEIGHTS):
+            raise CheckpointError(f"{path}: a second file of this name in the checkpoint.")
+        shutil.copyfile(path, folder / path.name)
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    return entries
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of fdq and of what it stands on."""
+    return {name: _version(name) for name in ("fdq", "jax", "flax", "orbax-checkpoint")}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from a source tree without installing
+        return "unknown"
+
+
+def model_config(obj: Any) -> dict[str, Any] | None:
+    """The config of an fdq model as JSON values; None for everything else."""
+    from fdq.models import Decoder
+
+    return obj.config.to_dict() if isinstance(obj, Decoder) else None
+
+
+def scheme_name(obj: Any) -> str | None:
+    """The scheme that ``fdq.quantize`` recorded on a model."""
+    scheme = getattr(obj, "scheme", None)
+    return None if scheme is None else str(scheme)
+
+
+def attached_files(obj: Any) -> list[pathlib.Path]:
+    """Tokenizer and config files of the checkpoint that a model came from, if still there."""
+    tokenizer = getattr(obj, "tokenizer_path", None)
+    if not isinstance(tokenizer, str):
+        return []
+    folder = pathlib.Path(tokenizer).parent
+    return [folder / name for name in COMPANION_FILES if (folder / name).is_file()]

@@ -1,0 +1,1 @@
+"""What is in a source: whose names its tensors have."""

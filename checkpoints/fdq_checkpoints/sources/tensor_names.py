@@ -1,0 +1,225 @@
+"""Where each tensor of fdq's tree comes from in somebody else's checkpoint, as data.
+
+A family of checkpoints is a list of ``Rule``s: a path of fdq's tree with ``{i}`` for the layer and
+``{e}`` for the expert, the source tensors that are joined along N, and how they are laid out.
+``sources`` resolves the rules for the tensors that a model has, and checks that every source
+tensor is there, has the shape and dtype that follow from the model, and that none is left over.
+"""
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdq_checkpoints.errors import CheckpointError, nearest, shown
+from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.tree_paths import Path, dotted
+
+# As stored; a matrix stored [out, in]; a vector stored with a leading axis of one.
+Layout = Literal["same", "transposed", "row"]
+Widths = Literal["qkv", "equal"]
+
+# Tensors that a file may have and no model uses: multi-token prediction heads, and the rotary
+# frequencies that old exporters wrote out.
+IGNORED = (
+    "mtp*",
+    "model.mtp*",
+    "ernie.mtp*",
+    "*.mtp_*",
+    "*.rotary_emb.inv_freq",
+    "rotary_emb.inv_freq",
+)
+_COMPARE_ROWS_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Source tensors of one kind of tensor.
+
+    Attributes:
+      target: path in fdq's tree; ``{i}`` is a layer.
+      names: source names, joined along the last axis of the target; ``{i}`` is the layer, and
+        ``{e}`` an expert, over which the target's first axis goes.
+      layout: how each source tensor is stored.
+      widths: the sources' shares of the target's last axis: ``"qkv"`` by the model's heads,
+        ``"equal"`` parts.
+    """
+
+    target: str
+    names: tuple[str, ...]
+    layout: Layout = "same"
+    widths: Widths = "equal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """How to assemble one target from source tensors.
+
+    Attributes:
+      target: path in fdq's tree.
+      shape: of the whole target.
+      parts: for each expert (or only one, if not stacked), the names joined along the last axis.
+      stacked: whether the first axis goes over experts.
+      layout: as in ``Rule``.
+    """
+
+    target: Path
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, ...], ...]
+    stacked: bool
+    layout: Layout
+
+    def read(self, directory: SourceDirectory, expert: int | None = None) -> np.ndarray:
+        """The target, or one expert of a stacked one, in the stored dtype.
+
+        One source tensor is in memory besides the result.
+        """
+        if self.stacked and expert is None:
+            result = None
+            for index in range(len(self.parts)):
+                one = self.read(directory, index)
+                if result is None:
+                    result = np.empty((len(self.parts), *one.shape), one.dtype)
+                result[index] = one
+            assert result is not None
+            return result
+        names = self.parts[expert or 0]
+        if len(names) == 1:
+            return _laid_out(directory.read(names[0]), self.layout)
+        dtype = directory.tensors[names[0]].dtype
+        result = np.empty(self.shape[1:] if self.stacked else self.shape, dtype)
+        start = 0
+        for name in names:
+            part = _laid_out(directory.read(name), self.layout)
+            result[..., start : start + part.shape[-1]] = part
+            start += part.shape[-1]
+        return result
+
+
+def _laid_out(array: np.ndarray, layout: Layout) -> np.ndarray:
+    if layout == "transposed":
+        return np.ascontiguousarray(array.T)
+    return array.reshape(array.shape[1:]) if layout == "row" else array
+
+
+def sources(
+    directory: SourceDirectory,
+    rules: tuple[Rule, ...],
+    targets: Mapping[Path, jax.ShapeDtypeStruct],
+    *,
+    qkv_widths: tuple[int, int, int],
+    also_used: tuple[str, ...] = (),
+) -> dict[Path, Source]:
+    """For each target of a model, where it comes from.
+
+    Args:
+      directory: the open checkpoint.
+      rules: of its family.
+      targets: the model's tensors.
+      qkv_widths: columns of q, k and v.
+      also_used: names that are expected besides.
+
+    Raises:
+      CheckpointError: a tensor is missing, unexpected, or has another shape or dtype.
+    """
+    result = {}
+    used = set(also_used)
+    for path, target in targets.items():
+        source = _resolve(path, tuple(target.shape), rules)
+        widths = qkv_widths if _rule(path, rules)[0].widths == "qkv" else None
+        for names in source.parts:
+            _check_parts(directory, source, names, widths)
+            used.update(names)
+        result[path] = source
+    unexpected = [name for name in directory.tensors if name not in used and not _ignored(name)]
+    if unexpected:
+        name = unexpected[0]
+        more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
+        raise CheckpointError(
+            f"{directory.file_name(name)}: tensor {shown(name)}{more} is not part of a "
+            f"{directory.config.get('model_type')} model with this config.json. Check that they "
+            "belong together."
+        )
+    return result
+
+
+def check_tied_head(directory: SourceDirectory, head: str, embedding: str) -> None:
+    """A head in the file of a model that ties it to the embedding must be equal to it."""
+    a, b = directory.tensors[head], directory.tensors[embedding]
+    same = a.shape == b.shape and a.dtype == b.dtype
+    if same:
+        rows = max(1, _COMPARE_ROWS_BYTES // max(1, a.nbytes // a.shape[0]))
+        same = all(
+            np.array_equal(
+                directory.read_rows(head, start, min(start + rows, a.shape[0])).view(np.uint8),
+                directory.read_rows(embedding, start, min(start + rows, a.shape[0])).view(np.uint8),
+            )
+            for start in range(0, a.shape[0], rows)
+        )
+    if not same:
+        raise CheckpointError(
+            f"{directory.file_name(head)}: tensor {shown(head)} differs from {shown(embedding)}, "
+            "but config.json says tie_word_embeddings. Set it to false if the head is meant."
+        )
+
+
+def _ignored(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED)
+
+
+def _rule(path: Path, rules: tuple[Rule, ...]) -> tuple[Rule, dict[str, str]]:
+    name = dotted(path)
+    for rule in rules:
+        pattern = re.escape(rule.target).replace(r"\{i\}", r"(?P<i>\d+)")
+        if match := re.fullmatch(pattern, name):
+            return rule, match.groupdict()
+    raise CheckpointError(f"{name}: checkpoints of this family have no such tensor.")
+
+
+def _resolve(path: Path, shape: tuple[int, ...], rules: tuple[Rule, ...]) -> Source:
+    rule, values = _rule(path, rules)
+    stacked = any("{e}" in name for name in rule.names)
+    parts = tuple(
+        tuple(name.format(e=expert, **values) for name in rule.names)
+        for expert in range(shape[0] if stacked else 1)
+    )
+    return Source(path, shape, parts, stacked, rule.layout)
+
+
+def _check_parts(
+    directory: SourceDirectory,
+    source: Source,
+    names: tuple[str, ...],
+    widths: tuple[int, ...] | None,
+) -> None:
+    shape = source.shape[1:] if source.stacked else source.shape
+    if widths is None or len(names) == 1:
+        widths = (shape[-1] // len(names),) * len(names)
+    for name, width in zip(names, widths, strict=True):
+        info = directory.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{directory.path}: tensor {shown(name)} is missing, which "
+                f"{dotted(source.target)} needs.{nearest(name, directory.tensors)}"
+            )
+        expected = (*shape[:-1], width)
+        if source.layout == "transposed":
+            expected = expected[::-1]
+        elif source.layout == "row":
+            expected = (1, *expected)
+        if info.shape != expected:
+            raise CheckpointError(
+                f"{directory.file_name(name)}: tensor {shown(name)} has shape {info.shape}, "
+                f"expected {expected} from config.json."
+            )
+        if not jnp.issubdtype(info.dtype, jnp.floating) or info.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{directory.file_name(name)}: tensor {shown(name)} is {info.dtype}, expected "
+                "16- or 32-bit floats. Already quantized checkpoints are not read here; use the "
+                "original release."
+            )

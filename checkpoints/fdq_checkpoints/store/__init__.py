@@ -1,0 +1,1 @@
+"""The fdq checkpoint: manifest, Orbax, commit, restore."""

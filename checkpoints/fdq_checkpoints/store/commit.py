@@ -1,0 +1,169 @@
+"""A directory that appears whole or not at all.
+
+Everything is written into the sibling ``<destination>.fdq-tmp``, synced to disk, and renamed. A
+process that dies leaves the sibling, which nothing loads; an error removes it.
+"""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.store import manifest
+
+SUFFIX = ".fdq-tmp"
+_LOCK = "lock"
+_SPARE_BYTES = 16 * 2**20
+
+
+@contextlib.contextmanager
+def pending_directory(
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    keep_unfinished: bool = False,
+    needed_bytes: int = 0,
+) -> Iterator[pathlib.Path]:
+    """A context that yields the temporary sibling and renames it at the end.
+
+    Args:
+      destination: the directory to make; parents are made too.
+      overwrite: replace an fdq checkpoint that is there (it stays until the new one is complete).
+      keep_unfinished: yield what a killed process left, instead of an empty directory, and leave
+        it when interrupted from the keyboard.
+      needed_bytes: estimate of what will be written.
+
+    Raises:
+      FileExistsError: the destination exists.
+      CheckpointError: another process is writing it, or the disk is too small.
+    """
+    final = pathlib.Path(destination).absolute()
+    check_destination(final, overwrite=overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    pending = final.with_name(final.name + SUFFIX)
+    there = _bytes_in(pending) if keep_unfinished else 0
+    check_disk(final.parent, needed_bytes - there)
+    if pending.is_symlink():
+        raise CheckpointError(f"{pending}: a link; it would be emptied. Remove it.")
+    pending.mkdir(exist_ok=True)
+    with _locked(pending):
+        if not keep_unfinished:
+            empty(pending)
+        try:
+            yield pending
+            _sync(pending)
+            _rename(pending, final, overwrite=overwrite)
+            # Not before: without its lock, another process would take the directory and empty it.
+            (final / _LOCK).unlink()
+        except KeyboardInterrupt:
+            if not keep_unfinished:
+                shutil.rmtree(pending)
+            raise
+        except BaseException:
+            shutil.rmtree(pending, ignore_errors=True)
+            raise
+
+
+def check_destination(final: pathlib.Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError unless `final` is free, or an fdq checkpoint to overwrite."""
+    if not os.path.lexists(final):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{final}: exists already. Choose another destination, or pass overwrite=True to "
+            "replace an fdq checkpoint."
+        )
+    if not (final / manifest.FILE_NAME).is_file():
+        raise FileExistsError(f"{final}: exists and is not an fdq checkpoint; not overwritten.")
+
+
+def check_disk(folder: pathlib.Path, needed_bytes: int) -> None:
+    """Raise CheckpointError if the file system of `folder` has not `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
+        raise CheckpointError(
+            f"{folder}: about {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
+            "free. Free some space or choose another disk."
+        )
+
+
+def empty(pending: pathlib.Path) -> None:
+    """Remove everything in the temporary directory but its lock."""
+    for entry in pending.iterdir():
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextlib.contextmanager
+def _locked(pending: pathlib.Path) -> Iterator[None]:
+    lock = pending / _LOCK
+    busy = CheckpointError(
+        f"{pending}: another process is writing it. Wait for it, or choose another destination."
+    )
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:  # just renamed by a process that was done
+        raise busy from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        if not lock.exists() or not os.path.samestat(os.fstat(descriptor), lock.stat()):
+            raise busy  # the lock that we have is no longer that of this directory
+        yield
+    finally:
+        os.close(descriptor)  # a killed process releases its lock as well
+
+
+def _bytes_in(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(folder: pathlib.Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync_path(os.path.join(root, name))
+        _sync_path(root)
+
+
+def _sync_path(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool) -> None:
+    check_destination(final, overwrite=overwrite)
+    if not os.path.lexists(final):
+        os.rename(pending, final)
+        _sync_path(final.parent)
+        return
+    old = final.with_name(final.name + ".fdq-old")
+    _remove(old)
+    os.rename(final, old)
+    try:
+        os.rename(pending, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+    _sync_path(final.parent)
+    _remove(old)
+
+
+def _remove(old: pathlib.Path) -> None:
+    """Remove a replaced checkpoint, or the link to one (what it leads to stays)."""
+    if old.is_symlink():
+        old.unlink()
+    elif old.exists():
+        check_destination(old, overwrite=True)
+        shutil.rmtree(old)

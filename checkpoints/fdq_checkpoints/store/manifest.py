@@ -1,0 +1,397 @@
+"""``fdq.json``: what the arrays of an fdq checkpoint mean, and the checksums they must have.
+
+The static part of every quantized tensor (its spec) is here, not in Orbax, which would drop it.
+Each array's dtype, shape and CRC-32 are here too, because Orbax neither refuses to cast nor
+notices a flipped bit. The file carries the SHA-256 of its own content.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import zlib
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdq.formats.qtensor import ARRAY_FIELDS, QTensor
+from fdq.quantizers import quantize_array
+from fdq.schemes.scheme import ActivationSpec, WeightFormat, WeightSpec
+from fdq_checkpoints.errors import CheckpointError, shown
+from fdq_checkpoints.readers import strict_json
+from fdq_checkpoints.tree_paths import Path, dotted
+
+FILE_NAME = "fdq.json"
+WEIGHTS = "weights"
+FORMAT = "fdq-checkpoint"
+FORMAT_VERSION = 1
+MAX_BYTES = 256_000_000
+MAX_RANK = 32
+MAX_SIZE = 2**60  # NumPy refuses larger arrays, those without elements too
+
+KINDS = ("model", "params")
+_KEYS = frozenset(
+    {
+        "format",
+        "format_version",
+        "fdq_version",
+        "kind",
+        "scheme",
+        "config",
+        "tensors",
+        "files",
+        "data",
+        "provenance",
+        "sha256",
+    }
+)
+_TYPES: dict[str, Any] = {
+    "files": dict,
+    "data": dict,
+    "provenance": dict,
+    "fdq_version": str,
+    "scheme": str | None,
+    "config": dict | None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayEntry:
+    """One stored array: dtype name, shape, CRC-32 of its little-endian bytes in C order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the tree.
+
+    Attributes:
+      path: where it is.
+      shape: of what it stands for, ``(..., K, N)`` for a quantized weight.
+      arrays: by field name of ``QTensor``, or the only one under ``"value"``.
+      spec: how a quantized weight is stored; None for a plain array.
+      padding: as in ``QTensor``.
+      activation: how the module that holds the weight quantizes its input.
+      prng: name of the PRNG implementation if the array is the data of a key.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    arrays: dict[str, ArrayEntry]
+    spec: WeightSpec | None = None
+    padding: int = 0
+    activation: ActivationSpec | None = None
+    prng: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, packed, scales included."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def abstract(self) -> Any:
+        """The tensor with ``jax.ShapeDtypeStruct`` for arrays: a QTensor, or one array."""
+        arrays: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
+            for name, array in self.arrays.items()
+        }
+        if self.spec is None:
+            return arrays["value"]
+        return QTensor(**arrays, spec=self.spec, padding=self.padding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The content of ``fdq.json``.
+
+    Attributes:
+      kind: ``"model"`` (`config` builds it) or ``"params"`` (any tree).
+      tensors: all of them, in the tree's order.
+      scheme: name of the scheme, for people; the truth is in the tensors' specs.
+      config: of the model, as ``DecoderConfig.to_dict`` gives it.
+      files: copied beside the weights (tokenizer): ``name -> {"bytes": …, "sha256": …}``.
+      data: bytes of each file under ``weights/``, by its path there; filled in by ``write``.
+      provenance: where the weights came from and how they were quantized.
+    """
+
+    kind: str
+    tensors: tuple[TensorEntry, ...]
+    scheme: str | None = None
+    config: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    data: dict[str, int] = dataclasses.field(default_factory=dict)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fdq_version: str = "unknown"
+
+
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of the array's bytes in C order (1.4 GB/s; SHA-256 would be half as fast)."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def array_entry(array: np.ndarray) -> ArrayEntry:
+    """The entry of an array on the host."""
+    return ArrayEntry(array.dtype.name, tuple(array.shape), checksum(array))
+
+
+def write(manifest: Manifest, folder: pathlib.Path) -> None:
+    """Write ``fdq.json`` beside the finished ``weights/``, whose files it lists."""
+    weights = folder / WEIGHTS
+    sizes = {
+        path.relative_to(weights).as_posix(): path.stat().st_size
+        for path in sorted(weights.rglob("*"))
+        if path.is_file()
+    }
+    content = to_json(dataclasses.replace(manifest, data=sizes))
+    content["sha256"] = _digest(content)
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: pathlib.Path) -> Manifest:
+    """Read ``fdq.json`` and check everything in it that can be checked without the arrays.
+
+    Raises:
+      CheckpointError: missing, truncated, edited, of a newer format version, or inconsistent.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no {FILE_NAME}; not a (complete) fdq checkpoint.")
+    content = strict_json.read_object(path, max_bytes=MAX_BYTES)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is {content.get('format')!r}, expected {FORMAT!r}.")
+    version = content.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: format_version {version!r} is not a version.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format version {version} is newer than {FORMAT_VERSION}, the "
+            f"newest that this fdq reads (written by fdq {content.get('fdq_version')}). "
+            "Upgrade fdq."
+        )
+    digest = content.pop("sha256", None)
+    if digest != _digest(content):
+        raise CheckpointError(
+            f"{path}: its content does not match its own sha256; it was edited or damaged. "
+            "Copy or convert the checkpoint again."
+        )
+    if unknown := sorted(content.keys() - _KEYS):
+        raise CheckpointError(f"{path}: unknown keys {unknown}.")
+    try:
+        return _from_json(content, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: malformed ({type(error).__name__}: {error}).") from error
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as JSON values, without its hash."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fdq_version": manifest.fdq_version,
+        "kind": manifest.kind,
+        "scheme": manifest.scheme,
+        "config": manifest.config,
+        "provenance": manifest.provenance,
+        "files": manifest.files,
+        "data": manifest.data,
+        "tensors": [tensor_to_json(tensor) for tensor in manifest.tensors],
+    }
+
+
+def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
+    """One entry of ``tensors``; fields that say nothing are left out."""
+    entry: dict[str, Any] = {
+        "path": list(tensor.path),
+        "shape": list(tensor.shape),
+        "arrays": {
+            name: {"dtype": a.dtype, "shape": list(a.shape), "crc32": a.crc32}
+            for name, a in tensor.arrays.items()
+        },
+    }
+    if tensor.spec is not None:
+        entry["spec"] = _spec_to_json(tensor.spec)
+        entry["padding"] = tensor.padding
+    if tensor.activation is not None:
+        entry["activation"] = _spec_to_json(tensor.activation)
+    if tensor.prng is not None:
+        entry["prng"] = tensor.prng
+    return entry
+
+
+def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
+    """The inverse of ``tensor_to_json``, checking the entry.
+
+    Raises:
+      CheckpointError: the spec does not exist, or the arrays are not those of the spec.
+    """
+    path = tuple(entry["path"])
+    if not path or not all(isinstance(key, str) for key in path):
+        raise CheckpointError(f"{where}: {shown(str(path))} is not a path.")
+    where = f"{where}: {dotted(path)}"
+    if unknown := sorted(
+        entry.keys() - {"path", "shape", "arrays", "spec", "padding", "activation", "prng"}
+    ):
+        raise CheckpointError(f"{where}: unknown keys {unknown}.")
+    arrays = {
+        name: ArrayEntry(
+            _dtype(array["dtype"], where),
+            _shape(array["shape"], where),
+            _integer(array["crc32"], where),
+        )
+        for name, array in entry["arrays"].items()
+    }
+    spec = activation = None
+    if "spec" in entry:
+        spec = _spec_from_json(WeightSpec, entry["spec"], where)
+        if spec.format not in get_args(WeightFormat):
+            raise CheckpointError(f"{where}: unknown weight format {spec.format!r}. Upgrade fdq.")
+    if "activation" in entry:
+        activation = _spec_from_json(ActivationSpec, entry["activation"], where)
+    tensor = TensorEntry(
+        path=path,
+        shape=_shape(entry["shape"], where),
+        arrays=arrays,
+        spec=spec,
+        padding=_integer(entry.get("padding", 0), where),
+        activation=activation,
+        prng=entry.get("prng"),
+    )
+    _check_arrays(tensor, where)
+    return tensor
+
+
+def _check_arrays(tensor: TensorEntry, where: str) -> None:
+    """The arrays must be exactly those that quantizing such a shape by this spec gives."""
+    if tensor.spec is None:
+        if set(tensor.arrays) != {"value"}:
+            raise CheckpointError(f"{where}: a plain tensor has arrays {sorted(tensor.arrays)}.")
+        shape = tensor.arrays["value"].shape if tensor.prng is None else _keys_shape(tensor, where)
+        if tensor.shape != shape:
+            raise CheckpointError(f"{where}: shape {tensor.shape}, but its array says {shape}.")
+        return
+    if tensor.prng is not None:
+        raise CheckpointError(f"{where}: both quantized and a PRNG key.")
+    if not set(tensor.arrays) <= set(ARRAY_FIELDS):
+        raise CheckpointError(f"{where}: unknown arrays {sorted(tensor.arrays)}.")
+    try:
+        expected = _abstract(tensor.shape, tensor.spec)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: impossible spec ({error})") from error
+    found = {name: (a.dtype, a.shape) for name, a in tensor.arrays.items()}
+    wanted = {
+        name: (np.dtype(a.dtype).name, tuple(a.shape)) for name, a in expected.arrays().items()
+    }
+    if found != wanted or tensor.padding != expected.padding:
+        raise CheckpointError(
+            f"{where}: {tensor.spec.format} of shape {tensor.shape} has arrays {wanted} and "
+            f"padding {expected.padding}, found {found} and padding {tensor.padding}."
+        )
+
+
+def _keys_shape(tensor: TensorEntry, where: str) -> tuple[int, ...]:
+    if not isinstance(tensor.prng, str):
+        raise CheckpointError(f"{where}: prng {shown(str(tensor.prng))} is not a name.")
+    wrap = functools.partial(jax.random.wrap_key_data, impl=tensor.prng)
+    try:
+        return jax.eval_shape(wrap, tensor.abstract()).shape
+    except (ValueError, TypeError) as error:
+        reason = str(error).split(" for impl=")[0]  # a page of functions
+        raise CheckpointError(f"{where}: not the data of a PRNG key ({reason}).") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract(shape: tuple[int, ...], spec: WeightSpec) -> QTensor:
+    return quantize_array(jax.ShapeDtypeStruct(shape, jnp.float32), spec)
+
+
+def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
+    if content["kind"] not in KINDS:
+        raise CheckpointError(f"{path}: kind {content['kind']!r} is not one of {KINDS}.")
+    if content["kind"] == "model" and not isinstance(content["config"], dict):
+        raise CheckpointError(f"{path}: a model without its config.")
+    tensors = tuple(tensor_from_json(entry, str(path)) for entry in content["tensors"])
+    if len({tensor.path for tensor in tensors}) != len(tensors):
+        raise CheckpointError(f"{path}: two tensors have the same path.")
+    for key, expected in _TYPES.items():
+        if not isinstance(content[key], expected):
+            raise CheckpointError(f"{path}: {key} is a {type(content[key]).__name__}.")
+    for name, file in content["files"].items():
+        if not isinstance(file, dict) or not isinstance(file.get("sha256"), str):
+            raise CheckpointError(f"{path}: no hash of {shown(name)}.")
+        if pathlib.PurePath(name).name != name or name in ("", ".", "..", FILE_NAME):
+            raise CheckpointError(f"{path}: {shown(name)} is not a file name.")
+    for name, size in content["data"].items():
+        if ".." in pathlib.PurePosixPath(name).parts or name.startswith("/"):
+            raise CheckpointError(f"{path}: {shown(name)} is not a path under {WEIGHTS}/.")
+        _integer(size, f"{path}: {shown(name)}")
+    return Manifest(
+        kind=content["kind"],
+        tensors=tensors,
+        scheme=content["scheme"],
+        config=content["config"],
+        files=content["files"],
+        data=content["data"],
+        provenance=content["provenance"],
+        fdq_version=content["fdq_version"],
+    )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _spec_to_json(spec: WeightSpec | ActivationSpec) -> dict[str, Any]:
+    values = dataclasses.asdict(spec)
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+    }
+
+
+def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    for flag in ("double_quantization", "dynamic"):
+        if not isinstance(fields.get(flag, False), bool):
+            raise CheckpointError(f"{where}: {flag} is {fields[flag]!r}, expected true or false.")
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: impossible {kind.__name__} ({error}).") from error
+
+
+def _integer(value: Any, where: str) -> int:
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{where}: {shown(str(value))} is not a whole number.")
+    return value
+
+
+def _dtype(name: Any, where: str) -> str:
+    try:
+        return np.dtype(jnp.dtype(name)).name
+    except TypeError:
+        raise CheckpointError(f"{where}: unknown dtype {shown(str(name))}.") from None
+
+
+def _shape(shape: Any, where: str) -> tuple[int, ...]:
+    if (
+        not isinstance(shape, list)
+        or not all(type(dim) is int and dim >= 0 for dim in shape)
+        or len(shape) > MAX_RANK
+        or math.prod(dim for dim in shape if dim) > MAX_SIZE
+    ):
+        raise CheckpointError(f"{where}: {shown(str(shape))} is not a shape.")
+    return tuple(shape)

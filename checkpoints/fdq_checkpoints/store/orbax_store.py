@@ -1,0 +1,220 @@
+"""Trees of arrays in Orbax's format; the only module of the project that knows Orbax.
+
+Arrays are written uncompressed (packed codes do not compress, and zstd is three to five times
+slower) and read back as NumPy arrays in exactly the stored dtype and shape, because Orbax casts
+silently to whatever the caller asks for. It does not notice flipped bits either: the manifest's
+checksums do.
+
+Trees are nested dicts only. A tree larger than memory is written in batches (``ocp.partial``).
+"""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from fdq_checkpoints import tree_paths
+from fdq_checkpoints.errors import CheckpointError
+
+# The cost of a partial save grows with the number of those before it, so there are at most 64
+# (and one remainder); a batch stays in memory until it is written.
+MAX_BATCHES = 64
+MIN_BATCH_BYTES = 256 * 2**20
+
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax renames what is complete
+
+# What Orbax and its parsers raise on a damaged directory: it documents none, these were seen.
+_DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError)
+
+
+class TreeWriter:
+    """Writes a tree array by array; nothing is at `path` before ``finalize``.
+
+    Args:
+      path: the directory to make.
+      total_bytes: size of the whole tree, which sets the size of a batch.
+      on_batch: called after each batch is on disk, with the names of the directories (siblings of
+        `path`) that hold what was written so far.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        total_bytes: int,
+        on_batch: Callable[[list[str]], None] | None = None,
+        batch_bytes: int | None = None,
+    ):
+        self._path = path.absolute()
+        self._limit = batch_bytes or max(MIN_BATCH_BYTES, -(-total_bytes // MAX_BATCHES))
+        self._on_batch = on_batch
+        self._batch: dict[tree_paths.Path, np.ndarray] = {}
+        self._batch_bytes = 0
+
+    def add(self, path: tree_paths.Path, array: Any) -> None:
+        """Queue one array (not of size zero, which Orbax cannot write)."""
+        host = np.asarray(array)
+        self._batch[path] = host
+        self._batch_bytes += host.nbytes
+
+    def flush_if_full(self) -> None:
+        """Write the batch when it is large enough; call it between whole tensors."""
+        if self._batch_bytes >= self._limit:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the batch."""
+        if not self._batch:
+            return
+        with _context():
+            try:
+                ocp.partial.save(str(self._path), tree_paths.nested(self._batch))
+            except _DAMAGE as error:
+                raise CheckpointError(f"{self._path}: could not be written: {error}") from error
+        self._batch = {}
+        self._batch_bytes = 0
+        if self._on_batch is not None:
+            self._on_batch(pending_directories(self._path))
+
+    def finalize(self) -> None:
+        """Write what is left and put everything together at `path`."""
+        self.flush()
+        with _context():
+            try:
+                ocp.partial.finalize(str(self._path))
+            except _DAMAGE as error:
+                raise CheckpointError(f"{self._path}: could not be written: {error}") from error
+
+
+def pending_directories(path: pathlib.Path) -> list[str]:
+    """Names of the committed batches that an unfinished writer of `path` left."""
+    folder = _partial(path)
+    if not folder.is_dir():
+        return []
+    return sorted(name for name in os.listdir(folder) if not name.endswith(_UNFINISHED))
+
+
+def keep_only(path: pathlib.Path, batches: list[str]) -> bool:
+    """Prepare to go on after a killed writer: drop all that it left but `batches`.
+
+    Returns:
+      False if a batch is missing (the writer was killed while putting them together), so that
+      all must be written anew; nothing is dropped then.
+    """
+    folder = _partial(path)
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    if not set(batches) <= present:
+        return False
+    for name in present - set(batches):
+        shutil.rmtree(folder / name)
+    for entry in path.parent.iterdir():
+        if entry.name.startswith(path.name) and entry.name.endswith(_UNFINISHED):
+            shutil.rmtree(entry)
+    return True
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".partial_save")
+
+
+def is_orbax(path: str | os.PathLike[str]) -> bool:
+    """Whether the directory is one that Orbax wrote, with any of its APIs."""
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        return False
+    names = {entry.name for entry in folder.iterdir()}
+    return bool(names & {"_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint"})
+
+
+class TreeReader:
+    """Reads arrays of one tree, whose metadata it looks at once.
+
+    Attributes:
+      metadata: shape and dtype of each stored array.
+
+    Raises:
+      CheckpointError: the directory is missing or damaged.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path.absolute()
+        if not self._path.is_dir():
+            raise CheckpointError(f"{path}: missing, or not a directory.")
+        with _context():
+            try:
+                tree = ocp.metadata(str(self._path)).metadata
+            except _DAMAGE as error:
+                raise _damaged(self._path, error) from error
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(tree)
+        self.metadata: dict[tree_paths.Path, jax.ShapeDtypeStruct] = {}
+        for entries, leaf in leaves:
+            name = tuple(tree_paths.key_name(entry) for entry in entries)
+            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+                raise CheckpointError(f"{path}: {tree_paths.dotted(name)} is not an array.")
+            self.metadata[name] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+
+    def read(self, names: Iterable[tree_paths.Path]) -> dict[tree_paths.Path, np.ndarray]:
+        """Some arrays, on the host, in exactly their stored dtype and shape.
+
+        Raises:
+          CheckpointError: files are missing or damaged, or there is no such array.
+        """
+        wanted = set(names)
+        if unknown := wanted - self.metadata.keys():
+            name = tree_paths.dotted(min(unknown))
+            raise CheckpointError(f"{self._path}: there is no stored array {name}.")
+        if not wanted:
+            return {}
+        # A broadcast zero has the shape and the dtype without the memory.
+        targets = [
+            np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            if name in wanted
+            else ocp.PLACEHOLDER
+            for name, leaf in self.metadata.items()
+        ]
+        with _context():
+            try:
+                tree = ocp.load(str(self._path), jax.tree.unflatten(self._structure, targets))
+            except _DAMAGE as error:
+                raise _damaged(self._path, error) from error
+        loaded = jax.tree.leaves(tree)
+        result = {}
+        for (name, stored), array in zip(self.metadata.items(), loaded, strict=True):
+            if name not in wanted:
+                continue
+            if array.shape != stored.shape or array.dtype != stored.dtype:
+                raise CheckpointError(
+                    f"{self._path}: {tree_paths.dotted(name)} was read as {array.dtype} "
+                    f"{array.shape}, but stored is {stored.dtype} {stored.shape}."
+                )
+            result[name] = np.asarray(array)
+        return result
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    # Orbax would copy every NumPy array before writing; our saves are synchronous.
+    context.memory.deepcopy_host_arrays = False
+    return context
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"{path}: Orbax cannot read it, files are missing or damaged ({reason}). "
+        "Copy or convert the checkpoint again."
+    )
+
+
+def steps(path: pathlib.Path) -> list[str]:
+    """Names of the steps that a CheckpointManager keeps in the directory, oldest first."""
+    if not path.is_dir():
+        return []
+    names = [entry.name for entry in path.iterdir() if entry.name.isdigit() and is_orbax(entry)]
+    return sorted(names, key=int)

@@ -1,0 +1,192 @@
+"""Reading the tensors of an fdq checkpoint: compared with the manifest before and after.
+
+Arrays are read on the host in batches, in exactly the stored dtype and shape, checked, and then
+put on their devices, each of which takes its own part: the sharding need not be the one that the
+checkpoint was written with.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdq_checkpoints import stream, tree_paths
+from fdq_checkpoints.errors import CheckpointError, nearest
+from fdq_checkpoints.saving import file_digest
+from fdq_checkpoints.store import manifest as manifests
+from fdq_checkpoints.store.manifest import WEIGHTS, Manifest, TensorEntry
+from fdq_checkpoints.store.orbax_store import TreeReader
+from fdq_checkpoints.tree_paths import Path, array_path, dotted
+
+BATCH_BYTES = 256 * 2**20
+
+# Where to put an array: one sharding for all, by the array's dotted path, or a function of that
+# path and the abstract array. None is the default device.
+Shardings = (
+    jax.sharding.Sharding
+    | Mapping[str, jax.sharding.Sharding]
+    | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
+    | None
+)
+
+
+class StoredTensors:
+    """The tensors of an fdq checkpoint on disk.
+
+    Attributes:
+      folder: the checkpoint.
+      manifest: checked in itself and against what Orbax says it has stored.
+
+    Raises:
+      CheckpointError: the manifest is missing, damaged or newer, or the weights do not match it.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.manifest: Manifest = manifests.read(folder)
+        self._check_data()
+        self._reader = TreeReader(folder / WEIGHTS)
+        self._entries = {entry.path: entry for entry in self.manifest.tensors}
+        self._check_stored()
+
+    def read(self, *, verify: bool = True) -> Iterator[tuple[TensorEntry, dict[str, np.ndarray]]]:
+        """Each tensor's entry and arrays on the host.
+
+        Args:
+          verify: compare checksums, which takes about a second per 1.4 GB.
+
+        Raises:
+          CheckpointError: files are damaged or missing; with `verify` also any changed byte.
+        """
+        for batch in self._batches():
+            names = [
+                array_path(entry.path, name)
+                for entry in batch
+                for name, array in entry.arrays.items()
+                if array.nbytes
+            ]
+            stored = self._reader.read(names)
+            for entry in batch:
+                arrays = {}
+                for name, array in entry.arrays.items():
+                    path = array_path(entry.path, name)
+                    empty = np.empty(array.shape, jnp.dtype(array.dtype))
+                    arrays[name] = stored.pop(path) if array.nbytes else empty
+                    if verify and manifests.checksum(arrays[name]) != array.crc32:
+                        raise CheckpointError(
+                            f"{self.folder}: {dotted(path)}: the checksum of its data is not the "
+                            "one in fdq.json: the file has been damaged. Copy or convert the "
+                            "checkpoint again."
+                        )
+                yield entry, arrays
+
+    def restore(self, sharding: Shardings = None, *, verify: bool = True) -> dict[Path, Any]:
+        """All tensors on devices, by path: arrays, PRNG keys and QTensors."""
+        result = {}
+        for entry, arrays in self.read(verify=verify):
+            placed = {
+                name: stream.put(array, sharding_of(sharding, array_path(entry.path, name), array))
+                for name, array in arrays.items()
+            }
+            if entry.prng is not None:
+                placed["value"] = jax.random.wrap_key_data(placed["value"], impl=entry.prng)
+            result[entry.path] = tree_paths.with_arrays(entry.abstract(), placed)
+        return result
+
+    def verify(self) -> None:
+        """Compare all checksums, of the arrays and of the files beside them.
+
+        Raises:
+          CheckpointError: something is missing or changed; the first such thing is named.
+        """
+        for _ in self.read(verify=True):
+            pass
+        self.check_files()
+
+    def check_files(self) -> None:
+        """Compare the files beside the weights with their hashes.
+
+        Raises:
+          CheckpointError: one is missing or changed.
+        """
+        for name, expected in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing, though fdq.json lists it.")
+            if file_digest(path) != expected["sha256"]:
+                raise CheckpointError(f"{path}: changed since the checkpoint was written.")
+
+    def _batches(self) -> Iterator[list[TensorEntry]]:
+        batch: list[TensorEntry] = []
+        size = 0
+        for entry in self.manifest.tensors:
+            if batch and size + entry.nbytes > BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(entry)
+            size += entry.nbytes
+        if batch:
+            yield batch
+
+    def _check_data(self) -> None:
+        """Missing and truncated files are found here, before Orbax reads on several threads."""
+        weights = self.folder / WEIGHTS
+        if not weights.is_dir():
+            raise CheckpointError(f"{weights}: missing. Copy or convert the checkpoint again.")
+        for name, size in self.manifest.data.items():
+            path = weights / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "missing" if found is None else f"{found:,} bytes"
+                raise CheckpointError(
+                    f"{path}: {state}, expected {size:,} bytes. Copy or convert the checkpoint "
+                    "again."
+                )
+
+    def _check_stored(self) -> None:
+        """Orbax casts to what is asked for, so dtypes and shapes are compared before reading."""
+        expected = {
+            array_path(entry.path, name): array
+            for entry in self.manifest.tensors
+            for name, array in entry.arrays.items()
+            if array.nbytes
+        }
+        stored = self._reader.metadata
+        where = f"{self.folder / WEIGHTS}"
+        for path, array in expected.items():
+            if path not in stored:
+                raise CheckpointError(
+                    f"{where} has no readable array {dotted(path)}, which fdq.json lists; files "
+                    "are missing or damaged. Copy or convert the checkpoint again."
+                )
+            found = stored[path]
+            if (np.dtype(found.dtype).name, found.shape) != (array.dtype, array.shape):
+                raise CheckpointError(
+                    f"{where}: {dotted(path)} is {found.dtype} {found.shape}, fdq.json says "
+                    f"{array.dtype} {array.shape}."
+                )
+        if extra := stored.keys() - expected.keys():
+            raise CheckpointError(f"{where}: {dotted(min(extra))} is not in fdq.json.")
+
+
+def sharding_of(
+    shardings: Shardings, path: Path, array: np.ndarray
+) -> jax.sharding.Sharding | None:
+    """The sharding of one array."""
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        return shardings
+    if isinstance(shardings, Mapping):
+        return shardings.get(dotted(path))
+    return shardings(dotted(path), jax.ShapeDtypeStruct(array.shape, array.dtype))
+
+
+def check_shardings(shardings: Shardings, paths: Iterable[Path]) -> None:
+    """Raise CheckpointError if a mapping names an array that the checkpoint does not have."""
+    if isinstance(shardings, Mapping):
+        known = {dotted(path) for path in paths}
+        for name in shardings:
+            if name not in known:
+                raise CheckpointError(f"sharding: there is no array {name}.{nearest(name, known)}")

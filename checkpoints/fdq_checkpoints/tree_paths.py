@@ -1,0 +1,214 @@
+"""Pytrees and Flax modules as flat lists of named tensors, and back.
+
+A path is a tuple of strings, printed with dots (``layers.0.self_attn.qkv_proj.kernel``). A
+``QTensor`` is one tensor whatever arrays it has, so that its static part (spec, padding) travels
+with it: Orbax would drop it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fdq.formats.qtensor import ARRAY_FIELDS, QTensor, canonical
+from fdq.schemes.scheme import ActivationSpec
+from fdq_checkpoints.errors import CheckpointError, nearest
+
+Path = tuple[str, ...]
+
+
+def dotted(path: Iterable[str]) -> str:
+    """``("layers", "0", "kernel")`` as ``"layers.0.kernel"``."""
+    return ".".join(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One named tensor of a tree.
+
+    Attributes:
+      path: where it is.
+      value: an array, a ``jax.ShapeDtypeStruct``, or a ``QTensor`` of them.
+      activation: how the module that holds it quantizes its input, if it does.
+    """
+
+    path: Path
+    value: Any
+    activation: ActivationSpec | None = None
+
+
+def flatten(tree: Any) -> list[Tensor]:
+    """All tensors of an NNX module (each shared one once) or of any pytree, in tree order.
+
+    Raises:
+      CheckpointError: two leaves have the same path, or a leaf is not an array.
+    """
+    tensors = _flatten_module(tree) if isinstance(tree, nnx.Module) else _flatten_pytree(tree)
+    seen: set[Path] = set()
+    for tensor in tensors:
+        if tensor.path in seen:
+            raise CheckpointError(
+                f"{dotted(tensor.path)}: two leaves have this path once keys are strings. "
+                "Rename one."
+            )
+        seen.add(tensor.path)
+        for array in arrays_of(tensor.value).values():
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                raise CheckpointError(
+                    f"{dotted(tensor.path)}: expected an array, found {type(array).__name__}."
+                )
+    return tensors
+
+
+def fill(tree: Any, values: Mapping[Path, Any]) -> Any:
+    """`tree` with every tensor replaced by ``values[path]``, a QTensor where it has a QTensor.
+
+    Raises:
+      CheckpointError: a tensor of `tree` is missing from `values`, or `values` has more.
+    """
+    paths = [tensor.path for tensor in flatten(tree)]
+    check_same_paths(expected=paths, found=list(values), what="the checkpoint")
+    if isinstance(tree, nnx.Module):
+        return _fill_module(tree, values)
+    entries, structure = _pytree_leaves(tree)
+    return jax.tree_util.tree_unflatten(structure, [values[path] for path, _ in entries])
+
+
+def check_same_paths(*, expected: Iterable[Path], found: Iterable[Path], what: str) -> None:
+    """Raise ``CheckpointError`` naming the first tensors that are missing or too many."""
+    expected_names = {dotted(path) for path in expected}
+    found_names = {dotted(path) for path in found}
+    missing = sorted(expected_names - found_names)
+    extra = sorted(found_names - expected_names)
+    if missing:
+        raise CheckpointError(
+            f"{what} has no tensor {missing[0]}{_and_more(missing)}."
+            f"{nearest(missing[0], extra or found_names)}"
+        )
+    if extra:
+        raise CheckpointError(
+            f"{what} has a tensor {extra[0]}{_and_more(extra)} that is not expected."
+            f"{nearest(extra[0], expected_names)}"
+        )
+
+
+def arrays_of(value: Any) -> dict[str, Any]:
+    """The arrays of a QTensor by field name, or the array itself under ``"value"``."""
+    return value.arrays() if isinstance(value, QTensor) else {"value": value}
+
+
+def with_arrays(value: Any, arrays: Mapping[str, Any]) -> Any:
+    """The inverse of ``arrays_of``: `value` with other arrays of the same names."""
+    return dataclasses.replace(value, **arrays) if isinstance(value, QTensor) else arrays["value"]
+
+
+def map_arrays(function: Callable[[Path, Any], Any], tensor: Tensor) -> Any:
+    """The tensor's value with ``function(path of the array, array)`` applied to its arrays."""
+    arrays = {
+        name: function(array_path(tensor.path, name), array)
+        for name, array in arrays_of(tensor.value).items()
+    }
+    return with_arrays(tensor.value, arrays)
+
+
+def array_path(path: Path, name: str) -> Path:
+    """Where the array `name` of the tensor at `path` is in a tree of plain arrays."""
+    return path if name == "value" else (*path, name)
+
+
+def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+    """A flat mapping as nested dicts.
+
+    Raises:
+      CheckpointError: one path leads through another one's leaf.
+    """
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{dotted(path)}: {key} is both a tensor and a folder.")
+        if path[-1] in node:
+            raise CheckpointError(f"{dotted(path)}: both a tensor and a folder.")
+        node[path[-1]] = value
+    return tree
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, QTensor | nnx.Variable)
+
+
+def key_name(entry: Any) -> str:
+    """The text of one entry of a JAX key path."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _pytree_leaves(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_tensor)
+    return [(tuple(key_name(entry) for entry in path), leaf) for path, leaf in leaves], structure
+
+
+def _flatten_pytree(tree: Any) -> list[Tensor]:
+    tensors = []
+    for path, leaf in _pytree_leaves(tree)[0]:
+        if not path:
+            path = ("value",)
+        tensors.append(Tensor(path, _raw(leaf)))
+    return tensors
+
+
+def _raw(leaf: Any) -> Any:
+    """Plain arrays: a Variable's value; a QTensor in the canonical layout, which files have."""
+    if isinstance(leaf, nnx.Variable):
+        return leaf.get_value()
+    return canonical(leaf) if isinstance(leaf, QTensor) else leaf
+
+
+def _flatten_module(module: nnx.Module) -> list[Tensor]:
+    quantized = {
+        path: leaf for path, leaf in _pytree_leaves(module)[0] if isinstance(leaf, QTensor)
+    }
+    activations = {
+        tuple(str(key) for key in path): node.activation
+        for path, node in nnx.iter_graph(module)
+        if isinstance(getattr(node, "activation", None), ActivationSpec)
+    }
+    values: dict[Path, Any] = {}
+    for path, variable in _flat_state(module):
+        if path[:-1] in quantized and path[-1] in ARRAY_FIELDS:
+            # The state has each array of a QTensor; the first of them brings the whole QTensor.
+            values.setdefault(path[:-1], _raw(quantized[path[:-1]]))
+        else:
+            values[path] = variable.get_value()
+    return [
+        Tensor(path, value, activations.get(path[:-1]) if isinstance(value, QTensor) else None)
+        for path, value in values.items()
+    ]
+
+
+def _flat_state(module: nnx.Module) -> list[tuple[Path, nnx.Variable]]:
+    flat = nnx.to_flat_state(nnx.state(module))
+    return [(tuple(str(key) for key in path), variable) for path, variable in flat]
+
+
+def _fill_module(module: nnx.Module, values: Mapping[Path, Any]) -> nnx.Module:
+    arrays: dict[Path, Any] = {}
+    for path, value in values.items():
+        for name, array in arrays_of(value).items():
+            arrays[array_path(path, name)] = array
+    graph, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+    filled = [
+        (path, variable.replace(arrays[tuple(str(key) for key in path)])) for path, variable in flat
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -1,0 +1,1 @@
+"""What quantization costs and saves: evaluation, plans, comparison."""

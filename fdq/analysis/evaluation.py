@@ -1,0 +1,385 @@
+"""How good a quantized model is: bits per byte, perplexity, distance to the original, and bytes.
+
+`evaluate` scores each token once. The text is cut into overlapping windows; a window scores only
+the tokens that no earlier window scored, so that every token after the first window has at least
+`window - stride` tokens of context. Logits exist for one batch of windows at a time.
+
+The distance to the original is KL(reference || model) in nats per token. It is paired (both
+models see the same tokens), so it separates formats that the loss cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fdq.analysis.planner import WeightTable, cache_bytes_per_token, cache_name, weight_table
+from fdq.cache.kv_cache import parse_format
+from fdq.models import Decoder
+from fdq.schemes.scheme import CacheSpec
+
+# Bounds the float32 logits of one batch of windows; two models' logits exist at a time.
+_LOGIT_BYTES_PER_BATCH = 128 * 2**20
+_MAX_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `evaluate` measured.
+
+    Attributes:
+      tokens: tokens scored.
+      nats_per_token: mean negative log likelihood.
+      perplexity: exp(nats_per_token).
+      bits_per_byte: bits that the model needs per byte of text; None if the bytes are not known.
+      kl_nats_per_token: mean KL(reference || model); None without a reference.
+      top1_agreement: share of tokens, 0 to 1, on which the reference's most likely next token is
+        also the model's; None without a reference.
+      weight_bytes: bytes of all weights as they are held, scales and unquantized ones included.
+      bits_per_weight: 8 * bytes / elements of the quantized weights, scales included; of all
+        weights if none is quantized.
+      cache: name of the format in which the cache was held; None if no cache was used.
+      cache_bytes_per_token: bytes that one token adds to the cache of one sequence; None as above.
+      seconds: wall time, compilation included.
+    """
+
+    tokens: int
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float | None = None
+    kl_nats_per_token: float | None = None
+    top1_agreement: float | None = None
+    weight_bytes: int | None = None
+    bits_per_weight: float | None = None
+    cache: str | None = None
+    cache_bytes_per_token: float | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The fields as one JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value with unit) of what was measured, for tables."""
+        candidates = [
+            ("bits per byte", self.bits_per_byte, ".4f", ""),
+            ("perplexity", self.perplexity, ".3f", ""),
+            ("nats per token", self.nats_per_token, ".4f", ""),
+            ("KL to the reference", self.kl_nats_per_token, ".5f", " nats per token"),
+            ("top-1 agreement", self.top1_agreement, ".2%", ""),
+            ("weights", self.weight_bytes, ",", " bytes"),
+            ("bits per weight", self.bits_per_weight, ".3f", ""),
+            ("cache format", self.cache, "", ""),
+            ("cache per token", self.cache_bytes_per_token, ",.0f", " bytes"),
+            ("tokens scored", self.tokens, ",", ""),
+            ("seconds", self.seconds, ".1f", ""),
+        ]
+        return [(n, format(v, spec) + unit) for n, v, spec, unit in candidates if v is not None]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<20} {value}" for name, value in self.rows())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RecordedLogits:
+    """A reference's logits over one text, in host memory; made by `record_logits`.
+
+    Attributes:
+      tokens: [length] int32, the whole text.
+      window, stride, batch: how it was cut.
+      logits: per batch of windows, float32 [batch, window, vocab].
+    """
+
+    tokens: np.ndarray
+    window: int
+    stride: int
+    batch: int
+    logits: tuple[np.ndarray, ...]
+
+
+def evaluate(
+    model: Any,
+    tokens: Any,
+    *,
+    reference: Any = None,
+    text_bytes: int | None = None,
+    window: int = 256,
+    stride: int | None = None,
+    batch: int | None = None,
+    through_cache: bool = False,
+    cache: str | CacheSpec | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Bits per byte, perplexity, KL to a reference and memory of `model` on `tokens`.
+
+    Args:
+      model: a model of `fdq.models`, any NNX module, or any callable, from tokens
+        [batch, length] to logits [batch, length, vocab].
+      tokens: [length] integers, one text. The first token is context only (a begin-of-text token,
+        say) and is not scored.
+      reference: the original: a model as above, or `record_logits` of it over the same tokens.
+      text_bytes: bytes of UTF-8 that tokens[1:] stand for; needed for bits per byte.
+      window: tokens of context at most.
+      stride: tokens that each window but the first scores; None means half of `window`.
+      batch: windows at a time; None bounds the logits by 128 MiB.
+      through_cache: attend to a KV cache, as decoding does, so that the cache's format is
+        measured too. The reference is still evaluated without one. Needs a model of `fdq.models`.
+      cache: format of that cache ("C8", "C16", a CacheSpec); None means the one that the model's
+        own scheme names.
+      progress: called with (batches done, batches in all).
+
+    Raises:
+      ValueError: tokens that are not a vector of at least 2 integers, or outside the vocabulary;
+        a window, stride or batch out of range; a reference with another vocabulary, or recorded
+        with other tokens or windows; `cache` without `through_cache`.
+      TypeError: `through_cache` with a model that is none of `fdq.models`.
+    """
+    start = time.perf_counter()
+    if cache is not None and not through_cache:
+        raise ValueError(f"`cache` (={cache!r}) has no effect without through_cache=True.")
+    tokens = _check_tokens(tokens)
+    window, stride = _check_window(window, stride, len(tokens))
+    recorded = reference if isinstance(reference, RecordedLogits) else None
+    if recorded is not None:
+        batch = recorded.batch if batch is None else batch
+        _check_recorded(recorded, tokens, window, stride, batch)
+    batch = _check_batch(batch, model, tokens, window, stride)
+
+    cache_spec = per_token = None
+    if through_cache:
+        if not isinstance(model, Decoder):
+            found = type(model).__name__
+            raise TypeError(f"through_cache needs a model of fdq.models, got {found}.")
+        cache_spec = model.cache_spec if cache is None else parse_format(cache)
+        per_token = cache_bytes_per_token(model.config, cache_spec)
+        logits_of = functools.partial(_cached_logits, model, cache_spec=cache_spec)
+    else:
+        logits_of = _logits_function(model)
+    reference_of = None
+    if reference is not None and recorded is None:
+        _check_vocabulary(reference, tokens, "reference")
+        reference_of = _logits_function(reference)
+
+    totals = np.zeros(3)
+    scored = 0
+    batches = list(_batches(tokens, window, stride, batch))
+    for index, (inputs, targets, mask) in enumerate(batches):
+        logits = logits_of(inputs)
+        if recorded is not None:
+            other = jnp.asarray(recorded.logits[index])
+        else:
+            other = None if reference_of is None else reference_of(inputs)
+        if other is not None and other.shape != logits.shape:
+            raise ValueError(
+                f"The model's logits are {logits.shape} and the reference's {other.shape}, but "
+                "[batch, length, vocab] must be equal. Compare models of one vocabulary."
+            )
+        totals += np.asarray(_sums(logits, other, targets, mask), np.float64)
+        scored += int(mask.sum())
+        if progress is not None:
+            progress(index + 1, len(batches))
+
+    nats = float(totals[0]) / scored
+    compared = reference is not None
+    weights = weight_table(model) if isinstance(model, nnx.Module) else WeightTable(())
+    return Report(
+        tokens=scored,
+        nats_per_token=nats,
+        perplexity=math.exp(min(nats, 700.0)),
+        bits_per_byte=float(totals[0]) / math.log(2) / text_bytes if text_bytes else None,
+        kl_nats_per_token=float(totals[1]) / scored if compared else None,
+        top1_agreement=float(totals[2]) / scored if compared else None,
+        weight_bytes=weights.bytes or None,
+        bits_per_weight=weights.bits_per_weight,
+        cache=cache_name(cache_spec) if through_cache else None,
+        cache_bytes_per_token=per_token,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def record_logits(
+    model: Any,
+    tokens: Any,
+    *,
+    window: int = 256,
+    stride: int | None = None,
+    batch: int | None = None,
+) -> RecordedLogits:
+    """The logits of `model` over `tokens`, to compare several models with without running it again.
+
+    Takes 4 * vocab * window / stride bytes a token of host memory: for small vocabularies.
+
+    `model`, `tokens`, `window`, `stride` and `batch` are those of `evaluate`, which must get the
+    same tokens and windows.
+    """
+    tokens = _check_tokens(tokens)
+    window, stride = _check_window(window, stride, len(tokens))
+    batch = _check_batch(batch, model, tokens, window, stride)
+    logits_of = _logits_function(model)
+    return RecordedLogits(
+        tokens=tokens,
+        window=window,
+        stride=stride,
+        batch=batch,
+        logits=tuple(
+            np.asarray(logits_of(inputs))
+            for inputs, _, _ in _batches(tokens, window, stride, batch)
+        ),
+    )
+
+
+def _starts(count: int, window: int, stride: int) -> list[int]:
+    """First positions of the windows over `count` inputs."""
+    starts = [0]
+    while starts[-1] + window < count:
+        starts.append(min(starts[-1] + stride, count - window))
+    return starts
+
+
+def _batches(
+    tokens: np.ndarray, window: int, stride: int, batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Batches of (inputs, targets, mask), each [batch, window]; mask is 1.0 where to score.
+
+    Inputs are tokens[s : s + window], targets the same one later. The last window is moved back
+    to end with the text, and the last batch is filled up with copies that score nothing, so that
+    all batches have one shape.
+    """
+    starts = _starts(len(tokens) - 1, window, stride)
+    inputs = np.stack([tokens[s : s + window] for s in starts])
+    targets = np.stack([tokens[s + 1 : s + 1 + window] for s in starts])
+    mask = np.zeros(inputs.shape, np.float32)
+    done = 0
+    for row, s in enumerate(starts):
+        mask[row, done - s :] = 1.0
+        done = s + window
+    fill = -len(starts) % batch
+    inputs, targets = (np.pad(a, ((0, fill), (0, 0)), mode="edge") for a in (inputs, targets))
+    mask = np.pad(mask, ((0, fill), (0, 0)))
+    for first in range(0, len(inputs), batch):
+        rows = slice(first, first + batch)
+        yield inputs[rows], targets[rows], mask[rows]
+
+
+@jax.jit
+def _sums(
+    logits: jax.Array, reference: jax.Array | None, targets: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """[negative log likelihood, KL(reference || model), agreements] summed over the mask, in nats.
+
+    `logits` and `reference` are [batch, length, vocab], `targets` and `mask` [batch, length].
+    """
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    nats = -jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
+    if reference is None:
+        kl = agree = jnp.zeros_like(nats)
+    else:
+        log_p = jax.nn.log_softmax(reference.astype(jnp.float32), axis=-1)
+        # 0 * log 0 is 0: a reference may forbid a token with -inf.
+        term = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
+        kl = jnp.sum(term, axis=-1)
+        agree = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
+    return jnp.stack([jnp.sum(jnp.where(mask > 0, x, 0.0)) for x in (nats, kl, agree)])
+
+
+@jax.jit
+def _module_logits(model: nnx.Module, tokens: jax.Array) -> jax.Array:
+    return model(tokens)  # pyright: ignore[reportCallIssue]
+
+
+def _logits_function(model: Any) -> Callable[[np.ndarray], jax.Array]:
+    """Maps tokens [batch, length] to logits; a module's weights are arguments, never constants."""
+    if isinstance(model, nnx.Module):
+        return lambda tokens: _module_logits(model, jnp.asarray(tokens))
+    if callable(model):
+        return lambda tokens: jnp.asarray(model(jnp.asarray(tokens)))
+    raise TypeError(
+        "Expected a Flax NNX module or a callable from tokens to logits, got "
+        f"{type(model).__name__}."
+    )
+
+
+@functools.partial(jax.jit, static_argnames="cache_spec")
+def _cached_logits(model: Any, tokens: Any, *, cache_spec: CacheSpec | None) -> jax.Array:
+    """Logits [B, L, vocab] of whole windows, every token attending to quantized keys and values.
+
+    A cache quantizes a token's keys and values when it is written, before it is attended to, so
+    one pass over the window stores and reads what decoding token by token does.
+    """
+    batch, length = tokens.shape
+    cache = model.init_cache(batch, length, cache_spec or "C16")
+    hidden, _ = model.extend(tokens, cache, jnp.zeros((), jnp.int32))
+    return model.head(hidden)
+
+
+def _check_tokens(tokens: Any) -> np.ndarray:
+    array = np.asarray(tokens)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or len(array) < 2:
+        raise ValueError(
+            "`tokens` must be one text of at least 2 tokens, as a vector of integers; got shape "
+            f"{array.shape} and dtype {array.dtype}."
+        )
+    return array.astype(np.int32)
+
+
+def _check_window(window: int, stride: int | None, tokens: int) -> tuple[int, int]:
+    if window < 1:
+        raise ValueError(f"`window` (={window}) must be positive.")
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ValueError(f"`stride` (={stride}) must be between 1 and `window` (={window}).")
+    window = min(window, tokens - 1)
+    return window, min(stride, window)
+
+
+def _check_batch(
+    batch: int | None, model: Any, tokens: np.ndarray, window: int, stride: int
+) -> int:
+    vocab = _check_vocabulary(model, tokens, "model")
+    if batch is not None and batch < 1:
+        raise ValueError(f"`batch` (={batch}) must be positive.")
+    if batch is not None:
+        return batch
+    fits = _LOGIT_BYTES_PER_BATCH // (4 * window * (vocab or 2**17))
+    most = max(1, min(_MAX_BATCH, fits))
+    # Batches of equal size waste the least on filling up the last.
+    windows = len(_starts(len(tokens) - 1, window, stride))
+    return -(-windows // -(-windows // most))
+
+
+def _check_vocabulary(model: Any, tokens: np.ndarray, role: str) -> int | None:
+    """The vocabulary's size if the model's config says it; tokens must lie inside."""
+    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocab is not None and high >= vocab):
+        raise ValueError(
+            f"The tokens run from {low} to {high}, but the {role}'s vocabulary is 0 to "
+            f"{'?' if vocab is None else vocab - 1}. Was the text encoded with its tokenizer?"
+        )
+    return vocab
+
+
+def _check_recorded(
+    recorded: RecordedLogits, tokens: np.ndarray, window: int, stride: int, batch: int
+) -> None:
+    found = (recorded.window, recorded.stride, recorded.batch)
+    if found != (window, stride, batch) or not np.array_equal(recorded.tokens, tokens):
+        raise ValueError(
+            f"The reference was recorded over {len(recorded.tokens)} tokens with (window, stride, "
+            f"batch) = {found}, but these are {len(tokens)} tokens with {(window, stride, batch)}. "
+            "Record it again over the same tokens and windows."
+        )

@@ -1,0 +1,326 @@
+"""How many bytes a model takes under a scheme, from shapes alone.
+
+`plan` builds the model of a configuration abstractly, quantizes the shapes with the same code that
+quantizes arrays, and adds up what the result holds, by kind of layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales
+from fdq.formats.qtensor import QTensor
+from fdq.models import CONFIGS, DecoderConfig, abstract, from_huggingface
+from fdq.quantizers.quantization import quantize
+from fdq.schemes.recipe import Recipe
+from fdq.schemes.scheme import CacheSpec
+
+# The order of the printed table.
+KINDS = (
+    "embeddings",
+    "attention",
+    "dense mlp",
+    "shared experts",
+    "routed experts",
+    "router",
+    "norms",
+    "head",
+    "other",
+)
+# First match wins; the fragments are those of the paths in `fdq.models`.
+_KIND_OF_FRAGMENT = (
+    ("embed_tokens", "embeddings"),
+    ("lm_head", "head"),
+    ("router", "router"),
+    ("norm", "norms"),
+    ("shared_experts", "shared experts"),
+    ("experts", "routed experts"),
+    ("self_attn", "attention"),
+    ("mlp", "dense mlp"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightEntry:
+    """One weight of a model.
+
+    Attributes:
+      path: "layers.0.mlp.down_proj.kernel".
+      kind: one of `KINDS`.
+      format: format of the codes ("int4"), or the dtype of a weight that is not quantized.
+      quantized: whether it is a QTensor.
+      shape: shape of the weight that it stands for.
+      bytes: bytes held, scales included.
+    """
+
+    path: str
+    kind: str
+    format: str
+    quantized: bool
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weight that it stands for."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightTable:
+    """All weights of a model, in the order of its tree."""
+
+    entries: tuple[WeightEntry, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(e.bytes for e in self.entries)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(e.parameters for e in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the quantized weights, scales included; of all if none is; None of no weights."""
+        entries = [e for e in self.entries if e.quantized] or self.entries
+        parameters = sum(e.parameters for e in entries)
+        return 8 * sum(e.bytes for e in entries) / parameters if parameters else None
+
+    def by_kind(self) -> dict[str, tuple[WeightEntry, ...]]:
+        """The entries by kind of layer, in the order of `KINDS`, kinds without entries left out."""
+        groups = {kind: tuple(e for e in self.entries if e.kind == kind) for kind in KINDS}
+        return {kind: entries for kind, entries in groups.items() if entries}
+
+
+def weight_table(tree: Any) -> WeightTable:
+    """What each weight of a module or params pytree stands for and holds.
+
+    Leaves may be arrays or ShapeDtypeStructs; a Variable that occurs twice is counted once.
+    """
+    seen: set[int] = set()
+    entries = []
+    leaves = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, QTensor | nnx.Variable)
+    )[0]
+    for key, leaf in leaves:
+        path = ".".join(_key_text(k) for k in key)
+        if isinstance(leaf, QTensor):
+            # A prepared weight's codes may be a pytree.
+            arrays = jax.tree.leaves([_value(a) for a in leaf.arrays().values()])
+            shape, kind_of_format = tuple(leaf.shape), leaf.spec.format
+        else:
+            arrays = [_value(leaf)]
+            if isinstance(leaf, nnx.RngState) or not hasattr(arrays[0], "dtype"):
+                continue
+            shape, kind_of_format = tuple(arrays[0].shape), str(arrays[0].dtype)
+        identity = id(arrays[0])
+        if identity in seen:
+            continue
+        seen.add(identity)
+        entries.append(
+            WeightEntry(
+                path=path,
+                kind=_kind(path),
+                format=kind_of_format,
+                quantized=isinstance(leaf, QTensor),
+                shape=shape,
+                bytes=sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays),
+            )
+        )
+    return WeightTable(tuple(entries))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a model takes under a scheme; made by `plan`.
+
+    Attributes:
+      model: name of the model or of its configuration's directory.
+      scheme: name of the scheme or recipe.
+      weights: every weight.
+      context, batch: tokens in the cache of each sequence, and sequences.
+      cache: name of the cache's format.
+      cache_bytes: bytes of the whole cache, scales included.
+    """
+
+    model: str
+    scheme: str
+    weights: WeightTable
+    context: int
+    batch: int
+    cache: str
+    cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and cache."""
+        return self.weights.bytes + self.cache_bytes
+
+    def rows(self) -> list[tuple[str, int, int, str]]:
+        """(kind, parameters, bytes, formats) of each kind of layer."""
+        return [
+            (
+                kind,
+                sum(e.parameters for e in entries),
+                sum(e.bytes for e in entries),
+                ", ".join(sorted({e.format for e in entries})),
+            )
+            for kind, entries in self.weights.by_kind().items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The totals and the rows by kind, for JSON."""
+        kinds = {
+            kind: {"parameters": parameters, "bytes": size, "formats": formats.split(", ")}
+            for kind, parameters, size, formats in self.rows()
+        }
+        return {
+            "model": self.model,
+            "scheme": self.scheme,
+            "weights": {
+                "parameters": self.weights.parameters,
+                "bytes": self.weights.bytes,
+                "bits_per_weight": 8 * self.weights.bytes / self.weights.parameters,
+                "kinds": kinds,
+            },
+            "cache": {
+                "format": self.cache,
+                "context": self.context,
+                "batch": self.batch,
+                "bytes": self.cache_bytes,
+            },
+            "total_bytes": self.total_bytes,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} in {self.scheme}"]
+        lines.append(f"{'kind':<16} {'parameters':>16} {'bytes':>18} {'bits/weight':>12}  formats")
+        total = ("all weights", self.weights.parameters, self.weights.bytes, "")
+        for kind, parameters, size, formats in [*self.rows(), total]:
+            bits = f"{8 * size / parameters:.3f}"
+            lines.append(f"{kind:<16} {parameters:>16,} {size:>18,} {bits:>12}  {formats}")
+        lines.append(
+            f"{'cache':<16} {'':>16} {self.cache_bytes:>18,} {'':>12}  {self.cache}, "
+            f"{self.batch} x {self.context:,} tokens"
+        )
+        lines.append(f"{'total':<16} {'':>16} {self.total_bytes:>18,}")
+        return "\n".join(lines)
+
+
+def plan(
+    model: Any,
+    scheme: Any,
+    *,
+    context: int = 4096,
+    batch: int = 1,
+    compat: str | None = None,
+) -> Plan:
+    """Bytes of a model's weights by kind of layer and of its cache, before anything is loaded.
+
+    Args:
+      model: a name in `fdq.models.CONFIGS` ("ernie-4.5-300b-a47b"), a `DecoderConfig`, or a
+        directory with a Hugging Face config.json (weights need not be there).
+      scheme: scheme name, `Scheme`, `Recipe`, or FastDeploy's `quantization_config` as a dict.
+      context: tokens in the cache of each sequence.
+      batch: sequences.
+      compat: "fastdeploy" for its layer rules, as in `fdq.quantize`.
+
+    Raises:
+      ValueError: an unknown model or scheme name (with the nearest one), a context or batch that
+        is not positive, or a group size that does not divide a weight.
+
+    Example:
+      >>> print(fdq.plan("ernie-4.5-21b-a3b", "W4A16C8", context=32768))  # doctest: +SKIP
+    """
+    if context < 1 or batch < 1:
+        raise ValueError(f"`context` (={context}) and `batch` (={batch}) must be positive.")
+    name, config = find_config(model)
+    recipe = Recipe.parse(scheme, compat=compat, has_experts=config.moe is not None)
+    config = config.replace(dtype="bfloat16")
+    quantized = quantize(abstract(config), recipe, compat=compat, quiet=True)
+    return Plan(
+        model=name,
+        scheme=scheme if isinstance(scheme, str) else str(recipe),
+        weights=weight_table(quantized),
+        context=context,
+        batch=batch,
+        cache=cache_name(recipe.cache),
+        cache_bytes=cache_bytes(config, recipe.cache, batch=batch, context=context),
+    )
+
+
+def cache_bytes(config: DecoderConfig, cache: CacheSpec | None, *, batch: int, context: int) -> int:
+    """Bytes of a cache of `context` tokens for `batch` sequences, scales included; None is C16."""
+    static = [] if cache is None or cache.dynamic else abstract_scales(config, cache)
+
+    def init(scales: list[dict[str, Any]]) -> KVCache:
+        layers = [LayerScales(**layer) for layer in scales] or None
+        return KVCache.init(config, batch, context, cache, scales=layers)
+
+    return jax.eval_shape(init, [vars(layer) for layer in static]).nbytes
+
+
+def cache_bytes_per_token(config: DecoderConfig, cache: CacheSpec | None) -> float:
+    """Bytes that one token adds to the cache of one sequence, over all layers."""
+    low, high = (cache_bytes(config, cache, batch=1, context=n) for n in (128, 256))
+    return (high - low) / 128
+
+
+def cache_name(cache: CacheSpec | None) -> str:
+    """The name of a cache's format: "C16", "C8", "C4", "Cfp8-kvhead"."""
+    return "C16" if cache is None else str(cache)
+
+
+def find_config(model: Any) -> tuple[str, DecoderConfig]:
+    """(name, configuration) of what `plan` was given."""
+    if isinstance(model, DecoderConfig):
+        return model.model_type, model
+    if isinstance(model, str) and model.lower() in CONFIGS:
+        return model.lower(), CONFIGS[model.lower()]
+    directory = pathlib.Path(model)
+    path = directory / "config.json"
+    if path.is_file():
+        try:
+            value = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        return directory.name, from_huggingface(value)
+    name = str(model).lower()
+    near = [known for known in CONFIGS if name and known.startswith(name)]
+    near = near or difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.3)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"Unknown model {str(model)!r}: neither a directory with a config.json nor one of "
+        f"{', '.join(CONFIGS)}.{hint}"
+    )
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _kind(path: str) -> str:
+    return next((kind for fragment, kind in _KIND_OF_FRAGMENT if fragment in path), "other")

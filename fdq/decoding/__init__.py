@@ -1,0 +1,1 @@
+"""Prompts to tokens: prefill, the decode loop, sampling, text."""

@@ -1,0 +1,169 @@
+"""From prompts to continuations: `fdq.generate`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fdq.decoding.loop import DecodeState, decode, prefill, stop_table
+from fdq.decoding.sampling import Sampling
+from fdq.schemes.scheme import CacheSpec
+
+# Tokens between two looks at the state: what a stop token costs at most, and the delay of a stream.
+CHUNK_STEPS = 32
+# Cache lengths are rounded up to a multiple, so that prompts of similar length share a compile.
+_LENGTH_MULTIPLE = 128
+
+Prompt = str | Sequence[int]
+
+
+def generate(
+    model: Any,
+    prompts: Prompt | Sequence[Prompt],
+    max_new_tokens: int = 128,
+    *,
+    sampling: Sampling | None = None,
+    stop_tokens: Any = None,
+    key: jax.Array | None = None,
+    cache: str | CacheSpec | None = None,
+    max_length: int | None = None,
+    stream: Callable[[int, Any], None] | None = None,
+    stream_steps: int = CHUNK_STEPS,
+    tokenizer: Any = None,
+) -> list[Any]:
+    """Continues each prompt.
+
+    Args:
+      model: a `fdq.models.Decoder`.
+      prompts: strings or lists of tokens, all of one kind; one prompt alone is a batch of one.
+      max_new_tokens: at most so many tokens each.
+      sampling: None is greedy.
+      stop_tokens: a list of tokens that end a sequence, or one list per prompt; by default
+        `model.config.eos_token_ids`, and () for none. They are not part of what is returned.
+      key: PRNG key for sampling.
+      cache: format of the KV cache, by default that of the model's scheme.
+      max_length: slots of the cache; by default what is needed.
+      stream: called as `stream(index, piece)` with each prompt's continuation as it grows: text
+        whose UTF-8 is complete, or lists of tokens.
+      stream_steps: tokens generated between two looks at the result.
+      tokenizer: for strings: a `Tokenizer`, or a tokenizer.json or its directory; by default the
+        one of the checkpoint that the model was loaded from.
+
+    Returns:
+      A list with the continuation of each prompt, text or tokens as the prompts were.
+
+    Raises:
+      ValueError: no prompts, mixed kinds, an empty prompt, more tokens than `max_length`, a
+        negative `max_new_tokens`, or `stream_steps` below 1.
+      ModuleNotFoundError: text prompts without the `tokenizers` package; names the extra.
+    """
+    if max_new_tokens < 0 or stream_steps < 1:
+        raise ValueError(
+            f"max_new_tokens (={max_new_tokens}) must be 0 or more and stream_steps "
+            f"(={stream_steps}) 1 or more"
+        )
+    texts, lists = _sort_prompts(prompts)
+    text = _tokenizer(model, tokenizer) if texts else None
+    rows = [text.encode(prompt, bos=True) for prompt in texts] if text else lists
+    for index, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {index} has no tokens")
+    longest = max(map(len, rows))
+    needed = longest + max_new_tokens
+    if max_length is None:
+        max_length = -(-needed // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    elif needed > max_length:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and {max_new_tokens} new ones do not fit in "
+            f"max_length={max_length}"
+        )
+    if stop_tokens is None:
+        stop_tokens = getattr(text, "stop_token_ids", ()) or model.config.eos_token_ids
+    tokens = np.zeros((len(rows), longest), np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    empty = model.init_cache(len(rows), max_length, cache)
+    state = prefill(model, tokens, empty, lengths=[len(row) for row in rows], key=key)
+    outputs = _Outputs(stop_table(stop_tokens, len(rows)), text, stream)
+    left = max_new_tokens
+    while left > 0 and not all(outputs.ended):
+        steps = min(left, stream_steps)
+        state = decode(model, state, steps, sampling=sampling, stop_tokens=stop_tokens)
+        left -= steps
+        outputs.take(state)
+    return outputs.finish()
+
+
+class _Outputs:
+    """What has been generated so far, and what of it the callback has seen."""
+
+    def __init__(self, stops: np.ndarray, text: Any, stream: Any):
+        count = len(stops)
+        self._stops = stops
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.ended = [False] * count
+        self._text = text
+        self._stream = stream
+        self._decoders = [text.stream() for _ in range(count)] if text and stream else []
+
+    def take(self, state: DecodeState) -> None:
+        """Reads new tokens, without the stop token that ends a sequence."""
+        finished = np.asarray(state.finished)
+        for index, generated in enumerate(state.generated()):
+            if self.ended[index]:
+                continue
+            self.ended[index] = bool(finished[index])
+            if self.ended[index] and generated[-1] in self._stops[index]:
+                generated = generated[:-1]
+            new = generated[len(self.tokens[index]) :]
+            self.tokens[index] += new
+            if self._stream and new:
+                piece = self._decoders[index].feed(new) if self._decoders else new
+                if piece:
+                    self._stream(index, piece)
+
+    def finish(self) -> list[Any]:
+        """The continuations; passes on text that was held back."""
+        for index, decoder in enumerate(self._decoders):
+            rest = decoder.finish()
+            if rest:
+                self._stream(index, rest)
+        if self._text:
+            return [self._text.decode(tokens) for tokens in self.tokens]
+        return self.tokens
+
+
+def _sort_prompts(prompts: Any) -> tuple[list[str], list[list[int]]]:
+    """The prompts as strings or as token lists; the other list is empty."""
+    if isinstance(prompts, str):
+        return [prompts], []
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("generate needs at least one prompt")
+    if all(isinstance(prompt, int | np.integer) for prompt in prompts):
+        prompts = [prompts]  # one list of tokens
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return prompts, []
+    if any(isinstance(prompt, str | int | np.integer) for prompt in prompts):
+        raise ValueError("prompts must be all strings or all lists of tokens")
+    return [], [[int(token) for token in prompt] for prompt in prompts]
+
+
+def _tokenizer(model: Any, tokenizer: Any) -> Any:
+    if tokenizer is None:
+        tokenizer = getattr(model, "tokenizer_path", None)
+        if tokenizer is None:
+            raise ValueError(
+                "text prompts need a tokenizer: pass tokenizer= (a directory that has a "
+                "tokenizer.json), or load the model from a checkpoint that has one"
+            )
+    if hasattr(tokenizer, "encode") and hasattr(tokenizer, "stream"):
+        return tokenizer
+    from fdq.decoding.tokenizer import Tokenizer
+
+    folder = pathlib.Path(tokenizer)
+    return Tokenizer.load(folder.parent if folder.name == "tokenizer.json" else folder)

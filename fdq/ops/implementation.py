@@ -1,0 +1,119 @@
+"""Ops and their implementations: how one is chosen, while tracing.
+
+An op has one meaning and several implementations of it, which agree up to rounding. They are
+objects in a tuple, the preferred one first; the last is plain XLA and can do everything.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import logging
+import os
+from typing import Any
+
+from fdq.registry import Registry
+
+_LOGGER = logging.getLogger("fdq")
+
+
+class Implementation[A](abc.ABC):
+    """One way to compute an op, from a dataclass `A` of the op's arguments.
+
+    Attributes:
+      name: what `implementation=` and FDQ_IMPLEMENTATION call it.
+    """
+
+    name: str
+
+    def skipped(self) -> str | None:
+        """Why it is not looked at on this device unless asked for by name; imports nothing."""
+        return None
+
+    def unsupported(self, arguments: A) -> str | None:
+        """Why it cannot compute this, in one line; None if it can."""
+        del arguments
+        return None
+
+    def declined(self, arguments: A) -> str | None:
+        """Why another is better here (measured to be slower, failed its self-check); or None."""
+        del arguments
+        return None
+
+    @abc.abstractmethod
+    def __call__(self, arguments: A) -> Any:
+        """Computes the op."""
+
+
+class Op[A]:
+    """The implementations of one op.
+
+    Attributes:
+      name: of the op, for messages.
+    """
+
+    def __init__(self, name: str, *implementations: Implementation[A]):
+        """The preferred implementation comes first, the one that can do everything last."""
+        self.name = name
+        self.implementations: Registry[Implementation[A]] = Registry(f"{name} implementation")
+        for one in implementations:
+            self.implementations.register(one)
+
+    def choose(self, arguments: A, implementation: str | None = None) -> Implementation[A]:
+        """Which implementation computes this.
+
+        Args:
+          arguments: of the op.
+          implementation: a name forces one; None leaves it to FDQ_IMPLEMENTATION in the
+            environment, which is read while tracing, and otherwise to what suits the device.
+
+        Raises:
+          ValueError: an unknown name.
+          NotImplementedError: the argument names one that cannot compute this; says why, and what
+            each of the others says. FDQ_IMPLEMENTATION stands for a whole program: what its choice
+            cannot do, another does.
+        """
+        name = implementation or requested()
+        known = tuple(self.implementations.values())
+        if name is None:
+            candidates = known
+        else:
+            source = "implementation" if implementation else "FDQ_IMPLEMENTATION"
+            if name not in self.implementations:
+                options = ", ".join(map(repr, self.implementations))
+                raise ValueError(
+                    f"{self.name}: unknown {source} {name!r}; use one of {options}, or None."
+                )
+            candidates = (self.implementations[name],)
+        reasons = {}
+        for one in candidates:
+            reason = None if name else one.skipped()
+            reason = reason or one.unsupported(arguments)
+            reason = reason or (None if name else one.declined(arguments))
+            if reason is None:
+                _log_once(self.name, one.name, "; ".join(reasons.values()) or "preferred")
+                return one
+            reasons[one.name] = reason
+        if implementation is None:  # FDQ_IMPLEMENTATION names one that cannot
+            for one in known:
+                if one.name not in reasons and one.unsupported(arguments) is None:
+                    _log_once(self.name, one.name, "; ".join(reasons.values()))
+                    return one
+        others = [one for one in known if one.name != name]
+        able = [repr(one.name) for one in others if one.unsupported(arguments) is None]
+        reasons |= {one.name: one.unsupported(arguments) or "can" for one in others}
+        listed = "; ".join(f"{key}: {why}" for key, why in reasons.items())
+        raise NotImplementedError(
+            f"{self.name}[{name}]: {reasons[str(name)]}; use implementation=None"
+            f"{' or ' + ' or '.join(able) if able else ''}. ({listed})"
+        )
+
+
+def requested() -> str | None:
+    """The implementation that FDQ_IMPLEMENTATION asks for, or None."""
+    return os.environ.get("FDQ_IMPLEMENTATION") or None
+
+
+@functools.cache
+def _log_once(op: str, name: str, reason: str) -> None:
+    _LOGGER.info("%s runs as %r: %s", op, name, reason)

@@ -1,0 +1,273 @@
+"""``fdq.quantize`` for anyone's Flax NNX module: which layers are replaced, and by what.
+
+The Variables of a clone of the module (which shares the arrays of the original) are collected with
+every path that leads to them, and those that the recipe picks are quantized one after the other.
+``fdq.nn.Linear`` and ``fdq.nn.ExpertLinear`` hold a QTensor in place of their kernel;
+``nnx.Linear``, ``LinearGeneral`` and ``Einsum`` are replaced wherever they are referenced.
+A Variable used in two places is quantized once and stays shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdq import nn
+from fdq.formats.qtensor import QTensor
+from fdq.nn import general
+from fdq.nn.parameters import QCodes, QScale
+from fdq.schemes.assignment import Leaf, MatchTable
+from fdq.schemes.scheme import Scheme
+
+DEFAULTS_OF_MODULES = (
+    "By default those are the kernels of fdq.nn's layers and of nnx.Linear, LinearGeneral and "
+    "Einsum."
+)
+
+_PLAIN = general.Fold((0, 1), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One reference to a tensor: ``owner.attribute`` at ``path``."""
+
+    path: str
+    owner: Any
+    attribute: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What the owner of a tensor does with it, where it is a weight that can be quantized.
+
+    Attributes:
+      kind: as in ``Leaf``.
+      fold: how the tensor becomes ``[..., K, N]``.
+      stand_in: what replaces the owner; None where the owner itself can hold a QTensor.
+    """
+
+    kind: Literal["weight", "on_request"]
+    fold: general.Fold
+    stand_in: type[general.Quantized] | None = None
+
+
+_IN_PLACE = {
+    (nn.Linear, "kernel"): Role("weight", _PLAIN),
+    (nn.ExpertLinear, "kernel"): Role("weight", _PLAIN),
+    (nn.Embedding, "embedding"): Role("on_request", _PLAIN),
+}
+
+
+@dataclasses.dataclass
+class Tensor:
+    """A Variable (or QTensor, or array) of a module with all its uses, in order of discovery."""
+
+    content: Any
+    uses: list[Use]
+
+
+def collect(module: Any) -> list[Tensor]:
+    """Every tensor of a module, once, except the state of random number generators."""
+    found: dict[int, Tensor] = {}
+    active: set[int] = set()
+
+    def visit(value: Any, path: str, owner: Any, attribute: str) -> None:
+        if isinstance(value, nnx.RngState) or id(value) in active:
+            return
+        if isinstance(value, (nnx.Variable, QTensor, jax.Array)):
+            use = Use(path, owner, attribute)
+            found.setdefault(id(value), Tensor(value, [])).uses.append(use)
+            return
+        active.add(id(value))
+        for name, child in children(value):
+            visit(child, f"{path}.{name}" if path else name, value, name)
+        active.discard(id(value))
+
+    visit(module, "", None, "")
+    return list(found.values())
+
+
+def children(value: Any) -> list[tuple[str, Any]]:
+    """Attributes of a module, items of a container; nothing for other values.
+
+    Attributes in the order of ``nnx.state``: a shared module has the path that it has there.
+    """
+    if isinstance(value, nnx.Pytree):
+        named = ((k, v) for k, v in vars(value).items() if not k.startswith("_pytree__"))
+        return sorted(named, key=lambda item: _natural(item[0]))
+    if isinstance(value, dict):
+        return [(str(k), v) for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [(str(i), v) for i, v in enumerate(value)]
+    return []
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Sorts numbers as numbers, ahead of names."""
+    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+
+
+def describe(tensor: Tensor) -> Leaf:
+    """What a recipe needs to know; the shape of a weight is the folded one."""
+    first, *others = tensor.uses
+    aliases = tuple(use.path for use in others)
+    array = _array(tensor.content)
+
+    def fixed(shape: tuple[int, ...], dtype: Any, why: str) -> Leaf:
+        return Leaf(first.path, shape, dtype, "fixed", why, aliases)
+
+    if isinstance(array, QTensor):
+        return fixed(array.shape, array.code_dtype, f"is quantized ({array.spec})")
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return fixed((), None, type(array).__name__)
+    shape, dtype = tuple(array.shape), array.dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
+        return fixed(shape, dtype, f"dtype {dtype}")
+    found = [(use, role_of(use)) for use in tensor.uses]
+    roles = [role for _, role in found if isinstance(role, Role)]
+    for use, why in found:
+        if isinstance(why, Role):
+            continue
+        if roles:
+            why = f"shared with {use.path} ({why})"
+        elif len(shape) < 2:
+            why = "vector" if shape else "scalar"
+        return fixed(shape, dtype, why)
+    if len({role.fold for role in roles}) > 1:
+        return fixed(shape, dtype, f"shared with {others[0].path}, which contracts other axes")
+    folded = roles[0].fold.shape(shape)
+    if any(role.kind == "weight" for role in roles):
+        return Leaf(first.path, folded, dtype, "weight", "", aliases)
+    why = f"{general.name_of(type(first.owner))}: needs a rule that names it"
+    return Leaf(first.path, folded, dtype, "on_request", why, aliases)
+
+
+def role_of(use: Use) -> Role | str:
+    """What a tensor is to its owner, or why it cannot be quantized there."""
+    if (type(use.owner), use.attribute) in _IN_PLACE:
+        return _IN_PLACE[type(use.owner), use.attribute]
+    if use.attribute == "bias":
+        return "bias"
+    found = general.fold_of(use.owner)
+    if isinstance(found, str):
+        return found
+    if use.attribute != "kernel":
+        return f"{use.attribute}: not quantized"
+    return Role("weight", *found)
+
+
+def quantize_module(
+    module: Any,
+    tensors: list[Tensor],
+    table: MatchTable,
+    *,
+    quantize: Callable[[Any, Scheme, list[str]], QTensor],
+    activation_scale: Callable[[Scheme, list[str], tuple[int, ...], bool], Any],
+    donate: bool = False,
+) -> Any:
+    """Puts quantized weights into a module; returns it, or its stand-in where it is a layer itself.
+
+    Args:
+      module: changed in place, so pass a clone. Abstract ones (``nnx.eval_shape``) stay abstract.
+      tensors: what ``collect`` found in it.
+      table: what becomes of each of them.
+      quantize: folded array, scheme and paths -> QTensor.
+      activation_scale: scheme, paths of one kernel, shape of the folded weight and whether it is
+        abstract -> the calibrated scale of a static activation, or None.
+      donate: frees each source array once it is quantized.
+    """
+    stand_ins: dict[int, Any] = {}
+    pending = list(zip(tensors, table.rows, strict=True))
+    kept = {id(_array(tensor.content)) for tensor, row in pending if row.scheme is None}
+    for tensor, row in pending:
+        if row.scheme is None:
+            continue
+        source, scheme, array = tensor.content, row.scheme, _array(tensor.content)
+        role = role_of(tensor.uses[0])
+        assert isinstance(role, Role)
+        q = quantize(role.fold(array), scheme, [use.path for use in tensor.uses])
+        box = _boxed(q, source, role.fold)
+        abstract = isinstance(array, jax.ShapeDtypeStruct)
+        for owner in {id(use.owner): use.owner for use in tensor.uses}.values():
+            uses = [use for use in tensor.uses if use.owner is owner]
+            role, scale = role_of(uses[0]), None
+            assert isinstance(role, Role)
+            if scheme.activation is not None and role.kind == "weight":
+                # One scale serves all experts; stacked layers have one each.
+                shape = row.shape[-2:] if isinstance(owner, nn.ExpertLinear) else row.shape
+                number = activation_scale(scheme, [use.path for use in uses], shape, abstract)
+                scale = None if number is None else nn.ActivationScale(number)
+            if role.stand_in is not None:
+                stand_ins[id(owner)] = role.stand_in(owner, box, scheme.activation, scale)
+                continue
+            setattr(owner, uses[0].attribute, box)
+            if role.kind == "weight":
+                owner.activation, owner.activation_scale = scheme.activation, nnx.data(scale)
+        tensor.content = None
+        if donate and isinstance(array, jax.Array) and id(array) not in kept:
+            array.delete()
+    return _substitute(module, stand_ins, set())
+
+
+def _array(content: Any) -> Any:
+    return content.get_value() if isinstance(content, nnx.Variable) else content
+
+
+def _substitute(value: Any, stand_ins: dict[int, Any], seen: set[int]) -> Any:
+    """``value`` with stand-ins in place of their sources; modules are changed in place."""
+    if id(value) in stand_ins:
+        return stand_ins[id(value)]
+    if id(value) in seen:
+        return value
+    if isinstance(value, nnx.Pytree):
+        seen.add(id(value))
+        for name, child in children(value):
+            new = _substitute(child, stand_ins, seen)
+            if new is not child:
+                setattr(value, name, nnx.data(new))
+    elif isinstance(value, (dict, list, tuple)):
+        items = [_substitute(child, stand_ins, seen) for _, child in children(value)]
+        if any(new is not old for new, (_, old) in zip(items, children(value), strict=True)):
+            if isinstance(value, dict):
+                return type(value)(zip(value, items, strict=True))
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _boxed(q: QTensor, source: nnx.Variable, fold: general.Fold) -> QTensor:
+    """``q`` in Variables that keep the kernel's sharding names, where its axes still exist."""
+    metadata = source.get_metadata() if isinstance(source, nnx.Variable) else {}
+    names: tuple[Any, ...] = tuple(metadata.get("out_sharding") or ())
+    kept = {k: v for k, v in metadata.items() if k in ("mesh", "sharding_rules", "eager_sharding")}
+    shape = q.shape
+    plain = fold == _PLAIN and len(names) == len(shape)
+    fields = {}
+    for name, array in q.arrays().items():
+        extra = {}
+        if plain:
+            *lead, rows, columns = array.shape
+            k_name = names[-2] if rows > 1 else None
+            n_name = names[-1] if columns == shape[-1] else None
+            wanted = (*names[: len(lead)], k_name, n_name)
+            extra = {"out_sharding": _divisible(wanted, array.shape, kept.get("mesh")), **kept}
+        fields[name] = (QCodes if name == "codes" else QScale)(array, **extra)
+    return dataclasses.replace(q, **fields)
+
+
+def _divisible(names: tuple, shape: tuple[int, ...], mesh: Any) -> tuple:
+    """Names of mesh axes that divide their axis; others become None (replicated)."""
+    sizes = {} if mesh is None else dict(mesh.shape)
+
+    def fits(name: Any, size: int) -> bool:
+        parts = name if isinstance(name, tuple) else (name,)
+        total = 1
+        for part in parts:
+            total *= sizes.get(part, 1)
+        return size % total == 0
+
+    return tuple(name if fits(name, n) else None for name, n in zip(names, shape, strict=True))

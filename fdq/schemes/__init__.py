@@ -1,0 +1,1 @@
+"""Names and rules: what a scheme says, and which tensor gets which."""

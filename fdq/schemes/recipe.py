@@ -1,0 +1,330 @@
+"""Recipes: which tensor of a model gets which scheme.
+
+A recipe is an ordered list of rules ``path glob -> Scheme or None``; the first that matches wins,
+and what no rule matches gets the default scheme. Some tensors are protected, since quantizing them
+costs accuracy and saves little: routers, norms, correction biases, embeddings and ``lm_head``. A
+protected tensor is only quantized by a rule whose pattern contains its word (``"lm_head"``,
+``"*embed*"``); ``"layers.0"`` alone leaves the router of layer 0 as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fdq.schemes import assignment, fastdeploy_config, path_pattern
+from fdq.schemes.scheme import CacheSpec, Scheme
+
+EXPERTS = fastdeploy_config.EXPERTS
+"""The pattern of routed experts, ``layers.{i}.mlp.experts``; shared experts are not among them."""
+
+_PROTECTED = {
+    "router": re.compile(r"router"),
+    "norm": re.compile(r"norm(?!al)"),
+    "correction_bias": re.compile(r"correction_bias"),
+    "embed": re.compile(r"embed"),
+    "lm_head": re.compile(r"^lm_head$"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What one pattern of paths gets.
+
+    Attributes:
+      pattern: a glob, see ``fdq.schemes.path_pattern``.
+      scheme: ``None`` leaves what matches as it is. Its name is accepted. The cache is no matter
+        of single tensors, so the scheme has none.
+      required: True makes a rule that quantizes nothing an error.
+    """
+
+    pattern: str
+    scheme: Scheme | None = None
+    required: bool = True
+
+    def __post_init__(self):
+        path_pattern.compiled(self.pattern)
+        scheme = _scheme_or_none(self.scheme)
+        if scheme is not None and scheme.cache is not None:
+            raise ValueError(
+                f"Rule {self.pattern!r}: {scheme} has a cache format, but there is one cache for "
+                "the whole model. Put it into the scheme of '*', or pass Recipe(..., cache='C8')."
+            )
+        object.__setattr__(self, "scheme", None if scheme == Scheme() else scheme)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """What a recipe says about one path.
+
+    Attributes:
+      scheme: ``None`` leaves the tensor as it is.
+      rule: the rule that decided; ``None`` for the default or a protection.
+      reason: the same in words.
+    """
+
+    scheme: Scheme | None
+    rule: Rule | None
+    reason: str
+
+
+@functools.lru_cache(maxsize=65536)
+def protected_word(path: str) -> str | None:
+    """The word of a path that protects it from being quantized by default, or None."""
+    components = path.lower().split(".")
+    for word, regex in _PROTECTED.items():
+        if any(regex.search(component) for component in components):
+            return word
+    return None
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Recipe:
+    """Ordered path rules, a default scheme and the format of the KV cache.
+
+    Attributes:
+      rules: the first that matches a path wins.
+      default: for paths that no rule matches; ``None`` leaves them as they are.
+      cache: format of the KV cache; ``None`` is 16 bits.
+      record: keys of a FastDeploy configuration that no scheme holds (``hadamard_block_size``,
+        ``is_quantized`` ...), kept to be written back.
+
+    Examples:
+      >>> recipe = Recipe([("*.experts", "W4A8"), ("lm_head", "W8A16"), ("*", "W8A16C8")])
+      >>> str(recipe.match("layers.3.mlp.experts.down_proj.kernel").scheme)
+      'W4A8C16'
+      >>> recipe.match("layers.3.mlp.router.kernel").reason
+      "router: left unless a rule's pattern contains 'router'"
+      >>> str(recipe.cache)
+      'C8'
+    """
+
+    rules: tuple[Rule, ...]
+    default: Scheme | None
+    cache: CacheSpec | None
+    record: dict[str, Any] = dataclasses.field(compare=False)
+
+    def __init__(
+        self,
+        rules: Iterable[Rule | tuple[str, Any]] = (),
+        default: Scheme | str | None = None,
+        *,
+        cache: CacheSpec | str | None = None,
+        record: Mapping[str, Any] | None = None,
+    ):
+        """Makes a recipe.
+
+        Args:
+          rules: ``Rule`` s or pairs ``(pattern, scheme or its name or None)``. A last pattern
+            ``"*"`` is the default, and does not touch protected tensors.
+          default: scheme of all else; its cache becomes the recipe's.
+          cache: format of the KV cache, or its name (``"C8"``).
+          record: see the class.
+
+        Raises:
+          ValueError: a bad pattern or scheme name, a rule after ``"*"``, two defaults or caches.
+        """
+        pairs = [_pair(rule) for rule in rules]
+        default = _scheme_or_none(default)
+        if pairs and pairs[-1][0] == "*":
+            if default is not None:
+                raise ValueError(f"Two defaults: the rule '*' and default={default}. Drop one.")
+            last = pairs.pop()[1]
+            default = last.scheme if isinstance(last, Rule) else _scheme_or_none(last)
+        patterns = [pattern for pattern, _ in pairs]
+        if "*" in patterns:
+            after = [*patterns, "*"][patterns.index("*") + 1]
+            raise ValueError(f"Rule {after!r} comes after '*', so it would match nothing.")
+        for pattern in patterns:
+            if patterns.count(pattern) > 1:
+                raise ValueError(f"Two rules for {pattern!r}: the second would match nothing.")
+        made = (r if isinstance(r, Rule) else Rule(p, _scheme_or_none(r)) for p, r in pairs)
+        cache = CacheSpec.parse(cache) if isinstance(cache, str) else cache
+        if default is not None and default.cache is not None:
+            if cache not in (None, default.cache):
+                raise ValueError(f"Two cache formats: {cache} and that of {default}. Drop one.")
+            default, cache = dataclasses.replace(default, cache=None), default.cache
+        object.__setattr__(self, "rules", tuple(made))
+        object.__setattr__(self, "default", None if default == Scheme() else default)
+        object.__setattr__(self, "cache", cache)
+        object.__setattr__(self, "record", dict(record or {}))
+
+    @classmethod
+    def parse(cls, source: Any, *, compat: str | None = None, has_experts: bool = True) -> Recipe:
+        """A recipe from whatever names one.
+
+        Args:
+          source: a ``Recipe``; a ``Scheme``; the name of a scheme; ``"mix_quant"`` (FastDeploy's
+            mixture: int8 weights, W4A8 experts, int8 cache); a dict ``pattern -> scheme`` or a
+            list of rules; FastDeploy's ``quantization_config`` as a dict or as JSON text; what
+            ``to_json`` wrote; None (nothing is quantized).
+          compat: ``"fastdeploy"`` reads names as FastDeploy's command line does for ERNIE. Scales
+            of 8- and 4-bit integers are per channel; and in a model with routed experts,
+            ``wint4`` quantizes all but the experts to int8, ``w4afp8`` to block-wise float8, and
+            ``wint2`` is the convolutional code from layer 7 on, int4 experts below and int8 for
+            the rest. Without it each name means the same for every tensor.
+          has_experts: whether the model has routed experts; matters with ``compat`` only.
+
+        Raises:
+          ValueError: unknown name, key or contradictory rules; says what and the nearest name.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if source is None:
+            return cls()
+        if isinstance(source, str):
+            if source.lstrip().startswith("{"):
+                return cls.parse(_read_json(source), compat=compat)
+            mixture = fastdeploy_config.named(source, compat, has_experts)
+            return cls._of(mixture) if mixture else cls(default=Scheme.parse(source, compat=compat))
+        if isinstance(source, Scheme):
+            return cls(default=source)
+        if isinstance(source, Mapping):
+            if "rules" in source:
+                return cls.from_dict(source)
+            if fastdeploy_config.looks_like(source):
+                return cls.from_fastdeploy(source)
+            return cls([(p, _scheme_or_none(s, compat)) for p, s in source.items()])
+        if isinstance(source, (list, tuple)):
+            return cls(source)
+        raise TypeError(
+            "A recipe is a scheme's name, a Scheme, a Recipe, a dict or list of rules or "
+            f"FastDeploy's quantization_config; got {type(source).__name__}."
+        )
+
+    @classmethod
+    def from_fastdeploy(cls, config: Mapping[str, Any], *, num_layers: int | None = None) -> Recipe:
+        """Reads FastDeploy's ``quantization_config``; see ``fdq.schemes.fastdeploy_config``.
+
+        Args:
+          config: the JSON object, or a ``config.json`` that holds it.
+          num_layers: where given, layer ranges must end at the last layer.
+
+        Raises:
+          ValueError: an unknown key or type, or one that is missing; a bad layer range.
+          NotImplementedError: what FastDeploy has and fdq has not (image experts ...).
+        """
+        return cls._of(fastdeploy_config.read(config, num_layers=num_layers))
+
+    def to_fastdeploy(self) -> dict[str, Any]:
+        """The ``quantization_config`` that reads as this recipe; ValueError if there is none."""
+        return fastdeploy_config.write(self.rules, self.default, self.cache, self.record)
+
+    @classmethod
+    def _of(cls, parts: fastdeploy_config.Parts) -> Recipe:
+        return cls(**{**parts, "rules": [Rule(*triple) for triple in parts["rules"]]})
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it has static scales, of activations or of the cache."""
+        schemes = [self.default, *(rule.scheme for rule in self.rules)]
+        parts = [self.cache, *(scheme.activation for scheme in schemes if scheme is not None)]
+        return any(part is not None and not part.dynamic for part in parts)
+
+    def match(self, path: str) -> Match:
+        """What the tensor at ``path`` gets, from its path alone (shapes are not looked at)."""
+        word = protected_word(path)
+        for rule in self.rules:
+            if path_pattern.reach(rule.pattern, path) is None:
+                continue
+            if word is None or word in rule.pattern.lower() or rule.scheme is None:
+                return Match(rule.scheme, rule, f"rule {rule.pattern!r}")
+        if word is not None:
+            return Match(None, None, f"{word}: left unless a rule's pattern contains {word!r}")
+        return Match(self.default, None, "default" if self.default else "no rule matches")
+
+    def scheme_for(self, path: str) -> Scheme | None:
+        """The scheme of the tensor at ``path``; None leaves it as it is."""
+        return self.match(path).scheme
+
+    def table(self, params: Any) -> assignment.MatchTable:
+        """Which tensor of a pytree gets what; prints as a table, ``rows`` for programs.
+
+        Args:
+          params: dicts, lists, dataclasses, an ``nnx.State``, of arrays or ShapeDtypeStructs. For
+            an NNX module use ``fdq.match_table``, which knows its layers.
+
+        Raises:
+          ValueError: a rule that matches nothing, or a tensor that cannot take its scheme.
+        """
+        return assignment.assign(self, assignment.leaves_of(params))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; the inverse of ``from_dict``."""
+        rules = [
+            {
+                "pattern": rule.pattern,
+                "scheme": None if rule.scheme is None else str(rule.scheme),
+                "required": rule.required,
+            }
+            for rule in self.rules
+        ]
+        default, cache = (None if x is None else str(x) for x in (self.default, self.cache))
+        return {"rules": rules, "default": default, "cache": cache, "record": dict(self.record)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
+        """Reads what ``to_dict`` wrote; ValueError names unknown or missing keys."""
+        _check_keys("recipe", fields, {"rules", "default", "cache", "record"}, {"rules"})
+        for rule in fields["rules"]:
+            _check_keys("rule", rule, {"pattern", "scheme", "required"}, {"pattern", "scheme"})
+        rules = [Rule(**rule) for rule in fields["rules"]]
+        extra = {k: v for k, v in fields.items() if k in ("cache", "record")}
+        return cls(rules, fields.get("default"), **extra)
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> Recipe:
+        """Reads what ``to_json`` wrote."""
+        return cls.from_dict(_read_json(text) if isinstance(text, str) else text)
+
+    def __str__(self) -> str:
+        """The scheme's name, or the rules as JSON; ``parse`` reads both."""
+        default = dataclasses.replace(self.default or Scheme(), cache=self.cache)
+        if not self.rules:
+            return str(default)
+        rules = {rule.pattern: rule.scheme and str(rule.scheme) for rule in self.rules}
+        return json.dumps({**rules, "*": str(default)})
+
+    def __hash__(self) -> int:
+        return hash((self.rules, self.default, self.cache))
+
+
+def _pair(rule: Any) -> tuple[str, Any]:
+    """A rule as (pattern, rule or scheme or name or None)."""
+    if isinstance(rule, Rule):
+        return rule.pattern, rule
+    if isinstance(rule, (tuple, list)) and len(rule) == 2:
+        return rule[0], rule[1]
+    raise ValueError(
+        f"A rule is a pair (pattern, scheme), such as ('*.experts', 'W4A16'); got {rule!r}."
+    )
+
+
+def _scheme_or_none(name: Any, compat: str | None = None) -> Scheme | None:
+    return None if name is None else Scheme.parse(name, compat=compat)
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"This recipe is not valid JSON: {error}. Got {text!r}.") from None
+
+
+def _check_keys(what: str, found: Any, known: set[str], needed: set[str]) -> None:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"A {what} is a JSON object, got {found!r}.")
+    unknown, missing = set(found) - known, needed - set(found)
+    if unknown or missing:
+        raise ValueError(
+            f"A {what} has keys {sorted(known)}; unknown: {sorted(unknown)}, "
+            f"missing: {sorted(missing)}."
+        )

@@ -1,0 +1,334 @@
+"""Schemes: what weights, activations and the KV cache are stored in.
+
+A scheme is a name: ``"W4A16C8"`` says int4 weights, 16-bit activations and an int8 KV cache. The
+name parses to a frozen ``Scheme`` of three small specs, and everything finer than the name (group
+size, scale dtype, zero points) is a field of a spec and a suffix of the name::
+
+    W<type>A<type>C<type>-<suffix>-<suffix>...
+
+    W  16 8 4 3 2 (integers)  fp8 fp8e5m2 NF4 MXFP4 MXFP8 NVFP4 CC2
+    A  16 8 fp8               needs a quantized W
+    C  16 8 4 fp8
+    suffixes of W  -g<rows> -channel -tensor -b<n> -b<rows>x<columns>   what shares a scale
+                   -sym -half -asym                                     zero point
+                   -f32 -bf16 -f16 -ue8m0                               dtype of the scale
+                   -dq                                                  double quantization (NF4)
+    suffixes of A  -token -x<channels> -static                          what shares a scale
+    suffixes of C  -kvtoken -kvchannel -kvhead                          what shares a scale
+
+Names are case-insensitive, ``Int4`` means ``4``, a missing part means 16, and ``str(scheme)`` is
+the canonical name: all three parts, and only those suffixes that differ from the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from fdq.schemes import grammar
+
+WeightFormat = Literal[
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "float8_e4m3",
+    "float8_e5m2",
+    "nf4",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "cc2",
+]
+Granularity = Literal["tensor", "channel", "group", "block"]
+ZeroPoint = Literal["none", "half", "integer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """How a weight ``[..., K, N]`` is stored: the static part of a ``QTensor``.
+
+    Attributes:
+      format: name of the format, a key of ``fdq.formats.FORMATS``.
+      granularity: which elements share one scale: the whole ``tensor``, one output ``channel``
+        (all of K), a ``group`` of ``group_size`` rows of K in one channel, or a ``block`` of
+        ``block_size`` (rows of K, columns of N).
+      group_size: rows of K that share a scale; only with granularity ``group``.
+      block_size: ``(rows of K, columns of N)``; only with granularity ``block``.
+      zero_point: ``none`` (codes are signed), ``half`` (levels at odd multiples of scale / 2,
+        best for 2 bits), or ``integer`` (asymmetric; one stored code per scale).
+      scale_dtype: what the scale is rounded to before codes are chosen. ``float8_e8m0fnu`` is a
+        power of two, ``uint4`` the packed local scale of ``cc2``.
+      double_quantization: ``nf4`` only: the scales are themselves stored in 8 bits.
+
+    Raises:
+      ValueError: on construction, if the fields contradict each other or the format.
+    """
+
+    format: WeightFormat
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+    zero_point: ZeroPoint = "none"
+    scale_dtype: str = "float32"
+    double_quantization: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.block_size, list):  # JSON has no tuples
+            object.__setattr__(self, "block_size", tuple(self.block_size))
+        problem = _weight_problem(self)
+        if problem:
+            raise ValueError(f"WeightSpec(format={self.format!r}): {problem}")
+
+    @property
+    def symmetric(self) -> bool:
+        """True when no zero point is stored."""
+        return self.zero_point != "integer"
+
+    @classmethod
+    def parse(cls, name: str) -> WeightSpec | None:
+        """The weight part alone: ``"W4-g64"``, ``"4-g64"`` or a whole scheme's name."""
+        fields = grammar.parse(_part_name(name, "W"))["w"]
+        return None if fields is None else cls(**fields)
+
+    @classmethod
+    def default(cls, format: WeightFormat, **fields) -> WeightSpec:
+        """The format's default spec, with ``fields`` replaced (scale dtype follows the group)."""
+        return cls(**grammar.weight_fields(format, fields))
+
+    def __str__(self) -> str:
+        return "-".join(["W" + grammar.WEIGHT_NAMES[self.format], *grammar.weight_suffixes(self)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationSpec:
+    """How the input ``[..., K]`` of a matrix product is quantized.
+
+    Attributes:
+      format: ``int8`` or ``float8_e4m3``.
+      granularity: one scale per ``token``, per token and ``group_size`` channels
+        (``token_group``), or one for the whole ``tensor`` (static only).
+      group_size: channels per scale; only with granularity ``token_group``.
+      dynamic: True computes scales from the batch at hand; False takes a calibrated scale.
+
+    Raises:
+      ValueError: on construction, if the fields contradict each other.
+    """
+
+    format: Literal["int8", "float8_e4m3"]
+    granularity: Literal["token", "token_group", "tensor"] = "token"
+    group_size: int | None = None
+    dynamic: bool = True
+
+    def __post_init__(self):
+        problem = None
+        if self.format not in grammar.ACTIVATION_NAMES:
+            problem = f"unknown format; use one of {', '.join(grammar.ACTIVATION_NAMES)}"
+        elif self.granularity not in ("token", "token_group", "tensor"):
+            problem = f"unknown granularity {self.granularity!r}"
+        elif (self.granularity == "token_group") != (self.group_size is not None):
+            problem = "group_size goes with granularity 'token_group', and only with it"
+        elif self.group_size is not None and not _is_size(self.group_size):
+            problem = f"group_size={self.group_size!r} is not a positive whole number"
+        elif self.dynamic == (self.granularity == "tensor"):
+            problem = "granularity 'tensor' is static (dynamic=False), the others are dynamic"
+        if problem:
+            raise ValueError(f"ActivationSpec(format={self.format!r}): {problem}")
+
+    @property
+    def bound(self) -> float:
+        """Largest magnitude of a code: a scale is the largest magnitude of values over this."""
+        return {"int8": 127.0, "float8_e4m3": 448.0}[self.format]
+
+    @classmethod
+    def parse(cls, name: str) -> ActivationSpec | None:
+        """The activation part alone: ``"A8"``, ``"fp8-x128"``, ``"int8"``; None for 16 bits."""
+        fields = grammar.parse(_part_name(name, "A"))["a"]
+        return None if fields is None else cls(**fields)
+
+    def __str__(self) -> str:
+        return "-".join(
+            ["A" + grammar.ACTIVATION_NAMES[self.format], *grammar.activation_suffixes(self)]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """How keys and values ``[batch, kv_head, slot, head_dim]`` are stored.
+
+    Attributes:
+      format: ``int8``, ``float8_e4m3`` or ``int4``.
+      granularity: ``token_head`` (one scale per token and KV head, dynamic, no calibration),
+        ``channel`` (static, one per KV head and channel) or ``head`` (static, one per KV head).
+      dynamic: scales come from the token itself (True) or from calibration (False).
+      zero_point: one stored zero point per scale (``int4`` needs it).
+
+    Raises:
+      ValueError: on construction, if the fields contradict each other.
+    """
+
+    format: Literal["int8", "float8_e4m3", "int4"]
+    granularity: Literal["token_head", "channel", "head"] = "token_head"
+    dynamic: bool = True
+    zero_point: bool = False
+
+    def __post_init__(self):
+        problem = None
+        if self.format not in grammar.CACHE_NAMES:
+            problem = f"unknown format; use one of {', '.join(grammar.CACHE_NAMES)}"
+        elif self.granularity not in grammar.CACHE_SUFFIXES.values():
+            problem = f"unknown granularity {self.granularity!r}"
+        elif self.dynamic != (self.granularity == "token_head"):
+            problem = "granularity 'token_head' is dynamic, 'channel' and 'head' are dynamic=False"
+        elif self.zero_point != (self.format == "int4"):
+            problem = "int4 needs zero_point=True, and no other format has one"
+        if problem:
+            raise ValueError(f"CacheSpec(format={self.format!r}): {problem}")
+
+    @property
+    def bound(self) -> float:
+        """Largest code: a scale is the largest magnitude (int4: max - min) over this."""
+        return {"int8": 127.0, "float8_e4m3": 448.0, "int4": 15.0}[self.format]
+
+    @classmethod
+    def parse(cls, name: str) -> CacheSpec | None:
+        """The cache part alone: ``"C8"``, ``"fp8"``, ``"C4-kvhead"``; None for 16 bits."""
+        fields = grammar.parse(_part_name(name, "C"))["c"]
+        return None if fields is None else cls(**fields)
+
+    def __str__(self) -> str:
+        return "-".join(["C" + grammar.CACHE_NAMES[self.format], *grammar.cache_suffixes(self)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What weights, activations and the KV cache are stored in; ``None`` means 16-bit floats.
+
+    Raises:
+      ValueError: on construction, if activations are quantized and weights are not.
+    """
+
+    weight: WeightSpec | None = None
+    activation: ActivationSpec | None = None
+    cache: CacheSpec | None = None
+
+    def __post_init__(self):
+        if self.activation is not None and self.weight is None:
+            raise ValueError(
+                f"Scheme: {self.activation} with 16-bit weights; activations are quantized only "
+                f"in products with quantized weights. Use e.g. 'W8{self.activation}'."
+            )
+
+    @classmethod
+    def parse(cls, name: str | Scheme, *, compat: str | None = None) -> Scheme:
+        """The scheme of a name, e.g. ``"W4A16C8"``, ``"WNF4A8C8"``, ``"W4A16-g64"``, ``"wint4"``.
+
+        FastDeploy's method names are accepted as well. Two need care: ``wint2`` is FastDeploy's
+        convolutional code, ``WCC2A16C16`` (plain 2-bit integers are ``W2``), and ``mix_quant`` is
+        a mixture, so a single scheme can only be that of its routed experts, ``W4A8C8``;
+        ``fdq.Recipe.parse("mix_quant")``, which every entry point uses, gives the whole mixture.
+
+        Args:
+          name: the name; a ``Scheme`` is returned as it is.
+          compat: ``"fastdeploy"`` gives integer weights of 8 and 4 bits one scale per channel, as
+            FastDeploy does, where the name leaves it open (``w4afp8`` keeps groups of 128).
+
+        Raises:
+          ValueError: unknown or contradictory name; says which part and the nearest valid name.
+        """
+        if isinstance(name, Scheme):
+            return name
+        if not isinstance(name, str):
+            raise TypeError(f"A scheme is a name such as 'W4A16C8', got {type(name).__name__}.")
+        try:
+            return _read(name, compat)
+        except grammar.Unreadable as error:
+            nearest = grammar.suggest(name, _canonical)
+            hint = f"Did you mean {nearest!r}? " if nearest else ""
+            example = "" if nearest else " Names look like 'W4A16C8', 'Wfp8Afp8', 'W4A16-g64'."
+            raise ValueError(
+                f"Unknown quantization scheme {name!r}. {hint}{error}{example}"
+            ) from None
+
+    def __str__(self) -> str:
+        weight, activation, cache = self.weight, self.activation, self.cache
+        head = (
+            "W" + (grammar.WEIGHT_NAMES[weight.format] if weight else "16"),
+            "A" + (grammar.ACTIVATION_NAMES[activation.format] if activation else "16"),
+            "C" + (grammar.CACHE_NAMES[cache.format] if cache else "16"),
+        )
+        blocks = weight.block_size if weight else None
+        suffixes = (
+            *(grammar.weight_suffixes(weight) if weight else ()),
+            *(grammar.activation_suffixes(activation, blocks) if activation else ()),
+            *(grammar.cache_suffixes(cache) if cache else ()),
+        )
+        return "-".join(["".join(head), *suffixes])
+
+
+def _weight_problem(spec: WeightSpec) -> str | None:
+    """What is wrong with a WeightSpec, or None."""
+    if spec.format not in grammar.WEIGHT_NAMES:
+        return f"unknown format; use one of {', '.join(grammar.WEIGHT_NAMES)}"
+    integer, floating = spec.format in grammar.INTEGERS, spec.format in grammar.FLOATS
+    granularities = ("tensor", "channel", "group", "block")[: 3 if integer else 4]
+    if not integer and not floating:
+        granularities = ("group",)
+    if spec.granularity not in granularities:
+        return f"granularity {spec.granularity!r}; this format takes {' or '.join(granularities)}"
+    if (spec.granularity == "group") != (spec.group_size is not None):
+        return "group_size goes with granularity 'group', and only with it"
+    if (spec.granularity == "block") != (spec.block_size is not None):
+        return "block_size goes with granularity 'block', and only with it"
+    groups = () if spec.group_size is None else (spec.group_size,)
+    blocks = spec.block_size or ()
+    sizes = (*groups, *blocks)
+    if len(blocks) not in (0, 2) or not all(map(_is_size, sizes)):
+        return (
+            f"group_size={spec.group_size!r}, block_size={spec.block_size!r}: not positive whole "
+            "numbers, one for groups and two for blocks"
+        )
+    fixed = grammar.FIXED.get(spec.format)
+    if fixed and (spec.group_size, spec.scale_dtype) != fixed:
+        return (
+            f"group_size={spec.group_size} with {spec.scale_dtype} scales; the format is defined "
+            f"with groups of {fixed[0]} and {fixed[1]} scales"
+        )
+    scales = list(grammar.SCALE_SUFFIXES.values())[: 4 if floating else 3]
+    if not fixed and spec.scale_dtype not in scales:
+        return f"scale_dtype {spec.scale_dtype!r}; this format takes {str(scales)[1:-1]}"
+    if spec.zero_point not in (get_args(ZeroPoint) if integer else ("none",)):
+        return f"zero_point {spec.zero_point!r}; only integer formats have zero points"
+    if spec.double_quantization and spec.format != "nf4":
+        return "double_quantization is for nf4 only"
+    return None
+
+
+def _is_size(n: object) -> bool:
+    return isinstance(n, int) and n > 0
+
+
+def _read(name: str, compat: str | None) -> Scheme:
+    fields = grammar.parse(name, compat)
+    weight, activation, cache = (fields[part] for part in "wac")
+    try:
+        return Scheme(
+            weight=None if weight is None else WeightSpec(**weight),
+            activation=None if activation is None else ActivationSpec(**activation),
+            cache=None if cache is None else CacheSpec(**cache),
+        )
+    except ValueError as error:
+        raise grammar.Unreadable(str(error)) from None
+
+
+def _canonical(name: str) -> str | None:
+    try:
+        return str(_read(name, None))
+    except grammar.Unreadable:
+        return None
+
+
+def _part_name(name: str, part: str) -> str:
+    """``"int8"``, ``"8-kvhead"`` and ``"C8"`` as the part of a scheme that they name."""
+    text = name.strip()
+    return text if text[:1].lower() in ("w", "a", "c") and text[:2].lower() != "cc" else part + text

@@ -1,0 +1,135 @@
+"""The kernels that are compiled ahead of time, each with shapes that stand for its use.
+
+A module with kernels has a function ``kernel_cases() -> list[KernelCase]`` and is listed in
+`MODULES`; `all_cases` gathers them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.aot.gpu_targets import ALL
+from pallas_kernels.aot.sass import Loop
+from pallas_kernels.device import default_device
+
+MODULES: tuple[str, ...] = (
+    "pallas_kernels.matmul.cases",
+    "pallas_kernels.attention.cases",
+    "pallas_kernels.router.routing",
+)
+"""Modules of this package that register cases."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A function and what to compile it for.
+
+    Attributes:
+      function: pure; compiled as ``jax.jit(function, donate_argnums=donate)(*arguments)``.
+      arguments: pytrees of ``jax.ShapeDtypeStruct`` (arrays do as well).
+      donate: positions of the arguments whose buffers are given up.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donate: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelCase:
+    """One kernel at one shape.
+
+    Attributes:
+      name: unique: "matrix-vector int4 groups of 128, 1 x 4096 x 6144".
+      kernel: name of the kernel, which its cases share: "matrix-vector int4 groups of 128".
+      build: makes the program; called in the child process that compiles it, while the default
+        device is the GPU that it compiles for.
+      gpus: names of the GPUs (`gpu_targets.GPUS`) that the kernel promises to compile for.
+      representative: compiled by the test suite; one for each kernel and format.
+      weights_per_iteration: weights (of an attention kernel: elements of the cache) that one
+        thread uses up in one iteration of the hot loop as ptxas left it. ptxas unrolls, so better
+        than a number is a function of the loop that was found, such as `fma_weights()`. None where
+        there is nothing to count.
+      bytes_per_weight: stored bytes, scales included (0.5156 for int4 in groups of 128); for the
+        instruction budget.
+      instruction_limit: more instructions per weight than this are a failure of the check.
+      xla_kernels: whether to report on the kernels that XLA adds to ours.
+      report: the Mosaic kernel whose loop is counted, as a part of its name; "" is the first one.
+    """
+
+    name: str
+    kernel: str
+    build: Callable[[], Program]
+    gpus: tuple[str, ...] = ALL
+    representative: bool = False
+    weights_per_iteration: float | Callable[[Loop], float] | None = None
+    bytes_per_weight: float | None = None
+    instruction_limit: float | None = None
+    xla_kernels: bool = True
+    report: str = ""
+
+
+def fma_weights(rows: int = 1) -> Callable[[Loop], float]:
+    """Counts weights by the loop's float32 multiply-adds: `rows` (M) of them for each weight.
+
+    The multiply-adds that apply scales count as weights too, so that the result is a little too
+    large where groups are small: one weight in `group size` for each row. A loop with special
+    functions (SwiGLU's exponential) prepares x, and uses up none.
+    """
+    return functools.partial(_fmas_per_row, rows)  # unlike a lambda, it can be pickled
+
+
+def _fmas_per_row(rows: int, loop: Loop) -> float:
+    return 0.0 if "MUFU" in loop.opcodes else loop.float32_fmas / rows
+
+
+def dot_weights(rows: int = 1) -> Callable[[Loop], float]:
+    """Counts weights by the loop's four-byte dots (IDP.4A): `rows` (M) of them for four weights."""
+    return functools.partial(_dots_per_row, rows)
+
+
+def _dots_per_row(rows: int, loop: Loop) -> float:
+    return 4 * loop.opcodes.get("IDP", 0) / rows
+
+
+def loaded_weights(bytes_per_weight: float) -> Callable[[Loop], float]:
+    """Counts weights by the bytes that the loop loads in vectors, as scales are not."""
+    return functools.partial(_loaded, bytes_per_weight)
+
+
+def _loaded(bytes_per_weight: float, loop: Loop) -> float:
+    return loop.vector_bytes / bytes_per_weight
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An argument of a `Program`."""
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def activation_dtype() -> str:
+    """bfloat16, or float16 where the GPU has no arithmetic for it (before sm_80)."""
+    capability = getattr(default_device(), "compute_capability", "8.0")
+    return "bfloat16" if float(capability) >= 8 else "float16"
+
+
+def all_cases() -> list[KernelCase]:
+    """Every registered case.
+
+    Raises:
+      ValueError: two cases have the same name.
+    """
+    cases: list[KernelCase] = []
+    for module in MODULES:
+        cases += importlib.import_module(module).kernel_cases()
+    names = [case.name for case in cases]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"kernel cases must have different names; these occur twice: {twice}")
+    return cases

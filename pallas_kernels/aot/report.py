@@ -1,0 +1,151 @@
+"""What is reported of a program that was compiled ahead of time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels.aot.launch_sequence import Copy, LargeResult
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HotLoop:
+    """The hot loop of a kernel, from its machine code.
+
+    Attributes:
+      instructions: of one iteration.
+      opcodes: how often each occurs.
+      global_bytes: bytes that a thread loads from global memory in an iteration.
+      whole_kernel: there is no loop; the figures are those of the kernel.
+    """
+
+    instructions: int
+    opcodes: dict[str, int]
+    global_bytes: int
+    whole_kernel: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """One kernel of a compiled program.
+
+    Attributes:
+      name: entry function; of a Mosaic kernel its `name`.
+      mosaic: whether it is ours; the others are XLA's.
+      registers, stack_bytes, spill_store_bytes, spill_load_bytes: of a thread.
+      shared_memory_bytes: of a block, static and dynamic.
+      tensor_core: tensor-core instructions in it.
+      loop: of Mosaic kernels.
+    """
+
+    name: str
+    mosaic: bool
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    shared_memory_bytes: int
+    tensor_core: tuple[str, ...]
+    loop: HotLoop | None = None
+
+    @property
+    def spills(self) -> bool:
+        """Whether registers did not suffice."""
+        return self.spill_store_bytes > 0 or self.spill_load_bytes > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of one case on one GPU.
+
+    Attributes:
+      case, kernel: names of the `KernelCase`.
+      gpu, arch: "l4", "sm_89".
+      jax: version that compiled it.
+      ok: it compiled.
+      error: why not, in one line; "" if it did.
+      traceback: of that error, where there is one.
+      lower_seconds, compile_seconds: tracing and lowering; XLA, LLVM and ptxas.
+      kernels: Mosaic's first.
+      argument_bytes, temp_bytes, alias_bytes: of the program; aliased are donated buffers that
+        results are written to in place.
+      launches, launch_kinds, unknown_loops, copies, sequence, large_results: see
+        `pallas_kernels.aot.launch_sequence.Launches`.
+      instructions_per_weight: of the hot loop of the case's kernel; None where nothing was counted.
+      instruction_budget: above it, instructions and not memory limit the kernel on this GPU.
+      instruction_limit: what the case promises to stay within.
+    """
+
+    case: str
+    kernel: str
+    gpu: str
+    arch: str
+    jax: str
+    ok: bool
+    error: str = ""
+    traceback: str = ""
+    lower_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    kernels: tuple[KernelReport, ...] = ()
+    argument_bytes: int = 0
+    temp_bytes: int = 0
+    alias_bytes: int = 0
+    launches: int = 0
+    launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+    copies: tuple[Copy, ...] = ()
+    sequence: tuple[str, ...] = ()
+    large_results: tuple[LargeResult, ...] = ()
+    instructions_per_weight: float | None = None
+    instruction_budget: float | None = None
+    instruction_limit: float | None = None
+
+    @property
+    def mosaic_kernels(self) -> tuple[KernelReport, ...]:
+        """The kernels that are ours."""
+        return tuple(kernel for kernel in self.kernels if kernel.mosaic)
+
+    def problems(self) -> list[str]:
+        """Why this report fails the check: no compile, spills, or too many instructions."""
+        if not self.ok:
+            return [f"{self.case} on {self.gpu}: {self.error}"]
+        where = f"{self.case} on {self.gpu} ({self.arch})"
+        problems = [
+            f"{where}: {kernel.name} spills {kernel.spill_store_bytes} bytes of stores and "
+            f"{kernel.spill_load_bytes} of loads with {kernel.registers} registers"
+            for kernel in self.mosaic_kernels
+            if kernel.spills
+        ]
+        count, limit = self.instructions_per_weight, self.instruction_limit
+        if limit is not None and (count is None or count > limit):
+            problems.append(f"{where}: {count} instructions per weight, the limit is {limit}")
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`, also after a detour over JSON."""
+        kernels = tuple(
+            KernelReport(
+                **{
+                    **kernel,
+                    "tensor_core": tuple(kernel["tensor_core"]),
+                    "loop": HotLoop(**kernel["loop"]) if kernel["loop"] else None,
+                }
+            )
+            for kernel in value["kernels"]
+        )
+        copies = tuple(Copy(**copy) for copy in value["copies"])
+        large = tuple(LargeResult(**result) for result in value["large_results"])
+        return Report(
+            **{
+                **value,
+                "kernels": kernels,
+                "copies": copies,
+                "large_results": large,
+                "sequence": tuple(value["sequence"]),
+            }
+        )

@@ -1,0 +1,1 @@
+"""Rotation, quantization and the write to the KV cache."""

@@ -1,0 +1,318 @@
+"""Decode attention on CUDA cores: every GPU, every cache format, and the interpreter.
+
+A program is 128 threads with one (sequence, KV head), up to four query heads of its group and a
+part of the sequence. Eight threads share a slot, 16 slots make a tile, and each of the 16 rows of
+threads runs an online softmax of its own over the slots that pass through it: no exchange between
+rows until the end, where 16 states become one. Query heads beyond four are other programs, which
+find the cache in L2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mg
+
+from pallas_kernels.attention.cache_words import CacheWords
+from pallas_kernels.attention.parts import (
+    choose_parts,
+    exponent,
+    join_parts,
+    part_bounds,
+    spread,
+    write_output,
+)
+from pallas_kernels.mosaic.launch import launch, load, store
+
+ROWS = 16
+"""Slots of a tile: 128 threads, 8 of them a slot."""
+
+MASKED = -1e30
+"""Score of a hidden slot; finite: a row that saw no slot must not make NaN of inf - inf."""
+
+LOG2_E = math.log2(math.e)
+
+
+def heads_per_program(group: int, head_dim: int) -> int:
+    """Query heads of a group that one program attends for: up to four at head_dim 128.
+
+    A head costs head_dim / 4 registers of a thread (queries and sums); a group of 5 is 3 + 2.
+    """
+    most = max(1, min(4, 512 // head_dim))
+    return -(-group // -(-group // most))
+
+
+def attend(
+    q,
+    k,
+    v,
+    lengths,
+    k_scale,
+    v_scale,
+    k_zero,
+    v_zero,
+    *,
+    side: CacheWords,
+    sliding_window: int | None,
+    scale: float,
+    parts: int | None,
+) -> jax.Array:
+    """`decode_attention` by the kernel of this file; arguments as there, and checked there."""
+    b, h, d = q.shape
+    kv_heads, slots = k.shape[1:3]
+    if slots < ROWS:  # a tile does not fit: a cache this small may be copied
+        pad = [(0, 0), (0, 0), (0, ROWS - slots)]
+        k, v = (jnp.pad(a, [*pad, (0, 0)]) for a in (k, v))
+        if side.dynamic:
+            small = (k_scale, v_scale, k_zero, v_zero)
+            k_scale, v_scale, k_zero, v_zero = (a if a is None else jnp.pad(a, pad) for a in small)
+        slots = ROWS
+    group = h // kv_heads
+    heads = heads_per_program(group, d)
+    subgroups = -(-group // heads)
+    if parts is None:
+        parts = choose_parts(subgroups * b * kv_heads, slots)
+    shape = _Shape(kv_heads, slots, group, heads, parts, side, sliding_window, scale, q.dtype)
+
+    operands, static = cache_operands(side, k, v, k_scale, v_scale, k_zero, v_zero)
+    operands |= {"q": by_plane(q, side), "lengths": lengths}
+    if parts == 1:
+        operands |= static
+        outputs = (jax.ShapeDtypeStruct((b, h, side.width, side.planes), q.dtype),)
+    else:
+        outputs = (
+            jax.ShapeDtypeStruct((b, h, parts, d), jnp.float32),
+            jax.ShapeDtypeStruct((b, h, parts), jnp.int32),
+            jax.ShapeDtypeStruct((b, h, parts), jnp.float32),
+        )
+    names = tuple(operands)
+
+    def decode_attention_kernel(*refs):
+        inputs = dict(zip(names, refs[: len(names)], strict=True))
+        _program(shape, inputs, refs[len(names) : -2], refs[-2], refs[-1])
+
+    out = launch(
+        decode_attention_kernel,
+        tuple(operands.values()),
+        out_type=outputs,
+        grid=(subgroups, parts, b * kv_heads),
+        grid_names=("heads", "part", "sequence"),
+        scratch_types=(
+            mg.SMEM((side.planes, heads + 1, side.width), jnp.float32),
+            mg.SMEM((d,), jnp.float32),
+        ),
+    )
+    if parts == 1:
+        return out[0].reshape(b, h, d)
+    sums, top, total = out
+    return join_parts(sums, top, total, static, side, q.dtype)
+
+
+def by_plane(a: jax.Array, side: CacheWords) -> jax.Array:
+    """``[..., D]`` as ``[..., W, J]``; ``[..., 1]`` as it is."""
+    return a if a.shape[-1] == 1 else a.reshape(*a.shape[:-1], side.width, side.planes)
+
+
+def cache_operands(side: CacheWords, k, v, k_scale, v_scale, k_zero, v_zero):
+    """The cache's arrays as kernels take them.
+
+    Returns:
+      ``(arrays, static)``: by name, those that every kernel reads, and the static scale and zero
+      point of the values, which only the last step reads.
+    """
+    arrays = {"k": side.view(k), "v": side.view(v)}
+    if side.format is None:
+        return arrays, {}
+    if side.dynamic:
+        small = {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
+        return arrays | {name: a for name, a in small.items() if a is not None}, {}
+    # A static zero point of K adds the same to all scores of a query: no need of it.
+    small = {"k_scale": k_scale, "v_scale": v_scale, "v_zero": v_zero}
+    given = {n: by_plane(a.astype(jnp.float32), side) for n, a in small.items() if a is not None}
+    arrays["k_scale"] = given.pop("k_scale")
+    return arrays, given
+
+
+def lanes_of(vector: int, rows: int = ROWS) -> Any:
+    """Layout of ``[rows, W]``: 8 threads of a warp share a row and read ``vector`` words each."""
+    return mg.Layout.TILED(
+        mg.Tiling(((rows, 8 * vector), (rows // 4, 8 * vector), (vector,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static numbers of one launch."""
+
+    kv_heads: int
+    slots: int
+    group: int  # query heads of a KV head
+    heads: int  # of them, those of one program
+    parts: int
+    side: CacheWords
+    sliding_window: int | None
+    scale: float
+    dtype: Any  # of the result
+
+    @property
+    def unrolled(self) -> int:
+        """Tiles in flight: four where registers allow it."""
+        registers = self.heads * self.side.head_dim // 4
+        most = 4 if registers <= 64 and self.side.dtype.itemsize == 1 else 2
+        return max(1, min(most, self.slots // ROWS))
+
+
+def _program(shape: _Shape, inputs: dict[str, Any], outputs, query_ref, out_planes_ref) -> None:
+    """One program: `shape.heads` query heads, one KV head, one part of a sequence."""
+    side, heads, unrolled = shape.side, shape.heads, shape.unrolled
+    width, lanes = side.width, lanes_of(side.vector)
+    column, row = lanes.reduce(0), lanes.reduce(1)
+    tile = ROWS * unrolled
+    part = lax.axis_index("part")
+    b = lax.axis_index("sequence") // shape.kv_heads
+    kv = lax.axis_index("sequence") % shape.kv_heads
+    # The last programs of a group whose size is no multiple attend for some heads once more.
+    head = kv * shape.group + jnp.minimum(lax.axis_index("heads") * heads, shape.group - heads)
+    where = (b, kv, head, part)
+
+    first, end = part_bounds(
+        inputs["lengths"][b],
+        part,
+        parts=shape.parts,
+        tile=tile,
+        sliding_window=shape.sliding_window,
+    )
+    tiles = jnp.maximum(end - first + (tile - 1), 0) // tile
+
+    queries = _load_queries(shape, inputs, where, query_ref, column)
+    rows = mg.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row)
+
+    def across(x):  # [ROWS] -> [ROWS, W]
+        return lax.broadcast_in_dim(x, (ROWS, width), (0,))
+
+    def splat(value):
+        return mg.layout_cast(jnp.full((ROWS,), value, jnp.float32), row)
+
+    def fetch(name, start, layout):
+        return load(inputs[name].at[b, kv, pl.ds(start, ROWS)], layout)
+
+    def decode(name, words, start):
+        zero = None
+        if side.dynamic and side.format == "int4":
+            points = fetch(f"{name}_zero", start, row).astype(jnp.float32)
+            zero = across(points + jnp.float32(16))
+        return side.decode(words, zero)
+
+    def body(i, carry):
+        tops, totals, sums = carry
+        start = first + i * tile
+        # The last tile starts early enough to be whole: slots seen before are masked.
+        base = jnp.minimum(start, shape.slots - tile)
+        starts = [base + u * ROWS for u in range(unrolled)]
+        key_words = [fetch("k", at, lanes) for at in starts]
+        value_words = [fetch("v", at, lanes) for at in starts]
+        key_scale = value_scale = None
+        if side.dynamic:
+            key_scale = [fetch("k_scale", at, row) for at in starts]
+            value_scale = [fetch("v_scale", at, row) for at in starts]
+        scores: list[list[jax.Array]] = [[] for _ in range(heads)]
+        for u, at in enumerate(starts):
+            slot = rows + at
+            visible = (slot >= start) & (slot < end)
+            keys = decode("k", key_words[u], at)
+            for g in range(heads):
+                products = keys[0] * queries[g][0]
+                for j in range(1, side.planes):
+                    products = products + keys[j] * queries[g][j]
+                score = jnp.sum(products, axis=1)
+                if key_scale is not None:
+                    score = score * key_scale[u]
+                scores[g].append(jnp.where(visible, score, jnp.float32(MASKED)))
+        new_tops, new_totals, new_sums, weights = [], [], [], []
+        for g in range(heads):
+            top = tops[g]
+            for score in scores[g]:
+                top = jnp.where(score > top, score, top)
+            shrink = jnp.exp2(tops[g] - top)
+            weight = [jnp.exp2(score - top) for score in scores[g]]
+            new_tops.append(top)
+            new_totals.append(totals[g] * shrink + functools.reduce(jnp.add, weight))
+            shrink = across(shrink)
+            new_sums.append([plane * shrink for plane in sums[g]])
+            if value_scale is not None:
+                weight = [w * s for w, s in zip(weight, value_scale, strict=True)]
+            weights.append([across(w) for w in weight])
+        for u, at in enumerate(starts):
+            for j, values in enumerate(decode("v", value_words[u], at)):
+                for g in range(heads):
+                    new_sums[g][j] = new_sums[g][j] + weights[g][u] * values
+        return new_tops, new_totals, new_sums
+
+    zero = mg.layout_cast(jnp.zeros((ROWS, width), jnp.float32), lanes)
+    state = (
+        [splat(MASKED)] * heads,
+        [splat(0.0)] * heads,
+        [[zero] * side.planes for _ in range(heads)],
+    )
+    state = lax.fori_loop(0, tiles, body, state)
+    for g, (top, total, sums) in enumerate(zip(*state, strict=True)):
+        # The 16 rows' states become one.
+        largest = jnp.max(exponent(top))
+        level = lax.broadcast_in_dim(largest, (ROWS,), ()).astype(jnp.float32)
+        weight = jnp.exp2(top - mg.layout_cast(level, row))
+        total = jnp.sum(total * weight)
+        weight = across(weight)
+        sums = [jnp.sum(plane * weight, axis=0) for plane in sums]
+        planes_ref = outputs[0].at[b, head + g, part] if shape.parts > 1 else out_planes_ref
+        for j, plane in enumerate(sums):
+            store(planes_ref.at[pl.ds(j * width, width)], plane)
+        if shape.parts > 1:
+            outputs[1][b, head + g, part] = largest
+            outputs[2][b, head + g, part] = total
+        else:
+            static = {n: inputs[n] for n in ("v_scale", "v_zero") if n in inputs}
+            write_output(
+                outputs[0].at[b, head + g],
+                planes_ref,
+                total,
+                kv,
+                {} if side.dynamic else static,
+                side,
+                shape.dtype,
+            )
+
+
+def _load_queries(shape: _Shape, inputs, where, query_ref, column) -> list[list[jax.Array]]:
+    """For each head, J planes ``[ROWS, W]`` of the query, times the scale and log2(e)."""
+    b, kv, head, _ = where
+    side, heads = shape.side, shape.heads
+    layout = spread(side.width)
+    k_scale = None if side.dynamic else inputs.get("k_scale")
+    factor = jnp.float32(shape.scale * LOG2_E)
+    for j in range(side.planes):
+        # Strided loads; through shared memory the threads get the words that they own.
+        plane = load(inputs["q"].at[b, pl.ds(head, heads), :, j], layout)
+        store(query_ref.at[j, pl.ds(0, heads)], plane.astype(jnp.float32) * factor)
+        if k_scale is not None and len(k_scale.shape) == 3:
+            store(query_ref.at[j, heads], load(k_scale.at[kv, :, j], layout))
+    queries = []
+    for g in range(heads):
+        planes = [load(query_ref.at[j, g], column) for j in range(side.planes)]
+        if k_scale is not None:
+            if len(k_scale.shape) == 3:
+                scales = [load(query_ref.at[j, heads], column) for j in range(side.planes)]
+            else:
+                scales = [k_scale[kv, 0]] * side.planes
+            planes = [p * s for p, s in zip(planes, scales, strict=True)]
+        queries.append([lax.broadcast_in_dim(p, (ROWS, side.width), (1,)) for p in planes])
+    return queries

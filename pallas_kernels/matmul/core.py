@@ -1,0 +1,353 @@
+"""The body of every matrix-vector kernel: a block of columns, a piece of K, up to 8 rows of x.
+
+A program is a warp group. It stages its piece of x in shared memory, each row of K times the power
+of two that its format wants, and the sum of every segment of x beside it; then its threads, which
+own one, two or four columns each, walk down the words of their columns. Timeline of a program::
+
+    stage   x, sums -> shared memory | barrier
+    steps   next words from memory | decode, multiply, add: one mask and M multiply-adds a weight
+            end of a segment: bias or zero point times the sum of x, scale, into the total
+    end     total * 2^exponent * scale of the column -> its own row of partial sums
+
+All threads want the same numbers of x: M of them lie together in shared memory, and so do units,
+so that the compiler makes 16-byte loads. M and the units of a step are axes of arrays, not unrolled
+operations: Mosaic's layout inference takes longer than linear time in their number.
+
+Instructions of the hot loop a weight (M = 1, 4096 x 4096 on an H200, counted from machine code), of
+which two are the mask and the multiply-add: int4 in groups of 128 2.6, with zero points 2.6, int8
+2.7, int2 2.4, nf4 3.3, cc2 3.5, mxfp4 3.5, nvfp4 3.8, float8_e4m3 4.4. Blocks of 512 columns take
+0.2 less than those of 256. Eight rows: 10 to 12, a multiply-add for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mg
+
+from pallas_kernels.mosaic.launch import load, runs_interpreted, store, synchronize
+from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
+
+ReadX = Callable[[Any, int, Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRefs:
+    """The refs of a `KernelWeight`'s arrays in a kernel, without leading axes."""
+
+    words: Any
+    scale: Any
+    zero: Any
+    column_scale: Any
+    constants: tuple[Any, ...]
+
+    def expert(self, index: Any) -> WeightRefs:
+        """Of one of a stack."""
+
+        def pick(ref):
+            return None if ref is None else ref.at[index]
+
+        return WeightRefs(
+            pick(self.words),
+            pick(self.scale),
+            pick(self.zero),
+            pick(self.column_scale),
+            tuple(pick(ref) for ref in self.constants),
+        )
+
+
+def kernel_operands(
+    weight: KernelWeight,
+) -> tuple[list[jax.Array], Callable[[Sequence[Any]], WeightRefs]]:
+    """The arrays that a kernel reads, and how to name their refs."""
+    fields = {"words": weight.words, "scale": weight.scale, "zero": weight.zero}
+    fields["column_scale"] = weight.column_scale
+    present = {name: a for name, a in fields.items() if a is not None}
+
+    # A unit's words on an axis of their own, so that neighbouring units are one load.
+    *lead, rows, columns = weight.words.shape
+    per_unit = weight.layout.words.words
+    present["words"] = weight.words.reshape(*lead, rows // per_unit, per_unit, columns)
+
+    def name_refs(refs: Sequence[Any]) -> WeightRefs:
+        named = dict.fromkeys(fields) | dict(zip(present, refs, strict=False))
+        return WeightRefs(**named, constants=tuple(refs[len(present) :]))
+
+    return [*present.values(), *weight.constants], name_refs
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one program computes; static.
+
+    Attributes:
+      layout: of the weight.
+      rows: M, rows of x.
+      columns: of the block; a multiple of 128 that divides the padded N.
+      segments: of K in the piece.
+      units: of a column that a step decodes at once; a power of two.
+      prefetch: whether a step loads the words of the next one first.
+    """
+
+    layout: WeightLayout
+    rows: int
+    columns: int
+    segments: int
+    units: int
+    prefetch: bool = True
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether sums of x are needed."""
+        return bool(self.layout.bias) or self.layout.zero_point == "integer"
+
+    @property
+    def step(self) -> int:
+        """Units of a step: of one segment."""
+        return min(self.units, self.layout.segment_units)
+
+    @property
+    def scratch(self) -> tuple[Any, Any, Any]:
+        """Shared memory: staged x, its sums, norms of rows. M is innermost: loaded together."""
+        units, rows = self.layout.segment_units, self.layout.words.rows
+        return (
+            mg.SMEM((self.segments, rows, units, self.rows), jnp.float32),
+            mg.SMEM((self.segments, self.rows), jnp.float32),
+            mg.SMEM((1, self.rows), jnp.float32),
+        )
+
+    @property
+    def products(self) -> Any:
+        """Layout of ``[U, M, columns]``, of ``[M, columns]`` for steps of one unit: threads own
+        neighbouring columns.
+        """
+        vector = self.columns // 128
+        tile = (self.rows, self.columns)
+        if self.step > 1:  # sums over an axis of one element have no layout
+            tile = (self.step, *tile)
+        tiling = mg.Tiling((tile, (32 * vector,), (vector,)))
+        return mg.Layout.TILED(tiling, (-3,), (-2,), -1)
+
+
+def staging_factors(layout: WeightLayout) -> np.ndarray:
+    """The power of two of each row of a unit, float32 ``[rows]``."""
+    exponents = layout.words.exponents(runs_interpreted())
+    return np.ldexp(np.float32(1), exponents).astype(np.float32)
+
+
+def tile_layout(piece: Piece, segments: int) -> Any:
+    """Layout of ``[segments, rows, units, M]`` of x; two or four segments are a warp's each."""
+    layout = piece.layout
+    units = layout.segment_units
+    tile = (segments, layout.words.rows, units, piece.rows)
+    tiling = mg.Tiling((tile,) if piece.rows == 1 else (tile, (1,)))
+    last = -2 if piece.rows == 1 else -3
+    lane_dims: tuple[Any, ...] = (last,) if units == 32 else (mg.Replicated(32 // units), last)
+    warp_dims: tuple[Any, ...] = (mg.Replicated(4),)
+    if segments in (2, 4):
+        warp_dims = (last - 2,) if segments == 4 else (mg.Replicated(2), last - 2)
+    return mg.Layout.TILED(tiling, warp_dims, lane_dims, -1)
+
+
+def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: Any) -> None:
+    """Fills shared memory with a piece of x; a barrier must follow.
+
+    Args:
+      piece: what the program computes.
+      read_x: ``(first segment in the piece, how many, array layout)`` -> float32
+        ``[segments, rows, units, M]``.
+      factors_ref: float32 ``[rows]``, `staging_factors`.
+      x_ref: shared, ``[segments, rows, units, M]``.
+      sums_ref: shared, ``[segments, M]``: what bias and zero point are multiplied by.
+    """
+    tile = math.gcd(piece.segments, 4)
+    if tile == piece.rows == 1:
+        # An array of one sum has no layout: several segments to a thread, or sums without arrays.
+        # More than 64 rows of units at a time do not fit in registers (int3 has 32 a segment).
+        few = (d for d in (3, 5, 7) if d * piece.layout.words.rows <= 64)
+        tile = next((d for d in few if piece.segments % d == 0), 1)
+    alone = tile == piece.rows == 1
+    layout = tile_layout(piece, tile)
+    # The bias takes part in units of the unfinished sum, and so does the sum that a zero point
+    # is multiplied by.
+    exponent = piece.layout.words.exponent(runs_interpreted())
+    bias = 1.0 if piece.layout.zero_point == "integer" else piece.layout.bias
+    factor = jnp.float32(math.ldexp(-bias, -exponent))
+    factors = load(factors_ref, layout.reduce(0).reduce(1).reduce(1))
+
+    def one_tile(i, _):
+        segments = pl.ds(i * tile, tile)
+        x = read_x(i * tile, tile, layout)
+        store(x_ref.at[segments], x * lax.broadcast_in_dim(factors, x.shape, (1,)))
+        if piece.has_sums and not alone:
+            store(sums_ref.at[segments], jnp.sum(jnp.sum(x, axis=1), axis=1) * factor)
+        return ()
+
+    lax.fori_loop(0, piece.segments // tile, one_tile, ())
+    if piece.has_sums and alone:
+        synchronize()
+        _sum_alone(piece, factor, x_ref, sums_ref)
+
+
+def _sum_alone(piece: Piece, factor: jax.Array, x_ref: Any, sums_ref: Any) -> None:
+    """Sums of one row of x, a segment at a time, by every thread from what is staged."""
+    exponents = piece.layout.words.exponents(runs_interpreted())
+
+    def one_segment(segment, _):
+        def one_unit(unit, total):
+            for r, exponent in enumerate(exponents):
+                total = total + x_ref[segment, r, unit, 0] * jnp.float32(math.ldexp(1.0, -exponent))
+            return total
+
+        total = lax.fori_loop(0, piece.layout.segment_units, one_unit, jnp.float32(0))
+        sums_ref[segment, 0] = total * factor
+        return ()
+
+    lax.fori_loop(0, piece.segments, one_segment, ())
+
+
+def accumulate(
+    piece: Piece, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any, sums_ref: Any
+) -> jax.Array:
+    """Partial sums of the block: float32 ``[M, columns]``, scales applied.
+
+    Args:
+      piece: what the program computes.
+      refs: of one weight, without leading axes.
+      first_column: of the block.
+      first_segment: of the piece in the column.
+      x_ref: as `stage` left it.
+      sums_ref: likewise.
+    """
+    layout, words = piece.layout, piece.layout.words
+    interpreted = runs_interpreted()
+    columns = pl.ds(first_column, piece.columns)
+    units, step = layout.segment_units, piece.step
+    several = int(step > 1)  # arrays have an axis of units, the first
+    shape = (step,) * several + (piece.rows, piece.columns)
+    fields_shape = shape[:several] + shape[-1:]
+    products = piece.products
+    fields = products.reduce(several)  # [U, columns]
+    staged = products.reduce(several + 1)  # [U, M]
+    totals_layout = products.reduce(0) if several else products  # [M, columns]
+    column, row = totals_layout.reduce(0), totals_layout.reduce(1)  # [columns], [M]
+    axes = tuple(range(len(shape)))
+    # Short segments are unrolled: 32 rows of K an iteration, if their number allows it.
+    together = math.gcd(piece.segments, max(1, 32 // layout.segment))
+    first_unit = first_segment * units
+    last_unit = first_unit + (piece.segments * units - step)
+
+    def of_column(ref, index):
+        return load(ref.at[index, columns], column)
+
+    constants = [of_column(ref, 0) for ref in refs.constants]
+    if several:
+        constants = [lax.broadcast_in_dim(c, fields_shape, (1,)) for c in constants]
+
+    def units_from(unit):
+        return pl.ds(unit, step) if several else unit
+
+    def fetch(unit):
+        rows = units_from(unit)
+        return [load(refs.words.at[rows, i, columns], fields) for i in range(words.words)]
+
+    def one_step(segment, unit, parts, fetched):
+        start = first_unit + segment * units + unit
+        if piece.prefetch:
+            following = fetch(jnp.minimum(start + step, last_unit))
+        else:
+            fetched, following = fetch(start), fetched
+        rows = words.decode(fetched, constants, interpreted, fields)
+        for r, value in enumerate(rows):
+            x = load(x_ref.at[segment, r, units_from(unit)], staged)
+            value = lax.broadcast_in_dim(value, shape, axes[:several] + axes[-1:])
+            parts = parts + value * lax.broadcast_in_dim(x, shape, axes[:-1])
+        return parts, following
+
+    def finish_segment(segment, parts, totals):
+        total = jnp.sum(parts, axis=0) if several else parts
+        group = group_of(layout, first_segment + segment)
+        if piece.has_sums:
+            sums = load(sums_ref.at[segment], row)
+            sums = lax.broadcast_in_dim(sums, total.shape, (0,))
+            if layout.zero_point == "integer":
+                zero = packed_bytes(refs.zero, group, of_column).astype(jnp.float32)
+                sums = sums * lax.broadcast_in_dim(zero, total.shape, (1,))
+            total = total + sums
+        if layout.group is not None:
+            scale = read_scale(layout, refs.scale, group, of_column)
+            total = total * lax.broadcast_in_dim(scale, total.shape, (1,))
+        return totals + total
+
+    zero_parts = mg.layout_cast(jnp.zeros(shape, jnp.float32), products)
+    zero_totals = jnp.zeros((piece.rows, piece.columns), jnp.float32)
+    zero_totals = mg.layout_cast(zero_totals, totals_layout)
+
+    def body(i, carry):
+        totals, fetched = carry
+        for s in range(together):
+            segment = i * together + s
+            if units == step:
+                parts, fetched = one_step(segment, 0, zero_parts, fetched)
+            else:
+                parts, fetched = lax.fori_loop(
+                    0,
+                    units // step,
+                    lambda t, c, segment=segment: one_step(segment, t * step, *c),
+                    (zero_parts, fetched),
+                )
+            totals = finish_segment(segment, parts, totals)
+        return totals, fetched
+
+    start = fetch(first_unit) if piece.prefetch else []
+    totals, _ = lax.fori_loop(0, piece.segments // together, body, (zero_totals, start))
+    totals = totals * jnp.float32(math.ldexp(1.0, words.exponent(interpreted)))
+    if refs.column_scale is not None:
+        scale = of_column(refs.column_scale, 0)
+        totals = totals * lax.broadcast_in_dim(scale, totals.shape, (1,))
+    return totals
+
+
+def group_of(layout: WeightLayout, segment: Any) -> Any:
+    """The group that a segment belongs to."""
+    if layout.group is None:
+        return jnp.int32(0)
+    per_group = layout.group // layout.segment
+    return segment if per_group == 1 else segment // per_group
+
+
+def packed_bytes(ref: Any, index: Any, of_column: Any, per_word: int = 4) -> jax.Array:
+    """Number `index` of those that int32 words of a column hold; int32, unsigned."""
+    bits = 32 // per_word
+    word = of_column(ref, index // per_word)
+    shift = lax.broadcast_in_dim(index % per_word * bits, word.shape, ())
+    return lax.shift_right_logical(word, shift) & jnp.int32((1 << bits) - 1)
+
+
+def read_scale(layout: WeightLayout, ref: Any, group: Any, of_column: Any) -> jax.Array:
+    """float32 scales of a group."""
+    if not layout.packed_scales:
+        return of_column(ref, group).astype(jnp.float32)
+    code = packed_bytes(ref, group, of_column, layout.packed_scales)
+    if layout.scale_dtype == "uint4":
+        return code.astype(jnp.float32)
+    if layout.scale_dtype == "float8_e8m0fnu":
+        return lax.bitcast_convert_type(code << jnp.int32(23), jnp.float32)
+    return e4m3_scale(code, runs_interpreted())
+
+
+def e4m3_scale(code: jax.Array, interpreted: bool) -> jax.Array:
+    """Bits of positive float8_e4m3fn numbers, int32 -> float32."""
+    value = lax.bitcast_convert_type(code << jnp.int32(20), jnp.float32) * jnp.float32(2.0**120)
+    if not interpreted:
+        return value
+    # Small ones are subnormal float32 numbers before the product, which XLA on CPU flushes.
+    return jnp.where(code < 8, code.astype(jnp.float32) * jnp.float32(2.0**-9), value)

@@ -1,0 +1,258 @@
+"""Matrix-vector products with a quantized weight, M = 1 .. 8 rows of x, CUDA cores, every GPU.
+
+    y[m, n] = sum_k x[m, k] * w[k, n]
+
+A program owns a block of columns and a piece of K; its sums go to their own row of
+``[split, M, N]``, which the consumer adds up: an XLA fusion (residual and norm), or the next
+kernel's prologue. So the sum is deterministic, and there is no second pass of our own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.device import MOST_ROWS, default_device
+from pallas_kernels.matmul.core import (
+    Piece,
+    accumulate,
+    kernel_operands,
+    stage,
+    staging_factors,
+)
+from pallas_kernels.matmul.row_sources import (
+    Rows,
+    finished,
+    readable,
+    row_operands,
+    row_reader,
+    rows_shape,
+)
+from pallas_kernels.matmul.transformations import batchable, differentiable, rows_cotangent
+from pallas_kernels.mosaic.launch import launch, store, synchronize
+from pallas_kernels.weights.decoded_weight import decoded_weight
+from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
+
+_MOST_STAGED = 32 * 1024
+"""Bytes of staged x: a T4 has 64 KiB of shared memory for all programs of a multiprocessor."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixVectorConfig:
+    """How a product is cut into programs.
+
+    Attributes:
+      block_columns: columns of a program: 128, 256 or 512 (1, 2 or 4 a thread).
+      split: pieces of K; rounded down to a divisor of the segments of a column.
+      step_rows: rows of K that a step decodes: a power of two times the rows of the format's unit.
+      prefetch: whether a step loads the words of the next one before its own arithmetic.
+    """
+
+    block_columns: int
+    split: int
+    step_rows: int
+    prefetch: bool = True
+
+
+def matrix_vector_reference(x: Rows, w: KernelWeight) -> jax.Array:
+    """The meaning of `matrix_vector`: float32 ``[1, M, N]`` of the decoded weight."""
+    x = finished(x).astype(jnp.float32)
+    product = lax.dot(x, decoded_weight(w), precision=lax.Precision.HIGHEST)
+    return product[None]
+
+
+def matrix_vector(
+    x: Rows,
+    w: KernelWeight,
+    *,
+    split: int | None = None,
+    block_columns: int | None = None,
+    config: MatrixVectorConfig | None = None,
+) -> jax.Array:
+    """Partial sums of ``x @ w``.
+
+    Args:
+      x: ``[M, K]`` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or a `Gated` or
+        `Normed`, which are finished as they are staged.
+      w: ``[K, N]``, without leading axes.
+      split: pieces of K, overriding the config.
+      block_columns: columns of a program, overriding the config.
+      config: how to cut the product; None chooses by the device.
+
+    Returns:
+      float32 ``[split, M, N]``; the sum over the first axis is the product. It has a gradient with
+      respect to x, not to w.
+
+    Raises:
+      ValueError: shapes that do not fit, or more than 8 rows.
+    """
+    m, k = rows_shape(x, "matrix_vector")
+    if w.words.ndim != 2 or k != w.layout.k:
+        raise ValueError(f"matrix_vector: x {(m, k)} needs a weight [K={k}, N], found {w.shape}.")
+    if not 1 <= m <= MOST_ROWS:
+        raise ValueError(
+            f"matrix_vector: x has {m} rows, expected 1 .. {MOST_ROWS}; use XLA for more."
+        )
+    if config is None:
+        config = choose_config(w.layout, m, multiprocessors())
+    changes: dict[str, Any] = {"split": split, "block_columns": block_columns}
+    config = dataclasses.replace(config, **{f: v for f, v in changes.items() if v is not None})
+    return _transformable(config)(readable(x, w.layout, m), w)
+
+
+def _transformable(config: MatrixVectorConfig):
+    """The launch with its gradient and its rule for vmap: a batch is rows of x, if they fit."""
+    kernel = functools.partial(_matrix_vector, config=config)
+
+    def gradient(cotangent, x, w):
+        return rows_cotangent(cotangent, x, w, decoded_weight(w)), None
+
+    return differentiable(batchable(kernel, rows_of_a_batch(kernel, config)), gradient)
+
+
+def rows_of_a_batch(kernel: Any, config: MatrixVectorConfig):
+    """For `transformations.batchable`: a batch of x is more rows of x, where they fit a launch.
+
+    Args:
+      kernel: ``(x [M, K], w)`` -> ``[split, M, N]``.
+      config: how it cuts the product.
+    """
+
+    def fold(axis_size, batched, x, w):
+        if not isinstance(x, jax.Array) or any(jax.tree.leaves(batched[1])):
+            return None
+        m, k = x.shape[1:]
+        if axis_size * m > MOST_ROWS:
+            return None
+        _, split = piece_of(w.layout, m, config)
+        if piece_of(w.layout, axis_size * m, config)[1] != split:
+            return None
+        out = kernel(x.reshape(axis_size * m, k), w)
+        return jnp.moveaxis(out.reshape(split, axis_size, m, -1), 1, 0)
+
+    return fold
+
+
+def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixVectorConfig:
+    """The default for a device that nobody tuned for.
+
+    Wide blocks need the fewest instructions (x is read from shared memory once for the columns of a
+    thread), many programs hide memory's latency, and partial sums are traffic too, which a consumer
+    may read more than once: K is rather split eight ways at most, and blocks are narrower where few
+    rows allow it.
+
+    Args:
+      layout: of the weight.
+      m: rows of x.
+      multiprocessors: of the device.
+    """
+    columns = layout.padded_n
+    wanted = (4 if m <= 2 else 2) * multiprocessors
+    in_flight = {1: 16, 2: 16, 3: 8, 4: 8}.get(m, 4)  # words of a thread
+    blocks = [block for block in (512, 256, 128) if columns % block == 0]
+    if m <= 2:
+        ways = [(block, most) for most in (8, 16) for block in blocks if block > 128]
+        ways += [(block, most) for most in (8, 16) for block in blocks if block == 128]
+    else:  # a thread with one column waits for shared memory four times as long as it multiplies
+        blocks = [block for block in blocks if block > 128] or blocks
+        ways = [(block, most) for block in blocks for most in (8, 16)]
+    cuts = [
+        (block, whole_split(layout.segments, min(-(-wanted * block // columns), most)))
+        for block, most in ways
+    ]
+    enough = (cut for cut in cuts if columns // cut[0] * cut[1] >= 0.45 * wanted)
+    block, split = next(enough, cuts[-1])
+    units = max(1, in_flight * 128 // (block * layout.words.words))
+    units = 1 << (units.bit_length() - 1)
+    return MatrixVectorConfig(block_columns=block, split=split, step_rows=units * layout.words.rows)
+
+
+def whole_split(segments: int, split: int) -> int:
+    """The largest divisor of `segments` that is no more than `split`."""
+    return max(d for d in range(1, min(segments, max(split, 1)) + 1) if segments % d == 0)
+
+
+def multiprocessors() -> int:
+    """Of the device that the trace is for; 4 in the interpreter, so that it splits as well."""
+    return getattr(default_device(), "core_count", None) or 4
+
+
+def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[Piece, int]:
+    """What one program computes, and how many share a column.
+
+    Raises:
+      ValueError: the block does not divide the columns, or the step not the segments.
+    """
+    if config.block_columns not in (128, 256, 512) or layout.padded_n % config.block_columns:
+        raise ValueError(
+            f"matrix_vector: block_columns={config.block_columns} must be 128, 256 or 512 and "
+            f"divide the padded N={layout.padded_n}."
+        )
+    units, rest = divmod(config.step_rows, layout.words.rows)
+    if config.step_rows < 1 or (units & (units - 1)) or (rest and units):
+        raise ValueError(
+            f"matrix_vector: step_rows={config.step_rows} must be {layout.words.rows} (rows of a "
+            f"unit of {layout.format}) times a power of two, or less than that."
+        )
+    if config.split < 1:
+        raise ValueError(f"matrix_vector: split={config.split}, expected 1 or more.")
+    staged = 4 * m * layout.segments * layout.segment
+    split = whole_split(layout.segments, config.split)
+    if staged > split * _MOST_STAGED:
+        least = min(-(-staged // _MOST_STAGED), layout.segments)
+        split = next(d for d in range(least, layout.segments + 1) if layout.segments % d == 0)
+    piece = Piece(
+        layout=layout,
+        rows=m,
+        columns=config.block_columns,
+        segments=layout.segments // split,
+        units=max(1, config.step_rows // layout.words.rows),
+        prefetch=config.prefetch,
+    )
+    return piece, split
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _matrix_vector(x, w, *, config) -> jax.Array:
+    layout = w.layout
+    m = x.shape[0]
+    piece, split = piece_of(layout, m, config)
+    x_operands = row_operands(x, layout)
+    operands, name_refs = kernel_operands(w)
+
+    def body(factors_ref, *refs):
+        x_refs, weight_refs = refs[: len(x_operands)], refs[len(x_operands) : -4]
+        out_ref, staged_ref, sums_ref, norms_ref = refs[-4:]
+        part = lax.axis_index("split")
+        first_segment = part * piece.segments
+        first_column = pl.multiple_of(lax.axis_index("columns") * piece.columns, piece.columns)
+        read_x = row_reader(x, x_refs, layout, 0, m, first_segment, norms_ref)
+        stage(piece, read_x, factors_ref, staged_ref, sums_ref)
+        synchronize()
+        totals = accumulate(
+            piece, name_refs(weight_refs), first_column, first_segment, staged_ref, sums_ref
+        )
+        store(out_ref.at[part, :, pl.ds(first_column, piece.columns)], totals)
+
+    body.__name__ = kernel_name("matrix_vector", layout, m)
+    out = launch(
+        body,
+        (jnp.asarray(staging_factors(layout)), *x_operands, *operands),
+        out_type=jax.ShapeDtypeStruct((split, m, layout.padded_n), jnp.float32),
+        grid=(layout.padded_n // piece.columns, split),
+        grid_names=("columns", "split"),
+        scratch_types=piece.scratch,
+    )
+    return out[..., : layout.n]
+
+
+def kernel_name(prefix: str, layout: WeightLayout, m: int) -> str:
+    """A name that profilers and reports show."""
+    group = "" if layout.group is None else f"_g{layout.group}"
+    return f"{prefix}_{layout.format}{group}_m{m}"

@@ -1,0 +1,1 @@
+"""Launching, lanes and instructions of Mosaic GPU."""

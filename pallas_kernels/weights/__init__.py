@@ -1,0 +1,1 @@
+"""Weights as words: the layouts that matrix kernels read."""

@@ -1,0 +1,83 @@
+"""Codes that are indices into a table, as words: nf4."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mosaic import lane_instructions as lanes
+from pallas_kernels.weights.word_format import WORD_FORMATS, WordFormat, shift_right
+
+NF4_LEVELS = tuple(
+    float(np.float32(level))
+    for level in (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    )
+)
+"""float32 levels of NF4 as bitsandbytes ships them (QLoRA, arXiv 2305.14314, appendix E)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookWords(WordFormat):
+    """Eight consecutive rows of 4-bit codes in a word, each an index into 16 float32 levels.
+
+    The table lies across the warp: every lane holds one level in a register, the upper 16 lanes
+    the same as the lower 16, and a code is decoded by one shuffle from the lane that it names.
+    A shuffle looks at the lowest 5 bits of the index only, so that a nibble needs no mask: what
+    stands above it does not matter. Levels come out exactly. Shuffles run at 32 a clock and SM on
+    every GPU, which is what bounds these formats.
+    """
+
+    levels: tuple[float, ...] = ()
+
+    def decode(
+        self,
+        words: Sequence[jax.Array],
+        columns: Sequence[jax.Array],
+        interpreted: bool,
+        layout: Any = None,
+    ) -> list[jax.Array]:
+        """A shift and a shuffle a row."""
+        (word,) = words
+        if interpreted:
+            return [self._select(shift_right(word, 4 * row)) for row in range(8)]
+
+        def emit(word):
+            table = lanes.lane_table(self.levels)
+            return [lanes.read_lane(table, lanes.shift_right(word, 4 * row)) for row in range(8)]
+
+        return lanes.apply(emit, [word], [jnp.float32] * 8, layout)
+
+    def _select(self, index: jax.Array) -> jax.Array:
+        """The level that the lowest 4 bits name."""
+        values = [jnp.full(index.shape, level, jnp.float32) for level in self.levels]
+        for bit in range(4):
+            is_set = (index & jnp.int32(1 << bit)) != 0
+            pairs = zip(values[::2], values[1::2], strict=True)
+            values = [jnp.where(is_set, high, low) for low, high in pairs]
+        return values[0]
+
+
+FORMATS: tuple[WordFormat, ...] = (CodebookWords(name="nf4", words=1, rows=8, levels=NF4_LEVELS),)
+
+WORD_FORMATS.update((format.name, format) for format in FORMATS)

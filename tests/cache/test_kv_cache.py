@@ -1,0 +1,141 @@
+"""The KV cache: what is written is read back, in place, in every format."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdq import ops
+from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales, parse_format
+from fdq.schemes.scheme import CacheSpec
+
+HEADS, DIM, SLOTS = 2, 8, 12
+CONFIG = types.SimpleNamespace(num_layers=2, num_kv_heads=HEADS, head_dim=DIM, dtype="float32")
+SPECS = {
+    "C16": None,
+    "C8": CacheSpec.parse("C8"),
+    "Cfp8": CacheSpec.parse("Cfp8"),
+    "C4": CacheSpec.parse("C4"),
+    "C8-kvchannel": CacheSpec(format="int8", granularity="channel", dynamic=False),
+    "Cfp8-kvhead": CacheSpec(format="float8_e4m3", granularity="head", dynamic=False),
+    "C4-kvchannel": CacheSpec(format="int4", granularity="channel", dynamic=False, zero_point=True),
+}
+# Relative to the largest value of what shares a scale: half a step of the format.
+TOLERANCE = {None: 0.0, "int8": 0.51 / 127, "float8_e4m3": 1 / 16, "int4": 0.51 / 15 * 2}
+
+
+def make(name, batch=1, slots=SLOTS):
+    spec, scales = SPECS[name], None
+    if spec is not None and not spec.dynamic:
+        width = DIM if spec.granularity == "channel" else 1
+        one = np.full(
+            (HEADS, width), 4.0 / {"int8": 127, "float8_e4m3": 448, "int4": 7.5}[spec.format]
+        )
+        zero = np.full((HEADS, width), 8, np.uint8) if spec.zero_point else None
+        scales = [LayerScales(k=one, v=one, k_zero=zero, v_zero=zero)] * 2
+    return KVCache.init(CONFIG, batch, slots, spec, scales=scales)
+
+
+def values(cache, name, layer):
+    """Decoded [B, KH, S, D]."""
+    small = (getattr(cache, f"{name}_{kind}") for kind in ("scale", "zero"))
+    small = [None if arrays is None else arrays[layer] for arrays in small]
+    return np.asarray(ops.dequantize_cache(getattr(cache, name)[layer], cache.spec, *small))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write(cache, k, v, start):
+    return cache.update(1, k, v, start)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_written_is_read_back(name, rng):
+    """Two writes at different slots of each of three sequences; the rest stays as it was."""
+    k, v = np.clip(rng.standard_normal((2, 3, 2, HEADS, DIM)), -3.9, 3.9).astype(np.float32)
+    start = np.array([0, 7, SLOTS - 2], np.int32)
+    cache = write(make(name, batch=3), k, v, start)
+    spec = SPECS[name]
+    bound = TOLERANCE[spec.format if spec else None] * 4.0
+    for field, x in (("k", k), ("v", v)):
+        stored = values(cache, field, 1)
+        for row, first in enumerate(start):
+            np.testing.assert_allclose(
+                stored[row, :, first : first + 2], x[row].swapaxes(0, 1), atol=bound, rtol=0
+            )
+            untouched = np.delete(np.asarray(getattr(cache, field)[1][row]), [first, first + 1], 1)
+            assert not untouched.any()
+        assert not np.asarray(getattr(cache, field)[0]).any()
+    assert cache.length.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_scalar_start_is_the_same_slot_for_all(name, rng):
+    k, v = rng.standard_normal((2, 3, 2, HEADS, DIM)).astype(np.float32)
+    one = write(make(name, batch=3), k, v, np.int32(4))
+    many = write(make(name, batch=3), k, v, np.full(3, 4, np.int32))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, many))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_update_is_in_place(name, batch):
+    """The output aliases the whole cache, and nothing as large as a layer is made on the way."""
+    cache = jax.eval_shape(functools.partial(make, name, batch, 4096))
+    new = jax.ShapeDtypeStruct((batch, 1, HEADS, DIM), jnp.float32)
+    start = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    memory = write.lower(cache, new, new, start).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.nbytes
+    assert memory.temp_size_in_bytes < cache.nbytes / 50
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("C16", 32), ("C8", 8 + 32 / DIM), ("Cfp8", 8 + 32 / DIM), ("C4", 4 + 40 / DIM)],
+)
+def test_nbytes(name, bits):
+    cache = make(name, batch=3)
+    assert cache.nbytes == bits * 3 * SLOTS * HEADS * DIM * 2 * 2 / 8
+    assert (cache.batch, cache.max_length, cache.num_layers) == (3, SLOTS, 2)
+    abstract = jax.eval_shape(functools.partial(make, name, 3))
+    assert abstract.nbytes == cache.nbytes
+
+
+def test_static_scales_survive_the_cache():
+    scale = jnp.ones((HEADS, 1))
+    scales = [LayerScales(k=scale, v=scale)] * 2
+    cache = KVCache.init(CONFIG, 1, SLOTS, "Cfp8-kvhead", scales=scales)
+    new = np.zeros((1, 1, HEADS, DIM), np.float32)
+    write(cache, new, new, np.int32(0))
+    assert float(scale.sum()) == HEADS
+
+
+def test_abstract_scales():
+    spec = SPECS["C4-kvchannel"]
+    (one, _) = abstract_scales(CONFIG, spec)
+    cache = jax.eval_shape(functools.partial(make, "C4-kvchannel"))
+    assert one.k.shape == cache.k_scale[0].shape and one.k_zero.dtype == cache.k_zero[0].dtype
+
+
+def test_formats_by_name():
+    assert parse_format("c8") == parse_format(CacheSpec(format="int8")) == SPECS["C8"]
+    assert parse_format("C16") is None and parse_format(None) is None
+    with pytest.raises(ValueError, match="C9"):
+        parse_format("C9")
+
+
+def test_wrong_scales():
+    with pytest.raises(ValueError, match=r"needs scales: pass scales="):
+        KVCache.init(CONFIG, 1, SLOTS, SPECS["C8-kvchannel"])
+    scales = [LayerScales(k=np.ones((HEADS, 3)), v=np.ones((HEADS, 3)))] * 2
+    with pytest.raises(ValueError, match=r"got shape \(2, 3\), expected \(2, 8\) or \(2, 1\)"):
+        KVCache.init(CONFIG, 1, SLOTS, SPECS["C8-kvchannel"], scales=scales)
+    scales = [LayerScales(k=np.ones((HEADS, DIM)), v=np.ones((HEADS, DIM)))] * 2
+    with pytest.raises(ValueError, match="k_zero: got shape None"):
+        KVCache.init(CONFIG, 1, SLOTS, SPECS["C4-kvchannel"], scales=scales)
+    with pytest.raises(ValueError, match="computes its scales"):
+        KVCache.init(CONFIG, 1, SLOTS, "C8", scales=scales)
+    with pytest.raises(ValueError, match="scales of 1 layers, expected 2"):
+        KVCache.init(CONFIG, 1, SLOTS, SPECS["C8-kvchannel"], scales=scales[:1])

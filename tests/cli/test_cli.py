@@ -1,0 +1,300 @@
+"""The `fdq` command, in process: what it prints, its JSON, its errors and exit codes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+from typer.testing import CliRunner
+
+import fdq.cli
+import fdq_checkpoints
+from fdq.cli.app import app
+from fdq.cli.console import size
+from fdq.models import CONFIGS, Decoder
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+COMMANDS = ("demo", "convert", "inspect", "generate", "evaluate", "plan", "kernels")
+TEXT = "def main(argv):\n    return argv\n\n\nclass Reader:\n    pass\n" * 3
+
+
+def run(*arguments, code=0):
+    """The result of a command line; its standard output and error apart."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def original(folder):
+    """A random float model with a byte-level tokenizer, as an fdq checkpoint."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=288,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    config = CONFIGS["ernie-4.5-0.3b"].replace(
+        vocab_size=288,
+        hidden_size=128,
+        intermediate_size=128,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=64,
+        dtype="float32",
+    )
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    model.tokenizer_path = str(folder / "tokenizer.json")
+    fdq_checkpoints.save(model, folder / "original")
+    return folder / "original"
+
+
+@pytest.fixture(scope="module")
+def converted(original, folder):
+    result = run("convert", original, folder / "w4", "--scheme", "W4A16C8", "--json")
+    content = json.loads(result.stdout)
+    assert content["bytes_after"] < content["bytes_before"]
+    assert content["quantized_bits_per_weight"] == 4.125
+    assert {row["format"] for row in content["formats"]} == {"W4", "float32"}
+    return folder / "w4"
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_help_lists_the_commands_and_shows_an_example_of_each():
+    output = run("--help").stdout
+    assert all(name in output for name in COMMANDS)
+    for name in COMMANDS:
+        output = run(name, "--help").stdout
+        assert f"fdq {name} " in output
+        assert "--json" in output
+
+
+def test_version():
+    assert run("--version").stdout == f"fdq {fdq.__version__}\n"
+
+
+def test_convert_prints_what_it_did(original, tmp_path):
+    output = run("convert", original, tmp_path / "w8", "-s", "wint8").stdout
+    assert "W8" in output
+    assert "times smaller" in output
+
+
+def test_inspect_shows_tensors_and_verifies(converted, tmp_path):
+    output = run("inspect", converted, "--verify").stdout
+    assert "layers.0.self_attn.qkv_proj.kernel" in output
+    assert "checksums verified" in output
+    content = json.loads(run("inspect", converted, "--json").stdout)
+    assert content["scheme"] == "W4A16C8"
+    assert content["problem"] is None
+    assert sum(row["nbytes"] for row in content["rows"]) == content["nbytes"]
+
+
+def test_inspect_finds_a_flipped_byte(original, tmp_path):
+    run("convert", original, tmp_path / "damaged", "-s", "W8A16")
+    files = [p for p in (tmp_path / "damaged" / "weights").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.chmod(0o600)
+    largest.write_bytes(bytes(data))
+    result = run("inspect", tmp_path / "damaged", "--verify", code=1)
+    assert result.stderr.startswith("Error: ")
+    assert json.loads(run("inspect", tmp_path / "damaged", "--verify", "--json", code=1).stdout)[
+        "problem"
+    ]
+
+
+def test_generate_streams_the_text_that_json_holds(converted):
+    arguments = ("generate", converted, "--prompt", "def main(", "--max-tokens", 24)
+    content = json.loads(run(*arguments, "--json").stdout)
+    assert content["text"]
+    assert run(*arguments).stdout == f"def main({content['text']}\n"
+    sampled = (*arguments, "--temperature", 1, "--json")
+    texts = [json.loads(run(*sampled, "--seed", s).stdout)["text"] for s in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_evaluate_measures_and_compares(original, converted, text_file):
+    output = run("evaluate", converted, "--text", text_file, "--against", original).stdout
+    assert "bits per byte" in output
+    assert "KL to the reference" in output
+    content = json.loads(run("evaluate", converted, "--text", text_file, "--json").stdout)
+    assert content["cache"] == "C8"
+    # A random model knows nothing: about 8 bits a token, which is a few bytes.
+    assert 2 < content["bits_per_byte"] < 10
+    assert content["kl_nats_per_token"] is None
+
+
+def test_plan_prints_a_table_and_json():
+    arguments = ("plan", "ernie-4.5-0.3b", "--scheme", "W4A16C8", "--context", 1000)
+    assert "dense mlp" in run(*arguments).stdout
+    content = json.loads(run(*arguments, "--json").stdout)
+    assert content["cache"]["format"] == "C8"
+
+
+WRONG = {
+    "unknown scheme": (["convert", "{original}", "{new}", "-s", "W4A16C9"], "Did you mean"),
+    "unknown scheme of plan": (["plan", "ernie-4.5-0.3b", "-s", "W5"], "Unknown"),
+    "unknown model": (["plan", "ernie-4.5-0.3c", "-s", "W4"], "Did you mean 'ernie-4.5-0.3b'"),
+    "destination exists": (["convert", "{original}", "{original}", "-s", "W4A16"], "exist"),
+    "how to replace it": (["convert", "{original}", "{original}", "-s", "W4A16"], "--overwrite"),
+    "unknown dtype": (["generate", "{original}", "-p", "a", "--dtype", "float12"], "float12"),
+    "part of a name": (["plan", "ernie-4.5-300b", "-s", "W4"], "mean 'ernie-4.5-300b-a47b'"),
+    "missing source": (["convert", "{new}", "{new}2", "-s", "W4A16"], "does not exist"),
+    "not a checkpoint": (["inspect", "{empty}"], "config.json"),
+    "a file": (["generate", "{text}", "-p", "a"], "is a file"),
+    "missing directory": (["evaluate", "{new}"], "does not exist"),
+    "empty text": (["evaluate", "{original}", "--text", "{blank}"], "empty"),
+    "binary text": (["evaluate", "{original}", "--text", "{binary}"], "not UTF-8"),
+    "static scheme": (
+        ["convert", "{original}", "{new}", "-s", "W8A8-static"],
+        "--calibration-text",
+    ),
+    "missing text": (["evaluate", "{original}", "--text", "{new}"], "No such file"),
+    "prompt longer than the cache": (
+        ["generate", "{original}", "-p", "a" * 50, "--context", "8"],
+        "do not fit",
+    ),
+    "empty prompt with top-k only": (
+        ["generate", "{original}", "-p", "a", "--top-k", "5"],
+        "--temp",
+    ),
+    "bad probability": (
+        ["generate", "{original}", "-p", "a", "--temperature", "1", "--top-p", "2"],
+        "top_p",
+    ),
+    "quantized already": (["convert", "{converted}", "{new}", "-s", "W4A16"], "quantized already"),
+    "group does not divide": (["convert", "{original}", "{new}", "-s", "W4A16-g96"], "96"),
+    "scheme file is no JSON": (["convert", "{original}", "{new}", "-s", "{bad_json}"], "JSON"),
+    "scheme file is missing": (["convert", "{original}", "{new}", "-s", "{new}.json"], "No such"),
+    "unknown key": (["convert", "{original}", "{new}", "-s", "{unknown_key}"], "surprise"),
+    "unknown cache": (["evaluate", "{original}", "--cache", "C5"], "C5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_one_clear_line_and_code_2(case, original, converted, tmp_path):
+    names = {"original": original, "converted": converted, "new": tmp_path / "new"}
+    names |= {"empty": tmp_path / "empty", "text": tmp_path / "text.txt"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text(TEXT)
+    for name, data in (
+        ("blank", b" \n"),
+        ("binary", b"\xff\xfe\x00"),
+        ("bad_json", b"{"),
+        ("unknown_key", b'{"quantization": "mix_quant", "surprise": 1}'),
+    ):
+        names[name] = tmp_path / f"{name}.json"
+        names[name].write_bytes(data)
+    arguments, message = WRONG[case]
+    result = run(*(a.format(**names) for a in arguments), code=2)
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob("new.*tmp*"))
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    arguments = ("inspect", tmp_path / "absent")
+    assert "Traceback" in run(*arguments, "--debug", code=2).stderr
+    monkeypatch.setenv("FDQ_DEBUG", "1")
+    assert "Traceback" in run(*arguments, code=2).stderr
+
+
+def test_interrupt_is_quiet(original, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fdq_checkpoints, "load", interrupted)
+    result = run("generate", original, "-p", "a", code=130)
+    assert result.stderr.strip() == "Interrupted."
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    for name in list(sys.modules):
+        if name.startswith("fdq.cli.") or name.split(".")[0] == "typer":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as error:
+        fdq.cli.main()
+    assert error.value.code == 2
+    assert "pip install 'fdq[cli]'" in capsys.readouterr().err
+
+
+def test_in_a_process_of_its_own(converted):
+    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "200"}
+
+    def process(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "fdq.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            check=False,
+        )
+
+    good = process("inspect", converted, "--verify")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "checksums verified" in good.stdout
+    bad = process("convert", converted, "elsewhere", "--scheme", "W4A16C9")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (123_456, "123 kB"),
+        (999_900, "1.00 MB"),
+        (8_810_000, "8.81 MB"),
+        (5e12, "5.00 TB"),
+        (5e15, "5000 TB"),
+    ],
+)
+def test_sizes_have_three_digits(count, text):
+    assert size(count) == text
+
+
+def test_demo_converts_decodes_and_compares(tmp_path):
+    out = tmp_path / "kept"
+    arguments = ("demo", "-s", "W8A16C8", "--text-bytes", 2048, "--out", out, "--json")
+    content = json.loads(run(*arguments).stdout)
+    original, w8 = content["rows"]
+    assert original["name"] == "original"
+    assert w8["report"]["kl_nats_per_token"] < 0.002
+    assert np.isclose(
+        w8["report"]["bits_per_byte"], original["report"]["bits_per_byte"], atol=0.005
+    )
+    assert w8["tokens_per_second"] > 0
+    assert [path.name for path in out.iterdir()] == ["W8A16C8"]
+    assert "exists" in run(*arguments, code=2).stderr

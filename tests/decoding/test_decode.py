@@ -1,0 +1,480 @@
+"""The decode loop: equal to no cache at all, however it is cut up, and in place."""
+
+import dataclasses
+import re
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fdq
+import fdq.models
+from fdq.cache.kv_cache import KVCache
+from fdq.calibration.observation import calibrate
+from fdq.decoding.generation import generate
+from fdq.decoding.loop import DecodeState, _decode, _extend, decode, functional, prefill, stop_table
+from fdq.decoding.sampling import Sampling
+from fdq.nn import split
+from fdq.schemes.scheme import CacheSpec
+from tests.models import oracles
+
+SLOTS = 48
+STEPS = 16
+ORACLE = "qwen3"
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return oracles.oracle(ORACLE)[0]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Prompts [4, L], lengths, what transformers continues them with, and by which margin."""
+    return oracles.greedy_batch(oracles.oracle(ORACLE)[1])
+
+
+@pytest.fixture(scope="module")
+def prompts(batch):
+    return batch[0]
+
+
+@pytest.fixture(scope="module")
+def tokens(batch):
+    return batch[2]
+
+
+CONFIG = oracles.oracle_config(ORACLE)
+LENGTHS = [8, 8, 5, 13]
+
+
+def start(model, prompts, format="C16", **options):
+    cache = KVCache.init(model.config, BATCH, SLOTS, format)
+    return prefill(model, prompts, cache, lengths=LENGTHS, **options)
+
+
+def test_greedy_equals_no_cache(model, prompts, tokens):
+    state = decode(model, start(model, prompts), STEPS)
+    assert state.generated() == tokens
+    assert state.length.tolist() == [n + STEPS for n in LENGTHS]
+    assert state.cache.length.tolist() == [n + STEPS - 1 for n in LENGTHS]
+
+
+STATIC = [
+    CacheSpec(format="int8", granularity="channel", dynamic=False),
+    CacheSpec(format="float8_e4m3", granularity="head", dynamic=False),
+    CacheSpec(format="int4", granularity="channel", dynamic=False, zero_point=True),
+]
+# Root mean square of what a format adds to the logits, relative to their standard deviation:
+# 1.5 times what was measured (this model's attention is sharp: a trained one's logits move less).
+ADDED = {"int8": 0.018, "float8_e4m3": 0.085, "int4": 0.25}
+
+
+@pytest.mark.parametrize("format", ["C8", "Cfp8", "C4", *STATIC], ids=str)
+def test_every_cache_format_chooses_the_same_tokens(model, format):
+    """Where the gap between the two best logits exceeds four times what the format adds."""
+    expected = oracles.oracle(ORACLE)[1]
+    text, logits = expected["input_ids"], expected["logits"]
+    spec = CacheSpec.parse(format) if isinstance(format, str) else format
+    scales = None if spec.dynamic else calibrate(model, text).cache_scales(spec)
+    cache = KVCache.init(CONFIG, *text.shape, spec, scales=scales)
+
+    @jax.jit
+    def forward(model, text, cache):
+        hidden, _ = model.extend(text, cache, jnp.zeros((2,), jnp.int32))
+        return model.head(hidden)
+
+    added = np.asarray(forward(model, text, cache)) - logits
+    noise = np.sqrt((added**2).mean())
+    assert 1e-4 < noise / logits.std() < ADDED[spec.format]
+    best = np.sort(logits, axis=-1)
+    sure = best[..., -1] - best[..., -2] > 4 * noise
+    assert sure.sum() >= 2
+    assert ((added + logits).argmax(-1) == logits.argmax(-1))[sure].all()
+
+
+def test_chunked_prefill_equals_unchunked(model, prompts):
+    """Keys and values agree to rounding whatever the chunk, quantized ones to one step."""
+    for format, tolerance in (("C16", 1e-4), ("C8", 1.0)):
+        whole = start(model, prompts, format)
+        cut = start(model, prompts, format, chunk=5)
+        for row, length in enumerate(LENGTHS):
+            for name in ("k", "v"):
+                a, b = (
+                    np.asarray(getattr(s.cache, name)[1][row, :, : length - 1], np.float32)
+                    for s in (whole, cut)
+                )
+                np.testing.assert_allclose(a, b, atol=tolerance)
+                assert a.any()
+        assert (cut.tokens == whole.tokens).all()
+        assert cut.cache.length.tolist() == [n - 1 for n in LENGTHS]
+
+
+def test_a_prompt_alone_and_in_a_batch(model, prompts, tokens):
+    """Also checks that a chunk never runs over the end of a cache that is just long enough."""
+    cache = KVCache.init(model.config, 1, 13 + STEPS)
+    state = prefill(model, prompts[3:], cache)
+    assert decode(model, state, STEPS).generated() == [tokens[3]]
+
+
+def test_sampling_is_independent_of_batch_and_calls(model, prompts):
+    sampling = Sampling(temperature=0.9, top_k=20)
+    key = jax.random.key(5)
+    whole = decode(model, start(model, prompts, key=key), 8, sampling=sampling)
+    cut = start(model, prompts, key=key)
+    for _ in range(2):
+        cut = decode(model, cut, 4, sampling=sampling)
+    assert cut.generated() == whole.generated()
+    first = prefill(model, prompts[:1, :8], KVCache.init(CONFIG, 1, SLOTS), key=key)
+    assert decode(model, first, 8, sampling=sampling).generated() == whole.generated()[:1]
+    other = decode(model, start(model, prompts, key=jax.random.key(6)), 8, sampling=sampling)
+    assert other.generated() != whole.generated()
+
+
+def test_own_jit_and_scan_over_step(model, prompts, tokens):
+    step, params = functional(model)
+
+    @jax.jit
+    def run(params, state):
+        def body(state, _):
+            logits, state = step(params, state)
+            return state.push(logits.argmax(-1)), logits
+
+        return jax.lax.scan(body, state, None, length=STEPS)
+
+    state, logits = run(params, start(model, prompts))
+    assert state.generated() == tokens
+    assert logits.shape == (STEPS, BATCH, CONFIG.vocab_size) and logits.dtype == jnp.float32
+    expected = decode(model, start(model, prompts), STEPS)
+    assert (state.tokens == expected.tokens).all()
+
+
+def test_model_as_an_argument_of_jit(model, prompts, tokens):
+    @jax.jit
+    def run(model, prompts):
+        cache = KVCache.init(model.config, BATCH, SLOTS)
+        state = prefill(model, prompts, cache, lengths=jnp.array(LENGTHS))
+        step, params = functional(model)
+        logits, state = step(params, state)
+        return decode(model, state.push(logits.argmax(-1)), STEPS - 1)
+
+    state = run(model, jnp.asarray(prompts))
+    assert state.generated() == tokens
+
+
+def test_vmap_over_step(model, prompts):
+    """States stacked along a new axis step like the states one by one."""
+    step, params = functional(model)
+    states = [start(model, p, key=jax.random.key(1)) for p in (prompts, np.roll(prompts, 1, 0))]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    logits, after = jax.jit(jax.vmap(step, in_axes=(None, 0)))(params, stacked)
+    for i, state in enumerate(states):
+        one, expected = jax.jit(step)(params, state)
+        np.testing.assert_allclose(logits[i], one, atol=1e-5)
+        np.testing.assert_allclose(after.cache.k[1][i], expected.cache.k[1], atol=1e-5)
+
+
+def test_a_step_may_be_repeated(model, prompts):
+    step, params = functional(model)
+    once = jax.jit(step)
+    first, state = once(params, start(model, prompts))
+    again, _ = once(params, state)
+    assert (first == again).all()
+
+
+def constants(jaxpr):
+    """Elements of all constants of a closed jaxpr and those inside of it."""
+    inner = jax.tree.leaves(
+        [list(equation.params.values()) for equation in jaxpr.eqns],
+        is_leaf=lambda p: isinstance(p, jax.extend.core.ClosedJaxpr),
+    )
+    inner = [p for p in inner if isinstance(p, jax.extend.core.ClosedJaxpr)]
+    return sum(map(np.size, jaxpr.consts)) + sum(map(constants, inner))
+
+
+@pytest.mark.parametrize("scheme", [None, "W8A8", "W4A16-g32"])
+def test_weights_are_no_constants(model, scheme):
+    """Of a step, and of the whole loop with a model as the argument of the user's jit."""
+    if scheme:
+        model = fdq.quantize(fdq.models.abstract(CONFIG), scheme, quiet=True)
+    step, params = functional(model)
+    state = abstract_state(2, SLOTS, "C8")
+    loop = jax.make_jaxpr(lambda model, state: decode(model, state, 2))
+    for jaxpr in (jax.make_jaxpr(step)(params, state), loop(model, state)):
+        # What is left: the rotation's frequencies, masks and numbers.
+        assert constants(jaxpr) < 100
+    held = jax.make_jaxpr(lambda: jnp.arange(8.0) @ jnp.asarray(np.ones((8, 32))))()
+    assert constants(held) >= 256
+
+
+def test_nothing_is_compiled_twice(model, prompts):
+    decode(model, start(model, prompts), STEPS)
+    counts = (_decode._cache_size(), _extend._cache_size())
+    decode(model, start(model, prompts), STEPS)
+    clone = nnx.clone(model)
+    state = decode(clone, start(clone, prompts), STEPS)
+    assert (_decode._cache_size(), _extend._cache_size()) == counts
+    # What changes in a model counts from the next call on.
+    clone.norm.scale.set_value(-clone.norm.scale.get_value())
+    changed = decode(clone, start(clone, prompts), STEPS)
+    assert changed.generated() != state.generated()
+    assert (_decode._cache_size(), _extend._cache_size()) == counts
+
+
+def abstract_state(batch, slots, format, config=CONFIG):
+    def init():
+        cache = KVCache.init(config, batch, slots, format)
+        ints = jnp.zeros((batch,), jnp.int32)
+        return DecodeState(
+            tokens=jnp.zeros((batch, slots), jnp.int32),
+            length=ints,
+            prompt_length=ints,
+            finished=jnp.zeros((batch,), bool),
+            key=jax.random.key(0),
+            cache=cache,
+        )
+
+    return jax.eval_shape(init)
+
+
+@pytest.mark.parametrize(("format", "batch"), [("C16", 1), ("C8", 3), ("C4", 1)])
+def test_the_loop_works_in_the_donated_cache(format, batch):
+    """No temporary and no copy grows with the slots; the cache comes back where it was."""
+    config = CONFIG.replace(num_layers=1)
+    template, params = split(fdq.models.abstract(config))
+    stops = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    temporary = {}
+    for slots in (256, 16384):
+        state = abstract_state(batch, slots, format, config)
+        lowered = _decode.lower(template, params, state, stops, steps=2, sampling=None)
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= state.cache.nbytes
+        temporary[slots] = memory.temp_size_in_bytes
+        if slots == 16384:
+            assert memory.temp_size_in_bytes < state.cache.nbytes / 2
+            copies = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|concatenate)\(", compiled.as_text())
+            sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in copies]
+            assert max(sizes, default=0) < batch * slots * CONFIG.num_kv_heads
+    assert temporary[16384] < temporary[256] + 64 * 1024 * batch
+
+
+def test_prefill_works_in_the_donated_cache(model):
+    template, params = split(model)
+    cache = abstract_state(2, 8192, "C8").cache
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    memory = _extend.lower(template, params, tokens, cache, position).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.nbytes
+    assert memory.temp_size_in_bytes < cache.nbytes / 3
+
+
+def test_dtypes_of_a_bfloat16_model():
+    """Activations and cache take the model's dtype; logits and the router stay float32."""
+    config = oracles.oracle_config("ernie4_5_moe").replace(dtype="bfloat16")
+    step, params = functional(fdq.models.abstract(config))
+    logits, state = jax.eval_shape(step, params, abstract_state(2, 16, "C16", config))
+    assert logits.shape == (2, 96) and logits.dtype == jnp.float32
+    assert state.cache.v[1].dtype == jnp.bfloat16
+    mlp = params["layers"][1]["mlp"]
+    assert mlp["router"]["kernel"].dtype == mlp["router"]["correction_bias"].dtype == jnp.float32
+    assert mlp["experts"]["down_proj"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_stop_tokens(model, prompts, tokens):
+    """A sequence ends with its own stop token; the others go on as if nothing had happened."""
+    stop = tokens[0][3]
+    end = tokens[0].index(stop) + 1
+    stops = [[stop, 2], [], [], []]
+    state = decode(model, start(model, prompts), STEPS, stop_tokens=stops)
+    assert state.generated() == [tokens[0][:end], *tokens[1:]]
+    assert state.finished.tolist() == [True, False, False, False]
+    again = decode(model, state, 4, stop_tokens=stops)
+    assert again.generated()[0] == tokens[0][:end]
+    assert [len(g) for g in again.generated()[1:]] == [STEPS + 4] * 3
+
+
+def test_stop_table():
+    assert stop_table((), 2).shape == (2, 0)
+    assert stop_table(5, 2).tolist() == [[5], [5]]
+    assert stop_table((5, 6), 2).tolist() == [[5, 6], [5, 6]]
+    assert stop_table([[5], [6, 7]], 2).tolist() == [[5, -1], [6, 7]]
+    with pytest.raises(ValueError, match="for 1 sequences, expected 2"):
+        stop_table([[5]], 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        (np.ones((1, SLOTS + 1), np.int32), None, f"{SLOTS + 1} tokens does not fit .* {SLOTS}"),
+        (np.ones((2, 4), np.int32), None, "2 prompts for a cache of 1"),
+        (np.ones((1, 4), np.int32), [5], r"\[5\] must be between 1 and 4"),
+        (np.ones((1, 4), np.int32), [0], r"\[0\] must be between 1 and 4"),
+        (np.full((1, 4), 96), None, r"96 \.\.\. 96, expected 0 \.\.\. 95"),
+        (np.full((1, 4), -1), None, r"-1 \.\.\. -1"),
+        (np.ones((1, 4), np.float32), None, "expected integers"),
+        (np.ones((4,), np.int32), None, "expected integers of shape"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(model, tokens, lengths, message):
+    cache = KVCache.init(CONFIG, 1, SLOTS)
+    with pytest.raises(ValueError, match=message):
+        prefill(model, tokens, cache, lengths=lengths)
+    assert not cache.k[0].is_deleted()
+
+
+def test_too_many_steps(model, prompts):
+    with pytest.raises(ValueError, match=f"{SLOTS} more tokens after 13 do not fit"):
+        decode(model, start(model, prompts), SLOTS)
+
+
+def test_a_full_cache_ends_a_sequence(model, prompts):
+    """A prompt as long as the cache is accepted, and finished; push never runs over the end."""
+    state = prefill(model, prompts[3:], KVCache.init(CONFIG, 1, 13))
+    assert state.finished.tolist() == [True]
+    assert decode(model, state, 3).generated() == [[]]
+
+
+def test_generate_tokens(model, prompts, tokens):
+    rows = [p[:n].tolist() for p, n in zip(prompts, LENGTHS, strict=True)]
+    pieces = [[] for _ in rows]
+    out = generate(
+        model,
+        rows,
+        STEPS,
+        stop_tokens=(),
+        stream=lambda index, piece: pieces[index].extend(piece),
+        stream_steps=8,
+    )
+    assert out == tokens == pieces
+    stop = tokens[1][5]
+    stops = [[], [stop], [], []]
+    stopped = generate(model, rows, STEPS, stop_tokens=stops, stream_steps=8)
+    expected = tokens[1][: tokens[1].index(stop)]
+    assert stopped == [tokens[0], expected, *tokens[2:]]
+    # One list of tokens is a batch of one; a cache that is just long enough is.
+    assert generate(model, rows[0], 4, stop_tokens=(), max_length=12) == [tokens[0][:4]]
+
+
+def test_generate_stops_at_the_models_end_token(model, prompts, tokens):
+    ending = nnx.clone(model)
+    ending.config = dataclasses.replace(CONFIG, eos_token_ids=(tokens[0][2],))
+    assert generate(ending, prompts[:1, :8], 4) == [tokens[0][:2]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "at least one prompt"),
+        (["a", [1]], "all strings or all lists"),
+        ([[1], []], "prompt 1 has no tokens"),
+        ("text", "need a tokenizer: pass tokenizer="),
+    ],
+)
+def test_generate_refuses(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, 4)
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": -1}, {"stream_steps": 0}])
+def test_generate_refuses_to_go_back_or_stand_still(model, wrong):
+    with pytest.raises(ValueError, match=r"max_new_tokens \(=.* and stream_steps"):
+        generate(model, [[3]], **wrong)
+
+
+def test_generate_refuses_more_than_max_length(model):
+    with pytest.raises(ValueError, match="do not fit in max_length=8"):
+        generate(model, [[3] * 5], 4, max_length=8)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes modulo 96, to test what is streamed."""
+
+    stop_token_ids = ()
+
+    def encode(self, text, *, bos=False):
+        return [b % 93 + 3 for b in text.encode()]
+
+    def decode(self, tokens):
+        return "".join(chr(64 + t) for t in tokens)
+
+    def stream(self):
+        decode_ = self.decode
+
+        class Stream:
+            held = None
+
+            def feed(self, tokens):
+                # Holds back the last token, as a decoder of partial characters may.
+                tokens = ([] if self.held is None else [self.held]) + list(tokens)
+                self.held = tokens.pop()
+                return decode_(tokens)
+
+            def finish(self):
+                return "" if self.held is None else decode_([self.held])
+
+        return Stream()
+
+
+def test_generate_text_streams_all_of_it(model):
+    pieces = {0: "", 1: ""}
+
+    def stream(index, piece):
+        pieces[index] += piece
+
+    prompts = ["hello", "hi"]
+    out = generate(
+        model, prompts, 6, stop_tokens=(), tokenizer=Bytes(), stream=stream, stream_steps=3
+    )
+    assert [len(text) for text in out] == [6, 6]
+    assert out == list(pieces.values())
+
+
+def mixture_of_experts(experts, scheme):
+    """The compiled loop of a model of one layer with so many experts, and its params."""
+    config = fdq.models.DecoderConfig(
+        model_type="ernie4_5_moe",
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rms_norm_epsilon=1e-5,
+        rotary=CONFIG.rotary,
+        tie_word_embeddings=True,
+        dtype="float32",
+        moe=fdq.models.MoEConfig(num_experts=experts, top_k=2, intermediate_size=32, layers=(0,)),
+    )
+    template, params = split(fdq.quantize(fdq.models.abstract(config), scheme, quiet=True))
+    state = abstract_state(1, 64, "C8", config)
+    stops = jax.ShapeDtypeStruct((1, 0), jnp.int32)
+    lowered = _decode.lower(template, params, state, stops, steps=2, sampling=None)
+    return lowered.compile(), params["layers"][0]["mlp"]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g32", "W8A8"])
+def test_decoding_with_experts_reads_only_those_picked(scheme):
+    """Nothing has an axis of all experts, and ten times the experts cost no more bytes."""
+    few, many = 37, 370
+    compiled, mlp = mixture_of_experts(few, scheme)
+    experts = mlp["experts"]
+    codes = experts["gate_up_proj"]["kernel"].codes
+    assert codes.shape == (few, 32 if scheme.startswith("W4") else 64, 64)
+    made = re.findall(
+        rf"= \w+\[{few},\d+,\d+\]\S* (?!parameter|get-tuple-element|bitcast)([\w-]+)\(",
+        compiled.as_text(),
+    )
+    assert not made
+    assert compiled.memory_analysis().temp_size_in_bytes < codes.size
+    # Bytes that XLA counts for a step: the router grows with the experts, and what it scores.
+    larger, larger_mlp = mixture_of_experts(many, scheme)
+    added = larger.cost_analysis()["bytes accessed"] - compiled.cost_analysis()["bytes accessed"]
+    router = larger_mlp["router"]["kernel"].size - mlp["router"]["kernel"].size
+    of_all = sum(layer["kernel"].nbytes for layer in experts.values()) * (many / few - 1)
+    assert 4 * router < added < 1.5 * 4 * router < of_all / 5

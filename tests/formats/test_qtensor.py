@@ -1,0 +1,115 @@
+"""QTensor as a pytree: paths, Variables, layouts, shapes of abstract arrays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fdq.formats import qtensor
+from fdq.formats.qtensor import LAYOUTS, Layout, QTensor, dequantize, materialize
+from fdq.quantizers import quantize_array
+from tests.formats.cases import spec
+
+INT8 = spec("int8")
+
+
+class QCodes(nnx.Variable):
+    pass
+
+
+@pytest.fixture
+def q(rng):
+    return quantize_array(rng.standard_normal((24, 6)).astype(np.float32), spec("int4", 8))
+
+
+def test_paths_name_the_arrays(q):
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(q)]
+    assert paths == [".codes", ".scale"]
+    assert list(q.arrays()) == ["codes", "scale"]
+
+
+def test_tree_map_to_none_and_back(q):
+    leaves, structure = jax.tree.flatten(q)
+    empty = jax.tree.map(lambda x: None, q)
+    assert isinstance(empty, QTensor)
+    again = jax.tree.unflatten(structure, leaves)
+    assert (again.spec, again.padding, again.layout) == (q.spec, q.padding, q.layout)
+    restored = jax.tree.unflatten(structure, [np.array(a) for a in leaves])
+    np.testing.assert_array_equal(np.asarray(dequantize(restored)), np.asarray(dequantize(q)))
+
+
+def test_a_saved_tree_of_names_comes_back(q, tmp_path):
+    """What a checkpoint does: arrays by name, static fields apart, a template made from these."""
+    np.savez(tmp_path / "q.npz", **{n: np.asarray(a).view(np.uint8) for n, a in q.arrays().items()})
+    template = jax.eval_shape(lambda: quantize_array(jnp.zeros((24, 6)), spec("int4", 8)))
+    assert jax.tree.structure(template) == jax.tree.structure(q)
+    with np.load(tmp_path / "q.npz") as stored:
+        arrays = {
+            name: jnp.asarray(stored[name].view(a.dtype)).reshape(a.shape)
+            for name, a in template.arrays().items()
+        }
+    back = dataclasses.replace(template, **arrays)
+    np.testing.assert_array_equal(np.asarray(dequantize(back)), np.asarray(dequantize(q)))
+
+
+def test_variables_as_fields(q):
+    boxed = dataclasses.replace(q, codes=QCodes(q.codes), scale=QCodes(q.scale))
+    assert boxed.shape == (24, 6)
+    assert boxed.nbytes == q.nbytes
+    raw = materialize(boxed)
+    assert isinstance(raw.codes, jax.Array)
+    assert materialize(q) is q
+    expected = np.asarray(dequantize(q))
+    np.testing.assert_array_equal(np.asarray(dequantize(boxed)), expected)
+
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.kernel = boxed
+
+    holder = Holder()
+    graphdef, state = nnx.split(holder)
+    assert len(jax.tree.leaves(state)) == 2
+    assert not jax.tree.leaves(nnx.state(holder, nnx.Param))
+    merged = nnx.merge(graphdef, state)
+    np.testing.assert_array_equal(np.asarray(dequantize(merged.kernel)), expected)
+
+
+def test_a_registered_layout_decodes(q, monkeypatch):
+    def swap(q: QTensor, layout: str) -> QTensor:
+        return dataclasses.replace(q, codes=jnp.swapaxes(q.codes, -1, -2), layout=layout)
+
+    swapped = Layout(
+        shape=lambda q: (*q.codes.shape[:-2], 2 * q.codes.shape[-1], q.codes.shape[-2]),
+        to_canonical=lambda q: swap(q, "canonical"),
+        from_canonical=lambda q: swap(q, "swapped"),
+    )
+    monkeypatch.setitem(LAYOUTS, "swapped", swapped)
+    other = LAYOUTS["swapped"].from_canonical(q)
+    assert other.layout == "swapped"
+    assert other.shape == (24, 6)
+    expected = np.asarray(dequantize(q))
+    np.testing.assert_array_equal(np.asarray(jax.jit(dequantize)(other)), expected)
+    np.testing.assert_array_equal(np.asarray(qtensor.canonical(other).codes), np.asarray(q.codes))
+    abstract = jax.eval_shape(lambda q: q, other)
+    assert abstract.shape == (24, 6)
+    assert dequantize(abstract).shape == (24, 6)
+    with pytest.raises(ValueError, match="Unknown QTensor layout 'mystery'"):
+        _ = dataclasses.replace(q, layout="mystery").shape
+
+
+def test_sizes_of_a_stack(q):
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a, a]), q)
+    assert stacked.shape == (3, 24, 6)
+    assert stacked.ndim == 3
+    assert stacked.size == 3 * 24 * 6
+    assert stacked.nbytes == 3 * q.nbytes == 3 * (12 * 6 + 3 * 6 * 2)
+    assert stacked.bits_per_weight == q.bits_per_weight == 6.0
+
+
+def test_placement_of_the_result_follows_the_arrays(q):
+    device = jax.devices()[3]
+    moved = jax.device_put(q, device)
+    assert dequantize(moved).devices() == {device}
