@@ -37,9 +37,9 @@ from pallas_kernels.matmul.matrix_vector import (
     piece_of,
     rows_of_a_batch,
 )
-from pallas_kernels.matmul.transformations import batchable
 from pallas_kernels.mosaic.lane_instructions import apply, assembly_bits
 from pallas_kernels.mosaic.launch import THREADS, launch, load, runs_interpreted, store
+from pallas_kernels.transformations import batchable
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.word_format import SIGN_BITS

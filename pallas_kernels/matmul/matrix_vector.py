@@ -32,10 +32,11 @@ from pallas_kernels.matmul.row_sources import (
     readable,
     row_operands,
     row_reader,
+    rows_cotangent,
     rows_shape,
 )
-from pallas_kernels.matmul.transformations import batchable, differentiable, rows_cotangent
 from pallas_kernels.mosaic.launch import launch, store, synchronize
+from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.matmul.core import ReadX
 from pallas_kernels.mosaic.launch import THREADS, load, synchronize
-from pallas_kernels.weights.kernel_weight import WeightLayout
+from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,3 +247,26 @@ def whole(a: jax.Array, axis: int = -1) -> jax.Array:
     pad = [(0, 0)] * a.ndim
     pad[axis] = (0, missing)
     return jnp.pad(a, pad)
+
+
+def rows_cotangent(
+    cotangent: jax.Array, x: Rows, w: KernelWeight, decoded: jax.Array, picks: int = 1
+) -> Rows:
+    """The cotangent of x from that of the partial sums.
+
+    Args:
+      cotangent: float32 ``[split, P, N]``.
+      x: rows ``[T, K]``.
+      w: the weight, for its layout.
+      decoded: float32 ``[K, N]``, or ``[P, K, N]`` of the experts picked.
+      picks: P / T.
+    """
+    parts = cotangent.shape[0]
+    rows = w.layout.segments * w.layout.segment
+    pad = [(0, 0)] * (decoded.ndim - 2) + [(0, rows - decoded.shape[-2]), (0, 0)]
+    pieces = jnp.pad(decoded, pad).reshape(*decoded.shape[:-2], parts, rows // parts, -1)
+    formula = "spn,skn->psk" if decoded.ndim == 2 else "spn,pskn->psk"
+    found = jnp.einsum(formula, cotangent, pieces, precision=lax.Precision.HIGHEST)
+    found = found.reshape(-1, picks, rows).sum(axis=1)[:, : w.layout.k]
+    values, finish = jax.vjp(finished, x)
+    return finish(found.astype(values.dtype))[0]

@@ -24,8 +24,8 @@ from pallas_kernels.matmul.row_sources import (
     rows_shape,
     whole,
 )
-from pallas_kernels.matmul.transformations import batchable, differentiable
 from pallas_kernels.mosaic.launch import THREADS, launch, load, store, synchronize
+from pallas_kernels.transformations import batchable, differentiable
 
 _ROUTER_STEP = 128  # rows of the router's kernel that are staged at a time
 _ROUTER_PARTS = 32

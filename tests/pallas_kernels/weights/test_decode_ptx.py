@@ -28,7 +28,7 @@ COLUMNS = decode_programs.COLUMNS
 def ptx(request, tmp_path_factory) -> dict[str, str]:
     """PTX of the decoding kernel of each format."""
     directory = tmp_path_factory.mktemp(request.param)
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[3]
     dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
     environment |= {

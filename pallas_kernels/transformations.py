@@ -1,4 +1,4 @@
-"""What `jax.vmap` and `jax.grad` do with a matrix kernel: launch again, or decode the weight."""
+"""What `jax.vmap` and `jax.grad` do with a kernel: launch it again, or take its reference's."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-
-from pallas_kernels.matmul.row_sources import Rows, finished
-from pallas_kernels.weights.kernel_weight import KernelWeight
 
 
 def batchable(
@@ -68,26 +64,3 @@ def differentiable(
 
     run.defvjp(forward, backward)
     return run
-
-
-def rows_cotangent(
-    cotangent: jax.Array, x: Rows, w: KernelWeight, decoded: jax.Array, picks: int = 1
-) -> Rows:
-    """The cotangent of x from that of the partial sums.
-
-    Args:
-      cotangent: float32 ``[split, P, N]``.
-      x: rows ``[T, K]``.
-      w: the weight, for its layout.
-      decoded: float32 ``[K, N]``, or ``[P, K, N]`` of the experts picked.
-      picks: P / T.
-    """
-    parts = cotangent.shape[0]
-    rows = w.layout.segments * w.layout.segment
-    pad = [(0, 0)] * (decoded.ndim - 2) + [(0, rows - decoded.shape[-2]), (0, 0)]
-    pieces = jnp.pad(decoded, pad).reshape(*decoded.shape[:-2], parts, rows // parts, -1)
-    formula = "spn,skn->psk" if decoded.ndim == 2 else "spn,pskn->psk"
-    found = jnp.einsum(formula, cotangent, pieces, precision=lax.Precision.HIGHEST)
-    found = found.reshape(-1, picks, rows).sum(axis=1)[:, : w.layout.k]
-    values, finish = jax.vjp(finished, x)
-    return finish(found.astype(values.dtype))[0]
