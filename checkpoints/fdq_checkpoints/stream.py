@@ -99,9 +99,10 @@ def open_model(directory: SourceDirectory, dtype: Any = None) -> ModelSource:
             f"{directory.path / 'config.json'}: a value of a wrong kind ({error})."
         ) from error
     is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
-    family = paddle if is_paddle else huggingface
+    names = paddle if is_paddle else huggingface
+    own = () if is_paddle else models.FAMILIES[config.model_type].tensor_names
     if dtype is None and not ({"dtype", "torch_dtype"} & hf_config.keys()):
-        embedding = directory.tensors.get(family.EMBEDDING)
+        embedding = directory.tensors.get(names.EMBEDDING)
         dtype = None if embedding is None else embedding.dtype
     try:
         model = models.abstract(config, dtype)
@@ -112,16 +113,16 @@ def open_model(directory: SourceDirectory, dtype: Any = None) -> ModelSource:
     targets = {tensor.path: tensor.value for tensor in tree_paths.flatten(model)}
     head_dim = model.config.head_dim
     q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim
-    tied = config.tie_word_embeddings and family.HEAD in directory.tensors
+    tied = config.tie_word_embeddings and names.HEAD in directory.tensors
     sources = tensor_names.sources(
         directory,
-        family.RULES,
+        (*own, *names.RULES),
         targets,
         qkv_widths=(q, kv, kv),
-        also_used=(family.HEAD,) if tied else (),
+        also_used=(names.HEAD,) if tied else (),
     )
     if tied:
-        tensor_names.check_tied_head(directory, family.HEAD, family.EMBEDDING)
+        tensor_names.check_tied_head(directory, names.HEAD, names.EMBEDDING)
     return ModelSource(directory, model.config, model, sources)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
+from fdq.models.family import Family
 from fdq.nn.rotary import RotaryConfig
-
-MODEL_TYPE = "ernie4_5"
 
 # Switches of the Paddle configs: how it was trained or is run, not what it computes.
 NEUTRAL = (
@@ -31,9 +27,7 @@ NEUTRAL = (
 )
 
 
-def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
-    """The DecoderConfig of an `ernie4_5` config.json."""
-    reader = ConfigReader(config)
+def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-5, tie=True)
     bias = bool(reader.get("use_bias", default=False))
     reader.must_be("use_rmsnorm", True)
@@ -41,13 +35,12 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     reader.neutral(*NEUTRAL)
     rotary = reader.rotary(theta=500000.0, interleaved=True)
     reader.full_attention()
-    reader.finish()
     return DecoderConfig(**fields, rotary=rotary, qkv_bias=bias, output_bias=bias, mlp_bias=bias)
 
 
-CONFIGS = {
+_CONFIGS = {
     "ernie-4.5-0.3b": DecoderConfig(
-        model_type=MODEL_TYPE,
+        model_type="ernie4_5",
         vocab_size=103424,
         hidden_size=1024,
         intermediate_size=3072,
@@ -63,3 +56,5 @@ CONFIGS = {
         pad_token_id=0,
     )
 }
+
+FAMILY = Family(name="ernie4_5", read=_read, configs=_CONFIGS)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fdq.models.config import DecoderConfig, MoEConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.ernie4_5 import NEUTRAL
+from fdq.models.family import Family
 from fdq.nn.rotary import RotaryConfig
-
-MODEL_TYPE = "ernie4_5_moe"
 
 _MOE_NEUTRAL = (
     "moe_aux_loss_lambda",
@@ -26,13 +24,10 @@ _MOE_NEUTRAL = (
 )
 
 
-def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
-    """The DecoderConfig of an `ernie4_5_moe` config.json.
-
-    Layer `l` has experts when `moe_layer_start_index <= l <= moe_layer_end_index` (-1 is the
+def _read(reader: ConfigReader) -> DecoderConfig:
+    """Layer `l` has experts when `moe_layer_start_index <= l <= moe_layer_end_index` (-1 is the
     last layer) and `(l + 1) % moe_layer_interval == 0`.
     """
-    reader = ConfigReader(config)
     fields = reader.base(epsilon=1e-5, tie=True)
     reader.must_be("use_bias", False)
     reader.must_be("use_rmsnorm", True)
@@ -58,13 +53,12 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     )
     rotary = reader.rotary(theta=500000.0, interleaved=True)
     reader.full_attention()
-    reader.finish()
     return DecoderConfig(**fields, rotary=rotary, moe=moe)
 
 
 def _published(moe: MoEConfig, **sizes: Any) -> DecoderConfig:
     return DecoderConfig(
-        model_type=MODEL_TYPE,
+        model_type="ernie4_5_moe",
         vocab_size=103424,
         head_dim=128,
         rms_norm_epsilon=1e-5,
@@ -78,7 +72,7 @@ def _published(moe: MoEConfig, **sizes: Any) -> DecoderConfig:
     )
 
 
-CONFIGS = {
+_CONFIGS = {
     "ernie-4.5-21b-a3b": _published(
         MoEConfig(
             num_experts=64,
@@ -111,3 +105,5 @@ CONFIGS = {
         num_kv_heads=8,
     ),
 }
+
+FAMILY = Family(name="ernie4_5_moe", read=_read, configs=_CONFIGS)

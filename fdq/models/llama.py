@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
+from fdq.models.family import Family
 from fdq.nn.rotary import RotaryConfig
 
-MODEL_TYPE = "llama"
 
-
-def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
-    """The DecoderConfig of a `llama` config.json."""
-    reader = ConfigReader(config)
+def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-6, tie=False)
     attention_bias = bool(reader.get("attention_bias", default=False))
     mlp_bias = bool(reader.get("mlp_bias", default=False))
     rotary = reader.rotary(theta=10000.0)
     reader.full_attention()
-    reader.finish()
     return DecoderConfig(
         **fields,
         rotary=rotary,
@@ -43,7 +38,7 @@ def _llama3_rotary(factor: float) -> RotaryConfig:
 
 def _published(**fields: Any) -> DecoderConfig:
     return DecoderConfig(
-        model_type=MODEL_TYPE,
+        model_type="llama",
         vocab_size=128256,
         num_heads=32,
         num_kv_heads=8,
@@ -61,7 +56,7 @@ _8B: dict[str, Any] = {
     "head_dim": 128,
 }
 
-CONFIGS = {
+_CONFIGS = {
     "llama-3-8b": _published(**_8B, rotary=RotaryConfig(theta=500000.0), max_position=8192),
     "llama-3.1-8b": _published(**_8B, rotary=_llama3_rotary(8.0)),
     "llama-3.2-1b": _published(
@@ -73,3 +68,5 @@ CONFIGS = {
         tie_word_embeddings=True,
     ),
 }
+
+FAMILY = Family(name="llama", read=_read, configs=_CONFIGS)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
+from fdq.models.family import Family
 from fdq.nn.rotary import RotaryConfig
 
-MODEL_TYPE = "qwen2"
 
-
-def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
-    """The DecoderConfig of a `qwen2` config.json."""
-    reader = ConfigReader(config)
+def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-6, tie=False)
     rotary = reader.rotary(theta=10000.0)
     reader.full_attention()
-    reader.finish()
     return DecoderConfig(**fields, rotary=rotary, qkv_bias=True)
 
 
 def _published(**fields: Any) -> DecoderConfig:
     return DecoderConfig(
-        model_type=MODEL_TYPE,
+        model_type="qwen2",
         head_dim=128 if fields["hidden_size"] > 1000 else 64,
         rms_norm_epsilon=1e-6,
         rotary=RotaryConfig(theta=1000000.0),
@@ -36,7 +31,7 @@ def _published(**fields: Any) -> DecoderConfig:
     )
 
 
-CONFIGS = {
+_CONFIGS = {
     "qwen2.5-0.5b": _published(
         vocab_size=151936,
         hidden_size=896,
@@ -47,3 +42,5 @@ CONFIGS = {
         tie_word_embeddings=True,
     ),
 }
+
+FAMILY = Family(name="qwen2", read=_read, configs=_CONFIGS)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
+from fdq.models.family import Family
 from fdq.nn.rotary import RotaryConfig
 
-MODEL_TYPE = "qwen3"
 
-
-def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
-    """The DecoderConfig of a `qwen3` config.json."""
-    reader = ConfigReader(config)
+def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-6, tie=False)
     bias = bool(reader.get("attention_bias", default=False))
     rotary = reader.rotary(theta=10000.0)
     reader.full_attention()
-    reader.finish()
     return DecoderConfig(**fields, rotary=rotary, qkv_bias=bias, output_bias=bias, qk_norm=True)
 
 
 def _published(**fields: Any) -> DecoderConfig:
     return DecoderConfig(
-        model_type=MODEL_TYPE,
+        model_type="qwen3",
         vocab_size=151936,
         num_kv_heads=8,
         head_dim=128,
@@ -39,7 +34,7 @@ def _published(**fields: Any) -> DecoderConfig:
     )
 
 
-CONFIGS = {
+_CONFIGS = {
     "qwen3-0.6b": _published(
         hidden_size=1024,
         intermediate_size=3072,
@@ -50,3 +45,5 @@ CONFIGS = {
     "qwen3-8b": _published(hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32),
     "qwen3-32b": _published(hidden_size=5120, intermediate_size=25600, num_layers=64, num_heads=64),
 }
+
+FAMILY = Family(name="qwen3", read=_read, configs=_CONFIGS)

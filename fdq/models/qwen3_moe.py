@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fdq.models.config import DecoderConfig, MoEConfig
 from fdq.models.config_reader import ConfigReader
+from fdq.models.family import Family
 from fdq.nn.rotary import RotaryConfig
 
-MODEL_TYPE = "qwen3_moe"
 
-
-def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
-    """The DecoderConfig of a `qwen3_moe` config.json.
-
-    Layer `l` has experts unless `mlp_only_layers` names it or `(l + 1) % decoder_sparse_step`
+def _read(reader: ConfigReader) -> DecoderConfig:
+    """Layer `l` has experts unless `mlp_only_layers` names it or `(l + 1) % decoder_sparse_step`
     is not 0.
     """
-    reader = ConfigReader(config)
     fields = reader.base(epsilon=1e-6, tie=False)
     bias = bool(reader.get("attention_bias", default=False))
     dense = reader.get("mlp_only_layers", default=())
@@ -36,15 +29,14 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     )
     rotary = reader.rotary(theta=10000.0)
     reader.full_attention()
-    reader.finish()
     return DecoderConfig(
         **fields, rotary=rotary, qkv_bias=bias, output_bias=bias, qk_norm=True, moe=moe
     )
 
 
-CONFIGS = {
+_CONFIGS = {
     "qwen3-30b-a3b": DecoderConfig(
-        model_type=MODEL_TYPE,
+        model_type="qwen3_moe",
         vocab_size=151936,
         hidden_size=2048,
         intermediate_size=6144,
@@ -66,3 +58,5 @@ CONFIGS = {
         ),
     ),
 }
+
+FAMILY = Family(name="qwen3_moe", read=_read, configs=_CONFIGS)

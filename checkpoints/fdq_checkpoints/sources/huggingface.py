@@ -5,7 +5,7 @@ families differ in which tensors they have, not in what they are called, so one 
 serves all: a model asks only for the tensors that it has. Weights are never permuted for RoPE.
 """
 
-from fdq_checkpoints.sources.tensor_names import Rule, Widths
+from fdq.models.tensor_names import Rule, Widths
 
 _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."

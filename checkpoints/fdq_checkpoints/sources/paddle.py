@@ -4,12 +4,11 @@ As the Hugging Face ones but for the prefix ``ernie.``, linear weights stored ``
 q|k|v and gate|up already fused along out.
 """
 
-from fdq_checkpoints.sources.tensor_names import Rule
+from fdq.models.tensor_names import Rule
 
 _LAYER = "ernie.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
 _MLP = _LAYER + "mlp."
-MODEL_TYPES = ("ernie4_5", "ernie4_5_moe")
 
 
 def _linear(target: str, name: str) -> tuple[Rule, Rule]:

@@ -10,19 +10,15 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdq.models.tensor_names import Layout, Rule
 from fdq_checkpoints.errors import CheckpointError, nearest, shown
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.tree_paths import Path, dotted
-
-# As stored; a matrix stored [out, in]; a vector stored with a leading axis of one.
-Layout = Literal["same", "transposed", "row"]
-Widths = Literal["qkv", "equal"]
 
 # Tensors that a file may have and no model uses: multi-token prediction heads, and the rotary
 # frequencies that old exporters wrote out.
@@ -35,25 +31,6 @@ IGNORED = (
     "rotary_emb.inv_freq",
 )
 _COMPARE_ROWS_BYTES = 32 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Source tensors of one kind of tensor.
-
-    Attributes:
-      target: path in fdq's tree; ``{i}`` is a layer.
-      names: source names, joined along the last axis of the target; ``{i}`` is the layer, and
-        ``{e}`` an expert, over which the target's first axis goes.
-      layout: how each source tensor is stored.
-      widths: the sources' shares of the target's last axis: ``"qkv"`` by the model's heads,
-        ``"equal"`` parts.
-    """
-
-    target: str
-    names: tuple[str, ...]
-    layout: Layout = "same"
-    widths: Widths = "equal"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""A model family: how its config.json is read, its published models, its tensors' names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fdq.models.config import DecoderConfig
+from fdq.models.config_reader import ConfigReader
+from fdq.models.tensor_names import Rule
+from fdq.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Models that share a `model_type`.
+
+    Attributes:
+      name: the `model_type` of a Hugging Face config.json.
+      read: makes the config out of what it reads key by key; a key that it does not read is
+        refused, unless it is known to be neutral, null or false.
+      configs: published models by name, for planning and abstract quantization without a
+        checkpoint.
+      tensor_names: where its tensors are in Hugging Face checkpoints, where that is not what most
+        families call them; these rules are asked first.
+    """
+
+    name: str
+    read: Callable[[ConfigReader], DecoderConfig]
+    configs: Mapping[str, DecoderConfig] = dataclasses.field(default_factory=dict)
+    tensor_names: tuple[Rule, ...] = ()
+
+    def from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
+        """The DecoderConfig of a config.json of this family; raises as `from_huggingface` does."""
+        reader = ConfigReader(config)
+        result = self.read(reader)
+        reader.finish()
+        return result
+
+
+FAMILIES: Registry[Family] = Registry("model family")
+"""The families by `model_type`; `FAMILIES.register(Family(...))` adds one."""
+
+
+class _Configs(Mapping[str, DecoderConfig]):
+    """The published models of all families, those included that were registered later."""
+
+    def _all(self) -> dict[str, DecoderConfig]:
+        families = FAMILIES.values()
+        return {name: config for family in families for name, config in family.configs.items()}
+
+    def __getitem__(self, name: str) -> DecoderConfig:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+CONFIGS: Mapping[str, DecoderConfig] = _Configs()
+"""Published models by name, for planning and abstract quantization without a checkpoint."""
+
+
+def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
+    """The DecoderConfig of a Hugging Face config.json, read by `json.load`.
+
+    Reads the spelling of transformers 5 (`rope_parameters`) and the older one (`rope_theta`,
+    `rope_scaling`). A key that says nothing about the mathematics is ignored; one that is not
+    known is an error unless it is null or false. `quantization_config` is not read here.
+
+    Raises:
+      ValueError: a model type that is not supported (the message lists the supported ones), a
+        missing or unknown key, or a value that asks for something else than what is implemented.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported are " + ", ".join(FAMILIES)
+        )
+    return FAMILIES[model_type].from_huggingface(config)
