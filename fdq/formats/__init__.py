@@ -1,19 +1,23 @@
-"""How codes decode to values: one module a format family, one entry in ``FORMATS`` a format."""
+"""How codes decode to values: one module a format family, one row of `FORMATS` a format."""
 
-from fdq.formats import convolutional as _convolutional
-from fdq.formats import float8 as _float8
-from fdq.formats import integer as _integer
-from fdq.formats import microscaling as _microscaling
-from fdq.formats import normal_float as _normal_float
+from fdq.formats import convolutional, float8, integer, microscaling, normal_float
 from fdq.formats.format import Arrays as Arrays
 from fdq.formats.format import Candidates as Candidates
 from fdq.formats.format import Format as Format
 from fdq.formats.format import ScaledFormat as ScaledFormat
+from fdq.schemes.kinds import WEIGHT_FORMATS as FORMATS
 
-FORMATS: dict[str, Format] = {
-    **_integer.FORMATS,
-    **_float8.FORMATS,
-    **_normal_float.FORMATS,
-    **_microscaling.FORMATS,
-    **_convolutional.FORMATS,
-}
+for _format in (
+    integer.INT8,
+    integer.INT4,
+    integer.INT3,
+    integer.INT2,
+    float8.E4M3,
+    float8.E5M2,
+    normal_float.NF4,
+    microscaling.MXFP4,
+    microscaling.MXFP8,
+    microscaling.NVFP4,
+    convolutional.CC2,
+):
+    FORMATS.register(_format)

@@ -50,17 +50,13 @@ class Convolutional(Format):
     """CC2; ``bits`` is what codes take, local scales add 1/16."""
 
     name = "cc2"
+    grammar_name = "CC2"
+    aliases = ("wint2",)
     bits = 2
     methods = ("search",)
-
-    def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
-        """Raises ValueError if K is not a multiple of 64, the group of a local scale."""
-        if spec.granularity != "group" or spec.group_size != GROUP:
-            raise ValueError(
-                f"{path}: format cc2 has groups of {GROUP} rows, found {spec.granularity!r} with "
-                f"group_size={spec.group_size}."
-            )
-        grouping.check_granularity(spec, k, n, path, ("group",))
+    group_size = GROUP
+    scale_dtypes = ("uint4",)
+    fixed = True
 
     def fit(self, w: jax.Array, spec: WeightSpec, method: str = "search") -> Arrays:
         """Local scales and codes are chosen together, so there is nothing to fit alone."""
@@ -250,4 +246,4 @@ def _nearest(y: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.fori_loop(0, len(codebook()) // UNROLL, compare, start)
 
 
-FORMATS = {"cc2": Convolutional()}
+CC2 = Convolutional()

@@ -16,21 +16,19 @@ from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, ScaledFormat
 from fdq.schemes.scheme import WeightSpec
 
-LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}
-DTYPES = {"float8_e4m3": jnp.float8_e4m3fn, "float8_e5m2": jnp.float8_e5m2}
-
 
 class Float8(ScaledFormat):
     """float8 codes with a scale per tensor, channel, group or block."""
 
     bits = 8
     granularities = ("tensor", "channel", "group", "block")
+    scale_dtypes = (*ScaledFormat.scale_dtypes, "float8_e8m0fnu")
     methods = ("absmax",)
 
-    def __init__(self, name: str):
-        self.name = name
-        self.dtype = DTYPES[name]
-        self.largest = LARGEST[name]
+    def __init__(self, name: str, grammar_name: str, dtype: Any, *synonyms: str):
+        self.name, self.grammar_name, self.synonyms = name, grammar_name, synonyms
+        self.dtype = dtype
+        self.largest = float(jnp.finfo(dtype).max)
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
         """The float8 number nearest to ``u``, ties to even, saturating."""
@@ -51,4 +49,5 @@ class Float8(ScaledFormat):
         return self.with_multiplier({}, scale, spec)
 
 
-FORMATS = {name: Float8(name) for name in LARGEST}
+E4M3 = Float8("float8_e4m3", "fp8", jnp.float8_e4m3fn, "fp8e4m3")
+E5M2 = Float8("float8_e5m2", "fp8e5m2", jnp.float8_e5m2)

@@ -14,13 +14,14 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fdq.formats import distortion, exact_arithmetic, grouping, packing
+from fdq.schemes.kinds import WEIGHT_FORMATS as FORMATS
 from fdq.schemes.scheme import WeightSpec
 
 Arrays = dict[str, Any]
@@ -42,21 +43,73 @@ class Candidates:
 
 
 class Format(abc.ABC):
-    """One way to store a weight; an entry of ``FORMATS``.
+    """One way to store a weight; a member of `FORMATS`, which users may add to.
 
     Attributes:
-      name: the ``WeightSpec.format`` that it reads.
+      name: the `WeightSpec.format` that it reads.
+      grammar_name: its type in the name of a scheme: the `NF4` of `WNF4A16`.
+      synonyms: what its type is called besides.
+      aliases: names, in lower case, that stand for the scheme `W<grammar_name>A16C16`.
       bits: bits of one code, without scales.
       methods: names of the ways to choose parameters; the first is the default.
+      granularities: what may share a scale.
+      group_size: rows of a group by default; None where one scale per channel is the default.
+      zero_points: the kinds of zero points that a spec may ask for, the default first.
+      scale_dtypes: what scales may be stored in.
+      fixed: group size and dtype of the scale are part of the format's definition.
+      double_quantization: a spec may ask for scales in 8 bits.
     """
 
     name: str
+    grammar_name: str
+    synonyms: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     bits: int
     methods: tuple[str, ...]
+    granularities: tuple[str, ...] = ("group",)
+    group_size: int | None = None
+    zero_points: tuple[str, ...] = ("none",)
+    scale_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    fixed: bool = False
+    double_quantization: bool = False
+
+    def spec_fields(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All fields of a `WeightSpec`: the format's defaults, with those `given` in their place.
+
+        The default scale is bfloat16 for groups of at most 128 rows (published bits per weight
+        count 16 bits a group) and float32 for coarser scales.
+        """
+        group = self.group_size
+        default = {"granularity": "group" if group else "channel", "group_size": group}
+        if "granularity" in given:
+            default["group_size"] = None
+        fields = {"format": self.name, **default, "zero_point": self.zero_points[0], **given}
+        small = fields["granularity"] == "group" and (fields["group_size"] or 0) <= 128
+        scale_dtype = "bfloat16" if small else "float32"
+        if scale_dtype not in self.scale_dtypes:
+            scale_dtype = self.scale_dtypes[0]
+        return {"scale_dtype": scale_dtype, **fields}
+
+    def spec_problem(self, spec: WeightSpec) -> str | None:
+        """What is wrong with a spec of this format and one of its granularities, or None."""
+        stored = (spec.group_size, spec.scale_dtype)
+        defined = (self.group_size, self.scale_dtypes[0])
+        if self.fixed and stored != defined:
+            sizes = "group_size={} with {} scales; the format is defined with groups of {} and {}"
+            return sizes.format(*stored, *defined) + " scales"
+        if spec.scale_dtype not in self.scale_dtypes:
+            takes = str(self.scale_dtypes).strip("(,)")
+            return f"scale_dtype {spec.scale_dtype!r}; this format takes {takes}"
+        if spec.zero_point not in self.zero_points:
+            return f"zero_point {spec.zero_point!r}; only integer formats have zero points"
+        if spec.double_quantization and not self.double_quantization:
+            able = (format.name for format in FORMATS.values() if format.double_quantization)
+            return f"double_quantization is for {', '.join(able)} only"
+        return None
 
     def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
-        """Raises ValueError if a ``[k, n]`` weight cannot be stored as ``spec`` says."""
-        raise NotImplementedError
+        """Raises ValueError if a `[k, n]` weight cannot be grouped as `spec` says."""
+        grouping.check_shape(spec, k, n, path)
 
     @abc.abstractmethod
     def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
@@ -138,12 +191,6 @@ class ScaledFormat(Format):
     Subclasses say what the levels are (``project``), how a level is stored (``to_codes`` and
     ``from_codes``) and which scales to try.
     """
-
-    granularities: tuple[str, ...]
-
-    def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
-        """Raises ValueError if a ``[k, n]`` weight cannot be grouped as ``spec`` says."""
-        grouping.check_granularity(spec, k, n, path, self.granularities)
 
     @abc.abstractmethod
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:

@@ -18,41 +18,22 @@ from fdq.schemes.scheme import WeightSpec
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
-def check_granularity(
-    spec: WeightSpec, k: int, n: int, path: str, allowed: tuple[str, ...]
-) -> None:
+def check_shape(spec: WeightSpec, k: int, n: int, path: str) -> None:
     """Raises ValueError if ``spec`` cannot group a ``[k, n]`` weight."""
     if k < 1 or n < 1:
         raise ValueError(f"{path}: expected a weight [K, N] with K, N >= 1, found [{k}, {n}].")
-    if spec.granularity not in allowed:
-        raise ValueError(
-            f"{path}: format {spec.format} takes granularity {' or '.join(allowed)}, "
-            f"found {spec.granularity!r}."
-        )
-    if spec.granularity == "group":
-        group = spec.group_size
-        if group is None or group < 1:
-            raise ValueError(
-                f"{path}: granularity 'group' needs a positive group_size, found {group}."
-            )
-        if k % group:
-            fits = [g for g in (256, 128, 64, 32, 16, 8) if k % g == 0]
-            options = (
-                "use a group size that divides K: " + ", ".join(f"-g{g}" for g in fits)
-                if fits
-                else "no usual group size divides K, so use one scale per channel"
-            )
-            raise ValueError(
-                f"{path}: K={k} (rows, in-features) is not divisible by group_size={group}; "
-                f"{options}."
-            )
-    if spec.granularity == "block" and (
-        spec.block_size is None or len(spec.block_size) != 2 or min(spec.block_size) < 1
-    ):
-        raise ValueError(
-            f"{path}: granularity 'block' needs block_size=(rows of K, columns of N), "
-            f"found {spec.block_size}."
-        )
+    group = spec.group_size
+    if group is None or k % group == 0:
+        return
+    fits = [g for g in (256, 128, 64, 32, 16, 8) if k % g == 0]
+    options = (
+        "use a group size that divides K: " + ", ".join(f"-g{g}" for g in fits)
+        if fits
+        else "no usual group size divides K, so use one scale per channel"
+    )
+    raise ValueError(
+        f"{path}: K={k} (rows, in-features) is not divisible by group_size={group}; {options}."
+    )
 
 
 def group_rows(spec: WeightSpec, k: int, n: int) -> int:

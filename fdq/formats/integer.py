@@ -30,9 +30,17 @@ class Integer(ScaledFormat):
 
     granularities = ("tensor", "channel", "group")
 
-    def __init__(self, bits: int):
+    def __init__(
+        self,
+        bits: int,
+        group_size: int | None,
+        *aliases: str,
+        zero_points: tuple[str, ...] = ("none", "half", "integer"),
+    ):
         self.bits = bits
-        self.name = f"int{bits}"
+        self.name, self.grammar_name = f"int{bits}", str(bits)
+        self.synonyms = (f"int{bits}", f"uint{bits}")
+        self.group_size, self.zero_points, self.aliases = group_size, zero_points, aliases
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.methods = ("absmax", "signed_max", "search")
         if bits <= 4:
@@ -144,4 +152,8 @@ class Integer(ScaledFormat):
         return {**parameters, "zero": zero.astype(jnp.uint8)}
 
 
-FORMATS = {f.name: f for f in map(Integer, (8, 4, 3, 2))}
+INT8 = Integer(8, None, "weight_only_int8")
+INT4 = Integer(4, 128, "weight_only_int4")
+INT3 = Integer(3, 128)
+# Four levels are best at odd multiples of scale / 2.
+INT2 = Integer(2, 128, zero_points=("half", "none", "integer"))

@@ -67,10 +67,13 @@ def e2m1_from_codes(codes: jax.Array) -> jax.Array:
 class MicroscalingFloat(ScaledFormat):
     """MXFP4 and MXFP8: the scale is a power of two."""
 
-    granularities = ("group",)
+    group_size = 32
+    scale_dtypes = ("float8_e8m0fnu",)
+    fixed = True
 
-    def __init__(self, name: str, bits: int, largest_exponent: int):
-        self.name = name
+    def __init__(self, bits: int, largest_exponent: int, *synonyms: str):
+        self.name, self.grammar_name, self.synonyms = f"mxfp{bits}", f"MXFP{bits}", synonyms
+        self.aliases = (self.name,)
         self.bits = bits
         self.largest_exponent = largest_exponent
         self.methods = ("search", "absmax") if bits <= 4 else ("absmax", "search")
@@ -113,8 +116,12 @@ class NvidiaFloat4(ScaledFormat):
     """NVFP4: e4m3 scales of 16 rows, and one float32 for the matrix."""
 
     name = "nvfp4"
+    grammar_name = "NVFP4"
+    aliases = ("nvfp4", "modelopt_fp4")
     bits = 4
-    granularities = ("group",)
+    group_size = 16
+    scale_dtypes = ("float8_e4m3fn",)
+    fixed = True
     methods = ("search", "four_over_six", "absmax")
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
@@ -184,8 +191,6 @@ class NvidiaFloat4(ScaledFormat):
         return jnp.sum((u - project_e2m1(u)) ** 2, axis=-2) * (scale * scale)
 
 
-FORMATS = {
-    "mxfp4": MicroscalingFloat("mxfp4", bits=4, largest_exponent=2),
-    "mxfp8": MicroscalingFloat("mxfp8", bits=8, largest_exponent=8),
-    "nvfp4": NvidiaFloat4(),
-}
+MXFP4 = MicroscalingFloat(4, 2)
+MXFP8 = MicroscalingFloat(8, 8, "mxfp8e4m3")
+NVFP4 = NvidiaFloat4()

@@ -48,11 +48,14 @@ SEARCH_POINTS = 25
 
 
 class NormalFloat(ScaledFormat):
-    """NF4 with a scale per group of rows (64 by default), channel or tensor."""
+    """NF4 with a scale per group of rows."""
 
     name = "nf4"
+    grammar_name = "NF4"
+    aliases = ("nf4",)
     bits = 4
-    granularities = ("tensor", "channel", "group")
+    group_size = 64
+    double_quantization = True
     methods = ("search", "absmax")
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
@@ -150,4 +153,4 @@ def _over_columns(super_scale: jax.Array, n: int) -> jax.Array:
     return wide.reshape(*lead, rows, blocks * SUPER_COLUMNS)[..., :n]
 
 
-FORMATS = {"nf4": NormalFloat()}
+NF4 = NormalFloat()

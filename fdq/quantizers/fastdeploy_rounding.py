@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats import Arrays, exact_arithmetic, grouping, packing
-from fdq.formats.integer import FORMATS as INTEGERS
+from fdq.formats import FORMATS, Arrays, exact_arithmetic, grouping, packing
 from fdq.schemes.scheme import WeightSpec
 
 COMPAT = ("fastdeploy", "fastdeploy-cpu")
@@ -73,7 +72,7 @@ def quantize(w: jax.Array, spec: WeightSpec, compat: str) -> Arrays:
     else:
         levels = exact_arithmetic.quotient(w, grouping.expand(used, spec, k, n))
     levels = jnp.clip(round_half_away(levels), -bound, bound)
-    format = INTEGERS[spec.format]
+    format = FORMATS[spec.format]
     codes = format.to_codes(levels, spec, None)
     return {
         "codes": packing.pack(codes, format.bits),

@@ -1,45 +1,24 @@
 """The grammar of scheme names: text to plain fields and back; ``scheme.py`` holds the classes.
 
-``parse`` reads a name into three dicts of fields (weight, activation, cache; ``None`` is 16 bits);
-the ``*_suffixes`` functions write a spec's fields that differ from its format's defaults.
+`parse` reads a name into three dicts of fields (weight, activation, cache; `None` is 16 bits); the
+`*_suffixes` functions write a spec's fields that differ from its format's defaults. What a type is
+called and what it means unless a suffix says otherwise, its format knows (`schemes.kinds`).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from fdq.schemes.kinds import WEIGHT_FORMATS
 
 Fields = dict[str, Any]
 
-INTEGERS = ("int8", "int4", "int3", "int2")
-FLOATS = ("float8_e4m3", "float8_e5m2")
-# Formats whose group and scale are part of their definition: (group size, scale dtype).
-FIXED = {
-    "mxfp4": (32, "float8_e8m0fnu"),
-    "mxfp8": (32, "float8_e8m0fnu"),
-    "nvfp4": (16, "float8_e4m3fn"),
-    "cc2": (64, "uint4"),
-}
-DEFAULT_GROUP = {"int4": 128, "int3": 128, "int2": 128, "nf4": 64}
-
-# Canonical type names of the three parts.
-WEIGHT_NAMES = {
-    "int8": "8",
-    "int4": "4",
-    "int3": "3",
-    "int2": "2",
-    "float8_e4m3": "fp8",
-    "float8_e5m2": "fp8e5m2",
-    "nf4": "NF4",
-    "mxfp4": "MXFP4",
-    "mxfp8": "MXFP8",
-    "nvfp4": "NVFP4",
-    "cc2": "CC2",
-}
-ACTIVATION_NAMES = {"int8": "8", "float8_e4m3": "fp8"}
-CACHE_NAMES = {"int8": "8", "int4": "4", "float8_e4m3": "fp8"}
+# Activations and caches in a weight's format are called like it.
+ACTIVATION_FORMATS = ("int8", "float8_e4m3")
+CACHE_FORMATS = ("int8", "int4", "float8_e4m3")
 
 SCALE_SUFFIXES = {
     "f32": "float32",
@@ -50,31 +29,19 @@ SCALE_SUFFIXES = {
 ZERO_SUFFIXES = {"sym": "none", "half": "half", "asym": "integer"}
 CACHE_SUFFIXES = {"kvtoken": "token_head", "kvchannel": "channel", "kvhead": "head"}
 
-# Names of FastDeploy's methods and of its documentation, beside those that the grammar reads
-# anyway (wint8, WInt4, w4a8, wfp8afp8, w4afp8 ...). ``wint2`` is its convolutional code.
+# Names of FastDeploy's methods and of its documentation that say more than a weight's format (whose
+# names are its `aliases`), beside those that the grammar reads anyway (wint8, w4a8, wfp8afp8 ...).
 ALIASES = {
-    "wint2": "WCC2A16C16",
-    "weight_only_int8": "W8A16C16",
-    "weight_only_int4": "W4A16C16",
     "block_wise_fp8": "Wfp8Afp8C16-b128",
     "tensor_wise_fp8": "Wfp8Afp8C16-tensor-static",
     "mix_quant": "W4A8C8",
-    "nf4": "WNF4A16C16",
-    "mxfp4": "WMXFP4A16C16",
-    "mxfp8": "WMXFP8A16C16",
-    "nvfp4": "WNVFP4A16C16",
-    "modelopt_fp4": "WNVFP4A16C16",
     "bf16": "W16A16C16",
 }
 COMPATS = ("fastdeploy", "fastdeploy-cpu")
 
-_PARTS = {
-    "w": ("weights", WEIGHT_NAMES),
-    "a": ("activations", ACTIVATION_NAMES),
-    "c": ("caches", CACHE_NAMES),
-}
-_TYPE = r"(?:u?int|bf|fp|nf|mxfp|nvfp|cc)?\d+(?:e\dm\d)?"
-_SYNONYMS = {"e4m3": "", "uint": "int"}
+_PARTS = {"w": "weights", "a": "activations", "c": "caches"}
+_SIXTEEN = ("16", "bf16", "fp16")
+_NUMBERED = re.compile(r"([a-z]*)\d+(?:e\dm\d)?")
 # Words that may follow a dash: (part, what they decide, fields).
 _WORDS: dict[str, tuple[str, str, Fields]] = {
     "channel": ("w", "what shares a scale", {"granularity": "channel"}),
@@ -96,31 +63,48 @@ class Unreadable(ValueError):
     """A part of a name that the grammar does not know; the message says which."""
 
 
+# --- What the formats are called -----------------------------------------------------------------
+
+
+def formats(part: str) -> Mapping[str, Any]:
+    """The formats of the part `w`, `a` or `c`, by name; types are their names in the grammar."""
+    names = {"w": WEIGHT_FORMATS, "a": ACTIVATION_FORMATS, "c": CACHE_FORMATS}[part]
+    return {name: WEIGHT_FORMATS[name] for name in names}
+
+
+def spellings(part: str) -> dict[str, str]:
+    """The names of the part's formats by everything that they are called, in lower case."""
+    return {
+        spelling.lower(): name
+        for name, format in formats(part).items()
+        for spelling in (format.grammar_name, *format.synonyms)
+    }
+
+
+def aliases() -> dict[str, str]:
+    """Names that stand for a whole scheme by themselves, in lower case."""
+    known = dict(ALIASES)
+    for format in WEIGHT_FORMATS.values():
+        known |= dict.fromkeys(format.aliases, f"W{format.grammar_name}A16C16")
+    return known
+
+
+def _type() -> str:
+    """Regular expression of a type: one that exists, or that looks like one (`nf5`)."""
+    known = {spelling for part in _PARTS for spelling in spellings(part)} | set(_SIXTEEN)
+    numbered = {found[1] for found in map(_NUMBERED.fullmatch, known) if found}
+    others = sorted((w for w in known if not _NUMBERED.fullmatch(w)), key=len, reverse=True)
+    prefixes = "|".join(map(re.escape, sorted(numbered)))
+    return "(?:" + "|".join([*map(re.escape, others), rf"(?:{prefixes})\d+(?:e\dm\d)?"]) + ")"
+
+
 # --- From fields to names ------------------------------------------------------------------------
-
-
-def weight_fields(format: str, fields: Fields) -> Fields:
-    """All fields of a weight: the format's defaults, with some replaced.
-
-    The default scale is bfloat16 for groups of at most 128 rows (published bits per weight count
-    16 bits a group) and float32 for coarser scales.
-    """
-    group = FIXED[format][0] if format in FIXED else DEFAULT_GROUP.get(format)
-    merged: Fields = {"granularity": "group" if group else "channel", "group_size": group}
-    if "granularity" in fields:
-        merged["group_size"] = None
-    merged["zero_point"] = "half" if format == "int2" else "none"
-    merged |= fields
-    if "scale_dtype" not in fields:
-        small = merged["granularity"] == "group" and (merged["group_size"] or 0) <= 128
-        coarse = "bfloat16" if small else "float32"
-        merged["scale_dtype"] = FIXED[format][1] if format in FIXED else coarse
-    return {"format": format, **merged}
 
 
 def weight_suffixes(spec) -> list[str]:
     """Suffixes of a WeightSpec, coarse to fine."""
-    default, fields, suffixes = weight_fields(spec.format, {}), {}, []
+    format = WEIGHT_FORMATS[spec.format]
+    default, fields, suffixes = format.spec_fields({}), {}, []
     if (spec.granularity, spec.group_size) != (default["granularity"], default["group_size"]):
         fields = {"granularity": spec.granularity, "group_size": spec.group_size}
         rows, columns = spec.block_size or (0, 0)
@@ -129,7 +113,7 @@ def weight_suffixes(spec) -> list[str]:
         suffixes.append(sized.get(spec.granularity, spec.granularity))
     if spec.zero_point != default["zero_point"]:
         suffixes += [name for name, zero in ZERO_SUFFIXES.items() if zero == spec.zero_point]
-    if spec.scale_dtype != weight_fields(spec.format, fields)["scale_dtype"]:
+    if spec.scale_dtype != format.spec_fields(fields)["scale_dtype"]:
         suffixes += [name for name, dtype in SCALE_SUFFIXES.items() if dtype == spec.scale_dtype]
     return suffixes + ["dq"] * spec.double_quantization
 
@@ -168,7 +152,7 @@ def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:
     if compat is not None and compat not in COMPATS:
         raise ValueError(f"compat={compat!r}: use None or one of {', '.join(COMPATS)}.")
     head, *suffixes = name.strip().lower().split("-")
-    alias, *implied = ALIASES.get(head, head).lower().split("-")
+    alias, *implied = aliases().get(head, head).lower().split("-")
     types = dict(_types(alias))
     # A name's own suffixes replace those that an alias implies.
     slots = _slots(implied, types) | _slots(suffixes, types)
@@ -187,7 +171,7 @@ def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:
         weight["granularity"] = "channel"
     result: dict[str, Fields | None] = dict.fromkeys(_PARTS)
     if w is not None:
-        result["w"] = weight_fields(w, weight)
+        result["w"] = WEIGHT_FORMATS[w].spec_fields(weight)
     if a is not None:
         block = (result["w"] or {}).get("block_size")
         default = {"format": a} if "granularity" in activation else activation_fields(a, block)
@@ -203,8 +187,9 @@ def _slots(words: list[str], types) -> dict[tuple[str, str], tuple[str, Fields]]
     for word in words:
         part, slot, fields = _suffix(word)
         if types.get(part) is None:
-            kind = _PARTS[part][0]
-            raise Unreadable(f"'-{word}' is about {kind}, which this name leaves in 16 bits.")
+            raise Unreadable(
+                f"'-{word}' is about {_PARTS[part]}, which this name leaves in 16 bits."
+            )
         if (part, slot) in slots:
             raise Unreadable(f"'-{slots[part, slot][0]}' and '-{word}' both decide {slot}.")
         slots[part, slot] = (word, fields)
@@ -213,32 +198,33 @@ def _slots(words: list[str], types) -> dict[tuple[str, str], tuple[str, Fields]]
 
 def _types(head: str) -> Iterator[tuple[str, str | None]]:
     """Pairs (part, format or None for 16 bits) of a head such as ``w4a16c8``."""
-    rest = head
-    for part, (_, names) in _PARTS.items():
-        found = re.match(part + _TYPE, rest)
+    rest, type_ = head, _type()
+    for part in _PARTS:
+        found = re.match(part + type_, rest)
         if not found:
             continue
         rest = rest[found.end() :]
-        yield part, _format(part, found.group()[1:], names)
+        yield part, _format(part, found.group()[1:])
     if rest == head:
         raise Unreadable(f"Could not read {head!r}." if head else "The name is empty.")
     if rest:
         raise Unreadable(f"Could not read {rest!r}.")
 
 
-def _format(part: str, type_name: str, names: dict[str, str]) -> str | None:
-    for old, new in _SYNONYMS.items():
-        type_name = type_name.replace(old, new)
-    if type_name in ("16", "bf16", "fp16"):
+def _format(part: str, type_name: str) -> str | None:
+    if type_name in _SIXTEEN:
         return None
-    by_name = {canonical.lower(): format for format, canonical in names.items()}
-    by_name |= {format: format for format in names if format in INTEGERS}
-    if type_name not in by_name:
-        kinds = ", ".join(["16", *names.values()])
+    known = spellings(part)
+    if type_name not in known:
+        types = ", ".join(_type_names(part))
         raise Unreadable(
-            f"Could not read {part.upper() + type_name!r}: {_PARTS[part][0]} take {kinds}."
+            f"Could not read {part.upper() + type_name!r}: {_PARTS[part]} take {types}."
         )
-    return by_name[type_name]
+    return known[type_name]
+
+
+def _type_names(part: str) -> list[str]:
+    return ["16", *(format.grammar_name for format in formats(part).values())]
 
 
 def _suffix(word: str) -> tuple[str, str, Fields]:
@@ -272,13 +258,13 @@ def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
         return None
     # 1. The right words in the wrong places: dashes missing or superfluous, parts out of order, the
     #    "w" left out; and types that do not exist.
-    words = sorted(_WORDS, key=len, reverse=True)
-    token = re.compile(rf"[wac]{_TYPE}|[gx]\d+|b\d+(?:x\d+)?|{'|'.join(words)}")
+    words, typed = sorted(_WORDS, key=len, reverse=True), f"[wac]{_type()}"
+    token = re.compile(rf"{typed}|[gx]\d+|b\d+(?:x\d+)?|{'|'.join(words)}")
     for candidate in (text, text.replace("-", ""), "w" + text):
         tokens = token.findall(candidate)
         if "".join(tokens) != candidate.replace("-", ""):
             continue
-        parts = sorted((t for t in tokens if re.fullmatch(f"[wac]{_TYPE}", t)), key=_part_order)
+        parts = sorted((t for t in tokens if re.fullmatch(typed, t)), key=_part_order)
         suffixes = [t for t in tokens if t not in parts]
         head = "".join(map(_nearest_type, parts))
         # Quantized activations need quantized weights.
@@ -288,9 +274,10 @@ def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
             return found
     # 2. Misspelt words.
     head, *rest = text.split("-")
-    aliases = {known.replace("_", "-"): known for known in (*ALIASES, "wint8", "wint4", "wint3")}
-    heads = {known.lower(): known for known in _heads()} | aliases
-    for whole, suffixes, known in ((text, [], aliases), (head, rest, heads)):
+    spelled = (f"w{synonym}" for f in WEIGHT_FORMATS.values() for synonym in f.synonyms[:1])
+    alone = {known.replace("_", "-"): known for known in (*aliases(), *spelled)}
+    heads = {known.lower(): known for known in _heads()} | alone
+    for whole, suffixes, known in ((text, [], alone), (head, rest, heads)):
         nearest = canonical(whole) or next(iter(_close(whole, known)), None)
         fixed = [word for suffix in suffixes for word in _close_suffix(suffix)]
         found = _join(nearest, fixed, canonical)
@@ -300,11 +287,11 @@ def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
 
 
 def _heads() -> Iterator[str]:
-    for w in ("16", *WEIGHT_NAMES.values()):
+    for w in _type_names("w"):
         yield f"W{w}"
-        for a in ("16", *ACTIVATION_NAMES.values())[: 1 if w == "16" else None]:
+        for a in _type_names("a")[: 1 if w == "16" else None]:
             yield f"W{w}A{a}"
-            yield from (f"W{w}A{a}C{c}" for c in ("16", *CACHE_NAMES.values()))
+            yield from (f"W{w}A{a}C{c}" for c in _type_names("c"))
 
 
 def _close(word: str, known: dict[str, str]) -> list[str]:
@@ -320,12 +307,11 @@ def _close_suffix(word: str) -> list[str]:
 def _nearest_type(token: str) -> str:
     """A part with the nearest type that exists: ``w5`` -> ``w4``; one that exists as it is."""
     part, type_name = token[0], token[1:]
-    names = _PARTS[part][1]
     try:
-        _format(part, type_name, names)
+        _format(part, type_name)
         return token
     except Unreadable:
-        known = ["16", *(known.lower() for known in names.values())]
+        known = [known.lower() for known in _type_names(part)]
     bits = re.fullmatch(r"(?:u?int)?(\d+)", type_name)
     if bits:
         widths = (int(known) for known in known if known.isdigit())

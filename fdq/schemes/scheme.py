@@ -23,23 +23,11 @@ the canonical name: all three parts, and only those suffixes that differ from th
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from fdq.schemes import grammar
+from fdq.schemes.kinds import WEIGHT_FORMATS
 
-WeightFormat = Literal[
-    "int8",
-    "int4",
-    "int3",
-    "int2",
-    "float8_e4m3",
-    "float8_e5m2",
-    "nf4",
-    "mxfp4",
-    "mxfp8",
-    "nvfp4",
-    "cc2",
-]
 Granularity = Literal["tensor", "channel", "group", "block"]
 ZeroPoint = Literal["none", "half", "integer"]
 
@@ -59,13 +47,13 @@ class WeightSpec:
         best for 2 bits), or ``integer`` (asymmetric; one stored code per scale).
       scale_dtype: what the scale is rounded to before codes are chosen. ``float8_e8m0fnu`` is a
         power of two, ``uint4`` the packed local scale of ``cc2``.
-      double_quantization: ``nf4`` only: the scales are themselves stored in 8 bits.
+      double_quantization: the scales are themselves stored in 8 bits (``nf4``).
 
     Raises:
       ValueError: on construction, if the fields contradict each other or the format.
     """
 
-    format: WeightFormat
+    format: str
     granularity: Granularity = "channel"
     group_size: int | None = None
     block_size: tuple[int, int] | None = None
@@ -92,12 +80,12 @@ class WeightSpec:
         return None if fields is None else cls(**fields)
 
     @classmethod
-    def default(cls, format: WeightFormat, **fields) -> WeightSpec:
+    def default(cls, format: str, **fields) -> WeightSpec:
         """The format's default spec, with ``fields`` replaced (scale dtype follows the group)."""
-        return cls(**grammar.weight_fields(format, fields))
+        return cls(**WEIGHT_FORMATS[format].spec_fields(fields))
 
     def __str__(self) -> str:
-        return "-".join(["W" + grammar.WEIGHT_NAMES[self.format], *grammar.weight_suffixes(self)])
+        return "-".join(["W" + _type_name("w", self), *grammar.weight_suffixes(self)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,8 +110,8 @@ class ActivationSpec:
 
     def __post_init__(self):
         problem = None
-        if self.format not in grammar.ACTIVATION_NAMES:
-            problem = f"unknown format; use one of {', '.join(grammar.ACTIVATION_NAMES)}"
+        if self.format not in grammar.formats("a"):
+            problem = f"unknown format; use one of {', '.join(grammar.formats('a'))}"
         elif self.granularity not in ("token", "token_group", "tensor"):
             problem = f"unknown granularity {self.granularity!r}"
         elif (self.granularity == "token_group") != (self.group_size is not None):
@@ -147,9 +135,7 @@ class ActivationSpec:
         return None if fields is None else cls(**fields)
 
     def __str__(self) -> str:
-        return "-".join(
-            ["A" + grammar.ACTIVATION_NAMES[self.format], *grammar.activation_suffixes(self)]
-        )
+        return "-".join(["A" + _type_name("a", self), *grammar.activation_suffixes(self)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,8 +160,8 @@ class CacheSpec:
 
     def __post_init__(self):
         problem = None
-        if self.format not in grammar.CACHE_NAMES:
-            problem = f"unknown format; use one of {', '.join(grammar.CACHE_NAMES)}"
+        if self.format not in grammar.formats("c"):
+            problem = f"unknown format; use one of {', '.join(grammar.formats('c'))}"
         elif self.granularity not in grammar.CACHE_SUFFIXES.values():
             problem = f"unknown granularity {self.granularity!r}"
         elif self.dynamic != (self.granularity == "token_head"):
@@ -197,7 +183,7 @@ class CacheSpec:
         return None if fields is None else cls(**fields)
 
     def __str__(self) -> str:
-        return "-".join(["C" + grammar.CACHE_NAMES[self.format], *grammar.cache_suffixes(self)])
+        return "-".join(["C" + _type_name("c", self), *grammar.cache_suffixes(self)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,11 +238,8 @@ class Scheme:
 
     def __str__(self) -> str:
         weight, activation, cache = self.weight, self.activation, self.cache
-        head = (
-            "W" + (grammar.WEIGHT_NAMES[weight.format] if weight else "16"),
-            "A" + (grammar.ACTIVATION_NAMES[activation.format] if activation else "16"),
-            "C" + (grammar.CACHE_NAMES[cache.format] if cache else "16"),
-        )
+        parts = zip("wac", (weight, activation, cache), strict=True)
+        head = (part.upper() + _type_name(part, spec) for part, spec in parts)
         blocks = weight.block_size if weight else None
         suffixes = (
             *(grammar.weight_suffixes(weight) if weight else ()),
@@ -266,42 +249,30 @@ class Scheme:
         return "-".join(["".join(head), *suffixes])
 
 
+def _type_name(part: str, spec: WeightSpec | ActivationSpec | CacheSpec | None) -> str:
+    return "16" if spec is None else grammar.formats(part)[spec.format].grammar_name
+
+
 def _weight_problem(spec: WeightSpec) -> str | None:
     """What is wrong with a WeightSpec, or None."""
-    if spec.format not in grammar.WEIGHT_NAMES:
-        return f"unknown format; use one of {', '.join(grammar.WEIGHT_NAMES)}"
-    integer, floating = spec.format in grammar.INTEGERS, spec.format in grammar.FLOATS
-    granularities = ("tensor", "channel", "group", "block")[: 3 if integer else 4]
-    if not integer and not floating:
-        granularities = ("group",)
-    if spec.granularity not in granularities:
-        return f"granularity {spec.granularity!r}; this format takes {' or '.join(granularities)}"
+    if spec.format not in WEIGHT_FORMATS:
+        return f"unknown format; use one of {', '.join(WEIGHT_FORMATS)}"
+    format = WEIGHT_FORMATS[spec.format]
+    if spec.granularity not in format.granularities:
+        takes = " or ".join(format.granularities)
+        return f"granularity {spec.granularity!r}; this format takes {takes}"
     if (spec.granularity == "group") != (spec.group_size is not None):
         return "group_size goes with granularity 'group', and only with it"
     if (spec.granularity == "block") != (spec.block_size is not None):
         return "block_size goes with granularity 'block', and only with it"
     groups = () if spec.group_size is None else (spec.group_size,)
     blocks = spec.block_size or ()
-    sizes = (*groups, *blocks)
-    if len(blocks) not in (0, 2) or not all(map(_is_size, sizes)):
+    if len(blocks) not in (0, 2) or not all(map(_is_size, (*groups, *blocks))):
         return (
             f"group_size={spec.group_size!r}, block_size={spec.block_size!r}: not positive whole "
             "numbers, one for groups and two for blocks"
         )
-    fixed = grammar.FIXED.get(spec.format)
-    if fixed and (spec.group_size, spec.scale_dtype) != fixed:
-        return (
-            f"group_size={spec.group_size} with {spec.scale_dtype} scales; the format is defined "
-            f"with groups of {fixed[0]} and {fixed[1]} scales"
-        )
-    scales = list(grammar.SCALE_SUFFIXES.values())[: 4 if floating else 3]
-    if not fixed and spec.scale_dtype not in scales:
-        return f"scale_dtype {spec.scale_dtype!r}; this format takes {str(scales)[1:-1]}"
-    if spec.zero_point not in (get_args(ZeroPoint) if integer else ("none",)):
-        return f"zero_point {spec.zero_point!r}; only integer formats have zero points"
-    if spec.double_quantization and spec.format != "nf4":
-        return "double_quantization is for nf4 only"
-    return None
+    return format.spec_problem(spec)
 
 
 def _is_size(n: object) -> bool:
@@ -329,6 +300,8 @@ def _canonical(name: str) -> str | None:
 
 
 def _part_name(name: str, part: str) -> str:
-    """``"int8"``, ``"8-kvhead"`` and ``"C8"`` as the part of a scheme that they name."""
+    """`"int8"`, `"8-kvhead"` and `"C8"` as the part of a scheme that they name."""
     text = name.strip()
-    return text if text[:1].lower() in ("w", "a", "c") and text[:2].lower() != "cc" else part + text
+    head = text.lower().split("-")[0]
+    is_type = head in grammar.spellings(part.lower())
+    return part + text if is_type or head[:1] not in ("w", "a", "c") else text

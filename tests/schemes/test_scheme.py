@@ -2,37 +2,34 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from fdq.formats import FORMATS
 from fdq.schemes import grammar
 from fdq.schemes.scheme import ActivationSpec, CacheSpec, Scheme, WeightSpec
 
 
 @st.composite
 def weight_specs(draw):
-    format = draw(st.sampled_from(list(grammar.WEIGHT_NAMES)))
-    integer, floating = format in grammar.INTEGERS, format in grammar.FLOATS
-    if format in grammar.FIXED:
-        return WeightSpec.default(format)
-    granularities = ["group"] + ["tensor", "channel"] * (integer or floating) + ["block"] * floating
-    granularity = draw(st.sampled_from(granularities))
+    format = draw(st.sampled_from(list(FORMATS.values())))
+    if format.fixed:
+        return WeightSpec.default(format.name)
+    granularity = draw(st.sampled_from(format.granularities))
     size = st.integers(1, 4096)
     fields = {"granularity": granularity}
     if granularity == "group":
         fields["group_size"] = draw(size)
     if granularity == "block":
         fields["block_size"] = (draw(size), draw(size))
-    if integer:
-        fields["zero_point"] = draw(st.sampled_from(["none", "half", "integer"]))
+    fields["zero_point"] = draw(st.sampled_from(format.zero_points))
     if draw(st.booleans()):
-        dtypes = list(grammar.SCALE_SUFFIXES.values())[: 4 if floating else 3]
-        fields["scale_dtype"] = draw(st.sampled_from(dtypes))
-    if format == "nf4":
+        fields["scale_dtype"] = draw(st.sampled_from(format.scale_dtypes))
+    if format.double_quantization:
         fields["double_quantization"] = draw(st.booleans())
-    return WeightSpec.default(format, **fields)
+    return WeightSpec.default(format.name, **fields)
 
 
 @st.composite
 def activation_specs(draw):
-    format = draw(st.sampled_from(list(grammar.ACTIVATION_NAMES)))
+    format = draw(st.sampled_from(grammar.ACTIVATION_FORMATS))
     granularity = draw(st.sampled_from(["token", "token_group", "tensor"]))
     group = draw(st.integers(1, 4096)) if granularity == "token_group" else None
     dynamic = granularity != "tensor"
@@ -41,7 +38,7 @@ def activation_specs(draw):
 
 @st.composite
 def cache_specs(draw):
-    format = draw(st.sampled_from(list(grammar.CACHE_NAMES)))
+    format = draw(st.sampled_from(grammar.CACHE_FORMATS))
     granularity = draw(st.sampled_from(["token_head", "channel", "head"]))
     return CacheSpec(
         format=format,

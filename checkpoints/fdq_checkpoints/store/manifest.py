@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import zlib
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 
 from fdq.formats.qtensor import ARRAY_FIELDS, QTensor
 from fdq.quantizers import quantize_array
-from fdq.schemes.scheme import ActivationSpec, WeightFormat, WeightSpec
+from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from fdq_checkpoints.errors import CheckpointError, shown
 from fdq_checkpoints.readers import strict_json
 from fdq_checkpoints.tree_paths import Path, dotted
@@ -255,8 +255,6 @@ def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
     spec = activation = None
     if "spec" in entry:
         spec = _spec_from_json(WeightSpec, entry["spec"], where)
-        if spec.format not in get_args(WeightFormat):
-            raise CheckpointError(f"{where}: unknown weight format {spec.format!r}. Upgrade fdq.")
     if "activation" in entry:
         activation = _spec_from_json(ActivationSpec, entry["activation"], where)
     tensor = TensorEntry(
