@@ -1,0 +1,37 @@
+"""What the implementations that are kernels of `pallas_kernels` have in common.
+
+A kernel is traced where the user asks for it (`implementation`, FDQ_IMPLEMENTATION), and on GPUs
+wherever it can run, the tuning table prefers it, and it has proven itself on the device
+(`fdq.ops.self_check`). Kernels are imported when the first is looked at.
+"""
+
+from __future__ import annotations
+
+from fdq.ops.choice import trace_target
+from fdq.ops.implementation import Implementation
+from pallas_kernels.device import default_device
+from pallas_kernels.tuning import choices
+
+MOSAIC_GPU = "mosaic_gpu"
+
+
+class Kernel[A](Implementation[A]):
+    """An implementation by Pallas kernels for NVIDIA GPUs."""
+
+    name = MOSAIC_GPU
+
+    def skipped(self) -> str | None:
+        """On everything that is no GPU."""
+        return None if trace_target().platform == "gpu" else "the device is not a GPU"
+
+
+def tuned(kernel: str, format: str, rows: int, weights: int) -> choices.Choice:
+    """The row of the tuning table for the device of the trace; see `choices.choose`."""
+    kind = default_device().device_kind
+    return choices.choose(kind, kernel, format, rows=rows, weights=weights)
+
+
+def slower(kernel: str, format: str, rows: int, weights: int) -> str | None:
+    """Where the tuning table says that XLA is faster; None if the kernel is."""
+    choice = tuned(kernel, format, rows, weights)
+    return None if choice.use == MOSAIC_GPU else choice.source

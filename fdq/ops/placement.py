@@ -1,0 +1,23 @@
+"""Where the arrays of an op lie: kernels read arrays of one device, or of one shard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def sharded(*trees: Any) -> str | None:
+    """Why arrays may lie on several devices; None where they lie on one, and in `jax.shard_map`.
+
+    Arrays and tracers say which mesh they belong to, so that other devices of the machine, and
+    other meshes, do not matter.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves(trees)]
+    for mesh in (current, *meshes):
+        if mesh.empty or all(size == 1 for size in mesh.axis_sizes):
+            continue
+        if not set(mesh.axis_names) <= set(current.manual_axes):
+            return f"arrays may be sharded over the mesh {dict(mesh.shape)}"
+    return None

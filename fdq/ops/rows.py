@@ -1,0 +1,148 @@
+"""Rows that whoever reads them finishes: one forward pass, and nothing to launch between products.
+
+A decode step is a chain of small products. What stands between two of them (adding up the parts of
+a product, its bias, a norm, a gate) would each be a launch of its own, so a layer hands it on
+undone: ops accept these where they accept an array, plain XLA calls `value`, kernels do it as they
+stage their rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """Rows with an RMS norm to come: `x / sqrt(mean(x^2) + epsilon) * scale` over the last axis.
+
+    Attributes:
+      x: `[..., K]`, any float dtype.
+      scale: `[K]`.
+      epsilon: added to the mean square.
+    """
+
+    x: Any
+    scale: Any
+    epsilon: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., K]`."""
+        return tuple(self.x.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of x, and of the rows."""
+        return self.x.dtype
+
+    def value(self) -> jax.Array:
+        """The rows: float32 inside, rounded to the dtype of x."""
+        y = self.x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        scale = self.scale.astype(jnp.float32)
+        return (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(self.x.dtype)
+
+    def reshape(self, *lead: int) -> Normed:
+        """The same rows with other leading axes."""
+        return dataclasses.replace(self, x=self.x.reshape(*lead, self.shape[-1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A product as the parts of its sum over K, which its reader adds up.
+
+    Attributes:
+      parts: `[split, ..., N]`, float32 where a product made them.
+      bias: `[N]`, added after the sum is rounded; None without one.
+      dtype: that the sum is rounded to, and of the rows.
+    """
+
+    parts: Any
+    bias: Any = None
+    dtype: Any = dataclasses.field(default=jnp.float32, metadata={"static": True})
+
+    @classmethod
+    def of(cls, array: jax.Array) -> Sums:
+        """An array as a sum of one part."""
+        return cls(array[None], dtype=array.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., N]`."""
+        return tuple(self.parts.shape[1:])
+
+    def value(self) -> jax.Array:
+        """The sum, rounded to `dtype`, plus the bias in `dtype`.
+
+        Spelled out term by term: a reduction would be a launch of its own, while XLA joins
+        additions to whatever reads them.
+        """
+        split = self.parts.shape[0]
+        terms = [lax.index_in_dim(self.parts, i, keepdims=False) for i in range(split)]
+        y = functools.reduce(jnp.add, terms).astype(self.dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias.astype(self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+    def reshape(self, *lead: int) -> Sums:
+        """The same sums with other leading axes."""
+        split, width = self.parts.shape[0], self.shape[-1]
+        return dataclasses.replace(self, parts=self.parts.reshape(split, *lead, width))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """SwiGLU to come: `silu(gate) * up` of the sums `[..., 2 I]` of gate and up, gate first."""
+
+    sums: Sums
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., I]`."""
+        *lead, width = self.sums.shape
+        return (*lead, width // 2)
+
+    @property
+    def dtype(self) -> Any:
+        """That gate, up and the rows are rounded to."""
+        return self.sums.dtype
+
+    def value(self) -> jax.Array:
+        """`[..., I]` in `dtype`."""
+        gate, up = jnp.split(self.sums.value(), 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    def reshape(self, *lead: int) -> Gated:
+        """The same rows with other leading axes."""
+        return Gated(self.sums.reshape(*lead))
+
+
+Rows = jax.Array | Normed | Sums | Gated
+"""What ops take as x."""
+
+
+def as_array(rows: Rows) -> jax.Array:
+    """The rows with everything done that was left to their reader."""
+    return rows.value() if isinstance(rows, Normed | Sums | Gated) else rows
+
+
+def flattened(rows: Rows) -> Rows:
+    """Rows `[..., K]` as `[M, K]`."""
+    if len(rows.shape) == 2:
+        return rows
+    count = 1
+    for size in rows.shape[:-1]:
+        count *= size
+    if isinstance(rows, Normed | Sums | Gated):
+        return rows.reshape(count)
+    return rows.reshape(count, rows.shape[-1])
