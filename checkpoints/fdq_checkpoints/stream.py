@@ -214,7 +214,7 @@ def _quantize(
             if index == 0:
                 arrays[name] = np.empty((shape[0], *host.shape), host.dtype)
             arrays[name][index] = host
-    return dataclasses.replace(target, **arrays)
+    return target.replace(**arrays)
 
 
 def _cast(array: np.ndarray, tensor: Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fdq.formats.qtensor import ARRAY_FIELDS, QTensor, canonical
+from fdq.formats.qtensor import QTensor, canonical
 from fdq.schemes.scheme import ActivationSpec
 from fdq_checkpoints.errors import CheckpointError, nearest
 
@@ -101,7 +101,7 @@ def arrays_of(value: Any) -> dict[str, Any]:
 
 def with_arrays(value: Any, arrays: Mapping[str, Any]) -> Any:
     """The inverse of ``arrays_of``: `value` with other arrays of the same names."""
-    return dataclasses.replace(value, **arrays) if isinstance(value, QTensor) else arrays["value"]
+    return value.replace(**arrays) if isinstance(value, QTensor) else arrays["value"]
 
 
 def map_arrays(function: Callable[[Path, Any], Any], tensor: Tensor) -> Any:
@@ -185,7 +185,7 @@ def _flatten_module(module: nnx.Module) -> list[Tensor]:
     }
     values: dict[Path, Any] = {}
     for path, variable in _flat_state(module):
-        if path[:-1] in quantized and path[-1] in ARRAY_FIELDS:
+        if path[:-1] in quantized:
             # The state has each array of a QTensor; the first of them brings the whole QTensor.
             values.setdefault(path[:-1], _raw(quantized[path[:-1]]))
         else:

@@ -58,6 +58,10 @@ class Convolutional(Format):
     scale_dtypes = ("uint4",)
     fixed = True
 
+    def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
+        """All but `codes` and `scale` (local scales) are float32 `[..., 1, N]`."""
+        return ("codes", "scale", "code_scale", "code_offset", "super_scale")
+
     def fit(self, w: jax.Array, spec: WeightSpec, method: str = "search") -> Arrays:
         """Local scales and codes are chosen together, so there is nothing to fit alone."""
         raise ValueError("Format cc2 chooses scales and codes together; call encode.")

@@ -111,6 +111,10 @@ class Format(abc.ABC):
         """Raises ValueError if a `[k, n]` weight cannot be grouped as `spec` says."""
         grouping.check_shape(spec, k, n, path)
 
+    def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
+        """What a `QTensor` of such a spec holds, in the order of its pytree."""
+        return ("codes", "scale", "zero") if spec.zero_point == "integer" else ("codes", "scale")
+
     @abc.abstractmethod
     def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
         """Parameters of a float32 weight ``[..., K, N]`` by a closed form (``method``)."""

@@ -124,6 +124,10 @@ class NvidiaFloat4(ScaledFormat):
     fixed = True
     methods = ("search", "four_over_six", "absmax")
 
+    def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
+        """`global_scale` `[..., 1, 1]` float32 multiplies the whole matrix."""
+        return ("codes", "scale", "global_scale")
+
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
         """The level nearest to ``u = w / scale``."""
         return project_e2m1(u)

@@ -58,6 +58,11 @@ class NormalFloat(ScaledFormat):
     double_quantization = True
     methods = ("search", "absmax")
 
+    def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
+        """Double quantization adds the scales of the scales, and their mean."""
+        second = ("super_scale", "scale_offset") if spec.double_quantization else ()
+        return ("codes", "scale", *second)
+
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
         """The level nearest to ``u = w / scale``."""
         level = jnp.full_like(u, CODEBOOK[0])

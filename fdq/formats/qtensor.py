@@ -1,7 +1,7 @@
 """QTensor: a quantized weight, as a JAX pytree.
 
-Invariant: ``dequantize(q)[k, n] = (code[k, n] - zero[k // g, n]) * scale[k // g, n]``, times a
-global scale where the format has one; ``fdq.formats`` says what each format adds to this.
+Invariant: `dequantize(q)[k, n] = (code[k, n] - zero[k // g, n]) * scale[k // g, n]`; each module of
+`fdq.formats` says what its formats add to this.
 """
 
 from __future__ import annotations
@@ -18,54 +18,63 @@ from flax import nnx
 from fdq.formats import FORMATS
 from fdq.schemes.scheme import WeightSpec
 
-# The order is the order of the pytree's children: appending is safe, reordering is not.
-ARRAY_FIELDS = (
-    "codes",
-    "scale",
-    "zero",
-    "global_scale",
-    "code_scale",
-    "code_offset",
-    "super_scale",
-    "scale_offset",
-)
-STATIC_FIELDS = ("spec", "padding", "layout")
 
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
-    """A quantized weight ``[..., K, N]``, used as ``x @ w``; leading axes are experts or layers.
+    """A quantized weight `[..., K, N]`, used as `x @ w`; leading axes are experts or layers.
+
+    It has the arrays of its format, each an attribute and a child of the pytree: `codes` (packed or
+    plain; packing is along K, axis -2, the lower index in the lower bits), `scale` (`[..., G, N]`
+    with `G` groups along K, 1 per channel; `[..., 1, 1]` per tensor; `[..., ceil(K / bk),
+    ceil(N / bn)]` per block), `zero` (of the shape of `scale`) where the spec has zero points, and
+    what the format says besides. In a layout of `fdq.prepare` `codes` may be a pytree that holds
+    all of them.
 
     Attributes:
-      codes: packed or plain codes; packing is along K (axis -2), lower index in lower bits. In a
-        layout of ``fdq.prepare`` it may be a pytree that holds the scales as well.
-      scale: ``[..., G, N]``; ``G`` groups along K (1 per channel), ``[..., 1, 1]`` per tensor,
-        ``[..., ceil(K / bk), ceil(N / bn)]`` per block.
-      zero: zero points, same shape as ``scale``, uint8; formats with ``zero_point="integer"``.
-      global_scale: ``[..., 1, 1]`` float32 that multiplies (``nvfp4``).
-      code_scale, code_offset, super_scale: ``[..., 1, N]`` float32 (``cc2``); ``super_scale`` is
-        also the second scale of a double-quantized ``nf4``, ``scale_offset`` its mean.
       spec: how to read the arrays.
       padding: unused rows of K in the last packed unit.
-      layout: ``"canonical"`` (what checkpoints hold) or a name given by ``fdq.prepare``.
+      layout: `"canonical"` (what checkpoints hold) or a name given by `fdq.prepare`.
     """
 
-    codes: Any
-    scale: Any = None
-    zero: Any = None
-    global_scale: Any = None
-    code_scale: Any = None
-    code_offset: Any = None
-    super_scale: Any = None
-    scale_offset: Any = None
-    spec: WeightSpec = dataclasses.field(kw_only=True)
-    padding: int = dataclasses.field(default=0, kw_only=True)
-    layout: str = dataclasses.field(default="canonical", kw_only=True)
+    spec: WeightSpec
+    padding: int
+    layout: str
+
+    def __init__(
+        self, *, spec: WeightSpec, padding: int = 0, layout: str = "canonical", **arrays: Any
+    ):
+        """Keywords beside the static fields are the arrays, by name and in any order.
+
+        Raises:
+          ValueError: these are not the arrays of a weight stored as `spec` says.
+        """
+        names = FORMATS[spec.format].array_names(spec)
+        missing = layout == "canonical" and set(names) - set(arrays)
+        if missing or set(arrays) - set(names):
+            raise ValueError(
+                f"QTensor: {spec} has the arrays {', '.join(names)}, found {', '.join(arrays)}."
+            )
+        held = {name: arrays[name] for name in names if name in arrays}
+        vars(self).update(spec=spec, padding=padding, layout=layout, _arrays=held)
+
+    def __getattr__(self, name: str) -> Any:
+        """An array by its name; only asked where there is no other attribute."""
+        held = vars(self).get("_arrays", {})
+        if name in held:
+            return held[name]
+        raise AttributeError(f"QTensor has no attribute {name!r}; its arrays are {', '.join(held)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses: a QTensor is immutable."""
+        raise AttributeError(f"A QTensor is immutable; use q.replace({name}=...).")
 
     def arrays(self) -> dict[str, Any]:
-        """The arrays that this format has, by field name, in pytree order."""
-        pairs = ((name, getattr(self, name)) for name in ARRAY_FIELDS)
-        return {name: value for name, value in pairs if value is not None}
+        """The arrays by name, in pytree order."""
+        return dict(self._arrays)
+
+    def replace(self, **changes: Any) -> QTensor:
+        """A copy with other arrays or static fields."""
+        fields = {"spec": self.spec, "padding": self.padding, "layout": self.layout}
+        return QTensor(**(fields | self._arrays | changes))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,7 +173,7 @@ def materialize(q: QTensor) -> QTensor:
         for name, value in q.arrays().items()
         if isinstance(value, nnx.Variable)
     }
-    return dataclasses.replace(q, **changes) if changes else q
+    return q.replace(**changes) if changes else q
 
 
 def canonical(q: QTensor) -> QTensor:
@@ -191,21 +200,22 @@ def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Any:
 
 
 def _flatten_with_keys(q: QTensor):
-    children = tuple((jax.tree_util.GetAttrKey(n), getattr(q, n)) for n in ARRAY_FIELDS)
-    return children, tuple(getattr(q, n) for n in STATIC_FIELDS)
+    arrays, static = _flatten(q)
+    keys = (jax.tree_util.GetAttrKey(name) for name in static[0])
+    return tuple(zip(keys, arrays, strict=True)), static
 
 
 def _flatten(q: QTensor):
-    return tuple(getattr(q, n) for n in ARRAY_FIELDS), tuple(getattr(q, n) for n in STATIC_FIELDS)
+    held = q._arrays
+    return tuple(held.values()), (tuple(held), q.spec, q.padding, q.layout)
 
 
 def _unflatten(static, children) -> QTensor:
     # Skips __init__: tree transformations fill the leaves with None, objects and abstract values.
+    names, spec, padding, layout = static
     q = object.__new__(QTensor)
-    for name, value in zip(ARRAY_FIELDS, children, strict=True):
-        object.__setattr__(q, name, value)
-    for name, value in zip(STATIC_FIELDS, static, strict=True):
-        object.__setattr__(q, name, value)
+    held = dict(zip(names, children, strict=True))
+    vars(q).update(spec=spec, padding=padding, layout=layout, _arrays=held)
     return q
 
 

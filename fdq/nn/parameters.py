@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fdq.formats.qtensor import ARRAY_FIELDS, QTensor
+from fdq.formats.qtensor import QTensor
 
 
 class QCodes(nnx.Variable):
@@ -37,19 +37,18 @@ def value(x: Any) -> Any:
     if isinstance(x, nnx.Variable):
         return x.get_value()
     if isinstance(x, QTensor):
-        return dataclasses.replace(x, **{name: value(array) for name, array in x.arrays().items()})
+        return x.replace(**{name: value(array) for name, array in x.arrays().items()})
     return x
 
 
 def boxed(q: QTensor) -> QTensor:
     """`q` with each array in a Variable of its own, as modules hold it."""
     fields = {}
-    for name in ARRAY_FIELDS:
-        array = getattr(q, name)
-        if array is not None and not isinstance(array, nnx.Variable):
+    for name, array in q.arrays().items():
+        if not isinstance(array, nnx.Variable):
             array = QCodes(array) if name == "codes" else QScale(array)
         fields[name] = array
-    return dataclasses.replace(q, **fields)
+    return q.replace(**fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ def _to_kernel(q: QTensor) -> QTensor:
     convert = functools.partial(_convert, spec=q.spec, shape=q.shape[-2:])
     abstract = isinstance(q.codes, jax.ShapeDtypeStruct)
     codes = jax.eval_shape(convert, q.arrays()) if abstract else convert(q.arrays())
-    return QTensor(codes, spec=q.spec, padding=q.padding, layout=MOSAIC_GPU)
+    return QTensor(codes=codes, spec=q.spec, padding=q.padding, layout=MOSAIC_GPU)
 
 
 # One function for all weights: those of equal shapes share what was compiled.
@@ -68,7 +68,7 @@ def _from_kernel(q: QTensor) -> QTensor:
     weight = materialize(q).codes
     abstract = isinstance(weight.words, jax.ShapeDtypeStruct)
     arrays = jax.eval_shape(from_kernel, weight) if abstract else from_kernel(weight)
-    return QTensor(spec=q.spec, padding=q.padding, **arrays)  # type: ignore[arg-type]
+    return QTensor(spec=q.spec, padding=q.padding, **arrays)
 
 
 LAYOUTS[MOSAIC_GPU] = Layout(

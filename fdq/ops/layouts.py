@@ -11,7 +11,6 @@ nothing.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -37,7 +36,7 @@ def _swap_codes(q: QTensor, layout: str) -> QTensor:
         swapped: Any = jax.eval_shape(lambda a: jnp.swapaxes(a, -1, -2), codes)
     else:
         swapped = jnp.swapaxes(codes, -1, -2)
-    return dataclasses.replace(q, codes=swapped, layout=layout)
+    return q.replace(codes=swapped, layout=layout)
 
 
 def _transposed_shape(q: QTensor) -> tuple[int, ...]:
@@ -153,7 +152,7 @@ def _to_layout(q: QTensor, layout: str) -> QTensor:
     # Layouts differ in which fields they use: a field that is new is a Variable like the others.
     variable = old.get("scale", old["codes"])
     rewrapped = {n: old.get(n, variable).replace(a) for n, a in new.arrays().items()}
-    return dataclasses.replace(new, **rewrapped)
+    return new.replace(**rewrapped)
 
 
 def _map_qtensors(tree: Any, change: Callable[[QTensor], QTensor]) -> Any:

@@ -154,7 +154,7 @@ def view_weight(q: QTensor) -> WeightView | None:
     n = codes.shape[-1]
     unit_bytes, unit_rows = _UNITS[kind]
     rows = codes.shape[-2] // unit_bytes * unit_rows
-    zero = None if q.zero is None else q.zero.astype(jnp.float32)
+    zero = q.zero.astype(jnp.float32) if spec.zero_point == "integer" else None
     offset = 0.0
     if kind in _BITS and kind != "int8" and spec.zero_point != "integer":
         offset = 2.0 ** (_BITS[kind] - 1) - (0.5 if spec.zero_point == "half" else 0.0)

@@ -256,7 +256,7 @@ def _boxed(q: QTensor, source: nnx.Variable, fold: general.Fold) -> QTensor:
             wanted = (*names[: len(lead)], k_name, n_name)
             extra = {"out_sharding": _divisible(wanted, array.shape, kept.get("mesh")), **kept}
         fields[name] = (QCodes if name == "codes" else QScale)(array, **extra)
-    return dataclasses.replace(q, **fields)
+    return q.replace(**fields)
 
 
 def _divisible(names: tuple, shape: tuple[int, ...], mesh: Any) -> tuple:

@@ -1,6 +1,6 @@
 """QTensor as a pytree: paths, Variables, layouts, shapes of abstract arrays."""
 
-import dataclasses
+import copy
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,25 @@ def test_paths_name_the_arrays(q):
     assert list(q.arrays()) == ["codes", "scale"]
 
 
+def test_arrays_are_those_of_the_format(q, rng):
+    assert q.replace(scale=q.scale).arrays() == q.arrays()
+    with pytest.raises(AttributeError, match="no attribute 'zero'; its arrays are codes, scale"):
+        _ = q.zero
+    with pytest.raises(AttributeError, match="immutable"):
+        q.codes = q.codes
+    with pytest.raises(ValueError, match="W4-g8 has the arrays codes, scale, found codes, zero"):
+        QTensor(codes=q.codes, zero=q.scale, spec=q.spec)
+    with pytest.raises(ValueError, match="found codes"):
+        QTensor(codes=q.codes, spec=q.spec)
+    w = rng.standard_normal((64, 6)).astype(np.float32)
+    double = quantize_array(w, spec("nf4", 64, double_quantization=True))
+    assert list(double.arrays()) == ["codes", "scale", "super_scale", "scale_offset"]
+    given_backwards = QTensor(spec=q.spec, scale=q.scale, codes=q.codes)
+    assert jax.tree.structure(given_backwards) == jax.tree.structure(q)
+    copied = copy.deepcopy(q)
+    np.testing.assert_array_equal(np.asarray(copied.codes), np.asarray(q.codes))
+
+
 def test_tree_map_to_none_and_back(q):
     leaves, structure = jax.tree.flatten(q)
     empty = jax.tree.map(lambda x: None, q)
@@ -51,12 +70,12 @@ def test_a_saved_tree_of_names_comes_back(q, tmp_path):
             name: jnp.asarray(stored[name].view(a.dtype)).reshape(a.shape)
             for name, a in template.arrays().items()
         }
-    back = dataclasses.replace(template, **arrays)
+    back = template.replace(**arrays)
     np.testing.assert_array_equal(np.asarray(dequantize(back)), np.asarray(dequantize(q)))
 
 
 def test_variables_as_fields(q):
-    boxed = dataclasses.replace(q, codes=QCodes(q.codes), scale=QCodes(q.scale))
+    boxed = q.replace(codes=QCodes(q.codes), scale=QCodes(q.scale))
     assert boxed.shape == (24, 6)
     assert boxed.nbytes == q.nbytes
     raw = materialize(boxed)
@@ -79,7 +98,7 @@ def test_variables_as_fields(q):
 
 def test_a_registered_layout_decodes(q, monkeypatch):
     def swap(q: QTensor, layout: str) -> QTensor:
-        return dataclasses.replace(q, codes=jnp.swapaxes(q.codes, -1, -2), layout=layout)
+        return q.replace(codes=jnp.swapaxes(q.codes, -1, -2), layout=layout)
 
     swapped = Layout(
         shape=lambda q: (*q.codes.shape[:-2], 2 * q.codes.shape[-1], q.codes.shape[-2]),
@@ -97,7 +116,7 @@ def test_a_registered_layout_decodes(q, monkeypatch):
     assert abstract.shape == (24, 6)
     assert dequantize(abstract).shape == (24, 6)
     with pytest.raises(ValueError, match="Unknown QTensor layout 'mystery'"):
-        _ = dataclasses.replace(q, layout="mystery").shape
+        _ = q.replace(layout="mystery").shape
 
 
 def test_sizes_of_a_stack(q):

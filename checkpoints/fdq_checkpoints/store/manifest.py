@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdq.formats.qtensor import ARRAY_FIELDS, QTensor
+from fdq.formats.qtensor import QTensor
 from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from fdq_checkpoints.errors import CheckpointError, shown
@@ -281,8 +281,6 @@ def _check_arrays(tensor: TensorEntry, where: str) -> None:
         return
     if tensor.prng is not None:
         raise CheckpointError(f"{where}: both quantized and a PRNG key.")
-    if not set(tensor.arrays) <= set(ARRAY_FIELDS):
-        raise CheckpointError(f"{where}: unknown arrays {sorted(tensor.arrays)}.")
     try:
         expected = _abstract(tensor.shape, tensor.spec)
     except ValueError as error:
