@@ -10,8 +10,8 @@ import zlib
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import KernelWeight, to_kernel
-from pallas_kernels.weights.word_format import WORD_FORMATS
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "nf4": 4, "mxfp4": 4, "nvfp4": 4, "cc2": 2}
 FLOAT8 = {

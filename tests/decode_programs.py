@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 from pallas_kernels.aot.gpu_targets import find
 from pallas_kernels.mosaic.launch import launch, runs_interpreted
-from pallas_kernels.weights.word_format import WORD_FORMATS
+from pallas_kernels.weights.formats import WORD_FORMATS
 
 COLUMNS = 512
 

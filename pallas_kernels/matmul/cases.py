@@ -25,8 +25,10 @@ from pallas_kernels.matmul.gathered import gathered_matrix_vector
 from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
 from pallas_kernels.matmul.row_sources import Gated, Normed
+from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import to_kernel
-from pallas_kernels.weights.word_format import WORD_FORMATS
+from pallas_kernels.weights.layout import WeightLayout
+from pallas_kernels.weights.word_format import Storage, WordFormat
 
 _REPRESENTATIVE = (4096, 6144)
 _LAYERS = {
@@ -36,52 +38,44 @@ _LAYERS = {
     "ERNIE-4.5-21B qkv": (2560, 3584),
     "ERNIE-4.5-300B qkv": (8192, 10240),
 }
-# Three FFMA and LOP3 a weight and what they share; above five, an H200 is below 74 % of its memory.
-_INT4_LIMIT = 5.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A way to store a weight: the arguments of `to_kernel`, and dtypes of its arrays."""
+    """A format, and a way to store it."""
 
-    format: str
-    bits: int
-    granularity: str = "group"
-    group_size: int | None = None
-    block_size: tuple[int, int] | None = None
-    zero_point: str = "none"
-    code_dtype: str = "uint8"
-    scale_dtype: str = "bfloat16"
-    extras: tuple[str, ...] = ()
-    limit: float | None = None
+    format: WordFormat
+    storage: Storage
+
+    def layout(self, k: int, n: int) -> WeightLayout:
+        """Of a weight of that size."""
+        settings = dataclasses.asdict(self.storage)
+        del settings["title"], settings["instruction_limit"]
+        return WeightLayout(format=self.format.name, k=k, n=n, **settings)
 
     def arrays(self, k: int, n: int, *experts: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The canonical arrays, abstract, with leading axes or none."""
-        packed = self.code_dtype == "uint8"
-        rows = k * self.bits // 8 if packed else k
-        scale_rows = {"group": k // (self.group_size or k), "channel": 1}.get(self.granularity, 1)
-        scale_shape = (scale_rows, n)
-        if self.block_size is not None:
-            scale_shape = (k // self.block_size[0], n // self.block_size[1])
-        scale = abstract(scale_shape, self.scale_dtype)
-        if self.scale_dtype == "uint4":  # two in a byte
-            scale = abstract((scale_rows // 2, n), "uint8")
-        arrays = {"codes": abstract((rows, n), self.code_dtype), "scale": scale}
-        if self.zero_point == "integer":
-            arrays["zero"] = abstract(scale_shape, "uint8")
-        for name in self.extras:
-            arrays[name] = abstract((1, 1 if name == "global_scale" else n), "float32")
-        return {name: abstract((*experts, *a.shape), a.dtype) for name, a in arrays.items()}
+        storage = self.storage
+        packed = self.format.scale_dtype is not None
+        dtypes = {
+            "codes": storage.code_dtype,
+            "scale": "uint8" if packed else storage.scale_dtype,
+            "zero": "uint8",
+        }
+        return {
+            name: abstract((*experts, *shape), dtypes.get(name, "float32"))
+            for name, shape in self.layout(k, n).canonical_shapes.items()
+        }
 
     def kernel_weight(self, k: int, n: int, *experts: int) -> Any:
         """The weight in the kernel's layout, abstract."""
         convert = functools.partial(
             to_kernel,
-            format=self.format,
-            granularity=self.granularity,
-            group_size=self.group_size,
-            block_size=self.block_size,
-            zero_point=self.zero_point,
+            format=self.format.name,
+            granularity=self.storage.granularity,
+            group_size=self.storage.group_size,
+            block_size=self.storage.block_size,
+            zero_point=self.storage.zero_point,
             k=k,
             n=n,
         )
@@ -94,52 +88,13 @@ class _Weight:
         return total / (k * n)
 
 
-_CHANNEL: dict[str, Any] = {"granularity": "channel", "scale_dtype": "float32"}
-_WEIGHTS = {
-    "int8 per channel": _Weight(format="int8", bits=8, code_dtype="int8", **_CHANNEL),
-    "int8 groups of 128": _Weight(format="int8", bits=8, code_dtype="int8", group_size=128),
-    "int4 groups of 128": _Weight(format="int4", bits=4, group_size=128, limit=_INT4_LIMIT),
-    "int4 groups of 128, zero points": _Weight(
-        format="int4", bits=4, group_size=128, zero_point="integer", limit=_INT4_LIMIT
-    ),
-    "int4 per channel": _Weight(format="int4", bits=4, limit=_INT4_LIMIT, **_CHANNEL),
-    "int3 groups of 128": _Weight(format="int3", bits=3, group_size=128),
-    "int2 groups of 128": _Weight(format="int2", bits=2, group_size=128, zero_point="half"),
-    "WINT2's code": _Weight(
-        format="cc2",
-        bits=2,
-        group_size=64,
-        scale_dtype="uint4",
-        extras=("code_scale", "code_offset", "super_scale"),
-    ),
-    "NF4 groups of 64": _Weight(format="nf4", bits=4, group_size=64),
-    "fp8 per channel": _Weight(
-        format="float8_e4m3", bits=8, code_dtype="float8_e4m3fn", **_CHANNEL
-    ),
-    "fp8 blocks of 128": _Weight(
-        format="float8_e4m3",
-        bits=8,
-        granularity="block",
-        block_size=(128, 128),
-        code_dtype="float8_e4m3fn",
-        scale_dtype="float32",
-    ),
-    "MXFP4": _Weight(format="mxfp4", bits=4, group_size=32, scale_dtype="float8_e8m0fnu"),
-    "NVFP4": _Weight(
-        format="nvfp4",
-        bits=4,
-        group_size=16,
-        scale_dtype="float8_e4m3fn",
-        extras=("global_scale",),
-    ),
-    "MXFP8": _Weight(
-        format="mxfp8",
-        bits=8,
-        group_size=32,
-        code_dtype="float8_e4m3fn",
-        scale_dtype="float8_e8m0fnu",
-    ),
-}
+def _weights() -> dict[str, _Weight]:
+    """By the title of their storage."""
+    return {
+        storage.title: _Weight(format, storage)
+        for format in WORD_FORMATS.values()
+        for storage in format.storages
+    }
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -152,14 +107,9 @@ def kernel_cases() -> list[KernelCase]:
     ]
 
 
-def _readable() -> list[str]:
-    """The ways to store a weight that kernels read."""
-    return [name for name, weight in _WEIGHTS.items() if weight.format in WORD_FORMATS]
-
-
 def _matrix_vector_cases() -> list[KernelCase]:
     def case(name: str, rows: int, k: int, n: int, *, label: str = "") -> KernelCase:
-        weight = _WEIGHTS[name]
+        weight = _weights()[name]
         return KernelCase(
             name=f"matrix-vector {name}, {rows} x {k} x {n}{label}",
             kernel=f"matrix-vector {name}",
@@ -167,10 +117,10 @@ def _matrix_vector_cases() -> list[KernelCase]:
             representative=not label and rows == 1,
             weights_per_iteration=fma_weights(rows),
             bytes_per_weight=weight.bytes_per_weight(),
-            instruction_limit=weight.limit if rows == 1 else None,
+            instruction_limit=weight.storage.instruction_limit if rows == 1 else None,
         )
 
-    cases = [case(name, rows, *_REPRESENTATIVE) for name in _readable() for rows in (1, 2, 4, 8)]
+    cases = [case(name, rows, *_REPRESENTATIVE) for name in _weights() for rows in (1, 2, 4, 8)]
     return cases + [
         case("int4 groups of 128", 1, k, n, label=f" ({layer})")
         for layer, (k, n) in _LAYERS.items()
@@ -190,7 +140,7 @@ def _integer_cases() -> list[KernelCase]:
     """int8 activations."""
 
     def case(name: str, rows: int) -> KernelCase:
-        weight = _WEIGHTS[name]
+        weight = _weights()[name]
         k, n = _REPRESENTATIVE
         return KernelCase(
             name=f"int8 x {name}, {rows} x {k} x {n}",
@@ -217,7 +167,7 @@ def _mlp_cases() -> list[KernelCase]:
         KernelCase(
             name=f"MLP int4 groups of 128, {rows} x 4096 x 14336",
             kernel="MLP int4 groups of 128",
-            build=functools.partial(_mlp, _WEIGHTS["int4 groups of 128"], rows, 4096, 14336),
+            build=functools.partial(_mlp, _weights()["int4 groups of 128"], rows, 4096, 14336),
             representative=rows == 1,
         )
         for rows in (1, 2, 8)
@@ -250,7 +200,7 @@ def _experts_cases() -> list[KernelCase]:
     """
 
     def case(name: str, tokens: int, *, both: bool = False) -> KernelCase:
-        weight = _WEIGHTS[name]
+        weight = _weights()[name]
         return KernelCase(
             name=f"experts {name}, {tokens} x 6 of 64{', both products' if both else ''}",
             kernel=f"experts {name}",
@@ -258,12 +208,12 @@ def _experts_cases() -> list[KernelCase]:
             representative=tokens == 1 and not both,
             weights_per_iteration=fma_weights(1),
             bytes_per_weight=weight.bytes_per_weight(),
-            instruction_limit=weight.limit,
+            instruction_limit=weight.storage.instruction_limit,
         )
 
     often = ("int4 groups of 128", "int8 per channel", "WINT2's code")
     return [
-        *(case(name, 1) for name in _readable()),
+        *(case(name, 1) for name in _weights()),
         *(case(name, tokens, both=True) for name in often for tokens in (1, 4)),
     ]
 

@@ -34,7 +34,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.mosaic.launch import load, runs_interpreted, store, synchronize
-from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
+from pallas_kernels.weights.kernel_weight import KernelWeight
+from pallas_kernels.weights.layout import WeightLayout
 
 ReadX = Callable[[Any, int, Any], jax.Array]
 
@@ -334,20 +335,8 @@ def packed_bytes(ref: Any, index: Any, of_column: Any, per_word: int = 4) -> jax
 
 def read_scale(layout: WeightLayout, ref: Any, group: Any, of_column: Any) -> jax.Array:
     """float32 scales of a group."""
-    if not layout.packed_scales:
+    packed = layout.packed_scale
+    if packed is None:
         return of_column(ref, group).astype(jnp.float32)
-    code = packed_bytes(ref, group, of_column, layout.packed_scales)
-    if layout.scale_dtype == "uint4":
-        return code.astype(jnp.float32)
-    if layout.scale_dtype == "float8_e8m0fnu":
-        return lax.bitcast_convert_type(code << jnp.int32(23), jnp.float32)
-    return e4m3_scale(code, runs_interpreted())
-
-
-def e4m3_scale(code: jax.Array, interpreted: bool) -> jax.Array:
-    """Bits of positive float8_e4m3fn numbers, int32 -> float32."""
-    value = lax.bitcast_convert_type(code << jnp.int32(20), jnp.float32) * jnp.float32(2.0**120)
-    if not interpreted:
-        return value
-    # Small ones are subnormal float32 numbers before the product, which XLA on CPU flushes.
-    return jnp.where(code < 8, code.astype(jnp.float32) * jnp.float32(2.0**-9), value)
+    code = packed_bytes(ref, group, of_column, packed.per_word)
+    return packed.decode(code, runs_interpreted())

@@ -47,7 +47,8 @@ from pallas_kernels.matmul.row_sources import (
 from pallas_kernels.mosaic.launch import launch, store, synchronize
 from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.weights.decoded_weight import decoded_weight
-from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
+from pallas_kernels.weights.kernel_weight import KernelWeight
+from pallas_kernels.weights.layout import WeightLayout
 
 
 def gathered_matrix_vector_reference(

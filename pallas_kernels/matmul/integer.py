@@ -42,10 +42,6 @@ from pallas_kernels.mosaic.launch import THREADS, launch, load, runs_interpreted
 from pallas_kernels.transformations import batchable
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight
-from pallas_kernels.weights.word_format import SIGN_BITS
-
-BITS = {"int8": 8, "int4": 4, "int2": 2}
-"""Formats with a kernel here. Codes of 3 bits fill no bytes: their products decode to floats."""
 
 
 def integer_matrix_vector_reference(x: jax.Array, w: KernelWeight) -> jax.Array:
@@ -60,7 +56,7 @@ def integer_matrix_vector(
 
     Args:
       x: int8 ``[M, K]``, M at most 8.
-      w: ``[K, N]`` of a format in `BITS`.
+      w: ``[K, N]`` that `has_kernel`.
       config: how to cut the product; None chooses by the device.
 
     Returns:
@@ -77,8 +73,8 @@ def integer_matrix_vector(
     m, k = x.shape
     if not has_kernel(w) or w.words.ndim != 2 or k != w.layout.k:
         raise ValueError(
-            f"integer_matrix_vector: x {x.shape} needs a weight [K={k}, N] of {', '.join(BITS)}, "
-            f"found {w.layout.format} {w.shape}."
+            f"integer_matrix_vector: x {x.shape} needs a weight [K={k}, N] whose codes fill "
+            f"bytes, found {w.layout.format} {w.shape}."
         )
     if config is None:
         config = choose_config(w.layout, m, multiprocessors())
@@ -87,8 +83,11 @@ def integer_matrix_vector(
 
 
 def has_kernel(w: KernelWeight) -> bool:
-    """Whether a weight has byte planes, and groups of more than one unit of them."""
-    return w.layout.format in BITS and w.layout.segment_units > 1
+    """Whether a weight's codes fill bytes, and its groups more than one unit of them.
+
+    Codes of 3 bits do not: their products decode to floats.
+    """
+    return w.layout.words.byte_rows is not None and w.layout.segment_units > 1
 
 
 def x_words(x: jax.Array, w: KernelWeight) -> jax.Array:
@@ -101,23 +100,6 @@ def x_words(x: jax.Array, w: KernelWeight) -> jax.Array:
     x = x.reshape(x.shape[0], -1, layout.words.rows)
     planes = jnp.stack([jnp.stack([x[..., r] for r in rows], axis=-1) for rows in order], axis=-2)
     return jnp.moveaxis(lax.bitcast_convert_type(planes, jnp.int32), 0, -1)
-
-
-def signed_planes(word: jax.Array, bits: int) -> list[jax.Array]:
-    """A word of unsigned codes -> words of four signed bytes, ``2^(8 - bits) * (code - middle)``.
-
-    The code's bits go to the top of each byte, and its highest is flipped: two's complement. Bits
-    that a shift carries into the next byte are masked.
-    """
-    if bits == 8:
-        return [word ^ jnp.int32(SIGN_BITS)]
-    mask = int.from_bytes(bytes([256 - (1 << (8 - bits))] * 4), "little", signed=True)
-    planes = []
-    for i in range(8 // bits):
-        shift = 8 - bits * (i + 1)
-        moved = word << jnp.full_like(word, shift) if shift else word
-        planes.append((moved & jnp.int32(mask)) ^ jnp.int32(SIGN_BITS))
-    return planes
 
 
 def dot4(a: jax.Array, b: jax.Array, c: jax.Array, layout: Any) -> jax.Array:
@@ -170,7 +152,7 @@ def _accumulate(
 ) -> jax.Array:
     """Partial sums of the block: float32 ``[M, columns]``, scales applied."""
     layout = piece.layout
-    bits = BITS[layout.format]
+    bits = layout.words.bits
     units = layout.segment_units
     step = min(max(piece.step, 2), units)
     columns = pl.ds(first_column, piece.columns)
@@ -195,7 +177,7 @@ def _accumulate(
         start = (first_segment + segment) * units + t * step
         rows = pl.ds(start, step)
         word = load(refs.words.at[rows, 0, columns], fields)
-        for i, plane in enumerate(signed_planes(word, bits)):
+        for i, plane in enumerate(layout.words.signed_planes(word)):
             x = load(x_ref.at[rows, i], staged)
             wide = lax.broadcast_in_dim(x, shape, (0, 1))
             parts = dot4(lax.broadcast_in_dim(plane, shape, (0, 2)), wide, parts, products)

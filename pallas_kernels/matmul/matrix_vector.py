@@ -38,7 +38,8 @@ from pallas_kernels.matmul.row_sources import (
 from pallas_kernels.mosaic.launch import launch, store, synchronize
 from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.weights.decoded_weight import decoded_weight
-from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
+from pallas_kernels.weights.kernel_weight import KernelWeight
+from pallas_kernels.weights.layout import WeightLayout
 
 _MOST_STAGED = 32 * 1024
 """Bytes of staged x: a T4 has 64 KiB of shared memory for all programs of a multiprocessor."""

@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.matmul.core import ReadX
 from pallas_kernels.mosaic.launch import THREADS, load, synchronize
-from pallas_kernels.weights.kernel_weight import KernelWeight, WeightLayout
+from pallas_kernels.weights.kernel_weight import KernelWeight
+from pallas_kernels.weights.layout import WeightLayout
 
 
 @dataclasses.dataclass(frozen=True)

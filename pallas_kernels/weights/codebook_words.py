@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mosaic import lane_instructions as lanes
-from pallas_kernels.weights.word_format import WORD_FORMATS, WordFormat, shift_right
+from pallas_kernels.weights.word_format import (
+    Arrays,
+    NamedArrays,
+    Rows,
+    Storage,
+    WordFormat,
+    shift_right,
+)
 
 NF4_LEVELS = tuple(
     float(np.float32(level))
@@ -36,6 +42,8 @@ NF4_LEVELS = tuple(
 )
 """float32 levels of NF4 as bitsandbytes ships them (QLoRA, arXiv 2305.14314, appendix E)."""
 
+_SUPER_COLUMNS = 256  # columns that share the scale of a scale
+
 
 @dataclasses.dataclass(frozen=True)
 class CodebookWords(WordFormat):
@@ -50,13 +58,7 @@ class CodebookWords(WordFormat):
 
     levels: tuple[float, ...] = ()
 
-    def decode(
-        self,
-        words: Sequence[jax.Array],
-        columns: Sequence[jax.Array],
-        interpreted: bool,
-        layout: Any = None,
-    ) -> list[jax.Array]:
+    def decode(self, words: Arrays, columns: Arrays, interpreted: bool, layout: Any = None) -> Rows:
         """A shift and a shuffle a row."""
         (word,) = words
         if interpreted:
@@ -77,7 +79,24 @@ class CodebookWords(WordFormat):
             values = [jnp.where(is_set, high, low) for low, high in pairs]
         return values[0]
 
+    def merged_scale(self, arrays: NamedArrays, n: int) -> tuple[jax.Array, NamedArrays]:
+        """Of scales that are codes themselves (double quantization) what they stand for."""
+        names = ("scale", "super_scale", "scale_offset")
+        if "super_scale" not in arrays:
+            return super().merged_scale(arrays, n)
+        kept = {name: arrays[name] for name in names}
+        scale, step, offset = kept.values()
+        wide = jnp.broadcast_to(step[..., None], (*step.shape, _SUPER_COLUMNS))
+        wide = wide.reshape(*step.shape[:-1], -1)[..., :n]
+        return scale.astype(jnp.float32) * wide + offset, kept
 
-FORMATS: tuple[WordFormat, ...] = (CodebookWords(name="nf4", words=1, rows=8, levels=NF4_LEVELS),)
 
-WORD_FORMATS.update((format.name, format) for format in FORMATS)
+FORMATS: tuple[WordFormat, ...] = (
+    CodebookWords(
+        name="nf4",
+        words=1,
+        rows=8,
+        levels=NF4_LEVELS,
+        storages=(Storage("NF4 groups of 64", group_size=64),),
+    ),
+)

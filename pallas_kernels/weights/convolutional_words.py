@@ -7,8 +7,8 @@ rounding, and the rows are windows of 6 bits of that word, which overlap by 3::
     row i of the four = ((state >> (9, 6, 3, 0)[i]) & 63) - 32
 
 One bit of difference in a rounding is another state and other weights, so the GPU's form names the
-rounding of every instruction (``mul.rn`` is never fused with the addition that follows). The byte
-is read as linear bits, 2^-149 of itself. ``code_scale`` is staged 2^100 times larger, so that the
+rounding of every instruction (`mul.rn` is never fused with the addition that follows). The byte
+is read as linear bits, 2^-149 of itself. `code_scale` is staged 2^100 times larger, so that the
 product and all that follows is 2^-49 of itself: no exponent leaves the range of float32, and the
 roundings are the same ones. The last addition rounds down, to a number of which the mantissa is the
 state and one bit of fraction; from there the windows are linear bits, without shifts. The sum with
@@ -19,7 +19,6 @@ States below 0 read as two's complement, as in the definition; they must be belo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,10 +28,11 @@ from jax import lax
 from pallas_kernels.mosaic import lane_instructions as lanes
 from pallas_kernels.weights.word_format import (
     LINEAR_EXPONENT,
-    WORD_FORMATS,
+    Arrays,
+    LinearWords,
+    Rows,
+    Storage,
     WordFormat,
-    linear_exponent,
-    linear_exponents,
     linear_field,
     shift_right,
 )
@@ -44,7 +44,7 @@ FRACTION_BITS = 1
 """Bits below the state's lowest in the mantissa after the last addition."""
 
 STAGED_SCALE = 100
-"""Powers of two that ``code_scale`` is multiplied by."""
+"""Powers of two that `code_scale` is multiplied by."""
 
 ROUNDED_EXPONENT = STAGED_SCALE - LINEAR_EXPONENT
 """Powers of two that code_offset and the state are multiplied by: the product's."""
@@ -54,28 +54,23 @@ ROUNDING = 1.5 * 2.0**22 + 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvolutionalWords(WordFormat):
+class ConvolutionalWords(LinearWords):
     """Sixteen rows in a word."""
 
     def bias(self, zero_point: str) -> float:
         """Windows are 0 .. 63."""
         return 32.0
 
-    def exponents(self, interpreted: bool) -> tuple[int, ...]:
-        """Undo the position of each window."""
-        return linear_exponents([shift + FRACTION_BITS for shift in SHIFTS] * 4, interpreted)
+    @property
+    def positions(self) -> list[int]:
+        """Of each window in its byte's word."""
+        return [shift + FRACTION_BITS for shift in SHIFTS] * 4
 
-    def exponent(self, interpreted: bool) -> int:
-        """That of linear bits."""
-        return linear_exponent(interpreted)
+    def extra_shapes(self, n: int) -> dict[str, tuple[int, int]]:
+        """Both constants of a column, and its scale."""
+        return super().extra_shapes(n) | {"super_scale": (1, n)}
 
-    def decode(
-        self,
-        words: Sequence[jax.Array],
-        columns: Sequence[jax.Array],
-        interpreted: bool,
-        layout: Any = None,
-    ) -> list[jax.Array]:
+    def decode(self, words: Arrays, columns: Arrays, interpreted: bool, layout: Any = None) -> Rows:
         """Per byte one instruction to take it, three to round, then a mask a row."""
         (word,), (code_scale, code_offset) = words, columns
         if interpreted:
@@ -132,7 +127,13 @@ def rounded_states(
 
 
 FORMATS: tuple[WordFormat, ...] = (
-    ConvolutionalWords(name="cc2", words=1, rows=16, columns=("code_scale", "code_offset")),
+    ConvolutionalWords(
+        name="cc2",
+        words=1,
+        rows=16,
+        columns=("code_scale", "code_offset"),
+        column_scale="super_scale",
+        scale_dtype="uint4",
+        storages=(Storage("WINT2's code", group_size=64, scale_dtype="uint4"),),
+    ),
 )
-
-WORD_FORMATS.update((format.name, format) for format in FORMATS)

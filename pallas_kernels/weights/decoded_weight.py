@@ -5,13 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul.core import e4m3_scale
 from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.word_format import words_to_bytes
 
 
 def decoded_weight(w: KernelWeight) -> jax.Array:
-    """float32 ``[..., K, N]``, by the same masks as the kernels, with conversions."""
+    """float32 `[..., K, N]`, by the same masks as the kernels, with conversions."""
     layout, words = w.layout, w.layout.words
     *lead, rows, columns = w.words.shape
     units = w.words.reshape(*lead, rows // words.words, words.words, columns)
@@ -33,25 +32,15 @@ def decoded_weight(w: KernelWeight) -> jax.Array:
 
 
 def group_scales(w: KernelWeight) -> jax.Array:
-    """float32 ``[..., groups, N']``."""
-    layout = w.layout
-    if not layout.packed_scales:
+    """float32 `[..., groups, N']`."""
+    packed = w.layout.packed_scale
+    if packed is None:
         return w.scale.astype(jnp.float32)
-    codes = words_to_bytes(w.scale)
-    if layout.scale_dtype == "uint4":
-        *lead, rows, columns = codes.shape
-        nibbles = jnp.stack([codes & jnp.uint8(15), codes >> jnp.uint8(4)], axis=-2)
-        codes = nibbles.reshape(*lead, 2 * rows, columns)
-    codes = codes[..., : layout.groups, :].astype(jnp.int32)
-    if layout.scale_dtype == "uint4":
-        return codes.astype(jnp.float32)
-    if layout.scale_dtype == "float8_e8m0fnu":
-        return jax.lax.bitcast_convert_type(codes << jnp.int32(23), jnp.float32)
-    return e4m3_scale(codes, True)
+    return packed.decode(packed.unpack(w.scale, w.layout.groups), True)
 
 
 def _over_rows(w: KernelWeight, a: jax.Array, rows: int) -> jax.Array:
-    """``[..., groups, N'] -> [..., rows, N']``."""
+    """`[..., groups, N'] -> [..., rows, N']`."""
     group = w.layout.group or rows
     *lead, groups, columns = a.shape
     wide = jnp.broadcast_to(a[..., :, None, :], (*lead, groups, group, columns))

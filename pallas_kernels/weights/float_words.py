@@ -10,7 +10,6 @@ Formats have no infinities or NaN: the bits of those read as the next numbers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,11 +20,13 @@ from jax import lax
 from pallas_kernels.mosaic import lane_instructions as lanes
 from pallas_kernels.weights.word_format import (
     STAGED_EXPONENT,
-    WORD_FORMATS,
+    Arrays,
+    Rows,
+    Storage,
     WordFormat,
     bytes_to_words,
+    per_channel,
     shift_right,
-    words_to_bytes,
 )
 
 FLOAT16_EXPONENT = 112
@@ -34,7 +35,7 @@ FLOAT16_EXPONENT = 112
 
 @dataclasses.dataclass(frozen=True)
 class SmallFloatWords(WordFormat):
-    """Rows that are small floats, each ``((word << left) >> right) & mask`` of the one word.
+    """Rows that are small floats, each `((word << left) >> right) & mask` of the one word.
 
     The right shift copies the sign, which stays in bit 31 when the rest moves.
 
@@ -63,13 +64,7 @@ class SmallFloatWords(WordFormat):
         missing = 127 - (2 ** (self.exponent_bits - 1) - 1)
         return missing - (FLOAT16_EXPONENT if interpreted else STAGED_EXPONENT)
 
-    def decode(
-        self,
-        words: Sequence[jax.Array],
-        columns: Sequence[jax.Array],
-        interpreted: bool,
-        layout: Any = None,
-    ) -> list[jax.Array]:
+    def decode(self, words: Arrays, columns: Arrays, interpreted: bool, layout: Any = None) -> Rows:
         """At most two shifts and a mask a row."""
         (word,) = words
         if interpreted:
@@ -137,13 +132,7 @@ class Float4Words(SmallFloatWords):
         lanes_ = np.arange(32, dtype=np.int32)
         return [float(value) for value in self.index_bits(lanes_).view(np.float32)]
 
-    def decode(
-        self,
-        words: Sequence[jax.Array],
-        columns: Sequence[jax.Array],
-        interpreted: bool,
-        layout: Any = None,
-    ) -> list[jax.Array]:
+    def decode(self, words: Arrays, columns: Arrays, interpreted: bool, layout: Any = None) -> Rows:
         """A shift and a mask, or a shift and a shuffle, a row."""
         (word,) = words
         if interpreted:
@@ -166,36 +155,64 @@ class Float4Words(SmallFloatWords):
             word = word | (stream >> jnp.uint32(bit) & jnp.uint32(1)) << jnp.uint32(place)
         return lax.bitcast_convert_type(word, jnp.int32)
 
-    def unpack(self, words: jax.Array) -> jax.Array:
+    def unpack(self, words: jax.Array, dtype: str = "uint8") -> jax.Array:
         """Moves them back."""
         word = lax.bitcast_convert_type(words, jnp.uint32)
         stream = jnp.zeros_like(word)
         for bit, place in enumerate(sum(self.places, ())):
             stream = stream | (word >> jnp.uint32(place) & jnp.uint32(1)) << jnp.uint32(bit)
-        return words_to_bytes(lax.bitcast_convert_type(stream, jnp.int32))
+        return super().unpack(lax.bitcast_convert_type(stream, jnp.int32), dtype)
 
 
-def _float8(name: str, exponent_bits: int) -> SmallFloatWords:
+@dataclasses.dataclass(frozen=True)
+class GlobalScaleWords(Float4Words):
+    """Scales of groups of which one more float32 is shared by the whole weight."""
+
+    column_scale: str | None = "global_scale"
+
+    def extra_shapes(self, n: int) -> dict[str, tuple[int, int]]:
+        """One number."""
+        return {"global_scale": (1, 1)}
+
+
+def _float8(name: str, exponent_bits: int, *storages: Storage) -> SmallFloatWords:
     """Four consecutive rows in a word, the first in the lowest byte: 3 instructions each, or 2."""
     # The sign stays in place, the byte's other 7 bits go from bit 30 down to the exponent's.
     right = 8 - exponent_bits
-    shifts = tuple((left, right) for left in (24, 16, 8, 0))
     return SmallFloatWords(
         name=name,
         words=1,
         rows=4,
-        shifts=shifts,
+        shifts=tuple((left, right) for left in (24, 16, 8, 0)),
         exponent_bits=exponent_bits,
         mantissa_bits=7 - exponent_bits,
+        storages=storages,
     )
 
 
-FORMATS: tuple[WordFormat, ...] = (
-    _float8("float8_e4m3", 4),
-    _float8("float8_e5m2", 5),
-    _float8("mxfp8", 4),
-    Float4Words(name="mxfp4", words=1, rows=8),
-    Float4Words(name="nvfp4", words=1, rows=8),
-)
+_E4M3: dict[str, Any] = {"code_dtype": "float8_e4m3fn"}
+_E8M0: dict[str, Any] = {"group_size": 32, "scale_dtype": "float8_e8m0fnu"}
 
-WORD_FORMATS.update((format.name, format) for format in FORMATS)
+FORMATS: tuple[WordFormat, ...] = (
+    _float8(
+        "float8_e4m3",
+        4,
+        per_channel("fp8 per channel", **_E4M3),
+        Storage(
+            "fp8 blocks of 128",
+            granularity="block",
+            block_size=(128, 128),
+            scale_dtype="float32",
+            **_E4M3,
+        ),
+    ),
+    _float8("float8_e5m2", 5),
+    Float4Words(name="mxfp4", words=1, rows=8, storages=(Storage("MXFP4", **_E8M0),)),
+    GlobalScaleWords(
+        name="nvfp4",
+        words=1,
+        rows=8,
+        storages=(Storage("NVFP4", group_size=16, scale_dtype="float8_e4m3fn"),),
+    ),
+    _float8("mxfp8", 4, Storage("MXFP8", **_E8M0, **_E4M3)),
+)

@@ -7,17 +7,17 @@ rows, and that is all that a matrix kernel knows of a format::
     sum_k weight_k * x_k = 2**exponent * sum_k decoded_k * (x_k * 2**exponents[k % rows])
                            - bias * sum_k x_k
 
-(before scales; ``bias`` where codes are offset binary). The powers of two cost nothing, the kernel
+(before scales; `bias` where codes are offset binary). The powers of two cost nothing, the kernel
 stages x once for all columns, and they are what makes decoding cheap:
 
 **Linear bits.** Any integer below 2^24, read as the bits of a float32, *is* that integer times
 2^-149: subnormals and the first binade of float32 share one step. GPU arithmetic is exact and of
 full speed there. So a field of a word is decoded by one AND with a mask, without a shift or a
-conversion: the field at bit p comes out as ``q * 2**(p - 149)``, and ``x * 2**(64 - p)`` undoes the
-position. Fields above bit 23 are shifted down first. Numbers are safe while ``|x| < 2**60``, and
-have all bits of a float32 while ``|x| > 2**-40``: products of smaller ones lose their last.
+conversion: the field at bit p comes out as `q * 2**(p - 149)`, and `x * 2**(64 - p)` undoes the
+position. Fields above bit 23 are shifted down first. Numbers are safe while `|x| < 2**60`, and
+have all bits of a float32 while `|x| > 2**-40`: products of smaller ones lose their last.
 
-XLA on CPU flushes subnormals to zero, therefore the interpreter converts (``astype``) instead of
+XLA on CPU flushes subnormals to zero, therefore the interpreter converts (`astype`) instead of
 reinterpreting bits: the same masks, with exponents that differ by a constant.
 """
 
@@ -31,6 +31,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+Arrays = Sequence[jax.Array]
+Rows = list[jax.Array]
+NamedArrays = dict[str, jax.Array]
+
 LINEAR_EXPONENT = 149
 """Bits of an integer below 2^24, read as a float32, are the integer times 2^-149."""
 
@@ -42,20 +46,66 @@ STAGED_EXPONENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
+class Storage:
+    """A way to store a weight: what its arrays are besides the format; static.
+
+    Attributes:
+      title: for people: "int4 groups of 128".
+      granularity: `tensor`, `channel`, `group` or `block`.
+      group_size: rows that share a scale; only with `group`.
+      block_size: rows and columns that share a scale; only with `block`.
+      zero_point: `none`, `half` or `integer`.
+      code_dtype: of the canonical codes.
+      scale_dtype: of the canonical scales; of those of `WordFormat.scale_dtype`, that.
+      instruction_limit: more machine instructions a weight than this are a failure of the check.
+    """
+
+    title: str
+    granularity: str = "group"
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+    zero_point: str = "none"
+    code_dtype: str = "uint8"
+    scale_dtype: str = "bfloat16"
+    instruction_limit: float | None = None
+
+
+def per_channel(title: str, **changes: Any) -> Storage:
+    """A float32 scale for each column."""
+    return Storage(title, granularity="channel", scale_dtype="float32", **changes)
+
+
+@dataclasses.dataclass(frozen=True)
 class WordFormat:
     """One weight format in words; formats with their own decoding override methods.
+
+    A format is one object in a file of its own and a row in `pallas_kernels.weights.formats`;
+    nothing else knows its name.
 
     Attributes:
       name: of the format, as in a QTensor's spec.
       words: int32 words of a unit.
       rows: rows of K of a unit; divides 128.
-      columns: names of float32 constants of a column that decoding needs.
+      columns: names of the float32 constants `[..., 1, N]` of a column that decoding needs.
+      column_scale: name of the canonical array that multiplies whole columns besides `scale`, which
+        is of groups then.
+      scale_dtype: of the scales, where the canonical array's dtype does not say it (`uint4`, two
+        in a byte).
+      storages: ways to store a weight that are compiled ahead of time; kernels take others too.
     """
 
     name: str
     words: int
     rows: int
     columns: tuple[str, ...] = ()
+    column_scale: str | None = None
+    scale_dtype: str | None = None
+    storages: tuple[Storage, ...] = ()
+
+    @property
+    def bits(self) -> int:
+        """Of a row's code."""
+        return 32 * self.words // self.rows
 
     def bias(self, zero_point: str) -> float:
         """What is subtracted from every decoded value; zero_point as in a QTensor's spec."""
@@ -69,13 +119,7 @@ class WordFormat:
         """The power of two that the finished sum is multiplied by."""
         return 0
 
-    def decode(
-        self,
-        words: Sequence[jax.Array],
-        columns: Sequence[jax.Array],
-        interpreted: bool,
-        layout: Any = None,
-    ) -> list[jax.Array]:
+    def decode(self, words: Arrays, columns: Arrays, interpreted: bool, layout: Any = None) -> Rows:
         """Words of a unit -> its rows, before bias and scale; in kernels, element by element.
 
         Args:
@@ -83,43 +127,82 @@ class WordFormat:
           columns: float32 arrays of that shape, in the order of `columns`.
           interpreted: whether XLA on CPU runs this, rather than a GPU.
           layout: of these arrays in a kernel, for formats that need instructions without a name in
-            `jax.numpy`; None: arrays ``[columns]``, neighbours in one thread.
+            `jax.numpy`; None: arrays `[columns]`, neighbours in one thread.
 
         Returns:
           `rows` float32 arrays.
         """
         raise NotImplementedError(self.name)
 
+    def code_rows(self, k: int) -> int:
+        """Rows of bytes of the canonical codes of K rows."""
+        return -(-k * self.bits // 8)
+
     def pack(self, codes: jax.Array) -> jax.Array:
         """Canonical codes -> words, in plain JAX.
 
         Args:
-          codes: one byte an element, ``[..., B, N]``: the little-endian bit stream of each column,
+          codes: one byte an element, `[..., B, N]`: the little-endian bit stream of each column,
             filled up to whole units. B = 4 * words * units.
 
         Returns:
-          int32 ``[..., words * units, N]``.
+          int32 `[..., words * units, N]`.
         """
         return bytes_to_words(codes)
 
-    def unpack(self, words: jax.Array) -> jax.Array:
-        """The inverse of `pack`; uint8."""
-        return words_to_bytes(words)
+    def unpack(self, words: jax.Array, dtype: str = "uint8") -> jax.Array:
+        """The inverse of `pack`; of the codes' dtype."""
+        codes = words_to_bytes(words)
+        return codes if dtype == "uint8" else lax.bitcast_convert_type(codes, jnp.dtype(dtype))
+
+    def extra_shapes(self, n: int) -> dict[str, tuple[int, int]]:
+        """Canonical arrays that the format has besides codes, scale and zero points."""
+        return dict.fromkeys(self.columns, (1, n))
+
+    def merged_scale(self, arrays: NamedArrays, n: int) -> tuple[jax.Array, NamedArrays]:
+        """Scales as a kernel reads them, and canonical arrays to keep if they say more than those.
+
+        Args:
+          arrays: canonical.
+          n: columns.
+        """
+        return arrays["scale"], {}
 
     @property
     def byte_rows(self) -> tuple[tuple[int, int, int, int], ...] | None:
-        """For each array of `byte_planes`, the rows that its four bytes hold; None: there is no
+        """For each array of `signed_planes`, the rows that its four bytes hold; None: there is no
         such form, and products with int8 activations decode as all others do.
         """
         return None
 
-    def byte_planes(self, words: Sequence[jax.Array]) -> list[jax.Array]:
-        """Words of a unit -> int32 arrays of four unsigned codes each, for four-byte dots."""
+    def signed_planes(self, word: jax.Array) -> list[jax.Array]:
+        """A unit's word -> int32 arrays of four signed bytes each, for four-byte dots: the codes
+        minus the middle of their range, times `2^(8 - bits)`.
+        """
         raise NotImplementedError(self.name)
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearWords(WordFormat):
+    """Formats whose rows are fields of words, read as linear bits (see above)."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """For each row of a unit, the lowest bit of its field when it is decoded."""
+        raise NotImplementedError(self.name)
+
+    def exponents(self, interpreted: bool) -> tuple[int, ...]:
+        """Undo the position of each field."""
+        staged = 0 if interpreted else STAGED_EXPONENT
+        return tuple(staged - position for position in self.positions)
+
+    def exponent(self, interpreted: bool) -> int:
+        """That of linear bits."""
+        return 0 if interpreted else LINEAR_EXPONENT - STAGED_EXPONENT
+
+
 def bytes_to_words(codes: jax.Array) -> jax.Array:
-    """Bytes (any dtype of one byte) ``[..., 4 * R, N]`` -> int32 ``[..., R, N]``, little-endian."""
+    """Bytes (any dtype of one byte) `[..., 4 * R, N]` -> int32 `[..., R, N]`, little-endian."""
     if codes.dtype != jnp.uint8:
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
     *lead, rows, n = codes.shape
@@ -144,169 +227,16 @@ def shift_right(word: jax.Array, bits: int) -> jax.Array:
 
 
 def linear_bits(bits: jax.Array, interpreted: bool) -> jax.Array:
-    """int32 in ``0 .. 2^24 - 1`` -> float32 of that integer, times 2^-149 unless interpreted."""
+    """int32 in `0 .. 2^24 - 1` -> float32 of that integer, times 2^-149 unless interpreted."""
     if interpreted:
         return bits.astype(jnp.float32)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def linear_field(word: jax.Array, position: int, bits: int, interpreted: bool) -> jax.Array:
-    """The field ``position .. position + bits - 1`` (at most 24) of a word as linear bits.
+    """The field `position .. position + bits - 1` (at most 24) of a word as linear bits.
 
-    Its value is the field times ``2**position``, times 2^-149 unless interpreted.
+    Its value is the field times `2**position`, times 2^-149 unless interpreted.
     """
     mask = ((1 << bits) - 1) << position
     return linear_bits(word & jnp.int32(mask), interpreted)
-
-
-def linear_exponents(positions: Sequence[int], interpreted: bool) -> tuple[int, ...]:
-    """`WordFormat.exponents` of rows whose fields are linear bits at these positions."""
-    staged = 0 if interpreted else STAGED_EXPONENT
-    return tuple(staged - p for p in positions)
-
-
-def linear_exponent(interpreted: bool) -> int:
-    """`WordFormat.exponent` of a format of linear bits."""
-    return 0 if interpreted else LINEAR_EXPONENT - STAGED_EXPONENT
-
-
-@dataclasses.dataclass(frozen=True)
-class IntegerWords(WordFormat):
-    """Codes of 8, 4 or 2 bits: ``32 / bits`` consecutive rows in a word, the first lowest.
-
-    Signed int8 codes become offset binary, so that every code is an unsigned field. Four-byte dots
-    read the same words: ``w >> i * bits`` masked to the low `bits` of each byte holds the rows
-    ``i, i + 8 / bits, ...``.
-    """
-
-    bits: int = 4
-
-    def bias(self, zero_point: str) -> float:
-        """The middle of the codes; half a step less for ``half``, 0 where zeros are stored."""
-        middle = 2.0 ** (self.bits - 1)
-        return {"none": middle, "half": middle - 0.5, "integer": 0.0}[zero_point]
-
-    def exponents(self, interpreted: bool) -> tuple[int, ...]:
-        """Undo the position of each field."""
-        return linear_exponents([position for _, position in self._fields], interpreted)
-
-    def exponent(self, interpreted: bool) -> int:
-        """That of linear bits."""
-        return linear_exponent(interpreted)
-
-    @property
-    def _fields(self) -> list[tuple[int, int]]:
-        """For each row, the shift of the word and the position of the field after it."""
-        positions = range(0, 32, self.bits)
-        shift = 24 if self.bits == 8 else 8
-        return [(0, p) if p + self.bits <= 24 else (shift, p - shift) for p in positions]
-
-    def decode(
-        self,
-        words: Sequence[jax.Array],
-        columns: Sequence[jax.Array],
-        interpreted: bool,
-        layout: Any = None,
-    ) -> list[jax.Array]:
-        """One mask a row, and one shift a word."""
-        (word,) = words
-        shifts = {shift for shift, _ in self._fields}
-        moved = {shift: shift_right(word, shift) if shift else word for shift in shifts}
-        rows = []
-        for shift, position in self._fields:
-            if shift + self.bits == 32:  # the shift has left nothing else
-                rows.append(linear_bits(moved[shift], interpreted))
-            else:
-                rows.append(linear_field(moved[shift], position, self.bits, interpreted))
-        return rows
-
-    def pack(self, codes: jax.Array) -> jax.Array:
-        """As the stream is; int8 becomes offset binary."""
-        words = bytes_to_words(codes)
-        return words ^ jnp.int32(SIGN_BITS) if codes.dtype == jnp.int8 else words
-
-    def unpack(self, words: jax.Array) -> jax.Array:
-        """uint8, offset binary where `pack` made it so."""
-        return words_to_bytes(words)
-
-    @property
-    def byte_rows(self) -> tuple[tuple[int, int, int, int], ...] | None:
-        """Every ``8 / bits``-th row."""
-        step = 8 // self.bits
-        return tuple((i, i + step, i + 2 * step, i + 3 * step) for i in range(step))
-
-    def byte_planes(self, words: Sequence[jax.Array]) -> list[jax.Array]:
-        """The word itself, or ``8 / bits`` masks of it."""
-        (word,) = words
-        if self.bits == 8:
-            return [word]
-        mask = ((1 << self.bits) - 1) * 0x01010101
-        planes = []
-        for i in range(8 // self.bits):
-            moved = shift_right(word, i * self.bits) if i else word
-            planes.append(moved & jnp.int32(mask))
-        return planes
-
-
-@dataclasses.dataclass(frozen=True)
-class ThreeBitWords(WordFormat):
-    """Codes of 3 bits as one stream: 32 consecutive rows in three words.
-
-    Ten rows of a word are fields of it; rows 10 and 21 lie in two words each and are put together
-    by three instructions.
-    """
-
-    _starts = (0, 1, 2)  # bit of a word's first whole field
-
-    def bias(self, zero_point: str) -> float:
-        """As `IntegerWords.bias`."""
-        return {"none": 4.0, "half": 3.5, "integer": 0.0}[zero_point]
-
-    def exponents(self, interpreted: bool) -> tuple[int, ...]:
-        """Undo the position of each field."""
-        positions = []
-        for start in self._starts:
-            fields = range(start, start + 30, 3)
-            positions += [p if p <= 21 else p - 8 for p in fields] + [0]
-        return linear_exponents(positions[:-1], interpreted)
-
-    def exponent(self, interpreted: bool) -> int:
-        """That of linear bits."""
-        return linear_exponent(interpreted)
-
-    def decode(
-        self,
-        words: Sequence[jax.Array],
-        columns: Sequence[jax.Array],
-        interpreted: bool,
-        layout: Any = None,
-    ) -> list[jax.Array]:
-        """One mask a row, one shift a word, and the two rows between words."""
-        rows = []
-        for i, (word, start) in enumerate(zip(words, self._starts, strict=True)):
-            shifted = shift_right(word, 8)
-            for position in range(start, start + 30, 3):
-                if position <= 21:
-                    rows.append(linear_field(word, position, 3, interpreted))
-                else:
-                    rows.append(linear_field(shifted, position - 8, 3, interpreted))
-            if i < 2:
-                low = shift_right(word, 30 + i)
-                high = words[i + 1] << jnp.int32(2 - i)
-                between = low | (high & jnp.int32(7 & -(4 >> i)))
-                rows.append(linear_bits(between, interpreted))
-        return rows
-
-
-_ALL: tuple[WordFormat, ...] = (
-    IntegerWords(name="int8", words=1, rows=4, bits=8),
-    IntegerWords(name="int4", words=1, rows=8, bits=4),
-    ThreeBitWords(name="int3", words=3, rows=32),
-    IntegerWords(name="int2", words=1, rows=16, bits=2),
-)
-
-WORD_FORMATS: dict[str, WordFormat] = {format.name: format for format in _ALL}
-"""Every format that matrix kernels read, by name."""
-
-# The other formats: each module derives from what is above and adds its own to the table.
-from pallas_kernels.weights import codebook_words, convolutional_words, float_words  # noqa: E402, F401

@@ -15,9 +15,10 @@ from fdq.nn.rotary import RotaryConfig
 from fdq.ops import self_check
 from pallas_kernels.append.cache_update import append, append_reference
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
-from pallas_kernels.matmul.integer import BITS, integer_matrix_vector
+from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
 from pallas_kernels.router.routing import router_logits, top_k_experts, top_k_experts_reference
+from pallas_kernels.weights.formats import WORD_FORMATS
 
 pytestmark = pytest.mark.gpu
 BOUND = 5e-6
@@ -39,7 +40,7 @@ def test_products(case, m):
     np.testing.assert_array_equal(y, matrix_vector(x, w))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.format in BITS], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if WORD_FORMATS[c.format].byte_rows], ids=str)
 def test_integer_products(case):
     w, values = random_weight(case, 512, 256)
     x = generator("gpu integers").integers(-127, 128, (2, 512))

@@ -12,9 +12,9 @@ from pallas_kernels.matmul.integer import (
     dot4_reference,
     integer_matrix_vector,
     integer_matrix_vector_reference,
-    signed_planes,
     x_words,
 )
+from pallas_kernels.weights.formats import WORD_FORMATS
 
 BOUND = 5e-6
 
@@ -85,7 +85,7 @@ def test_four_byte_dot_is_that_of_numpy(rng):
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_planes_hold_every_code_once(bits, rng):
     word = rng.integers(-(2**31), 2**31, 16).astype(np.int32)
-    planes = [np.asarray(p) for p in signed_planes(jnp.asarray(word), bits)]
+    planes = [np.asarray(p) for p in WORD_FORMATS[f"int{bits}"].signed_planes(jnp.asarray(word))]
     signed = np.stack([p.view(np.int8).reshape(16, 4) for p in planes], axis=-1).astype(int)
     fields = word.view(np.uint32)[:, None] >> np.arange(0, 32, bits, dtype=np.uint32)
     codes = (fields & (2**bits - 1)).astype(int) - 2 ** (bits - 1)

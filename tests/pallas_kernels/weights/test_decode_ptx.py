@@ -16,7 +16,7 @@ from ptx_machine import Machine
 from fdq.formats import FORMATS
 from fdq.formats.convolutional import SHIFTS
 from pallas_kernels.aot.ahead_of_time import unavailable
-from pallas_kernels.weights.word_format import WORD_FORMATS
+from pallas_kernels.weights.formats import WORD_FORMATS
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 

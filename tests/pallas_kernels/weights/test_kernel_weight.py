@@ -8,8 +8,8 @@ import pytest
 from canonical_weights import CASES, Case, decode, random_arrays
 
 from pallas_kernels.weights.decoded_weight import decoded_weight
+from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import from_kernel, to_kernel, unsupported
-from pallas_kernels.weights.word_format import WORD_FORMATS
 
 SHAPES = [(256, 136, (2,)), (384, 100, ()), (128, 200, (2, 1))]
 

@@ -21,7 +21,8 @@ from pallas_kernels.weights.convolutional_words import (
     SHIFTS,
     STAGED_SCALE,
 )
-from pallas_kernels.weights.word_format import WORD_FORMATS, words_to_bytes
+from pallas_kernels.weights.formats import WORD_FORMATS
+from pallas_kernels.weights.word_format import words_to_bytes
 
 FLOAT4 = ("mxfp4", "nvfp4")
 FLOAT8 = ("float8_e4m3", "float8_e5m2", "mxfp8")
