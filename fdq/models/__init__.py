@@ -2,14 +2,19 @@
 
 from fdq.models import ernie4_5, ernie4_5_moe, llama, qwen2, qwen3, qwen3_moe
 from fdq.models.config import DecoderConfig as DecoderConfig
-from fdq.models.config import MoEConfig as MoEConfig
 from fdq.models.decoder import Decoder as Decoder
-from fdq.models.decoder import DecoderLayer as DecoderLayer
 from fdq.models.decoder import abstract as abstract
 from fdq.models.family import CONFIGS as CONFIGS
 from fdq.models.family import FAMILIES as FAMILIES
 from fdq.models.family import Family as Family
 from fdq.models.family import from_huggingface as from_huggingface
+from fdq.models.layer import DecoderLayer as DecoderLayer
+from fdq.models.parts import ATTENTIONS as ATTENTIONS
+from fdq.models.parts import BLOCKS as BLOCKS
+from fdq.models.parts import MLPS as MLPS
+from fdq.models.parts import ROUTERS as ROUTERS
+from fdq.models.parts import MoEConfig as MoEConfig
+from fdq.models.parts import Part as Part
 
 for _family in (ernie4_5, ernie4_5_moe, llama, qwen2, qwen3, qwen3_moe):
     FAMILIES.register(_family.FAMILY)

@@ -1,4 +1,4 @@
-"""What a decoder is built from: sizes, rotary positions, experts."""
+"""What a decoder is built from: sizes, rotary positions, and the parts of its layers."""
 
 from __future__ import annotations
 
@@ -6,35 +6,34 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fdq.models.parts import (
+    ATTENTIONS,
+    BLOCKS,
+    MLPS,
+    ROUTERS,
+    GroupedQuery,
+    MoEConfig,
+    Part,
+    PreNorm,
+    SoftmaxRouter,
+    SwiGLU,
+)
 from fdq.nn.rotary import RotaryConfig
+from fdq.registry import Registry
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """The mixture-of-experts layers of a decoder.
-
-    Attributes:
-      num_experts: routed experts per layer.
-      top_k: experts that a token goes to.
-      intermediate_size: width of one expert.
-      layers: indices of the layers that have experts; the others have a dense MLP.
-      shared_intermediate_size: width of all shared experts together; 0 for none.
-      normalize, norm_min, correction_bias: see `fdq.nn.router.route`.
-    """
-
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    layers: tuple[int, ...]
-    shared_intermediate_size: int = 0
-    normalize: bool = True
-    norm_min: float = 0.0
-    correction_bias: bool = False
+# Fields that hold a part: the kinds that it may be of, and the one that is meant without a name.
+_PARTS: dict[str, tuple[Registry[type[Part]], type[Part]]] = {
+    "block": (BLOCKS, PreNorm),
+    "attention": (ATTENTIONS, GroupedQuery),
+    "mlp": (MLPS, SwiGLU),
+    "moe": (MLPS, MoEConfig),
+    "router": (ROUTERS, SoftmaxRouter),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A pre-norm decoder with grouped-query attention and SwiGLU.
+    """A decoder: by default pre-norm, with grouped-query attention and SwiGLU.
 
     Attributes:
       model_type: the family, as Hugging Face names it.
@@ -49,7 +48,8 @@ class DecoderConfig:
       qkv_bias, output_bias, mlp_bias: which linear layers have a bias; `output_bias` is that of
         the attention's output projection.
       qk_norm: RMSNorm over head_dim of queries and keys (Qwen3).
-      moe: the layers with experts, or None.
+      block, attention, mlp: the parts that layers are put together from, see `fdq.models.parts`.
+      moe: the layers with experts, or None: their part in place of `mlp`.
       bos_token_id, eos_token_ids, pad_token_id: special tokens, where the config names them.
       dtype: of parameters and activations: `float32`, `bfloat16` or `float16`.
     """
@@ -70,6 +70,9 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    block: Part = dataclasses.field(default=PreNorm())
+    attention: Part = dataclasses.field(default=GroupedQuery())
+    mlp: Part = dataclasses.field(default=SwiGLU())
     moe: MoEConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -91,30 +94,53 @@ class DecoderConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def feed_forward(self, layer: int) -> Part:
+        """The part of a layer that follows its attention: `moe` or `mlp`."""
+        return self.moe if self.moe is not None and layer in self.moe.layers else self.mlp
+
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts, lists, numbers and strings: what a manifest stores."""
-        return dataclasses.asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+        """Nested dicts, lists, numbers and strings: what a manifest stores.
+
+        A part that is the usual one is left out, so most models are stored without any.
+        """
+        return _stored(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> DecoderConfig:
         """The config that `to_dict` was called on.
 
         Raises:
-          ValueError: unknown or missing fields, named.
+          ValueError: unknown or missing fields, named; a part that no registry has.
         """
-        fields = dict(fields)
-        fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
-        fields["rotary"] = _construct(RotaryConfig, "rotary", fields.get("rotary"))
-        if fields.get("moe") is not None:
-            moe = dict(fields["moe"])
-            moe["layers"] = tuple(moe.get("layers", ()))
-            fields["moe"] = _construct(MoEConfig, "moe", moe)
-        return _construct(cls, "config", fields)
+        rotary = _construct(RotaryConfig, "rotary", fields.get("rotary"))
+        return _construct(cls, "config", {**fields, "rotary": rotary})
+
+
+def _stored(obj: Any) -> Any:
+    """What a manifest stores of a config, of a part, and of any other field of them."""
+    if not dataclasses.is_dataclass(obj):
+        return list(obj) if isinstance(obj, tuple) else obj
+    fields = {}
+    for field in dataclasses.fields(obj):
+        found = getattr(obj, field.name)
+        if field.name not in _PARTS or found is None:
+            fields[field.name] = _stored(found)
+        elif found != field.default:
+            name = {} if found.name == _PARTS[field.name][1].name else {"name": found.name}
+            fields[field.name] = name | _stored(found)
+    return fields
 
 
 def _construct(cls: Any, name: str, fields: Any) -> Any:
     if not isinstance(fields, Mapping):
         raise ValueError(f"model {name}: expected a mapping, got {type(fields).__name__}")
+    fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
+    for key in _PARTS.keys() & fields.keys():
+        if fields[key] is not None:
+            kinds, usual = _PARTS[key]
+            part = dict(fields[key])
+            kind = kinds[part.pop("name", usual.name)]
+            fields[key] = _construct(kind, key, part)
     known = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - set(known))
     missing = sorted(

@@ -9,89 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import nn, ops
+from fdq import nn
 from fdq.cache.kv_cache import KVCache, LayerScales, parse_format
 from fdq.models.config import DecoderConfig
 from fdq.nn.parameters import CacheScale, value
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
-
-
-class DecoderLayer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the MLP is dense or has experts."""
-
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: Any, rngs: nnx.Rngs):
-        hidden, epsilon = config.hidden_size, config.rms_norm_epsilon
-        self.input_layernorm = nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
-        self.self_attn = nn.Attention(
-            hidden,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            interleaved=config.rotary.interleaved,
-            qkv_bias=config.qkv_bias,
-            output_bias=config.output_bias,
-            qk_norm_epsilon=epsilon if config.qk_norm else None,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.post_attention_layernorm = nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
-        moe = config.moe
-        if moe is not None and layer in moe.layers:
-            self.mlp: nn.MLP | nn.MoE = nn.MoE(
-                hidden,
-                moe.intermediate_size,
-                num_experts=moe.num_experts,
-                top_k=moe.top_k,
-                shared_intermediate_size=moe.shared_intermediate_size,
-                normalize=moe.normalize,
-                norm_min=moe.norm_min,
-                correction_bias=moe.correction_bias,
-                dtype=dtype,
-                rngs=rngs,
-            )
-        else:
-            self.mlp = nn.MLP(
-                hidden,
-                config.intermediate_size,
-                use_bias=config.mlp_bias,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-    def __call__(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: KVCache | None = None,
-        *,
-        layer: int = 0,
-        start: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
-        b, t, _ = x.shape
-        if cache is not None and start is not None and t == 1 and ops.joins_token_step(b):
-            return self._token(x, angles, cache, layer, start)
-        y, cache = self.self_attn(self.input_layernorm(x), angles, cache, layer=layer, start=start)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
-
-    def _token(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: KVCache,
-        layer: int,
-        start: jax.Array,
-    ) -> tuple[jax.Array, KVCache]:
-        """The same for one token per sequence, in as few launches as the kernels allow."""
-        rows = x[:, 0]
-        y, cache = self.self_attn.token(
-            self.input_layernorm.lazily(rows), angles, cache, layer=layer, start=start
-        )
-        rows = rows + y
-        rows = rows + self.mlp.token(self.post_attention_layernorm.lazily(rows))
-        return rows[:, None], cache
 
 
 class Decoder(nnx.Module):
@@ -131,7 +54,10 @@ class Decoder(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=kind, rngs=rngs
         )
         self.layers = nnx.List(
-            [DecoderLayer(config, i, dtype=kind, rngs=rngs) for i in range(config.num_layers)]
+            [
+                config.block.build(config, index, dtype=kind, rngs=rngs)
+                for index in range(config.num_layers)
+            ]
         )
         self.norm = nn.RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=kind)
         head = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fdq.models.config import DecoderConfig, MoEConfig
+from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.ernie4_5 import NEUTRAL
 from fdq.models.family import Family
+from fdq.models.parts import MoEConfig
 from fdq.nn.rotary import RotaryConfig
 
 _MOE_NEUTRAL = (

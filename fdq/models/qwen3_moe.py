@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fdq.models.config import DecoderConfig, MoEConfig
+from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
+from fdq.models.parts import MoEConfig
 from fdq.nn.rotary import RotaryConfig
 
 

@@ -47,36 +47,18 @@ class MLP(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Routed experts plus, where the model has them, shared experts as one wider MLP."""
+    """Routed experts plus, where the model has them, shared experts as one wider MLP.
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        num_experts: int,
-        top_k: int,
-        shared_intermediate_size: int = 0,
-        normalize: bool = True,
-        norm_min: float = 0.0,
-        correction_bias: bool = False,
-        dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.router = Router(
-            hidden_size,
-            num_experts,
-            top_k=top_k,
-            normalize=normalize,
-            norm_min=norm_min,
-            correction_bias=correction_bias,
-            rngs=rngs,
-        )
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
-        shared = None
-        if shared_intermediate_size:
-            shared = MLP(hidden_size, shared_intermediate_size, dtype=dtype, rngs=rngs)
-        self.shared_experts: Any = nnx.data(shared)
+    Attributes:
+      router: `Router`, or what picks experts as it does.
+      experts: `Experts`.
+      shared_experts: `MLP`, or None.
+    """
+
+    def __init__(self, router: Router, experts: Experts, shared_experts: MLP | None = None):
+        self.router = router
+        self.experts = experts
+        self.shared_experts: Any = nnx.data(shared_experts)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""

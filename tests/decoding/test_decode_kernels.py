@@ -9,8 +9,7 @@ from flax import nnx
 
 import fdq
 from fdq.analysis.planner import weight_table
-from fdq.models import Decoder, DecoderConfig
-from fdq.models.config import MoEConfig
+from fdq.models import Decoder, DecoderConfig, MoEConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import choice
 from fdq.ops.kernel_layout import MOSAIC_GPU

@@ -1,0 +1,168 @@
+"""The parts that a layer is put together from: what a config names, and what builds the modules.
+
+A part is a frozen dataclass. Its class has the name that a stored config calls it by, its fields
+are what only this part needs to know, and `build` makes the module; sizes and whatever else the
+layers of a model share it reads from the `DecoderConfig`. Another attention, feed-forward half,
+router or order of norms is a class of its own in the table of its kind, and a field of the config
+holds one: `ATTENTIONS.register(Latent)`, `DecoderConfig(..., attention=Latent(rank=512))`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, override
+
+from flax import nnx
+
+from fdq import nn
+from fdq.models.layer import DecoderLayer
+from fdq.registry import Registry
+
+
+class Part(abc.ABC):
+    """One part of a layer; hashable, so that a config may be static in `jax.jit`."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> Any:
+        """The module, with random weights.
+
+        Args:
+          config: the `DecoderConfig`.
+          layer: index of the layer: parts may differ from layer to layer.
+          dtype: of parameters and activations.
+          rngs: a stream `params`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedQuery(Part):
+    """Grouped-query attention with rotary positions, which stores keys and values of each KV head.
+
+    The module is called as `attention(x, angles, cache, layer=, start=)`, see `fdq.nn.Attention`.
+    """
+
+    name: ClassVar[str] = "grouped_query"
+
+    @override
+    def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Attention:
+        return nn.Attention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            interleaved=config.rotary.interleaved,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.output_bias,
+            qk_norm_epsilon=config.rms_norm_epsilon if config.qk_norm else None,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SwiGLU(Part):
+    """A dense MLP of `config.intermediate_size`; the module is called as `mlp(x)`."""
+
+    name: ClassVar[str] = "swiglu"
+
+    @override
+    def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.MLP:
+        return nn.MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            use_bias=config.mlp_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxRouter(Part):
+    """Picks by softmax; the module is called as `router(rows)` and gives experts and weights."""
+
+    name: ClassVar[str] = "softmax"
+
+    @override
+    def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Router:
+        moe = config.moe
+        return nn.Router(
+            config.hidden_size,
+            moe.num_experts,
+            top_k=moe.top_k,
+            normalize=moe.normalize,
+            norm_min=moe.norm_min,
+            correction_bias=moe.correction_bias,
+            rngs=rngs,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig(Part):
+    """The mixture-of-experts layers of a decoder; their module is called as `mlp(x)`.
+
+    Attributes:
+      num_experts: routed experts per layer.
+      top_k: experts that a token goes to.
+      intermediate_size: width of one expert.
+      layers: indices of the layers that have experts; the others have a dense MLP.
+      shared_intermediate_size: width of all shared experts together; 0 for none.
+      normalize, norm_min, correction_bias: see `fdq.nn.router.route`.
+      router: how a token's experts are picked.
+    """
+
+    name: ClassVar[str] = "mixture"
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    layers: tuple[int, ...]
+    shared_intermediate_size: int = 0
+    normalize: bool = True
+    norm_min: float = 0.0
+    correction_bias: bool = False
+    router: Part = SoftmaxRouter()
+
+    @override
+    def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.MoE:
+        hidden, width = config.hidden_size, self.shared_intermediate_size
+        return nn.MoE(
+            self.router.build(config, layer, dtype=dtype, rngs=rngs),
+            nn.Experts(self.num_experts, hidden, self.intermediate_size, dtype=dtype, rngs=rngs),
+            nn.MLP(hidden, width, dtype=dtype, rngs=rngs) if width else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreNorm(Part):
+    """A layer that normalizes what its halves read: `x + half(norm(x))` for both.
+
+    The module is called as `layer(x, angles, cache, layer=, start=)`, see `DecoderLayer`.
+    """
+
+    name: ClassVar[str] = "pre_norm"
+
+    @override
+    def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> DecoderLayer:
+        hidden, epsilon = config.hidden_size, config.rms_norm_epsilon
+        return DecoderLayer(
+            input_layernorm=nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype),
+            self_attn=config.attention.build(config, layer, dtype=dtype, rngs=rngs),
+            post_attention_layernorm=nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype),
+            mlp=config.feed_forward(layer).build(config, layer, dtype=dtype, rngs=rngs),
+        )
+
+
+BLOCKS: Registry[type[Part]] = Registry("block", PreNorm)
+"""Orders of norms and residuals, by name."""
+
+ATTENTIONS: Registry[type[Part]] = Registry("attention", GroupedQuery)
+"""Kinds of attention, by name."""
+
+MLPS: Registry[type[Part]] = Registry("MLP", SwiGLU, MoEConfig)
+"""Kinds of feed-forward halves, dense ones and mixtures, by name."""
+
+ROUTERS: Registry[type[Part]] = Registry("router", SoftmaxRouter)
+"""Kinds of routers, by name."""
