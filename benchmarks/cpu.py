@@ -28,9 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import fdq
 from benchmarks.cpu_tuning import tune
 from benchmarks.figure import dot_chart
 from fdq import ops
+from fdq.cache import quantize_cache
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import CacheSpec, WeightSpec
@@ -186,13 +188,11 @@ def attention_table(lengths: list[int], repetitions: int) -> dict[int, list[Timi
             "C4": CacheSpec(format="int4", zero_point=True),
         }.items():
             source = k.astype(jnp.bfloat16) if name == "C16" else k
-            codes, scale, zero = ops.quantize_cache(source, spec)
-            function = jax.jit(functools.partial(ops.attention, cache_format=spec))
-            parts = [a for a in (codes, scale, zero) if a is not None]
-            keywords = {"k_scale": scale, "v_scale": scale, "k_zero": zero, "v_zero": zero}
-            keywords["lengths"] = jnp.asarray([length], jnp.int32)
-            call = functools.partial(function, **keywords)
-            cases[name] = (call, (q, codes, codes), 2 * sum(a.nbytes for a in parts))
+            tensor = quantize_cache(source, spec)
+            call = functools.partial(
+                jax.jit(fdq.attention), lengths=jnp.asarray([length], jnp.int32)
+            )
+            cases[name] = (call, (q, tensor, tensor), 2 * tensor.nbytes)
         tables[length] = measure(cases, repetitions)
     return tables
 

@@ -8,17 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_attention import Cache, random_caches
+from benchmarks.gpu_attention import loose, random_caches
 from benchmarks.gpu_cases import KERNEL, MODELS, AttentionCase
 from benchmarks.gpu_child import Settings
 from benchmarks.gpu_products import timed
 from benchmarks.gpu_timing import Work, difference, l2_ratio
 from benchmarks.gpu_weights import random_array
-from fdq.cache.kv_cache import KVCache, parse_format
+from fdq.cache import LayerCache
 from fdq.models import CONFIGS
 from fdq.nn.rotary import apply_rotary, rotary_angles
-
-_FIELDS = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
+from fdq.ops.rope_append.xla import write_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +55,10 @@ def append_cases() -> list[AppendCase]:
     return cases
 
 
-def _written(cache: Cache, slots: jax.Array) -> list[jax.Array]:
+def _written(cache: LayerCache, slots: jax.Array) -> list[jax.Array]:
     """The codes of the new tokens, keys and values: ``[B, KH, D]`` each."""
     index = slots[:, None, None, None]
-    return [jnp.take_along_axis(a, index, axis=2)[:, :, 0] for a in (cache.k, cache.v)]
+    return [jnp.take_along_axis(a.codes, index, axis=2)[:, :, 0] for a in cache]
 
 
 def _mismatch(found: jax.Array, expected: jax.Array) -> float:
@@ -82,7 +81,6 @@ def measure_append(append: AppendCase, settings: Settings) -> dict[str, Any]:
 
     case = append.case
     dtype = jnp.dtype(settings.dtype)
-    spec = parse_format(case.format)
     config = CONFIGS[case.model]
     heads, d, interleaved = case.heads, case.head_dim, config.rotary.interleaved
     caches = random_caches(case, dtype, settings.l2_bytes, smoke=settings.smoke)
@@ -92,32 +90,23 @@ def measure_append(append: AppendCase, settings: Settings) -> dict[str, Any]:
     cos, sin = rotary_angles(slots[:, None], config.rotary, d)
     x = (qkv, cos, sin, slots)
 
-    def by_kernel(x: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+    def by_kernel(x: Any, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         qkv, cos, sin, slots = x
-        arrays = [getattr(cache, name) for name in _FIELDS]
-        done = kernel(
-            qkv,
-            cos[:, 0],
-            sin[:, 0],
-            slots,
-            *arrays,
-            heads=heads,
-            interleaved=interleaved,
-            cache_format=None if spec is None else spec.format,
-        )
-        return done.q, Cache(*(getattr(done, name) for name in _FIELDS))
+        angles = cos[:, 0], sin[:, 0]
+        more = {"heads": heads, "interleaved": interleaved}
+        done = kernel(qkv, *angles, slots, **loose(cache), **more)
+        k = cache.k.replace(codes=done.k, scale=done.k_scale, zero=done.k_zero)
+        v = cache.v.replace(codes=done.v, scale=done.v_scale, zero=done.v_zero)
+        return done.q, LayerCache(k, v)
 
-    def by_xla(x: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+    def by_xla(x: Any, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         qkv, cos, sin, slots = x
         rows = qkv.reshape(case.batch, 1, -1, d)
         q, k, v = jnp.split(rows, (heads, heads + case.kv_heads), axis=2)
         q = apply_rotary(q, (cos, sin), interleaved=interleaved)
         k = apply_rotary(k, (cos, sin), interleaved=interleaved)
-        fields = {name: getattr(cache, name) for name in _FIELDS}
-        layer: dict[str, Any] = {n: None if a is None else (a,) for n, a in fields.items()}
-        whole = KVCache(**layer, length=slots, spec=spec).update(0, k, v, slots)
-        new = [getattr(whole, name) for name in _FIELDS]
-        return q[:, 0], Cache(*(None if a is None else a[0] for a in new))
+        written = (write_slots(a, x, slots) for a, x in zip(cache, (k, v), strict=True))
+        return q[:, 0], LayerCache(*written)
 
     works: dict[str, Work | str] = {
         KERNEL: Work(by_kernel, x, caches, threads=True),
@@ -125,7 +114,7 @@ def measure_append(append: AppendCase, settings: Settings) -> dict[str, Any]:
     }
     expected = jax.jit(by_xla)(x, caches[0])
 
-    def check(found: tuple[jax.Array, Cache]) -> float:
+    def check(found: tuple[jax.Array, LayerCache]) -> float:
         pairs = zip(_written(found[1], slots), _written(expected[1], slots), strict=True)
         return max(difference(found[0], expected[0]), *(_mismatch(a, b) for a, b in pairs))
 

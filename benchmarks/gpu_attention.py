@@ -13,34 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import fdq
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import KERNEL, AttentionCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_products import timed, tuned
 from benchmarks.gpu_timing import Work, difference, l2_ratio, links_for
 from benchmarks.gpu_weights import nbytes, random_array, random_cache
-from fdq import ops
-from fdq.cache.kv_cache import parse_format
+from fdq.cache import LayerCache, parse_format
 from fdq.schemes.scheme import CacheSpec
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """One layer's keys and values ``[B, KH, S, D]`` with scales and zero points; see `KVCache`."""
-
-    k: Any
-    v: Any
-    k_scale: Any
-    v_scale: Any
-    k_zero: Any
-    v_zero: Any
-
-    @property
-    def small(self) -> dict[str, Any]:
-        """Scales and zero points by the names of `fdq.attention`."""
-        names = ("k_scale", "v_scale", "k_zero", "v_zero")
-        return {name: getattr(self, name) for name in names}
 
 
 def run(settings: Settings, emit: Emit) -> None:
@@ -68,7 +49,9 @@ def small(case: AttentionCase) -> AttentionCase:
     return dataclasses.replace(case, batch=1, slots=64, heads=4, kv_heads=2)
 
 
-def random_caches(case: AttentionCase, dtype: Any, l2_bytes: int, *, smoke: bool) -> list[Cache]:
+def random_caches(
+    case: AttentionCase, dtype: Any, l2_bytes: int, *, smoke: bool
+) -> list[LayerCache]:
     """Different caches of a case, together larger than the L2 cache four times."""
     spec = parse_format(case.format)
     make = functools.partial(_random, case=case, spec=spec, dtype=jnp.dtype(dtype).name)
@@ -78,11 +61,16 @@ def random_caches(case: AttentionCase, dtype: Any, l2_bytes: int, *, smoke: bool
     return [make(key) for key in keys]
 
 
-def _random(key: jax.Array, case: AttentionCase, spec: CacheSpec | None, dtype: str) -> Cache:
+def _random(key: jax.Array, case: AttentionCase, spec: CacheSpec | None, dtype: str) -> LayerCache:
     shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
-    sides = [random_cache(k, shape, spec, dtype) for k in jax.random.split(key)]
-    (k, k_scale, k_zero), (v, v_scale, v_zero) = sides
-    return Cache(k, v, k_scale, v_scale, k_zero, v_zero)
+    return LayerCache(*(random_cache(k, shape, spec, dtype) for k in jax.random.split(key)))
+
+
+def loose(cache: LayerCache) -> dict[str, Any]:
+    """The arrays of a cache as the kernels take them, by name."""
+    k, v = cache
+    small = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
+    return {"k": k.codes, "v": v.codes, "cache_format": k.format.kernel, **small}
 
 
 def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
@@ -102,23 +90,15 @@ def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
     weights = case.batch * case.kv_heads * case.slots * case.head_dim  # as fdq looks it up
     config = tuned("decode_attention", name or dtype.name, rows=case.batch, weights=weights)
 
-    def kernel(x: Any, cache: Cache) -> jax.Array:
+    def kernel(x: Any, cache: LayerCache) -> jax.Array:
         q, lengths = x
-        return decode_attention(
-            q, cache.k, cache.v, lengths=lengths, cache_format=name, **cache.small, **config
-        )
+        return decode_attention(q, lengths=lengths, **loose(cache), **config)
 
-    def seam(x: Any, cache: Cache, implementation: str) -> jax.Array:
+    def seam(x: Any, cache: LayerCache, implementation: str) -> jax.Array:
         q, lengths = x
-        return ops.attention(
-            q[:, None],
-            cache.k,
-            cache.v,
-            lengths=lengths,
-            cache_format=spec,
-            implementation=implementation,
-            **cache.small,
-        )[:, 0]
+        return fdq.attention(q[:, None], *cache, lengths=lengths, implementation=implementation)[
+            :, 0
+        ]
 
     x = (q, lengths)
     works: dict[str, Work | str] = {
@@ -130,12 +110,7 @@ def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
         works["cuDNN"] = _cudnn(x, caches)
     expected = jax.jit(
         lambda q, lengths, cache: decode_attention_reference(
-            q.astype(jnp.float32),
-            cache.k,
-            cache.v,
-            lengths=lengths,
-            cache_format=name,
-            **cache.small,
+            q.astype(jnp.float32), lengths=lengths, **loose(cache)
         )
     )(q, lengths, first)
     checks = dict.fromkeys(works, lambda y: difference(y, expected))
@@ -157,7 +132,7 @@ def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _cudnn(x: Any, caches: list[Cache]) -> Work:
+def _cudnn(x: Any, caches: list[LayerCache]) -> Work:
     """`jax.nn.dot_product_attention` by cuDNN, over caches in the order that it wants."""
 
     def step(x: Any, kv: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -171,7 +146,7 @@ def _cudnn(x: Any, caches: list[Cache]) -> Work:
         )[:, 0]
 
     swap = jax.jit(lambda a: jnp.swapaxes(a, 1, 2))
-    return Work(step, x, [(swap(c.k), swap(c.v)) for c in caches])
+    return Work(step, x, [(swap(c.k.codes), swap(c.v.codes)) for c in caches])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from flax import nnx
 import fdq
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_weights import nbytes, random_array, random_cache, random_weight
-from fdq.cache.kv_cache import KVCache
+from fdq.cache import KVCache, LayerCache, parse_format
 from fdq.formats.qtensor import QTensor
 from fdq.models import CONFIGS, DecoderConfig, abstract
 
@@ -172,18 +172,12 @@ def random_parameters(module: nnx.Module, device: Any) -> dict:
 
 def random_state(config: DecoderConfig, spec: Any, slots: int, context: int) -> fdq.DecodeState:
     """One sequence of ``context`` tokens whose cache is full of random numbers."""
-    cache = KVCache.init(config, 1, 1, spec)  # for its structure
     shape = (1, config.num_kv_heads, slots, config.head_dim)
     keys = jax.random.split(jax.random.key(1), 2 * config.num_layers)
-    sides = [random_cache(key, shape, cache.spec, config.dtype) for key in keys]
-    halves = sides[: config.num_layers], sides[config.num_layers :]
-    fields: dict[str, Any] = {}
-    for name, half in zip(("k", "v"), halves, strict=True):
-        for at, field in enumerate((name, f"{name}_scale", f"{name}_zero")):
-            if getattr(cache, field) is not None:
-                fields[field] = tuple(side[at] for side in half)
+    sides = [random_cache(key, shape, parse_format(spec), config.dtype) for key in keys]
+    layers = tuple(LayerCache(*pair) for pair in zip(sides[::2], sides[1::2], strict=True))
     length = jnp.full((1,), context, jnp.int32)
-    cache = dataclasses.replace(cache, length=length - 1, **fields)
+    cache = KVCache(layers, length - 1)
     return fdq.DecodeState(
         tokens=jax.random.randint(jax.random.key(2), (1, slots), 0, config.vocab_size, jnp.int32),
         length=length,

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_attention import Cache, random_caches
+import fdq
+from benchmarks.gpu_attention import loose, random_caches
 from benchmarks.gpu_cases import AttentionCase, ExpertCase, MatrixCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_products import (
@@ -29,7 +30,7 @@ from benchmarks.gpu_products import (
 from benchmarks.gpu_timing import Work, difference, links_for
 from benchmarks.gpu_weights import nbytes, random_array, weight_spec
 from fdq import ops
-from fdq.cache.kv_cache import parse_format
+from fdq.cache import LayerCache, parse_format
 
 XLA, OWN = "xla", "{}"
 """Entries: XLA's formulation, and the kernel's own choice (no settings)."""
@@ -263,7 +264,6 @@ def _attention(case: TuneCase, shape: tuple[int, int], settings: Settings) -> di
 
     batch, slots = shape
     heads = (4, 2) if settings.smoke else (32, 8)
-    spec = parse_format(case.format)
     sizes = AttentionCase(
         format=case.format,
         model="tuning",
@@ -278,24 +278,13 @@ def _attention(case: TuneCase, shape: tuple[int, int], settings: Settings) -> di
     q = random_array(jax.random.key(1), (batch, heads[0], 128), dtype)
     x = (q, jnp.full((batch,), slots, jnp.int32))
 
-    def by_xla(x: Any, cache: Cache) -> jax.Array:
+    def by_xla(x: Any, cache: LayerCache) -> jax.Array:
         q, lengths = x
-        return ops.attention(
-            q[:, None],
-            cache.k,
-            cache.v,
-            lengths=lengths,
-            cache_format=spec,
-            implementation="xla",
-            **cache.small,
-        )[:, 0]
+        return fdq.attention(q[:, None], *cache, lengths=lengths, implementation="xla")[:, 0]
 
-    def by_kernel(x: Any, cache: Cache, parts: int | None = None) -> jax.Array:
+    def by_kernel(x: Any, cache: LayerCache, parts: int | None = None) -> jax.Array:
         q, lengths = x
-        name = None if spec is None else spec.format
-        return decode_attention(
-            q, cache.k, cache.v, lengths=lengths, cache_format=name, parts=parts, **cache.small
-        )
+        return decode_attention(q, lengths=lengths, parts=parts, **loose(cache))
 
     works: dict[str, Work | str] = {XLA: Work(by_xla, x, caches), OWN: Work(by_kernel, x, caches)}
     for parts in (2,) if settings.smoke else (4, 8, 16, 32, 64):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdq import ops
+from fdq.cache.cache_tensor import CacheTensor, quantize_cache, sample_scales
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers import quantize_array
@@ -74,27 +74,20 @@ def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any, scale: floa
 @functools.partial(jax.jit, static_argnames=("shape", "spec", "dtype"))
 def random_cache(
     key: jax.Array, shape: tuple[int, int, int, int], spec: CacheSpec | None, dtype: Any
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Codes, scales and zero points of random keys or values ``[B, KH, S, D]``.
+) -> CacheTensor:
+    """Random keys or values ``[B, KH, S, D]``.
 
-    Static scales are 4 / bound, which fits normal numbers. As with weights, the first slots are
+    Static scales fit normal numbers. As with weights, the first slots are
     quantized for real and repeated.
     """
     b, kh, slots, d = shape
     few = min(slots, _COLUMNS)
     x = jax.random.normal(key, (b, kh, few, d), jnp.float32)
+    tensor = quantize_cache(x, spec, **sample_scales(spec, kh, d))
     if spec is None:
-        return _repeat(x.astype(dtype), 2, slots), None, None
-    if spec.dynamic:
-        codes, scale, zero = ops.quantize_cache(x, spec)
-        scale = None if scale is None else _repeat(scale, 2, slots)
-        zero = None if zero is None else _repeat(zero, 2, slots)
-    else:
-        width = d if spec.granularity == "channel" else 1
-        scale = jnp.full((kh, width), 4.0 / spec.bound, jnp.float32)
-        zero = jnp.full((kh, width), 8, jnp.uint8) if spec.zero_point else None
-        codes, _, _ = ops.quantize_cache(x, spec, scale=scale, zero=zero)
-    return _repeat(codes, 2, slots), scale, zero
+        tensor = CacheTensor(x.astype(dtype))
+    # Static scales have no slots.
+    return jax.tree.map(lambda a: _repeat(a, 2, slots) if a.ndim > 2 else a, tensor)
 
 
 def nbytes(tree: Any) -> int:

@@ -267,13 +267,12 @@ def plan(
 
 def cache_bytes(config: DecoderConfig, cache: CacheSpec | None, *, batch: int, context: int) -> int:
     """Bytes of a cache of `context` tokens for `batch` sequences, scales included; None is C16."""
-    static = [] if cache is None or cache.dynamic else abstract_scales(config, cache)
+    static = None if cache is None or cache.dynamic else abstract_scales(config, cache)
 
-    def init(scales: list[dict[str, Any]]) -> KVCache:
-        layers = [LayerScales(**layer) for layer in scales] or None
-        return KVCache.init(config, batch, context, cache, scales=layers)
+    def init(scales: list[LayerScales] | None) -> KVCache:
+        return KVCache.init(config, batch, context, cache, scales=scales)
 
-    return jax.eval_shape(init, [vars(layer) for layer in static]).nbytes
+    return jax.eval_shape(init, static).nbytes
 
 
 def cache_bytes_per_token(config: DecoderConfig, cache: CacheSpec | None) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from fdq import nn
+from fdq.cache.cache_tensor import format_of
 from fdq.cache.kv_cache import LayerScales, parse_format
 from fdq.nn.parameters import value
 from fdq.schemes.scheme import ActivationSpec, CacheSpec
@@ -106,11 +107,8 @@ def _scale(low: np.ndarray, high: np.ndarray, spec: CacheSpec) -> tuple[Any, Any
     """Scale and zero point, `[kv_heads, head_dim]` or `[kv_heads, 1]`."""
     if spec.granularity == "head":
         low, high = low.min(-1, keepdims=True), high.max(-1, keepdims=True)
-    if not spec.zero_point:
-        return np.maximum(np.maximum(-low, high), _SMALLEST) / np.float32(spec.bound), None
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    scale = np.maximum(high - low, _SMALLEST) / np.float32(spec.bound)
-    return scale, np.clip(np.rint(-low / scale), 0, 15).astype(np.uint8)
+    scale, zero = format_of(spec).fit(jnp.asarray(low), jnp.asarray(high))
+    return np.asarray(scale), None if zero is None else np.asarray(zero).astype(np.uint8)
 
 
 class _InputObserver(nnx.Module):

@@ -179,8 +179,13 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(tokens, jnp.dtype(config.dtype))
         angles = nn.rotary_angles(positions, config.rotary, config.head_dim)
         # Unrolled: each weight is an argument of its own, and slicing stacked weights copies.
+        stored = []
         for index, layer in enumerate(self.layers):
-            x, cache = layer(x, angles, cache, layer=index, start=start)
+            one = None if cache is None else cache.layers[index]
+            x, one = layer(x, angles, one, start=start)
+            stored.append(one)
+        if cache is not None:
+            cache = KVCache(tuple(stored), cache.length)
         return self.norm(x), cache
 
 

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from fdq import nn, ops
-from fdq.cache.kv_cache import KVCache
+from fdq.cache.kv_cache import LayerCache
 
 
 class DecoderLayer(nnx.Module):
@@ -37,16 +37,15 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         *,
-        layer: int = 0,
         start: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
         b, t, _ = x.shape
         if cache is not None and start is not None and t == 1 and ops.joins_token_step(b):
-            return self._token(x, angles, cache, layer, start)
-        y, cache = self.self_attn(self.input_layernorm(x), angles, cache, layer=layer, start=start)
+            return self._token(x, angles, cache, start)
+        y, cache = self.self_attn(self.input_layernorm(x), angles, cache, start=start)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -54,14 +53,13 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        cache: KVCache,
-        layer: int,
+        cache: LayerCache,
         start: jax.Array,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, LayerCache]:
         """The same for one token per sequence, in as few launches as the kernels allow."""
         rows = x[:, 0]
         y, cache = self.self_attn.token(
-            self.input_layernorm.lazily(rows), angles, cache, layer=layer, start=start
+            self.input_layernorm.lazily(rows), angles, cache, start=start
         )
         rows = rows + y
         rows = rows + self.mlp.token(self.post_attention_layernorm.lazily(rows))

@@ -8,23 +8,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.cache.kv_cache import KVCache
+from fdq import ops
+from fdq.cache.kv_cache import LayerCache
 from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
 from fdq.nn.parameters import value
 from fdq.nn.rotary import apply_rotary
+from fdq.ops.attention.api import attention
+from fdq.ops.rope_append.xla import write_slots
 
 # Rows of queries whose scores are in memory at once, in attention over a whole sequence.
 QUERY_BLOCK = 1024
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, sliding_window: int | None = None
+) -> jax.Array:
     """Softmax attention of every position to itself and those before it; differentiable.
 
     Args:
       q: [B, T, heads, D].
       k: [B, T, kv_heads, D]; head `h` attends to KV head `h // (heads / kv_heads)`.
       v: as `k`.
+      sliding_window: positions that each sees, its own included; None for all.
 
     Returns:
       [B, T, heads, D] in the dtype of `q`; scores and softmax are float32.
@@ -41,6 +47,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         )
         position = first + jnp.arange(rows.shape[1])
         visible = jnp.arange(t)[None, :] <= position[:, None]
+        if sliding_window is not None:
+            visible &= jnp.arange(t)[None, :] > position[:, None] - sliding_window
         scores = jnp.where(visible[None, None, None], scores * d**-0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum(
@@ -67,6 +75,7 @@ class Attention(nnx.Module):
       k_cache_scale, v_cache_scale, k_cache_zero, v_cache_zero: what a KV cache of a static format
         is made with, see `fdq.cache.LayerScales`; None without calibration. They travel with the
         model and are not read by the layer itself.
+      sliding_window: positions that a query sees, its own included; None for all before it.
       kv_observer: called with the keys and values that a cache would store; for calibration.
     """
 
@@ -81,6 +90,7 @@ class Attention(nnx.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_epsilon: float | None = None,
+        sliding_window: int | None = None,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -104,40 +114,38 @@ class Attention(nnx.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.interleaved = interleaved
+        self.sliding_window = sliding_window
 
     def __call__(
         self,
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         *,
-        layer: int = 0,
         start: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         """Attends from `x` to itself, or to all that `cache` holds after `x` is written to it.
 
         Args:
           x: [B, T, H].
           angles: cosines and sines of the positions of `x`, from `rotary_angles`.
-          cache: None attends causally within `x`.
-          layer: which layer of the cache.
+          cache: what this layer has stored; None attends causally within `x`.
           start: slot of the cache that the first of the T positions goes to: a scalar, or [B].
 
         Returns:
           [B, T, H] in the dtype of `x`, and the updated cache.
         """
         b, t, _ = x.shape
-        y, cache = self._attend(self.qkv_proj(x), angles, cache, layer, start)
+        y, cache = self._attend(self.qkv_proj(x), angles, cache, start)
         return self.o_proj(y.reshape(b, t, -1)), cache
 
     def _attend(
         self,
         qkv: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        cache: KVCache | None,
-        layer: int,
+        cache: LayerCache | None,
         start: jax.Array | None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, LayerCache | None]:
         """What stands between the two products: `qkv [B, T, (H + 2 KH) D] -> [B, T, H, D]`."""
         b, t, _ = qkv.shape
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
@@ -150,29 +158,34 @@ class Attention(nnx.Module):
         if self.kv_observer is not None:
             self.kv_observer(k, v)
         if cache is None:
-            return causal_attention(q, k, v), None
+            return causal_attention(q, k, v, sliding_window=self.sliding_window), None
         if start is None:
             raise ValueError("attention over a cache needs start, the first slot to write")
         # Write first, then attend: reading the old cache beside the new one copies it.
-        cache = cache.update(layer, k, v, start)
-        return cache.attend(layer, q, start), cache
+        start = jnp.asarray(start)
+        cache = LayerCache(write_slots(cache.k, k, start), write_slots(cache.v, v, start))
+        return self._attend_to(cache, q, start), cache
+
+    def _attend_to(self, cache: LayerCache, q: jax.Array, start: jax.Array) -> jax.Array:
+        b, t = q.shape[:2]
+        offset = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
+        window = self.sliding_window
+        return attention(q, *cache, lengths=offset + t, offset=offset, sliding_window=window)
 
     def token(
         self,
         x: Any,
         angles: tuple[jax.Array, jax.Array],
-        cache: KVCache,
+        cache: LayerCache,
         *,
-        layer: int,
         start: jax.Array,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, LayerCache]:
         """As `__call__` over a cache, for one token per sequence and rows yet to be normalized.
 
         Args:
           x: rows `[B, H]`, see `fdq.ops.partial_product`.
           angles: of the token's position, `[B, 1, D / 2]` each.
           cache: see `__call__`.
-          layer: see `__call__`.
           start: see `__call__`.
 
         Returns:
@@ -189,11 +202,11 @@ class Attention(nnx.Module):
             }
         appended = None
         if self.kv_observer is None:
-            appended = cache.append(
-                layer,
+            appended = ops.append_token(
                 partials,
                 (angles[0][:, 0], angles[1][:, 0]),
-                start,
+                jnp.broadcast_to(start, (b,)).astype(jnp.int32),
+                *cache,
                 heads=self.num_heads,
                 interleaved=self.interleaved,
                 bias=value(self.qkv_proj.bias),
@@ -202,11 +215,12 @@ class Attention(nnx.Module):
             )
         if appended is None:
             qkv = self.qkv_proj.finish(partials, dtype)[:, None]
-            y, updated = self._attend(qkv, angles, cache, layer, start)
+            y, updated = self._attend(qkv, angles, cache, start)
             assert updated is not None
             cache = updated
         else:
-            q, cache = appended
-            y = cache.attend(layer, q[:, None], start)
+            q, *pair = appended
+            cache = LayerCache(*pair)
+            y = self._attend_to(cache, q[:, None], start)
         partials = self.o_proj.partial_sums(y.reshape(b, -1))
         return self.o_proj.finish(partials, dtype), cache

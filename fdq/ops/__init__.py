@@ -1,11 +1,7 @@
 """What modules call: products with quantized weights and attention over a quantized cache."""
 
-from fdq.cache.codes import CACHE_SCALE_DTYPE as CACHE_SCALE_DTYPE
-from fdq.cache.codes import dequantize_cache as dequantize_cache
-from fdq.cache.codes import quantize_cache as quantize_cache
 from fdq.ops.activation import quantize_activation as quantize_activation
-from fdq.ops.attention import attention as attention
-from fdq.ops.attention import attention_reference as attention_reference
+from fdq.ops.attention.arguments import attention_reference as attention_reference
 from fdq.ops.choice import forced_formulation as forced_formulation
 from fdq.ops.choice import resolve_implementation as resolve_implementation
 from fdq.ops.grouped_matmul import grouped_matmul as grouped_matmul

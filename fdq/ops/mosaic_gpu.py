@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fdq.cache.cache_tensor import CacheTensor, sample_scales
 from fdq.formats.qtensor import QTensor
 from fdq.ops import self_check
 from fdq.ops.choice import Request, accept_kernel
 from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
 from fdq.quantizers.weight import quantize_array
-from fdq.schemes.scheme import ActivationSpec, CacheSpec, WeightSpec
+from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from pallas_kernels.device import MOST_ROWS, default_device
 from pallas_kernels.tuning import choices
 
@@ -221,94 +222,13 @@ def _is_old(device: Any) -> bool:
         return False
 
 
-def use_attention(request: Request, q: jax.Array, k: jax.Array, spec: CacheSpec | None) -> bool:
-    """Whether attention of one query per sequence is traced as a kernel."""
-    name = spec.format if spec is not None else k.dtype.name
-
-    def preference() -> str | None:
-        reason = _preference("decode_attention", name, q.shape[0], _elements(q, k))
-        return reason or _check_attention(q, k, spec)
-
-    def obstacle() -> str | None:
-        if q.shape[1] != 1:
-            return f"the kernel takes one query per sequence, found {q.shape[1]}"
-        return head_dim_obstacle(q.shape[-1]) or mesh_obstacle()
-
-    return accept_kernel("attention", request, obstacle, preference)
-
-
-def _elements(q: jax.Array, k: jax.Array) -> int:
-    """Numbers in a cache of keys, whatever its codes are packed in."""
-    return math.prod(k.shape[:3]) * q.shape[-1]
-
-
-def head_dim_obstacle(head_dim: int) -> str | None:
-    """Why attention and append have no kernel for a head_dim; None if they have."""
-    from pallas_kernels.attention.cache_words import HEAD_DIMS
-
-    if head_dim in HEAD_DIMS:
-        return None
-    return f"the kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, found {head_dim}"
-
-
-def _check_attention(q: jax.Array, k: jax.Array, spec: CacheSpec | None) -> str | None:
-    heads, kv_heads, d = q.shape[2], k.shape[1], q.shape[3]
-    group, dtype, device = heads // kv_heads, q.dtype, default_device()
-
-    def case():
-        from fdq.cache.codes import quantize_cache
-        from fdq.ops.attention import attention, attention_reference
-
-        keys = jax.random.split(jax.random.key(2), 3)
-        query = jax.random.normal(keys[0], (2, 1, group, d)).astype(dtype)
-        cache, arrays = [], {}
-        for name, key in zip("kv", keys[1:], strict=True):
-            values = jax.random.normal(key, (2, 1, 300, d))
-            if spec is None:
-                cache.append(values.astype(k.dtype))
-                continue
-            scale = zero = None
-            if not spec.dynamic:
-                wide = d if spec.granularity == "channel" else 1
-                scale = jnp.full((1, wide), 0.03, jnp.float32)
-                zero = jnp.full((1, wide), 7, jnp.uint8) if spec.zero_point else None
-            codes, found, zeros = quantize_cache(values, spec, scale=scale, zero=zero)
-            if codes.dtype == jnp.float8_e4m3fn:
-                codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-            cache.append(codes)
-            arrays[f"{name}_scale"] = found if scale is None else scale
-            arrays[f"{name}_zero"] = zeros if zero is None else zero
-        settings = {"lengths": jnp.asarray([300, 77], jnp.int32), "cache_format": spec, **arrays}
-        result = attention(query, *cache, implementation=MOSAIC_GPU, **settings)
-        return result, attention_reference(query, *cache, **settings)
-
-    kind = f"{k.dtype.name}"
-    if spec is not None:
-        dynamic = "dynamic" if spec.dynamic else "static"
-        kind = f"{spec.format}, {dynamic} scales per {spec.granularity}"
-    detail = f"{kind}, {group} heads of {d}, {dtype.name}"
-    # Results are rounded to the dtype of q, probabilities on tensor cores too.
-    return self_check.failure("decode_attention", detail, device, case, tolerance=0.02)
-
-
-def decode_attention(q, k, v, *, lengths, cache_format: CacheSpec | None, **arrays) -> jax.Array:
-    """``fdq.ops.attention`` of one query per sequence, ``q [B, 1, H, D]``, by the kernel."""
-    from pallas_kernels.attention.decode_attention import decode_attention as kernel
-
-    name = None if cache_format is None else cache_format.format
-    choice = _choice("decode_attention", name or k.dtype.name, q.shape[0], _elements(q, k))
-    settings: Any = choice.config
-    out = kernel(q[:, 0], k, v, lengths=lengths, cache_format=name, **arrays, **settings)
-    return out[:, None]
-
-
-def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> str | None:
+def append_preference(k: CacheTensor, qkv: jax.Array, options: Any) -> str | None:
     """Why XLA is to append; None if the kernel is."""
+    spec = k.spec
     name = jnp.dtype(options["dtype"]).name if spec is None else spec.format
     reason = _preference("append", name, qkv.shape[1], qkv.shape[2])
     if reason is not None:
         return reason
-    static = spec is not None and not spec.dynamic
 
     def case():
         from pallas_kernels.append.cache_update import append, append_reference
@@ -318,18 +238,12 @@ def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> s
         width = (heads + 2 * kv_heads) * d
         parts = jax.random.normal(keys[0], (2, 2, width), jnp.float32)
         angle = jax.random.uniform(keys[1], (2, d // 2), jnp.float32)
-        dtype = options["dtype"] if spec is None else _CODES[spec.format]
-        columns = d // 2 if spec is not None and spec.format == "int4" else d
-        codes = jnp.zeros((2, kv_heads, slots, columns), dtype)
-        scale = zero = None
-        if spec is not None:
-            shape = (kv_heads, d) if static else (2, kv_heads, slots)
-            scale = jnp.full(shape, 0.2 if static else 0.0, jnp.float32)
-            zero = jnp.full(shape, 7, jnp.uint8) if spec.format == "int4" else None
+        scales = sample_scales(spec, kv_heads, d)
+        side = CacheTensor.empty((2, kv_heads, slots, d), spec, dtype=options["dtype"], **scales)
         settings = {
             "heads": heads,
             "interleaved": options["interleaved"],
-            "cache_format": None if spec is None else spec.format,
+            "cache_format": side.format.kernel,
             "dtype": options["dtype"],
         }
         if options.get("q_norm") is not None:
@@ -338,7 +252,7 @@ def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> s
             settings["bias"] = jnp.full((width,), 0.5, jnp.float32)
 
         arrays = (parts, jnp.cos(angle), jnp.sin(angle), jnp.asarray([5, 63], jnp.int32))
-        caches = (codes, codes, scale, scale, zero, zero)
+        caches = (side.codes, side.codes, side.scale, side.scale, side.zero, side.zero)
         wanted = append_reference(*arrays, *caches, **settings)
         result = jax.jit(lambda *a: append(*a, **settings))(*arrays, *caches)
         return result, wanted
@@ -346,12 +260,10 @@ def append_preference(spec: CacheSpec | None, qkv: jax.Array, options: Any) -> s
     # A code may differ by one where the rotation does by a bit: 1 in 7 at most, of int4.
     with_norm = options.get("q_norm") is not None
     with_bias = options.get("bias") is not None
-    detail = f"{name}, {'static' if static else 'dynamic'}, {jnp.dtype(options['dtype']).name}"
+    kind = "static" if spec is not None and not spec.dynamic else "dynamic"
+    detail = f"{name}, {kind}, {jnp.dtype(options['dtype']).name}"
     detail += f"{', norms' * with_norm}{', bias' * with_bias}"
     return self_check.failure("append", detail, default_device(), case, tolerance=0.2)
-
-
-_CODES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}
 
 
 def routing_preference(experts: int, top_k: int) -> str | None:

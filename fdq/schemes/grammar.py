@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fdq.schemes.kinds import WEIGHT_FORMATS
+from fdq.schemes.kinds import CACHE_FORMATS, WEIGHT_FORMATS
 
 Fields = dict[str, Any]
 
-# Activations and caches in a weight's format are called like it.
+# Activations in a weight's format are called like it.
 ACTIVATION_FORMATS = ("int8", "float8_e4m3")
-CACHE_FORMATS = ("int8", "int4", "float8_e4m3")
 
 SCALE_SUFFIXES = {
     "f32": "float32",
@@ -68,8 +67,9 @@ class Unreadable(ValueError):
 
 def formats(part: str) -> Mapping[str, Any]:
     """The formats of the part `w`, `a` or `c`, by name; types are their names in the grammar."""
-    names = {"w": WEIGHT_FORMATS, "a": ACTIVATION_FORMATS, "c": CACHE_FORMATS}[part]
-    return {name: WEIGHT_FORMATS[name] for name in names}
+    if part == "a":
+        return {name: WEIGHT_FORMATS[name] for name in ACTIVATION_FORMATS}
+    return WEIGHT_FORMATS if part == "w" else CACHE_FORMATS
 
 
 def spellings(part: str) -> dict[str, str]:
@@ -177,7 +177,7 @@ def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:
         default = {"format": a} if "granularity" in activation else activation_fields(a, block)
         result["a"] = default | activation
     if c is not None:
-        result["c"] = {"format": c, "zero_point": c == "int4", **cache}
+        result["c"] = {"format": c, "zero_point": CACHE_FORMATS[c].has_zero, **cache}
     return result
 
 

@@ -26,7 +26,7 @@ import dataclasses
 from typing import Literal
 
 from fdq.schemes import grammar
-from fdq.schemes.kinds import WEIGHT_FORMATS
+from fdq.schemes.kinds import CACHE_FORMATS, WEIGHT_FORMATS
 
 Granularity = Literal["tensor", "channel", "group", "block"]
 ZeroPoint = Literal["none", "half", "integer"]
@@ -143,38 +143,36 @@ class CacheSpec:
     """How keys and values ``[batch, kv_head, slot, head_dim]`` are stored.
 
     Attributes:
-      format: ``int8``, ``float8_e4m3`` or ``int4``.
+      format: of `CACHE_FORMATS`: ``int8``, ``float8_e4m3``, ``int4`` or one of your own.
       granularity: ``token_head`` (one scale per token and KV head, dynamic, no calibration),
         ``channel`` (static, one per KV head and channel) or ``head`` (static, one per KV head).
       dynamic: scales come from the token itself (True) or from calibration (False).
-      zero_point: one stored zero point per scale (``int4`` needs it).
+      zero_point: one stored zero point per scale, in the formats that have them (``int4``).
 
     Raises:
       ValueError: on construction, if the fields contradict each other.
     """
 
-    format: Literal["int8", "float8_e4m3", "int4"]
+    format: str
     granularity: Literal["token_head", "channel", "head"] = "token_head"
     dynamic: bool = True
     zero_point: bool = False
 
     def __post_init__(self):
-        problem = None
-        if self.format not in grammar.formats("c"):
-            problem = f"unknown format; use one of {', '.join(grammar.formats('c'))}"
+        if self.format not in CACHE_FORMATS:
+            problem = f"unknown format; use one of {', '.join(CACHE_FORMATS)}"
         elif self.granularity not in grammar.CACHE_SUFFIXES.values():
             problem = f"unknown granularity {self.granularity!r}"
         elif self.dynamic != (self.granularity == "token_head"):
             problem = "granularity 'token_head' is dynamic, 'channel' and 'head' are dynamic=False"
-        elif self.zero_point != (self.format == "int4"):
-            problem = "int4 needs zero_point=True, and no other format has one"
+        else:
+            problem = CACHE_FORMATS[self.format].problem(self)
         if problem:
             raise ValueError(f"CacheSpec(format={self.format!r}): {problem}")
 
-    @property
-    def bound(self) -> float:
-        """Largest code: a scale is the largest magnitude (int4: max - min) over this."""
-        return {"int8": 127.0, "float8_e4m3": 448.0, "int4": 15.0}[self.format]
+    def static_shape(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """Of a calibrated scale: one per KV head and channel, or per KV head."""
+        return kv_heads, head_dim if self.granularity == "channel" else 1
 
     @classmethod
     def parse(cls, name: str) -> CacheSpec | None:

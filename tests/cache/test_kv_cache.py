@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdq import ops
-from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales, parse_format
+from fdq.cache import KVCache, LayerScales, abstract_scales, parse_format
+from fdq.ops.rope_append.xla import write_slots
 from fdq.schemes.scheme import CacheSpec
 
 HEADS, DIM, SLOTS = 2, 8, 12
@@ -39,16 +39,12 @@ def make(name, batch=1, slots=SLOTS):
     return KVCache.init(CONFIG, batch, slots, spec, scales=scales)
 
 
-def values(cache, name, layer):
-    """Decoded [B, KH, S, D]."""
-    small = (getattr(cache, f"{name}_{kind}") for kind in ("scale", "zero"))
-    small = [None if arrays is None else arrays[layer] for arrays in small]
-    return np.asarray(ops.dequantize_cache(getattr(cache, name)[layer], cache.spec, *small))
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def write(cache, k, v, start):
-    return cache.update(1, k, v, start)
+    """Two keys and values of the second layer."""
+    first, (keys, values) = cache.layers
+    pair = type(first)(write_slots(keys, k, start), write_slots(values, v, start))
+    return KVCache((first, pair), cache.length)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -59,15 +55,16 @@ def test_written_is_read_back(name, rng):
     cache = write(make(name, batch=3), k, v, start)
     spec = SPECS[name]
     bound = TOLERANCE[spec.format if spec else None] * 4.0
-    for field, x in (("k", k), ("v", v)):
-        stored = values(cache, field, 1)
+    for written, fresh, x in zip(cache.layers[1], cache.layers[0], (k, v), strict=True):
+        assert written.shape == (3, HEADS, SLOTS, DIM)
+        stored = np.asarray(written.dequantize())
         for row, first in enumerate(start):
             np.testing.assert_allclose(
                 stored[row, :, first : first + 2], x[row].swapaxes(0, 1), atol=bound, rtol=0
             )
-            untouched = np.delete(np.asarray(getattr(cache, field)[1][row]), [first, first + 1], 1)
+            untouched = np.delete(np.asarray(written.codes[row]), [first, first + 1], 1)
             assert not untouched.any()
-        assert not np.asarray(getattr(cache, field)[0]).any()
+        assert not np.asarray(fresh.codes).any()
     assert cache.length.tolist() == [0, 0, 0]
 
 
@@ -116,7 +113,8 @@ def test_abstract_scales():
     spec = SPECS["C4-kvchannel"]
     (one, _) = abstract_scales(CONFIG, spec)
     cache = jax.eval_shape(functools.partial(make, "C4-kvchannel"))
-    assert one.k.shape == cache.k_scale[0].shape and one.k_zero.dtype == cache.k_zero[0].dtype
+    stored = cache.layers[0].k
+    assert one.k.shape == stored.scale.shape and one.k_zero.dtype == stored.zero.dtype
 
 
 def test_formats_by_name():

@@ -68,7 +68,7 @@ def test_cache_ranges_are_those_of_the_cache(decoder, tokens, calibration):
     _, cache = decoder.extend(jnp.asarray(tokens), cache, jnp.int32(0))
     for layer, seen in enumerate(calibration.cache):
         for name in ("k", "v"):
-            stored = np.asarray(getattr(cache, name)[layer])
+            stored = np.asarray(getattr(cache.layers[layer], name).codes)
             largest = getattr(seen, f"{name}_max")
             np.testing.assert_allclose(largest, stored.max((0, 2)), rtol=1e-4, atol=1e-5)
             smallest = getattr(seen, f"{name}_min")
@@ -88,8 +88,9 @@ def test_static_cache_scales(calibration, spec, width):
     scales = calibration.cache_scales(spec)
     assert len(scales) == 2 and scales[0].k.shape == (2, width)
     cache = KVCache.init(CONFIG, 1, 16, spec, scales=scales)
-    assert cache.k_scale is not None and cache.k_scale[0].shape == (2, width)
-    assert (cache.k_zero is None) == (not spec.zero_point)
+    stored = cache.layers[0].k
+    assert stored.scale.shape == (2, width)
+    assert (stored.zero is None) == (not spec.zero_point)
     seen = calibration.cache[0]
     if spec.zero_point:
         codes = seen.k_max / scales[0].k + scales[0].k_zero

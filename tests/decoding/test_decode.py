@@ -105,8 +105,8 @@ def test_chunked_prefill_equals_unchunked(model, prompts):
         for row, length in enumerate(LENGTHS):
             for name in ("k", "v"):
                 a, b = (
-                    np.asarray(getattr(s.cache, name)[1][row, :, : length - 1], np.float32)
-                    for s in (whole, cut)
+                    np.asarray(codes[row, :, : length - 1], np.float32)
+                    for codes in (getattr(s.cache.layers[1], name).codes for s in (whole, cut))
                 )
                 np.testing.assert_allclose(a, b, atol=tolerance)
                 assert a.any()
@@ -175,7 +175,8 @@ def test_vmap_over_step(model, prompts):
     for i, state in enumerate(states):
         one, expected = jax.jit(step)(params, state)
         np.testing.assert_allclose(logits[i], one, atol=1e-5)
-        np.testing.assert_allclose(after.cache.k[1][i], expected.cache.k[1], atol=1e-5)
+        codes, expected = (s.cache.layers[1].k.codes for s in (after, expected))
+        np.testing.assert_allclose(codes[i], expected, atol=1e-5)
 
 
 def test_a_step_may_be_repeated(model, prompts):
@@ -279,7 +280,7 @@ def test_dtypes_of_a_bfloat16_model():
     step, params = functional(fdq.models.abstract(config))
     logits, state = jax.eval_shape(step, params, abstract_state(2, 16, "C16", config))
     assert logits.shape == (2, 96) and logits.dtype == jnp.float32
-    assert state.cache.v[1].dtype == jnp.bfloat16
+    assert state.cache.layers[1].v.codes.dtype == jnp.bfloat16
     mlp = params["layers"][1]["mlp"]
     assert mlp["router"]["kernel"].dtype == mlp["router"]["correction_bias"].dtype == jnp.float32
     assert mlp["experts"]["down_proj"]["kernel"].dtype == jnp.bfloat16
@@ -324,7 +325,7 @@ def test_bad_prompts_are_refused_before_anything_runs(model, tokens, lengths, me
     cache = KVCache.init(CONFIG, 1, SLOTS)
     with pytest.raises(ValueError, match=message):
         prefill(model, tokens, cache, lengths=lengths)
-    assert not cache.k[0].is_deleted()
+    assert not cache.layers[0].k.codes.is_deleted()
 
 
 def test_too_many_steps(model, prompts):

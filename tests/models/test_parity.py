@@ -26,7 +26,7 @@ def test_greedy_tokens_through_the_cache(name):
     model, expected = oracles.oracle(name)
     prompts, lengths, tokens, _ = oracles.greedy_batch(expected)
     cache = KVCache.init(model.config, 4, 32)
-    assert cache.k[0].dtype == jnp.float32
+    assert cache.layers[0].k.codes.dtype == jnp.float32
     state = prefill(model, prompts, cache, lengths=lengths)
     assert decode(model, state, steps=16).generated() == tokens
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fdq
 from fdq import ops
+from fdq.cache import CacheTensor, quantize_cache
 from fdq.schemes.scheme import CacheSpec
 from tests.ops.format_cases import error
 
@@ -34,26 +36,25 @@ def quantized(rng, spec, slots=S):
         scale = jnp.asarray(rng.uniform(4, 5, (KH, width)) / bound, jnp.float32)
         if spec.zero_point:
             zero = jnp.asarray(rng.integers(7, 9, (KH, width)), jnp.uint8)
-    return x, ops.quantize_cache(x, spec, scale=scale, zero=zero)
+    return x, quantize_cache(x, spec, scale=scale, zero=zero)
 
 
 @functools.cache
-def compiled(spec, window, block):
-    return jax.jit(
-        functools.partial(ops.attention, cache_format=spec, sliding_window=window, block_size=block)
-    )
+def compiled(window, block):
+    return jax.jit(functools.partial(fdq.attention, sliding_window=window, block_size=block))
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_cache_codes(name, rng):
     spec = SPECS[name]
-    x, (codes, scale, zero) = quantized(rng, spec)
-    back = np.asarray(ops.dequantize_cache(codes, spec, scale, zero))
+    x, tensor = quantized(rng, spec)
+    back = np.asarray(tensor.dequantize())
     assert np.abs(back).max() > 1
     if spec is None:
         assert (back == np.asarray(x)).all()
         return
-    assert codes.shape == (B, KH, S, D // 2 if spec.format == "int4" else D)
+    assert tensor.shape == x.shape
+    assert tensor.codes.shape == (B, KH, S, D // 2 if spec.format == "int4" else D)
     largest = np.abs(np.asarray(x)).max(-1, keepdims=True) if spec.dynamic else 5.0
     assert (np.abs(back - np.asarray(x)) <= 1.05 * STEPS[spec.format] * largest).all()
 
@@ -62,47 +63,36 @@ def test_cache_codes(name, rng):
 def test_equals_the_reference(name, rng):
     """Sequences of different lengths, a chunk of three queries, 37 slots in blocks of 8."""
     spec = SPECS[name]
-    _, (k, k_scale, k_zero) = quantized(rng, spec)
-    _, (v, v_scale, v_zero) = quantized(rng, spec)
+    (_, k), (_, v) = quantized(rng, spec), quantized(rng, spec)
     q = jnp.asarray(rng.standard_normal((B, 3, H, D)), jnp.float32)
-    arrays = {
-        "lengths": jnp.asarray([37, 5, 20], jnp.int32),
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "k_zero": k_zero,
-        "v_zero": v_zero,
-    }
+    lengths = jnp.asarray([37, 5, 20], jnp.int32)
     for window in (None, 6) if name in ("C16", "int8") else (None,):
-        y = compiled(spec, window, 8)(q, k, v, **arrays)
-        reference = ops.attention_reference(
-            q, k, v, cache_format=spec, sliding_window=window, **arrays
-        )
+        y = compiled(window, 8)(q, k, v, lengths=lengths)
+        reference = ops.attention_reference(q, k, v, lengths=lengths, sliding_window=window)
         assert error(y, reference) < 2e-6
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 37])
 def test_one_query(length, rng):
     """Decode, at lengths on and off a block's edge; slots beyond the length may hold anything."""
-    spec = SPECS["int8"]
-    _, (k, k_scale, _) = quantized(rng, spec)
-    _, (v, v_scale, _) = quantized(rng, spec)
+    (_, k), (_, v) = (quantized(rng, SPECS["int8"]) for _ in "kv")
     q = jnp.asarray(rng.standard_normal((B, 1, H, D)), jnp.float32)
     lengths = jnp.full((B,), length, jnp.int32)
-    arrays = {"lengths": lengths, "k_scale": k_scale, "v_scale": v_scale}
-    y = compiled(spec, None, 8)(q, k, v, **arrays)
-    reference = ops.attention_reference(q, k, v, cache_format=spec, **arrays)
-    assert error(y, reference) < 2e-6
-    k, v = k.at[:, :, length:].set(99), v.at[:, :, length:].set(-99)
-    assert (compiled(spec, None, 8)(q, k, v, **arrays) == y).all()
+    y = compiled(None, 8)(q, k, v, lengths=lengths)
+    assert error(y, ops.attention_reference(q, k, v, lengths=lengths)) < 2e-6
+    k = k.replace(codes=k.codes.at[:, :, length:].set(99))
+    v = v.replace(codes=v.codes.at[:, :, length:].set(-99))
+    assert (compiled(None, 8)(q, k, v, lengths=lengths) == y).all()
 
 
 def test_queries_in_the_middle(rng):
     """offset says where the queries stand: later slots of the same cache are not seen."""
-    _, (k, _, _) = quantized(rng, None)
+    _, tensor = quantized(rng, None)
+    k = tensor.codes
     q = jnp.asarray(rng.standard_normal((B, 2, H, D)), jnp.bfloat16)
     offset = jnp.asarray([0, 4, 30], jnp.int32)
-    y = ops.attention(q, k, k, lengths=jnp.full((B,), S, jnp.int32), offset=offset, block_size=16)
-    early = ops.attention(q, k, k, lengths=offset + 2, block_size=64)
+    y = fdq.attention(q, k, k, lengths=jnp.full((B,), S, jnp.int32), offset=offset, block_size=16)
+    early = fdq.attention(q, k, k, lengths=offset + 2, block_size=64)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.asarray(y, np.float32), np.asarray(early, np.float32), rtol=1e-2, atol=1e-2
@@ -117,25 +107,34 @@ def test_memory_does_not_grow_with_the_cache(name):
     spec = SPECS[name]
     temp = []
     for slots in (256, 16384):
-        k = jax.eval_shape(
-            lambda: ops.quantize_cache(jnp.zeros((1, KH, slots, D), jnp.bfloat16), spec)  # noqa: B023
-        )
-        codes, scale, zero = k
-        arrays = {"k_scale": scale, "v_scale": scale, "k_zero": zero, "v_zero": zero}
+        make = functools.partial(CacheTensor.empty, (1, KH, slots, D), spec)
+        k = jax.eval_shape(make)
         q = jax.ShapeDtypeStruct((1, 1, H, D), jnp.bfloat16)
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        program = compiled(spec, None, 256).lower(q, codes, codes, lengths=lengths, **arrays)
+        program = compiled(None, 256).lower(q, k, k, lengths=lengths)
         temp.append(program.compile().memory_analysis().temp_size_in_bytes)
     assert temp[1] <= temp[0] + 4096
 
 
+def test_keys_and_values_may_differ_in_format(rng):
+    (_, k), (_, v) = quantized(rng, SPECS["fp8 head"]), quantized(rng, SPECS["int4"])
+    q = jnp.asarray(rng.standard_normal((B, 1, H, D)), jnp.float32)
+    lengths = jnp.asarray([37, 5, 20], jnp.int32)
+    y = compiled(None, 8)(q, k, v, lengths=lengths)
+    assert error(y, ops.attention_reference(q, k, v, lengths=lengths)) < 2e-6
+
+
 def test_bad_arguments(rng):
-    _, (k, scale, _) = quantized(rng, SPECS["int8"])
+    _, k = quantized(rng, SPECS["int8"])
     q = jnp.zeros((B, 1, H, D))
     lengths = jnp.ones((B,), jnp.int32)
-    with pytest.raises(ValueError, match="scales go with a quantized format"):
-        ops.attention(q, k, k, lengths=lengths, k_scale=scale, v_scale=scale)
     with pytest.raises(ValueError, match=r"needs k and v \[B, KH, S, 16\]"):
-        ops.attention(q, k[..., :8], k[..., :8], lengths=lengths)
+        fdq.attention(q, k, k.codes[..., :8], lengths=lengths)
+    with pytest.raises(ValueError, match="sliding_window=0, expected 1 or more"):
+        fdq.attention(q, k, k, lengths=lengths, sliding_window=0)
     with pytest.raises(ValueError, match="static int8 KV cache: expected a calibrated scale"):
-        ops.quantize_cache(jnp.zeros((1, 1, 1, 8)), SPECS["int8 channel"])
+        quantize_cache(jnp.zeros((1, 1, 1, 8)), SPECS["int8 channel"])
+    with pytest.raises(ValueError, match="dynamic int8 KV cache: expected no scale"):
+        quantize_cache(jnp.zeros((1, 1, 1, 8)), SPECS["int8"], scale=jnp.ones((1, 1)))
+    with pytest.raises(ValueError, match="static int4 KV cache: expected zero points"):
+        quantize_cache(jnp.zeros((1, 1, 1, 8)), SPECS["int4 static"], scale=jnp.ones((1, 1)))

@@ -11,8 +11,9 @@ from flax import nnx
 
 import fdq
 from fdq import ops
-from fdq.cache.kv_cache import parse_format
+from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.ops import choice, mosaic_gpu, self_check
+from fdq.ops.attention.mosaic_gpu import MosaicGpuAttention
 from fdq.ops.kernel_layout import MOSAIC_GPU
 from fdq.ops.layouts import prepare_in_place
 from tests.ops.format_cases import error
@@ -100,16 +101,15 @@ def test_stacked_weights_keep_their_axes(kernels):
 def test_attention_of_one_query_runs_as_a_kernel(rng):
     spec = parse_format("C8")
     values = jnp.asarray(rng.standard_normal((2, 2, 40, 64)), jnp.float32)
-    codes, scale, _ = ops.quantize_cache(values, spec)
+    k = quantize_cache(values, spec)
     q = jnp.asarray(rng.standard_normal((2, 1, 6, 64)), jnp.float32)
-    settings = {"k_scale": scale, "v_scale": scale, "cache_format": spec}
-    settings["lengths"] = jnp.asarray([40, 13], jnp.int32)
-    y = ops.attention(q, codes, codes, implementation="mosaic_gpu", **settings)
-    wanted = ops.attention(q, codes, codes, implementation="xla", **settings)
+    settings = {"lengths": jnp.asarray([40, 13], jnp.int32)}
+    y = fdq.attention(q, k, k, implementation="mosaic_gpu", **settings)
+    wanted = fdq.attention(q, k, k, implementation="xla", **settings)
     assert error(y, wanted) < TOLERANCE
     two = jnp.concatenate([q, q], axis=1)
     with pytest.raises(NotImplementedError, match=r"attention\[mosaic_gpu\]: .*one query"):
-        ops.attention(two, codes, codes, implementation="mosaic_gpu", **settings)
+        fdq.attention(two, k, k, implementation="mosaic_gpu", **settings)
 
 
 def test_a_cpu_takes_xla_unless_it_is_told(rng, caplog):
@@ -223,7 +223,7 @@ def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
     for kernel, scheme in zip(kernels, ("W8A16", "W4A16-g96"), strict=True):
         q = weight(scheme, k=768)
         assert mosaic_gpu._check_product(kernel, q, device) is None
-    cache = jnp.zeros((1, 2, 32, 64), jnp.int8)
+    cache = CacheTensor.empty((1, 2, 32, 64), parse_format("C8"))
     q = jnp.zeros((1, 1, 4, 64), jnp.bfloat16)
-    assert mosaic_gpu._check_attention(q, cache, parse_format("C8")) is None
+    assert MosaicGpuAttention().failure(q, cache) is None
     assert self_check._RESULTS and not any(self_check._RESULTS.values())

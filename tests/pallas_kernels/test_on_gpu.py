@@ -9,7 +9,7 @@ from flax import nnx
 
 import fdq
 from fdq import ops
-from fdq.cache.kv_cache import parse_format
+from fdq.cache import parse_format, quantize_cache
 from fdq.models import Decoder, DecoderConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import self_check
@@ -71,10 +71,8 @@ def test_append(name):
     zeros = jnp.zeros((3, 2, 40, 128), jnp.float16)
     caches = [zeros, zeros]
     if spec is not None:
-        codes, scale, zero = ops.quantize_cache(zeros.astype(jnp.float32), spec)
-        if codes.dtype == jnp.float8_e4m3fn:
-            codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-        caches = [codes, codes, scale, scale, *([zero, zero] if spec.zero_point else [])]
+        one = quantize_cache(zeros, spec)
+        caches = [a for a in (one.codes, one.scale, one.zero) if a is not None for _ in "kv"]
     options = {"heads": 4, "interleaved": False, "dtype": jnp.float16}
     options["cache_format"] = None if spec is None else spec.format
     slots = jnp.asarray([0, 39, 7], jnp.int32)
@@ -101,20 +99,14 @@ def test_attention(name, group):
         jnp.asarray(rng.normal(size=shape), jnp.float32)
         for shape in ((3, 1, 2 * group, 128), (3, 2, 700, 128), (3, 2, 700, 128))
     )
-    settings = {"lengths": jnp.asarray([700, 333, 1], jnp.int32), "cache_format": spec}
     if spec is None:
         k, v = k.astype(jnp.float16), v.astype(jnp.float16)
-    else:
-        k, settings["k_scale"], settings["k_zero"] = ops.quantize_cache(k, spec)
-        v, settings["v_scale"], settings["v_zero"] = ops.quantize_cache(v, spec)
-        if k.dtype == jnp.float8_e4m3fn:
-            k, v = (jax.lax.bitcast_convert_type(a, jnp.uint8) for a in (k, v))
-    y = ops.attention(q, k, v, implementation="mosaic_gpu", **settings)
+    k, v = quantize_cache(k, spec), quantize_cache(v, spec)
+    lengths = jnp.asarray([700, 333, 1], jnp.int32)
+    y = fdq.attention(q, k, v, lengths=lengths, implementation="mosaic_gpu")
     with jax.default_device(jax.devices("cpu")[0]):
-        host = jax.tree.map(np.asarray, (q, k, v))
-        small = {n: a if a is None or n == "cache_format" else np.asarray(a)
-                 for n, a in settings.items()}  # fmt: skip
-        wanted = ops.attention_reference(*map(jnp.asarray, host), **small)
+        host = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), (q, k, v, lengths))
+        wanted = ops.attention_reference(*host[:3], lengths=host[3])
     assert difference(y, np.asarray(wanted, np.float64)) < BOUND
 
 

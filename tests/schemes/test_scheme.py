@@ -4,6 +4,7 @@ import pytest
 
 from fdq.formats import FORMATS
 from fdq.schemes import grammar
+from fdq.schemes.kinds import CACHE_FORMATS
 from fdq.schemes.scheme import ActivationSpec, CacheSpec, Scheme, WeightSpec
 
 
@@ -38,7 +39,7 @@ def activation_specs(draw):
 
 @st.composite
 def cache_specs(draw):
-    format = draw(st.sampled_from(grammar.CACHE_FORMATS))
+    format = draw(st.sampled_from(list(CACHE_FORMATS)))
     granularity = draw(st.sampled_from(["token_head", "channel", "head"]))
     return CacheSpec(
         format=format,

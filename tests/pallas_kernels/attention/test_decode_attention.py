@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
-from fdq import ops
+import fdq
+from fdq.cache import CacheTensor, quantize_cache
 from fdq.schemes.scheme import CacheSpec
 from pallas_kernels.attention.cuda_cores import heads_per_program
 from pallas_kernels.attention.decode_attention import decode_attention, decode_attention_reference
@@ -45,7 +46,8 @@ class Sizes:
 
 @functools.partial(jax.jit, static_argnums=1)
 def quantize(x, spec, scale, zero):
-    return ops.quantize_cache(x, spec, scale=scale, zero=zero)
+    tensor = quantize_cache(x, spec, scale=scale, zero=zero)
+    return tensor.codes, tensor.scale, tensor.zero
 
 
 def make(rng, name, sizes):
@@ -129,9 +131,10 @@ def test_formats_on_cuda_cores(rng, name):
     slots = sizes.slots
     out, arrays, lengths, settings = check(rng, name, sizes, [slots, slots // 2], parts=parts)
     if name == "int4":
-        settings = settings | {"cache_format": SPECS[name]}
-        q, k, v = arrays
-        xla = ops.attention(q[:, None], k, v, lengths=lengths, implementation="xla", **settings)
+        q, *codes = arrays
+        small = ([settings[f"{side}_{kind}"] for kind in ("scale", "zero")] for side in "kv")
+        k, v = (CacheTensor(c, *s, SPECS[name]) for c, s in zip(codes, small, strict=True))
+        xla = fdq.attention(q[:, None], k, v, lengths=lengths, implementation="xla")
         assert_close(out, xla[:, 0], of_largest=BOUND)
 
 

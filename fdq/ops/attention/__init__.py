@@ -1,0 +1,1 @@
+"""Attention over a KV cache, quantized or not; the function is `fdq.attention`."""

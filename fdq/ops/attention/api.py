@@ -1,0 +1,70 @@
+"""Causal attention over a KV cache, quantized or not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fdq.cache.cache_tensor import CacheTensor
+from fdq.ops.attention.arguments import DEFAULT_BLOCK, AttentionArguments
+from fdq.ops.attention.mosaic_gpu import MosaicGpuAttention
+from fdq.ops.attention.xla import XlaAttention
+from fdq.ops.implementation import Op
+
+ATTENTION = Op("attention", MosaicGpuAttention(), XlaAttention())
+
+
+def attention(
+    q: jax.Array,
+    k: CacheTensor | jax.Array,
+    v: CacheTensor | jax.Array,
+    *,
+    lengths: jax.Array,
+    offset: jax.Array | None = None,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    block_size: int = DEFAULT_BLOCK,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Each query attends to the slots up to its own position.
+
+    Query t of sequence b stands at slot `offset[b] + t` and sees slots `s` with
+    `s <= offset[b] + t`, `s < lengths[b]` and, with a window, `s > offset[b] + t - window`.
+    Write the new keys and values to the cache first, then attend.
+
+    Args:
+      q: float `[B, T, H, D]`, after the rotation.
+      k: `[B, KH, S, D]`: a CacheTensor, or an array of floats; head h reads KV head
+        `h // (H / KH)`.
+      v: as k.
+      lengths: int32 `[B]`, valid slots, those of this chunk included.
+      offset: int32 `[B]`, slot of the first query; `lengths - T` if None.
+      sliding_window: slots a query sees, its own included; None for all.
+      scale: multiplies the scores; `D ** -0.5` if None.
+      block_size: slots read at a time by XLA.
+      implementation: as in `fdq.matmul`.
+
+    Returns:
+      `[B, T, H, D]` in the dtype of q; scores, softmax and sums are float32. A query that sees
+      no slot gets zeros.
+
+    Raises:
+      ValueError: q, k and v that do not belong together, or a window below 1.
+    """
+    k, v = (a if isinstance(a, CacheTensor) else CacheTensor(a) for a in (k, v))
+    b, t, h, d = q.shape
+    expected = (b, *k.codes.shape[1:3], d)
+    if k.shape != expected or v.shape != expected or h % k.shape[1]:
+        raise ValueError(
+            f"attention: q {q.shape} needs k and v [B, KH, S, {d}] with KH dividing H={h}, "
+            f"found k {k.shape} and v {v.shape}."
+        )
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"attention: sliding_window={sliding_window}, expected 1 or more, or None."
+        )
+    lengths = lengths.astype(jnp.int32)
+    offset = lengths - t if offset is None else offset.astype(jnp.int32)
+    scale = d**-0.5 if scale is None else scale
+    arguments = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size)
+    return ATTENTION.choose(arguments, implementation)(arguments)

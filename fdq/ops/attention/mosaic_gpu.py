@@ -1,0 +1,110 @@
+"""Attention of one query per sequence by a Mosaic GPU kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.cache.cache_tensor import CacheTensor, quantize_cache, sample_scales
+from fdq.ops import mosaic_gpu, self_check
+from fdq.ops.attention.arguments import AttentionArguments, attention_reference
+from fdq.ops.choice import trace_target
+from fdq.ops.implementation import Implementation
+from pallas_kernels.device import default_device
+
+
+class MosaicGpuAttention(Implementation[AttentionArguments]):
+    """`pallas_kernels.attention.decode_attention`."""
+
+    name = "mosaic_gpu"
+
+    def skipped(self) -> str | None:
+        """Off GPUs kernels are not even imported."""
+        return None if trace_target().platform == "gpu" else "the device is not a GPU"
+
+    def unsupported(self, arguments: AttentionArguments) -> str | None:
+        """One query, caches that the kernels read, nothing sharded."""
+        queries = arguments.q.shape[1]
+        if queries != 1:
+            return f"the kernel takes one query per sequence, found {queries}"
+        return cache_unsupported(arguments.k, arguments.v) or mosaic_gpu.mesh_obstacle()
+
+    def declined(self, arguments: AttentionArguments) -> str | None:
+        """The tuning table's word, and the self-check's."""
+        reason = mosaic_gpu._preference("decode_attention", *_size(arguments))
+        return reason or self.failure(arguments.q, arguments.k)
+
+    def __call__(self, arguments: AttentionArguments) -> jax.Array:
+        """One launch, or two where a sequence is shared by several programs."""
+        from pallas_kernels.attention.decode_attention import decode_attention
+
+        a = arguments
+        settings: Any = mosaic_gpu._choice("decode_attention", *_size(a)).config
+        out = decode_attention(
+            a.q[:, 0],
+            a.k.codes,
+            a.v.codes,
+            lengths=jnp.minimum(a.lengths, a.offset + 1),
+            k_scale=a.k.scale,
+            v_scale=a.v.scale,
+            k_zero=a.k.zero,
+            v_zero=a.v.zero,
+            cache_format=a.k.format.kernel,
+            sliding_window=a.sliding_window,
+            scale=a.scale,
+            **settings,
+        )
+        return out[:, None]
+
+    def failure(self, q: jax.Array, k: CacheTensor) -> str | None:
+        """Why the kernel is switched off for such a cache on this device; None if it is right."""
+        group, d, dtype, spec = q.shape[2] // k.shape[1], q.shape[3], q.dtype, k.spec
+
+        def case() -> tuple[jax.Array, jax.Array]:
+            keys = jax.random.split(jax.random.key(2), 3)
+            query = jax.random.normal(keys[0], (2, 1, group, d)).astype(dtype)
+            sides, scales = [], sample_scales(spec, 1, d)
+            for key in keys[1:]:
+                values = jax.random.normal(key, (2, 1, 300, d))
+                if spec is None:
+                    values = values.astype(k.codes.dtype)
+                sides.append(quantize_cache(values, spec, **scales))
+            lengths = jnp.asarray([300, 77], jnp.int32)
+            arguments = AttentionArguments(query, *sides, lengths, lengths - 1, None, d**-0.5)
+            return self(arguments), attention_reference(query, *sides, lengths=lengths)
+
+        kind = _name(k)
+        if spec is not None:
+            kind += f", {'dynamic' if spec.dynamic else 'static'} scales per {spec.granularity}"
+        detail = f"{kind}, {group} heads of {d}, {dtype.name}"
+        # Results are rounded to the dtype of q, probabilities on tensor cores too.
+        return self_check.failure(
+            "decode_attention", detail, default_device(), case, tolerance=0.02
+        )
+
+
+def cache_unsupported(k: CacheTensor, v: CacheTensor) -> str | None:
+    """Why kernels do not read or write such a cache; None if they do."""
+    from pallas_kernels.attention.cache_words import HEAD_DIMS
+
+    if (k.spec, k.codes.dtype) != (v.spec, v.codes.dtype):
+        return f"the kernels take keys and values of one format, found {k.spec} and {v.spec}"
+    if k.spec is not None and k.format.kernel is None:
+        return f"no kernel reads a {k.format.name} cache"
+    if k.head_dim not in HEAD_DIMS:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        return f"the kernels take head_dim {sizes}, found {k.head_dim}"
+    return None
+
+
+def _name(k: CacheTensor) -> str:
+    """What the tuning table calls a cache's format."""
+    return k.codes.dtype.name if k.spec is None else k.spec.format
+
+
+def _size(arguments: AttentionArguments) -> tuple[str, int, int]:
+    """What the tuning table looks a cache up by; numbers count, whatever their codes pack."""
+    b, kv_heads, slots, head_dim = arguments.k.shape
+    return _name(arguments.k), arguments.q.shape[0], b * kv_heads * slots * head_dim

@@ -1,0 +1,177 @@
+"""Attention block by block with an online softmax, in plain XLA.
+
+Temporary memory is a block of slots, whatever the length of the cache; blocks beyond the longest
+sequence (and before the sliding window) are not read. Scales never touch the cache: per token they
+multiply scores and probabilities, per channel or head the query and the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.cache.cache_tensor import CacheTensor, join_planes
+from fdq.ops.attention.arguments import AttentionArguments
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+from fdq.ops.implementation import Implementation
+
+_MASKED = -1e30  # finite: a block with no visible slot must not make NaN of inf - inf
+
+
+class XlaAttention(Implementation[AttentionArguments]):
+    """Everything: any device, shape and cache format."""
+
+    name = "xla"
+
+    def __call__(self, arguments: AttentionArguments) -> jax.Array:
+        """Traced with Auto axes; the result is sharded like the queries."""
+        a = arguments
+
+        def attend(q, k, v, lengths, offset):
+            return _attend(q, k, v, lengths, offset, a.sliding_window, a.scale, a.block_size)
+
+        result = [spec_entry(a.q, axis) for axis in range(4)]
+        return in_auto_axes(attend, a.q, a.k, a.v, a.lengths, a.offset, result=lambda: result)
+
+
+def _attend(
+    q,
+    k: CacheTensor,
+    v: CacheTensor,
+    lengths,
+    offset,
+    sliding_window,
+    scale: float,
+    block_size: int,
+) -> jax.Array:
+    key, value = _Side(k), _Side(v)
+    b, t, h, d = q.shape
+    kh, slots = k.shape[1:3]
+    group = h // kh
+    block = min(block_size, slots)
+    # [B, KH, T * G, D]: the queries of a KV head are the rows of one dot.
+    queries = q.astype(jnp.float32) * jnp.float32(scale)
+    queries = queries.reshape(b, t, kh, group, d).transpose(0, 2, 1, 3, 4)
+    queries = queries.reshape(b, kh, t * group, d)
+    position = offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
+    position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
+    queries = key.scale_queries(queries)
+    query_sum = jnp.sum(queries, axis=-1, keepdims=True)
+    query_planes = [queries[..., p :: key.planes] for p in range(key.planes)]
+
+    first = jnp.int32(0)
+    if sliding_window is not None:
+        first = jnp.maximum(jnp.min(offset) - (sliding_window - 1), 0) // block
+    last = jnp.minimum((jnp.max(lengths) + (block - 1)) // block, -(-slots // block))
+
+    def body(i, carry):
+        largest, total, out = carry
+        start = jnp.minimum(i * block, slots - block)
+        slot = start + jnp.arange(block, dtype=jnp.int32)
+        # The last block starts early enough to be whole: slots seen before are masked.
+        visible = (slot >= i * block)[None, None, :] & (slot[None, None, :] <= position[:, :, None])
+        visible &= slot[None, None, :] < lengths[:, None, None]
+        if sliding_window is not None:
+            visible &= slot[None, None, :] > position[:, :, None] - sliding_window
+        scores = _sum_dots(query_planes, key.block(start, block))
+        scores = key.finish_scores(scores, query_sum, start, block)
+        scores = jnp.where(visible[:, None], scores, jnp.float32(_MASKED))
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.where(visible[:, None], jnp.exp(scores - new_largest), jnp.float32(0))
+        shrink = jnp.exp(largest - new_largest)
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        update = value.weighted_sum(weights, start, block)
+        out = [o * shrink + u for o, u in zip(out, update, strict=True)]
+        return new_largest, total, out
+
+    rows = (b, kh, t * group)
+    start_state = (
+        jnp.full((*rows, 1), _MASKED, jnp.float32),
+        jnp.zeros((*rows, 1), jnp.float32),
+        [jnp.zeros((*rows, d // value.planes), jnp.float32) for _ in range(value.planes)],
+    )
+    _, total, out = lax.fori_loop(first, last, body, start_state)
+    out = value.scale_output(join_planes(out) / jnp.where(total == 0, jnp.float32(1), total))
+    if value.static_zero is not None:
+        seen = (total > 0).astype(jnp.float32)
+        out = out - seen * value.static_zero_output()
+    out = out.reshape(b, kh, t, group, d).transpose(0, 2, 1, 3, 4)
+    return out.reshape(b, t, h, d).astype(q.dtype)
+
+
+def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """`[B, KH, R, C]` times `y [B, KH, ., .]` over C, which is `axis` of y."""
+    return lax.dot_general(
+        x,
+        y,
+        (((3,), (axis,)), ((0, 1), (0, 1))),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _sum_dots(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
+    """`[B, KH, R, S]`: queries times keys, over the channels of every plane."""
+    scores = _batched_dot(x[0], y[0], 3)
+    for a, b in zip(x[1:], y[1:], strict=True):
+        scores = scores + _batched_dot(a, b, 3)
+    return scores
+
+
+class _Side:
+    """Keys or values, with the scales that are folded into what they are multiplied with."""
+
+    def __init__(self, tensor: CacheTensor):
+        self.tensor = tensor
+        self.planes = tensor.format.planes
+        scale, zero = tensor.scale, tensor.zero
+        self.token_scale, self.token_zero = (scale, zero) if tensor.dynamic else (None, None)
+        wide = (
+            None if a is None or tensor.dynamic else tensor.over_channels(a) for a in (scale, zero)
+        )
+        self.static_scale, self.static_zero = wide
+
+    def block(self, start, size) -> list[jax.Array]:
+        """float32 `[B, KH, size, D / planes]` code values of a block of slots."""
+        return self.tensor.format.decode_planes(_cut(self.tensor.codes, start, size))
+
+    def scale_queries(self, queries: jax.Array) -> jax.Array:
+        return queries if self.static_scale is None else queries * self.static_scale
+
+    def finish_scores(self, scores, query_sum, start, size) -> jax.Array:
+        if self.token_scale is not None:
+            if self.token_zero is not None:
+                zero = _cut(self.token_zero, start, size).astype(jnp.float32)
+                scores = scores - query_sum * zero[:, :, None, :]
+            return scores * _cut(self.token_scale, start, size).astype(jnp.float32)[:, :, None, :]
+        # A static zero point adds the same to all scores of a query: the softmax removes it.
+        return scores
+
+    def weighted_sum(self, weights, start, size) -> list[jax.Array]:
+        """`[B, KH, R, D / planes]` sums of values over a block of slots."""
+        block = self.block(start, size)
+        if self.token_scale is None:
+            return [_batched_dot(weights, plane, 2) for plane in block]
+        scale = _cut(self.token_scale, start, size).astype(jnp.float32)
+        weights = weights * scale[:, :, None, :]
+        sums = [_batched_dot(weights, plane, 2) for plane in block]
+        if self.token_zero is not None:
+            zero = _cut(self.token_zero, start, size).astype(jnp.float32)
+            shift = jnp.sum(weights * zero[:, :, None, :], axis=-1, keepdims=True)
+            sums = [s - shift for s in sums]
+        return sums
+
+    def scale_output(self, out: jax.Array) -> jax.Array:
+        return out if self.static_scale is None else out * self.static_scale
+
+    def static_zero_output(self) -> jax.Array:
+        """`[1, KH, 1, D or 1]`: what zero points add to an output whose weights sum to one."""
+        assert self.static_zero is not None and self.static_scale is not None
+        return self.static_zero * self.static_scale
+
+
+def _cut(a: jax.Array, start: Any, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(a, start, size, axis=2)

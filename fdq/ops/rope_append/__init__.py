@@ -1,0 +1,1 @@
+"""Rotation of queries and keys, and the write to a KV cache."""
