@@ -40,6 +40,7 @@ from pallas_kernels.attention.parts import (
 )
 from pallas_kernels.mosaic import mma_fragments as mma
 from pallas_kernels.mosaic.launch import launch, load, store
+from pallas_kernels.mosaic.mma_codes import CODES, Codes
 
 MOST_HEADS = 16
 """Query heads of a KV head that one program holds."""
@@ -66,7 +67,7 @@ class _Shape:
     group: int
     parts: int
     side: CacheWords
-    codes: mma.Codes
+    codes: Codes
     sliding_window: int | None
     scale: float
     k_scale_width: int | None  # last axis of a scale
@@ -121,7 +122,7 @@ def attend(
     group = h // kv_heads
     if parts is None:
         parts = choose_parts(b * kv_heads, slots)
-    codes = mma.Codes(side.format or jnp.dtype(side.dtype).name, d)
+    codes = CODES[side.format or side.dtype.name](d)
     shape = _Shape(
         kv_heads,
         slots,
@@ -174,7 +175,7 @@ def attend(
     return join_parts(sums, top, total, static, order, q.dtype)
 
 
-def _words(array: jax.Array, codes: mma.Codes) -> jax.Array:
+def _words(array: jax.Array, codes: Codes) -> jax.Array:
     """``[B, KH, S, W]`` int32."""
     pieces = array.reshape(*array.shape[:-1], codes.width, 4 // array.dtype.itemsize)
     return lax.bitcast_convert_type(pieces, jnp.int32)

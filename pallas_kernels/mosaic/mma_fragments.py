@@ -10,10 +10,8 @@ and r + 8 at the columns 2t, 2t + 1. Query heads are columns (8 at a time), so t
 
 Which channel a column (of keys) or a row (of values) stands for is free as long as queries and sums
 agree, so a thread loads what lies together in memory: of keys 4 neighbouring words of its slots r
-and r + 8, of values words of its four slots 2t, 2t + 1, 2t + 8, 2t + 9. Codes become exact 16-bit
-floats by byte permutations and masks (int8: ``0x6400 | code`` is the float16 ``1024 + code``; int4
-and float8_e4m3: bits of a float16 times a power of two), with nothing that needs more than sm_80.
-Probabilities cross the warp by ``movmatrix``.
+and r + 8, of values words of its four slots 2t, 2t + 1, 2t + 8, 2t + 9. `mma_codes` makes floats of
+them. Probabilities cross the warp by ``movmatrix``.
 
 Here an array is a tile of 64 slots, 16 for each of the four warps. The interpreter has no tensor
 cores: there the same functions compute the same numbers with `jax.numpy`.
@@ -21,7 +19,6 @@ cores: there the same functions compute the same numbers with `jax.numpy`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -36,52 +33,10 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.mosaic import mma_instructions as ptx
 from pallas_kernels.mosaic.launch import runs_interpreted
+from pallas_kernels.mosaic.mma_codes import Codes
 
 SLOTS = 64
 """Slots of a tile: four warps of 16."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """How 32-bit words of a cache become 16-bit floats; static.
-
-    Attributes:
-      kind: ``int8``, ``float8_e4m3``, ``int4``, ``bfloat16`` or ``float16``.
-      head_dim: D.
-    """
-
-    kind: str
-    head_dim: int
-
-    @property
-    def per_word(self) -> int:
-        """Channels of a word."""
-        return {"int4": 8, "int8": 4, "float8_e4m3": 4}.get(self.kind, 2)
-
-    @property
-    def shift(self) -> float:
-        """What the floats are too small by."""
-        return {"int4": 2.0**-9, "float8_e4m3": 2.0**-8}.get(self.kind, 1.0)
-
-    @property
-    def width(self) -> int:
-        """Words of a slot."""
-        return self.head_dim // self.per_word
-
-    @property
-    def dtype(self) -> Any:
-        """Of what the tensor cores multiply."""
-        return jnp.bfloat16 if self.kind == "bfloat16" else jnp.float16
-
-    @property
-    def key_vector(self) -> int:
-        """Neighbouring words of a key that a thread loads at once; 4 threads share a slot."""
-        return min(4, self.width // 4)
-
-    @property
-    def value_vector(self) -> int:
-        """Likewise of values; 8 threads share a slot."""
-        return min(4, self.width // 8)
 
 
 def score_layout() -> Any:
@@ -251,15 +206,7 @@ def _decode_reference(words: jax.Array, codes: Codes, offset: jax.Array | None) 
         jnp.broadcast_to(shifts[None, None], (*words.shape, codes.per_word)),
     )
     planes = planes.reshape(words.shape[0], codes.head_dim) & jnp.int32((1 << bits) - 1)
-    if codes.kind == "int4":
-        middle = jnp.float32(8) if offset is None else offset[:, None]
-        return (planes.astype(jnp.float32) - middle) * jnp.float32(codes.shift)
-    if codes.kind == "int8":
-        return ((planes ^ jnp.int32(128)) - jnp.int32(128)).astype(jnp.float32)
-    if codes.kind == "float8_e4m3":
-        values = lax.bitcast_convert_type(planes.astype(jnp.uint8), jnp.float8_e4m3fn)
-        return values.astype(jnp.float32) * jnp.float32(codes.shift)
-    return lax.bitcast_convert_type(planes.astype(jnp.uint16), codes.dtype).astype(jnp.float32)
+    return codes.values(planes, offset)
 
 
 # -- what is emitted for the GPU
@@ -276,9 +223,9 @@ def _emit_scores(words, queries, offset, codes: Codes, heads: int):
     steps = codes.width // (4 * codes.key_vector)
     words_ = words.registers.reshape(steps, 2)
     pairs = [_query_pairs(q, codes, heads) for q in queries]
-    zeros = None
-    if codes.kind == "int4":
-        zeros = [ptx.int4_offset(x, x) for x in offset[0].registers.flat] if offset else None
+    zeros = [None, None]
+    if offset:
+        zeros = [codes.zero_points(x, x) for x in offset[0].registers.flat]
     acc = [[ptx.zero_f32() for _ in range(4)] for _ in range(heads // 8)]
     for step in range(steps):
         rows = [[ptx.lane(words_[step, h], i) for i in range(codes.key_vector)] for h in range(2)]
@@ -305,52 +252,28 @@ def _query_pairs(query, codes: Codes, heads: int):
         out.append([])
         for step in range(steps):
             chunks = [ptx.as_words(reg) for reg in regs[n, step]]  # channels (0, 1), (2, 3) of four
-            if codes.kind != "int4":
-                out[n].append(chunks)
-                continue
-            fragments = []
-            for low, high in zip(chunks[::2], chunks[1::2], strict=True):
-                # Channels i and i + 4 of a word share a register.
-                for i in range(2):
-                    even = ptx.permute(low[i], high[i], 0x5410)
-                    odd = ptx.permute(low[i], high[i], 0x7632)
-                    fragments.append([even, odd])
-            out[n].append(fragments)
+            out[n].append(codes.query(chunks))
     return out
 
 
 def _key_fragments(rows, codes: Codes, zeros):
     """A fragments of the words ``rows[half][i]`` of two slots."""
-    if codes.per_word == 2:
-        first = range(0, codes.key_vector, 2)
-        return [[rows[0][i], rows[1][i], rows[0][i + 1], rows[1][i + 1]] for i in first]
-    fragments = []
+    low, high = halves = [], []
     for i in range(codes.key_vector):
-        halves = []
         for half in range(2):
-            word = rows[half][i]
-            if codes.kind == "int4":
-                offset = ptx.constant(0xA400A400) if zeros is None else zeros[half]
-                halves.append([ptx.nibbles(word, j, offset) for j in range(4)])
-            elif codes.kind == "int8":
-                word = arith.xori(word, ptx.constant(0x80808080))
-                halves.append([ptx.biased_bytes(word, selector) for selector in (0x4140, 0x4342)])
-            else:
-                halves.append([ptx.e4m3(word, selector) for selector in (0x1404, 0x3424)])
-        low, high = halves
-        first = range(0, len(low), 2)
-        fragments += [[low[j], high[j], low[j + 1], high[j + 1]] for j in first]
-    return fragments
+            halves[half].extend(codes.registers(rows[half][i], zeros[half]))
+    first = range(0, len(low), 2)
+    return [[low[j], high[j], low[j + 1], high[j + 1]] for j in first]
 
 
 def _emit_sums(regs, words, weights, offset, codes: Codes, heads: int) -> None:
     """Adds one tile to ``regs [step][heads / 8][channel][2]``."""
     steps = codes.width // (8 * codes.value_vector)
     words_ = words.registers.reshape(steps, 2, 2)
-    zeros = None
-    if codes.kind == "int4" and offset:
+    zeros = [None, None]
+    if offset:
         points = offset[0].registers.reshape(2, 2)
-        zeros = [ptx.int4_offset(points[a, 0], points[a, 1]) for a in range(2)]
+        zeros = [codes.zero_points(points[a, 0], points[a, 1]) for a in range(2)]
     columns = []  # B fragments of each term and 8 heads
     for weight in weights:
         halves = weight.registers.reshape(heads // 8, 2)
@@ -375,21 +298,8 @@ def _value_channels(four, codes: Codes, zeros):
     """``[a][channel]``: the two slots ``2t + 8a``, ``2t + 8a + 1`` of each channel of a word."""
     out = []
     for a in range(2):
-        first, second = four[a]
-        if codes.per_word == 4:
-            if codes.kind == "int8":
-                first = arith.xori(first, ptx.constant(0x80808080))
-                second = arith.xori(second, ptx.constant(0x80808080))
-            pairs = [ptx.permute(first, second, s) for s in (0x5140, 0x7362)]
-            decode = ptx.biased_bytes if codes.kind == "int8" else ptx.e4m3
-            selectors = (0x4140, 0x4342) if codes.kind == "int8" else (0x1404, 0x3424)
-            out.append([decode(pair, s) for pair in pairs for s in selectors])
-            continue
-        pairs = [ptx.permute(first, second, s) for s in (0x5410, 0x7632)]
-        if codes.kind == "int4":
-            offset = ptx.constant(0xA400A400) if zeros is None else zeros[a]
-            pairs = [ptx.nibbles(pair, j, offset) for pair in pairs for j in range(4)]
-        out.append(pairs)
+        pairs = [ptx.permute(*four[a], selector) for selector in codes.interleave]
+        out.append([register for pair in pairs for register in codes.registers(pair, zeros[a])])
     return out
 
 

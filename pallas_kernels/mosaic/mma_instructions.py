@@ -25,6 +25,11 @@ def nibbles(word, j: int, offset):
     return _asm("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", word, constant(factor), offset)
 
 
+def flip_signs(word):
+    """The highest bit of each byte: of signed bytes, 128 is added."""
+    return arith.xori(word, constant(0x80808080))
+
+
 def biased_bytes(word, selector: int):
     """Two float16 of two bytes that are 128 too large."""
     return _subtract(permute(word, constant(0x64646464), selector), constant(0x64806480))

@@ -8,29 +8,30 @@ from jax import lax
 from warp_emulator import emulated_gpu
 
 from pallas_kernels.mosaic import mma_fragments as mma
+from pallas_kernels.mosaic.mma_codes import CODES
 
-KINDS = ["int8", "float8_e4m3", "int4", "bfloat16", "float16"]
+KINDS = list(CODES)
 
 
-def words_of(rng, codes: mma.Codes):
+def words_of(rng, kind, head_dim):
     """int32 [64, W] and the values [64, D] that they hold, before a zero point."""
-    d = codes.head_dim
-    if codes.kind == "int4":
+    d = head_dim
+    if kind == "int4":
         values = rng.integers(0, 16, (64, d))
         packed = (values[:, 0::2] | values[:, 1::2] << 4).astype(np.uint8)
-    elif codes.kind == "int8":
+    elif kind == "int8":
         packed = values = rng.integers(-128, 128, (64, d)).astype(np.int8)
-    elif codes.kind == "float8_e4m3":
+    elif kind == "float8_e4m3":
         packed = rng.integers(0, 256, (64, d)).astype(np.uint8)
         packed[packed & 0x7F == 0x7F] = 0
         values = packed.view(jnp.float8_e4m3fn)
     else:
-        packed = values = rng.standard_normal((64, d)).astype(jnp.dtype(codes.kind))
+        packed = values = rng.standard_normal((64, d)).astype(jnp.dtype(kind))
     return jnp.asarray(packed.view(np.int32)), values.astype(np.float32)
 
 
-def points_of(rng, codes: mma.Codes):
-    return rng.integers(0, 16, 64).astype(np.float32) if codes.kind == "int4" else None
+def points_of(rng, kind):
+    return rng.integers(0, 16, 64).astype(np.float32) if kind == "int4" else None
 
 
 def zero(values, points):
@@ -40,9 +41,9 @@ def zero(values, points):
 @pytest.mark.parametrize("heads, head_dim", [(8, 128), (16, 64), (8, 256)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores(rng, monkeypatch, kind, heads, head_dim):
-    codes = mma.Codes(kind, head_dim)
-    words, values = words_of(rng, codes)
-    points = points_of(rng, codes)
+    codes = CODES[kind](head_dim)
+    words, values = words_of(rng, kind, head_dim)
+    points = points_of(rng, kind)
     query = jnp.asarray(rng.standard_normal((heads, head_dim)), jnp.float32)
     terms = mma.split_terms(query, codes.dtype, 2)
     offset = None if points is None else jnp.asarray(points)
@@ -59,9 +60,9 @@ def test_scores(rng, monkeypatch, kind, heads, head_dim):
 @pytest.mark.parametrize("heads, head_dim", [(8, 128), (16, 64), (8, 256)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums(rng, monkeypatch, kind, heads, head_dim):
-    codes = mma.Codes(kind, head_dim)
-    tiles = [words_of(rng, codes) for _ in range(2)]
-    points = [points_of(rng, codes) for _ in tiles]
+    codes = CODES[kind](head_dim)
+    tiles = [words_of(rng, kind, head_dim) for _ in range(2)]
+    points = [points_of(rng, kind) for _ in tiles]
     weights = [jnp.asarray(rng.uniform(0, 1, (64, heads)), jnp.float32) for _ in tiles]
     terms = [mma.split_terms(w, codes.dtype, 2) for w in weights]
     sums = jnp.asarray(rng.standard_normal((4, head_dim, heads)), jnp.float32)
@@ -96,8 +97,8 @@ def test_the_maximum_of_a_warp(rng, monkeypatch, heads):
 
 def test_the_emulator_notices_a_wrong_byte(rng, monkeypatch):
     """A negative control: another order of bytes is another result."""
-    codes = mma.Codes("int8", 128)
-    words, _ = words_of(rng, codes)
+    codes = CODES["int8"](128)
+    words, _ = words_of(rng, "int8", 128)
     query = jnp.asarray(rng.standard_normal((8, 128)), jnp.float16)
     swapped = words << 16 | lax.shift_right_logical(words, jax.numpy.full_like(words, 16))
     with emulated_gpu(monkeypatch):
