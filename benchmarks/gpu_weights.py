@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdq.cache.cache_tensor import CacheTensor, quantize_cache, sample_scales
-from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import CacheSpec, WeightSpec
@@ -44,7 +43,7 @@ def random_weight(key: jax.Array, shape: tuple[int, ...], spec: WeightSpec) -> Q
     columns = min(n, _COLUMNS)
     experts = [min(e, _EXPERTS) for e in lead]
     w = jax.random.normal(key, (*experts, k, columns), jnp.float32) * jnp.float32(k**-0.5)
-    q = quantize_array(w, spec, method=FORMATS[spec.format].methods[0])
+    q = quantize_array(w, spec)
 
     def widen(a: jax.Array) -> jax.Array:
         if a.shape[-1] > 1:

@@ -53,7 +53,8 @@ class Convolutional(Format):
     grammar_name = "CC2"
     aliases = ("wint2",)
     bits = 2
-    methods = ("search",)
+    closed_form = False
+    searchable = True
     group_size = GROUP
     scale_dtypes = ("uint4",)
     fixed = True
@@ -61,10 +62,6 @@ class Convolutional(Format):
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """All but `codes` and `scale` (local scales) are float32 `[..., 1, N]`."""
         return ("codes", "scale", "code_scale", "code_offset", "super_scale")
-
-    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "search") -> Arrays:
-        """Local scales and codes are chosen together, so there is nothing to fit alone."""
-        raise ValueError("Format cc2 chooses scales and codes together; call encode.")
 
     def padding(self, k: int) -> int:
         """None: K is a multiple of 64."""
@@ -125,9 +122,7 @@ class Convolutional(Format):
             "super_scale": joined["super_scale"],
         }
 
-    def expected_distortion(
-        self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
-    ) -> float:
+    def search_distortion(self, spec: WeightSpec, k: int) -> float:
         """Simulated: the code of normal numbers, with the best continuous scale of each group."""
         return distortion.of_codebook(codebook(), GROUP, UNIT)
 

@@ -2,14 +2,15 @@
 
 Closed-form scales (absmax, signed max, min and max) are integrated: given the extremes of a group,
 its other weights are truncated normals, so the error is a one-dimensional integral, averaged over
-quantiles of the extremes (``integral``). Searched scales have no such form; their figure is the
-error of a small seeded sample (``simulated``), good to about 1%.
+quantiles of the extremes (`integral`). Searched scales have no such form; their figure is the
+error of a small seeded sample (`simulated`, `searched`), good to about 1%.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,20 +27,20 @@ SAMPLE_WEIGHTS = 1 << 19
 # Rows and columns that the largest weight of a "whole matrix" is taken over (nvfp4's global scale).
 MATRIX_WEIGHTS = 4096 * 4096
 
+Fit = Callable[[Any, WeightSpec], dict[str, Any]]
+
 _NORMAL = statistics.NormalDist()
 
 
-def expected(format: Any, spec: WeightSpec, method: str, k: int) -> float:
-    """E|w - w'|^2 per weight, for a ``ScaledFormat``.
+def integral(format: Any, spec: WeightSpec, fit: Fit, k: int) -> float:
+    """E|w - w'|^2 per weight under the scales of a closed form, for a `ScaledFormat`.
 
     Args:
       format: the format.
       spec: how the weight is stored.
-      method: one of the format's methods.
-      k: rows of the weight (the size of a group per channel; per tensor it is ``k * k``).
+      fit: the closed form: weight and spec to the format's parameters.
+      k: rows of the weight (the size of a group per channel; per tensor it is `k * k`).
     """
-    if format.distortion_kind(spec, method) == "simulated":
-        return simulated(format, spec, method, k)
     size = max(2, grouping.group_rows(spec, k, k))
     if spec.zero_point == "integer":
         low, high = _range_nodes(size)
@@ -62,7 +63,7 @@ def expected(format: Any, spec: WeightSpec, method: str, k: int) -> float:
         example = example[:, :, :1]
 
     def error(example: jax.Array, x: jax.Array) -> jax.Array:
-        parameters = format.fit(example, spec, method)
+        parameters = fit(example, spec)
         scale = format.multiplier(parameters, spec)[0, 0]
         zero = parameters["zero"][0, 0].astype(jnp.float32) if "zero" in parameters else None
         return x - format.project(x / scale, spec, zero) * scale
@@ -80,18 +81,19 @@ def expected(format: Any, spec: WeightSpec, method: str, k: int) -> float:
     return float(total.mean() / size)
 
 
-def simulated(format: Any, spec: WeightSpec, method: str, k: int) -> float:
-    """The error of a seeded sample; for searches, of the best candidate of every group."""
-    rows = k if spec.granularity != "group" else spec.group_size or k
-    columns = max(1, SAMPLE_WEIGHTS // rows)
-    rng = np.random.default_rng(rows)
-    w = jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32)
-    if method != "search":
+def simulated(format: Any, spec: WeightSpec, fit: Fit, k: int) -> float:
+    """E|w - w'|^2 per weight under the scales of `fit`, on a seeded sample."""
+    w = _sample(spec, k)
 
-        def decoded(w: jax.Array) -> jax.Array:
-            return format.decode(format.encode(w, spec, format.fit(w, spec, method)), spec)
+    def decoded(w: jax.Array) -> jax.Array:
+        return format.decode(format.encode(w, spec, fit(w, spec)), spec)
 
-        return float(jnp.mean(jnp.square(w - jax.jit(decoded)(w)[:rows])))
+    return float(jnp.mean(jnp.square(w - jax.jit(decoded)(w)[: w.shape[0]])))
+
+
+def searched(format: Any, spec: WeightSpec, k: int) -> float:
+    """E|w - w'|^2 per weight under the best candidate of every group, on a seeded sample."""
+    w = _sample(spec, k)
     groups = grouping.to_groups(w, spec)
     candidates = format.candidates(w, spec)
 
@@ -110,6 +112,13 @@ def simulated(format: Any, spec: WeightSpec, method: str, k: int) -> float:
         for sign in signs:
             least = jnp.minimum(least, error(jnp.int32(i), jnp.float32(sign)))
     return float(jnp.sum(least) / w.size)
+
+
+def _sample(spec: WeightSpec, k: int) -> jax.Array:
+    rows = k if spec.granularity != "group" else spec.group_size or k
+    columns = max(1, SAMPLE_WEIGHTS // rows)
+    rng = np.random.default_rng(rows)
+    return jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32)
 
 
 def of_codebook(codebook: np.ndarray, group: int, unit: float) -> float:

@@ -23,7 +23,6 @@ class Float8(ScaledFormat):
     bits = 8
     granularities = ("tensor", "channel", "group", "block")
     scale_dtypes = (*ScaledFormat.scale_dtypes, "float8_e8m0fnu")
-    methods = ("absmax",)
 
     def __init__(self, name: str, grammar_name: str, dtype: Any, *synonyms: str):
         self.name, self.grammar_name, self.synonyms = name, grammar_name, synonyms
@@ -42,7 +41,7 @@ class Float8(ScaledFormat):
         """float8 -> float32."""
         return codes.astype(jnp.float32)
 
-    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
+    def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """The scale that maps the largest magnitude of a group to the largest float8."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
         scale = exact_arithmetic.quotient(largest, self.largest)

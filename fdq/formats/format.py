@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,7 +50,8 @@ class Format(abc.ABC):
       synonyms: what its type is called besides.
       aliases: names, in lower case, that stand for the scheme `W<grammar_name>A16C16`.
       bits: bits of one code, without scales.
-      methods: names of the ways to choose parameters; the first is the default.
+      closed_form: `fit` has a formula for parameters.
+      searchable: there are parameters to try: `candidates`, or a `search` of the format's own.
       granularities: what may share a scale.
       group_size: rows of a group by default; None where one scale per channel is the default.
       zero_points: the kinds of zero points that a spec may ask for, the default first.
@@ -65,7 +65,8 @@ class Format(abc.ABC):
     synonyms: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     bits: int
-    methods: tuple[str, ...]
+    closed_form: bool = True
+    searchable: bool = False
     granularities: tuple[str, ...] = ("group",)
     group_size: int | None = None
     zero_points: tuple[str, ...] = ("none",)
@@ -115,9 +116,9 @@ class Format(abc.ABC):
         """What a `QTensor` of such a spec holds, in the order of its pytree."""
         return ("codes", "scale", "zero") if spec.zero_point == "integer" else ("codes", "scale")
 
-    @abc.abstractmethod
-    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
-        """Parameters of a float32 weight ``[..., K, N]`` by a closed form (``method``)."""
+    def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
+        """Parameters of a float32 weight ``[..., K, N]`` from its largest magnitudes."""
+        raise NotImplementedError(f"Format {self.name} has no closed form.")
 
     @abc.abstractmethod
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
@@ -141,41 +142,19 @@ class Format(abc.ABC):
     def padding(self, k: int) -> int:
         """Unused rows of the last packed unit of a weight with ``k`` rows."""
 
-    @abc.abstractmethod
-    def expected_distortion(
-        self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
-    ) -> float:
-        """E|w - w'|^2 for a weight ``[k, N]`` of independent N(0, 1) numbers, N large.
+    def columns_apart(self, spec: WeightSpec) -> bool:
+        """Whether columns `[K, n]` of a weight encode to the columns of its arrays."""
+        del spec
+        return False
 
-        ``distortion_kind`` says whether the figure is an integral or a simulation.
-        """
-
-    def distortion_kind(self, spec: WeightSpec, method: str | None = None) -> str:
-        """``"integral"`` (numeric, exact to ~1%) or ``"simulated"`` (seeded sample, ~1%)."""
-        simulated = self.pick_method(spec, method) in ("search", "four_over_six")
-        return "simulated" if simulated else "integral"
+    def search_distortion(self, spec: WeightSpec, k: int) -> float:
+        """E|w - w'|^2 of a search, for a weight `[k, N]` of independent N(0, 1) numbers."""
+        raise NotImplementedError(f"Format {self.name} has no search of its own.")
 
     def shape_from_arrays(self, arrays: Arrays, spec: WeightSpec, padding: int = 0):
         """Shape ``(..., K, N)`` of the weight that the arrays (abstract ones too) stand for."""
         del spec
         return self.shape_from_codes(tuple(arrays["codes"].shape), padding)
-
-    def pick_method(self, spec: WeightSpec, method: str | None, path: str = "<array>") -> str:
-        """The method meant by ``method`` (None is the default); ValueError names the others."""
-        choices = self.methods_for(spec)
-        if method is None:
-            return choices[0]
-        if method not in choices:
-            raise ValueError(
-                f"{path}: format {spec.format} has no method {method!r} for zero_point="
-                f"{spec.zero_point!r}; use one of {', '.join(map(repr, choices))}."
-            )
-        return method
-
-    def methods_for(self, spec: WeightSpec) -> tuple[str, ...]:
-        """The methods that ``spec`` allows, the default first."""
-        del spec
-        return self.methods
 
     def abstract(self, shape: tuple[int, ...], spec: WeightSpec) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays of a weight of ``shape``, without computing anything."""
@@ -210,7 +189,7 @@ class ScaledFormat(Format):
 
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """The parameters that a search tries; ValueError where the format has no search."""
-        raise ValueError(f"Format {self.name} has no search; use method='absmax'.")
+        raise ValueError(f"Format {self.name} has no search.")
 
     def lopsided(self, spec: WeightSpec) -> bool:
         """Whether a negative scale gives other levels than a positive one."""
@@ -269,14 +248,10 @@ class ScaledFormat(Format):
         zero = parameters.get("zero")
         return None if zero is None else grouping.expand(zero.astype(jnp.float32), spec, k, n)
 
-    def expected_distortion(
-        self, spec: WeightSpec, method: str | None = None, *, k: int = 4096
-    ) -> float:
-        """E|w - w'|^2 for a weight ``[k, N]`` of independent N(0, 1) numbers, N large."""
-        method = self.pick_method(spec, method)
-        return _expected(distortion.expected, self, spec, method, k)
+    def columns_apart(self, spec: WeightSpec) -> bool:
+        """Unless a scale serves several columns."""
+        return spec.granularity in ("channel", "group") and not spec.double_quantization
 
-
-@functools.lru_cache(maxsize=256)
-def _expected(function: Callable[..., float], *arguments: Any) -> float:
-    return function(*arguments)
+    def search_distortion(self, spec: WeightSpec, k: int) -> float:
+        """Simulated: the best candidate of every group of a seeded sample."""
+        return distortion.searched(self, spec, k)

@@ -28,6 +28,7 @@ SEARCH_POINTS = 48
 class Integer(ScaledFormat):
     """Uniform integers of ``bits`` bits."""
 
+    searchable = True
     granularities = ("tensor", "channel", "group")
 
     def __init__(
@@ -42,15 +43,6 @@ class Integer(ScaledFormat):
         self.synonyms = (f"int{bits}", f"uint{bits}")
         self.group_size, self.zero_points, self.aliases = group_size, zero_points, aliases
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        self.methods = ("absmax", "signed_max", "search")
-        if bits <= 4:
-            self.methods = ("search", "absmax", "signed_max")
-
-    def methods_for(self, spec: WeightSpec) -> tuple[str, ...]:
-        """The methods that ``spec`` allows, the default first."""
-        if spec.zero_point == "none":
-            return self.methods
-        return tuple(m for m in self.methods if m != "signed_max")
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
         """The level nearest to ``u = w / scale``."""
@@ -80,13 +72,10 @@ class Integer(ScaledFormat):
             offset += self.lowest
         return levels + jnp.float32(offset) if offset else levels
 
-    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
-        """Scales by a closed form.
+    def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
+        """The largest magnitude of a group is the highest level.
 
-        ``absmax``: the largest magnitude is the highest level (``max - min`` spans all codes when
-        the zero point is an integer). ``signed_max``: the weight of largest magnitude, whatever its
-        sign, is the level ``-2^(b-1)``, so that the code that ``absmax`` never uses is used and
-        the scale carries a sign (llama.cpp's Q4_0).
+        With an integer zero point `max - min` spans all codes.
         """
         groups = grouping.to_groups(w, spec)
         if spec.zero_point == "integer":
@@ -96,14 +85,8 @@ class Integer(ScaledFormat):
             half_range = high * 0.5 - low * 0.5
             scale = exact_arithmetic.quotient(half_range, (2**self.bits - 1) / 2)
             return self._asymmetric(scale, low, spec)
-        if method == "signed_max":
-            high, low = jnp.max(groups, axis=-2), jnp.min(groups, axis=-2)
-            extreme = jnp.where(high > -low, high, low)
-            scale = exact_arithmetic.quotient(extreme, self.lowest)
-        else:
-            largest = grouping.absolute_maximum(groups)
-            scale = exact_arithmetic.quotient(largest, self._reach(spec))
-        return self.with_multiplier({}, scale, spec)
+        largest = grouping.absolute_maximum(groups)
+        return self.with_multiplier({}, exact_arithmetic.quotient(largest, self._reach(spec)), spec)
 
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """Fractions of the full-range scale, with both signs where the levels are lopsided."""

@@ -70,13 +70,13 @@ class MicroscalingFloat(ScaledFormat):
     group_size = 32
     scale_dtypes = ("float8_e8m0fnu",)
     fixed = True
+    searchable = True
 
     def __init__(self, bits: int, largest_exponent: int, *synonyms: str):
         self.name, self.grammar_name, self.synonyms = f"mxfp{bits}", f"MXFP{bits}", synonyms
         self.aliases = (self.name,)
         self.bits = bits
         self.largest_exponent = largest_exponent
-        self.methods = ("search", "absmax") if bits <= 4 else ("absmax", "search")
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
         """The level nearest to ``u = w / scale``."""
@@ -93,7 +93,7 @@ class MicroscalingFloat(ScaledFormat):
         """Inverse of ``to_codes``, float32."""
         return e2m1_from_codes(codes) if self.bits == 4 else codes.astype(jnp.float32)
 
-    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
+    def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """OCP's rule: the exponent of the absmax less that of the largest level."""
         return self._scale(self._exponent(w, spec))
 
@@ -122,7 +122,7 @@ class NvidiaFloat4(ScaledFormat):
     group_size = 16
     scale_dtypes = ("float8_e4m3fn",)
     fixed = True
-    methods = ("search", "four_over_six", "absmax")
+    searchable = True
 
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """`global_scale` `[..., 1, 1]` float32 multiplies the whole matrix."""
@@ -144,27 +144,19 @@ class NvidiaFloat4(ScaledFormat):
         """Block scale times global scale."""
         return parameters["scale"].astype(jnp.float32) * parameters["global_scale"]
 
-    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
-        """``absmax``: the largest magnitude of a group is level 6.
+    def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
+        """The largest magnitude of a group is level 6."""
+        sixth, global_scale = self.sixth(w, spec, LARGEST_E4M3)
+        return self.parameters(sixth, global_scale)
 
-        ``four_over_six``: it is level 6 or level 4, whichever gives the smaller squared error
-        (arXiv 2512.02010): levels 4 and 6 are far apart.
-        """
-        if method == "absmax":
-            sixth, global_scale = self._sixth(w, spec, LARGEST_E4M3)
-            return self._parameters(sixth, global_scale)
-        sixth, global_scale = self._sixth(w, spec, HEADROOM_E4M3)
-        groups = grouping.to_groups(w, spec)
-        six = self._parameters(sixth, global_scale)
-        four = self._parameters(sixth * jnp.float32(1.5), global_scale)
-        wins = self._error(groups, four, spec) < self._error(groups, six, spec)
-        scale = jax.lax.select(wins, four["scale"], six["scale"])
-        return {"scale": scale, "global_scale": global_scale}
+    def columns_apart(self, spec: WeightSpec) -> bool:
+        """The global scale is that of all columns."""
+        return False
 
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """Neighbouring e4m3 numbers around absmax / 6 (ScaleSweep, arXiv 2606.07618)."""
-        sixth, global_scale = self._sixth(w, spec, HEADROOM_E4M3)
-        nearest = self._parameters(sixth, global_scale)["scale"]
+        sixth, global_scale = self.sixth(w, spec, HEADROOM_E4M3)
+        nearest = self.parameters(sixth, global_scale)["scale"]
         bits = jax.lax.bitcast_convert_type(nearest, jnp.uint8).astype(jnp.int32)
 
         def at(i: jax.Array) -> Arrays:
@@ -175,7 +167,7 @@ class NvidiaFloat4(ScaledFormat):
 
         return Candidates(SWEEP[1] - SWEEP[0] + 1, at, refit=False)
 
-    def _sixth(self, w: jax.Array, spec: WeightSpec, top: float) -> tuple[jax.Array, jax.Array]:
+    def sixth(self, w: jax.Array, spec: WeightSpec, top: float) -> tuple[jax.Array, jax.Array]:
         """Absmax / 6 of each group, and the global scale that makes the largest of them ``top``."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
         whole = jnp.max(largest, axis=(-2, -1), keepdims=True)
@@ -183,16 +175,11 @@ class NvidiaFloat4(ScaledFormat):
         global_scale = grouping.round_scale(global_scale, "float32")
         return exact_arithmetic.quotient(largest, LARGEST_E2M1), global_scale
 
-    def _parameters(self, scale: jax.Array, global_scale: jax.Array) -> Arrays:
+    def parameters(self, scale: jax.Array, global_scale: jax.Array) -> Arrays:
+        """Scales of groups, global scale included, as they are stored."""
         scale = exact_arithmetic.quotient(scale, global_scale)
         clipped = jnp.clip(scale, 2.0**-9, LARGEST_E4M3)
         return {"scale": clipped.astype(jnp.float8_e4m3fn), "global_scale": global_scale}
-
-    def _error(self, groups: jax.Array, parameters: Arrays, spec: WeightSpec) -> jax.Array:
-        u = groups / self.multiplier(parameters, spec)[..., None, :]
-        # In units of the global scale: squares of huge and tiny weights stay in range.
-        scale = parameters["scale"].astype(jnp.float32)
-        return jnp.sum((u - project_e2m1(u)) ** 2, axis=-2) * (scale * scale)
 
 
 MXFP4 = MicroscalingFloat(4, 2)

@@ -56,7 +56,7 @@ class NormalFloat(ScaledFormat):
     bits = 4
     group_size = 64
     double_quantization = True
-    methods = ("search", "absmax")
+    searchable = True
 
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """Double quantization adds the scales of the scales, and their mean."""
@@ -86,7 +86,7 @@ class NormalFloat(ScaledFormat):
             values = [jnp.where(is_set, high, low) for low, high in pairs]
         return values[0]
 
-    def fit(self, w: jax.Array, spec: WeightSpec, method: str = "absmax") -> Arrays:
+    def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """The largest magnitude of a group is its scale."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
         return self.with_multiplier({}, largest, spec)

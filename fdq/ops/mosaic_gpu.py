@@ -20,7 +20,7 @@ from fdq.formats.qtensor import QTensor
 from fdq.ops import self_check
 from fdq.ops.choice import Request, accept_kernel
 from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
-from fdq.quantizers.weight import quantize_array
+from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from pallas_kernels.device import MOST_ROWS, default_device
 from pallas_kernels.tuning import choices

@@ -1,6 +1,6 @@
 """Search for the scale of least squared error, group by group.
 
-For every group the error ``sum_k h_k (w_k - s level(w_k / s))^2`` is computed for each candidate
+For every group the error `sum_k h_k (w_k - s level(w_k / s))^2` is computed for each candidate
 scale that the format proposes (already rounded to its storage dtype, and of both signs where the
 levels are not symmetric), the best is kept, and once more challenged by the least-squares scale of
 its own codes. One candidate at a time is in memory. The gain over absmax is a third of the error at
@@ -9,29 +9,67 @@ its own codes. One candidate at a time is in memory. The gain over absmax is a t
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from fdq.formats import FORMATS, Arrays, ScaledFormat, grouping
+from fdq.formats import Arrays, ScaledFormat, grouping
+from fdq.quantizers.quantizer import Distortion, Quantizer, Statistics, format_of
 from fdq.schemes.scheme import WeightSpec
+
+SLAB_WEIGHTS = 1 << 18
+"""Weights searched at a time: a few copies in float32 fit a CPU's cache (twice as fast)."""
 
 REFITS = 1
 REAL_GAIN = 1.0 + 2.0**-12
 
 
+class ClipSearch(Quantizer):
+    """`search`: the scales of least squared error, weighted by the mean square of the input."""
+
+    name = "search"
+    statistics = ("mean_square",)
+    one_at_a_time = True
+
+    def unsupported(self, spec: WeightSpec, dtype: Any = jnp.float32) -> str | None:
+        """A format that proposes no scales cannot be searched."""
+        del dtype
+        return None if format_of(spec).searchable else "is for formats with scales to try"
+
+    def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
+        """Searches the scales of all groups."""
+        importance = statistics.get("mean_square")
+        return clip_search(w.astype(jnp.float32), spec, importance=importance)
+
+    def slabs(self, shape: tuple[int, ...], spec: WeightSpec) -> int:
+        """The search holds several float32 copies of what it works on."""
+        k, n = shape
+        if not format_of(spec).columns_apart(spec):
+            return 1
+        return min(n, -(-k * n // SLAB_WEIGHTS))
+
+    def expected_distortion(self, spec: WeightSpec, k: int) -> Distortion:
+        """As the format simulates it."""
+        return Distortion(format_of(spec).search_distortion(spec, k), "simulated")
+
+
+SEARCH = ClipSearch()
+
+
 def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None = None) -> Arrays:
-    """Quantizes a float32 weight ``[K, N]`` with the scales of least squared error.
+    """Quantizes a float32 weight `[K, N]` with the scales of least squared error.
 
     Args:
       w: the weight.
       spec: how it is stored.
-      importance: ``[K]`` nonnegative weights of the squared errors (mean square of what multiplies
+      importance: `[K]` nonnegative weights of the squared errors (mean square of what multiplies
         each row, as in "importance matrices"); None weighs all rows equally.
 
     Returns:
-      The arrays of the format, by field name of ``QTensor``.
+      The arrays of the format, by field name of `QTensor`.
     """
-    format = FORMATS[spec.format]
+    format = format_of(spec)
     if not isinstance(format, ScaledFormat):
         return format.search(w, spec, importance)
     candidates = format.candidates(w, spec)

@@ -14,10 +14,9 @@ from flax import nnx
 
 from fdq.cache.kv_cache import abstract_scales
 from fdq.calibration.observation import Calibration
-from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor
 from fdq.models import Decoder
-from fdq.quantizers import quantize_array
+from fdq.quantizers import pick, quantize_array
 from fdq.quantizers.modules import (
     DEFAULTS_OF_MODULES,
     Tensor,
@@ -244,7 +243,7 @@ class _Work:
         compat = self.compat if self._fastdeploy_has(scheme, array.dtype) else None
         importance = self.importance
         if isinstance(importance, Mapping):
-            searched = FORMATS[spec.format].pick_method(spec, self.method, path) == "search"
+            searched = "mean_square" in pick(spec, self.method, path, array.dtype).statistics
             importance = _at(importance, paths) if searched and compat is None else None
         return quantize_array(
             array, spec, method=self.method, compat=compat, importance=importance, path=path

@@ -1,4 +1,4 @@
-"""The kinds of things that scheme names speak of; filled by `fdq.formats` and `fdq.cache`.
+"""The kinds of things that scheme names speak of; filled by the rooms above.
 
 Names are read here, below the formats that they name, so each format brings its grammar along: its
 name in a scheme, its default spec and what a spec of it may say.
@@ -15,3 +15,6 @@ WEIGHT_FORMATS: Registry[Any] = Registry("weight format")
 
 CACHE_FORMATS: Registry[Any] = Registry("KV cache format")
 """`fdq.cache.CacheFormat` objects by name."""
+
+QUANTIZERS: Registry[Any] = Registry("quantizer")
+"""`fdq.quantizers.Quantizer` objects by name."""

@@ -33,8 +33,7 @@ DTYPES = [
 def quick(w, name):
     """Quantized without a search, which takes a second per format to compile."""
     spec = WeightSpec.parse(name)
-    methods = FORMATS[spec.format].methods
-    return quantize_array(w, spec, method="absmax" if "absmax" in methods else None)
+    return quantize_array(w, spec, method="absmax" if FORMATS[spec.format].closed_form else None)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fdq.formats import FORMATS, convolutional
+from fdq.formats import convolutional
 from fdq.formats.qtensor import QTensor, dequantize
-from fdq.quantizers import quantize_array
+from fdq.quantizers import expected_distortion, quantize_array
 from tests.formats.cases import spec
 from tests.formats.oracles import fixture
 
@@ -85,7 +85,7 @@ def test_tuned_constants_beat_four_levels_and_the_full_range(rng):
     error = float(np.mean((np.asarray(dequantize(quantize_array(w, CC2))) - w) ** 2))
     assert error / np.mean(w**2) == pytest.approx(0.1042, rel=0.02)
     assert error < 0.1159  # INT2 with half-integer levels
-    assert FORMATS["cc2"].expected_distortion(CC2) == pytest.approx(error, rel=0.03)
+    assert expected_distortion(CC2).value == pytest.approx(error, rel=0.03)
 
 
 def test_importance_moves_the_error_to_unimportant_rows(rng):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fdq.formats.qtensor import dequantize
-from fdq.quantizers import quantize_array, weight
+from fdq.quantizers import clip_search, quantize_array
 from tests.formats.cases import levels_of, spec
 
 
@@ -105,10 +105,10 @@ def test_searched_codes_use_both_ends(format, rng):
 
 @pytest.mark.parametrize("s", [spec("int4", 64), spec("int3")], ids=str)
 def test_slabs_of_columns_change_nothing(s, rng, monkeypatch):
-    monkeypatch.setattr(weight, "SLAB_WEIGHTS", 2048)
+    monkeypatch.setattr(clip_search, "SLAB_WEIGHTS", 2048)
     w = rng.standard_normal((192, 45)).astype(np.float32)  # a shape that no other test compiles
     h = np.exp(rng.standard_normal(192)).astype(np.float32)
-    assert weight._column_slabs(w.shape, s) == 5
+    assert clip_search.SEARCH.slabs(w.shape, s) == 5
     slabs = quantize_array(w, s, importance=h)
     whole = jax.vmap(lambda w: quantize_array(w, s, importance=h))(jnp.asarray(w)[None])
     for x, y in zip(jax.tree.leaves(slabs), jax.tree.leaves(whole), strict=True):
@@ -116,10 +116,10 @@ def test_slabs_of_columns_change_nothing(s, rng, monkeypatch):
 
 
 def test_columns_that_no_slabs_divide(rng, monkeypatch):
-    monkeypatch.setattr(weight, "SLAB_WEIGHTS", 1024)
+    monkeypatch.setattr(clip_search, "SLAB_WEIGHTS", 1024)
     s = spec("int4", 64)
     w = rng.standard_normal((128, 37)).astype(np.float32)
-    assert 37 % weight._column_slabs(w.shape, s) != 0
+    assert 37 % clip_search.SEARCH.slabs(w.shape, s) != 0
     slabs = quantize_array(w, s)
     whole = jax.jit(lambda w: quantize_array(w, s))(w)
     for x, y in zip(jax.tree.leaves(slabs), jax.tree.leaves(whole), strict=True):

@@ -1,0 +1,199 @@
+"""What a quantizer is: it chooses the codes and scales of a weight, given how they are stored.
+
+A quantizer is an object with a name in `QUANTIZERS`. It says which specs it can serve and which
+statistics of the layer's input it wants; what it makes of one matrix is a pure function, which the
+base class runs over stacks of matrices.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from fdq.formats import FORMATS as FORMATS
+from fdq.formats import Arrays, Format
+from fdq.schemes.kinds import QUANTIZERS as QUANTIZERS
+from fdq.schemes.scheme import WeightSpec
+
+Statistics = Mapping[str, Any]
+"""By name (`"mean_square"`, `"absmax"`) a statistic of each input channel, float32 `[..., K]`."""
+
+
+class Distortion(NamedTuple):
+    """E|w - w'|^2 of a weight of variance 1.
+
+    Attributes:
+      value: good to about 1%.
+      kind: `"integral"` (numeric) or `"simulated"` (a seeded sample).
+    """
+
+    value: float
+    kind: str
+
+
+class Quantizer(abc.ABC):
+    """One way to choose codes and scales; a member of `QUANTIZERS`, which users may add to.
+
+    Attributes:
+      name: what `method=` and the rules of a recipe call it.
+      statistics: those that it uses where they are known.
+      required: those of them without which it cannot work.
+      one_at_a_time: a stack is taken one matrix after the other, to save memory.
+    """
+
+    name: str
+    statistics: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    one_at_a_time: bool = False
+
+    @abc.abstractmethod
+    def unsupported(self, spec: WeightSpec, dtype: Any = jnp.float32) -> str | None:
+        """Why a weight of `dtype` cannot be quantized to `spec`, as in "is for nvfp4"; or None."""
+
+    @abc.abstractmethod
+    def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
+        """Quantizes one matrix; traced.
+
+        Args:
+          w: `[K, N]` in the dtype of the checkpoint.
+          spec: how it is stored.
+          statistics: `[K]` each, by name.
+
+        Returns:
+          The arrays of the format, by field name of `QTensor`.
+        """
+
+    def slabs(self, shape: tuple[int, ...], spec: WeightSpec) -> int:
+        """How many slabs of columns a matrix is taken in, one after the other, to save memory."""
+        del shape, spec
+        return 1
+
+    def expected_distortion(self, spec: WeightSpec, k: int) -> Distortion:
+        """What to expect of a weight `[k, N]` of independent N(0, 1) numbers, N large."""
+        raise NotImplementedError(f"Quantizer {self.name} does not know its distortion.")
+
+    def __call__(self, w: Any, spec: WeightSpec, statistics: Statistics, path: str) -> Arrays:
+        """Quantizes a stack of matrices, `matrix` by `matrix`.
+
+        Args:
+          w: `[..., K, N]`; also a tracer or a `jax.ShapeDtypeStruct`.
+          spec: how it is stored.
+          statistics: `[..., K]` each, by name.
+          path: of the parameter, for errors.
+        """
+        del path
+        run = functools.partial(_run, quantizer=self, spec=spec)
+        if isinstance(w, jax.ShapeDtypeStruct):
+            return jax.eval_shape(run, w, dict(statistics))
+        return run(w, dict(statistics), sequential=_on_one_device(w))
+
+
+def default_of(spec: WeightSpec, dtype: Any = jnp.float32) -> Quantizer:
+    """The quantizer of a spec for which none was chosen: a search for 4 bits and fewer."""
+    preferred = ("search", "absmax") if FORMATS[spec.format].bits <= 4 else ("absmax", "search")
+    for name in (*preferred, *QUANTIZERS):
+        quantizer = QUANTIZERS[name]
+        if quantizer.unsupported(spec, dtype) is None and not quantizer.required:
+            return quantizer
+    raise ValueError(f"No quantizer can choose the codes of {spec}. Register one that can.")
+
+
+def pick(
+    spec: WeightSpec, name: str | None, path: str = "<array>", dtype: Any = jnp.float32
+) -> Quantizer:
+    """The quantizer called `name`, or the spec's default; ValueError names those that there are."""
+    if name is None:
+        return default_of(spec, dtype)
+    reason = QUANTIZERS[name].unsupported(spec, dtype) if name in QUANTIZERS else ""
+    if reason is None:
+        return QUANTIZERS[name]
+    able = [q.name for q in QUANTIZERS.values() if q.unsupported(spec, dtype) is None]
+    why = f", which {reason}" if reason else ""
+    raise ValueError(
+        f"{path}: format {spec.format} has no method {name!r}{why}; use one of "
+        f"{', '.join(map(repr, able))}."
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def expected_distortion(
+    spec: WeightSpec, method: str | None = None, *, k: int = 4096
+) -> Distortion:
+    """The squared error to expect, without quantizing a tensor.
+
+    Args:
+      spec: how the weight is stored.
+      method: a quantizer's name; None is the spec's default.
+      k: rows of the weight, `[k, N]` independent N(0, 1) numbers with N large.
+    """
+    return pick(spec, method).expected_distortion(spec, k)
+
+
+def format_of(spec: WeightSpec) -> Format:
+    """The format that a spec names."""
+    return FORMATS[spec.format]
+
+
+@functools.partial(jax.jit, static_argnames=("quantizer", "spec", "sequential"))
+def _run(
+    w: jax.Array,
+    statistics: dict[str, jax.Array],
+    *,
+    quantizer: Quantizer,
+    spec: WeightSpec,
+    sequential: bool = False,
+) -> Arrays:
+    """`[..., K, N]` -> arrays; `sequential` may take one matrix, or slab of one, at a time."""
+    slabs = quantizer.slabs(w.shape[-2:], spec) if sequential else 1
+
+    def one(w: jax.Array, statistics: dict[str, jax.Array]) -> Arrays:
+        if slabs == 1:
+            return quantizer.matrix(w, spec, statistics)
+        return _by_slabs(w, slabs, lambda slab: quantizer.matrix(slab, spec, statistics))
+
+    if w.ndim == 2:
+        return one(w, statistics)
+    if not quantizer.one_at_a_time or not sequential:
+        over_stack = one
+        for _ in range(w.ndim - 2):
+            over_stack = jax.vmap(over_stack)
+        return over_stack(w, statistics)
+    lead = w.shape[:-2]
+    flat = {name: x.reshape(-1, x.shape[-1]) for name, x in statistics.items()}
+    out = jax.lax.map(lambda pair: one(*pair), (w.reshape(-1, *w.shape[-2:]), flat))
+    return {name: a.reshape(*lead, *a.shape[1:]) for name, a in out.items()}
+
+
+def _by_slabs(w: jax.Array, slabs: int, quantize: Any) -> Arrays:
+    """Quantizes a matrix in about `slabs` parts of its columns, one after the other."""
+    n = w.shape[1]
+    columns = -(-n // slabs)
+    slabs = -(-n // columns)
+
+    def slab(i: jax.Array) -> Arrays:
+        # Where the last slab would be narrower, it starts earlier and does some columns again.
+        start = jnp.minimum(i * columns, n - columns)
+        return quantize(jax.lax.dynamic_slice_in_dim(w, start, columns, axis=1))
+
+    parts = jax.lax.map(slab, jnp.arange(slabs))
+    again = slabs * columns - n
+
+    def joined(a: jax.Array) -> jax.Array:
+        if not again:
+            return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], n)
+        first = jnp.moveaxis(a[:-1], 0, 1).reshape(a.shape[1], (slabs - 1) * columns)
+        return jnp.concatenate([first, a[-1, :, again:]], axis=1)
+
+    return {name: joined(a) for name, a in parts.items()}
+
+
+def _on_one_device(w: Any) -> bool:
+    if isinstance(w, Tracer):
+        return False
+    return len(w.sharding.device_set) == 1
