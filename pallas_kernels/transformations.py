@@ -16,7 +16,7 @@ def batchable(
 
     Args:
       kernel: of pytrees.
-      fold: ``(axis size, which leaves are batched, *arguments)`` -> the batched result of one
+      fold: `(axis size, which leaves are batched, *arguments)` -> the batched result of one
         launch, or None where it takes several. Then, and without it, one launch follows another.
     """
 
@@ -49,7 +49,7 @@ def differentiable(
 
     Args:
       kernel: of pytrees.
-      gradient: ``(cotangent, *arguments)`` -> a cotangent for each argument, None for no gradient.
+      gradient: `(cotangent, *arguments)` -> a cotangent for each argument, None for no gradient.
     """
 
     @jax.custom_vjp

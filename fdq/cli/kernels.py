@@ -293,7 +293,7 @@ def _decode_steps(
 ) -> None:
     import json as text
 
-    from fdq.cli.decode_step import report
+    from fdq.analysis.decode_step import report
     from fdq.cli.schemes import read_scheme
 
     names = names or _this_machine()

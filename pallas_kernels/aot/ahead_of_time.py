@@ -70,7 +70,7 @@ def compile_cases(
 
     Args:
       cases: `build` must be importable in another process: a function of a module, a
-        ``functools.partial`` of one, or a case of `kernel_cases.all_cases` (those are looked up by
+        `functools.partial` of one, or a case of `kernel_cases.all_cases` (those are looked up by
         name).
       gpus: names; None for those that each case claims. With names given, every case is compiled
         for all of them, claimed or not.
@@ -127,9 +127,9 @@ def compile_for(
     """Compiles one function for one GPU in a child process.
 
     Args:
-      function: of a module, or a ``functools.partial`` of one (no lambda: another process imports
+      function: of a module, or a `functools.partial` of one (no lambda: another process imports
         it).
-      arguments: pytrees of ``jax.ShapeDtypeStruct``.
+      arguments: pytrees of `jax.ShapeDtypeStruct`.
       gpu: a name in `gpu_targets.GPUS`.
       donate: positions of arguments whose buffers are given up.
       timeout: seconds.

@@ -1,6 +1,6 @@
 """The kernels that are compiled ahead of time, each with shapes that stand for its use.
 
-A module with kernels has a function ``kernel_cases() -> list[KernelCase]`` and is listed in
+A module with kernels has a function `kernel_cases() -> list[KernelCase]` and is listed in
 `MODULES`; `all_cases` gathers them.
 """
 
@@ -22,7 +22,7 @@ from pallas_kernels.device import default_device
 MODULES: tuple[str, ...] = (
     "pallas_kernels.matmul.cases",
     "pallas_kernels.attention.cases",
-    "pallas_kernels.router.routing",
+    "pallas_kernels.router.cases",
 )
 """Modules of this package that register cases."""
 
@@ -32,8 +32,8 @@ class Program:
     """A function and what to compile it for.
 
     Attributes:
-      function: pure; compiled as ``jax.jit(function, donate_argnums=donate)(*arguments)``.
-      arguments: pytrees of ``jax.ShapeDtypeStruct`` (arrays do as well).
+      function: pure; compiled as `jax.jit(function, donate_argnums=donate)(*arguments)`.
+      arguments: pytrees of `jax.ShapeDtypeStruct` (arrays do as well).
       donate: positions of the arguments whose buffers are given up.
     """
 

@@ -1,7 +1,7 @@
 """The shapes that matrix-vector kernels are compiled for ahead of time.
 
 One representative case for each kernel and format, and the layers of published models besides.
-Shapes are ``K x N`` of a weight: Llama-3-8B's fused query, key and value projection is 4096 x 6144.
+Shapes are `K x N` of a weight: Llama-3-8B's fused query, key and value projection is 4096 x 6144.
 """
 
 from __future__ import annotations

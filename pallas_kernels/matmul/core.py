@@ -1,6 +1,6 @@
-"""The body of every matrix-vector kernel: a block of columns, a piece of K, up to 8 rows of x.
+"""The body of every matrix-vector kernel: a block of columns, a slice of K, up to 8 rows of x.
 
-A program is a warp group. It stages its piece of x in shared memory, each row of K times the power
+A program is a warp group. It stages its slice of x in shared memory, each row of K times the power
 of two that its format wants, and the sum of every segment of x beside it; then its threads, which
 own one, two or four columns each, walk down the words of their columns. Timeline of a program::
 
@@ -86,14 +86,14 @@ def kernel_operands(
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Tile:
     """What one program computes; static.
 
     Attributes:
       layout: of the weight.
       rows: M, rows of x.
       columns: of the block; a multiple of 128 that divides the padded N.
-      segments: of K in the piece.
+      segments: of K in the slice.
       units: of a column that a step decodes at once; a power of two.
       prefetch: whether a step loads the words of the next one first.
     """
@@ -127,30 +127,30 @@ class Piece:
 
     @property
     def products(self) -> Any:
-        """Layout of ``[U, M, columns]``, of ``[M, columns]`` for steps of one unit: threads own
+        """Layout of `[U, M, columns]`, of `[M, columns]` for steps of one unit: threads own
         neighbouring columns.
         """
         vector = self.columns // 128
-        tile = (self.rows, self.columns)
+        shape = (self.rows, self.columns)
         if self.step > 1:  # sums over an axis of one element have no layout
-            tile = (self.step, *tile)
-        tiling = mg.Tiling((tile, (32 * vector,), (vector,)))
+            shape = (self.step, *shape)
+        tiling = mg.Tiling((shape, (32 * vector,), (vector,)))
         return mg.Layout.TILED(tiling, (-3,), (-2,), -1)
 
 
 def staging_factors(layout: WeightLayout) -> np.ndarray:
-    """The power of two of each row of a unit, float32 ``[rows]``."""
+    """The power of two of each row of a unit, float32 `[rows]`."""
     exponents = layout.words.exponents(runs_interpreted())
     return np.ldexp(np.float32(1), exponents).astype(np.float32)
 
 
-def tile_layout(piece: Piece, segments: int) -> Any:
-    """Layout of ``[segments, rows, units, M]`` of x; two or four segments are a warp's each."""
-    layout = piece.layout
+def staged_layout(tile: Tile, segments: int) -> Any:
+    """Layout of `[segments, rows, units, M]` of x; two or four segments are a warp's each."""
+    layout = tile.layout
     units = layout.segment_units
-    tile = (segments, layout.words.rows, units, piece.rows)
-    tiling = mg.Tiling((tile,) if piece.rows == 1 else (tile, (1,)))
-    last = -2 if piece.rows == 1 else -3
+    shape = (segments, layout.words.rows, units, tile.rows)
+    tiling = mg.Tiling((shape,) if tile.rows == 1 else (shape, (1,)))
+    last = -2 if tile.rows == 1 else -3
     lane_dims: tuple[Any, ...] = (last,) if units == 32 else (mg.Replicated(32 // units), last)
     warp_dims: tuple[Any, ...] = (mg.Replicated(4),)
     if segments in (2, 4):
@@ -158,49 +158,49 @@ def tile_layout(piece: Piece, segments: int) -> Any:
     return mg.Layout.TILED(tiling, warp_dims, lane_dims, -1)
 
 
-def stage(piece: Piece, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: Any) -> None:
-    """Fills shared memory with a piece of x; a barrier must follow.
+def stage(tile: Tile, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: Any) -> None:
+    """Fills shared memory with a slice of x; a barrier must follow.
 
     Args:
-      piece: what the program computes.
-      read_x: ``(first segment in the piece, how many, array layout)`` -> float32
-        ``[segments, rows, units, M]``.
-      factors_ref: float32 ``[rows]``, `staging_factors`.
-      x_ref: shared, ``[segments, rows, units, M]``.
-      sums_ref: shared, ``[segments, M]``: what bias and zero point are multiplied by.
+      tile: what the program computes.
+      read_x: `(first segment in the slice, how many, array layout)` -> float32
+        `[segments, rows, units, M]`.
+      factors_ref: float32 `[rows]`, `staging_factors`.
+      x_ref: shared, `[segments, rows, units, M]`.
+      sums_ref: shared, `[segments, M]`: what bias and zero point are multiplied by.
     """
-    tile = math.gcd(piece.segments, 4)
-    if tile == piece.rows == 1:
+    chunk = math.gcd(tile.segments, 4)
+    if chunk == tile.rows == 1:
         # An array of one sum has no layout: several segments to a thread, or sums without arrays.
         # More than 64 rows of units at a time do not fit in registers (int3 has 32 a segment).
-        few = (d for d in (3, 5, 7) if d * piece.layout.words.rows <= 64)
-        tile = next((d for d in few if piece.segments % d == 0), 1)
-    alone = tile == piece.rows == 1
-    layout = tile_layout(piece, tile)
+        few = (d for d in (3, 5, 7) if d * tile.layout.words.rows <= 64)
+        chunk = next((d for d in few if tile.segments % d == 0), 1)
+    alone = chunk == tile.rows == 1
+    layout = staged_layout(tile, chunk)
     # The bias takes part in units of the unfinished sum, and so does the sum that a zero point
     # is multiplied by.
-    exponent = piece.layout.words.exponent(runs_interpreted())
-    bias = 1.0 if piece.layout.zero_point == "integer" else piece.layout.bias
+    exponent = tile.layout.words.exponent(runs_interpreted())
+    bias = 1.0 if tile.layout.zero_point == "integer" else tile.layout.bias
     factor = jnp.float32(math.ldexp(-bias, -exponent))
     factors = load(factors_ref, layout.reduce(0).reduce(1).reduce(1))
 
-    def one_tile(i, _):
-        segments = pl.ds(i * tile, tile)
-        x = read_x(i * tile, tile, layout)
+    def one_chunk(i, _):
+        segments = pl.ds(i * chunk, chunk)
+        x = read_x(i * chunk, chunk, layout)
         store(x_ref.at[segments], x * lax.broadcast_in_dim(factors, x.shape, (1,)))
-        if piece.has_sums and not alone:
+        if tile.has_sums and not alone:
             store(sums_ref.at[segments], jnp.sum(jnp.sum(x, axis=1), axis=1) * factor)
         return ()
 
-    lax.fori_loop(0, piece.segments // tile, one_tile, ())
-    if piece.has_sums and alone:
+    lax.fori_loop(0, tile.segments // chunk, one_chunk, ())
+    if tile.has_sums and alone:
         synchronize()
-        _sum_alone(piece, factor, x_ref, sums_ref)
+        _sum_alone(tile, factor, x_ref, sums_ref)
 
 
-def _sum_alone(piece: Piece, factor: jax.Array, x_ref: Any, sums_ref: Any) -> None:
+def _sum_alone(tile: Tile, factor: jax.Array, x_ref: Any, sums_ref: Any) -> None:
     """Sums of one row of x, a segment at a time, by every thread from what is staged."""
-    exponents = piece.layout.words.exponents(runs_interpreted())
+    exponents = tile.layout.words.exponents(runs_interpreted())
 
     def one_segment(segment, _):
         def one_unit(unit, total):
@@ -208,43 +208,43 @@ def _sum_alone(piece: Piece, factor: jax.Array, x_ref: Any, sums_ref: Any) -> No
                 total = total + x_ref[segment, r, unit, 0] * jnp.float32(math.ldexp(1.0, -exponent))
             return total
 
-        total = lax.fori_loop(0, piece.layout.segment_units, one_unit, jnp.float32(0))
+        total = lax.fori_loop(0, tile.layout.segment_units, one_unit, jnp.float32(0))
         sums_ref[segment, 0] = total * factor
         return ()
 
-    lax.fori_loop(0, piece.segments, one_segment, ())
+    lax.fori_loop(0, tile.segments, one_segment, ())
 
 
 def accumulate(
-    piece: Piece, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any, sums_ref: Any
+    tile: Tile, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any, sums_ref: Any
 ) -> jax.Array:
-    """Partial sums of the block: float32 ``[M, columns]``, scales applied.
+    """Partial sums of the block: float32 `[M, columns]`, scales applied.
 
     Args:
-      piece: what the program computes.
+      tile: what the program computes.
       refs: of one weight, without leading axes.
       first_column: of the block.
-      first_segment: of the piece in the column.
+      first_segment: of the slice in the column.
       x_ref: as `stage` left it.
       sums_ref: likewise.
     """
-    layout, words = piece.layout, piece.layout.words
+    layout, words = tile.layout, tile.layout.words
     interpreted = runs_interpreted()
-    columns = pl.ds(first_column, piece.columns)
-    units, step = layout.segment_units, piece.step
+    columns = pl.ds(first_column, tile.columns)
+    units, step = layout.segment_units, tile.step
     several = int(step > 1)  # arrays have an axis of units, the first
-    shape = (step,) * several + (piece.rows, piece.columns)
+    shape = (step,) * several + (tile.rows, tile.columns)
     fields_shape = shape[:several] + shape[-1:]
-    products = piece.products
+    products = tile.products
     fields = products.reduce(several)  # [U, columns]
     staged = products.reduce(several + 1)  # [U, M]
     totals_layout = products.reduce(0) if several else products  # [M, columns]
     column, row = totals_layout.reduce(0), totals_layout.reduce(1)  # [columns], [M]
     axes = tuple(range(len(shape)))
     # Short segments are unrolled: 32 rows of K an iteration, if their number allows it.
-    together = math.gcd(piece.segments, max(1, 32 // layout.segment))
+    together = math.gcd(tile.segments, max(1, 32 // layout.segment))
     first_unit = first_segment * units
-    last_unit = first_unit + (piece.segments * units - step)
+    last_unit = first_unit + (tile.segments * units - step)
 
     def of_column(ref, index):
         return load(ref.at[index, columns], column)
@@ -262,7 +262,7 @@ def accumulate(
 
     def one_step(segment, unit, parts, fetched):
         start = first_unit + segment * units + unit
-        if piece.prefetch:
+        if tile.prefetch:
             following = fetch(jnp.minimum(start + step, last_unit))
         else:
             fetched, following = fetch(start), fetched
@@ -276,7 +276,7 @@ def accumulate(
     def finish_segment(segment, parts, totals):
         total = jnp.sum(parts, axis=0) if several else parts
         group = group_of(layout, first_segment + segment)
-        if piece.has_sums:
+        if tile.has_sums:
             sums = load(sums_ref.at[segment], row)
             sums = lax.broadcast_in_dim(sums, total.shape, (0,))
             if layout.zero_point == "integer":
@@ -289,7 +289,7 @@ def accumulate(
         return totals + total
 
     zero_parts = mg.layout_cast(jnp.zeros(shape, jnp.float32), products)
-    zero_totals = jnp.zeros((piece.rows, piece.columns), jnp.float32)
+    zero_totals = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     zero_totals = mg.layout_cast(zero_totals, totals_layout)
 
     def body(i, carry):
@@ -308,8 +308,8 @@ def accumulate(
             totals = finish_segment(segment, parts, totals)
         return totals, fetched
 
-    start = fetch(first_unit) if piece.prefetch else []
-    totals, _ = lax.fori_loop(0, piece.segments // together, body, (zero_totals, start))
+    start = fetch(first_unit) if tile.prefetch else []
+    totals, _ = lax.fori_loop(0, tile.segments // together, body, (zero_totals, start))
     totals = totals * jnp.float32(math.ldexp(1.0, words.exponent(interpreted)))
     if refs.column_scale is not None:
         scale = of_column(refs.column_scale, 0)

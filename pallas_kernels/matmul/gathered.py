@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.device import MOST_ROWS
 from pallas_kernels.matmul.core import (
-    Piece,
+    Tile,
     WeightRefs,
     accumulate,
     kernel_operands,
@@ -33,7 +33,7 @@ from pallas_kernels.matmul.matrix_vector import (
     kernel_name,
     matrix_vector_reference,
     multiprocessors,
-    piece_of,
+    tile_of,
 )
 from pallas_kernels.matmul.row_sources import (
     Rows,
@@ -75,20 +75,20 @@ def gathered_matrix_vector(
     config: MatrixVectorConfig | None = None,
     shared_config: MatrixVectorConfig | None = None,
 ) -> Any:
-    """Partial sums of ``x[p // picks] @ w[index[p]]``, in one launch.
+    """Partial sums of `x[p // picks] @ w[index[p]]`, in one launch.
 
     Args:
-      x: ``[T, K]`` bf16, f16 or f32, or `Gated` or `Normed` rows; T divides P. With ``T = P`` every
+      x: `[T, K]` bf16, f16 or f32, or `Gated` or `Normed` rows; T divides P. With `T = P` every
         pick has a row of its own (the down product).
-      w: ``[E, K, N]``.
-      index: int32 ``[P]``, experts in ``0 .. E - 1``.
-      shared: rows ``[M, K']`` (M at most 8) and a weight ``[K', N']`` that they are multiplied by
+      w: `[E, K, N]`.
+      index: int32 `[P]`, experts in `0 .. E - 1`.
+      shared: rows `[M, K']` (M at most 8) and a weight `[K', N']` that they are multiplied by
         as well.
       config: how to cut the products of the picks; None chooses by the device.
       shared_config: how to cut the shared product.
 
     Returns:
-      float32 ``[split, P, N]``; with `shared` a pair, also its ``[split', M, N']``.
+      float32 `[split, P, N]`; with `shared` a pair, also its `[split', M, N']`.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -163,7 +163,7 @@ def _gathered(x, w, index, shared, config, shared_config) -> Any:
     if shared is not None:
         more = _Product(shared[0], shared[1], shared[0].shape[0], shared_config)
         products.append(more)
-        shape = (more.split, more.piece.rows, more.weight.layout.padded_n)
+        shape = (more.split, more.tile.rows, more.weight.layout.padded_n)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
         grid += more.programs
 
@@ -172,7 +172,7 @@ def _gathered(x, w, index, shared, config, shared_config) -> Any:
         index_ref = next(refs)
         inputs = [product.take_inputs(refs) for product in products]
         out_refs = [next(refs) for _ in products]
-        scratch = [[next(refs) for _ in product.piece.scratch] for product in products]
+        scratch = [[next(refs) for _ in product.tile.scratch] for product in products]
         program = lax.axis_index("program")
 
         def pick():
@@ -206,7 +206,7 @@ def _gathered(x, w, index, shared, config, shared_config) -> Any:
         out_type=tuple(outputs),
         grid=(grid,),
         grid_names=("program",),
-        scratch_types=tuple(s for product in products for s in product.piece.scratch),
+        scratch_types=tuple(s for product in products for s in product.tile.scratch),
     )
     results = [a[..., : p.weight.layout.n] for a, p in zip(out, products, strict=True)]
     return results[0] if shared is None else tuple(results)
@@ -217,9 +217,9 @@ class _Product:
 
     def __init__(self, x: Rows, weight: KernelWeight, rows: int, config: MatrixVectorConfig):
         self.x, self.weight = x, weight
-        self.piece: Piece
-        self.piece, self.split = piece_of(weight.layout, rows, config)
-        self.blocks = weight.layout.padded_n // self.piece.columns
+        self.tile: Tile
+        self.tile, self.split = tile_of(weight.layout, rows, config)
+        self.blocks = weight.layout.padded_n // self.tile.columns
         self.programs = self.blocks * self.split
         self._of_x = row_operands(x, weight.layout)
         self._of_weight, self._name_refs = kernel_operands(weight)
@@ -239,18 +239,18 @@ class _Product:
     def run(
         self, inputs, scratch, program, out_ref, *, row=0, out_row: Any = 0, expert: Any = None
     ) -> None:
-        """A program: `program` counts blocks of columns, then pieces of K."""
+        """A program: `program` counts blocks of columns, then slices of K."""
         factors_ref, x_refs, weight_refs = inputs
         staged_ref, sums_ref, norms_ref = scratch
-        piece, layout = self.piece, self.weight.layout
+        tile, layout = self.tile, self.weight.layout
         if expert is not None:
             weight_refs = weight_refs.expert(expert)
         part = program // self.blocks
-        first_column = pl.multiple_of(program % self.blocks * piece.columns, piece.columns)
-        first_segment = part * piece.segments
-        read_x = row_reader(self.x, x_refs, layout, row, piece.rows, first_segment, norms_ref)
-        stage(piece, read_x, factors_ref, staged_ref, sums_ref)
+        first_column = pl.multiple_of(program % self.blocks * tile.columns, tile.columns)
+        first_segment = part * tile.segments
+        read_x = row_reader(self.x, x_refs, layout, row, tile.rows, first_segment, norms_ref)
+        stage(tile, read_x, factors_ref, staged_ref, sums_ref)
         synchronize()
-        totals = accumulate(piece, weight_refs, first_column, first_segment, staged_ref, sums_ref)
-        rows = pl.ds(out_row, piece.rows)
-        store(out_ref.at[part, rows, pl.ds(first_column, piece.columns)], totals)
+        totals = accumulate(tile, weight_refs, first_column, first_segment, staged_ref, sums_ref)
+        rows = pl.ds(out_row, tile.rows)
+        store(out_ref.at[part, rows, pl.ds(first_column, tile.columns)], totals)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.device import MOST_ROWS
 from pallas_kernels.matmul.core import (
-    Piece,
+    Tile,
     WeightRefs,
     group_of,
     kernel_operands,
@@ -34,8 +34,8 @@ from pallas_kernels.matmul.matrix_vector import (
     choose_config,
     kernel_name,
     multiprocessors,
-    piece_of,
     rows_of_a_batch,
+    tile_of,
 )
 from pallas_kernels.mosaic.lane_instructions import apply, assembly_bits
 from pallas_kernels.mosaic.launch import THREADS, launch, load, runs_interpreted, store
@@ -45,7 +45,7 @@ from pallas_kernels.weights.kernel_weight import KernelWeight
 
 
 def integer_matrix_vector_reference(x: jax.Array, w: KernelWeight) -> jax.Array:
-    """The meaning of `integer_matrix_vector`, in float32: ``[1, M, N]``."""
+    """The meaning of `integer_matrix_vector`, in float32: `[1, M, N]`."""
     return lax.dot(x.astype(jnp.float32), decoded_weight(w), precision=lax.Precision.HIGHEST)[None]
 
 
@@ -55,12 +55,12 @@ def integer_matrix_vector(
     """Partial sums of int8 rows times an integer weight, before the rows' own scales.
 
     Args:
-      x: int8 ``[M, K]``, M at most 8.
-      w: ``[K, N]`` that `has_kernel`.
+      x: int8 `[M, K]`, M at most 8.
+      w: `[K, N]` that `has_kernel`.
       config: how to cut the product; None chooses by the device.
 
     Returns:
-      float32 ``[split, M, N]``; the sum over the first axis is the product.
+      float32 `[split, M, N]`; the sum over the first axis is the product.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, more than 8 rows, or a format without a kernel.
@@ -91,7 +91,7 @@ def has_kernel(w: KernelWeight) -> bool:
 
 
 def x_words(x: jax.Array, w: KernelWeight) -> jax.Array:
-    """int8 ``[M, K]`` -> int32 ``[units, planes, M]``, four codes a word as planes hold theirs."""
+    """int8 `[M, K]` -> int32 `[units, planes, M]`, four codes a word as planes hold theirs."""
     layout = w.layout
     order = layout.words.byte_rows
     assert order is not None
@@ -103,7 +103,7 @@ def x_words(x: jax.Array, w: KernelWeight) -> jax.Array:
 
 
 def dot4(a: jax.Array, b: jax.Array, c: jax.Array, layout: Any) -> jax.Array:
-    """``c`` plus the four products of signed bytes of ``a`` and ``b``; int32, of one shape."""
+    """`c` plus the four products of signed bytes of `a` and `b`; int32, of one shape."""
     if runs_interpreted():
         return dot4_reference(a, b, c)
 
@@ -125,15 +125,15 @@ def dot4_reference(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
 def _integer_matrix_vector(x, w, *, config) -> jax.Array:
     layout = w.layout
     m = x.shape[0]
-    piece, split = piece_of(layout, m, config)
+    tile, split = tile_of(layout, m, config)
     operands, name_refs = kernel_operands(w)
 
     def body(x_ref, *refs):
         *weight_refs, out_ref = refs
-        first_segment = lax.axis_index("split") * piece.segments
-        first_column = pl.multiple_of(lax.axis_index("columns") * piece.columns, piece.columns)
-        totals = _accumulate(piece, name_refs(weight_refs), first_column, first_segment, x_ref)
-        columns = pl.ds(first_column, piece.columns)
+        first_segment = lax.axis_index("split") * tile.segments
+        first_column = pl.multiple_of(lax.axis_index("columns") * tile.columns, tile.columns)
+        totals = _accumulate(tile, name_refs(weight_refs), first_column, first_segment, x_ref)
+        columns = pl.ds(first_column, tile.columns)
         store(out_ref.at[lax.axis_index("split"), :, columns], totals)
 
     body.__name__ = kernel_name("integer_matrix_vector", layout, m)
@@ -141,23 +141,23 @@ def _integer_matrix_vector(x, w, *, config) -> jax.Array:
         body,
         (x_words(x, w), *operands),
         out_type=jax.ShapeDtypeStruct((split, m, layout.padded_n), jnp.float32),
-        grid=(layout.padded_n // piece.columns, split),
+        grid=(layout.padded_n // tile.columns, split),
         grid_names=("columns", "split"),
     )
     return out[..., : layout.n]
 
 
 def _accumulate(
-    piece: Piece, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any
+    tile: Tile, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any
 ) -> jax.Array:
-    """Partial sums of the block: float32 ``[M, columns]``, scales applied."""
-    layout = piece.layout
+    """Partial sums of the block: float32 `[M, columns]`, scales applied."""
+    layout = tile.layout
     bits = layout.words.bits
     units = layout.segment_units
-    step = min(max(piece.step, 2), units)
-    columns = pl.ds(first_column, piece.columns)
-    shape = (step, piece.rows, piece.columns)
-    vector = piece.columns // THREADS
+    step = min(max(tile.step, 2), units)
+    columns = pl.ds(first_column, tile.columns)
+    shape = (step, tile.rows, tile.columns)
+    vector = tile.columns // THREADS
     tiling = mg.Tiling((shape, (32 * vector,), (vector,)))  # neighbouring columns are a thread's
     products = mg.Layout.TILED(tiling, (-3,), (-2,), -1)
     fields, staged = products.reduce(1), products.reduce(2)  # [U, columns], [U, M]
@@ -196,7 +196,7 @@ def _accumulate(
     nothing = zeros(shape, jnp.int32, products)
     no_sums = zeros(shape[:2], jnp.int32, staged) if with_sums else ()
     # Segments unrolled: many rows have enough to do in one.
-    together = math.gcd(piece.segments, max(1, 32 // (units * max(1, piece.rows // 2))))
+    together = math.gcd(tile.segments, max(1, 32 // (units * max(1, tile.rows // 2))))
 
     def finish(segment, parts, sums):
         """The float32 value of finished integer sums, without scale."""
@@ -220,7 +220,7 @@ def _accumulate(
             return carry
 
         start = (nothing, no_sums)
-        parts, sums = lax.fori_loop(0, piece.segments // together, column_body, start)
+        parts, sums = lax.fori_loop(0, tile.segments // together, column_body, start)
         totals = finish(jnp.int32(0), parts, sums)
     else:
 
@@ -234,8 +234,8 @@ def _accumulate(
                 totals = totals + finish(segment, parts, sums) * scale
             return totals
 
-        start = zeros((piece.rows, piece.columns), jnp.float32, totals_layout)
-        totals = lax.fori_loop(0, piece.segments // together, group_body, start)
+        start = zeros((tile.rows, tile.columns), jnp.float32, totals_layout)
+        totals = lax.fori_loop(0, tile.segments // together, group_body, start)
     if refs.column_scale is not None:
         scale = of_column(refs.column_scale, 0)
         totals = totals * lax.broadcast_in_dim(scale, totals.shape, (1,))

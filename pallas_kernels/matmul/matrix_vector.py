@@ -2,8 +2,8 @@
 
     y[m, n] = sum_k x[m, k] * w[k, n]
 
-A program owns a block of columns and a piece of K; its sums go to their own row of
-``[split, M, N]``, which the consumer adds up: an XLA fusion (residual and norm), or the next
+A program owns a block of columns and a slice of K; its sums go to their own row of
+`[split, M, N]`, which the consumer adds up: an XLA fusion (residual and norm), or the next
 kernel's prologue. So the sum is deterministic, and there is no second pass of our own.
 """
 
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.device import MOST_ROWS, default_device
 from pallas_kernels.matmul.core import (
-    Piece,
+    Tile,
     accumulate,
     kernel_operands,
     stage,
@@ -51,7 +51,7 @@ class MatrixVectorConfig:
 
     Attributes:
       block_columns: columns of a program: 128, 256 or 512 (1, 2 or 4 a thread).
-      split: pieces of K; rounded down to a divisor of the segments of a column.
+      split: slices of K; rounded down to a divisor of the segments of a column.
       step_rows: rows of K that a step decodes: a power of two times the rows of the format's unit.
       prefetch: whether a step loads the words of the next one before its own arithmetic.
     """
@@ -63,7 +63,7 @@ class MatrixVectorConfig:
 
 
 def matrix_vector_reference(x: Rows, w: KernelWeight) -> jax.Array:
-    """The meaning of `matrix_vector`: float32 ``[1, M, N]`` of the decoded weight."""
+    """The meaning of `matrix_vector`: float32 `[1, M, N]` of the decoded weight."""
     x = finished(x).astype(jnp.float32)
     product = lax.dot(x, decoded_weight(w), precision=lax.Precision.HIGHEST)
     return product[None]
@@ -77,18 +77,18 @@ def matrix_vector(
     block_columns: int | None = None,
     config: MatrixVectorConfig | None = None,
 ) -> jax.Array:
-    """Partial sums of ``x @ w``.
+    """Partial sums of `x @ w`.
 
     Args:
-      x: ``[M, K]`` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or a `Gated` or
+      x: `[M, K]` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or a `Gated` or
         `Normed`, which are finished as they are staged.
-      w: ``[K, N]``, without leading axes.
-      split: pieces of K, overriding the config.
+      w: `[K, N]`, without leading axes.
+      split: slices of K, overriding the config.
       block_columns: columns of a program, overriding the config.
       config: how to cut the product; None chooses by the device.
 
     Returns:
-      float32 ``[split, M, N]``; the sum over the first axis is the product. It has a gradient with
+      float32 `[split, M, N]`; the sum over the first axis is the product. It has a gradient with
       respect to x, not to w.
 
     Raises:
@@ -122,7 +122,7 @@ def rows_of_a_batch(kernel: Any, config: MatrixVectorConfig):
     """For `transformations.batchable`: a batch of x is more rows of x, where they fit a launch.
 
     Args:
-      kernel: ``(x [M, K], w)`` -> ``[split, M, N]``.
+      kernel: `(x [M, K], w)` -> `[split, M, N]`.
       config: how it cuts the product.
     """
 
@@ -132,8 +132,8 @@ def rows_of_a_batch(kernel: Any, config: MatrixVectorConfig):
         m, k = x.shape[1:]
         if axis_size * m > MOST_ROWS:
             return None
-        _, split = piece_of(w.layout, m, config)
-        if piece_of(w.layout, axis_size * m, config)[1] != split:
+        _, split = tile_of(w.layout, m, config)
+        if tile_of(w.layout, axis_size * m, config)[1] != split:
             return None
         out = kernel(x.reshape(axis_size * m, k), w)
         return jnp.moveaxis(out.reshape(split, axis_size, m, -1), 1, 0)
@@ -185,7 +185,7 @@ def multiprocessors() -> int:
     return getattr(default_device(), "core_count", None) or 4
 
 
-def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[Piece, int]:
+def tile_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[Tile, int]:
     """What one program computes, and how many share a column.
 
     Raises:
@@ -209,7 +209,7 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
     if staged > split * _MOST_STAGED:
         least = min(-(-staged // _MOST_STAGED), layout.segments)
         split = next(d for d in range(least, layout.segments + 1) if layout.segments % d == 0)
-    piece = Piece(
+    tile = Tile(
         layout=layout,
         rows=m,
         columns=config.block_columns,
@@ -217,14 +217,14 @@ def piece_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[
         units=max(1, config.step_rows // layout.words.rows),
         prefetch=config.prefetch,
     )
-    return piece, split
+    return tile, split
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _matrix_vector(x, w, *, config) -> jax.Array:
     layout = w.layout
     m = x.shape[0]
-    piece, split = piece_of(layout, m, config)
+    tile, split = tile_of(layout, m, config)
     x_operands = row_operands(x, layout)
     operands, name_refs = kernel_operands(w)
 
@@ -232,24 +232,24 @@ def _matrix_vector(x, w, *, config) -> jax.Array:
         x_refs, weight_refs = refs[: len(x_operands)], refs[len(x_operands) : -4]
         out_ref, staged_ref, sums_ref, norms_ref = refs[-4:]
         part = lax.axis_index("split")
-        first_segment = part * piece.segments
-        first_column = pl.multiple_of(lax.axis_index("columns") * piece.columns, piece.columns)
+        first_segment = part * tile.segments
+        first_column = pl.multiple_of(lax.axis_index("columns") * tile.columns, tile.columns)
         read_x = row_reader(x, x_refs, layout, 0, m, first_segment, norms_ref)
-        stage(piece, read_x, factors_ref, staged_ref, sums_ref)
+        stage(tile, read_x, factors_ref, staged_ref, sums_ref)
         synchronize()
         totals = accumulate(
-            piece, name_refs(weight_refs), first_column, first_segment, staged_ref, sums_ref
+            tile, name_refs(weight_refs), first_column, first_segment, staged_ref, sums_ref
         )
-        store(out_ref.at[part, :, pl.ds(first_column, piece.columns)], totals)
+        store(out_ref.at[part, :, pl.ds(first_column, tile.columns)], totals)
 
     body.__name__ = kernel_name("matrix_vector", layout, m)
     out = launch(
         body,
         (jnp.asarray(staging_factors(layout)), *x_operands, *operands),
         out_type=jax.ShapeDtypeStruct((split, m, layout.padded_n), jnp.float32),
-        grid=(layout.padded_n // piece.columns, split),
+        grid=(layout.padded_n // tile.columns, split),
         grid_names=("columns", "split"),
-        scratch_types=piece.scratch,
+        scratch_types=tile.scratch,
     )
     return out[..., : layout.n]
 

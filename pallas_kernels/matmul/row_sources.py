@@ -1,6 +1,6 @@
 """What x of a matrix kernel may be, and how the kernel reads it while it stages it.
 
-An array ``[M, K]``; `Gated`, the partial sums of gate and up; `Normed`, rows that want their norm.
+An array `[M, K]`; `Gated`, the partial sums of gate and up; `Normed`, rows that want their norm.
 A decode step is a chain of small products, and what XLA would do between two of them costs it one
 to three launches each; so the kernel that reads the rows finishes them.
 """
@@ -25,10 +25,10 @@ from pallas_kernels.weights.layout import WeightLayout
 
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """``silu(gate) * up``, still as the partial sums of the product that made gate and up.
+    """`silu(gate) * up`, still as the partial sums of the product that made gate and up.
 
     Attributes:
-      partials: float32 ``[split, M, 2 I]``, gate first.
+      partials: float32 `[split, M, 2 I]`, gate first.
       dtype: that gate, up and the result are rounded to, as a model in that dtype does.
     """
 
@@ -37,11 +37,11 @@ class Gated:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(M, I)``."""
+        """`(M, I)`."""
         return self.partials.shape[-2], self.partials.shape[-1] // 2
 
     def value(self) -> jax.Array:
-        """``[M, I]`` in `dtype`."""
+        """`[M, I]` in `dtype`."""
         gate, up = jnp.split(jnp.sum(self.partials, axis=0), 2, axis=-1)
         return gated(gate, up, self.dtype).astype(self.dtype)
 
@@ -52,11 +52,11 @@ jax.tree_util.register_dataclass(Gated, data_fields=["partials"], meta_fields=["
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Normed:
-    """Rows that are normalized on their way in: ``x / sqrt(mean(x^2) + epsilon) * scale``.
+    """Rows that are normalized on their way in: `x / sqrt(mean(x^2) + epsilon) * scale`.
 
     Attributes:
-      x: ``[M, K]``, any float dtype; results are rounded to it.
-      scale: ``[K]``.
+      x: `[M, K]`, any float dtype; results are rounded to it.
+      scale: `[K]`.
       epsilon: added to the mean square.
     """
 
@@ -82,7 +82,7 @@ class Normed:
 
 
 def gated(gate: jax.Array, up: jax.Array, dtype: Any) -> jax.Array:
-    """float32 ``silu(gate) * up``: of rounded numbers, rounded once, as XLA does in `dtype`."""
+    """float32 `silu(gate) * up`: of rounded numbers, rounded once, as XLA does in `dtype`."""
 
     def rounded(a):
         return a.astype(dtype).astype(jnp.float32)
@@ -95,12 +95,12 @@ Rows = jax.Array | Gated | Normed
 
 
 def finished(x: Rows) -> jax.Array:
-    """The rows as an array ``[M, K]``."""
+    """The rows as an array `[M, K]`."""
     return x.value() if isinstance(x, (Gated, Normed)) else x
 
 
 def rows_shape(x: Rows, caller: str) -> tuple[int, int]:
-    """``(M, K)`` of the rows that `caller` was given.
+    """`(M, K)` of the rows that `caller` was given.
 
     Raises:
       ValueError: arrays that are no rows, or do not belong together.
@@ -162,7 +162,7 @@ def row_reader(
     segment: Any,
     scratch_ref: Any,
 ) -> ReadX:
-    """``read_x`` of `matrix_vector_core.stage`.
+    """`read_x` of `matrix_vector_core.stage`.
 
     Args:
       x: for its kind only.
@@ -171,21 +171,21 @@ def row_reader(
       first_row: of x, of the program.
       rows: how many, M.
       segment: the first of the program.
-      scratch_ref: shared float32 ``[1 or more, M]``, free until the first read.
+      scratch_ref: shared float32 `[1 or more, M]`, free until the first read.
     """
     some = pl.ds(first_row, rows)
 
-    def where(first, tile):
-        return pl.ds(segment + first, tile)
+    def where(first, count):
+        return pl.ds(segment + first, count)
 
     if isinstance(x, Gated):
         # Axes of x follow those of shared memory: [split, gate or up, segment, row, unit, M].
         by_unit = refs[0].transpose((0, 2, 3, 5, 4, 1))
 
-        def read_gated(first, tile, tile_layout):
+        def read_gated(first, count, layout_of_x):
             def total(half):
                 parts = [
-                    load(by_unit.at[s, half, where(first, tile), :, :, some], tile_layout)
+                    load(by_unit.at[s, half, where(first, count), :, :, some], layout_of_x)
                     for s in range(by_unit.shape[0])
                 ]
                 return functools.reduce(jnp.add, parts)
@@ -195,8 +195,8 @@ def row_reader(
         return read_gated
     by_unit = refs[0].transpose((1, 3, 2, 0))  # [segment, row, unit, M]
 
-    def read(first, tile, tile_layout):
-        y = load(by_unit.at[where(first, tile), :, :, some], tile_layout)
+    def read(first, count, layout_of_x):
+        y = load(by_unit.at[where(first, count), :, :, some], layout_of_x)
         return y.astype(jnp.float32)
 
     if not isinstance(x, Normed):
@@ -206,11 +206,11 @@ def row_reader(
     synchronize()
     scale_by_unit = refs[1].transpose((0, 2, 1))
 
-    def read_normed(first, tile, tile_layout):
-        one_row = tile_layout.reduce(0).reduce(0).reduce(0)
+    def read_normed(first, count, layout_of_x):
+        one_row = layout_of_x.reduce(0).reduce(0).reduce(0)
         factors = load(scratch_ref.at[0], one_row)
-        scale = load(scale_by_unit.at[where(first, tile)], tile_layout.reduce(3))
-        y = read(first, tile, tile_layout)
+        scale = load(scale_by_unit.at[where(first, count)], layout_of_x.reduce(3))
+        y = read(first, count, layout_of_x)
         y = y * lax.broadcast_in_dim(factors, y.shape, (3,))
         scale = lax.broadcast_in_dim(scale.astype(jnp.float32), y.shape, (0, 1, 2))
         return (y * scale).astype(x.dtype).astype(jnp.float32)
@@ -219,10 +219,10 @@ def row_reader(
 
 
 def inverse_root_mean_square(x_ref: Any, row: Any, features: int, epsilon: float) -> jax.Array:
-    """float32 scalar ``1 / sqrt(mean(x[row]^2) + epsilon)``; the row's width is whole.
+    """float32 scalar `1 / sqrt(mean(x[row]^2) + epsilon)`; the row's width is whole.
 
     Args:
-      x_ref: ``[M, W]``, W a multiple of 128, zeros beyond ``features``.
+      x_ref: `[M, W]`, W a multiple of 128, zeros beyond `features`.
       row: of x_ref.
       features: K, that the sum is divided by.
       epsilon: added to the mean.
@@ -241,7 +241,7 @@ def inverse_root_mean_square(x_ref: Any, row: Any, features: int, epsilon: float
 
 
 def whole(a: jax.Array, axis: int = -1) -> jax.Array:
-    """``a`` with zeros after ``axis`` up to a multiple of 128; as it is where it is whole."""
+    """`a` with zeros after `axis` up to a multiple of 128; as it is where it is whole."""
     missing = -a.shape[axis] % THREADS
     if not missing:
         return a
@@ -256,18 +256,18 @@ def rows_cotangent(
     """The cotangent of x from that of the partial sums.
 
     Args:
-      cotangent: float32 ``[split, P, N]``.
-      x: rows ``[T, K]``.
+      cotangent: float32 `[split, P, N]`.
+      x: rows `[T, K]`.
       w: the weight, for its layout.
-      decoded: float32 ``[K, N]``, or ``[P, K, N]`` of the experts picked.
+      decoded: float32 `[K, N]`, or `[P, K, N]` of the experts picked.
       picks: P / T.
     """
     parts = cotangent.shape[0]
     rows = w.layout.segments * w.layout.segment
     pad = [(0, 0)] * (decoded.ndim - 2) + [(0, rows - decoded.shape[-2]), (0, 0)]
-    pieces = jnp.pad(decoded, pad).reshape(*decoded.shape[:-2], parts, rows // parts, -1)
+    slices = jnp.pad(decoded, pad).reshape(*decoded.shape[:-2], parts, rows // parts, -1)
     formula = "spn,skn->psk" if decoded.ndim == 2 else "spn,pskn->psk"
-    found = jnp.einsum(formula, cotangent, pieces, precision=lax.Precision.HIGHEST)
+    found = jnp.einsum(formula, cotangent, slices, precision=lax.Precision.HIGHEST)
     found = found.reshape(-1, picks, rows).sum(axis=1)[:, : w.layout.k]
     values, finish = jax.vjp(finished, x)
     return finish(found.astype(values.dtype))[0]

@@ -20,7 +20,7 @@ from pallas_kernels.mosaic.launch import THREADS
 
 
 def column_layout(columns: int) -> Any:
-    """How an array ``[columns]`` of 32-bit elements lies in a warp group.
+    """How an array `[columns]` of 32-bit elements lies in a warp group.
 
     Four neighbours a thread (one 128-bit load) where there are enough of them.
 
@@ -41,7 +41,7 @@ def apply(
     dtypes: Sequence[Any],
     layout: Any = None,
 ) -> list[jax.Array]:
-    """``emit`` of the elements of 32-bit arrays, one thread's element at a time.
+    """`emit` of the elements of 32-bit arrays, one thread's element at a time.
 
     Args:
       emit: MLIR values, one for each array -> MLIR values, one for each dtype.
@@ -144,7 +144,7 @@ def read_byte(word: Any, byte: int) -> Any:
 
 
 def lane_table(values: Sequence[float]) -> Any:
-    """A float32 in each lane of a warp: ``values[lane % len(values)]``, a power of two of them.
+    """A float32 in each lane of a warp: `values[lane % len(values)]`, a power of two of them.
 
     Does not change from loop to loop, so the compiler keeps it in one register.
     """
@@ -159,5 +159,5 @@ def lane_table(values: Sequence[float]) -> Any:
 
 
 def read_lane(table: Any, lane: Any) -> Any:
-    """The float32 that lane ``lane % 32`` of the warp holds in ``table``: one shuffle."""
+    """The float32 that lane `lane % 32` of the warp holds in `table`: one shuffle."""
     return nvvm.shfl_sync(integer(-1), table, lane, integer(0x1F), nvvm.ShflKind.idx)

@@ -27,7 +27,7 @@ def runs_interpreted() -> bool:
 def synchronize() -> None:
     """Barrier of a warp group: what it wrote to shared memory before can be read after.
 
-    Mosaic's own ``commit_smem`` adds a fence that GPUs before sm_90 do not have.
+    Mosaic's own `commit_smem` adds a fence that GPUs before sm_90 do not have.
     """
     if runs_interpreted():
         mg.commit_smem()
@@ -57,21 +57,21 @@ def launch(
     grid_names: tuple[str, ...],
     scratch_types: Any = (),
 ) -> Any:
-    """Runs ``body(*input_refs, *output_refs, *scratch_refs)`` once for each point of ``grid``.
+    """Runs `body(*input_refs, *output_refs, *scratch_refs)` once for each point of `grid`.
 
     The body is an array program: one program a warp group, whose arrays are spread over its 128
     threads (Mosaic's Warpgroup semantics, which is also what the interpreter runs).
 
     Args:
-      body: reads and writes refs; ``lax.axis_index(name)`` is its place in the grid.
+      body: reads and writes refs; `lax.axis_index(name)` is its place in the grid.
       operands: arrays in device memory.
-      out_type: a ``jax.ShapeDtypeStruct`` or a tuple of them.
+      out_type: a `jax.ShapeDtypeStruct` or a tuple of them.
       grid: programs along each axis, the first varying fastest on the GPU.
       grid_names: axis names of the grid.
       scratch_types: shared memory and barriers.
 
     Returns:
-      Arrays of ``out_type``.
+      Arrays of `out_type`.
     """
     return mg.kernel(
         body,

@@ -1,17 +1,17 @@
 """Attention tiles on tensor cores, registers to registers: what `attention_mma` is made of.
 
-``mma.sync.m16n8k16`` multiplies A ``[16, 16]`` and B ``[16, 8]``, each spread over a warp: thread
-``(r, t) = (lane // 4, lane % 4)`` holds of A the rows r and r + 8 at the columns 2t, 2t + 1,
+`mma.sync.m16n8k16` multiplies A `[16, 16]` and B `[16, 8]`, each spread over a warp: thread
+`(r, t) = (lane // 4, lane % 4)` holds of A the rows r and r + 8 at the columns 2t, 2t + 1,
 2t + 8, 2t + 9, of B the rows 2t, 2t + 1, 2t + 8, 2t + 9 at column r, and of the result the rows r
 and r + 8 at the columns 2t, 2t + 1. Query heads are columns (8 at a time), so that:
 
-- scores ``[slots, heads]`` = keys (A: 16 slots of a warp, 16 channels) x queries (B);
-- sums ``[channels, heads]`` += values (A: 16 channels, 16 slots) x probabilities (B).
+- scores `[slots, heads]` = keys (A: 16 slots of a warp, 16 channels) x queries (B);
+- sums `[channels, heads]` += values (A: 16 channels, 16 slots) x probabilities (B).
 
 Which channel a column (of keys) or a row (of values) stands for is free as long as queries and sums
 agree, so a thread loads what lies together in memory: of keys 4 neighbouring words of its slots r
 and r + 8, of values words of its four slots 2t, 2t + 1, 2t + 8, 2t + 9. `mma_codes` makes floats of
-them. Probabilities cross the warp by ``movmatrix``.
+them. Probabilities cross the warp by `movmatrix`.
 
 Here an array is a tile of 64 slots, 16 for each of the four warps. The interpreter has no tensor
 cores: there the same functions compute the same numbers with `jax.numpy`.
@@ -40,40 +40,40 @@ SLOTS = 64
 
 
 def score_layout() -> Any:
-    """``[64, heads]``: the result of a product of keys."""
+    """`[64, heads]`: the result of a product of keys."""
     return mg.Layout.TILED(mg.Tiling(((64, 8), (16, 8), (8, 8), (2,))), (-7,), (-3, -2), -1)
 
 
 def key_layout(codes: Codes) -> Any:
-    """``[64, W]`` words of keys."""
+    """`[64, W]` words of keys."""
     wide = 4 * codes.key_vector
     tiling = ((64, wide), (16, wide), (8, wide), (codes.key_vector,))
     return mg.Layout.TILED(mg.Tiling(tiling), (-7,), (-3, -2), -1)
 
 
 def value_layout(codes: Codes) -> Any:
-    """``[64, W]`` words of values."""
+    """`[64, W]` words of values."""
     wide = 8 * codes.value_vector
     tiling = ((64, wide), (16, wide), (8, wide), (2, codes.value_vector))
     return mg.Layout.TILED(mg.Tiling(tiling), (-8,), (-3, -4), -1)
 
 
 def query_layout(codes: Codes) -> Any:
-    """``[heads, D]``, float32 or 16-bit; every warp has a copy."""
+    """`[heads, D]`, float32 or 16-bit; every warp has a copy."""
     lane = codes.key_vector * codes.per_word
     tiling = ((8, 4 * lane), (lane,), (4,))
     return mg.Layout.TILED(mg.Tiling(tiling), (mg.Replicated(4),), (-4, -3), -1)
 
 
 def sum_layout(codes: Codes) -> Any:
-    """``[4, D, heads]`` sums of values, one for each warp."""
+    """`[4, D, heads]` sums of values, one for each warp."""
     lane = codes.value_vector * codes.per_word
     tiling = ((4, 8 * lane, 8), (lane, 8), (2,))
     return mg.Layout.TILED(mg.Tiling(tiling), (-6,), (-5, -2), -1)
 
 
 def split_terms(x: jax.Array, dtype: Any, terms: int) -> list[jax.Array]:
-    """Arrays of ``dtype`` whose sum is float32 ``x`` up to the last one's rounding."""
+    """Arrays of `dtype` whose sum is float32 `x` up to the last one's rounding."""
     parts = []
     for i in range(terms):
         parts.append(x.astype(dtype))
@@ -85,13 +85,13 @@ def split_terms(x: jax.Array, dtype: Any, terms: int) -> list[jax.Array]:
 def tile_scores(
     words: jax.Array, queries: Sequence[jax.Array], codes: Codes, offset: jax.Array | None = None
 ) -> jax.Array:
-    """float32 ``[64, heads]``: products of a tile of keys, before scales, times ``codes.shift``.
+    """float32 `[64, heads]`: products of a tile of keys, before scales, times `codes.shift`.
 
     Args:
-      words: int32 ``[64, W]`` in `key_layout`.
-      queries: arrays ``[heads, D]`` of ``codes.dtype`` in `query_layout` whose sum is the query.
+      words: int32 `[64, W]` in `key_layout`.
+      queries: arrays `[heads, D]` of `codes.dtype` in `query_layout` whose sum is the query.
       codes: what the words hold.
-      offset: float32 ``[64]``, zero points of an int4 cache, in ``score_layout().reduce(1)``.
+      offset: float32 `[64]`, zero points of an int4 cache, in `score_layout().reduce(1)`.
     """
     heads = queries[0].shape[0]
     if runs_interpreted():
@@ -110,7 +110,7 @@ def tile_scores(
 
 
 def warp_maximum(x: jax.Array) -> jax.Array:
-    """``[64, heads]`` in `score_layout`: each warp's largest of 16 slots, in all of them."""
+    """`[64, heads]` in `score_layout`: each warp's largest of 16 slots, in all of them."""
     heads = x.shape[1]
     if runs_interpreted():
         rows = x.reshape(4, 16, heads)
@@ -140,19 +140,19 @@ def add_values(
     codes: Codes,
     offsets: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
-    """float32 ``[4, D, heads]``: ``sums * shrink`` and every tile's values times its weights.
+    """float32 `[4, D, heads]`: `sums * shrink` and every tile's values times its weights.
 
     Values are `codes.shift` too small.
 
     Args:
       sums: in `sum_layout`.
-      shrink: float32 ``[64, heads]`` in `score_layout`, the same in all 16 slots of a warp.
-      words: for each tile int32 ``[64, W]`` in `value_layout`.
-      weights: for each tile float32 ``[64, heads]`` in `score_layout`, as one of its 16-bit terms
+      shrink: float32 `[64, heads]` in `score_layout`, the same in all 16 slots of a warp.
+      words: for each tile int32 `[64, W]` in `value_layout`.
+      weights: for each tile float32 `[64, heads]` in `score_layout`, as one of its 16-bit terms
         after the other (`split_terms`).
       codes: what the words hold.
-      offsets: for each tile float32 ``[64]``, zero points of an int4 cache, in
-        ``value_layout(codes).reduce(1)``.
+      offsets: for each tile float32 `[64]`, zero points of an int4 cache, in
+        `value_layout(codes).reduce(1)`.
     """
     heads = sums.shape[2]
     if runs_interpreted():
@@ -186,7 +186,7 @@ def add_values(
 
 
 def scale_sums(sums: jax.Array, factor: jax.Array, codes: Codes) -> jax.Array:
-    """``sums [4, D, heads]`` times a warp's ``factor [64, heads]``, as in `add_values`."""
+    """`sums [4, D, heads]` times a warp's `factor [64, heads]`, as in `add_values`."""
     return add_values(sums, factor, [], [], codes)
 
 
@@ -198,7 +198,7 @@ def _dot(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
 
 
 def _decode_reference(words: jax.Array, codes: Codes, offset: jax.Array | None) -> jax.Array:
-    """float32 ``[64, D]``: what the tensor cores multiply."""
+    """float32 `[64, D]`: what the tensor cores multiply."""
     bits = 32 // codes.per_word
     shifts = jnp.arange(codes.per_word, dtype=jnp.int32) * jnp.int32(bits)
     planes = lax.shift_right_logical(
@@ -213,7 +213,7 @@ def _decode_reference(words: jax.Array, codes: Codes, offset: jax.Array | None) 
 
 
 def _inline(emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any) -> Any:
-    """A function of arrays in ``layouts`` whose registers ``emit`` makes; float32 ``shape``."""
+    """A function of arrays in `layouts` whose registers `emit` makes; float32 `shape`."""
     result = mg.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout)
     decorate: Any = mg.inline_mgpu(arg_types=tuple(layouts), return_type=result)
     return decorate(lambda _context, *arrays: emit(*arrays))
@@ -243,7 +243,7 @@ def _emit_scores(words, queries, offset, codes: Codes, heads: int):
 
 
 def _query_pairs(query, codes: Codes, heads: int):
-    """B fragments ``[heads / 8][step][k]``, in the order of `_key_fragments`."""
+    """B fragments `[heads / 8][step][k]`, in the order of `_key_fragments`."""
     lane = codes.key_vector * codes.per_word
     steps = codes.head_dim // (4 * lane)
     regs = query.registers.reshape(heads // 8, steps, lane // 4)
@@ -257,7 +257,7 @@ def _query_pairs(query, codes: Codes, heads: int):
 
 
 def _key_fragments(rows, codes: Codes, zeros):
-    """A fragments of the words ``rows[half][i]`` of two slots."""
+    """A fragments of the words `rows[half][i]` of two slots."""
     low, high = halves = [], []
     for i in range(codes.key_vector):
         for half in range(2):
@@ -267,7 +267,7 @@ def _key_fragments(rows, codes: Codes, zeros):
 
 
 def _emit_sums(regs, words, weights, offset, codes: Codes, heads: int) -> None:
-    """Adds one tile to ``regs [step][heads / 8][channel][2]``."""
+    """Adds one tile to `regs [step][heads / 8][channel][2]`."""
     steps = codes.width // (8 * codes.value_vector)
     words_ = words.registers.reshape(steps, 2, 2)
     zeros = [None, None]
@@ -295,7 +295,7 @@ def _emit_sums(regs, words, weights, offset, codes: Codes, heads: int) -> None:
 
 
 def _value_channels(four, codes: Codes, zeros):
-    """``[a][channel]``: the two slots ``2t + 8a``, ``2t + 8a + 1`` of each channel of a word."""
+    """`[a][channel]`: the two slots `2t + 8a`, `2t + 8a + 1` of each channel of a word."""
     out = []
     for a in range(2):
         pairs = [ptx.permute(*four[a], selector) for selector in codes.interleave]
@@ -304,7 +304,7 @@ def _value_channels(four, codes: Codes, zeros):
 
 
 def _scaled(sums, shrink, heads: int):
-    """Registers of sums as ``[step][heads / 8][channel][2]``, times the warp's factor."""
+    """Registers of sums as `[step][heads / 8][channel][2]`, times the warp's factor."""
     lane = sums.registers.shape[6]
     regs = sums.registers.reshape(-1, heads // 8, lane)
     factors = [ptx.lanes(reg) for reg in shrink.registers.reshape(heads // 8, 2)[:, 0]]

@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import vector as vectors
 
 
 def nibbles(word, j: int, offset):
-    """Two float16: nibbles j and j + 4 (j of each half), times 2^-9, plus ``offset``.
+    """Two float16: nibbles j and j + 4 (j of each half), times 2^-9, plus `offset`.
 
     A nibble in a float16's lowest bits is a subnormal, which a multiply-add takes as it is.
     """
@@ -56,7 +56,7 @@ def _subtract(x, y):
 
 
 def mma(acc, a, b, dtype: Any):
-    """``acc + a @ b`` with four, four and two registers."""
+    """`acc + a @ b` with four, four and two registers."""
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
     f32 = ir.F32Type.get()
     out = llvm.inline_asm(
@@ -76,12 +76,12 @@ def transpose(word):
 
 
 def permute(low, high, selector: int):
-    """Bytes by number: 0 .. 3 of ``low``, 4 .. 7 of ``high``; lowest nibble first."""
+    """Bytes by number: 0 .. 3 of `low`, 4 .. 7 of `high`; lowest nibble first."""
     return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", low, high, constant(selector))
 
 
 def shuffle(x, distance: int):
-    """The float32 of the thread whose number in the warp differs in the bit ``distance``."""
+    """The float32 of the thread whose number in the warp differs in the bit `distance`."""
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
     return llvm.inline_asm(x.type, [x], text, "=f,f", has_side_effects=True)
 
@@ -97,7 +97,7 @@ def _asm(text: str, constraints: str, *operands):
 
 
 def constant(value: int):
-    """A word of the 32 bits of ``value``."""
+    """A word of the 32 bits of `value`."""
     i32 = ir.IntegerType.get_signless(32)
     return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) * (value >> 31)))
 

@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.aot.kernel_cases import KernelCase, Program, abstract, activation_dtype
 from pallas_kernels.attention.parts import spread
 from pallas_kernels.matmul.row_sources import (
     Normed,
@@ -34,7 +33,7 @@ _LOWEST = -3.0e38  # of padded experts; finite, so that differences are
 
 
 def router_logits_reference(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
-    """The meaning of `router_logits`, summed over its parts: ``[1, M, E]``."""
+    """The meaning of `router_logits`, summed over its parts: `[1, M, E]`."""
     rows = x.value() if isinstance(x, Normed) else x
     product = jnp.matmul(
         rows.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST
@@ -43,14 +42,14 @@ def router_logits_reference(x: jax.Array | Normed, kernel: jax.Array) -> jax.Arr
 
 
 def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
-    """``x @ kernel`` in float32, as partial sums that `top_k_experts` adds up.
+    """`x @ kernel` in float32, as partial sums that `top_k_experts` adds up.
 
     Args:
-      x: ``[M, K]`` float, or `Normed`.
-      kernel: float32 ``[K, E]``; E is 64, 128 or 256 (`supports_router`).
+      x: `[M, K]` float, or `Normed`.
+      kernel: float32 `[K, E]`; E is 64, 128 or 256 (`supports_router`).
 
     Returns:
-      float32 ``[split, M, max(E, 128)]``; columns from E on are not written. It has a gradient with
+      float32 `[split, M, max(E, 128)]`; columns from E on are not written. It has a gradient with
       respect to both.
 
     Raises:
@@ -83,8 +82,8 @@ def _partial_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
     missing = parts * steps * _ROUTER_STEP - k
     rows = jnp.pad(finished(x).astype(jnp.float32), [(0, 0), (0, missing)])
     rows = rows.reshape(rows.shape[0], parts, -1)
-    pieces = jnp.pad(kernel, [(0, missing), (0, 0)]).reshape(parts, -1, experts)
-    product = jnp.einsum("mpk,pke->pme", rows, pieces, precision=lax.Precision.HIGHEST)
+    slices = jnp.pad(kernel, [(0, missing), (0, 0)]).reshape(parts, -1, experts)
+    product = jnp.einsum("mpk,pke->pme", rows, slices, precision=lax.Precision.HIGHEST)
     return jnp.pad(product, [(0, 0), (0, 0), (0, max(experts, THREADS) - experts)])
 
 
@@ -95,7 +94,7 @@ def _cut(k: int) -> tuple[int, int]:
 
 
 def supports_router(experts: int, hidden: int) -> bool:
-    """Whether `router_logits` takes a ``[hidden, experts]`` kernel."""
+    """Whether `router_logits` takes a `[hidden, experts]` kernel."""
     return experts in (64, 128, 256) and hidden % _ROUTER_STEP == 0
 
 
@@ -152,10 +151,10 @@ def _logits(operands, kernel, *, epsilon):
 
 
 def normed_chunk(normed_refs: Any, row: Any, first: Any, factor: jax.Array) -> jax.Array:
-    """float32 ``[128]`` of a row of `Normed`, rounded to the dtype of x.
+    """float32 `[128]` of a row of `Normed`, rounded to the dtype of x.
 
     Args:
-      normed_refs: refs of x ``[M, W]`` and scale ``[W]``.
+      normed_refs: refs of x `[M, W]` and scale `[W]`.
       row: of x.
       first: first of the 128 columns, a multiple of 128.
       factor: from `inverse_root_mean_square`.
@@ -168,7 +167,7 @@ def normed_chunk(normed_refs: Any, row: Any, first: Any, factor: jax.Array) -> j
 
 
 def _router_layout(experts: int):
-    """``[rows, experts]``, four columns a thread: 64 experts take half a warp, 256 two warps."""
+    """`[rows, experts]`, four columns a thread: 64 experts take half a warp, 256 two warps."""
     if experts == 64:
         return mg.Layout.TILED(mg.Tiling(((8, 64), (2, 64), (4,))), (-5,), (-3, -2), -1)
     if experts == 128:
@@ -210,19 +209,19 @@ def top_k_experts(
     """Which experts each token goes to, and with what weights.
 
     Args:
-      logits: float32 ``[split, T, N]`` partial sums of the router's product, N a multiple of 128;
-        columns from ``experts`` on are not read as experts.
-      correction_bias: float32 ``[experts]``, added to the probabilities that are compared; None.
+      logits: float32 `[split, T, N]` partial sums of the router's product, N a multiple of 128;
+        columns from `experts` on are not read as experts.
+      correction_bias: float32 `[experts]`, added to the probabilities that are compared; None.
       experts: E.
       top_k: experts of a token; among equal scores the first is taken.
-      normalize: whether a token's weights are divided by ``max(their sum, norm_min)``.
+      normalize: whether a token's weights are divided by `max(their sum, norm_min)`.
       norm_min: see there.
 
     Returns:
-      int32 ``[T, top_k]`` and float32 ``[T, top_k]``: the unbiased probabilities.
+      int32 `[T, top_k]` and float32 `[T, top_k]`: the unbiased probabilities.
 
     Raises:
-      ValueError: N is no multiple of 128 or below ``experts``.
+      ValueError: N is no multiple of 128 or below `experts`.
     """
     width = logits.shape[-1]
     if logits.ndim != 3 or not all(logits.shape) or width % THREADS or width < experts:
@@ -352,30 +351,3 @@ def _unordered(bits: jax.Array) -> jax.Array:
     """Undoes `_ordered`; of arrays only, Mosaic has no bitcast of scalars."""
     flipped = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
     return lax.bitcast_convert_type(flipped, jnp.float32)
-
-
-def kernel_cases() -> list[KernelCase]:
-    """The router of ERNIE-4.5-21B-A3B (64 experts, 6 of them) for one token."""
-
-    def build_logits() -> Program:
-        dtype = activation_dtype()
-        rows = Normed(abstract((1, 2560), dtype), abstract((2560,), dtype), 1e-6)
-        kernel = abstract((2560, 64), "float32")
-        return Program(function=router_logits, arguments=(rows, kernel))
-
-    def build() -> Program:
-        function = functools.partial(top_k_experts, experts=64, top_k=6, norm_min=1e-12)
-        arguments = (abstract((8, 1, 128), "float32"), abstract((64,), "float32"))
-        return Program(function=function, arguments=arguments)
-
-    return [
-        KernelCase(
-            name="router, 1 x 2560 x 64",
-            kernel="router",
-            build=build_logits,
-            representative=True,
-        ),
-        KernelCase(
-            name="top-k experts, 6 of 64", kernel="top-k experts", build=build, representative=True
-        ),
-    ]

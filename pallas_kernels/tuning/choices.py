@@ -1,12 +1,12 @@
-"""Which kernel is worth using where, and how it is cut: read from ``tuning/*.json``.
+"""Which kernel is worth using where, and how it is cut: read from `tuning/*.json`.
 
-A file holds what ``python -m benchmarks.tune`` measured on one kind of device, ``defaults.json``
+A file holds what `python -m benchmarks.tune` measured on one kind of device, `defaults.json`
 what every other device gets. The first row that fits decides::
 
     {"kernel": "matrix_vector", "formats": ["int4"], "max_rows": 1, "max_weights": 16777216,
      "use": "mosaic_gpu", "config": {"split": 8}}
 
-``kernel`` and the names in ``formats`` may be ``"*"``; a bound that is absent always holds.
+`kernel` and the names in `formats` may be `"*"`; a bound that is absent always holds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Choice:
     """What to run.
 
     Attributes:
-      use: ``mosaic_gpu`` or ``xla``.
+      use: `mosaic_gpu` or `xla`.
       config: settings of the kernel by name; those that are absent are the kernel's own choice.
       source: where this comes from, for the log.
     """
@@ -57,7 +57,7 @@ class Choice:
 
 
 def file_name(device_kind: str) -> str:
-    """Name of the file of a device kind: ``NVIDIA L4`` -> ``nvidia_l4.json``."""
+    """Name of the file of a device kind: `NVIDIA L4` -> `nvidia_l4.json`."""
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
 
 
@@ -110,7 +110,7 @@ def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: in
     """The measured choice for a device, else the default.
 
     Args:
-      device_kind: as ``jax.Device`` says it.
+      device_kind: as `jax.Device` says it.
       kernel: one of `KERNELS`.
       format: of the weight, or of the cache (its dtype for floats).
       rows: M; of attention, sequences.

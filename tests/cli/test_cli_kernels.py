@@ -12,7 +12,7 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from fdq.cli import decode_step
+from fdq.analysis import decode_step
 from fdq.cli.app import app
 from pallas_kernels.aot import gpu_targets, kernel_cases
 from pallas_kernels.aot import report_files as reports

@@ -1,4 +1,4 @@
-"""The kernels on the GPU of this machine: ``JAX_PLATFORMS=cuda,cpu pytest -m gpu``."""
+"""The kernels on the GPU of this machine: `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
 
 import jax
 import jax.numpy as jnp

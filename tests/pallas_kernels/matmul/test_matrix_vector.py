@@ -14,7 +14,7 @@ from pallas_kernels.matmul.matrix_vector import (
     choose_config,
     matrix_vector,
     matrix_vector_reference,
-    piece_of,
+    tile_of,
 )
 from pallas_kernels.matmul.row_sources import Gated, Normed
 
@@ -156,8 +156,8 @@ def test_gradient_with_respect_to_rows(kind):
 
     def plain(x):
         y = x.value() if isinstance(x, Gated) else x
-        pieces = y.reshape(2, 2, 128), jnp.asarray(values, jnp.float32).reshape(2, 128, 128)
-        return jnp.sum(jnp.einsum("msk,skn->smn", *pieces) * weights)
+        slices = y.reshape(2, 2, 128), jnp.asarray(values, jnp.float32).reshape(2, 128, 128)
+        return jnp.sum(jnp.einsum("msk,skn->smn", *slices) * weights)
 
     found = jax.grad(lambda x: jnp.sum(matrix_vector(x, w, split=2) * weights))(x)
     expected = jax.grad(plain)(x)
@@ -171,11 +171,11 @@ def test_defaults_fill_every_gpu():
         for gpu in GPUS.values():
             for m in (1, 4, 8):
                 config = choose_config(layout, m, gpu.multiprocessors)
-                piece, split = piece_of(layout, m, config)
-                programs = n // piece.columns * split
-                assert n % piece.columns == 0
-                assert split * piece.segments == layout.segments
-                assert 4 * m * piece.segments * 128 <= 32 * 1024
+                tile, split = tile_of(layout, m, config)
+                programs = n // tile.columns * split
+                assert n % tile.columns == 0
+                assert split * tile.segments == layout.segments
+                assert 4 * m * tile.segments * 128 <= 32 * 1024
                 assert m > 1 or programs >= gpu.multiprocessors or split >= layout.segments // 2
 
 

@@ -44,7 +44,7 @@ def ptx(request, tmp_path_factory) -> dict[str, str]:
 
 
 def run(ptx: dict[str, str], name: str, words: np.ndarray, *constants: np.ndarray) -> np.ndarray:
-    """float64 rows of one unit ``[rows, 512]``, bias applied."""
+    """float64 rows of one unit `[rows, 512]`, bias applied."""
     format = WORD_FORMATS[name]
     out = np.zeros((format.rows, COLUMNS), np.float32)
     parameters = [np.ascontiguousarray(a) for a in (words, *constants)]

@@ -32,7 +32,7 @@ NOT_NUMBERS = {"float8_e4m3": (0x7F, 0xFF), "mxfp8": (0x7F, 0xFF)} | {
 
 
 def every_code(name: str) -> np.ndarray:
-    """Codes uint8 ``[2 units, 256]``: every row has every code."""
+    """Codes uint8 `[2 units, 256]`: every row has every code."""
     words = WORD_FORMATS[name]
     rows = np.arange(2 * words.rows)[:, None]
     columns = np.arange(256)[None, :]
@@ -57,7 +57,7 @@ def meaning(name: str, codes: np.ndarray) -> np.ndarray:
 
 
 def decoded(name: str, words: np.ndarray, columns=(), zero_point: str = "none") -> np.ndarray:
-    """float64 values ``[units * rows, N]`` by the form that the interpreter runs, bias applied."""
+    """float64 values `[units * rows, N]` by the form that the interpreter runs, bias applied."""
     format = WORD_FORMATS[name]
     units = jnp.asarray(words).reshape(-1, format.words, words.shape[-1])
     wide = [jnp.broadcast_to(jnp.asarray(c), units[:, 0].shape) for c in columns]
@@ -136,7 +136,7 @@ def test_a_shuffle_needs_no_mask():
 
 
 def cc2_rows(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """The definition in NumPy: bytes ``[R, N]`` -> float64 ``[4 R, N]``."""
+    """The definition in NumPy: bytes `[R, N]` -> float64 `[4 R, N]`."""
     product = codes.astype(np.float32) * scale.astype(np.float32)
     state = np.floor(product + offset.astype(np.float32) + np.float32(0.5)).astype(np.int64)
     rows = np.stack([(state >> shift & 63) - 32 for shift in SHIFTS], axis=1)
@@ -144,7 +144,7 @@ def cc2_rows(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.nda
 
 
 def cc2_columns(rng, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Constants ``[1, 512]`` of columns; ties are where rounding could go either way."""
+    """Constants `[1, 512]` of columns; ties are where rounding could go either way."""
     n = (1, 512)
     if kind == "fitted":
         return np.full(n, CODE_SCALE), np.full(n, CODE_OFFSET)

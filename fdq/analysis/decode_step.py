@@ -13,9 +13,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from fdq.analysis.planner import find_config, plan
+from fdq.cache.kv_cache import KVCache
+from fdq.decoding.loop import DecodeState, functional
+from fdq.models import abstract
+from fdq.ops import prepare
+from fdq.quantizers.quantization import quantize
 from pallas_kernels.aot.ahead_of_time import KernelReport, Report, compile_cases
 from pallas_kernels.aot.gpu_targets import find
 from pallas_kernels.aot.kernel_cases import KernelCase, Program
+from pallas_kernels.device import default_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +115,6 @@ def config_for(model: str, gpu: str, layers: int | None = None) -> Any:
     Raises:
       ValueError: an unknown model, or `layers` outside 1 ... layers of the model.
     """
-    from fdq.analysis.planner import find_config
-
     _, config = find_config(model)
     native = find(gpu).compute_capability >= (8, 0)
     config = config.replace(dtype="bfloat16" if native else "float16")
@@ -123,31 +131,24 @@ def program(
     model: str, scheme: Any, gpu: str, *, layers: int | None, context: int, batch: int
 ) -> Program:
     """The step of a model with abstract weights; called while `gpu` is the default device."""
-    import jax
-    import jax.numpy as jnp
-
-    import fdq
-    from fdq.models import abstract
-    from pallas_kernels.device import default_device
-
     config = config_for(model, gpu, layers)
-    quantized = fdq.quantize(abstract(config), scheme, quiet=True)
+    quantized = quantize(abstract(config), scheme, quiet=True)
     cache_spec = quantized.cache_spec
-    prepared = fdq.prepare(quantized, device=default_device())
-    step, params = fdq.functional(prepared)
+    prepared = prepare(quantized, device=default_device())
+    step, params = functional(prepared)
 
-    def start() -> fdq.DecodeState:
+    def start() -> DecodeState:
         one = jnp.ones((batch,), jnp.int32)
-        return fdq.DecodeState(
+        return DecodeState(
             tokens=jnp.zeros((batch, context), jnp.int32),
             length=one,
             prompt_length=one,
             finished=jnp.zeros((batch,), bool),
             key=jax.random.key(0),
-            cache=fdq.KVCache.init(config, batch, context, cache_spec),
+            cache=KVCache.init(config, batch, context, cache_spec),
         )
 
-    def decode_step(params: Any, state: fdq.DecodeState) -> fdq.DecodeState:
+    def decode_step(params: Any, state: DecodeState) -> DecodeState:
         logits, state = step(params, state)
         return state.push(logits.argmax(-1))
 
@@ -179,8 +180,6 @@ def report(
       ValueError: an unknown model, scheme or GPU; too many layers.
       ModuleNotFoundError: the extra `fdq[aot]` is not installed.
     """
-    import fdq
-
     gpu = find(gpu).name
     of_layers = config_for(model, gpu).num_layers
     wanted = config_for(model, gpu, layers).num_layers
@@ -200,7 +199,7 @@ def report(
     by_layers = dict(zip(counts, reports, strict=True))
     full = by_layers[wanted]
     config = config_for(model, gpu, wanted)
-    plan = fdq.plan(config, scheme, context=context, batch=batch)
+    planned = plan(config, scheme, context=context, batch=batch)
     base = DecodeStepReport(
         model=model,
         scheme=str(scheme),
@@ -213,8 +212,8 @@ def report(
         ok=full.ok,
         error=full.error,
         traceback=full.traceback,
-        weight_bytes=plan.weights.bytes,
-        cache_bytes=plan.cache_bytes,
+        weight_bytes=planned.weights.bytes,
+        cache_bytes=planned.cache_bytes,
         seconds=round(full.lower_seconds + full.compile_seconds, 1),
     )
     if not full.ok:
