@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import itertools
 import pathlib
 import statistics
 import sys
@@ -41,7 +42,11 @@ TOGETHER = {
     "fdq_checkpoints.inspection": "fdq_checkpoints.__init__",
     "fdq_checkpoints.conversion": "fdq_checkpoints.__init__",
 }
-COLUMNS = ("fdq_checkpoints", "fdq", "pallas_kernels")  # from left to right, where all else is equal
+COLUMNS = (
+    "fdq_checkpoints",
+    "fdq",
+    "pallas_kernels",
+)  # from left to right, where all else is equal
 FILLS = {"fdq_checkpoints": "#fff1c2", "fdq": "#d8ecff", "pallas_kernels": "#dcf5d9"}
 
 BOX_WIDTH, LINE, GAP, BEND_WIDTH, ROW_GAP, MARGIN = 206, 14, 16, 8, 38, 14
@@ -120,7 +125,7 @@ def places(levels: list[list[str]], paths: dict[Edge, list[str]]) -> dict[str, f
     """The middle of every point from left to right, in pixels."""
     beside: dict[str, list[str]] = collections.defaultdict(list)
     for path in paths.values():
-        for a, b in zip(path, path[1:], strict=False):
+        for a, b in itertools.pairwise(path):
             beside[a].append(b)
             beside[b].append(a)
     columns = {package: index * 320.0 for index, package in enumerate(COLUMNS)}
@@ -149,7 +154,7 @@ def _apart(row: list[str], wanted: dict[str, float]) -> dict[str, float]:
     It is isotonic regression of what is wanted less the room that a point's left neighbours take.
     """
     offsets = [0.0]
-    for a, b in zip(row, row[1:], strict=False):
+    for a, b in itertools.pairwise(row):
         offsets.append(offsets[-1] + (_width(a) + _width(b)) / 2 + GAP)
     blocks: list[list[float]] = []
     for point, offset in zip(row, offsets, strict=True):
@@ -189,7 +194,7 @@ def drawing() -> str:
     parts = []
     for path in paths.values():
         line = f"M{x[path[0]]:.0f},{y[path[0]] + heights[path[0]]:.0f}"
-        for a, b in zip(path, path[1:], strict=False):
+        for a, b in itertools.pairwise(path):
             start, end = y[a] + heights[a], y[b] - 2 * (b == path[-1])
             half = (start + end) / 2
             line += f" C{x[a]:.0f},{half:.0f} {x[b]:.0f},{half:.0f} {x[b]:.0f},{end:.0f}"
