@@ -1,7 +1,8 @@
 """Every kernel and format, compiled for each GPU generation that it claims: no spills.
 
-One representative shape of each, and of a format's other granularities on the oldest GPU and on
-Hopper; `fdq kernels --all` compiles the rest.
+With --slow one representative shape of each, and of a format's other granularities on the oldest
+GPU and on Hopper; without it one kernel of each op on these two. `fdq kernels --all` compiles the
+rest.
 """
 
 import os
@@ -23,25 +24,47 @@ JOBS = [
     and gpu in case.gpus
     and (gpu in ("t4", "h100") or not case.kernel.endswith(VARIANTS))
 ]
+ALWAYS = (
+    "matrix-vector int4 groups of 128",
+    "int8 x int4 groups of 128",
+    "experts int4 groups of 128",
+    "attention C8",
+    "append C8",
+    "top-k experts",
+)
+QUICK = [job for job in JOBS if job[0].kernel in ALWAYS and job[1] in ("t4", "h100")]
 needs_compiler = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
 @pytest.fixture(scope="module")
-def reports():
+def reports(request):
+    jobs = JOBS if request.config.getoption("--slow") else QUICK
     # Another worker of pytest-xdist has the other core.
     processes = 1 if os.environ.get("PYTEST_XDIST_WORKER") else 2
-    compiled = compile_jobs(JOBS, processes=processes, thorough=False)
+    compiled = compile_jobs(jobs, processes=processes, thorough=False)
     return {(report.case, report.gpu): report for report in compiled}
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("case", "gpu"), [pytest.param(c, g, id=f"{c.kernel}-{g}") for c, g in JOBS]
+    ("case", "gpu"),
+    [
+        pytest.param(
+            *job,
+            id=f"{job[0].kernel}-{job[1]}",
+            marks=[] if job in QUICK else pytest.mark.slow,
+        )
+        for job in JOBS
+    ],
 )
 def test_compiles_without_spills(reports, case, gpu):
     report = reports[case.name, gpu]
     assert report.problems() == []
     assert report.mosaic_kernels, "nothing of ours was compiled: the wrapper fell back to XLA"
+
+
+def test_each_op_is_compiled_without_slow_too():
+    assert len(QUICK) == 2 * len(ALWAYS)
 
 
 def test_every_kernel_has_one_representative():
