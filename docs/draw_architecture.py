@@ -27,6 +27,7 @@ PICTURE = pathlib.Path(__file__).with_name("architecture.svg")
 HIDDEN = {
     "pallas_kernels.device",
     "pallas_kernels.transformations",
+    "pallas_kernels.typing",
     "fdq.registry",
     "fdq_checkpoints.errors",
     "fdq_checkpoints.tree_paths",

@@ -26,7 +26,7 @@ FOLDERS = {
 """Where each package lies."""
 
 LEVELS = (
-    "pallas_kernels.device pallas_kernels.transformations",
+    "pallas_kernels.device pallas_kernels.transformations pallas_kernels.typing",
     "pallas_kernels.mosaic pallas_kernels.aot pallas_kernels.tuning",
     "pallas_kernels.weights",
     "pallas_kernels.matmul pallas_kernels.attention",
