@@ -16,7 +16,8 @@ from benchmarks.gpu_timing import Work, difference, l2_ratio
 from benchmarks.gpu_weights import random_array
 from fdq.cache import LayerCache
 from fdq.models import CONFIGS
-from fdq.nn.rotary import apply_rotary, rotary_angles
+from fdq.nn.rotary import rotary_angles
+from fdq.ops.rope_append.rotation import apply_rotary
 from fdq.ops.rope_append.xla import write_slots
 
 

@@ -20,6 +20,6 @@ from fdq.nn.parameters import boxed as boxed
 from fdq.nn.parameters import split as split
 from fdq.nn.parameters import value as value
 from fdq.nn.rotary import RotaryConfig as RotaryConfig
-from fdq.nn.rotary import apply_rotary as apply_rotary
 from fdq.nn.rotary import rotary_angles as rotary_angles
 from fdq.nn.router import Router as Router
+from fdq.ops.rope_append.rotation import apply_rotary as apply_rotary

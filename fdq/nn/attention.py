@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import ops
 from fdq.cache.kv_cache import LayerCache
+from fdq.nn.handing_on import sums_of, takes_rows
 from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
 from fdq.nn.parameters import value
-from fdq.nn.rotary import apply_rotary
 from fdq.ops.attention.api import attention
-from fdq.ops.rope_append.xla import write_slots
+from fdq.ops.rope_append.api import rope_append
+from fdq.ops.rope_append.rotation import rotated_heads
+from fdq.ops.rows import Rows, Sums
 
 # Rows of queries whose scores are in memory at once, in attention over a whole sequence.
 QUERY_BLOCK = 1024
@@ -116,9 +117,10 @@ class Attention(nnx.Module):
         self.interleaved = interleaved
         self.sliding_window = sliding_window
 
+    @takes_rows
     def __call__(
         self,
-        x: jax.Array,
+        x: Rows,
         angles: tuple[jax.Array, jax.Array],
         cache: LayerCache | None = None,
         *,
@@ -136,41 +138,39 @@ class Attention(nnx.Module):
           [B, T, H] in the dtype of `x`, and the updated cache.
         """
         b, t, _ = x.shape
-        y, cache = self._attend(self.qkv_proj(x), angles, cache, start)
+        y, cache = self._attend(sums_of(self.qkv_proj, x), angles, cache, start)
         return self.o_proj(y.reshape(b, t, -1)), cache
 
     def _attend(
         self,
-        qkv: jax.Array,
+        qkv: Sums,
         angles: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
         start: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """What stands between the two products: `qkv [B, T, (H + 2 KH) D] -> [B, T, H, D]`."""
         b, t, _ = qkv.shape
-        heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = qkv.reshape(b, t, heads + 2 * kv_heads, d)
-        q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        window = self.sliding_window
+        settings: dict[str, Any] = {"interleaved": self.interleaved}
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rotary(q, angles, interleaved=self.interleaved)
-        k = apply_rotary(k, angles, interleaved=self.interleaved)
-        if self.kv_observer is not None:
-            self.kv_observer(k, v)
-        if cache is None:
-            return causal_attention(q, k, v, sliding_window=self.sliding_window), None
+            settings |= {
+                "q_norm": value(self.q_norm.scale),
+                "k_norm": value(self.k_norm.scale),
+                "epsilon": self.q_norm.epsilon,
+            }
+        if cache is None or self.kv_observer is not None:
+            q, k, v = rotated_heads(qkv, angles, self.num_kv_heads, **settings)
+            if self.kv_observer is not None:
+                self.kv_observer(k, v)
+            if cache is None:
+                return causal_attention(q, k, v, sliding_window=window), None
         if start is None:
             raise ValueError("attention over a cache needs start, the first slot to write")
         # Write first, then attend: reading the old cache beside the new one copies it.
-        start = jnp.asarray(start)
-        cache = LayerCache(write_slots(cache.k, k, start), write_slots(cache.v, v, start))
-        return self._attend_to(cache, q, start), cache
-
-    def _attend_to(self, cache: LayerCache, q: jax.Array, start: jax.Array) -> jax.Array:
-        b, t = q.shape[:2]
+        q, *pair = rope_append(qkv, angles, *cache, start, **settings)
         offset = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
-        window = self.sliding_window
-        return attention(q, *cache, lengths=offset + t, offset=offset, sliding_window=window)
+        y = attention(q, *pair, lengths=offset + t, offset=offset, sliding_window=window)
+        return y, LayerCache(*pair)
 
     def token(
         self,
@@ -179,48 +179,11 @@ class Attention(nnx.Module):
         cache: LayerCache,
         *,
         start: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
-        """As `__call__` over a cache, for one token per sequence and rows yet to be normalized.
-
-        Args:
-          x: rows `[B, H]`, see `fdq.ops.partial_product`.
-          angles: of the token's position, `[B, 1, D / 2]` each.
-          cache: see `__call__`.
-          start: see `__call__`.
-
-        Returns:
-          `[B, H]` in the dtype of `x`, and the updated cache.
-        """
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """As `__call__` over a cache, for rows `[B, H]` of one token per sequence."""
         b, dtype = x.shape[0], x.dtype
-        partials = self.qkv_proj.partial_sums(x)
-        norms: dict[str, Any] = {}
-        if self.q_norm is not None:
-            norms = {
-                "q_norm": value(self.q_norm.scale),
-                "k_norm": value(self.k_norm.scale),
-                "epsilon": self.q_norm.epsilon,
-            }
-        appended = None
-        if self.kv_observer is None:
-            appended = ops.append_token(
-                partials,
-                (angles[0][:, 0], angles[1][:, 0]),
-                jnp.broadcast_to(start, (b,)).astype(jnp.int32),
-                *cache,
-                heads=self.num_heads,
-                interleaved=self.interleaved,
-                bias=value(self.qkv_proj.bias),
-                dtype=dtype,
-                **norms,
-            )
-        if appended is None:
-            qkv = self.qkv_proj.finish(partials, dtype)[:, None]
-            y, updated = self._attend(qkv, angles, cache, start)
-            assert updated is not None
-            cache = updated
-        else:
-            q, *pair = appended
-            cache = LayerCache(*pair)
-            y = self._attend_to(cache, q[:, None], start)
+        parts = self.qkv_proj.partial_sums(x)[:, :, None]
+        qkv = Sums(parts, value(self.qkv_proj.bias), dtype)
+        y, updated = self._attend(qkv, angles, cache, start)
         partials = self.o_proj.partial_sums(y.reshape(b, -1))
-        return self.o_proj.finish(partials, dtype), cache
+        return self.o_proj.finish(partials, dtype), updated

@@ -62,22 +62,3 @@ def rotary_angles(
     frequencies = jnp.asarray(inverse_frequencies(config, head_dim)).reshape(1, 1, -1)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rotary(
-    x: jax.Array, angles: tuple[jax.Array, jax.Array], *, interleaved: bool
-) -> jax.Array:
-    """Rotates `x [B, T, heads, head_dim]` by `angles`, in float32; same shape and dtype."""
-    cos, sin = (a[:, :, None, :] for a in angles)
-    y = x.astype(jnp.float32)
-    if interleaved:
-        pairs = y.reshape(*y.shape[:-1], -1, 2)
-        a, b = pairs[..., 0], pairs[..., 1]
-    else:
-        a, b = jnp.split(y, 2, axis=-1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    if interleaved:
-        y = jnp.stack([a, b], axis=-1).reshape(x.shape)
-    else:
-        y = jnp.concatenate([a, b], axis=-1)
-    return y.astype(x.dtype)

@@ -11,7 +11,6 @@ from fdq.ops.matmul import matmul as matmul
 from fdq.ops.matmul import parse_activation as parse_activation
 from fdq.ops.matmul import transposed_matmul as transposed_matmul
 from fdq.ops.token_step import added_up as added_up
-from fdq.ops.token_step import append_token as append_token
 from fdq.ops.token_step import expert_products as expert_products
 from fdq.ops.token_step import finished as finished
 from fdq.ops.token_step import gated as gated

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.cache.cache_tensor import CacheTensor, sample_scales
 from fdq.formats.qtensor import QTensor
 from fdq.ops import self_check
 from fdq.ops.choice import Request, accept_kernel
@@ -220,50 +219,6 @@ def _is_old(device: Any) -> bool:
         return float(device.compute_capability) < 8
     except (AttributeError, ValueError):
         return False
-
-
-def append_preference(k: CacheTensor, qkv: jax.Array, options: Any) -> str | None:
-    """Why XLA is to append; None if the kernel is."""
-    spec = k.spec
-    name = jnp.dtype(options["dtype"]).name if spec is None else spec.format
-    reason = _preference("append", name, qkv.shape[1], qkv.shape[2])
-    if reason is not None:
-        return reason
-
-    def case():
-        from pallas_kernels.append.cache_update import append, append_reference
-
-        heads, kv_heads, d, slots = 2, 1, 128, 64
-        keys = jax.random.split(jax.random.key(3), 2)
-        width = (heads + 2 * kv_heads) * d
-        parts = jax.random.normal(keys[0], (2, 2, width), jnp.float32)
-        angle = jax.random.uniform(keys[1], (2, d // 2), jnp.float32)
-        scales = sample_scales(spec, kv_heads, d)
-        side = CacheTensor.empty((2, kv_heads, slots, d), spec, dtype=options["dtype"], **scales)
-        settings = {
-            "heads": heads,
-            "interleaved": options["interleaved"],
-            "cache_format": side.format.kernel,
-            "dtype": options["dtype"],
-        }
-        if options.get("q_norm") is not None:
-            settings |= dict.fromkeys(("q_norm", "k_norm"), jnp.full((d,), 1.5, jnp.float32))
-        if options.get("bias") is not None:
-            settings["bias"] = jnp.full((width,), 0.5, jnp.float32)
-
-        arrays = (parts, jnp.cos(angle), jnp.sin(angle), jnp.asarray([5, 63], jnp.int32))
-        caches = (side.codes, side.codes, side.scale, side.scale, side.zero, side.zero)
-        wanted = append_reference(*arrays, *caches, **settings)
-        result = jax.jit(lambda *a: append(*a, **settings))(*arrays, *caches)
-        return result, wanted
-
-    # A code may differ by one where the rotation does by a bit: 1 in 7 at most, of int4.
-    with_norm = options.get("q_norm") is not None
-    with_bias = options.get("bias") is not None
-    kind = "static" if spec is not None and not spec.dynamic else "dynamic"
-    detail = f"{name}, {kind}, {jnp.dtype(options['dtype']).name}"
-    detail += f"{', norms' * with_norm}{', bias' * with_bias}"
-    return self_check.failure("append", detail, default_device(), case, tolerance=0.2)
 
 
 def routing_preference(experts: int, top_k: int) -> str | None:

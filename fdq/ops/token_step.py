@@ -13,10 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.cache.cache_tensor import CacheTensor
 from fdq.formats.qtensor import QTensor, materialize
 from fdq.ops import mosaic_gpu
-from fdq.ops.attention.mosaic_gpu import cache_unsupported
 from fdq.ops.choice import accept_kernel, resolve_implementation, trace_target
 from fdq.ops.matmul import matmul
 from fdq.schemes.scheme import ActivationSpec
@@ -127,46 +125,6 @@ def expert_products(
     picked, common = (gated(partials, x.dtype) for partials in first)
     y, z = mosaic_gpu.gathered_sums(picked, down, picks, (common, more[1]))
     return y.reshape(y.shape[0], rows, top_k, -1), z
-
-
-def append_token(
-    qkv: jax.Array,
-    angles: tuple[jax.Array, jax.Array],
-    slots: jax.Array,
-    k: CacheTensor,
-    v: CacheTensor,
-    **options: Any,
-) -> tuple[jax.Array, CacheTensor, CacheTensor] | None:
-    """Rotates one token's queries and writes its keys and values to the cache, in one launch.
-
-    Args:
-      qkv: float32 partial sums ``[split, B, (H + 2 KH) D]``.
-      angles: cosines and sines of the positions, ``[B, D / 2]`` each.
-      slots: int32 ``[B]``, where to write.
-      k: what one layer has stored.
-      v: as k.
-      **options: ``heads``, ``interleaved``, ``bias``, ``q_norm``, ``k_norm``, ``epsilon`` and
-        ``dtype``, as in ``pallas_kernels.append.cache_update.append``.
-
-    Returns:
-      Queries ``[B, H, D]`` and the cache; None where XLA is to do it, in steps.
-    """
-    request = resolve_implementation("append", None)
-
-    def obstacle() -> str | None:
-        return cache_unsupported(k, v) or mosaic_gpu.mesh_obstacle()
-
-    def preference() -> str | None:
-        return mosaic_gpu.append_preference(k, qkv, options)
-
-    if not accept_kernel("append", request, obstacle, preference):
-        return None
-    from pallas_kernels.append.cache_update import append
-
-    arrays = (k.codes, v.codes, k.scale, v.scale, k.zero, v.zero)
-    out = append(qkv, *angles, slots, *arrays, cache_format=k.format.kernel, **options)
-    k = k.replace(codes=out.k, scale=out.k_scale, zero=out.k_zero)
-    return out.q, k, v.replace(codes=out.v, scale=out.v_scale, zero=out.v_zero)
 
 
 def route_token(

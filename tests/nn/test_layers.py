@@ -1,5 +1,7 @@
 """Linear, experts, embedding, norm and attention: with arrays and with QTensors inside."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 import fdq
 from fdq import nn
+from fdq.cache import CacheTensor, LayerCache
 from fdq.nn.attention import QUERY_BLOCK, causal_attention
 from fdq.schemes.scheme import ActivationSpec
 
@@ -111,10 +114,13 @@ def test_norm_is_computed_in_float32(rng):
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
-def reference_attention(q, k, v):
+def reference_attention(q, k, v, window=None):
     k, v = (np.repeat(a, q.shape[2] // k.shape[2], axis=2).astype(np.float64) for a in (k, v))
     scores = np.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
-    scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    visible = np.tril(np.ones(scores.shape[-2:], bool))
+    if window is not None:
+        visible &= ~np.tril(visible, -window)
+    scores = np.where(visible, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bhts,bshd->bthd", p / p.sum(-1, keepdims=True), v)
 
@@ -126,6 +132,29 @@ def test_causal_attention(length, rng):
     k, v = rng.standard_normal((2, 1, length, 1, 4)).astype(np.float32)
     y = jax.jit(causal_attention)(q, k, v)
     np.testing.assert_allclose(y, reference_attention(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [7, QUERY_BLOCK + 5])
+def test_causal_attention_in_a_window(length, rng):
+    q = rng.standard_normal((1, length, 2, 4)).astype(np.float32) * 2
+    k, v = rng.standard_normal((2, 1, length, 1, 4)).astype(np.float32)
+    y = jax.jit(functools.partial(causal_attention, sliding_window=3))(q, k, v)
+    np.testing.assert_allclose(y, reference_attention(q, k, v, window=3), atol=1e-5)
+
+
+def test_a_window_reaches_the_cache(rng):
+    """At once, in chunks and a token at a time; and without the window it is another result."""
+    layer = nn.Attention(32, 4, 2, 8, sliding_window=3, rngs=rngs())
+    x = jnp.asarray(rng.standard_normal((2, 9, 32)), jnp.float32)
+    angles = nn.rotary_angles(jnp.arange(9)[None].repeat(2, 0), nn.RotaryConfig(), 8)
+    expected, _ = layer(x, angles)
+    cache = LayerCache(*(CacheTensor.empty((2, 2, 9, 8), dtype=jnp.float32) for _ in "kv"))
+    for first, last in ((0, 5), (5, 8), (8, 9)):
+        turn = tuple(a[:, first:last] for a in angles)
+        y, cache = layer(x[:, first:last], turn, cache, start=jnp.int32(first))
+        np.testing.assert_allclose(y, expected[:, first:last], atol=1e-5)
+    layer.sliding_window = None
+    assert np.abs(layer(x, angles)[0] - expected).max() > 0.01
 
 
 def test_split_and_bind(rng):

@@ -13,7 +13,7 @@ import fdq
 from fdq import ops
 from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.ops import choice, mosaic_gpu, self_check
-from fdq.ops.attention.mosaic_gpu import MosaicGpuAttention
+from fdq.ops.attention.mosaic_gpu import MosaicGpu
 from fdq.ops.kernel_layout import MOSAIC_GPU
 from fdq.ops.layouts import prepare_in_place
 from tests.ops.format_cases import error
@@ -225,5 +225,5 @@ def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
         assert mosaic_gpu._check_product(kernel, q, device) is None
     cache = CacheTensor.empty((1, 2, 32, 64), parse_format("C8"))
     q = jnp.zeros((1, 1, 4, 64), jnp.bfloat16)
-    assert MosaicGpuAttention().failure(q, cache) is None
+    assert MosaicGpu().failure(q, cache) is None
     assert self_check._RESULTS and not any(self_check._RESULTS.values())

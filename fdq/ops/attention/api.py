@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops.attention.arguments import DEFAULT_BLOCK, AttentionArguments
-from fdq.ops.attention.mosaic_gpu import MosaicGpuAttention
-from fdq.ops.attention.xla import XlaAttention
+from fdq.ops.attention.mosaic_gpu import MosaicGpu
+from fdq.ops.attention.xla import Xla
 from fdq.ops.implementation import Op
 
-ATTENTION = Op("attention", MosaicGpuAttention(), XlaAttention())
+ATTENTION: Op[AttentionArguments] = Op("attention", MosaicGpu(), Xla())
 
 
 def attention(

@@ -8,32 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor, quantize_cache, sample_scales
-from fdq.ops import mosaic_gpu, self_check
+from fdq.ops import self_check
 from fdq.ops.attention.arguments import AttentionArguments, attention_reference
-from fdq.ops.choice import trace_target
-from fdq.ops.implementation import Implementation
+from fdq.ops.kernels import Kernel, slower, tuned
+from fdq.ops.placement import sharded
 from pallas_kernels.device import default_device
 
 
-class MosaicGpuAttention(Implementation[AttentionArguments]):
-    """`pallas_kernels.attention.decode_attention`."""
-
-    name = "mosaic_gpu"
-
-    def skipped(self) -> str | None:
-        """Off GPUs kernels are not even imported."""
-        return None if trace_target().platform == "gpu" else "the device is not a GPU"
+class MosaicGpu(Kernel[AttentionArguments]):
+    """`pallas_kernels.attention`."""
 
     def unsupported(self, arguments: AttentionArguments) -> str | None:
         """One query, caches that the kernels read, nothing sharded."""
-        queries = arguments.q.shape[1]
-        if queries != 1:
-            return f"the kernel takes one query per sequence, found {queries}"
-        return cache_unsupported(arguments.k, arguments.v) or mosaic_gpu.mesh_obstacle()
+        a = arguments
+        if a.q.shape[1] != 1:
+            return f"the kernel takes one query per sequence, found {a.q.shape[1]}"
+        return cache_unsupported(a.k, a.v) or sharded(a.q, a.k, a.v)
 
     def declined(self, arguments: AttentionArguments) -> str | None:
         """The tuning table's word, and the self-check's."""
-        reason = mosaic_gpu._preference("decode_attention", *_size(arguments))
+        reason = slower("decode_attention", *_size(arguments))
         return reason or self.failure(arguments.q, arguments.k)
 
     def __call__(self, arguments: AttentionArguments) -> jax.Array:
@@ -41,7 +35,7 @@ class MosaicGpuAttention(Implementation[AttentionArguments]):
         from pallas_kernels.attention.decode_attention import decode_attention
 
         a = arguments
-        settings: Any = mosaic_gpu._choice("decode_attention", *_size(a)).config
+        settings: Any = tuned("decode_attention", *_size(a)).config
         out = decode_attention(
             a.q[:, 0],
             a.k.codes,
@@ -75,7 +69,7 @@ class MosaicGpuAttention(Implementation[AttentionArguments]):
             arguments = AttentionArguments(query, *sides, lengths, lengths - 1, None, d**-0.5)
             return self(arguments), attention_reference(query, *sides, lengths=lengths)
 
-        kind = _name(k)
+        kind = kind_of(k)
         if spec is not None:
             kind += f", {'dynamic' if spec.dynamic else 'static'} scales per {spec.granularity}"
         detail = f"{kind}, {group} heads of {d}, {dtype.name}"
@@ -99,7 +93,7 @@ def cache_unsupported(k: CacheTensor, v: CacheTensor) -> str | None:
     return None
 
 
-def _name(k: CacheTensor) -> str:
+def kind_of(k: CacheTensor) -> str:
     """What the tuning table calls a cache's format."""
     return k.codes.dtype.name if k.spec is None else k.spec.format
 
@@ -107,4 +101,4 @@ def _name(k: CacheTensor) -> str:
 def _size(arguments: AttentionArguments) -> tuple[str, int, int]:
     """What the tuning table looks a cache up by; numbers count, whatever their codes pack."""
     b, kv_heads, slots, head_dim = arguments.k.shape
-    return _name(arguments.k), arguments.q.shape[0], b * kv_heads * slots * head_dim
+    return kind_of(arguments.k), arguments.q.shape[0], b * kv_heads * slots * head_dim

@@ -21,7 +21,7 @@ from fdq.ops.implementation import Implementation
 _MASKED = -1e30  # finite: a block with no visible slot must not make NaN of inf - inf
 
 
-class XlaAttention(Implementation[AttentionArguments]):
+class Xla(Implementation[AttentionArguments]):
     """Everything: any device, shape and cache format."""
 
     name = "xla"

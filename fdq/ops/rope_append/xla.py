@@ -1,4 +1,4 @@
-"""The write to a KV cache in plain XLA."""
+"""`rope_append` in plain XLA, and the write to a KV cache alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ import jax
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+from fdq.ops.implementation import Implementation
+from fdq.ops.rope_append.arguments import RopeAppendArguments
+from fdq.ops.rope_append.rotation import rotated_heads
+
+
+class Xla(Implementation[RopeAppendArguments]):
+    """Any number of tokens, any cache format."""
+
+    name = "xla"
+
+    def __call__(
+        self, arguments: RopeAppendArguments
+    ) -> tuple[jax.Array, CacheTensor, CacheTensor]:
+        """Rotation, quantization and the write, in steps."""
+        a = arguments
+        norms = {"q_norm": a.q_norm, "k_norm": a.k_norm, "epsilon": a.epsilon}
+        q, k, v = rotated_heads(a.qkv, a.angles, a.kv_heads, interleaved=a.interleaved, **norms)
+        return q, write_slots(a.k, k, a.start), write_slots(a.v, v, a.start)
 
 
 def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTensor:

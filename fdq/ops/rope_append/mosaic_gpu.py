@@ -1,0 +1,95 @@
+"""`rope_append` of one token per sequence in one launch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fdq.cache.cache_tensor import CacheTensor, sample_scales
+from fdq.ops import self_check
+from fdq.ops.attention.mosaic_gpu import cache_unsupported, kind_of
+from fdq.ops.kernels import Kernel, slower
+from fdq.ops.placement import sharded
+from fdq.ops.rope_append.arguments import RopeAppendArguments
+from fdq.ops.rope_append.xla import Xla
+from fdq.ops.rows import Sums
+from pallas_kernels.device import MOST_ROWS, default_device
+
+
+class MosaicGpu(Kernel[RopeAppendArguments]):
+    """`pallas_kernels.append`."""
+
+    def unsupported(self, arguments: RopeAppendArguments) -> str | None:
+        """Several tokens, caches that kernels do not write, sharded arrays."""
+        a = arguments
+        if a.qkv.shape[1] != 1:
+            return f"the kernel takes one token per sequence, found {a.qkv.shape[1]}"
+        return cache_unsupported(a.k, a.v) or sharded(a.qkv, a.k, a.v)
+
+    def declined(self, arguments: RopeAppendArguments) -> str | None:
+        """Batches whose products are no kernels either, the tuning table, the self-check."""
+        a = arguments
+        batch, _, width = a.qkv.shape
+        if batch > MOST_ROWS:
+            return f"the kernels of a decode step take 1 to {MOST_ROWS} sequences, found {batch}"
+        name = jnp.dtype(a.qkv.dtype).name if a.k.spec is None else kind_of(a.k)
+        return slower("append", name, batch, width) or self.failure(a)
+
+    def __call__(
+        self, arguments: RopeAppendArguments
+    ) -> tuple[jax.Array, CacheTensor, CacheTensor]:
+        """The cache is the one that was given, written in place."""
+        from pallas_kernels.append.cache_update import append
+
+        a = arguments
+        split, batch, _, width = a.qkv.parts.shape
+        out = append(
+            a.qkv.parts.reshape(split, batch, width),
+            *(angle[:, 0] for angle in a.angles),
+            jnp.broadcast_to(a.start, (batch,)).astype(jnp.int32),
+            *(a.k.codes, a.v.codes, a.k.scale, a.v.scale, a.k.zero, a.v.zero),
+            heads=a.heads,
+            interleaved=a.interleaved,
+            cache_format=a.k.format.kernel,
+            bias=a.qkv.bias,
+            q_norm=a.q_norm,
+            k_norm=a.k_norm,
+            epsilon=a.epsilon,
+            dtype=a.qkv.dtype,
+        )
+        k = a.k.replace(codes=out.k, scale=out.k_scale, zero=out.k_zero)
+        v = a.v.replace(codes=out.v, scale=out.v_scale, zero=out.v_zero)
+        return out.q[:, None], k, v
+
+    def failure(self, arguments: RopeAppendArguments) -> str | None:
+        """Why the kernel is switched off for such a cache on this device; None if it is right."""
+        interleaved, spec, dtype = arguments.interleaved, arguments.k.spec, arguments.qkv.dtype
+        with_bias, with_norms = arguments.qkv.bias is not None, arguments.q_norm is not None
+
+        def case():
+            heads, kv_heads, d, slots = 2, 1, 128, 64
+            keys = jax.random.split(jax.random.key(3), 2)
+            width = (heads + 2 * kv_heads) * d
+            parts = jax.random.normal(keys[0], (2, 2, 1, width), jnp.float32)
+            qkv = Sums(parts, jnp.full((width,), 0.5) if with_bias else None, dtype)
+            angle = jax.random.uniform(keys[1], (2, 1, d // 2), jnp.float32)
+            scales = sample_scales(spec, kv_heads, d)
+            side = CacheTensor.empty((2, kv_heads, slots, d), spec, dtype=dtype, **scales)
+            norm = jnp.full((d,), 1.5) if with_norms else None
+
+            def run(implementation):
+                def call(qkv, angle, side, start):
+                    turn = jnp.cos(angle), jnp.sin(angle)
+                    return implementation(
+                        RopeAppendArguments(qkv, turn, side, side, start, interleaved, norm, norm)
+                    )
+
+                return jax.jit(call)(qkv, angle, side, jnp.asarray([5, 63], jnp.int32))
+
+            return run(self), run(Xla())
+
+        kind = "static" if spec is not None and not spec.dynamic else "dynamic"
+        detail = f"{kind_of(arguments.k)}, {kind}, {jnp.dtype(dtype).name}"
+        detail += f"{', norms' * with_norms}{', bias' * with_bias}"
+        # A code may differ by one where the rotation does by a bit: 1 in 7 at most, of int4.
+        return self_check.failure("append", detail, default_device(), case, tolerance=0.2)
