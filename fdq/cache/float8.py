@@ -12,7 +12,7 @@ from jax import lax
 
 from fdq.cache.format import CacheFormat
 from fdq.formats.exact_arithmetic import quotient
-from fdq.ops.weight_view import e4m3_values
+from fdq.formats.small_float import e4m3_values
 
 
 class Float8Cache(CacheFormat):

@@ -78,16 +78,44 @@ class Convolutional(Format):
         """The arrays -> ``[..., K, N]``, exactly as NumPy computes the definition in float32."""
         codes = arrays["codes"]
         *lead, rows, n = codes.shape
-        values = windows(codes, arrays["code_scale"], arrays["code_offset"])
-        local = unpack_local_scales(arrays["scale"], rows * ROWS_PER_CODE // GROUP)
+        values = jnp.stack(self.decode_unit([codes], spec, self.unit_tables(arrays, spec)), axis=-2)
+        local = self._local_scales(arrays)
         # v * local is an exact small integer: one rounding, as in any order of the two products.
         local = jnp.broadcast_to(
-            local.astype(jnp.float32)[..., :, None, None, :],
+            local[..., :, None, None, :],
             (*local.shape[:-1], GROUP // ROWS_PER_CODE, ROWS_PER_CODE, n),
         )
         scaled = values.reshape(local.shape) * local
         w = scaled.reshape(*lead, rows * ROWS_PER_CODE, n) * arrays["super_scale"]
         return w.astype(dtype)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Four rows a byte."""
+        return 1, ROWS_PER_CODE
+
+    def decode_unit(
+        self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
+    ) -> list[jax.Array]:
+        """uint8 codes -> the values -32..31 of their four rows, exactly as NumPy computes them."""
+        high, low, offset = tables
+        code = unit[0].astype(jnp.float32)
+        # Both products are exact: fused or not, the sum is rounded as in the definition.
+        word = jnp.floor(code * high + code * low + offset + jnp.float32(0.5)).astype(jnp.int32)
+        windows = [(word >> jnp.int32(shift)) & jnp.int32(63) for shift in SHIFTS]
+        return [w.astype(jnp.float32) - jnp.float32(32) for w in windows]
+
+    def unit_tables(self, arrays: Arrays, spec: WeightSpec) -> tuple[jax.Array, ...]:
+        """The code scale as a sum of two numbers, and the code offset."""
+        return (*exact_arithmetic.halves(arrays["code_scale"]), arrays["code_offset"])
+
+    def multiplier(self, parameters: Arrays, spec: WeightSpec) -> jax.Array:
+        """Local scales times super scale."""
+        return self._local_scales(parameters) * parameters["super_scale"]
+
+    def _local_scales(self, arrays: Arrays) -> jax.Array:
+        groups = arrays["codes"].shape[-2] * ROWS_PER_CODE // GROUP
+        return unpack_local_scales(arrays["scale"], groups).astype(jnp.float32)
 
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
         """A float32 weight ``[..., K, N]`` -> arrays, all rows of equal importance."""
@@ -125,15 +153,6 @@ class Convolutional(Format):
     def search_distortion(self, spec: WeightSpec, k: int) -> float:
         """Simulated: the code of normal numbers, with the best continuous scale of each group."""
         return distortion.of_codebook(codebook(), GROUP, UNIT)
-
-
-def windows(codes: jax.Array, code_scale: jax.Array, code_offset: jax.Array) -> jax.Array:
-    """uint8 codes ``[..., R, N]`` -> values -32..31, float32 ``[..., R, 4, N]``."""
-    code = codes.astype(jnp.float32)
-    word = exact_arithmetic.product(code, code_scale) + code_offset + jnp.float32(0.5)
-    word = jnp.floor(word).astype(jnp.int32)
-    parts = [((word >> shift) & 63) - 32 for shift in SHIFTS]
-    return jnp.stack(parts, axis=-2).astype(jnp.float32)
 
 
 def pack_local_scales(local: jax.Array) -> jax.Array:

@@ -18,12 +18,17 @@ def product(small: jax.Array, x: jax.Array) -> jax.Array:
       small: float32 integers of magnitude at most 4096.
       x: float32, broadcastable (or of the same rank with axes of size 1).
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    high = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFF000), jnp.float32)
-    low = x - high
+    high, low = halves(x)
     # Both products are exact, so fused or not the sum is rounded once; and it is a sum, which
     # cannot be fused into a following sum.
     return small * high + small * low
+
+
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float32 numbers as sums of two whose products with a small integer are exact."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    high = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFF000), jnp.float32)
+    return high, x - high
 
 
 def quotient(a: jax.Array, b: jax.Array | float) -> jax.Array:

@@ -58,6 +58,7 @@ class Format(abc.ABC):
       scale_dtypes: what scales may be stored in.
       fixed: group size and dtype of the scale are part of the format's definition.
       double_quantization: a spec may ask for scales in 8 bits.
+      unit_factor: a power of two that is missing in the values of `decode_unit`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Format(abc.ABC):
     scale_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     fixed: bool = False
     double_quantization: bool = False
+    unit_factor: float = 1.0
 
     def spec_fields(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All fields of a `WeightSpec`: the format's defaults, with those `given` in their place.
@@ -134,6 +136,53 @@ class Format(abc.ABC):
     ) -> jax.Array:
         """The arrays -> ``[..., K, N]``; formed in float32, then cast to ``dtype``."""
 
+    # How an op reads a weight without decoding it first, if the format has a `unit`. Invariant:
+    # decode[k, n] = unit_factor * (decode_unit[k, n] - zero[k // g, n]) * multiplier[k // g, n]
+
+    @property
+    def unit(self) -> tuple[int, int] | None:
+        """Elements of `codes` and rows of K in the smallest whole number of bytes of whole codes.
+
+        None (the default) where ops cannot read such units and decode the weight instead.
+        """
+        return None
+
+    def decode_unit(
+        self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
+    ) -> list[jax.Array]:
+        """Values of the rows of a packed unit, before zero point and scales.
+
+        Element-wise, by shifts, masks and conversions only, so that XLA fuses it into whatever
+        consumes the rows and the decoded weight never reaches memory.
+
+        Args:
+          unit: the elements of a unit, arrays of one shape; float8 codes as uint8.
+          spec: how the weight is stored.
+          tables: what `unit_tables` returned, in shapes that broadcast to that one.
+
+        Returns:
+          float32 arrays of that shape, one a row.
+        """
+        raise NotImplementedError(f"Format {self.name} has no packed units.")
+
+    def unit_tables(self, arrays: Arrays, spec: WeightSpec) -> tuple[jax.Array, ...]:
+        """Arrays `[1, N]` that `decode_unit` needs beside the codes (default: none)."""
+        del arrays, spec
+        return ()
+
+    def multiplier(self, parameters: Arrays, spec: WeightSpec) -> jax.Array:
+        """The float32 number `[..., G, M]` that multiplies the values of each group."""
+        del spec
+        return parameters["scale"].astype(jnp.float32)
+
+    def integer_offset(self, spec: WeightSpec) -> float | None:
+        """What to subtract from stored codes to get values; None where these are not integers.
+
+        Integers and a half count as integers: products with int8 are exact in both.
+        """
+        del spec
+        return None
+
     @abc.abstractmethod
     def shape_from_codes(self, codes: tuple[int, ...], padding: int) -> tuple[int, ...]:
         """Shape of the codes -> shape of the weight."""
@@ -185,7 +234,18 @@ class ScaledFormat(Format):
 
     @abc.abstractmethod
     def from_codes(self, codes: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
-        """Inverse of ``to_codes``, float32."""
+        """Inverse of ``to_codes``, float32; before the zero point is subtracted if it is None."""
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Bytes and rows of K of a packed unit."""
+        return packing.UNITS[self.bits]
+
+    def decode_unit(
+        self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
+    ) -> list[jax.Array]:
+        """Levels of the rows of a packed unit."""
+        return [self.from_codes(c, spec, None) for c in packing.unit_codes(unit, self.bits)]
 
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """The parameters that a search tries; ValueError where the format has no search."""
@@ -195,11 +255,6 @@ class ScaledFormat(Format):
         """Whether a negative scale gives other levels than a positive one."""
         del spec
         return False
-
-    def multiplier(self, parameters: Arrays, spec: WeightSpec) -> jax.Array:
-        """The float32 number ``[..., G, M]`` that multiplies the levels of each group."""
-        del spec
-        return parameters["scale"].astype(jnp.float32)
 
     def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
         """``parameters`` with their scale replaced by ``scale``, rounded to what is stored."""

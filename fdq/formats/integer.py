@@ -63,14 +63,16 @@ class Integer(ScaledFormat):
         return (levels - jnp.float32(self.lowest)).astype(jnp.uint8)
 
     def from_codes(self, codes: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
-        """Inverse of ``to_codes``, float32."""
+        """Inverse of ``to_codes``, float32; ``zero`` None leaves it out."""
         levels = codes.astype(jnp.float32)
-        if spec.zero_point == "integer":
-            return levels - zero
-        offset = 0.5 if spec.zero_point == "half" else 0.0
-        if self.bits < 8:
-            offset += self.lowest
-        return levels + jnp.float32(offset) if offset else levels
+        offset = self.integer_offset(spec) if zero is None else zero
+        return levels if zero is None and not offset else levels - offset
+
+    def integer_offset(self, spec: WeightSpec) -> float:
+        """Half of the codes, and the half of half-integer levels."""
+        half = 0.5 if spec.zero_point == "half" else 0.0
+        unsigned = self.bits < 8 and spec.zero_point != "integer"
+        return (2.0 ** (self.bits - 1) if unsigned else 0.0) - half
 
     def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """The largest magnitude of a group is the highest level.

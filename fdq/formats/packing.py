@@ -12,26 +12,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ROWS_PER_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}
-"""Rows of K in the smallest whole number of bytes, by bits per code."""
-
-BYTES_PER_UNIT = {2: 1, 3: 3, 4: 1, 8: 1}
-"""Bytes of that unit, by bits per code."""
+UNITS = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}
+"""Bytes and rows of K in a unit, the smallest whole number of bytes, by bits per code."""
 
 
 def padding_rows(k: int, bits: int) -> int:
     """Rows that must be added to ``k`` rows so that the last packed unit is full."""
-    return -k % ROWS_PER_UNIT[bits]
+    return -k % UNITS[bits][1]
 
 
 def packed_rows(k: int, bits: int) -> int:
     """Bytes that a column of ``k`` codes takes."""
-    return (k + padding_rows(k, bits)) // ROWS_PER_UNIT[bits] * BYTES_PER_UNIT[bits]
+    size, rows = UNITS[bits]
+    return -(-k // rows) * size
 
 
-def unpacked_rows(rows: int, bits: int, padding: int = 0) -> int:
-    """Codes in a column of ``rows`` packed bytes of which the last ``padding`` codes are unused."""
-    return rows // BYTES_PER_UNIT[bits] * ROWS_PER_UNIT[bits] - padding
+def unpacked_rows(packed: int, bits: int, padding: int = 0) -> int:
+    """Codes in a column of ``packed`` bytes of which the last ``padding`` codes are unused."""
+    size, rows = UNITS[bits]
+    return packed // size * rows - padding
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -51,7 +50,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     if bits == 8:
         return codes
     *lead, k, n = codes.shape
-    rows, count = ROWS_PER_UNIT[bits], BYTES_PER_UNIT[bits]
+    count, rows = UNITS[bits]
     missing = padding_rows(k, bits)
     if missing:
         codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, missing), (0, 0)])
@@ -80,17 +79,29 @@ def unpack(packed: jax.Array, bits: int, padding: int = 0) -> jax.Array:
     if bits == 8:
         return packed
     *lead, p, n = packed.shape
-    rows, count = ROWS_PER_UNIT[bits], BYTES_PER_UNIT[bits]
-    if count == 1:
-        word_dtype: Any = jnp.uint8
-        word = packed
-    else:
-        word_dtype = jnp.uint32
-        units = packed.reshape(*lead, p // count, count, n).astype(word_dtype)
-        word = units[..., 0, :]
-        for b in range(1, count):
-            word = word | (units[..., b, :] << word_dtype(8 * b))
-    mask = word_dtype(2**bits - 1)
-    parts = [((word >> word_dtype(bits * i)) & mask).astype(jnp.uint8) for i in range(rows)]
+    count, rows = UNITS[bits]
+    units = packed.reshape(*lead, p // count, count, n)
+    parts = unit_codes([units[..., i, :] for i in range(count)], bits)
     codes = jnp.stack(parts, axis=-2).reshape(*lead, p // count * rows, n)
     return codes[..., : codes.shape[-2] - padding, :] if padding else codes
+
+
+def unit_codes(unit: list[jax.Array], bits: int) -> list[jax.Array]:
+    """The bytes of a packed unit -> the codes of its rows, by shifts and masks alone.
+
+    Args:
+      unit: arrays of one shape, uint8 (8-bit codes of any dtype are returned as they are).
+      bits: 2, 3, 4 or 8.
+
+    Returns:
+      As many uint8 arrays of that shape as the unit has rows.
+    """
+    if bits == 8:
+        return unit
+    count, rows = UNITS[bits]
+    word_dtype: Any = jnp.uint8 if count == 1 else jnp.uint32
+    word = unit[0].astype(word_dtype)
+    for i in range(1, count):
+        word = word | (unit[i].astype(word_dtype) << word_dtype(8 * i))
+    mask = word_dtype(2**bits - 1)
+    return [((word >> word_dtype(bits * i)) & mask).astype(jnp.uint8) for i in range(rows)]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.exact_arithmetic import quotient
-from fdq.ops.weight_view import WeightView, unsigned_rows
+from fdq.formats.packing import unit_codes
+from fdq.ops.weight_view import WeightView
 from fdq.schemes.scheme import ActivationSpec
 
 # FastDeploy's floor (per_token_quant_fp8.cu): a row of zeros gets a scale that is not zero.
@@ -110,7 +111,7 @@ def integer_product(x: jax.Array, view: WeightView) -> jax.Array:
 
     Args:
       x: int8 ``[M, K]``.
-      view: of a ``[K, N]`` weight with ``view.is_integer``.
+      view: of a ``[K, N]`` weight with an ``integer_offset``.
 
     Returns:
       float32 ``[M, N]``: ``sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])``.
@@ -121,9 +122,9 @@ def integer_product(x: jax.Array, view: WeightView) -> jax.Array:
     m, n = x.shape[0], view.columns
     groups = view.scale.shape[-2]
     codes = view.codes.reshape(view.units, view.unit_bytes, n)
-    rows = unsigned_rows(view, [codes[:, i] for i in range(view.unit_bytes)])
+    rows = unit_codes([codes[:, i] for i in range(view.unit_bytes)], view.format.bits)
     shift = 0
-    if view.kind == "int8" and rows[0].dtype == jnp.uint8:
+    if view.format.bits == 8 and rows[0].dtype == jnp.uint8:
         shift = 128  # unsigned 8-bit codes do not fit int8
         rows = [(r ^ jnp.uint8(128)).astype(jnp.int8) for r in rows]
     planes = [r.astype(jnp.int8) for r in rows]
@@ -150,7 +151,7 @@ def integer_product(x: jax.Array, view: WeightView) -> jax.Array:
 def _apply_offsets(acc, x, view: WeightView, groups: int, shift: int) -> jax.Array:
     """int32 ``[G, M, N]`` sums of codes -> ``[M, N]``, scaled, float32."""
     m = x.shape[0]
-    twice = round(2 * view.offset)
+    twice = round(2 * (view.integer_offset or 0.0))
     multiplier = 1.0
     if twice or view.zero is not None or shift:
         x_sum = jnp.sum(x.reshape(m, groups, -1).astype(jnp.int32), axis=-1).T[:, :, None]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor
 from fdq.ops import self_check
 from fdq.ops.choice import Request, accept_kernel
@@ -23,8 +24,6 @@ from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from pallas_kernels.device import MOST_ROWS, default_device
 from pallas_kernels.tuning import choices
-
-INTEGER_FORMATS = ("int8", "int4", "int3", "int2")
 
 
 def use_matrix_vector(
@@ -164,7 +163,8 @@ def integer_product(codes: jax.Array, q: QTensor) -> jax.Array:
 def takes_integers(q: QTensor, spec: ActivationSpec) -> bool:
     """Whether a product with activations of ``spec`` is formed in integers."""
     per_row = spec.granularity != "token_group"
-    return per_row and spec.format == "int8" and q.spec.format in INTEGER_FORMATS
+    integers = FORMATS[q.spec.format].integer_offset(q.spec) is not None
+    return per_row and spec.format == "int8" and integers
 
 
 @functools.cache

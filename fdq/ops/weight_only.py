@@ -11,6 +11,7 @@ All compute ``x @ dequantize(q)`` and differ in what reaches memory:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdq.ops.weight_view import WeightView, decode_planes, decode_unit
+from fdq.ops.weight_view import WeightView, decode_planes
 
 
 def exact_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -55,9 +56,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
     blocks = per_group // block
     n = view.columns
     codes = view.codes.reshape(groups, blocks, block, view.unit_bytes, n)
-    affine = None
-    if view.affine is not None:
-        affine = tuple(a[:, None, :] for a in view.affine)
+    tables = tuple(a[:, None, :] for a in view.tables)
     zero = None if view.zero is None else view.zero[:, None, :]
     scale = (view.scale * view.multiplier)[:, None, :]
 
@@ -66,7 +65,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
         total = jnp.zeros((groups, blocks, n), jnp.float32)
         for j in range(block):
             unit = [codes[:, :, j, i] for i in range(view.unit_bytes)]
-            for p, value in enumerate(decode_unit(view, unit, affine)):
+            for p, value in enumerate(view.decode_unit(unit, tables)):
                 total = total + weights[:, :, j, p] * (value if zero is None else value - zero)
         if groups == 1:
             partial = total.reshape(blocks, n)
@@ -107,10 +106,7 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
         # Scales relative to the largest of their channel keep weights inside float16's range.
         largest = jnp.max(jnp.abs(view.scale), axis=-2, keepdims=True)
         largest = jnp.where(largest == 0, jnp.float32(1), largest)
-        relative = WeightView(
-            view.codes, view.scale / largest, view.zero, view.affine, view.kind, view.offset,
-            view.group,
-        )  # fmt: skip
+        relative = dataclasses.replace(view, scale=view.scale / largest)
         decoded, after = decode_planes(relative), largest
     elif per_channel:
         decoded, after = decode_planes(view, with_scale=False), view.scale * view.multiplier

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.formats import Arrays, distortion, grouping
-from fdq.formats.microscaling import HEADROOM_E4M3, NVFP4, project_e2m1
+from fdq.formats.microscaling import HEADROOM_E4M3, NVFP4
 from fdq.quantizers.quantizer import Distortion
 from fdq.quantizers.round_to_nearest import RoundToNearest
 from fdq.schemes.scheme import WeightSpec
@@ -47,7 +47,7 @@ def _error(groups: jax.Array, parameters: Arrays, spec: WeightSpec) -> jax.Array
     u = groups / NVFP4.multiplier(parameters, spec)[..., None, :]
     # In units of the global scale: squares of huge and tiny weights stay in range.
     scale = parameters["scale"].astype(jnp.float32)
-    return jnp.sum((u - project_e2m1(u)) ** 2, axis=-2) * (scale * scale)
+    return jnp.sum((u - NVFP4.element.nearest(u)) ** 2, axis=-2) * (scale * scale)
 
 
 FOUR_OVER_SIX = FourOverSix()
