@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from fdq.formats.qtensor import QTensor, canonical
+from fdq.schemes.path_pattern import path_keys
 from fdq.schemes.scheme import ActivationSpec
 from fdq_checkpoints.errors import CheckpointError, nearest
 
@@ -145,17 +146,14 @@ def _is_tensor(node: Any) -> bool:
     return isinstance(node, QTensor | nnx.Variable)
 
 
-def key_name(entry: Any) -> str:
-    """The text of one entry of a JAX key path."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+def path_of(entries: Iterable[Any]) -> Path:
+    """A JAX key path as a path of strings."""
+    return tuple(map(str, path_keys(entries)))
 
 
 def _pytree_leaves(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_tensor)
-    return [(tuple(key_name(entry) for entry in path), leaf) for path, leaf in leaves], structure
+    return [(path_of(path), leaf) for path, leaf in leaves], structure
 
 
 def _flatten_pytree(tree: Any) -> list[Tensor]:

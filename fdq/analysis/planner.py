@@ -21,6 +21,7 @@ from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales
 from fdq.formats.qtensor import QTensor
 from fdq.models import CONFIGS, DecoderConfig, abstract, from_huggingface
 from fdq.quantizers.quantization import quantize
+from fdq.schemes.path_pattern import path_keys
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
 
@@ -115,7 +116,7 @@ def weight_table(tree: Any) -> WeightTable:
         tree, is_leaf=lambda x: isinstance(x, QTensor | nnx.Variable)
     )[0]
     for key, leaf in leaves:
-        path = ".".join(_key_text(k) for k in key)
+        path = ".".join(map(str, path_keys(key)))
         if isinstance(leaf, QTensor):
             # A prepared weight's codes may be a pytree.
             arrays = jax.tree.leaves([_value(a) for a in leaf.arrays().values()])
@@ -308,13 +309,6 @@ def find_config(model: Any) -> tuple[str, DecoderConfig]:
         f"Unknown model {str(model)!r}: neither a directory with a config.json nor one of "
         f"{', '.join(CONFIGS)}.{hint}"
     )
-
-
-def _key_text(key: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def _value(leaf: Any) -> Any:

@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 
 from fdq.formats.qtensor import QTensor
+from fdq.schemes.path_pattern import path_keys
 
 
 class QCodes(nnx.Variable):
@@ -73,13 +74,6 @@ def _is_leaf(x: Any) -> bool:
     return isinstance(x, (nnx.Variable, QTensor))
 
 
-def _key(entry: Any) -> str | int:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    raise TypeError(f"a path holds {entry!r}; expected attributes, dict keys and list indices")
-
-
 def split(module: nnx.Module) -> tuple[Template, dict]:
     """The module as `(template, params)`: what is static, and a nested dict of its arrays.
 
@@ -95,7 +89,7 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
     params: dict = {}
     paths, kinds = [], []
     for entries, leaf in leaves:
-        path = tuple(_key(entry) for entry in entries)
+        path = path_keys(entries)
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})

@@ -128,17 +128,10 @@ def is_leaf(x: Any) -> bool:
 
 def path_string(entries: Sequence[Any]) -> str:
     """Keys of a pytree path joined by dots, without Linen's outer ``params``."""
-    parts = [_key(entry) for entry in entries]
+    parts = [str(key) for key in path_pattern.path_keys(entries)]
     if len(parts) > 1 and parts[0] == "params":
         parts = parts[1:]
     return ".".join(parts)
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
 
 
 def leaves_of(tree: Any) -> list[Leaf]:

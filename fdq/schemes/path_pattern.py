@@ -10,9 +10,20 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 Reach = Literal["leaf", "module", "ancestor"]
+
+
+def path_keys(entries: Iterable[Any]) -> tuple[Any, ...]:
+    """The dict keys, list indices and attribute names in a key path of `jax.tree_util`."""
+
+    def key(entry: Any) -> Any:
+        attributes = ("key", "idx", "name")
+        return next((getattr(entry, a) for a in attributes if hasattr(entry, a)), str(entry))
+
+    return tuple(map(key, entries))
 
 
 @functools.lru_cache(maxsize=1024)

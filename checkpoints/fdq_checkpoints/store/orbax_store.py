@@ -153,7 +153,7 @@ class TreeReader:
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(tree)
         self.metadata: dict[tree_paths.Path, jax.ShapeDtypeStruct] = {}
         for entries, leaf in leaves:
-            name = tuple(tree_paths.key_name(entry) for entry in entries)
+            name = tree_paths.path_of(entries)
             if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
                 raise CheckpointError(f"{path}: {tree_paths.dotted(name)} is not an array.")
             self.metadata[name] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
