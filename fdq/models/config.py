@@ -48,6 +48,8 @@ class DecoderConfig:
       qkv_bias, output_bias, mlp_bias: which linear layers have a bias; `output_bias` is that of
         the attention's output projection.
       qk_norm: RMSNorm over head_dim of queries and keys (Qwen3).
+      sliding_windows: for each layer how many tokens a query sees, its own included; None sees
+        all before it, and () stands for None in every layer.
       block, attention, mlp: the parts that layers are put together from, see `fdq.models.parts`.
       moe: the layers with experts, or None: their part in place of `mlp`.
       bos_token_id, eos_token_ids, pad_token_id: special tokens, where the config names them.
@@ -70,6 +72,7 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
     block: Part = dataclasses.field(default=PreNorm())
     attention: Part = dataclasses.field(default=GroupedQuery())
     mlp: Part = dataclasses.field(default=SwiGLU())
@@ -87,12 +90,23 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim (={self.head_dim}) must be even")
+        if self.sliding_windows and len(self.sliding_windows) < self.num_layers:
+            raise ValueError(
+                f"sliding_windows has {len(self.sliding_windows)} entries, expected one for each "
+                f"of {self.num_layers} layers"
+            )
+        if any(window is not None and window < 1 for window in self.sliding_windows):
+            raise ValueError(f"sliding_windows (={self.sliding_windows}) must be positive or None")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r}: expected float32, bfloat16 or float16")
 
     def replace(self, **changes: Any) -> DecoderConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def sliding_window(self, layer: int) -> int | None:
+        """The sliding window of a layer, in tokens; None sees all."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
 
     def feed_forward(self, layer: int) -> Part:
         """The part of a layer that follows its attention: `moe` or `mlp`."""
@@ -101,7 +115,7 @@ class DecoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, numbers and strings: what a manifest stores.
 
-        A part that is the usual one is left out, so most models are stored without any.
+        Parts and windows are left out where they are the usual ones (no `moe`, no windows).
         """
         return _stored(self)
 
@@ -123,11 +137,11 @@ def _stored(obj: Any) -> Any:
     fields = {}
     for field in dataclasses.fields(obj):
         found = getattr(obj, field.name)
-        if field.name not in _PARTS or found is None:
-            fields[field.name] = _stored(found)
-        elif found != field.default:
-            name = {} if found.name == _PARTS[field.name][1].name else {"name": found.name}
-            fields[field.name] = name | _stored(found)
+        if field.name in (*_PARTS, "sliding_windows") and found == field.default:
+            continue
+        fields[field.name] = _stored(found)
+        if field.name in _PARTS and found.name != _PARTS[field.name][1].name:
+            fields[field.name]["name"] = found.name
     return fields
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fdq.nn.rotary import ROPE_TYPES, RotaryConfig
 
 _REQUIRED = object()
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # Keys of any model that say how it was trained, stored or is to be run, never what it computes.
 _NEUTRAL = {
@@ -23,7 +24,7 @@ _NEUTRAL = {
     "id2label",
     "initializer_range",
     "label2id",
-    "max_window_layers",  # read only together with use_sliding_window, which must be false
+    "max_window_layers",  # as sliding_window: means nothing unless use_sliding_window is true
     "model_type",
     "num_nextn_predict_layers",  # multi-token prediction: extra layers that decoding can skip
     "output_attentions",
@@ -94,10 +95,34 @@ class ConfigReader:
         """The dtype the checkpoint was saved in, bfloat16 where it does not say."""
         return str(self.get("dtype", "torch_dtype", default="bfloat16")).removeprefix("torch.")
 
+    def sliding_windows(self, layers: int) -> tuple[int | None, ...]:
+        """The window of each layer; () where all layers see everything.
+
+        Layers have one where `layer_types` says so, or else from `max_window_layers` on, and only
+        with `use_sliding_window`.
+        """
+        if not self.get("use_sliding_window", default=False):
+            self.full_attention()
+            return ()
+        window = self.integer("sliding_window")
+        kinds = self.get("layer_types", default=None)
+        if kinds is None:
+            first = self.integer("max_window_layers")
+            kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
+        unknown = sorted(set(kinds) - {_FULL, _SLIDING})
+        if unknown or len(kinds) != layers:
+            raise ValueError(
+                f"{self.family} config: layer_types has {len(kinds)} entries"
+                f"{f', {unknown} among them' if unknown else ''}; expected {_FULL!r} or "
+                f"{_SLIDING!r} for each of {layers} layers"
+            )
+        windows = tuple(window if kind == _SLIDING else None for kind in kinds)
+        return windows if set(windows) != {None} else ()
+
     def full_attention(self) -> None:
-        """Refuses sliding windows, which are not implemented."""
+        """Refuses sliding windows, where the family has none."""
         self.must_be("use_sliding_window", False)
-        kinds = set(self.get("layer_types", default=())) - {"full_attention"}
+        kinds = set(self.get("layer_types", default=())) - {_FULL}
         if kinds:
             raise ValueError(
                 f"{self.family} config: layer_types {sorted(kinds)} are not supported; "

@@ -39,9 +39,9 @@ class Part(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class GroupedQuery(Part):
-    """Grouped-query attention with rotary positions, which stores keys and values of each KV head.
+    """Grouped-query attention with rotary positions, in a layer's sliding window or without.
 
-    The module is called as `attention(x, angles, cache, layer=, start=)`, see `fdq.nn.Attention`.
+    The module is called as `attention(x, angles, cache, start=)`, see `fdq.nn.Attention`.
     """
 
     name: ClassVar[str] = "grouped_query"
@@ -57,6 +57,7 @@ class GroupedQuery(Part):
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,
             qk_norm_epsilon=config.rms_norm_epsilon if config.qk_norm else None,
+            sliding_window=config.sliding_window(layer),
             dtype=dtype,
             rngs=rngs,
         )

@@ -13,8 +13,8 @@ from fdq.nn.rotary import RotaryConfig
 def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-6, tie=False)
     rotary = reader.rotary(theta=10000.0)
-    reader.full_attention()
-    return DecoderConfig(**fields, rotary=rotary, qkv_bias=True)
+    windows = reader.sliding_windows(fields["num_layers"])
+    return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows, qkv_bias=True)
 
 
 def _published(**fields: Any) -> DecoderConfig:

@@ -14,8 +14,15 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-6, tie=False)
     bias = bool(reader.get("attention_bias", default=False))
     rotary = reader.rotary(theta=10000.0)
-    reader.full_attention()
-    return DecoderConfig(**fields, rotary=rotary, qkv_bias=bias, output_bias=bias, qk_norm=True)
+    windows = reader.sliding_windows(fields["num_layers"])
+    return DecoderConfig(
+        **fields,
+        rotary=rotary,
+        sliding_windows=windows,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm=True,
+    )
 
 
 def _published(**fields: Any) -> DecoderConfig:

@@ -51,6 +51,21 @@ def test_layers_with_experts():
     assert read(oracles.read_config("qwen3_moe_nonorm")).moe.layers == (1,)
 
 
+def test_layers_with_sliding_windows():
+    config, read = oracles.read_config("qwen2_window"), models.from_huggingface
+    assert read(config).sliding_windows == (None, 6, 6)
+    del config["layer_types"]  # most published configs have none
+    assert read(config).sliding_windows == (None, 6, 6)
+    assert read({**config, "max_window_layers": 0}).sliding_windows == (6, 6, 6)
+    assert read({**config, "max_window_layers": 3}).sliding_windows == ()
+    assert read({**config, "use_sliding_window": False}).sliding_windows == ()
+    assert [read(config).sliding_window(layer) for layer in range(3)] == [None, 6, 6]
+    assert read(config).replace(num_layers=2).sliding_window(1) == 6
+    assert models.CONFIGS["qwen3-8b"].sliding_window(3) is None
+    with pytest.raises(ValueError, match="sliding_windows has 3 entries, expected one for each"):
+        read(config).replace(num_layers=4)
+
+
 def test_several_end_tokens():
     config = {**oracles.read_config("llama"), "eos_token_id": [5, 6]}
     assert models.from_huggingface(config).eos_token_ids == (5, 6)
@@ -71,11 +86,25 @@ def test_unsupported_model_type():
         ("llama", {"vocab_size": None}, "llama config lacks vocab_size"),
         ("llama", {"vocab_size": "96"}, "vocab_size must be an integer, got '96'"),
         ("llama", {"num_key_value_heads": 3}, r"\(=4\) must be divisible by num_kv_heads \(=3\)"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("llama", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         (
-            "qwen3",
+            "qwen3",  # without use_sliding_window
             {"layer_types": ["full_attention", "sliding_attention"]},
             r"layer_types \['sliding_attention'\] are not supported",
+        ),
+        ("qwen2_window", {"sliding_window": None}, "qwen2 config lacks sliding_window"),
+        ("qwen2_window", {"sliding_window": 0}, "must be positive or None"),
+        ("qwen2_window", {"layer_types": None, "max_window_layers": None}, "lacks max_window_lay"),
+        (
+            "qwen2_window",
+            {"layer_types": ["full_attention", "sliding_attention", "chunked_attention"]},
+            r"layer_types has 3 entries, \['chunked_attention'\] among them; expected 'full_atten",
+        ),
+        (
+            "qwen2_window",
+            {"layer_types": ["sliding_attention"]},
+            "layer_types has 1 entries; expected .* for each of 3 layers",
         ),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias=True is not supported"),
         ("ernie4_5_moe", {"moe_gate_act": "sigmoid"}, "moe_gate_act='sigmoid' is not supported"),

@@ -107,6 +107,16 @@ MODELS = {
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
+    "qwen2_window": transformers.Qwen2Config(
+        **COMMON,
+        vocab_size=96,
+        num_hidden_layers=3,
+        intermediate_size=64,
+        use_sliding_window=True,
+        sliding_window=6,  # shorter than every greedy path, and than two of the three prompts
+        max_window_layers=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
     "qwen3": transformers.Qwen3Config(
         **COMMON,
         vocab_size=96,
@@ -283,6 +293,16 @@ def check(name: str) -> None:
             router.moe_statics.e_score_correction_bias.zero_()
             unbiased = model(torch.from_numpy(arrays["input_ids"]).long()).logits.numpy()
             assert abs(unbiased - logits).max() > 0.1, f"{name}: correction bias has no effect"
+        if getattr(model.config, "sliding_window", None):
+            full = type(model.config).from_dict(model.config.to_dict() | {"sliding_window": 256})
+            unlimited = type(model)(full).eval()
+            unlimited.load_state_dict(model.state_dict())
+            ids = torch.from_numpy(arrays["input_ids"]).long()
+            change = np.abs(unlimited(ids, use_cache=False).logits.numpy() - logits)
+            assert change[:, : model.config.sliding_window].max() < 1e-4, (
+                f"{name}: its first window"
+            )
+            assert change.max() > 0.1, f"{name}: the sliding window has no effect"
     old = json.loads((folder / "config_v4.json").read_text())
     new = transformers.AutoConfig.from_pretrained(folder)
     assert same_meaning(type(new).from_dict(old), new), f"{name}: config_v4.json differs"
