@@ -17,29 +17,9 @@ import numpy as np
 from fdq.formats import exact_arithmetic, grouping
 from fdq.formats.format import Arrays, Candidates, ScaledFormat
 from fdq.schemes.scheme import WeightSpec
+from pallas_kernels.weights.nf4_levels import NF4_LEVELS
 
-# As bitsandbytes ships them: up to 2e-7 from the formula, and checkpoints mean these numbers.
-CODEBOOK = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
+CODEBOOK = np.array(NF4_LEVELS, np.float32)
 MIDPOINTS = ((CODEBOOK[1:].astype(np.float64) + CODEBOOK[:-1]) / 2).astype(np.float32)
 
 SUPER_COLUMNS = 256

@@ -150,17 +150,8 @@ def compile_here(case: KernelCase, gpu: str, *, thorough: bool = True) -> Report
     The environment must hold JAX_PLATFORMS=cpu and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 before jax is
     imported. Only one GPU should be compiled for in a process.
     """
-    import jax
-
     target = gpu_targets.find(gpu)
-    base = Report(
-        case=case.name,
-        kernel=case.kernel,
-        gpu=target.name,
-        arch=target.arch,
-        jax=jax.__version__,
-        ok=False,
-    )
+    base = Report.failed(case.name, case.kernel, gpu)
     with tempfile.TemporaryDirectory(prefix="fdq-aot-") as scratch:
         directory = pathlib.Path(scratch)
         try:

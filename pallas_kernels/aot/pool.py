@@ -12,9 +12,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from pallas_kernels.aot import gpu_targets
 from pallas_kernels.aot.kernel_cases import KernelCase
 from pallas_kernels.aot.report import Report
 
@@ -124,15 +121,8 @@ class _Worker:
         if line:
             return Report.from_dict(json.loads(line))
         status = self._process.wait()
-        target = gpu_targets.find(gpu)
-        return Report(
-            case=case.name,
-            kernel=case.kernel,
-            gpu=target.name,
-            arch=target.arch,
-            jax=jax.__version__,
-            ok=False,
-            error=f"the worker process ended with status {status}",
+        return Report.failed(
+            case.name, case.kernel, gpu, f"the worker process ended with status {status}"
         )
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
+from pallas_kernels.aot.gpu_targets import find
 from pallas_kernels.aot.launch_sequence import Copy, LargeResult
 
 
@@ -124,6 +127,20 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return dataclasses.asdict(self)
+
+    @staticmethod
+    def failed(case: str, kernel: str, gpu: str, error: str = "") -> Report:
+        """Of a case that has not compiled for a GPU, all by name."""
+        target = find(gpu)
+        return Report(
+            case=case,
+            kernel=kernel,
+            gpu=target.name,
+            arch=target.arch,
+            jax=jax.__version__,
+            ok=False,
+            error=error,
+        )
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> Report:

@@ -22,7 +22,6 @@ import time
 import traceback
 from typing import Any
 
-import jax
 from jax.experimental import topologies as topologies  # imported once, for all forks
 from jax.experimental.pallas import mosaic_gpu as mosaic_gpu
 
@@ -67,16 +66,7 @@ def _isolated(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _failed(job: dict[str, Any], error: str) -> dict[str, Any]:
-    target = gpu_targets.find(job["gpu"])
-    return Report(
-        case=job["name"],
-        kernel=job["kernel"],
-        gpu=target.name,
-        arch=target.arch,
-        jax=jax.__version__,
-        ok=False,
-        error=error,
-    ).to_dict()
+    return Report.failed(job["name"], job["kernel"], job["gpu"], error).to_dict()
 
 
 def _run(job: dict[str, Any], result: pathlib.Path, log: pathlib.Path) -> None:

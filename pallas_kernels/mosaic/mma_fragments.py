@@ -298,7 +298,8 @@ def _value_channels(four, codes: Codes, zeros):
     """`[a][channel]`: the two slots `2t + 8a`, `2t + 8a + 1` of each channel of a word."""
     out = []
     for a in range(2):
-        pairs = [ptx.permute(*four[a], selector) for selector in codes.interleave]
+        first, second = four[a]
+        pairs = [ptx.permute(first, second, selector) for selector in codes.interleave]
         out.append([register for pair in pairs for register in codes.registers(pair, zeros[a])])
     return out
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.mosaic import lane_instructions as lanes
+from pallas_kernels.weights.nf4_levels import NF4_LEVELS
 from pallas_kernels.weights.word_format import (
     Arrays,
     NamedArrays,
@@ -18,29 +18,6 @@ from pallas_kernels.weights.word_format import (
     WordFormat,
     shift_right,
 )
-
-NF4_LEVELS = tuple(
-    float(np.float32(level))
-    for level in (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    )
-)
-"""float32 levels of NF4 as bitsandbytes ships them (QLoRA, arXiv 2305.14314, appendix E)."""
 
 _SUPER_COLUMNS = 256  # columns that share the scale of a scale
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from canonical_weights import NF4
 from jax import lax
 from ptx_machine import add_downwards
 
 from fdq.formats import FORMATS
 from fdq.formats.convolutional import CODE_OFFSET, CODE_SCALE
-from pallas_kernels.weights.codebook_words import NF4_LEVELS
 from pallas_kernels.weights.convolutional_words import (
     FRACTION_BITS,
     ROUNDED_EXPONENT,
@@ -22,6 +22,7 @@ from pallas_kernels.weights.convolutional_words import (
     STAGED_SCALE,
 )
 from pallas_kernels.weights.formats import WORD_FORMATS
+from pallas_kernels.weights.nf4_levels import NF4_LEVELS
 from pallas_kernels.weights.word_format import words_to_bytes
 
 FLOAT4 = ("mxfp4", "nvfp4")
@@ -118,10 +119,8 @@ def test_small_floats_leave_room_for_activations():
         assert np.log2(smallest) - decoded_by + staged - 40 >= -126
 
 
-def test_nf4_levels_are_fdqs():
-    from fdq.formats.normal_float import CODEBOOK
-
-    np.testing.assert_array_equal(np.asarray(NF4_LEVELS, np.float32), CODEBOOK)
+def test_nf4_levels_are_bitsandbytes():
+    np.testing.assert_array_equal(np.asarray(NF4_LEVELS), NF4.astype(np.float32))
 
 
 def test_a_shuffle_needs_no_mask():
