@@ -36,6 +36,7 @@ from fdq.cache import quantize_cache
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import CacheSpec, WeightSpec
+from fdq.text_table import aligned
 
 WEIGHTS = {
     "W8A16": ("W8", None),
@@ -208,15 +209,12 @@ def decoder_table(steps: int, repetitions: int) -> list[Timing]:
 def show(title: str, timings: list[Timing], baselines: tuple[str, ...]) -> None:
     """Prints a table with one column of ratios a baseline."""
     by_name = {t.name: t for t in timings}
-    print(f"\n{title}")
-    head = "".join(f"{'x ' + b:>18}" for b in baselines)
-    print(f"  {'':30}{'median':>11}{'fastest':>11}{'GB/s':>8}{head}")
+    rows = [("", "median", "fastest", "GB/s", *(f"x {b}" for b in baselines))]
     for t in timings:
-        ratios = "".join(f"{by_name[b].seconds / t.seconds:>18.2f}" for b in baselines)
-        print(
-            f"  {t.name:30}{t.seconds * 1e3:>8.3f} ms{t.fastest * 1e3:>8.3f} ms"
-            f"{t.gigabytes_per_second:>8.1f}{ratios}"
-        )
+        ratios = (f"{by_name[b].seconds / t.seconds:.2f}" for b in baselines)
+        times = (f"{t.seconds * 1e3:.3f} ms", f"{t.fastest * 1e3:.3f} ms")
+        rows.append((t.name, *times, f"{t.gigabytes_per_second:.1f}", *ratios))
+    print(f"\n{title}\n{aligned(rows, right=range(1, len(rows[0])), indent='  ')}")
 
 
 def verdicts(timings: list[Timing]) -> dict[str, bool]:

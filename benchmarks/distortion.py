@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -29,6 +30,7 @@ from fdq.formats import FORMATS
 from fdq.formats.qtensor import dequantize
 from fdq.quantizers import expected_distortion, quantize_array
 from fdq.schemes.scheme import WeightSpec
+from fdq.text_table import aligned
 
 SEED = 20260101
 REFERENCE_COLUMNS = 4096
@@ -214,30 +216,32 @@ def measure(row: Row, weights: dict[str, jax.Array]) -> dict[str, Any]:
     return result
 
 
-HEADER = (
-    f"{'format':25s} {'method':13s} {'bpw':>6s} {'N(0,1)':>9s} {'dB':>5s} {'ref':>6s} "
-    f"{'analytic':>10s} {'2^-2R':>9s} {'gap dB':>6s} {'t(5)':>9s} {'dB':>5s} {'ref':>6s}"
-)
+COLUMNS = ("format", "method", "bpw", "N(0,1)", "dB", "ref", "analytic", "2^-2R", "gap dB")
+COLUMNS += ("t(5)", "dB", "ref", "")
 
 
-def line(result: dict[str, Any]) -> str:
+def cells(result: dict[str, Any]) -> tuple[str, ...]:
     """One line of the printed table."""
 
-    def measured(distribution: str) -> str:
+    def measured(distribution: str) -> tuple[str, ...]:
         found = result.get(distribution)
         if found is None:
-            return f"{'':9s} {'':5s} {'':6s}"
+            return "", "", ""
         over = found["over_reference"]
-        text = f"{over:+6.1%}" if over is not None else f"{'':6s}"
-        return f"{found['relative_squared_error']:9.4g} {found['sqnr_db']:5.2f} {text}"
+        reference = "" if over is None else f"{over:+.1%}"
+        return f"{found['relative_squared_error']:.4g}", f"{found['sqnr_db']:.2f}", reference
 
-    mark = "~" if result["analytic_kind"] == "simulated" else " "
-    gap = f"{result['gap_db']:6.2f}" if "gap_db" in result else f"{'':6s}"
-    note = f"  {result['note']}" if result["note"] else ""
+    mark = "~" if result["analytic_kind"] == "simulated" else ""
     return (
-        f"{result['name']:25s} {result['method']:13s} {result['bits_per_weight']:6.3f} "
-        f"{measured('normal')} {mark}{result['analytic']:9.4g} {result['bound']:9.3g} {gap} "
-        f"{measured('student-t')}{note}"
+        result["name"],
+        result["method"],
+        f"{result['bits_per_weight']:.3f}",
+        *measured("normal"),
+        f"{mark}{result['analytic']:.4g}",
+        f"{result['bound']:.3g}",
+        f"{result['gap_db']:.2f}" if "gap_db" in result else "",
+        *measured("student-t"),
+        result["note"],
     )
 
 
@@ -296,12 +300,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     names = (options.distribution,) if options.distribution else ("normal", "student-t")
     weights = {name: sample(name, options.rows, options.cols) for name in names}
     print(f"{options.rows} output channels of {options.cols} weights, seed {SEED}")
-    print(HEADER)
     start = time.perf_counter()
     results = []
     for row in rows:
         results.append(measure(row, weights))
-        print(line(results[-1]).rstrip(), flush=True)
+        print(row.name, file=sys.stderr, flush=True)
+    table = [COLUMNS, *map(cells, results)]
+    print(aligned(table, right=range(2, len(COLUMNS) - 1)))
     print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s (~ marks simulated figures)")
     if options.json:
         about = {"rows": options.rows, "cols": options.cols, "seed": SEED, "jax": jax.__version__}

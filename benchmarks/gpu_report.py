@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.gpu_cases import KERNEL, LARGE
 from benchmarks.gpu_timing import L2_TURNS
+from fdq.cli.console import table
 
 # Entries that are not somebody else's: ours alone, and ours through `fdq.matmul`.
 _OWN = (KERNEL, "fdq")
@@ -165,12 +165,12 @@ def print_report(record: dict[str, Any], console: Console) -> None:
         _print_section(section, rows_of(record, section), record, console)
     _print_models(rows_of(record, "model"), record, console)
     _print_failures(record, console)
-    marks = {True: "[green]met[/]", False: "[red]MISSED[/]", None: "not measured"}
-    table = Table("figure that must be reached", "measured", "", title_justify="left")
+    marks = {True: "met", False: "MISSED", None: "not measured"}
+    rows = []
     for check in checks(record):
         mark = marks[check.met] if check.met is not None or not check.measured else "no bar here"
-        table.add_row(check.figure, check.measured or "–", mark)
-    console.print(table)
+        rows.append((check.figure, check.measured or "–", mark))
+    console.print(table(None, ["figure that must be reached", "measured", ""], rows))
 
 
 def label(row: dict[str, Any]) -> str:
@@ -189,12 +189,7 @@ def _print_section(
     if not rows:
         return
     peers = peers_of(rows)
-    table = Table(title=_TITLES[section], title_justify="left")
-    table.add_column("case", overflow="fold", min_width=24)
-    for column in ("MB", "kernel, us", "bandwidth"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for peer in peers:
-        table.add_column(f"{peer} / kernel", justify="right")
+    lines = []
     for row in rows:
         own, part = seconds(row, KERNEL), share(row, KERNEL, machine)
         cells = [f"{row['bytes'] / 1e6:.1f}"]
@@ -211,8 +206,9 @@ def _print_section(
                 cells.append("–")
             else:
                 cells.append(f"{other / own:.2f}x" if counts else "ran")
-        table.add_row(label(row), *cells)
-    console.print(table)
+        lines.append((label(row), *cells))
+    columns = ["case", "MB", "kernel, us", "bandwidth", *(f"{peer} / kernel" for peer in peers)]
+    console.print(table(_TITLES[section], columns, lines))
     if section == "matmul":
         console.print(
             "kernel: float32 partial sums, as the next kernel takes them; fdq: fdq.matmul, which "
@@ -224,15 +220,12 @@ def _print_models(rows: list[dict[str, Any]], record: dict[str, Any], console: C
     if not rows:
         return
     bandwidth, counts = record["machine"].get("copy_bandwidth"), record["counts"]
-    columns = ("tokens/s", "a token", "bytes", "of bandwidth", "compiled in")
-    table = Table(title="Whole-model decoding, one sequence, one jitted loop", title_justify="left")
-    table.add_column("model", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = ["model", "tokens/s", "a token", "bytes", "of bandwidth", "compiled in"]
+    lines = []
     for row in rows:
         part = row["bytes"] / row["seconds"] / bandwidth if bandwidth else None
         name = row["case"] + (f" ({row['note']})" if row["note"] else "")
-        table.add_row(
+        line = (
             name,
             f"{row['tokens_per_second']:.1f}" if counts else "ran",
             f"{row['seconds'] * 1e3:.3f} ms" if counts else "no figure",
@@ -240,7 +233,9 @@ def _print_models(rows: list[dict[str, Any]], record: dict[str, Any], console: C
             "–" if part is None or not counts else f"{part:.1%}",
             f"{row['compile_seconds']:.0f} s",
         )
-    console.print(table)
+        lines.append(line)
+    title = "Whole-model decoding, one sequence, one jitted loop"
+    console.print(table(title, columns, lines))
 
 
 def _print_failures(record: dict[str, Any], console: Console) -> None:

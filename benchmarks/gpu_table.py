@@ -9,6 +9,7 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
+from fdq.text_table import markdown
 from pallas_kernels.aot import report_files as files
 from pallas_kernels.aot.ahead_of_time import Report
 
@@ -25,16 +26,18 @@ _HEADS = {
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Markdown: `report_files.markdown` with short names of GPUs above their columns.
+    """Markdown: one line a kernel, one column a GPU.
 
     A number is the machine instructions that the inner loop spends on a weight (of attention: on an
     element of the cache), ``yes`` where there is nothing to count, a dash where it does not run.
     """
     known = {report.gpu for report in reports}
     gpus = [gpu for gpu in _HEADS if gpu in known]
-    rows = files.markdown(reports, gpus).splitlines()[2:]
-    head = "| kernel | " + " | ".join(_HEADS[gpu] for gpu in gpus) + " |"
-    return "\n".join([head, "|---|" + "---:|" * len(gpus), *rows])
+    rows = [
+        (kernel, *(cells.get(gpu, "–") for gpu in gpus))
+        for kernel, cells in files.by_kernel(reports).items()
+    ]
+    return markdown(["kernel", *(_HEADS[gpu] for gpu in gpus)], rows)
 
 
 def in_readme(text: str) -> str:

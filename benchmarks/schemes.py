@@ -21,6 +21,7 @@ import tempfile
 import time
 from typing import Any
 
+from fdq import text_table
 from fdq.analysis.comparison import Comparison, Row
 from fdq.schemes.recipe import Recipe
 
@@ -84,20 +85,15 @@ def _bar(name: str) -> float | None:
 def markdown(rows: list[Row]) -> str:
     """The README's table."""
     original = _bits_per_byte(rows[0])
-    lines = [
-        "| scheme | bits/weight | bits/byte | Δ | KL to the original (nats/token) | same top token "
-        "| cache bytes/token |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    columns = ("scheme", "bits/weight", "bits/byte", "Δ", "KL to the original (nats/token)")
+    columns += ("same top token", "cache bytes/token")
+    cells = []
     for row in rows:
-        report = row.report
-        bits = _bits_per_byte(row)
-        lines.append(
-            f"| {row.name} | {report.bits_per_weight:.3f} | {bits:.4f} | {bits - original:+.4f} "
-            f"| {report.kl_nats_per_token:.5f} | {report.top1_agreement:.1%} "
-            f"| {report.cache_bytes_per_token:,.0f} |"
-        )
-    return "\n".join(lines)
+        report, bits = row.report, _bits_per_byte(row)
+        figures = f"{report.bits_per_weight:.3f}", f"{bits:.4f}", f"{bits - original:+.4f}"
+        distance = f"{report.kl_nats_per_token:.5f}", f"{report.top1_agreement:.1%}"
+        cells.append((row.name, *figures, *distance, f"{report.cache_bytes_per_token:,.0f}"))
+    return text_table.markdown(columns, cells)
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:

@@ -20,17 +20,14 @@ my_nnx_model = nnx.Linear(256, 128, rngs=nnx.Rngs(0))
 module = flax.linen.Dense(128)
 linen_params = module.init(jax.random.key(0), x)
 tokens = jnp.arange(24).reshape(1, 24)
-text_tokens, size = tokens, 60
 """
-FLOAT_MODEL = "model = fdq.load('ERNIE-4.5-21B-A3B-PT')\n"  # for the third script
 
 
-@pytest.mark.parametrize("scripts", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scripts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_readme_scripts_run_beside_files_of_the_same_names(tmp_path, scripts):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     assert len(blocks) == 3
     assert blocks[0].count('"ERNIE-4.5-21B-A3B-PT"') == 1
-    blocks[2] = FLOAT_MODEL + blocks[2]
     script = BEFORE + "\n".join(blocks[:scripts])
     script = script.replace("ERNIE-4.5-21B-A3B-PT", str(shipped_model_path()))
     (tmp_path / "script.py").write_text(script)

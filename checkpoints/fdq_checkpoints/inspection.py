@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from fdq.text_table import aligned
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.restore import StoredTensors
@@ -106,19 +107,6 @@ class Inspection:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in (header, *cells)) for i in range(5)]
-        lines = [
-            "  ".join(
-                (
-                    line[0].ljust(widths[0]),
-                    line[1].ljust(widths[1]),
-                    line[2].ljust(widths[2]),
-                    line[3].rjust(widths[3]),
-                    line[4].rjust(widths[4]),
-                )
-            )
-            for line in (header, *cells)
-        ]
         quantized = self.quantized_bits_per_weight
         total = (
             f"{self.kind}, {self.scheme or 'not quantized'}: {len(self.rows)} tensors, "
@@ -128,7 +116,8 @@ class Inspection:
         if quantized is not None:
             total += f" ({quantized:.3f} where quantized)"
         total += ", checksums verified" if self.verified else ", checksums not compared"
-        return "\n".join([self.path, "", lines[0], "-" * len(lines[0]), *lines[1:], "", total])
+        head, *lines = aligned([header, *cells], right={3, 4}).splitlines()
+        return "\n".join([self.path, "", head, "-" * len(head), *lines, "", total])
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection:

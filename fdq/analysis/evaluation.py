@@ -27,6 +27,7 @@ from fdq.analysis.planner import WeightTable, cache_bytes_per_token, cache_name,
 from fdq.cache.kv_cache import parse_format
 from fdq.models import Decoder
 from fdq.schemes.scheme import CacheSpec
+from fdq.text_table import aligned
 
 # Bounds the float32 logits of one batch of windows; two models' logits exist at a time.
 _LOGIT_BYTES_PER_BATCH = 128 * 2**20
@@ -91,7 +92,7 @@ class Report:
         return [(n, format(v, spec) + unit) for n, v, spec, unit in candidates if v is not None]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<20} {value}" for name, value in self.rows())
+        return aligned(self.rows())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,6 +24,7 @@ from fdq.quantizers.quantization import quantize
 from fdq.schemes.path_pattern import path_keys
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
+from fdq.text_table import aligned
 
 # The order of the printed table.
 KINDS = (
@@ -210,18 +211,15 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{self.model} in {self.scheme}"]
-        lines.append(f"{'kind':<16} {'parameters':>16} {'bytes':>18} {'bits/weight':>12}  formats")
+        lines = [("kind", "parameters", "bytes", "bits/weight", "formats")]
         total = ("all weights", self.weights.parameters, self.weights.bytes, "")
         for kind, parameters, size, formats in [*self.rows(), total]:
             bits = f"{8 * size / parameters:.3f}"
-            lines.append(f"{kind:<16} {parameters:>16,} {size:>18,} {bits:>12}  {formats}")
-        lines.append(
-            f"{'cache':<16} {'':>16} {self.cache_bytes:>18,} {'':>12}  {self.cache}, "
-            f"{self.batch} x {self.context:,} tokens"
-        )
-        lines.append(f"{'total':<16} {'':>16} {self.total_bytes:>18,}")
-        return "\n".join(lines)
+            lines.append((kind, f"{parameters:,}", f"{size:,}", bits, formats))
+        cached = f"{self.cache}, {self.batch} x {self.context:,} tokens"
+        lines.append(("cache", "", f"{self.cache_bytes:,}", "", cached))
+        lines.append(("total", "", f"{self.total_bytes:,}", "", ""))
+        return f"{self.model} in {self.scheme}\n{aligned(lines, right={1, 2, 3})}"
 
 
 def plan(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fdq import text_table
 from fdq.cli import console
 
 if TYPE_CHECKING:
@@ -253,27 +254,26 @@ def _summary(
 ) -> None:
     """The table kernel by GPU."""
     from pallas_kernels.aot import report_files as files
+    from pallas_kernels.aot.gpu_targets import GPUS
 
     if output is not None:
         files.save(reports, output)
     if json:
         console.print_json({"reports": [report.to_dict() for report in reports]})
         return
+    gpus = tuple(GPUS) if markdown else tuple(dict.fromkeys(report.gpu for report in reports))
+    by_kernel = files.by_kernel(reports)
+    body = [(name, *(cells.get(gpu, "–") for gpu in gpus)) for name, cells in by_kernel.items()]
     if markdown:
-        typer.echo(files.markdown(reports), nl=False)
+        heads = [GPUS[gpu].device_kind.split(" Black")[0] for gpu in gpus]
+        typer.echo(text_table.markdown(["kernel", *heads], body))
         return
-    gpus = list(dict.fromkeys(report.gpu for report in reports))
-    cells: dict[str, dict[str, str]] = {}
-    reasons: dict[str, str] = {}
-    for row in files.rows(reports):
-        cells.setdefault(row.kernel, {})[row.gpu] = files.cell(row)
-        if not row.runs:
-            reasons[f"{row.kernel} on {row.gpu}"] = row.reason
     title = f"Kernels by GPU: instructions per weight, or yes (jax {reports[0].jax})"
-    body = [(name, *(cell.get(gpu, "–") for gpu in gpus)) for name, cell in cells.items()]
     console.out.print(console.table(title, ["kernel", *gpus], body))
-    for name, reason in reasons.items():
-        console.out.print(f"{name}: {_short(reason)}", markup=False, soft_wrap=True)
+    for row in files.rows(reports):
+        if not row.runs:
+            name = f"{row.kernel} on {row.gpu}"
+            console.out.print(f"{name}: {_short(row.reason)}", markup=False, soft_wrap=True)
 
 
 def _short(reason: str) -> str:

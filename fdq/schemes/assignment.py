@@ -18,6 +18,7 @@ from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor
 from fdq.schemes import path_pattern
 from fdq.schemes.scheme import Scheme, WeightSpec
+from fdq.text_table import aligned
 
 WEIGHT_NAMES = ("kernel", "weight", "w")
 """Names of the 2-D leaves that are quantized without a rule of their own."""
@@ -112,10 +113,12 @@ class MatchTable:
         )
         if not self.left:
             return head
-        return f"{head} Left as they are:\n" + _aligned(_folded(self.left, schemes=False))
+        left = aligned(_folded(self.left, schemes=False), indent="  ")
+        return f"{head} Left as they are:\n{left}"
 
     def __str__(self) -> str:
-        return _aligned([("path", "shape", "dtype", "scheme", "why"), *_folded(self.rows)])
+        head = ("path", "shape", "dtype", "scheme", "why")
+        return aligned([head, *_folded(self.rows)], indent="  ")
 
 
 # --- From trees to leaves ------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES
             raise ValueError(_unused(rule, leaves, rows, matches))
     table = MatchTable(tuple(rows))
     if recipe.default is not None and not recipe.rules and not table.quantized:
-        left = _aligned(_folded(table.left, schemes=False)) or "  (no tensors)"
+        left = aligned(_folded(table.left, schemes=False), indent="  ") or "  (no tensors)"
         raise ValueError(f"Nothing to quantize to {recipe.default}. {hint} Found only:\n{left}")
     return table
 
@@ -325,18 +328,6 @@ def _ranges(layers: list[str]) -> str:
         else:
             runs.append([number, number])
     return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    if not rows:
-        return ""
-    columns = max(map(len, rows))
-    rows = [row + ("",) * (columns - len(row)) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(columns)]
-    return "\n".join(
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def _bytes(count: int) -> str:

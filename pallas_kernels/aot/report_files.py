@@ -11,7 +11,6 @@ import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from pallas_kernels.aot.gpu_targets import GPUS
 from pallas_kernels.aot.report import KernelReport, Report
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "reports"
@@ -88,18 +87,12 @@ def rows(reports: Iterable[Report]) -> list[Row]:
     return [_row(kernel, gpu, group) for (kernel, gpu), group in grouped.items()]
 
 
-def markdown(reports: Iterable[Report], gpus: Sequence[str] = tuple(GPUS)) -> str:
-    """A Markdown table, kernel by GPU: instructions per weight, "yes", "spills" or a dash."""
+def by_kernel(reports: Iterable[Report]) -> dict[str, dict[str, str]]:
+    """Of each kernel, by GPU: instructions per weight, "yes", "spills" or a dash."""
     cells: dict[str, dict[str, str]] = {}
     for row in rows(reports):
         cells.setdefault(row.kernel, {})[row.gpu] = cell(row)
-    lines = [
-        "| kernel | " + " | ".join(GPUS[gpu].device_kind.split(" Black")[0] for gpu in gpus) + " |",
-        "|---|" + "---|" * len(gpus),
-    ]
-    for kernel, by_gpu in cells.items():
-        lines.append(f"| {kernel} | " + " | ".join(by_gpu.get(gpu, "–") for gpu in gpus) + " |")
-    return "\n".join(lines) + "\n"
+    return cells
 
 
 def cell(row: Row) -> str:

@@ -1,0 +1,33 @@
+"""Tables as text: aligned for people, Markdown for pages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = (), indent: str = "") -> str:
+    """Columns as wide as their widest cell, two spaces apart; a heading is a row like the others.
+
+    Args:
+      rows: cells; one that is shorter than others lacks the columns at its end.
+      right: columns of figures, counted from 0, which end at the same place.
+      indent: before each line.
+    """
+    columns = range(max(map(len, rows), default=0))
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in columns]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append(indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: names on the left, figures on the right; no line end after the last row."""
+    lines = [columns, *rows]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text.insert(1, "|---|" + "---:|" * (len(columns) - 1))
+    return "\n".join(text)
