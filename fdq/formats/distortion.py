@@ -24,7 +24,7 @@ ABSMAX_NODES = 256
 RANGE_NODES = 24
 POINTS = 8192
 SAMPLE_WEIGHTS = 1 << 19
-# Rows and columns that the largest weight of a "whole matrix" is taken over (nvfp4's global scale).
+# Rows and columns that the largest weight of a whole matrix is taken over (nvfp4's global scale).
 MATRIX_WEIGHTS = 4096 * 4096
 
 Fit = Callable[[Any, WeightSpec], dict[str, Any]]
@@ -51,16 +51,14 @@ def integral(format: Any, spec: WeightSpec, fit: Fit, k: int) -> float:
         extremes = 1
     nodes = len(high)
     rows = spec.group_size if spec.granularity == "group" and spec.group_size else 2
-    example = np.zeros((nodes, rows, 2), np.float32)
-    # Only the extremes matter to a closed form. The second column is another group, which holds
-    # the largest weight of the matrix.
+    # Only the extremes matter to a closed form. Where columns are other groups there is a second
+    # one with the largest weight of the matrix, which a scale of the whole matrix follows.
+    columns = 2 if spec.granularity in ("group", "channel") else 1
+    example = np.zeros((nodes, rows, columns), np.float32)
+    example[:, 0, 1:] = _absmax_quantile(MATRIX_WEIGHTS, 0.5)
     example[:, 0, 0] = high
     if extremes == 2:
         example[:, 1, 0] = low
-    if format.name == "nvfp4":
-        example[:, 0, 1] = _absmax_quantile(MATRIX_WEIGHTS, 0.5)
-    else:
-        example = example[:, :, :1]
 
     def error(example: jax.Array, x: jax.Array) -> jax.Array:
         parameters = fit(example, spec)
