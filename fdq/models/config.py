@@ -149,9 +149,8 @@ def _construct(cls: Any, name: str, fields: Any) -> Any:
     if not isinstance(fields, Mapping):
         raise ValueError(f"model {name}: expected a mapping, got {type(fields).__name__}")
     fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
-    for key in _PARTS.keys() & fields.keys():
-        if fields[key] is not None:
-            kinds, usual = _PARTS[key]
+    for key, (kinds, usual) in _PARTS.items():
+        if fields.get(key) is not None:
             part = dict(fields[key])
             kind = kinds[part.pop("name", usual.name)]
             fields[key] = _construct(kind, key, part)

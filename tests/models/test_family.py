@@ -48,10 +48,9 @@ def test_a_registered_family_is_loaded_saved_and_generates(checkpoint, tmp_path)
         assert tokens == expected["greedy_short"].tolist()
         fdq.save(fdq.load(checkpoint, scheme="W8A16"), tmp_path / "saved")
     restored = fdq.load(tmp_path / "saved")  # a saved model needs its config, not its family
-    tokens = np.array(prompt, np.int32)
-    logits, reference = restored(tokens), model(tokens)
-    assert fdq.dequantize(restored.layers[0].mlp.down_proj.kernel).shape == (64, 64)
-    np.testing.assert_allclose(logits, reference, rtol=0, atol=0.2)
+    assert restored.config == loaded.config
+    kernel, original = (m.layers[0].mlp.down_proj.kernel for m in (restored, model))
+    np.testing.assert_allclose(fdq.dequantize(kernel), original, rtol=0, atol=0.01)
 
 
 def test_what_its_reader_does_not_know_is_refused():
