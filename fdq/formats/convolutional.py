@@ -7,10 +7,10 @@ weight reads a window of 6 bits that overlaps its neighbour's by 3::
     v_i  = ((word >> (9, 6, 3, 0)[i]) & 63) - 32                         i = row % 4
     w    = v_i * local_scale * super_scale
 
-``local_scale`` is a 4-bit number of 64 rows, two in a byte of ``scale`` (even group in the low
-nibble; FastDeploy's files have it in the high one); ``super_scale``, ``code_scale`` and
-``code_offset`` are float32 of a column. Source of the decoder: FastDeploy's
-``wint2_fused_moe_kernel.py``. Its encoder is not published; this one picks, for every four weights,
+`local_scale` is a 4-bit number of 64 rows, two in a byte of `scale` (even group in the low
+nibble; FastDeploy's files have it in the high one); `super_scale`, `code_scale` and
+`code_offset` are float32 of a column. Source of the decoder: FastDeploy's
+`wint2_fused_moe_kernel.py`. Its encoder is not published; this one picks, for every four weights,
 the nearest of the 256 codewords, under constants searched for normal weights (with the full-range
 constants 32767 / 255 and 0 the code is worse than rounding to four levels).
 """
@@ -47,7 +47,7 @@ UNROLL = 4  # codewords compared in one pass over a slab
 
 
 class Convolutional(Format):
-    """CC2; ``bits`` is what codes take, local scales add 1/16."""
+    """CC2; `bits` is what codes take, local scales add 1/16."""
 
     name = "cc2"
     grammar_name = "CC2"
@@ -75,7 +75,7 @@ class Convolutional(Format):
     def decode(
         self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32
     ) -> jax.Array:
-        """The arrays -> ``[..., K, N]``, exactly as NumPy computes the definition in float32."""
+        """The arrays -> `[..., K, N]`, exactly as NumPy computes the definition in float32."""
         codes = arrays["codes"]
         *lead, rows, n = codes.shape
         values = jnp.stack(self.decode_unit([codes], spec, self.unit_tables(arrays, spec)), axis=-2)
@@ -118,19 +118,19 @@ class Convolutional(Format):
         return unpack_local_scales(arrays["scale"], groups).astype(jnp.float32)
 
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
-        """A float32 weight ``[..., K, N]`` -> arrays, all rows of equal importance."""
+        """A float32 weight `[..., K, N]` -> arrays, all rows of equal importance."""
         run = functools.partial(self.search, spec=spec)
         for _ in range(w.ndim - 2):
             run = jax.vmap(run)
         return run(w)
 
     def search(self, w: jax.Array, spec: WeightSpec, importance: jax.Array | None = None) -> Arrays:
-        """Encodes ``[K, N]``: nearest codewords, best local scales, a fitted super scale.
+        """Encodes `[K, N]`: nearest codewords, best local scales, a fitted super scale.
 
         Args:
           w: float32 weight.
           spec: groups of 64.
-          importance: ``[K]`` weights of the squared errors, or None.
+          importance: `[K]` weights of the squared errors, or None.
         """
         k, n = w.shape
         columns = max(1, min(n, SLAB_WEIGHTS // k))
@@ -156,25 +156,25 @@ class Convolutional(Format):
 
 
 def pack_local_scales(local: jax.Array) -> jax.Array:
-    """uint8 0..15 ``[..., K / 64, N]`` -> two in a byte, the even group in the low nibble."""
+    """uint8 0..15 `[..., K / 64, N]` -> two in a byte, the even group in the low nibble."""
     return packing.pack(local, 4)
 
 
 def unpack_local_scales(scale: jax.Array, groups: int) -> jax.Array:
-    """Inverse of ``pack_local_scales`` for a weight of ``groups`` groups."""
+    """Inverse of `pack_local_scales` for a weight of `groups` groups."""
     return packing.unpack(scale, 4, padding=2 * scale.shape[-2] - groups)
 
 
 @functools.cache
 def codebook() -> np.ndarray:
-    """The values of the 256 codes under the encoder's constants, int32 ``[256, 4]``."""
+    """The values of the 256 codes under the encoder's constants, int32 `[256, 4]`."""
     code = np.arange(256, dtype=np.float32)
     word = np.floor(code * CODE_SCALE + CODE_OFFSET + np.float32(0.5)).astype(np.int32)
     return np.stack([((word >> shift) & 63) - 32 for shift in SHIFTS], axis=-1)
 
 
 def _encode_columns(w: jax.Array, importance: jax.Array | None) -> Arrays:
-    """``[K, n]`` -> ``codes [K/4, n]``, ``local_scale [K/64, n]``, ``super_scale [1, n]``."""
+    """`[K, n]` -> `codes [K/4, n]`, `local_scale [K/64, n]`, `super_scale [1, n]`."""
     k, n = w.shape
     groups = k // GROUP
     largest = jnp.max(jnp.abs(w), axis=0, keepdims=True)
@@ -212,7 +212,7 @@ def _encode_columns(w: jax.Array, importance: jax.Array | None) -> Arrays:
 def _choose(
     w: jax.Array, h: jax.Array, spread: jax.Array, super_scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Local scales (float32 ``[K/64, n]``) and codes (int32 ``[K/4, n]``) of least error."""
+    """Local scales (float32 `[K/64, n]`) and codes (int32 `[K/4, n]`) of least error."""
     groups, n = spread.shape
     middle = jnp.round(spread * jnp.float32(UNIT) / super_scale)
     middle = jnp.clip(middle, 1 - SWEEP[0], LARGEST_LOCAL_SCALE - SWEEP[1])
@@ -240,7 +240,7 @@ def _choose(
 
 
 def _nearest(y: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Index of the nearest codeword of every four rows of ``y`` ``[K, n]``, and its score."""
+    """Index of the nearest codeword of every four rows of `y` `[K, n]`, and its score."""
     k, n = y.shape
     parts = jnp.moveaxis(y.reshape(k // ROWS_PER_CODE, ROWS_PER_CODE, n), 1, 0)
     h = jnp.broadcast_to(h.reshape(k // ROWS_PER_CODE, ROWS_PER_CODE, 1), (k // 4, 4, n))

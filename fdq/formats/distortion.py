@@ -120,11 +120,11 @@ def _sample(spec: WeightSpec, k: int) -> jax.Array:
 
 
 def of_codebook(codebook: np.ndarray, group: int, unit: float) -> float:
-    """The error of the nearest of ``codebook`` ``[C, d]``, simulated.
+    """The error of the nearest of `codebook` `[C, d]`, simulated.
 
     Args:
-      codebook: codewords, in units of ``unit`` standard deviations.
-      group: weights that share a scale, which is the best of 13 around ``unit``.
+      codebook: codewords, in units of `unit` standard deviations.
+      group: weights that share a scale, which is the best of 13 around `unit`.
       unit: the scale that suits a group of unit variance.
     """
     count, d = codebook.shape
@@ -139,7 +139,7 @@ def of_codebook(codebook: np.ndarray, group: int, unit: float) -> float:
 
 
 def _absmax_quantile(size: int, p: float) -> float:
-    """The ``p`` quantile of the largest magnitude of ``size`` normal numbers."""
+    """The `p` quantile of the largest magnitude of `size` normal numbers."""
     return -_NORMAL.inv_cdf(-0.5 * math.expm1(math.log(p) / size))
 
 
@@ -149,7 +149,7 @@ def _absmax_nodes(size: int) -> np.ndarray:
 
 
 def _range_nodes(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest and largest of ``size`` normal numbers, on a grid of their joint quantiles."""
+    """Smallest and largest of `size` normal numbers, on a grid of their joint quantiles."""
     p = (np.arange(RANGE_NODES) + 0.5) / RANGE_NODES
     low, high = [], []
     for q in p:

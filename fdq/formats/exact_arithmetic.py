@@ -1,6 +1,6 @@
 """Float32 arithmetic that means what it says, to the last bit.
 
-XLA may fuse ``a * b + c`` into one rounding in one program and not in the next, and replaces a
+XLA may fuse `a * b + c` into one rounding in one program and not in the next, and replaces a
 division by a constant or by something broadcast by a product with its reciprocal. Where a code or a
 stored scale depends on the last bit, both must give what NumPy and other libraries give.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def product(small: jax.Array, x: jax.Array) -> jax.Array:
-    """``small * x`` rounded once to float32, whatever is added to it later.
+    """`small * x` rounded once to float32, whatever is added to it later.
 
     Args:
       small: float32 integers of magnitude at most 4096.
@@ -32,6 +32,6 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def quotient(a: jax.Array, b: jax.Array | float) -> jax.Array:
-    """``a / b`` rounded once to float32; both of the same rank, or ``b`` a number."""
+    """`a / b` rounded once to float32; both of the same rank, or `b` a number."""
     # The divisor is no longer a broadcast, as far as XLA can see. NaN stays NaN.
     return a / jnp.where(a != a, a, jnp.asarray(b, jnp.float32))

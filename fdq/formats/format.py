@@ -1,11 +1,11 @@
-"""What every weight format provides: ``Format``, and its common case ``ScaledFormat``.
+"""What every weight format provides: `Format`, and its common case `ScaledFormat`.
 
-A format turns a weight ``[..., K, N]`` into a dict of arrays (the fields of a ``QTensor``) and
+A format turns a weight `[..., K, N]` into a dict of arrays (the fields of a `QTensor`) and
 back. Choosing codes is split in two, so that every quantizer can do the first part its own way:
 
-1. *parameters* (``scale``, ``zero`` ...), from ``fit`` (closed form) or from a search over
-   ``candidates``; always as stored, that is already rounded to their dtype;
-2. *codes* for given parameters: ``encode``.
+1. *parameters* (`scale`, `zero` ...), from `fit` (closed form) or from a search over
+   `candidates`; always as stored, that is already rounded to their dtype;
+2. *codes* for given parameters: `encode`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,16 @@ class Candidates:
     count: int
     at: Callable[[jax.Array], Arrays]
     refit: bool = True
+
+    @classmethod
+    def of_fractions(
+        cls, ends: tuple[float, float], count: int, at: Callable[[jax.Array], Arrays]
+    ) -> Candidates:
+        """Parameters `at` evenly spaced float32 fractions (of some largest scale)."""
+        start, step = ends[0], (ends[1] - ends[0]) / (count - 1)
+        return cls(
+            count, lambda i: at(jnp.float32(start) + jnp.float32(step) * i.astype(jnp.float32))
+        )
 
 
 class Format(abc.ABC):
@@ -119,22 +129,22 @@ class Format(abc.ABC):
         return ("codes", "scale", "zero") if spec.zero_point == "integer" else ("codes", "scale")
 
     def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
-        """Parameters of a float32 weight ``[..., K, N]`` from its largest magnitudes."""
+        """Parameters of a float32 weight `[..., K, N]` from its largest magnitudes."""
         raise NotImplementedError(f"Format {self.name} has no closed form.")
 
     @abc.abstractmethod
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
-        """A float32 weight ``[..., K, N]`` -> every array of the format, ``codes`` included."""
+        """A float32 weight `[..., K, N]` -> every array of the format, `codes` included."""
 
     def search(self, w: jax.Array, spec: WeightSpec, importance: jax.Array | None = None) -> Arrays:
-        """Encodes ``[K, N]`` with a search of the format's own; ``ScaledFormat`` s share one."""
+        """Encodes `[K, N]` with a search of the format's own; `ScaledFormat`s share one."""
         raise NotImplementedError(f"Format {self.name} has no search of its own.")
 
     @abc.abstractmethod
     def decode(
         self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32
     ) -> jax.Array:
-        """The arrays -> ``[..., K, N]``; formed in float32, then cast to ``dtype``."""
+        """The arrays -> `[..., K, N]`; formed in float32, then cast to `dtype`."""
 
     # How an op reads a weight without decoding it first, if the format has a `unit`. Invariant:
     # decode[k, n] = unit_factor * (decode_unit[k, n] - zero[k // g, n]) * multiplier[k // g, n]
@@ -189,7 +199,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def padding(self, k: int) -> int:
-        """Unused rows of the last packed unit of a weight with ``k`` rows."""
+        """Unused rows of the last packed unit of a weight with `k` rows."""
 
     def columns_apart(self, spec: WeightSpec) -> bool:
         """Whether columns `[K, n]` of a weight encode to the columns of its arrays."""
@@ -201,40 +211,40 @@ class Format(abc.ABC):
         raise NotImplementedError(f"Format {self.name} has no search of its own.")
 
     def shape_from_arrays(self, arrays: Arrays, spec: WeightSpec, padding: int = 0):
-        """Shape ``(..., K, N)`` of the weight that the arrays (abstract ones too) stand for."""
+        """Shape `(..., K, N)` of the weight that the arrays (abstract ones too) stand for."""
         del spec
         return self.shape_from_codes(tuple(arrays["codes"].shape), padding)
 
     def abstract(self, shape: tuple[int, ...], spec: WeightSpec) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays of a weight of ``shape``, without computing anything."""
+        """Shapes and dtypes of the arrays of a weight of `shape`, without computing anything."""
         w = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
         return jax.eval_shape(lambda w: self.encode(w, spec), w)
 
     def bits_per_weight(self, spec: WeightSpec, shape: tuple[int, ...]) -> float:
-        """Stored bits, codes and everything beside them, by the number of weights in ``shape``."""
+        """Stored bits, codes and everything beside them, by the number of weights in `shape`."""
         arrays = self.abstract(shape, spec)
         stored = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays.values())
         return 8 * stored / math.prod(shape)
 
 
 class ScaledFormat(Format):
-    """A format with levels of its own and one scale per group: ``w ~= scale * level``.
+    """A format with levels of its own and one scale per group: `w ~= scale * level`.
 
-    Subclasses say what the levels are (``project``), how a level is stored (``to_codes`` and
-    ``from_codes``) and which scales to try.
+    Subclasses say what the levels are (`project`), how a level is stored (`to_codes` and
+    `from_codes`) and which scales to try.
     """
 
     @abc.abstractmethod
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
-        """The level nearest to ``u = w / scale`` (float32, any shape); ``zero`` broadcasts."""
+        """The level nearest to `u = w / scale` (float32, any shape); `zero` broadcasts."""
 
     @abc.abstractmethod
     def to_codes(self, levels: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
-        """Levels ``[..., K, N]`` as returned by ``project`` -> codes, not yet packed."""
+        """Levels `[..., K, N]` as returned by `project` -> codes, not yet packed."""
 
     @abc.abstractmethod
     def from_codes(self, codes: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
-        """Inverse of ``to_codes``, float32; before the zero point is subtracted if it is None."""
+        """Inverse of `to_codes`, float32; before the zero point is subtracted if it is None."""
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -257,17 +267,17 @@ class ScaledFormat(Format):
         return False
 
     def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
-        """``parameters`` with their scale replaced by ``scale``, rounded to what is stored."""
+        """`parameters` with their scale replaced by `scale`, rounded to what is stored."""
         stored = grouping.round_scale(scale, spec.scale_dtype).astype(spec.scale_dtype)
         return {**parameters, "scale": stored}
 
     def finish(self, parameters: Arrays, spec: WeightSpec) -> Arrays:
-        """The last step after ``fit`` or a search, before codes are chosen (default: none)."""
+        """The last step after `fit` or a search, before codes are chosen (default: none)."""
         del spec
         return parameters
 
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
-        """A float32 weight ``[..., K, N]`` -> every array of the format, ``codes`` included."""
+        """A float32 weight `[..., K, N]` -> every array of the format, `codes` included."""
         k, n = w.shape[-2:]
         if parameters is None:
             parameters = self.finish(self.fit(w, spec), spec)
@@ -283,7 +293,7 @@ class ScaledFormat(Format):
     def decode(
         self, arrays: Arrays, spec: WeightSpec, *, padding: int = 0, dtype: Any = jnp.float32
     ) -> jax.Array:
-        """The arrays -> ``[..., K, N]``; formed in float32, then cast to ``dtype``."""
+        """The arrays -> `[..., K, N]`; formed in float32, then cast to `dtype`."""
         codes = packing.unpack(arrays["codes"], self.bits, padding)
         k, n = codes.shape[-2:]
         scale = grouping.expand(self.multiplier(arrays, spec), spec, k, n)
@@ -296,7 +306,7 @@ class ScaledFormat(Format):
         return (*lead, packing.unpacked_rows(rows, self.bits, padding), n)
 
     def padding(self, k: int) -> int:
-        """Unused rows of the last packed unit of a weight with ``k`` rows."""
+        """Unused rows of the last packed unit of a weight with `k` rows."""
         return packing.padding_rows(k, self.bits)
 
     def _expanded_zero(self, parameters: Arrays, spec: WeightSpec, k: int, n: int) -> Any:

@@ -1,8 +1,8 @@
 """Which elements of a weight share a scale, and what a scale is rounded to.
 
-A weight ``[..., K, N]`` is seen as groups ``[..., G, g, M]`` with one scale ``[..., G, M]``: per
-tensor ``[..., 1, K * N, 1]``, per channel ``[..., 1, K, N]``, per group ``[..., K / g, g, N]``, per
-block ``[..., ceil(K / bk), bk * bn, ceil(N / bn)]`` with zeros beyond the edges.
+A weight `[..., K, N]` is seen as groups `[..., G, g, M]` with one scale `[..., G, M]`: per
+tensor `[..., 1, K * N, 1]`, per channel `[..., 1, K, N]`, per group `[..., K / g, g, N]`, per
+block `[..., ceil(K / bk), bk * bn, ceil(N / bn)]` with zeros beyond the edges.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def check_shape(spec: WeightSpec, k: int, n: int, path: str) -> None:
-    """Raises ValueError if ``spec`` cannot group a ``[k, n]`` weight."""
+    """Raises ValueError if `spec` cannot group a `[k, n]` weight."""
     if k < 1 or n < 1:
         raise ValueError(f"{path}: expected a weight [K, N] with K, N >= 1, found [{k}, {n}].")
     group = spec.group_size
@@ -37,7 +37,7 @@ def check_shape(spec: WeightSpec, k: int, n: int, path: str) -> None:
 
 
 def group_rows(spec: WeightSpec, k: int, n: int) -> int:
-    """Elements that share one scale in a ``[k, n]`` weight."""
+    """Elements that share one scale in a `[k, n]` weight."""
     if spec.granularity == "tensor":
         return k * n
     if spec.granularity == "channel":
@@ -50,7 +50,7 @@ def group_rows(spec: WeightSpec, k: int, n: int) -> int:
 
 
 def to_groups(w: jax.Array, spec: WeightSpec) -> jax.Array:
-    """``[..., K, N]`` -> ``[..., G, g, M]``."""
+    """`[..., K, N]` -> `[..., G, g, M]`."""
     *lead, k, n = w.shape
     if spec.granularity == "tensor":
         return w.reshape(*lead, 1, k * n, 1)
@@ -69,10 +69,10 @@ def to_groups(w: jax.Array, spec: WeightSpec) -> jax.Array:
 
 
 def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
-    """Broadcasts ``scale`` so that it multiplies a ``[..., k, n]`` weight.
+    """Broadcasts `scale` so that it multiplies a `[..., k, n]` weight.
 
     Per tensor and per channel the scale already does (axes of size 1); per group and per block it
-    becomes ``[..., k, n]``. Written without ``jnp.repeat``, which explicit mesh axes refuse.
+    becomes `[..., k, n]`. Written without `jnp.repeat`, which explicit mesh axes refuse.
     """
     if spec.granularity in ("tensor", "channel"):
         return scale
@@ -90,9 +90,9 @@ def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
 
 
 def round_scale(scale: jax.Array, dtype: str, *, empty: float | None = 1.0) -> jax.Array:
-    """Rounds a float32 scale to what ``dtype`` can store; the result is float32.
+    """Rounds a float32 scale to what `dtype` can store; the result is float32.
 
-    Scales too small to divide by (all-zero groups) become ``empty`` (None: the smallest that is
+    Scales too small to divide by (all-zero groups) become `empty` (None: the smallest that is
     not), too large ones the largest finite.
     """
     storage = jnp.dtype(dtype)
@@ -111,7 +111,7 @@ def round_scale(scale: jax.Array, dtype: str, *, empty: float | None = 1.0) -> j
 
 
 def power_of_two_above(scale: jax.Array) -> jax.Array:
-    """The smallest power of two that is not below a float32 ``scale`` >= 0 (UE8M0); 1 for zero."""
+    """The smallest power of two that is not below a float32 `scale` >= 0 (UE8M0); 1 for zero."""
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
     exponent = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).astype(jnp.int32)
     exponent = jnp.clip(exponent, -126, 127)
@@ -119,15 +119,15 @@ def power_of_two_above(scale: jax.Array) -> jax.Array:
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
-    """Exactly ``2.0 ** exponent`` in float32, for int32 exponents -126..127."""
+    """Exactly `2.0 ** exponent` in float32, for int32 exponents -126..127."""
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def floor_log2(x: jax.Array) -> jax.Array:
-    """Exactly ``floor(log2(x))`` as int32, for normal positive float32 ``x``."""
+    """Exactly `floor(log2(x))` as int32, for normal positive float32 `x`."""
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 
 def absolute_maximum(groups: jax.Array) -> jax.Array:
-    """``[..., G, g, M]`` -> ``[..., G, M]``."""
+    """`[..., G, g, M]` -> `[..., G, M]`."""
     return jnp.max(jnp.abs(groups), axis=-2)

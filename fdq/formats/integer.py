@@ -1,11 +1,11 @@
-"""Integers of 8, 4, 3 and 2 bits: uniform levels, ``w ~= (code - zero) * scale``.
+"""Integers of 8, 4, 3 and 2 bits: uniform levels, `w ~= (code - zero) * scale`.
 
 ==============  =======================  =====================================================
-``zero_point``  levels                   stored codes
+`zero_point`    levels                   stored codes
 ==============  =======================  =====================================================
-``none``        -2^(b-1) .. 2^(b-1) - 1  int8 (8 bits), else offset binary: level + 2^(b-1)
-``half``        odd multiples of 1/2     as ``none``; zero is the constant -1/2, not stored
-``integer``     code - zero              unsigned, 0 .. 2^b - 1; ``zero`` is uint8
+`none`          -2^(b-1) .. 2^(b-1) - 1  int8 (8 bits), else offset binary: level + 2^(b-1)
+`half`          odd multiples of 1/2     as `none`; zero is the constant -1/2, not stored
+`integer`       code - zero              unsigned, 0 .. 2^b - 1; `zero` is uint8
 ==============  =======================  =====================================================
 """
 
@@ -26,7 +26,7 @@ SEARCH_POINTS = 48
 
 
 class Integer(ScaledFormat):
-    """Uniform integers of ``bits`` bits."""
+    """Uniform integers of `bits` bits."""
 
     searchable = True
     granularities = ("tensor", "channel", "group")
@@ -45,7 +45,7 @@ class Integer(ScaledFormat):
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
-        """The level nearest to ``u = w / scale``."""
+        """The level nearest to `u = w / scale`."""
         if spec.zero_point == "half":
             return jnp.clip(jnp.floor(u), self.lowest, self.highest) + jnp.float32(0.5)
         if spec.zero_point == "integer":
@@ -63,7 +63,7 @@ class Integer(ScaledFormat):
         return (levels - jnp.float32(self.lowest)).astype(jnp.uint8)
 
     def from_codes(self, codes: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
-        """Inverse of ``to_codes``, float32; ``zero`` None leaves it out."""
+        """Inverse of `to_codes`, float32; `zero` None leaves it out."""
         levels = codes.astype(jnp.float32)
         offset = self.integer_offset(spec) if zero is None else zero
         return levels if zero is None and not offset else levels - offset
@@ -93,29 +93,24 @@ class Integer(ScaledFormat):
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """Fractions of the full-range scale, with both signs where the levels are lopsided."""
         groups = grouping.to_groups(w, spec)
-        start, stop = SEARCH_FRACTIONS
-        step = (stop - start) / (SEARCH_POINTS - 1)
         if spec.zero_point == "integer":
             high = jnp.maximum(jnp.max(groups, axis=-2), 0.0)
             low = jnp.minimum(jnp.min(groups, axis=-2), 0.0)
             full = (high * 0.5 - low * 0.5) / jnp.float32((2**self.bits - 1) / 2)
 
-            def asymmetric(i: jax.Array) -> Arrays:
-                fraction = jnp.float32(start) + jnp.float32(step) * i.astype(jnp.float32)
+            def at(fraction: jax.Array) -> Arrays:
                 return self._asymmetric(fraction * full, fraction * low, spec)
 
-            return Candidates(SEARCH_POINTS, asymmetric)
-        largest = grouping.absolute_maximum(groups)
-        full = largest / jnp.float32(2 ** (self.bits - 1) - 0.5)
+        else:
+            full = grouping.absolute_maximum(groups) / jnp.float32(2 ** (self.bits - 1) - 0.5)
 
-        def symmetric(i: jax.Array) -> Arrays:
-            fraction = jnp.float32(start) + jnp.float32(step) * i.astype(jnp.float32)
-            return self.with_multiplier({}, fraction * full, spec)
+            def at(fraction: jax.Array) -> Arrays:
+                return self.with_multiplier({}, fraction * full, spec)
 
-        return Candidates(SEARCH_POINTS, symmetric)
+        return Candidates.of_fractions(SEARCH_FRACTIONS, SEARCH_POINTS, at)
 
     def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
-        """``parameters`` with their scale replaced, rounded to what is stored."""
+        """`parameters` with their scale replaced, rounded to what is stored."""
         # Half-integer levels have no zero: an all-zero group is +-scale / 2.
         empty = None if spec.zero_point == "half" else 1.0
         rounded = grouping.round_scale(scale, spec.scale_dtype, empty=empty)

@@ -3,14 +3,14 @@
 =========  ===========  =====  ==========================  ==================================
 format     codes        group  scale                       value
 =========  ===========  =====  ==========================  ==================================
-``mxfp4``  e2m1 packed  32     e8m0, a power of two        level * scale
-``mxfp8``  float8_e4m3  32     e8m0, a power of two        level * scale
-``nvfp4``  e2m1 packed  16     e4m3 times a float32 of     level * scale * global_scale
+`mxfp4`    e2m1 packed  32     e8m0, a power of two        level * scale
+`mxfp8`    float8_e4m3  32     e8m0, a power of two        level * scale
+`nvfp4`    e2m1 packed  16     e4m3 times a float32 of     level * scale * global_scale
                                the matrix
 =========  ===========  =====  ==========================  ==================================
 
-Sources: OCP Microscaling Formats 1.0 (section 6.3 for the exponent: ``floor(log2(absmax)) - 2`` for
-e2m1, which saturates); NVIDIA's NVFP4 (``global_scale = absmax / (6 * 448)``); four-over-six, arXiv
+Sources: OCP Microscaling Formats 1.0 (section 6.3 for the exponent: `floor(log2(absmax)) - 2` for
+e2m1, which saturates); NVIDIA's NVFP4 (`global_scale = absmax / (6 * 448)`); four-over-six, arXiv
 2512.02010.
 """
 
@@ -112,7 +112,7 @@ class NvidiaFloat4(FloatLevels):
         return Candidates(SWEEP[1] - SWEEP[0] + 1, at, refit=False)
 
     def sixth(self, w: jax.Array, spec: WeightSpec, top: float) -> tuple[jax.Array, jax.Array]:
-        """Absmax / 6 of each group, and the global scale that makes the largest of them ``top``."""
+        """Absmax / 6 of each group, and the global scale that makes the largest of them `top`."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
         whole = jnp.max(largest, axis=(-2, -1), keepdims=True)
         global_scale = exact_arithmetic.quotient(whole, small_float.E2M1.largest * top)

@@ -1,8 +1,8 @@
-"""NF4: 16 levels at quantiles of a normal distribution, ``w ~= level * scale``, groups of 64.
+"""NF4: 16 levels at quantiles of a normal distribution, `w ~= level * scale`, groups of 64.
 
 Source: QLoRA (arXiv 2305.14314), appendix E. With
-``double_quantization`` the scales are int8 codes themselves, ``scale = code * super_scale +
-scale_offset``: ``super_scale`` is shared by 256 columns of one row of scales, ``scale_offset`` (the
+`double_quantization` the scales are int8 codes themselves, `scale = code * super_scale +
+scale_offset`: `super_scale` is shared by 256 columns of one row of scales, `scale_offset` (the
 mean) by the matrix. That stores 4.127 bits per weight instead of 4.25.
 """
 
@@ -44,7 +44,7 @@ class NormalFloat(ScaledFormat):
         return ("codes", "scale", *second)
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
-        """The level nearest to ``u = w / scale``."""
+        """The level nearest to `u = w / scale`."""
         level = jnp.full_like(u, CODEBOOK[0])
         for value, midpoint in zip(CODEBOOK[1:], MIDPOINTS, strict=True):
             level = jnp.where(u > midpoint, value, level)
@@ -74,14 +74,11 @@ class NormalFloat(ScaledFormat):
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """Fractions of the absmax scale, of both signs: the levels are not symmetric."""
         largest = grouping.absolute_maximum(grouping.to_groups(w, spec))
-        start, stop = SEARCH_FRACTIONS
-        step = (stop - start) / (SEARCH_POINTS - 1)
 
-        def at(i: jax.Array) -> Arrays:
-            fraction = jnp.float32(start) + jnp.float32(step) * i.astype(jnp.float32)
+        def at(fraction: jax.Array) -> Arrays:
             return self.with_multiplier({}, fraction * largest, spec)
 
-        return Candidates(SEARCH_POINTS, at)
+        return Candidates.of_fractions(SEARCH_FRACTIONS, SEARCH_POINTS, at)
 
     def lopsided(self, spec: WeightSpec) -> bool:
         """A scale of the other sign gives other levels."""
@@ -120,7 +117,7 @@ class NormalFloat(ScaledFormat):
         }
 
     def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
-        """``parameters`` with their scale replaced, rounded to what is stored."""
+        """`parameters` with their scale replaced, rounded to what is stored."""
         if not spec.double_quantization:
             return super().with_multiplier(parameters, scale, spec)
         # Rounded only in `finish`. All-zero groups follow the others: a scale of 1 among scales
@@ -132,7 +129,7 @@ class NormalFloat(ScaledFormat):
 
 
 def _over_columns(super_scale: jax.Array, n: int) -> jax.Array:
-    """``[..., rows, ceil(n / 256)]`` -> ``[..., rows, n]``."""
+    """`[..., rows, ceil(n / 256)]` -> `[..., rows, n]`."""
     *lead, rows, blocks = super_scale.shape
     wide = jnp.broadcast_to(super_scale[..., None], (*lead, rows, blocks, SUPER_COLUMNS))
     return wide.reshape(*lead, rows, blocks * SUPER_COLUMNS)[..., :n]

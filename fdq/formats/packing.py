@@ -1,7 +1,7 @@
 """Packing of 2-, 3- and 4-bit codes into bytes along K.
 
 Invariant: the codes of one column are one little-endian bit stream, row 0 in the lowest bits. So a
-byte of 4-bit codes holds rows ``2k`` (low nibble) and ``2k + 1`` (high nibble), a byte of 2-bit
+byte of 4-bit codes holds rows `2k` (low nibble) and `2k + 1` (high nibble), a byte of 2-bit
 codes four rows, and 8 rows of 3-bit codes fill three bytes.
 """
 
@@ -17,18 +17,18 @@ UNITS = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}
 
 
 def padding_rows(k: int, bits: int) -> int:
-    """Rows that must be added to ``k`` rows so that the last packed unit is full."""
+    """Rows that must be added to `k` rows so that the last packed unit is full."""
     return -k % UNITS[bits][1]
 
 
 def packed_rows(k: int, bits: int) -> int:
-    """Bytes that a column of ``k`` codes takes."""
+    """Bytes that a column of `k` codes takes."""
     size, rows = UNITS[bits]
     return -(-k // rows) * size
 
 
 def unpacked_rows(packed: int, bits: int, padding: int = 0) -> int:
-    """Codes in a column of ``packed`` bytes of which the last ``padding`` codes are unused."""
+    """Codes in a column of `packed` bytes of which the last `padding` codes are unused."""
     size, rows = UNITS[bits]
     return packed // size * rows - padding
 
@@ -37,11 +37,11 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     """Packs unsigned codes along axis -2.
 
     Args:
-      codes: uint8 ``[..., K, N]``, each below ``2**bits``. K need not fill the last unit.
+      codes: uint8 `[..., K, N]`, each below `2**bits`. K need not fill the last unit.
       bits: 2, 3 or 4 (8 returns the codes as they are).
 
     Returns:
-      uint8 ``[..., packed_rows(K, bits), N]``; unused bits are zero.
+      uint8 `[..., packed_rows(K, bits), N]`; unused bits are zero.
 
     Examples:
       >>> pack(jnp.array([[1], [2], [3]], jnp.uint8), 4).tolist()
@@ -66,15 +66,15 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, bits: int, padding: int = 0) -> jax.Array:
-    """Inverse of ``pack``.
+    """Inverse of `pack`.
 
     Args:
-      packed: uint8 ``[..., P, N]``.
+      packed: uint8 `[..., P, N]`.
       bits: 2, 3 or 4 (8 returns the codes as they are).
       padding: unused rows at the end, dropped from the result.
 
     Returns:
-      uint8 ``[..., K, N]`` with ``K = unpacked_rows(P, bits, padding)``.
+      uint8 `[..., K, N]` with `K = unpacked_rows(P, bits, padding)`.
     """
     if bits == 8:
         return packed

@@ -28,7 +28,7 @@ class Float8:
         self.factor = factor
 
     def nearest(self, u: jax.Array) -> jax.Array:
-        """The number nearest to ``u``, ties to even, saturating; float32."""
+        """The number nearest to `u`, ties to even, saturating; float32."""
         clipped = jnp.clip(u, -self.largest, self.largest)
         return clipped.astype(self.dtype).astype(jnp.float32)
 
@@ -41,7 +41,7 @@ class Float8:
         return codes.astype(jnp.float32)
 
     def from_bits(self, bits: jax.Array) -> jax.Array:
-        """uint8 that holds them -> float32 values divided by ``factor`` (e4m3's NaN is 480)."""
+        """uint8 that holds them -> float32 values divided by `factor` (e4m3's NaN is 480)."""
         if self.dtype == jnp.float8_e5m2:
             return _from_float16_bits(bits.astype(jnp.uint16) << jnp.uint16(8))
         return e4m3_values(bits)
@@ -55,7 +55,7 @@ class Float4:
     factor = 2.0**14
 
     def nearest(self, u: jax.Array) -> jax.Array:
-        """The number nearest to ``u``, ties to even mantissas, saturating; float32."""
+        """The number nearest to `u`, ties to even mantissas, saturating; float32."""
         magnitude = jnp.minimum(jnp.abs(u), jnp.float32(self.largest))
         step = jnp.where(
             magnitude < 2.0, jnp.float32(0.5), jnp.where(magnitude < 4.0, jnp.float32(1.0), 2.0)
@@ -77,7 +77,7 @@ class Float4:
         return self.from_bits(codes) * jnp.float32(self.factor)
 
     def from_bits(self, bits: jax.Array) -> jax.Array:
-        """4 bits, uint8 -> float32 values divided by ``factor``."""
+        """4 bits, uint8 -> float32 values divided by `factor`."""
         wide = bits.astype(jnp.uint16)
         sign = (wide & jnp.uint16(8)) << jnp.uint16(12)
         return _from_float16_bits(sign | (wide & jnp.uint16(7)) << jnp.uint16(9))
@@ -96,7 +96,7 @@ class FloatLevels(ScaledFormat):
         self.bits, self.unit_factor = element.bits, element.factor
 
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
-        """The level nearest to ``u = w / scale``."""
+        """The level nearest to `u = w / scale`."""
         return self.element.nearest(u)
 
     def to_codes(self, levels: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
@@ -104,13 +104,13 @@ class FloatLevels(ScaledFormat):
         return self.element.to_codes(levels)
 
     def from_codes(self, codes: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
-        """Inverse of ``to_codes``, float32."""
+        """Inverse of `to_codes`, float32."""
         return self.element.from_codes(codes)
 
     def decode_unit(
         self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
     ) -> list[jax.Array]:
-        """Levels of the rows of a packed unit, divided by ``unit_factor``."""
+        """Levels of the rows of a packed unit, divided by `unit_factor`."""
         return [self.element.from_bits(bits) for bits in packing.unit_codes(unit, self.bits)]
 
 

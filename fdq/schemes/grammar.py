@@ -1,4 +1,4 @@
-"""The grammar of scheme names: text to plain fields and back; ``scheme.py`` holds the classes.
+"""The grammar of scheme names: text to plain fields and back; `scheme.py` holds the classes.
 
 `parse` reads a name into three dicts of fields (weight, activation, cache; `None` is 16 bits); the
 `*_suffixes` functions write a spec's fields that differ from its format's defaults. What a type is
@@ -144,7 +144,7 @@ def cache_suffixes(spec) -> list[str]:
 
 
 def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:
-    """Fields of the parts ``w``, ``a`` and ``c``; ``None`` where a part is left in 16 bits.
+    """Fields of the parts `w`, `a` and `c`; `None` where a part is left in 16 bits.
 
     Raises:
       Unreadable: a part of the name is not in the grammar, or two suffixes contradict each other.
@@ -197,7 +197,7 @@ def _slots(words: list[str], types) -> dict[tuple[str, str], tuple[str, Fields]]
 
 
 def _types(head: str) -> Iterator[tuple[str, str | None]]:
-    """Pairs (part, format or None for 16 bits) of a head such as ``w4a16c8``."""
+    """Pairs (part, format or None for 16 bits) of a head such as `w4a16c8`."""
     rest, type_ = head, _type()
     for part in _PARTS:
         found = re.match(part + type_, rest)
@@ -299,13 +299,13 @@ def _close(word: str, known: dict[str, str]) -> list[str]:
 
 
 def _close_suffix(word: str) -> list[str]:
-    """The suffix meant by a misspelt one, such as ``group64`` for ``g64``; at most one."""
+    """The suffix meant by a misspelt one, such as `group64` for `g64`; at most one."""
     sized = re.fullmatch(r"([gbx])[a-z_]*(\d+(?:x\d+)?)", word)
     return ["".join(sized.groups())] if sized else _close(word, {known: known for known in _WORDS})
 
 
 def _nearest_type(token: str) -> str:
-    """A part with the nearest type that exists: ``w5`` -> ``w4``; one that exists as it is."""
+    """A part with the nearest type that exists: `w5` -> `w4`; one that exists as it is."""
     part, type_name = token[0], token[1:]
     try:
         _format(part, type_name)

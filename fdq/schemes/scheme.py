@@ -1,7 +1,7 @@
 """Schemes: what weights, activations and the KV cache are stored in.
 
-A scheme is a name: ``"W4A16C8"`` says int4 weights, 16-bit activations and an int8 KV cache. The
-name parses to a frozen ``Scheme`` of three small specs, and everything finer than the name (group
+A scheme is a name: `"W4A16C8"` says int4 weights, 16-bit activations and an int8 KV cache. The
+name parses to a frozen `Scheme` of three small specs, and everything finer than the name (group
 size, scale dtype, zero points) is a field of a spec and a suffix of the name::
 
     W<type>A<type>C<type>-<suffix>-<suffix>...
@@ -16,7 +16,7 @@ size, scale dtype, zero points) is a field of a spec and a suffix of the name::
     suffixes of A  -token -x<channels> -static                          what shares a scale
     suffixes of C  -kvtoken -kvchannel -kvhead                          what shares a scale
 
-Names are case-insensitive, ``Int4`` means ``4``, a missing part means 16, and ``str(scheme)`` is
+Names are case-insensitive, `Int4` means `4`, a missing part means 16, and `str(scheme)` is
 the canonical name: all three parts, and only those suffixes that differ from the defaults.
 """
 
@@ -34,20 +34,20 @@ ZeroPoint = Literal["none", "half", "integer"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightSpec:
-    """How a weight ``[..., K, N]`` is stored: the static part of a ``QTensor``.
+    """How a weight `[..., K, N]` is stored: the static part of a `QTensor`.
 
     Attributes:
-      format: name of the format, a key of ``fdq.formats.FORMATS``.
-      granularity: which elements share one scale: the whole ``tensor``, one output ``channel``
-        (all of K), a ``group`` of ``group_size`` rows of K in one channel, or a ``block`` of
-        ``block_size`` (rows of K, columns of N).
-      group_size: rows of K that share a scale; only with granularity ``group``.
-      block_size: ``(rows of K, columns of N)``; only with granularity ``block``.
-      zero_point: ``none`` (codes are signed), ``half`` (levels at odd multiples of scale / 2,
-        best for 2 bits), or ``integer`` (asymmetric; one stored code per scale).
-      scale_dtype: what the scale is rounded to before codes are chosen. ``float8_e8m0fnu`` is a
-        power of two, ``uint4`` the packed local scale of ``cc2``.
-      double_quantization: the scales are themselves stored in 8 bits (``nf4``).
+      format: name of the format, a key of `fdq.formats.FORMATS`.
+      granularity: which elements share one scale: the whole `tensor`, one output `channel`
+        (all of K), a `group` of `group_size` rows of K in one channel, or a `block` of
+        `block_size` (rows of K, columns of N).
+      group_size: rows of K that share a scale; only with granularity `group`.
+      block_size: `(rows of K, columns of N)`; only with granularity `block`.
+      zero_point: `none` (codes are signed), `half` (levels at odd multiples of scale / 2,
+        best for 2 bits), or `integer` (asymmetric; one stored code per scale).
+      scale_dtype: what the scale is rounded to before codes are chosen. `float8_e8m0fnu` is a
+        power of two, `uint4` the packed local scale of `cc2`.
+      double_quantization: the scales are themselves stored in 8 bits (`nf4`).
 
     Raises:
       ValueError: on construction, if the fields contradict each other or the format.
@@ -75,13 +75,13 @@ class WeightSpec:
 
     @classmethod
     def parse(cls, name: str) -> WeightSpec | None:
-        """The weight part alone: ``"W4-g64"``, ``"4-g64"`` or a whole scheme's name."""
+        """The weight part alone: `"W4-g64"`, `"4-g64"` or a whole scheme's name."""
         fields = grammar.parse(_part_name(name, "W"))["w"]
         return None if fields is None else cls(**fields)
 
     @classmethod
     def default(cls, format: str, **fields) -> WeightSpec:
-        """The format's default spec, with ``fields`` replaced (scale dtype follows the group)."""
+        """The format's default spec, with `fields` replaced (scale dtype follows the group)."""
         return cls(**WEIGHT_FORMATS[format].spec_fields(fields))
 
     def __str__(self) -> str:
@@ -90,13 +90,13 @@ class WeightSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
-    """How the input ``[..., K]`` of a matrix product is quantized.
+    """How the input `[..., K]` of a matrix product is quantized.
 
     Attributes:
-      format: ``int8`` or ``float8_e4m3``.
-      granularity: one scale per ``token``, per token and ``group_size`` channels
-        (``token_group``), or one for the whole ``tensor`` (static only).
-      group_size: channels per scale; only with granularity ``token_group``.
+      format: `int8` or `float8_e4m3`.
+      granularity: one scale per `token`, per token and `group_size` channels
+        (`token_group`), or one for the whole `tensor` (static only).
+      group_size: channels per scale; only with granularity `token_group`.
       dynamic: True computes scales from the batch at hand; False takes a calibrated scale.
 
     Raises:
@@ -130,7 +130,7 @@ class ActivationSpec:
 
     @classmethod
     def parse(cls, name: str) -> ActivationSpec | None:
-        """The activation part alone: ``"A8"``, ``"fp8-x128"``, ``"int8"``; None for 16 bits."""
+        """The activation part alone: `"A8"`, `"fp8-x128"`, `"int8"`; None for 16 bits."""
         fields = grammar.parse(_part_name(name, "A"))["a"]
         return None if fields is None else cls(**fields)
 
@@ -140,14 +140,14 @@ class ActivationSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """How keys and values ``[batch, kv_head, slot, head_dim]`` are stored.
+    """How keys and values `[batch, kv_head, slot, head_dim]` are stored.
 
     Attributes:
-      format: of `CACHE_FORMATS`: ``int8``, ``float8_e4m3``, ``int4`` or one of your own.
-      granularity: ``token_head`` (one scale per token and KV head, dynamic, no calibration),
-        ``channel`` (static, one per KV head and channel) or ``head`` (static, one per KV head).
+      format: of `CACHE_FORMATS`: `int8`, `float8_e4m3`, `int4` or one of your own.
+      granularity: `token_head` (one scale per token and KV head, dynamic, no calibration),
+        `channel` (static, one per KV head and channel) or `head` (static, one per KV head).
       dynamic: scales come from the token itself (True) or from calibration (False).
-      zero_point: one stored zero point per scale, in the formats that have them (``int4``).
+      zero_point: one stored zero point per scale, in the formats that have them (`int4`).
 
     Raises:
       ValueError: on construction, if the fields contradict each other.
@@ -176,7 +176,7 @@ class CacheSpec:
 
     @classmethod
     def parse(cls, name: str) -> CacheSpec | None:
-        """The cache part alone: ``"C8"``, ``"fp8"``, ``"C4-kvhead"``; None for 16 bits."""
+        """The cache part alone: `"C8"`, `"fp8"`, `"C4-kvhead"`; None for 16 bits."""
         fields = grammar.parse(_part_name(name, "C"))["c"]
         return None if fields is None else cls(**fields)
 
@@ -186,7 +186,7 @@ class CacheSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """What weights, activations and the KV cache are stored in; ``None`` means 16-bit floats.
+    """What weights, activations and the KV cache are stored in; `None` means 16-bit floats.
 
     Raises:
       ValueError: on construction, if activations are quantized and weights are not.
@@ -205,17 +205,17 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str | Scheme, *, compat: str | None = None) -> Scheme:
-        """The scheme of a name, e.g. ``"W4A16C8"``, ``"WNF4A8C8"``, ``"W4A16-g64"``, ``"wint4"``.
+        """The scheme of a name, e.g. `"W4A16C8"`, `"WNF4A8C8"`, `"W4A16-g64"`, `"wint4"`.
 
-        FastDeploy's method names are accepted as well. Two need care: ``wint2`` is FastDeploy's
-        convolutional code, ``WCC2A16C16`` (plain 2-bit integers are ``W2``), and ``mix_quant`` is
-        a mixture, so a single scheme can only be that of its routed experts, ``W4A8C8``;
-        ``fdq.Recipe.parse("mix_quant")``, which every entry point uses, gives the whole mixture.
+        FastDeploy's method names are accepted as well. Two need care: `wint2` is FastDeploy's
+        convolutional code, `WCC2A16C16` (plain 2-bit integers are `W2`), and `mix_quant` is
+        a mixture, so a single scheme can only be that of its routed experts, `W4A8C8`;
+        `fdq.Recipe.parse("mix_quant")`, which every entry point uses, gives the whole mixture.
 
         Args:
-          name: the name; a ``Scheme`` is returned as it is.
-          compat: ``"fastdeploy"`` gives integer weights of 8 and 4 bits one scale per channel, as
-            FastDeploy does, where the name leaves it open (``w4afp8`` keeps groups of 128).
+          name: the name; a `Scheme` is returned as it is.
+          compat: `"fastdeploy"` gives integer weights of 8 and 4 bits one scale per channel, as
+            FastDeploy does, where the name leaves it open (`w4afp8` keeps groups of 128).
 
         Raises:
           ValueError: unknown or contradictory name; says which part and the nearest valid name.
