@@ -40,7 +40,7 @@ def decoder_cases(steps: int) -> dict[str, tuple[Callable[..., Any], tuple, int]
     for name, (scheme, cache_format, slots) in SCHEMES.items():
         one: Any = model
         if scheme is not None:
-            one = fdq.prepare(fdq.quantize(model, scheme, method="absmax", quiet=True))
+            one = fdq.prepare(fdq.quantize(model, scheme, method="absmax"))
         cases[name] = (_Run(one, cache_format, steps, slots), (), steps * _bytes(one))
     return cases
 

@@ -217,7 +217,7 @@ def measure(case: ModelCase, settings: Settings) -> dict[str, Any]:
         config, note = fit(config, case.scheme, limit)
     module: Any = abstract(config)
     if case.scheme is not None:
-        module = fdq.quantize(module, case.scheme, quiet=True)
+        module = fdq.quantize(module, case.scheme)
     spec = module.cache_spec
     params = random_parameters(module, device)
     state = random_state(config, spec, slots, context)
@@ -290,7 +290,7 @@ def compare_with_xla(
     small = config.replace(num_layers=2)
     module: Any = abstract(small)
     if scheme is not None:
-        module = fdq.quantize(module, scheme, quiet=True)
+        module = fdq.quantize(module, scheme)
     step, _ = fdq.functional(module)
     layers = {index: params["layers"][index] for index in list(params["layers"])[:2]}
     state = random_state(small, module.cache_spec, 64 if settings.smoke else 512, 48)

@@ -11,8 +11,8 @@ from fdq import ops as ops
 from fdq.analysis.evaluation import evaluate as evaluate
 from fdq.analysis.planner import plan as plan
 from fdq.cache.kv_cache import KVCache as KVCache
-from fdq.calibration.observation import Calibration as Calibration
 from fdq.calibration.observation import calibrate as calibrate
+from fdq.calibration.statistics import Calibration as Calibration
 from fdq.decoding.generation import generate as generate
 from fdq.decoding.loop import DecodeState as DecodeState
 from fdq.decoding.loop import decode as decode
@@ -33,6 +33,7 @@ from fdq.schemes.scheme import ActivationSpec as ActivationSpec
 from fdq.schemes.scheme import CacheSpec as CacheSpec
 from fdq.schemes.scheme import Scheme as Scheme
 from fdq.schemes.scheme import WeightSpec as WeightSpec
+from fdq.storage import convert as convert
 from fdq.storage import load as load
 from fdq.storage import save as save
 

@@ -1,4 +1,4 @@
-"""``fdq.load`` and ``fdq.save``: the door to ``checkpoints``, imported only when it is used."""
+"""`fdq.load`, `fdq.convert` and `fdq.save`: the door to `fdq_checkpoints`, imported when used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load(
     method: str | None = None,
     compat: str | None = None,
     verify: bool = True,
-    quiet: bool = False,
+    verbose: bool = False,
     prepare: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Any:
@@ -26,31 +26,32 @@ def load(
 
     Args:
       path: a directory: a float model as Hugging Face or Paddle publish it, or an fdq checkpoint.
-      scheme: anything that ``fdq.quantize`` takes. From a float directory each tensor is
+      scheme: anything that `fdq.quantize` takes. From a float directory each tensor is
         quantized as it is read, so that the float model is never in memory as a whole.
-      dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of a model's activations and of its
+      dtype: `"float32"`, `"bfloat16"` or `"float16"` of a model's activations and of its
         parameters that are not quantized; by default the checkpoint's.
-      sharding: where arrays go: one ``jax.sharding.Sharding``, a mapping from dotted array paths
-        (``layers.0.mlp.down_proj.kernel.codes``), or a function of that path and a
-        ``jax.ShapeDtypeStruct``. By default the default device.
+      sharding: where arrays go: one `jax.sharding.Sharding`, a mapping from dotted array paths
+        (`layers.0.mlp.down_proj.kernel.codes`), or a function of that path and a
+        `jax.ShapeDtypeStruct`. By default the default device.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, quantized or not). Without one these come back as nested dicts.
-      calibration: for schemes with static scales: what ``fdq.calibrate`` returned, or sample
-        tokens ``[batch, length]`` to calibrate with. The float model is then in memory as a whole.
-      method: how scales are chosen, as in ``fdq.quantize``.
-      compat: as in ``fdq.quantize``.
+      calibration: statistics for quantizers that use them and for static scales: what
+        `fdq.calibrate` returned, or sample tokens `[batch, length]` to calibrate with; with tokens
+        the float model is in memory as a whole while it runs over them.
+      method: what chooses the codes, as in `fdq.quantize`.
+      compat: as in `fdq.quantize`.
       verify: compare checksums of fdq checkpoints.
-      quiet: do not print what was quantized and what was left.
+      verbose: prints what was quantized, and what was left and why.
       prepare: put quantized weights of a model into the layout that its device wants
-        (``fdq.prepare``). They are saved in the canonical layout all the same.
+        (`fdq.prepare`). They are saved in the canonical layout all the same.
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:
-      An ``fdq.models.Decoder``; or for an fdq checkpoint of something else, the template filled,
+      An `fdq.models.Decoder`; or for an fdq checkpoint of something else, the template filled,
       or nested dicts of arrays and QTensors.
 
     Raises:
-      FileNotFoundError: ``path`` does not exist.
+      FileNotFoundError: `path` does not exist.
       fdq_checkpoints.CheckpointError: the checkpoint is refused; the message says what is wrong.
 
     Examples:
@@ -70,12 +71,76 @@ def load(
         method=method,
         compat=compat,
         verify=verify,
-        quiet=quiet,
+        verbose=verbose,
         progress=progress,
     )
     if prepare and sharding is None and isinstance(loaded, models.Decoder):
         prepare_in_place(loaded)
     return loaded
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    scheme: Any,
+    *,
+    dtype: Any = None,
+    method: str | None = None,
+    compat: str | None = None,
+    calibration: Any = None,
+    config: Any = None,
+    subtree: str | None = None,
+    overwrite: bool = False,
+    verbose: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Any:
+    """Quantizes the checkpoint at `src` into a new fdq checkpoint at `dst`, tensor by tensor.
+
+    Peak memory is about one layer. The same call goes on where a killed conversion was.
+
+    Args:
+      src: a directory: Hugging Face or Paddle (a model comes out), an fdq checkpoint of floats, or
+        an Orbax checkpoint of yours (a tree comes out, in which lists have become dicts).
+      dst: the directory to make.
+      scheme: anything that `fdq.quantize` takes; None keeps the floats.
+      dtype: of a model's tensors that are not quantized; by default that of the source.
+      method: what chooses the codes, as in `fdq.quantize`.
+      compat: as in `fdq.quantize`.
+      calibration: as in `load`.
+      config: a `fdq.models.DecoderConfig`: makes a model of an Orbax checkpoint of its tree.
+      subtree: of an Orbax checkpoint, convert only what is below this dotted path (`params`).
+      overwrite: replace an fdq checkpoint at `dst`.
+      verbose: prints what was quantized, and what was left and why.
+      progress: called after each tensor with (bytes done, bytes in all, path).
+
+    Returns:
+      An `fdq_checkpoints.Inspection`: the table of the new checkpoint, which prints itself.
+
+    Raises:
+      FileExistsError: `dst` exists.
+      FileNotFoundError: `src` does not exist.
+      fdq_checkpoints.CheckpointError: the source is refused, or the disk is too small. Nothing is
+        left behind.
+
+    Examples:
+      >>> fdq.convert("ERNIE-4.5-0.3B-PT", "ernie-w4a16c8", "W4A16C8")  # doctest: +SKIP
+    """
+    import fdq_checkpoints
+
+    return fdq_checkpoints.convert(
+        src,
+        dst,
+        scheme,
+        dtype=dtype,
+        method=method,
+        compat=compat,
+        calibration=calibration,
+        config=config,
+        subtree=subtree,
+        overwrite=overwrite,
+        verbose=verbose,
+        progress=progress,
+    )
 
 
 def save(
@@ -91,7 +156,7 @@ def save(
     What was prepared for a device is saved in the canonical layout.
 
     Args:
-      obj: an fdq model (loads without anything else), or any ``nnx.Module`` or pytree (loads into
+      obj: an fdq model (loads without anything else), or any `nnx.Module` or pytree (loads into
         a template, or as nested dicts).
       path: the directory to make. It appears when it is complete, and not before.
       overwrite: replace an fdq checkpoint that is there.
@@ -99,7 +164,7 @@ def save(
       provenance: JSON values to keep in fdq.json.
 
     Raises:
-      FileExistsError: ``path`` exists.
+      FileExistsError: `path` exists.
       fdq_checkpoints.CheckpointError: a leaf is not an array, or the disk is too small.
 
     Examples:

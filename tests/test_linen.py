@@ -38,7 +38,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def qvariables(variables):
-    return quantize(variables, "W8A16", quiet=True)
+    return quantize(variables, "W8A16")
 
 
 def test_one_line_quantizes_and_applies(variables, qvariables):
@@ -57,13 +57,13 @@ def test_one_line_quantizes_and_applies(variables, qvariables):
 
 
 def test_what_was_left_is_said(variables, capsys):
-    quantize(variables, "W8A16")
+    quantize(variables, "W8A16", verbose=True)
     printed = capsys.readouterr().out
     assert "Quantized 2 of" in printed
     for text in ("conv.kernel", "attention.query.kernel", "3-D: needs a rule that names it"):
         assert text in printed
     rules = {"attention.out": "W8", "*": "W8"}  # [heads, head_dim, features]: a stack of heads
-    q = quantize(variables, rules, quiet=True)
+    q = quantize(variables, rules)
     assert q["params"]["attention"]["out"]["kernel"].shape == (4, 16, 64)
 
 
@@ -84,7 +84,7 @@ def test_static_arguments_rngs_mutable_and_method(qvariables):
 def test_params_alone_and_modules_that_cannot_be_hashed():
     dense = flax.linen.Dense(8)
     params = dense.init(jax.random.key(0), X)["params"]
-    q = quantize(params, "W4A16-g32", quiet=True)
+    q = quantize(params, "W4A16-g32")
     assert fdq.linen.apply(dense, q, X).shape == (2, 6, 8)
     half = flax.linen.Dense(8, dtype=jnp.bfloat16)
     assert fdq.linen.apply(half, q, X, weight_dtype=jnp.bfloat16).dtype == jnp.bfloat16
@@ -97,7 +97,7 @@ def test_params_alone_and_modules_that_cannot_be_hashed():
             return flax.linen.Dense(8)(x) + self.table[None, None]
 
     listed = Listed(np.ones(8, np.float32))
-    q = quantize(listed.init(jax.random.key(0), X), "W8", quiet=True)
+    q = quantize(listed.init(jax.random.key(0), X), "W8")
     assert fdq.linen.apply(listed, q, X).shape == (2, 6, 8)
 
 

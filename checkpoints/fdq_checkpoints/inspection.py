@@ -6,8 +6,12 @@ import os
 import pathlib
 from typing import Any
 
+from fdq.formats.qtensor import QTensor
 from fdq.text_table import aligned
+from fdq_checkpoints import tree_paths
 from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources import importer_of
+from fdq_checkpoints.sources.float_model import FLOAT_MODELS
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import dotted
@@ -48,7 +52,8 @@ class Inspection:
 
     Attributes:
       path: of the checkpoint.
-      kind: ``"model"``, ``"params"`` or ``"float model"`` (a Hugging Face or Paddle directory).
+      kind: `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the name
+        of another importer.
       scheme: its name, if quantized.
       rows: one a tensor.
       disk_bytes: of all files, metadata and tokenizer included.
@@ -172,12 +177,25 @@ def verify(path: str | os.PathLike[str]) -> None:
 
 
 def _inspect_floats(folder: pathlib.Path) -> Inspection:
+    importer = importer_of(folder)
+    if importer is not FLOAT_MODELS:
+        with importer.open(folder) as source:
+            rows = tuple(_row(tensor) for tensor in tree_paths.flatten(source.tree))
+        return Inspection(str(folder), importer.name, None, rows, _disk_bytes(folder))
     with SourceDirectory(folder) as directory:
         rows = tuple(
             Row(info.name, info.dtype.name, False, info.shape, info.nbytes)
             for info in directory.tensors.values()
         )
     return Inspection(str(folder), "float model", None, rows, _disk_bytes(folder))
+
+
+def _row(tensor: tree_paths.Tensor) -> Row:
+    value, arrays = tensor.value, tree_paths.arrays_of(tensor.value).values()
+    is_quantized = isinstance(value, QTensor)
+    nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    format = str(value.spec) if is_quantized else value.dtype.name
+    return Row(dotted(tensor.path), format, is_quantized, tuple(value.shape), nbytes)
 
 
 def _disk_bytes(folder: pathlib.Path) -> int:

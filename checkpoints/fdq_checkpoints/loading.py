@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,17 +11,24 @@ from flax import nnx
 
 from fdq import models
 from fdq.cache.kv_cache import abstract_scales
-from fdq.calibration.observation import Calibration, calibrate
+from fdq.calibration.observation import calibrate
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
+from fdq.schemes.scheme import Scheme
 from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
-from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources import open_source
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store import orbax_store
 from fdq_checkpoints.store.manifest import Manifest, TensorEntry
-from fdq_checkpoints.store.restore import Shardings, StoredTensors, check_shardings, sharding_of
+from fdq_checkpoints.store.restore import (
+    Shardings,
+    StoredTensors,
+    check_shardings,
+    put,
+    sharding_of,
+)
 from fdq_checkpoints.tree_paths import Path, array_path, dotted
 
 
@@ -36,7 +43,7 @@ def load(
     method: str | None = None,
     compat: str | None = None,
     verify: bool = True,
-    quiet: bool = False,
+    verbose: bool = False,
     progress: stream.Progress | None = None,
 ) -> Any:
     """Load a checkpoint, quantizing it on the way if a scheme is given.
@@ -52,12 +59,13 @@ def load(
         ``jax.ShapeDtypeStruct``. By default the default device.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, quantized or not). Without one these come back as nested dicts.
-      calibration: for schemes with static scales: what ``fdq.calibrate`` returned, or sample
-        tokens ``[batch, length]``. The float model is then in memory as a whole.
-      method: how scales are chosen, as in ``fdq.quantize``.
+      calibration: statistics for quantizers that use them and for static scales: what
+        ``fdq.calibrate`` returned, or sample tokens ``[batch, length]``; with tokens the float
+        model is in memory as a whole while it runs over them.
+      method: what chooses the codes, as in ``fdq.quantize``.
       compat: as in ``fdq.quantize``.
       verify: compare checksums of fdq checkpoints.
-      quiet: do not print what was quantized and what was left.
+      verbose: prints what was quantized, and what was left and why.
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:
@@ -71,6 +79,7 @@ def load(
     """
     stream.check_dtype(dtype)
     folder = pathlib.Path(path)
+    options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
     if os.path.lexists(folder / manifests.FILE_NAME):
         stored = StoredTensors(folder)
         obj = _load_stored(stored, sharding, template, dtype, verify)
@@ -81,8 +90,9 @@ def load(
                 f"{folder}: quantized already ({stored.manifest.scheme}). Load it without a "
                 "scheme, or convert the original again."
             )
-        options: dict[str, Any] = {"method": method, "compat": compat, "quiet": quiet}
-        return quantize(obj, scheme, calibration=calibrated(obj, calibration), **options)
+        if calibration is not None and not stream.is_statistics(calibration):
+            options["calibration"] = calibrate(obj, calibration)
+        return quantize(obj, scheme, verbose=verbose, **options)
     if template is not None:
         raise CheckpointError(f"{folder}: a template is for fdq checkpoints; there is no fdq.json.")
     if folder.name.endswith(".fdq-tmp"):
@@ -92,60 +102,23 @@ def load(
             f"{folder}: an Orbax checkpoint without fdq.json. Restore it with Orbax, or make an "
             "fdq checkpoint of it with `fdq convert`."
         )
-    with SourceDirectory(folder) as directory:
-        source = stream.open_model(directory, dtype)
-        if calibration is not None:
-            float_model = load_floats(source, sharding=sharding, progress=progress)
-            options = {"method": method, "compat": compat, "quiet": quiet}
-            calibration = calibrated(float_model, calibration)
-            return quantize(float_model, scheme, calibration=calibration, **options)
-        return load_floats(
-            source,
-            scheme,
-            sharding=sharding,
-            method=method,
-            compat=compat,
-            quiet=quiet,
-            progress=progress,
+
+    def place(tensor: tree_paths.Tensor) -> Any:
+        return tree_paths.map_arrays(
+            lambda path, array: put(array, sharding_of(sharding, path, array)), tensor
         )
 
-
-def load_floats(
-    source: stream.ModelSource,
-    scheme: Any = None,
-    *,
-    sharding: Shardings = None,
-    method: str | None = None,
-    compat: str | None = None,
-    quiet: bool = False,
-    progress: stream.Progress | None = None,
-) -> models.Decoder:
-    """The model of an open float directory, quantized tensor by tensor."""
-    model = abstract_quantized(source.model, scheme, method=method, compat=compat, quiet=quiet)
-    tensors = tree_paths.flatten(model)
-    check_shardings(sharding, _array_paths(tensors))
-    values: dict[Path, Any] = {}
-    for tensor in stream.quantized(
-        source, tensors, method=method, compat=compat, progress=progress
-    ):
-        values[tensor.path] = tree_paths.map_arrays(
-            lambda path, array: stream.put(array, sharding_of(sharding, path, array)), tensor
-        )
-    model = tree_paths.fill(model, values)
-    _set_tokenizer(model, source.directory.path)
+    with open_source(folder, dtype=dtype) as source:
+        job = stream.Job.of(source, scheme, progress=progress, place=place, **options)
+        if verbose and job.assigned is not None:
+            print(job.assigned.table.summary())
+        tensors = tree_paths.flatten(job.tree)
+        check_shardings(sharding, _array_paths(tensors))
+        values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
+        model = tree_paths.fill(job.tree, values)
+    if isinstance(model, models.Decoder):
+        _set_tokenizer(model, folder)
     return model
-
-
-def calibrated(model: Any, calibration: Any) -> Any:
-    """What ``fdq.quantize`` takes: statistics as they are, sample tokens run through the model."""
-    if calibration is None or isinstance(calibration, Calibration | Mapping):
-        return calibration
-    return calibrate(model, calibration)
-
-
-def abstract_quantized(tree: Any, scheme: Any, **options: Any) -> Any:
-    """An abstract tree with abstract QTensors where the scheme says so."""
-    return tree if scheme is None else quantize(tree, scheme, **options)
 
 
 def _load_stored(
@@ -164,7 +137,7 @@ def _load_stored(
         if dtype is not None:
             raise CheckpointError(f"{stored.folder}: dtype= is for models, this is a pytree.")
         return tree_paths.nested(stored.restore(sharding, verify=verify))
-    config = stored_config(stored)
+    config = stored.config()
     try:
         template = models.abstract(config, dtype)
         recipe = manifest.provenance.get("recipe")
@@ -185,18 +158,6 @@ def _load_stored(
     return model
 
 
-def stored_config(stored: StoredTensors) -> models.DecoderConfig:
-    """The config of a stored model.
-
-    Raises:
-      CheckpointError: it is not one that this fdq knows.
-    """
-    try:
-        return models.DecoderConfig.from_dict(stored.manifest.config or {})
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{stored.folder}: config in fdq.json: {error}") from error
-
-
 def _like_stored(
     template: Any, manifest: Manifest, folder: pathlib.Path, *, cast: bool = False
 ) -> Any:
@@ -215,8 +176,8 @@ def _like_stored(
         if entry.spec is not None and is_quantized.get(entry.path) is False
     ]
     if isinstance(template, nnx.Module) and to_quantize:
-        recipe = stream.exact_recipe((e.path, e.spec, e.activation) for e in to_quantize)
-        template = quantize(_abstract(template), recipe, quiet=True)
+        recipe = _exact_recipe(to_quantize)
+        template = quantize(_abstract(template), recipe)
     tensors = tree_paths.flatten(template)
     tree_paths.check_same_paths(
         expected=[tensor.path for tensor in tensors], found=entries, what=str(folder)
@@ -229,6 +190,19 @@ def _like_stored(
         if problem is not None:
             raise CheckpointError(f"{folder}: {dotted(tensor.path)}: {problem}.")
     return template
+
+
+def _exact_recipe(entries: list[TensorEntry]) -> Recipe:
+    """A recipe that stores each of these tensors by its spec, and leaves all others."""
+    return Recipe(
+        [
+            (
+                "".join(f"[{char}]" if char in "*?[{" else char for char in dotted(entry.path)),
+                Scheme(weight=entry.spec, activation=entry.activation),
+            )
+            for entry in entries
+        ]
+    )
 
 
 def _is_module(tree: Any) -> bool:

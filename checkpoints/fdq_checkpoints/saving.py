@@ -1,6 +1,5 @@
 """``save``: a model or any pytree as an fdq checkpoint."""
 
-import hashlib
 import os
 import pathlib
 import shutil
@@ -129,14 +128,8 @@ def copy_files(
         if path.name in entries or path.name in (manifest.FILE_NAME, WEIGHTS):
             raise CheckpointError(f"{path}: a second file of this name in the checkpoint.")
         shutil.copyfile(path, folder / path.name)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": commit.file_digest(path)}
     return entries
-
-
-def file_digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

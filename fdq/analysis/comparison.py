@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from fdq.analysis.evaluation import RecordedLogits, Report, evaluate, record_logits
-from fdq.calibration.observation import Calibration, calibrate
+from fdq.calibration.observation import calibrate
+from fdq.calibration.statistics import Calibration
 from fdq.decoding.loop import decode, prefill
 from fdq.schemes.recipe import Recipe
 
@@ -125,7 +126,7 @@ class Comparison:
         calibration = self._calibration() if Recipe.parse(scheme).needs_calibration else None
         start = time.perf_counter()
         inspection = convert(
-            self.source, directory, scheme, calibration=calibration, dtype=self.dtype, quiet=True
+            self.source, directory, scheme, calibration=calibration, dtype=self.dtype
         )
         seconds = time.perf_counter() - start
         model = load(directory)

@@ -132,7 +132,7 @@ def program(
 ) -> Program:
     """The step of a model with abstract weights; called while `gpu` is the default device."""
     config = config_for(model, gpu, layers)
-    quantized = quantize(abstract(config), scheme, quiet=True)
+    quantized = quantize(abstract(config), scheme)
     cache_spec = quantized.cache_spec
     prepared = prepare(quantized, device=default_device())
     step, params = functional(prepared)

@@ -252,7 +252,7 @@ def plan(
     name, config = find_config(model)
     recipe = Recipe.parse(scheme, compat=compat, has_experts=config.moe is not None)
     config = config.replace(dtype="bfloat16")
-    quantized = quantize(abstract(config), recipe, compat=compat, quiet=True)
+    quantized = quantize(abstract(config), recipe, compat=compat)
     return Plan(
         model=name,
         scheme=scheme if isinstance(scheme, str) else str(recipe),

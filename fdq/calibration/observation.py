@@ -1,12 +1,11 @@
 """Statistics of activations, keys and values over sample tokens, for static scales and searches.
 
-The model is cloned, its linear modules are wrapped in observers, and the clone runs under
-`jax.jit`; the model that was passed in is not touched.
+The model is cloned, its linear modules get observers, and the clone runs under `jax.jit`; the model
+that was passed in is not touched.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,118 +15,40 @@ import numpy as np
 from flax import nnx
 
 from fdq import nn
-from fdq.cache.cache_tensor import format_of
-from fdq.cache.kv_cache import LayerScales, parse_format
+from fdq.calibration.statistics import RANGE_FIELDS, Calibration, KeyValueRange
 from fdq.nn.parameters import value
-from fdq.schemes.scheme import ActivationSpec, CacheSpec
-
-_SMALLEST = 1e-10  # as in fdq.ops: a channel that was never active gets a scale that is not zero
 
 
 class Observed(nnx.Variable):
     """A running statistic; float32."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KeyValueRange:
-    """Smallest and largest key and value seen by one layer, each `[kv_heads, head_dim]`."""
-
-    k_min: np.ndarray
-    k_max: np.ndarray
-    v_min: np.ndarray
-    v_max: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What `calibrate` saw.
-
-    Attributes:
-      absmax: by path of the kernel (`layers.0.mlp.down_proj.kernel`), the largest |x| of each
-        input channel: `[K]`, or `[layers, K]` for scan-stacked kernels; float32.
-      mean_square: the mean of x^2 of each input channel, same keys and shapes: the `importance`
-        of a scale search. Experts share one row.
-      cache: of each attention layer in order the range of what a KV cache would store; empty for
-        models that are not made of `fdq.nn.Attention`.
-      tokens: how many tokens were seen.
-    """
-
-    absmax: dict[str, np.ndarray]
-    mean_square: dict[str, np.ndarray]
-    cache: tuple[KeyValueRange, ...]
-    tokens: int
-
-    @property
-    def importance(self) -> dict[str, np.ndarray]:
-        """Weight of each input channel's error in the output's error: its mean square."""
-        return self.mean_square
-
-    def activation_scale(self, path: str, spec: ActivationSpec) -> jax.Array:
-        """The static scale of one kernel's input: absmax / bound, float32 of shape ().
-
-        Scan-stacked kernels get one scale a layer.
-
-        Raises:
-          ValueError: no statistics of that kernel.
-        """
-        if path not in self.absmax:
-            raise ValueError(
-                f"{path}: no calibration statistics; there are some of {sorted(self.absmax)[:4]} "
-                f"and {max(0, len(self.absmax) - 4)} more"
-            )
-        largest = np.maximum(self.absmax[path].max(axis=-1), _SMALLEST)
-        return jnp.asarray(largest / np.float32(spec.bound), jnp.float32)
-
-    def cache_scales(self, spec: CacheSpec | str) -> list[LayerScales]:
-        """Static scales of each layer for `KVCache.init(..., scales=...)`.
-
-        Symmetric: scale = absmax / bound. With a zero point: scale = (max - min) / 15, both ends
-        extended to 0, and zero = round(-min / scale).
-
-        Args:
-          spec: a static CacheSpec, per `channel` or `head`.
-
-        Raises:
-          ValueError: a dynamic format, or a model whose attention was not observed.
-        """
-        parsed = parse_format(spec)
-        if parsed is None or parsed.dynamic:
-            raise ValueError(f"KV cache format {spec} needs no calibrated scales")
-        if not self.cache:
-            raise ValueError("no keys and values were observed: the model has no fdq.nn.Attention")
-        layers = []
-        for seen in self.cache:
-            k, k_zero = _scale(seen.k_min, seen.k_max, parsed)
-            v, v_zero = _scale(seen.v_min, seen.v_max, parsed)
-            layers.append(LayerScales(k=k, v=v, k_zero=k_zero, v_zero=v_zero))
-        return layers
-
-
-def _scale(low: np.ndarray, high: np.ndarray, spec: CacheSpec) -> tuple[Any, Any]:
-    """Scale and zero point, `[kv_heads, head_dim]` or `[kv_heads, 1]`."""
-    if spec.granularity == "head":
-        low, high = low.min(-1, keepdims=True), high.max(-1, keepdims=True)
-    scale, zero = format_of(spec).fit(jnp.asarray(low), jnp.asarray(high))
-    return np.asarray(scale), None if zero is None else np.asarray(zero).astype(np.uint8)
-
-
 class _InputObserver(nnx.Module):
-    """Stands where a linear module stood, and looks at its input on the way."""
+    """The largest magnitude and the mean square of each input channel; called with the input."""
 
-    def __init__(self, inner: Any, contracted: int, shape: tuple[int, ...]):
-        self.inner = inner
+    def __init__(self, contracted: int, shape: tuple[int, ...]):
         self.contracted = contracted
         self.absmax = Observed(jnp.zeros(shape, jnp.float32))
         self.total = Observed(jnp.zeros(shape, jnp.float32))
         self.count = Observed(jnp.zeros(shape[:-1], jnp.float32))
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: jax.Array) -> None:
         rows = x.reshape(-1, int(np.prod(x.shape[x.ndim - self.contracted :])))
         rows = jax.lax.stop_gradient(rows).astype(jnp.float32)
         absmax, total, count = (v.get_value() for v in (self.absmax, self.total, self.count))
         self.absmax.set_value(jnp.maximum(absmax, jnp.abs(rows).max(axis=0)))
         self.total.set_value(total + jnp.square(rows).sum(axis=0))
         self.count.set_value(count + rows.shape[0])
+
+
+class _Observed(nnx.Module):
+    """Stands where a layer stood that takes no observer, and shows it the input on the way."""
+
+    def __init__(self, inner: Any, observer: _InputObserver):
+        self.inner, self.observer = inner, observer
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        self.observer(x)
         return self.inner(x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -205,15 +126,10 @@ def calibrate(
     if not absmax:
         raise ValueError("no linear layer was called: there is nothing to calibrate")
     ranges = tuple(
-        KeyValueRange(
-            **{name: np.asarray(value(getattr(observer, name))) for name in _RANGE_FIELDS}
-        )
+        KeyValueRange(**{name: np.asarray(value(getattr(observer, name))) for name in RANGE_FIELDS})
         for observer in attentions
     )
     return Calibration(absmax=absmax, mean_square=mean_square, cache=ranges, tokens=seen)
-
-
-_RANGE_FIELDS = tuple(field.name for field in dataclasses.fields(KeyValueRange))
 
 
 def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:
@@ -228,9 +144,9 @@ def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:
 def _insert_observers(
     root: nnx.Module,
 ) -> tuple[dict[str, _InputObserver], list[_CacheObserver]]:
-    """Wraps, in place, each linear module wherever it is referred to."""
+    """Gives, in place, each linear module an observer; wraps those of others that take none."""
     nodes = [(path, node) for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)]
-    wrapped: dict[int, _InputObserver] = {}
+    wrapped: dict[int, _Observed] = {}
     observers: dict[str, _InputObserver] = {}
     attentions = []
     for path, node in sorted(nodes, key=lambda item: _order(item[0])):
@@ -239,7 +155,10 @@ def _insert_observers(
             attentions.append(node.kv_observer)
         observer = _observer_of(node)
         if observer is not None and path:
-            wrapped[id(node)] = observer
+            if hasattr(node, "observer"):
+                node.observer = observer
+            else:
+                wrapped[id(node)] = _Observed(node, observer)
             observers[".".join(map(str, (*path, "kernel")))] = observer
     for _, node in nodes:
         if isinstance(node, nnx.List):
@@ -261,10 +180,10 @@ def _order(path: tuple[Any, ...]) -> tuple[tuple[bool, Any], ...]:
 def _observer_of(node: Any) -> _InputObserver | None:
     if isinstance(node, nn.Linear | nnx.Linear):
         shape = tuple(node.kernel.shape)
-        return _InputObserver(node, 1, shape[:-1])
+        return _InputObserver(1, shape[:-1])
     if isinstance(node, nn.ExpertLinear):
         shape = tuple(node.kernel.shape)
-        return _InputObserver(node, 1, (*shape[:-3], shape[-2]))
+        return _InputObserver(1, (*shape[:-3], shape[-2]))
     if isinstance(node, nnx.LinearGeneral):
         axes = node.axis if isinstance(node.axis, tuple) else (node.axis,)
         if node.batch_axis or sorted(axes) != list(range(-len(axes), 0)):
@@ -274,5 +193,5 @@ def _observer_of(node: Any) -> _InputObserver | None:
         outputs = len(node.out_features)
         shape = tuple(node.kernel.shape)
         lead = shape[: len(shape) - features - outputs]
-        return _InputObserver(node, len(axes), (*lead, int(np.prod(node.in_features))))
+        return _InputObserver(len(axes), (*lead, int(np.prod(node.in_features))))
     return None

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fdq.calibration.statistics import Calibration
 from fdq.cli import console
 from fdq.cli.schemes import read_scheme
 from fdq.schemes.recipe import Recipe
@@ -29,12 +30,16 @@ def run(
     scheme: console.Scheme,
     method: Annotated[
         str | None,
-        typer.Option(help="How scales are chosen: search, absmax, signed_max. Default: by bits."),
+        typer.Option(help="What chooses the codes: search, absmax, signed_max. Default: by bits."),
     ] = None,
     compat: console.Compat = None,
     calibration_text: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Text to calibrate static scales on, where the scheme has them."),
+        typer.Option(help="Text to calibrate on, for static scales and guided searches."),
+    ] = None,
+    calibration_file: Annotated[
+        pathlib.Path | None,
+        typer.Option("--calibration", help="Statistics that Calibration.save wrote, in its place."),
     ] = None,
     dtype: console.Dtype = None,
     overwrite: Annotated[
@@ -56,11 +61,16 @@ def run(
             f"{destination} exists. Choose another DST, or replace an fdq checkpoint with "
             "--overwrite."
         )
-    if Recipe.parse(recipe).needs_calibration and calibration_text is None:
+    if calibration_text is not None and calibration_file is not None:
+        raise ValueError("--calibration-text and --calibration both give statistics; drop one.")
+    given = calibration_text or calibration_file
+    if Recipe.parse(recipe).needs_calibration and given is None:
         raise ValueError(
             f"{scheme} has static scales: give text to calibrate them on, --calibration-text FILE."
         )
     calibration = None
+    if calibration_file is not None:
+        calibration = Calibration.load(calibration_file)
     if calibration_text is not None:
         with console.err.status("Calibrating ..."):
             calibration = calibrated(source, calibration_text)
@@ -76,6 +86,7 @@ def run(
             compat=compat,
             calibration=calibration,
             overwrite=overwrite,
+            verbose=True,
             progress=update,
         )
     seconds = time.perf_counter() - start

@@ -60,7 +60,7 @@ def run(
     # Without a token that begins a text, the first one is context only.
     scored = content if tokenizer.bos_token_id is not None else tokenizer.decode(tokens[1:])
     with console.progress("Loading", quiet=json) as update:
-        model = load(directory, scheme=recipe, dtype=dtype, progress=update, quiet=True)
+        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
         reference = None
         if against is not None:
             reference = load(against, dtype=dtype, progress=update)

@@ -64,7 +64,7 @@ def run(
         )
     recipe = None if scheme is None else read_scheme(scheme)
     with console.progress("Loading", quiet=json) as update:
-        model = load(directory, scheme=recipe, dtype=dtype, progress=update, quiet=True)
+        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
     pieces: list[str] = []
     start = time.perf_counter()
     with contextlib.ExitStack() as waiting:

@@ -21,7 +21,7 @@ from fdq import nn
 from fdq.formats.qtensor import QTensor
 from fdq.nn import general
 from fdq.nn.parameters import QCodes, QScale
-from fdq.schemes.assignment import Leaf, MatchTable
+from fdq.schemes.assignment import Leaf, MatchTable, Row
 from fdq.schemes.scheme import Scheme
 
 DEFAULTS_OF_MODULES = (
@@ -166,7 +166,7 @@ def quantize_module(
     tensors: list[Tensor],
     table: MatchTable,
     *,
-    quantize: Callable[[Any, Scheme, list[str]], QTensor],
+    quantize: Callable[[Any, Row, list[str]], QTensor],
     activation_scale: Callable[[Scheme, list[str], tuple[int, ...], bool], Any],
     donate: bool = False,
 ) -> Any:
@@ -176,7 +176,7 @@ def quantize_module(
       module: changed in place, so pass a clone. Abstract ones (``nnx.eval_shape``) stay abstract.
       tensors: what ``collect`` found in it.
       table: what becomes of each of them.
-      quantize: folded array, scheme and paths -> QTensor.
+      quantize: folded array, row of the table and paths -> QTensor.
       activation_scale: scheme, paths of one kernel, shape of the folded weight and whether it is
         abstract -> the calibrated scale of a static activation, or None.
       donate: frees each source array once it is quantized.
@@ -190,7 +190,7 @@ def quantize_module(
         source, scheme, array = tensor.content, row.scheme, _array(tensor.content)
         role = role_of(tensor.uses[0])
         assert isinstance(role, Role)
-        q = quantize(role.fold(array), scheme, [use.path for use in tensor.uses])
+        q = quantize(role.fold(array), row, [use.path for use in tensor.uses])
         box = _boxed(q, source, role.fold)
         abstract = isinstance(array, jax.ShapeDtypeStruct)
         for owner in {id(use.owner): use.owner for use in tensor.uses}.values():

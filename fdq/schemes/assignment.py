@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.formats import FORMATS
-from fdq.formats.qtensor import QTensor
 from fdq.schemes import path_pattern
+from fdq.schemes.kinds import WEIGHT_FORMATS
 from fdq.schemes.scheme import Scheme, WeightSpec
 from fdq.text_table import aligned
 
@@ -62,6 +61,7 @@ class Row:
       scheme: what it is quantized to; None where it is left as it is.
       reason: which rule, default or protection decided, or why it cannot be quantized.
       rule: pattern of the rule that decided, if one did.
+      quantizer: name of the one that the rule or the recipe asks for.
       nbytes, nbytes_after: bytes before and after.
     """
 
@@ -73,6 +73,7 @@ class Row:
     rule: str | None
     nbytes: int
     nbytes_after: int
+    quantizer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,13 @@ class MatchTable:
 
 
 def is_leaf(x: Any) -> bool:
-    """Stops at QTensors and Variables, which are pytrees themselves."""
-    return isinstance(x, (QTensor, nnx.Variable))
+    """Stops at quantized weights and Variables, which are pytrees themselves."""
+    return isinstance(x, nnx.Variable) or is_quantized(x)
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether something is a quantized weight, in whatever layout."""
+    return isinstance(getattr(x, "spec", None), WeightSpec)
 
 
 def path_string(entries: Sequence[Any]) -> str:
@@ -168,7 +174,7 @@ def leaf_at(path: str, value: Any) -> Leaf:
     """What a leaf is, from its name, shape and dtype."""
     if isinstance(value, nnx.Variable):
         value = value.get_value()
-    if isinstance(value, QTensor):
+    if is_quantized(value):
         return Leaf(path, value.shape, value.code_dtype, "fixed", f"is quantized ({value.spec})")
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return Leaf(path, (), None, "fixed", f"{type(value).__name__}, not an array")
@@ -245,14 +251,17 @@ def _row(leaf: Leaf, match: Any) -> Row:
     if scheme is not None:
         k, n = leaf.shape[-2:]
         try:
-            FORMATS[scheme.weight.format].check(scheme.weight, k, n, leaf.path)
+            WEIGHT_FORMATS[scheme.weight.format].check(scheme.weight, k, n, leaf.path)
         except ValueError as error:
             raise ValueError(
                 f"{error} To leave this tensor as it is, add the rule ({leaf.path!r}, None)."
             ) from None
         after = _quantized_bytes(scheme.weight, leaf.shape)
     pattern = None if match.rule is None else match.rule.pattern
-    return Row(leaf.path, leaf.shape, leaf.dtype, scheme, reason, pattern, size, after)
+    quantizer = None if scheme is None else match.quantizer
+    if quantizer is not None:
+        reason = f"{reason}, by {quantizer}"
+    return Row(leaf.path, leaf.shape, leaf.dtype, scheme, reason, pattern, size, after, quantizer)
 
 
 def _unused(rule: Any, leaves: Sequence[Leaf], rows: list[Row], matches: list[Any]) -> str:
@@ -291,7 +300,7 @@ def nearest(pattern: str, paths: list[str]) -> list[str]:
 @functools.lru_cache(maxsize=4096)
 def _quantized_bytes(spec: WeightSpec, shape: tuple[int, ...]) -> int:
     *lead, k, n = shape
-    arrays = FORMATS[spec.format].abstract((k, n), spec)
+    arrays = WEIGHT_FORMATS[spec.format].abstract((k, n), spec)
     return math.prod(lead) * sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays.values())
 
 

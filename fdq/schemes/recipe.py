@@ -1,10 +1,11 @@
 """Recipes: which tensor of a model gets which scheme.
 
-A recipe is an ordered list of rules ``path glob -> Scheme or None``; the first that matches wins,
-and what no rule matches gets the default scheme. Some tensors are protected, since quantizing them
-costs accuracy and saves little: routers, norms, correction biases, embeddings and ``lm_head``. A
-protected tensor is only quantized by a rule whose pattern contains its word (``"lm_head"``,
-``"*embed*"``); ``"layers.0"`` alone leaves the router of layer 0 as it is.
+A recipe is an ordered list of rules `path glob -> Scheme or None`; the first that matches wins, and
+what no rule matches gets the default scheme. A rule may also say which quantizer chooses the codes.
+Some tensors are protected, since quantizing them costs accuracy and saves little: routers, norms,
+correction biases, embeddings and `lm_head`. A protected tensor is only quantized by a rule whose
+pattern contains its word (`"lm_head"`, `"*embed*"`); `"layers.0"` alone leaves the router of layer
+0 as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fdq.schemes import assignment, fastdeploy_config, path_pattern
+from fdq.schemes.kinds import QUANTIZERS
 from fdq.schemes.scheme import CacheSpec, Scheme
 
 EXPERTS = fastdeploy_config.EXPERTS
@@ -40,11 +42,13 @@ class Rule:
       scheme: ``None`` leaves what matches as it is. Its name is accepted. The cache is no matter
         of single tensors, so the scheme has none.
       required: True makes a rule that quantizes nothing an error.
+      quantizer: the name of what chooses the codes; None leaves it to `method=`, or by bits.
     """
 
     pattern: str
     scheme: Scheme | None = None
     required: bool = True
+    quantizer: str | None = None
 
     def __post_init__(self):
         path_pattern.compiled(self.pattern)
@@ -55,6 +59,7 @@ class Rule:
                 "the whole model. Put it into the scheme of '*', or pass Recipe(..., cache='C8')."
             )
         object.__setattr__(self, "scheme", None if scheme == Scheme() else scheme)
+        _check_quantizer(f"Rule {self.pattern!r}", self.scheme, self.quantizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +70,13 @@ class Match:
       scheme: ``None`` leaves the tensor as it is.
       rule: the rule that decided; ``None`` for the default or a protection.
       reason: the same in words.
+      quantizer: the one that the rule, or the recipe for its default, names.
     """
 
     scheme: Scheme | None
     rule: Rule | None
     reason: str
+    quantizer: str | None = None
 
 
 @functools.lru_cache(maxsize=65536)
@@ -90,6 +97,7 @@ class Recipe:
       rules: the first that matches a path wins.
       default: for paths that no rule matches; ``None`` leaves them as they are.
       cache: format of the KV cache; ``None`` is 16 bits.
+      quantizer: what chooses the codes of those that no rule matches; None: `method=`, or by bits.
       record: keys of a FastDeploy configuration that no scheme holds (``hadamard_block_size``,
         ``is_quantized`` ...), kept to be written back.
 
@@ -101,56 +109,64 @@ class Recipe:
       "router: left unless a rule's pattern contains 'router'"
       >>> str(recipe.cache)
       'C8'
+      >>> recipe = Recipe([("*.down_proj", "W4A16", dict(quantizer="absmax")), ("*", "W4A16")])
+      >>> recipe.match("layers.0.mlp.down_proj.kernel").quantizer
+      'absmax'
     """
 
     rules: tuple[Rule, ...]
     default: Scheme | None
     cache: CacheSpec | None
+    quantizer: str | None
     record: dict[str, Any] = dataclasses.field(compare=False)
 
     def __init__(
         self,
-        rules: Iterable[Rule | tuple[str, Any]] = (),
+        rules: Iterable[Rule | tuple[str, Any] | tuple[str, Any, Mapping[str, Any]]] = (),
         default: Scheme | str | None = None,
         *,
         cache: CacheSpec | str | None = None,
+        quantizer: str | None = None,
         record: Mapping[str, Any] | None = None,
     ):
         """Makes a recipe.
 
         Args:
-          rules: ``Rule`` s or pairs ``(pattern, scheme or its name or None)``. A last pattern
-            ``"*"`` is the default, and does not touch protected tensors.
+          rules: `Rule` s, pairs `(pattern, scheme or its name or None)`, or triples whose last
+            member is `dict(quantizer=name)`. A last pattern `"*"` is the default, and does not
+            touch protected tensors.
           default: scheme of all else; its cache becomes the recipe's.
           cache: format of the KV cache, or its name (``"C8"``).
+          quantizer: see the class.
           record: see the class.
 
         Raises:
           ValueError: a bad pattern or scheme name, a rule after ``"*"``, two defaults or caches.
         """
-        pairs = [_pair(rule) for rule in rules]
+        given = [_read_rule(rule) for rule in rules]
         default = _scheme_or_none(default)
-        if pairs and pairs[-1][0] == "*":
+        if given and given[-1][0] == "*":
             if default is not None:
                 raise ValueError(f"Two defaults: the rule '*' and default={default}. Drop one.")
-            last = pairs.pop()[1]
-            default = last.scheme if isinstance(last, Rule) else _scheme_or_none(last)
-        patterns = [pattern for pattern, _ in pairs]
+            _, default, _, quantizer = given.pop()
+        patterns = [pattern for pattern, *_ in given]
         if "*" in patterns:
             after = [*patterns, "*"][patterns.index("*") + 1]
             raise ValueError(f"Rule {after!r} comes after '*', so it would match nothing.")
         for pattern in patterns:
             if patterns.count(pattern) > 1:
                 raise ValueError(f"Two rules for {pattern!r}: the second would match nothing.")
-        made = (r if isinstance(r, Rule) else Rule(p, _scheme_or_none(r)) for p, r in pairs)
+        made = tuple(Rule(*fields) for fields in given)
         cache = CacheSpec.parse(cache) if isinstance(cache, str) else cache
         if default is not None and default.cache is not None:
             if cache not in (None, default.cache):
                 raise ValueError(f"Two cache formats: {cache} and that of {default}. Drop one.")
             default, cache = dataclasses.replace(default, cache=None), default.cache
-        object.__setattr__(self, "rules", tuple(made))
+        object.__setattr__(self, "rules", made)
         object.__setattr__(self, "default", None if default == Scheme() else default)
         object.__setattr__(self, "cache", cache)
+        object.__setattr__(self, "quantizer", quantizer)
+        _check_quantizer("The default", self.default, quantizer)
         object.__setattr__(self, "record", dict(record or {}))
 
     @classmethod
@@ -188,7 +204,7 @@ class Recipe:
                 return cls.from_dict(source)
             if fastdeploy_config.looks_like(source):
                 return cls.from_fastdeploy(source)
-            return cls([(p, _scheme_or_none(s, compat)) for p, s in source.items()])
+            return cls([_entry(pattern, value, compat) for pattern, value in source.items()])
         if isinstance(source, (list, tuple)):
             return cls(source)
         raise TypeError(
@@ -212,6 +228,11 @@ class Recipe:
 
     def to_fastdeploy(self) -> dict[str, Any]:
         """The ``quantization_config`` that reads as this recipe; ValueError if there is none."""
+        for one in (*self.rules, self):
+            if one.quantizer is not None:
+                raise ValueError(
+                    f"FastDeploy's quantization_config cannot say quantizer={one.quantizer!r}."
+                )
         return fastdeploy_config.write(self.rules, self.default, self.cache, self.record)
 
     @classmethod
@@ -232,10 +253,11 @@ class Recipe:
             if path_pattern.reach(rule.pattern, path) is None:
                 continue
             if word is None or word in rule.pattern.lower() or rule.scheme is None:
-                return Match(rule.scheme, rule, f"rule {rule.pattern!r}")
+                return Match(rule.scheme, rule, f"rule {rule.pattern!r}", rule.quantizer)
         if word is not None:
             return Match(None, None, f"{word}: left unless a rule's pattern contains {word!r}")
-        return Match(self.default, None, "default" if self.default else "no rule matches")
+        reason = "default" if self.default else "no rule matches"
+        return Match(self.default, None, reason, self.quantizer)
 
     def scheme_for(self, path: str) -> Scheme | None:
         """The scheme of the tensor at ``path``; None leaves it as it is."""
@@ -260,20 +282,24 @@ class Recipe:
                 "pattern": rule.pattern,
                 "scheme": None if rule.scheme is None else str(rule.scheme),
                 "required": rule.required,
+                **_quantizer_field(rule.quantizer),
             }
             for rule in self.rules
         ]
         default, cache = (None if x is None else str(x) for x in (self.default, self.cache))
-        return {"rules": rules, "default": default, "cache": cache, "record": dict(self.record)}
+        fields = {"rules": rules, "default": default, "cache": cache, "record": dict(self.record)}
+        return fields | _quantizer_field(self.quantizer)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
         """Reads what ``to_dict`` wrote; ValueError names unknown or missing keys."""
-        _check_keys("recipe", fields, {"rules", "default", "cache", "record"}, {"rules"})
+        known = {"rules", "default", "cache", "quantizer", "record"}
+        _check_keys("recipe", fields, known, {"rules"})
+        known = {"pattern", "scheme", "required", "quantizer"}
         for rule in fields["rules"]:
-            _check_keys("rule", rule, {"pattern", "scheme", "required"}, {"pattern", "scheme"})
+            _check_keys("rule", rule, known, {"pattern", "scheme"})
         rules = [Rule(**rule) for rule in fields["rules"]]
-        extra = {k: v for k, v in fields.items() if k in ("cache", "record")}
+        extra = {k: v for k, v in fields.items() if k in ("cache", "quantizer", "record")}
         return cls(rules, fields.get("default"), **extra)
 
     def to_json(self) -> str:
@@ -288,24 +314,58 @@ class Recipe:
     def __str__(self) -> str:
         """The scheme's name, or the rules as JSON; ``parse`` reads both."""
         default = dataclasses.replace(self.default or Scheme(), cache=self.cache)
-        if not self.rules:
+        if not self.rules and self.quantizer is None:
             return str(default)
-        rules = {rule.pattern: rule.scheme and str(rule.scheme) for rule in self.rules}
-        return json.dumps({**rules, "*": str(default)})
+        rules = [(rule.pattern, rule.scheme, rule.quantizer) for rule in self.rules]
+        return json.dumps(
+            {
+                pattern: [str(scheme), _quantizer_field(name)] if name else scheme and str(scheme)
+                for pattern, scheme, name in (*rules, ("*", default, self.quantizer))
+            }
+        )
 
     def __hash__(self) -> int:
-        return hash((self.rules, self.default, self.cache))
+        return hash((self.rules, self.default, self.cache, self.quantizer))
 
 
-def _pair(rule: Any) -> tuple[str, Any]:
-    """A rule as (pattern, rule or scheme or name or None)."""
+def _read_rule(rule: Any) -> tuple[str, Scheme | None, bool, str | None]:
+    """The fields of a `Rule`, from one or from a pair or triple."""
     if isinstance(rule, Rule):
-        return rule.pattern, rule
-    if isinstance(rule, (tuple, list)) and len(rule) == 2:
-        return rule[0], rule[1]
-    raise ValueError(
-        f"A rule is a pair (pattern, scheme), such as ('*.experts', 'W4A16'); got {rule!r}."
-    )
+        return rule.pattern, rule.scheme, rule.required, rule.quantizer
+    fields = list(rule) if isinstance(rule, (tuple, list)) else []
+    if len(fields) == 2:
+        fields.append({})
+    options = fields[2] if len(fields) == 3 else None
+    if not isinstance(options, Mapping) or set(options) - {"quantizer"}:
+        raise ValueError(
+            "A rule is a pair (pattern, scheme), such as ('*.experts', 'W4A16'), and may have "
+            f"dict(quantizer=name) after it; got {rule!r}."
+        )
+    pattern, scheme, _ = fields
+    return pattern, _scheme_or_none(scheme), True, options.get("quantizer")
+
+
+def _entry(pattern: str, value: Any, compat: str | None) -> tuple[Any, ...]:
+    """A rule from an entry of a mapping: a scheme, or a pair of it and `dict(quantizer=name)`."""
+    scheme, *options = value if isinstance(value, (tuple, list)) else (value,)
+    return (pattern, _scheme_or_none(scheme, compat), *options)
+
+
+def _check_quantizer(what: str, scheme: Scheme | None, name: str | None) -> None:
+    """Raises ValueError where nothing is quantized, or by a quantizer that there is not."""
+    if name is None:
+        return
+    try:
+        QUANTIZERS[name]
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if scheme is None or scheme.weight is None:
+        raise ValueError(f"{what}: quantizer={name!r}, but no weight is quantized.")
+
+
+def _quantizer_field(name: str | None) -> dict[str, str]:
+    """Left out where there is none, so that recipes without one read as they always did."""
+    return {} if name is None else {"quantizer": name}
 
 
 def _scheme_or_none(name: Any, compat: str | None = None) -> Scheme | None:

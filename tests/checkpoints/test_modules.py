@@ -52,7 +52,7 @@ SCHEME = {"layers": "W8A16", "*": "W4A16-channel"}
 
 @pytest.fixture(scope="module")
 def model():
-    return quantize(Model(nnx.Rngs(0)), SCHEME, method="absmax", quiet=True)
+    return quantize(Model(nnx.Rngs(0)), SCHEME, method="absmax")
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def test_what_is_stored(model):
     [
         floats,
         lambda: Model(nnx.Rngs(1)),
-        lambda: quantize(floats(), SCHEME, method="absmax", quiet=True),
-        lambda: quantize(Model(nnx.Rngs(1)), SCHEME, method="absmax", quiet=True),
+        lambda: quantize(floats(), SCHEME, method="absmax"),
+        lambda: quantize(Model(nnx.Rngs(1)), SCHEME, method="absmax"),
     ],
     ids=["abstract floats", "floats", "abstract quantized", "quantized"],
 )
@@ -110,7 +110,7 @@ def test_another_template_is_refused(stored):
 
     with pytest.raises(CheckpointError, match="has no tensor more"):
         load(stored, template=nnx.eval_shape(lambda: Other(nnx.Rngs(0))))
-    other = quantize(floats(), "W8A16", quiet=True)
+    other = quantize(floats(), "W8A16")
     with pytest.raises(CheckpointError, match="stored as W4"):
         load(stored, template=other)
 
@@ -119,8 +119,8 @@ def test_an_unquantized_module(tmp_path):
     model = Model(nnx.Rngs(5))
     save(model, tmp_path / "a")
     assert_same(model, load(tmp_path / "a", template=floats()))
-    quantized = load(tmp_path / "a", "W8A16", template=floats(), quiet=True)
-    assert_same(quantize(model, "W8A16", quiet=True), quantized)
+    quantized = load(tmp_path / "a", "W8A16", template=floats())
+    assert_same(quantize(model, "W8A16"), quantized)
 
 
 class Tied(nnx.Module):
@@ -136,7 +136,7 @@ class Tied(nnx.Module):
 
 
 def test_a_tied_weight_stays_tied(tmp_path):
-    model = quantize(Tied(nnx.Rngs(0)), "W8A16", quiet=True)
+    model = quantize(Tied(nnx.Rngs(0)), "W8A16")
     save(model, tmp_path / "tied")
     loaded = load(tmp_path / "tied", template=nnx.eval_shape(lambda: Tied(nnx.Rngs(0))))
     assert loaded.second is not loaded.first
@@ -149,9 +149,7 @@ def test_a_tied_weight_stays_tied(tmp_path):
 def test_linen_params(tmp_path):
     layer = linen.Dense(WIDTH)
     x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
-    params = quantize(
-        layer.init(jax.random.key(0), x), "W4A16-channel", method="absmax", quiet=True
-    )
+    params = quantize(layer.init(jax.random.key(0), x), "W4A16-channel", method="absmax")
     save(params, tmp_path / "params")
     loaded = load(tmp_path / "params")
     assert jax.tree.structure(loaded) == jax.tree.structure(params)

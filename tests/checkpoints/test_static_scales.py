@@ -35,7 +35,7 @@ def generated(model):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_calibrated_scales_are_saved_and_restored(tmp_path, floats, calibration, scheme):
-    model = fdq.quantize(floats, scheme, calibration=calibration, quiet=True)
+    model = fdq.quantize(floats, scheme, calibration=calibration)
     fdq.save(model, tmp_path / "saved")
     names = {row.path.rsplit(".", 1)[-1] for row in inspect(tmp_path / "saved", verify=True).rows}
     static = {name for name in names if name.startswith(("k_cache", "v_cache", "activation"))}

@@ -201,7 +201,7 @@ def constants(jaxpr):
 def test_weights_are_no_constants(model, scheme):
     """Of a step, and of the whole loop with a model as the argument of the user's jit."""
     if scheme:
-        model = fdq.quantize(fdq.models.abstract(CONFIG), scheme, quiet=True)
+        model = fdq.quantize(fdq.models.abstract(CONFIG), scheme)
     step, params = functional(model)
     state = abstract_state(2, SLOTS, "C8")
     loop = jax.make_jaxpr(lambda model, state: decode(model, state, 2))
@@ -452,7 +452,7 @@ def mixture_of_experts(experts, scheme):
         dtype="float32",
         moe=fdq.models.MoEConfig(num_experts=experts, top_k=2, intermediate_size=32, layers=(0,)),
     )
-    template, params = split(fdq.quantize(fdq.models.abstract(config), scheme, quiet=True))
+    template, params = split(fdq.quantize(fdq.models.abstract(config), scheme))
     state = abstract_state(1, 64, "C8", config)
     stops = jax.ShapeDtypeStruct((1, 0), jnp.int32)
     lowered = _decode.lower(template, params, state, stops, steps=2, sampling=None)

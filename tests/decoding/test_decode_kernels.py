@@ -78,7 +78,7 @@ def decode(model, scheme):
 )
 def test_tokens_are_those_of_xla(family, scheme, monkeypatch, caplog):
     model = Decoder(config(family), rngs=nnx.Rngs(params=0))
-    model = fdq.quantize(model, scheme, quiet=True)
+    model = fdq.quantize(model, scheme)
     wanted_tokens, wanted = decode(model, scheme)
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
     prepared = fdq.prepare(model)
@@ -105,7 +105,7 @@ def test_tokens_are_those_of_xla(family, scheme, monkeypatch, caplog):
 
 
 def test_a_prepared_model_is_counted_and_saved_as_any_other(monkeypatch, tmp_path):
-    model = fdq.quantize(Decoder(config("dense"), rngs=nnx.Rngs(params=0)), "W4A16", quiet=True)
+    model = fdq.quantize(Decoder(config("dense"), rngs=nnx.Rngs(params=0)), "W4A16")
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
     prepared = fdq.prepare(model)
     assert weight_table(prepared).bytes == weight_table(model).bytes

@@ -42,7 +42,7 @@ def test_a_model_is_its_definition(scheme):
     """All positions at once, and the last ones a token at a time through the cache."""
     model, expected = oracles.oracle("ernie4_5_moe")
     tokens = expected["input_ids"]
-    model = fdq.quantize(model, scheme, method="absmax", quiet=True)
+    model = fdq.quantize(model, scheme, method="absmax")
     logits = emulated(model, tokens)
     added = np.sqrt(((logits - expected["logits"]) ** 2).mean()) / expected["logits"].std()
     assert added > 0.05

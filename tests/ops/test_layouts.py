@@ -28,7 +28,7 @@ def transposing(monkeypatch):
 
 
 def test_a_prepared_module_shares_what_was_shared_and_nothing_with_its_source(transposing):
-    model = fdq.quantize(Shared(nnx.Rngs(0)), "W8A8", quiet=True)
+    model = fdq.quantize(Shared(nnx.Rngs(0)), "W8A8")
     prepared = fdq.prepare(model, "cpu")
     assert prepared.first is prepared.second
     assert prepared.first.kernel.layout == "transposed"

@@ -138,7 +138,7 @@ def test_a_decoder_uses_kernels_by_itself_and_none_is_switched_off(scheme):
         rotary=RotaryConfig(),
         dtype="float16",
     )
-    model = fdq.quantize(Decoder(config, rngs=nnx.Rngs(params=0)), scheme, quiet=True)
+    model = fdq.quantize(Decoder(config, rngs=nnx.Rngs(params=0)), scheme)
     wanted = fdq.generate(model, [[1, 2, 3, 4]], 8)
     found = fdq.generate(fdq.prepare(model), [[1, 2, 3, 4]], 8)
     assert len(found[0]) == len(wanted[0]) == 8

@@ -83,7 +83,7 @@ def test_things_that_hold_no_arrays_are_refused(target, message):
 
 def test_trees(rng, capsys):
     tree = params(rng)
-    q = quantize(tree, "W4A16-g32")
+    q = quantize(tree, "W4A16-g32", verbose=True)
     printed = capsys.readouterr().out
     spec = Scheme.parse("W4A16-g32").weight
     equal(q["block"][0]["mlp"]["kernel"], quantize_array(tree["block"][0]["mlp"]["kernel"], spec))
@@ -96,7 +96,7 @@ def test_trees(rng, capsys):
     assert printed.startswith("Quantized 2 of 6 tensors")
     for line in ("embed.embedding", "3-D: needs a rule that names it", "dtype int32", "vector"):
         assert line in printed
-    q = quantize(tree, "W8", rules={"stack": "W4A16-g32", "*.embedding": "W8"}, quiet=True)
+    q = quantize(tree, "W8", rules={"stack": "W4A16-g32", "*.embedding": "W8"})
     equal(q["stack"]["kernel"], quantize_array(tree["stack"]["kernel"], spec))
     assert q["embed"]["embedding"].spec.format == "int8"
     assert capsys.readouterr().out == ""
@@ -110,9 +110,9 @@ def test_trees(rng, capsys):
 
 def test_containers_keep_their_type(rng):
     tree = params(rng)
-    assert type(quantize(freeze({"a": tree["block"][0]}), "W8", quiet=True)) is FrozenDict
+    assert type(quantize(freeze({"a": tree["block"][0]}), "W8")) is FrozenDict
     state = nnx.state(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
-    q = quantize(state, "W8", quiet=True)
+    q = quantize(state, "W8")
     assert type(q) is nnx.State and isinstance(q["kernel"], QTensor)
     assert isinstance(q["bias"], nnx.Variable)
 
@@ -120,7 +120,7 @@ def test_containers_keep_their_type(rng):
 def test_abstract_trees_have_the_structure_of_concrete_ones(rng):
     tree = params(rng)
     shapes = jax.eval_shape(lambda: tree)
-    abstract, concrete = (quantize(t, "WNF4A16-g32", quiet=True) for t in (shapes, tree))
+    abstract, concrete = (quantize(t, "WNF4A16-g32") for t in (shapes, tree))
     assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
     same = jax.tree.map(lambda s, a: (s.shape, s.dtype) == (a.shape, a.dtype), abstract, concrete)
     assert all(jax.tree.leaves(same))
@@ -128,13 +128,13 @@ def test_abstract_trees_have_the_structure_of_concrete_ones(rng):
 
 def test_a_leaf_used_twice_is_quantized_once(rng):
     w = jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)
-    q = quantize({"a": {"w": w}, "b": {"w": w}, "c": {"w": w}}, {"c": None, "*": "W8"}, quiet=True)
+    q = quantize({"a": {"w": w}, "b": {"w": w}, "c": {"w": w}}, {"c": None, "*": "W8"})
     assert q["a"]["w"] is q["b"]["w"] and q["c"]["w"] is w
 
 
 def test_donated_leaves_are_freed(rng):
     w, kept = (jnp.asarray(rng.standard_normal((16, 8)), jnp.float32) for _ in range(2))
-    quantize({"a": {"w": w}, "b": {"w": kept}, "c": {"x": kept}}, "W8", donate=True, quiet=True)
+    quantize({"a": {"w": w}, "b": {"w": kept}, "c": {"x": kept}}, "W8", donate=True)
     assert w.is_deleted() and not kept.is_deleted()
     w = jnp.ones((16, 8))
     quantize(w, "W8", donate=True)
@@ -159,7 +159,7 @@ def test_any_tree_keeps_its_structure(shapes):
     tree = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32) if is_shape(s) else s, tree, is_leaf=is_shape
     )
-    q = quantize(tree, "W8", quiet=True)
+    q = quantize(tree, "W8")
     rows = {row.path: row for row in Recipe.parse("W8").table(tree).rows}
     flat, _ = jax.tree_util.tree_flatten_with_path(q, is_leaf=lambda x: isinstance(x, QTensor))
     assert len(flat) == len(rows)
@@ -179,7 +179,7 @@ def test_any_tree_keeps_its_structure(shapes):
 )
 def test_fastdeploys_rounding_where_it_has_one(name, codes, rng):
     w = jnp.asarray(rng.standard_normal((128, 16)), jnp.bfloat16)
-    q = quantize({"w": w}, name, compat="fastdeploy", quiet=True)["w"]
+    q = quantize({"w": w}, name, compat="fastdeploy")["w"]
     if codes is None:
         equal(q, quantize_array(w, q.spec))
         return
@@ -197,7 +197,7 @@ def test_importance_guides_the_search(rng):
     equal(quantize(w, "W4-g32", importance=importance), expected)
     tree = {"a": {"kernel": w}, "b": {"kernel": w}, "c": {"kernel": w}}
     by_path = {"a.kernel": importance, "b": importance}
-    q = quantize(tree, {"c": "W8", "*": "W4-g32"}, importance=by_path, quiet=True)
+    q = quantize(tree, {"c": "W8", "*": "W4-g32"}, importance=by_path)
     equal(q["a"]["kernel"], expected)
     equal(q["b"]["kernel"], expected)
 
@@ -214,16 +214,16 @@ def test_importance_guides_the_search(rng):
 def test_statistics_that_would_not_be_used_are_errors(target, options, error, message):
     w = np.ones((64, 16), np.float32)
     with pytest.raises(error, match=message):
-        quantize({"a": {"kernel": w}} if target == "tree" else w, "W4-g32", quiet=True, **options)
+        quantize({"a": {"kernel": w}} if target == "tree" else w, "W4-g32", **options)
 
 
 def test_methods_reach_the_quantizer(rng):
     w = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
     spec = Scheme.parse("W4-g32").weight
-    q = quantize({"w": w}, "W4-g32", method="absmax", quiet=True)["w"]
+    q = quantize({"w": w}, "W4-g32", method="absmax")["w"]
     equal(q, quantize_array(w, spec, method="absmax"))
     with pytest.raises(ValueError, match="no method 'magic'"):
-        quantize({"w": w}, "W4-g32", method="magic", quiet=True)
+        quantize({"w": w}, "W4-g32", method="magic")
 
 
 @pytest.mark.parametrize(
@@ -238,4 +238,4 @@ def test_methods_reach_the_quantizer(rng):
 )
 def test_errors(tree, scheme, options, message):
     with pytest.raises(ValueError, match=message):
-        quantize(tree, scheme, quiet=True, **options)
+        quantize(tree, scheme, **options)

@@ -73,7 +73,7 @@ def model():
 
 @functools.cache
 def quantized(scheme):
-    return quantize(model(), scheme, quiet=True)
+    return quantize(model(), scheme)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -118,7 +118,7 @@ def test_outputs_are_those_of_the_decoded_weights(scheme, error):
 
 
 def test_activations_are_quantized_too():
-    q = quantize(model(), "W8A8", quiet=True)
+    q = quantize(model(), "W8A8")
     assert q.first.activation == q.attention.out.activation == q.blocks.up.activation
     assert 1e-4 < relative_error(output(q), output(model())) < 0.05
 
@@ -155,7 +155,7 @@ def test_shared_stays_shared_and_the_original_is_untouched():
 
 
 def test_says_what_was_left(capsys):
-    quantize(model(), "W4A16-g32")
+    quantize(model(), "W4A16-g32", verbose=True)
     printed = capsys.readouterr().out
     lines = {line.split()[0]: line for line in printed.splitlines()[1:]}
     assert printed.startswith("Quantized 9 of ")
@@ -164,7 +164,7 @@ def test_says_what_was_left(capsys):
     assert "nnx.Embed: not quantized" in lines["embed.embedding"]
     assert "vector" in lines["again.bias"]
     assert not any("rngs" in line or "again.kernel" in line for line in lines)
-    quantize(model(), "W4A16-g32", quiet=True)
+    quantize(model(), "W4A16-g32")
     assert capsys.readouterr().out == ""
     table = match_table(model(), "W4A16-g32")
     assert {row.path for row in table.quantized} >= {"attention.query.kernel", "blocks.up.kernel"}
@@ -179,13 +179,13 @@ def test_jit_takes_the_module_and_states_survive_as_pure_dicts():
     saved = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(q, nnx.Not(nnx.RngState))))
     assert saved["again"]["kernel"]["codes"].dtype == np.int8
     abstract = nnx.eval_shape(lambda: Model(nnx.Rngs(1)))
-    template = quantize(abstract, "W8A16", quiet=True)
+    template = quantize(abstract, "W8A16")
     state = nnx.state(template, nnx.Not(nnx.RngState))
     shapes = jax.tree.map(
         lambda s, a: (s.shape, s.dtype) == (a.shape, a.dtype), nnx.to_pure_dict(state), saved
     )
     assert all(jax.tree.leaves(shapes))
-    restored = quantize(Model(nnx.Rngs(1)), "W8A16", quiet=True)
+    restored = quantize(Model(nnx.Rngs(1)), "W8A16")
     state = nnx.state(restored, nnx.Not(nnx.RngState))
     nnx.replace_by_pure_dict(state, saved)
     nnx.update(restored, state)
@@ -194,17 +194,15 @@ def test_jit_takes_the_module_and_states_survive_as_pure_dicts():
 
 def test_rules_pick_schemes_and_leave_things():
     rules = {"attention": None, "blocks.down": "W8A8", "*": "W4A16-g32"}
-    q = quantize(model(), rules, quiet=True)
+    q = quantize(model(), rules)
     assert type(q.attention.query) is nnx.LinearGeneral
     assert q.blocks.down.kernel.spec.format == "int8"
     assert q.blocks.up.kernel.spec.format == "int4"
     assert q.blocks.down.activation.format == "int8" and q.blocks.up.activation is None
-    same = quantize(
-        model(), "W4A16-g32", rules={"attention": None, "blocks.down": "W8A8"}, quiet=True
-    )
+    same = quantize(model(), "W4A16-g32", rules={"attention": None, "blocks.down": "W8A8"})
     assert nnx.graphdef(same) == nnx.graphdef(q)
     # A shared module is one tensor with several paths: a rule may use any of them.
-    q = quantize(model(), {"again": "W8A16"}, quiet=True)
+    q = quantize(model(), {"again": "W8A16"})
     assert q.first.kernel.spec.format == "int8" and q.again is q.first
     assert type(q.list[0]) is nnx.Linear
 
@@ -224,14 +222,14 @@ def test_rules_pick_schemes_and_leave_things():
 )
 def test_errors(scheme, message):
     with pytest.raises(ValueError, match=message):
-        quantize(model(), scheme, quiet=True)
+        quantize(model(), scheme)
 
 
 def test_nan_names_the_layer():
     bad = nnx.clone(model())
     bad.list[0].kernel.set_value(bad.list[0].kernel.get_value().at[0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match=r"list\.0\.kernel: 1 of .* NaN"):
-        quantize(bad, "W8A16", quiet=True)
+        quantize(bad, "W8A16")
 
 
 def test_static_activations_take_calibrated_scales():
@@ -240,28 +238,28 @@ def test_static_activations_take_calibrated_scales():
     path = match_table(small, "W8").quantized[0].path
     by_channel = {path: np.abs(x).max(axis=0)}
     for calibration in (by_channel, {path.removesuffix(".kernel"): 3.0}):
-        q = quantize(small, "W8A8-static", calibration=calibration, quiet=True)
+        q = quantize(small, "W8A8-static", calibration=calibration)
         layer = q.layers[0]
         assert layer.activation_scale.get_value() == np.float32(3.0) / 127
         assert 0 < relative_error(np.asarray(layer(x)), np.asarray(small.layers[0](x))) < 0.02
     abstract = nnx.eval_shape(lambda: nnx.clone(small))
-    scale = quantize(abstract, "W8A8-static", quiet=True).layers[0].activation_scale
+    scale = quantize(abstract, "W8A8-static").layers[0].activation_scale
     assert (scale.shape, scale.dtype) == ((), jnp.float32)
     for wrong in (np.ones(3), np.nan, -1.0, "large"):
         with pytest.raises(ValueError, match=r"0\.kernel: (the absmax of its input|expected)"):
-            quantize(small, "W8A8-static", calibration={path: wrong}, quiet=True)
+            quantize(small, "W8A8-static", calibration={path: wrong})
     with pytest.raises(ValueError, match="no tensor 'up'. Nearest paths: .*kernel"):
-        quantize(small, "W8A8-static", calibration={"up": 1.0}, quiet=True)
+        quantize(small, "W8A8-static", calibration={"up": 1.0})
     for tokens in (TOKENS, jnp.asarray(TOKENS), [[1, 2]]):
         with pytest.raises(TypeError, match=r"Sample tokens go to fdq\.calibrate"):
-            quantize(small, "W8A8-static", calibration=tokens, quiet=True)
+            quantize(small, "W8A8-static", calibration=tokens)
 
 
 def test_a_calibration_gives_scales_and_importance():
     layer = nnx.Sequential(nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(0)), nnx.relu)
     x = np.linspace(-2.0, 3.0, 4 * WIDTH, dtype=np.float32).reshape(4, WIDTH)
     seen = calibrate(layer, x)
-    q = quantize(layer, "W4A8-g32-static", calibration=seen, importance=seen, quiet=True).layers[0]
+    q = quantize(layer, "W4A8-g32-static", calibration=seen, importance=seen).layers[0]
     np.testing.assert_allclose(q.activation_scale.get_value(), 3.0 / 127, rtol=1e-6)
     kernel = layer.layers[0].kernel.get_value()
     expected = quantize_array(kernel, q.kernel.spec, importance=np.square(x).mean(axis=0))
@@ -270,15 +268,15 @@ def test_a_calibration_gives_scales_and_importance():
 
 def test_containers_of_modules():
     layer = nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(0))
-    q = quantize(nnx.List([layer, layer]), "W8", quiet=True)
+    q = quantize(nnx.List([layer, layer]), "W8")
     assert type(q[0]) is nn.QuantizedLinear and q[0] is q[1]
     with pytest.raises(ValueError, match=r"kernels of fdq\.nn's layers(.|\n)*is quantized \(W8\)"):
-        quantize(q, "W4-g32", quiet=True)
+        quantize(q, "W4-g32")
 
 
 def test_stacked_layers_get_a_scale_each():
     calibration = {"up": np.array([1.0, 2.0, 4.0], np.float32), "down": 1.0}
-    q = quantize(model().blocks, "W8A8-static", calibration=calibration, quiet=True)
+    q = quantize(model().blocks, "W8A8-static", calibration=calibration)
     np.testing.assert_allclose(q.up.activation_scale.get_value() * 127, [1, 2, 4])
     np.testing.assert_allclose(q.down.activation_scale.get_value() * 127, [1, 1, 1])
 
@@ -292,7 +290,7 @@ def test_fdq_layers_hold_their_qtensor_in_place():
             self.router = nn.Router(WIDTH, 2, top_k=1, rngs=rngs)
 
     source = Both(nnx.Rngs(0))
-    q = quantize(source, "Wfp8Afp8", quiet=True)
+    q = quantize(source, "Wfp8Afp8")
     assert type(q.linear) is nn.Linear and q.linear.kernel.shape == (WIDTH, 32)
     assert type(q.linear.kernel.codes) is nn.QCodes and type(q.linear.kernel.scale) is nn.QScale
     assert q.linear.activation.format == "float8_e4m3"
@@ -302,12 +300,12 @@ def test_fdq_layers_hold_their_qtensor_in_place():
     reasons = {row.path: row.reason for row in match_table(source, "W8").left}
     assert "'embed'" in reasons["embed.embedding"]
     assert reasons["router.kernel"] == "fdq.nn.Router: not quantized"
-    q = quantize(source, {"embed.embedding": "W8A16"}, quiet=True)
+    q = quantize(source, {"embed.embedding": "W8A16"})
     assert isinstance(q.embed.embedding, QTensor)
     static = {"linear": 1.0, "experts.gate_up_proj": 2.0, "experts.down_proj": 3.0}
-    q = quantize(source, "W8A8-static", calibration=static, quiet=True)
+    q = quantize(source, "W8A8-static", calibration=static)
     assert q.experts.down_proj.activation_scale.shape == ()
-    again = quantize(q, {"*.embedding": "W8A16"}, quiet=True)
+    again = quantize(q, {"*.embedding": "W8A16"})
     assert again.linear.kernel.codes.get_value() is q.linear.kernel.codes.get_value()
 
 
@@ -344,7 +342,7 @@ def test_layers_that_only_look_like_linear_are_left():
     assert reasons["head.kernel"].startswith("shared with tied.embedding (nnx.Embed")
     assert reasons["table"] == "Owner: not quantized"
     assert "constant" in reasons
-    q = quantize(owner, "W8", quiet=True)
+    q = quantize(owner, "W8")
     assert q.head.kernel is q.tied.embedding
 
 
@@ -362,7 +360,7 @@ def test_einsum_equations(equation, inputs, kernel, bias, rng):
     layer = nnx.Einsum(equation, kernel, bias, rngs=nnx.Rngs(0))
     if bias:
         layer.bias.set_value(jnp.asarray(rng.standard_normal(bias), jnp.float32))
-    q = quantize(layer, "W8A16", quiet=True)
+    q = quantize(layer, "W8A16")
     x = rng.standard_normal(inputs).astype(np.float32)
     y, reference = np.asarray(q(x)), np.asarray(layer(x))
     assert y.shape == reference.shape
@@ -383,7 +381,7 @@ def test_linear_general_axes(axis, rng):
     features = tuple(x.shape[a] for a in sorted(axis))
     layer = nnx.LinearGeneral(features, (3, 5), axis=axis, rngs=nnx.Rngs(0))
     layer.bias.set_value(jnp.asarray(rng.standard_normal((3, 5)), jnp.float32))
-    y = np.asarray(quantize(layer, "W8A16", quiet=True)(x))
+    y = np.asarray(quantize(layer, "W8A16")(x))
     assert relative_error(y, np.asarray(layer(x))) < 0.02
 
 
@@ -398,7 +396,7 @@ def test_linear_general_axes(axis, rng):
 )
 def test_dtypes_are_promoted_as_by_the_source(options):
     layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0), **options)
-    q = quantize(layer, "W8A16", quiet=True)
+    q = quantize(layer, "W8A16")
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jnp.ones((2, 16), dtype)
         assert q(x).dtype == layer(x).dtype
@@ -408,7 +406,7 @@ def test_sharding_names_follow_the_axes():
     mesh = jax.make_mesh((4,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
     metadata = {"out_sharding": ("tp", None), "mesh": mesh}
     layer = nnx.Linear(64, 8, kernel_metadata=metadata, use_bias=False, rngs=nnx.Rngs(0))
-    q = quantize(layer, "W4A16-g32", quiet=True)  # 32 bytes of codes and 2 groups along K
+    q = quantize(layer, "W4A16-g32")  # 32 bytes of codes and 2 groups along K
     assert q.kernel.codes.out_sharding == ("tp", None)
     assert q.kernel.scale.out_sharding == (None, None)  # 2 groups on 4 devices
     assert q.kernel.codes.get_value().sharding.spec == jax.sharding.PartitionSpec("tp", None)
@@ -419,7 +417,7 @@ def test_sharding_names_follow_the_axes():
 def test_donated_sources_are_freed():
     source = Model(nnx.Rngs(0))
     expected = output(quantized("W8A16"))
-    q = quantize(source, "W8A16", donate=True, quiet=True)
+    q = quantize(source, "W8A16", donate=True)
     assert source.first.kernel.get_value().is_deleted()
     assert not source.first.bias.get_value().is_deleted()
     np.testing.assert_array_equal(output(q), expected)
@@ -429,7 +427,7 @@ def test_abstract_models_take_seconds_and_no_memory():
     from fdq.models import CONFIGS, abstract
 
     big = abstract(CONFIGS["ernie-4.5-300b-a47b"], jnp.bfloat16)
-    q = quantize(big, "mix_quant", quiet=True)
+    q = quantize(big, "mix_quant")
     experts = q.layers[53].mlp.experts.down_proj
     assert isinstance(experts.kernel.codes.get_value(), jax.ShapeDtypeStruct)
     assert experts.kernel.shape == (64, 3584, 8192) and experts.kernel.spec.format == "int4"
@@ -439,7 +437,7 @@ def test_abstract_models_take_seconds_and_no_memory():
         q.scheme == '{"*.experts": "W4A8C16", "*": "W8A16C8"}'
         and '"cache": "C8"' in q.recipe_record
     )
-    static = quantize(big, "tensor_wise_fp8", quiet=True)
+    static = quantize(big, "tensor_wise_fp8")
     assert static.layers[0].mlp.down_proj.activation_scale.shape == ()
 
 
@@ -447,9 +445,7 @@ def test_ernies_wint4_depends_on_the_experts():
     from fdq.models import CONFIGS, abstract
 
     for name, dense in (("ernie-4.5-21b-a3b", "int8"), ("ernie-4.5-0.3b", "int4")):
-        q = quantize(
-            abstract(CONFIGS[name], jnp.bfloat16), "wint4", compat="fastdeploy", quiet=True
-        )
+        q = quantize(abstract(CONFIGS[name], jnp.bfloat16), "wint4", compat="fastdeploy")
         assert q.layers[1].self_attn.o_proj.kernel.spec.format == dense
         assert q.layers[1].self_attn.o_proj.kernel.spec.granularity == "channel"
 
@@ -457,7 +453,7 @@ def test_ernies_wint4_depends_on_the_experts():
 def test_user_code_warns_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        output(quantize(model(), "W8A16", quiet=True))
+        output(quantize(model(), "W8A16"))
 
 
 def test_modules_in_containers():
@@ -471,7 +467,7 @@ def test_modules_in_containers():
             self.sequence = nnx.Sequential(linear(), nnx.relu, linear())
             self.shared = self.plain[0]
 
-    q = quantize(Holder(nnx.Rngs(0)), "W8A16", quiet=True)
+    q = quantize(Holder(nnx.Rngs(0)), "W8A16")
     layers = [q.plain[0], q.plain[1][0], q.plain[1][1]["a"], q.named["x"], q.sequence.layers[2]]
     assert {type(layer) for layer in layers} == {nn.QuantizedLinear}
     assert type(q.plain) is list and type(q.plain[1]) is tuple and q.named["f"] is nnx.relu
@@ -490,7 +486,7 @@ def test_every_scheme_works_in_a_users_layer(name, rng):
     x = rng.standard_normal((4, 128)).astype(np.float32)
     holder = nnx.Sequential(layer)
     calibration = {"layers.0": np.abs(x).max()}
-    q = quantize(holder, name, calibration=calibration, quiet=True).layers[0]
+    q = quantize(holder, name, calibration=calibration).layers[0]
     y, reference = np.asarray(jax.jit(lambda x: q(x))(x)), np.asarray(layer(x))
     limit = {"int2": 0.5, "cc2": 0.5, "int3": 0.25}.get(q.kernel.spec.format, 0.15)
     assert 0 < relative_error(y, reference) < limit

@@ -510,3 +510,42 @@ def test_names_as_fastdeploys_command_line_reads_them(name, compat, has_experts,
     assert str(recipe.scheme_for(DENSE)) == dense
     assert recipe.scheme_for("layers.9.mlp.router.kernel") is None
     assert (recipe.cache is not None) == (name.lower() == "mix_quant")
+
+
+WITH_QUANTIZERS = Recipe(
+    [("*.down_proj", "W4A16", {"quantizer": "absmax"}), ("a", None), ("*", "W4A16C8")],
+)
+DEFAULT_QUANTIZER = Recipe([("b", "W8A16"), ("*", "W4A16", {"quantizer": "signed_max"})])
+
+
+@pytest.mark.parametrize("recipe", [WITH_QUANTIZERS, DEFAULT_QUANTIZER], ids=["rule", "default"])
+def test_quantizers_of_rules_survive_as_json_and_as_text(recipe):
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.parse(str(recipe)) == recipe
+    assert hash(Recipe.parse(str(recipe))) == hash(recipe)
+
+
+def test_rules_name_quantizers():
+    assert WITH_QUANTIZERS.match("layers.0.mlp.down_proj.kernel").quantizer == "absmax"
+    assert WITH_QUANTIZERS.match("layers.0.mlp.up_proj.kernel").quantizer is None
+    assert DEFAULT_QUANTIZER.match("layers.0.mlp.up_proj.kernel").quantizer == "signed_max"
+    assert DEFAULT_QUANTIZER.match("b.kernel").quantizer is None
+    assert "quantizer" not in Recipe.parse("W4A16").to_json()
+    with pytest.raises(ValueError, match="cannot say quantizer='absmax'"):
+        WITH_QUANTIZERS.to_fastdeploy()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("a", "W4A16", {"quantizer": "absmx"}), "Rule 'a': .*Did you mean 'absmax'"),
+        (("a", None, {"quantizer": "absmax"}), "Rule 'a': .*no weight is quantized"),
+        (("a", "W4A16", {"method": "absmax"}), r"may have dict\(quantizer=name\) after"),
+        (("a", "W4A16", "absmax"), r"may have dict\(quantizer=name\) after"),
+        (("*", "W16C8", {"quantizer": "absmax"}), "The default: .*no weight is quantized"),
+        (("*", "W4A16", {"quantizer": "none"}), "The default: Unknown quantizer 'none'"),
+    ],
+)
+def test_wrong_quantizers_of_rules(rule, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe([rule])

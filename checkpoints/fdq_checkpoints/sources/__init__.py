@@ -1,1 +1,13 @@
-"""What is in a source: whose names its tensors have."""
+"""What fdq reads weights from: one module an importer, one row of `SOURCES` an importer."""
+
+from fdq_checkpoints.sources.float_model import FLOAT_MODELS as _FLOAT_MODELS
+from fdq_checkpoints.sources.orbax_tree import ORBAX_TREES as _ORBAX_TREES
+from fdq_checkpoints.sources.orbax_tree import STORED_FLOATS as _STORED_FLOATS
+from fdq_checkpoints.sources.source import SOURCES as SOURCES
+from fdq_checkpoints.sources.source import Importer as Importer
+from fdq_checkpoints.sources.source import Source as Source
+from fdq_checkpoints.sources.source import importer_of as importer_of
+from fdq_checkpoints.sources.source import open_source as open_source
+
+for _importer in (_FLOAT_MODELS, _ORBAX_TREES, _STORED_FLOATS):
+    SOURCES.register(_importer)

@@ -6,6 +6,7 @@ process that dies leaves the sibling, which nothing loads; an error removes it.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import pathlib
 import shutil
@@ -167,3 +168,9 @@ def _remove(old: pathlib.Path) -> None:
     elif old.exists():
         check_destination(old, overwrite=True)
         shutil.rmtree(old)
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdq_checkpoints import stream, tree_paths
+from fdq import models
+from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError, nearest
-from fdq_checkpoints.saving import file_digest
 from fdq_checkpoints.store import manifest as manifests
+from fdq_checkpoints.store.commit import file_digest
 from fdq_checkpoints.store.manifest import WEIGHTS, Manifest, TensorEntry
 from fdq_checkpoints.store.orbax_store import TreeReader
 from fdq_checkpoints.tree_paths import Path, array_path, dotted
@@ -51,6 +52,17 @@ class StoredTensors:
         self._reader = TreeReader(folder / WEIGHTS)
         self._entries = {entry.path: entry for entry in self.manifest.tensors}
         self._check_stored()
+
+    def config(self) -> models.DecoderConfig:
+        """The config of the stored model.
+
+        Raises:
+          CheckpointError: it is not one that this fdq knows.
+        """
+        try:
+            return models.DecoderConfig.from_dict(self.manifest.config or {})
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.folder}: config in fdq.json: {error}") from error
 
     def read(self, *, verify: bool = True) -> Iterator[tuple[TensorEntry, dict[str, np.ndarray]]]:
         """Each tensor's entry and arrays on the host.
@@ -88,7 +100,7 @@ class StoredTensors:
         result = {}
         for entry, arrays in self.read(verify=verify):
             placed = {
-                name: stream.put(array, sharding_of(sharding, array_path(entry.path, name), array))
+                name: put(array, sharding_of(sharding, array_path(entry.path, name), array))
                 for name, array in arrays.items()
             }
             if entry.prng is not None:
@@ -190,3 +202,18 @@ def check_shardings(shardings: Shardings, paths: Iterable[Path]) -> None:
         for name in shardings:
             if name not in known:
                 raise CheckpointError(f"sharding: there is no array {name}.{nearest(name, known)}")
+
+
+def put(value: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """A host array on devices; each device (and process) takes its own part only.
+
+    What JAX would cut to 32 bits (unless ``jax_enable_x64``) stays a NumPy array.
+    """
+    if isinstance(value, jax.Array) and sharding is None:
+        return value
+    host = np.asarray(value)
+    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
+        return host
+    if sharding is None:
+        return jnp.asarray(host)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -1,0 +1,136 @@
+"""Models of floats as Hugging Face and Paddle publish them: config.json and safetensors."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16 by name
+import numpy as np
+
+from fdq import models
+from fdq_checkpoints import tree_paths
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources import huggingface, paddle, tensor_names
+from fdq_checkpoints.sources.source import Source
+from fdq_checkpoints.tree_paths import Path
+
+# What reading a config raises when it holds, say, a list in place of a number.
+_WRONG_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
+
+
+class FloatModel(Source):
+    """A directory of floats, seen as the tensors of an fdq model.
+
+    Attributes:
+      directory: the open files.
+    """
+
+    def __init__(
+        self,
+        directory: SourceDirectory,
+        model: models.Decoder,
+        parts: Mapping[Path, tensor_names.Source],
+    ):
+        self.directory, self.folder = directory, directory.path
+        self.tree, self.config = model, model.config
+        self._parts = parts
+
+    def read(self, path: Path, index: int | None = None) -> np.ndarray:
+        """The tensor at `path`, or one expert of it, in the stored dtype."""
+        return self._parts[path].read(self.directory, index)
+
+    def companions(self) -> list[pathlib.Path]:
+        """The config, tokenizer and generation files that are there."""
+        return self.directory.companions()
+
+    def close(self) -> None:
+        """Closes the shards."""
+        self.directory.close()
+
+
+class FloatModels:
+    """Takes whatever no other importer claims, and refuses what is no model of floats."""
+
+    name = "model of floats"
+
+    def claims(self, folder: pathlib.Path) -> bool:
+        """Asked last, it says no to nothing: `open` says what is wrong."""
+        del folder
+        return True
+
+    def open(self, folder: pathlib.Path, *, dtype: Any = None) -> FloatModel:
+        """Looks at all names, shapes and dtypes; reads no weights.
+
+        Raises:
+          FileNotFoundError: there is no such directory.
+          CheckpointError: the model is not supported, is quantized already, or a tensor is
+            missing, unexpected, or of a wrong shape or dtype.
+        """
+        directory = SourceDirectory(folder)
+        try:
+            _refuse_quantized(directory)
+            return _open(directory, dtype)
+        except BaseException:
+            directory.close()
+            raise
+
+
+FLOAT_MODELS = FloatModels()
+
+
+def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
+    hf_config = directory.config
+    try:
+        config = models.from_huggingface(hf_config)
+    except ValueError as error:
+        raise CheckpointError(f"{directory.path / 'config.json'}: {error}") from error
+    except _WRONG_KIND as error:
+        raise CheckpointError(
+            f"{directory.path / 'config.json'}: a value of a wrong kind ({error})."
+        ) from error
+    is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
+    names = paddle if is_paddle else huggingface
+    own = () if is_paddle else models.FAMILIES[config.model_type].tensor_names
+    if dtype is None and not ({"dtype", "torch_dtype"} & hf_config.keys()):
+        embedding = directory.tensors.get(names.EMBEDDING)
+        dtype = None if embedding is None else embedding.dtype
+    try:
+        model = models.abstract(config, dtype)
+    except ArithmeticError as error:  # a width of zero
+        raise CheckpointError(
+            f"{directory.path / 'config.json'}: its sizes make no model ({error})."
+        ) from error
+    targets = {tensor.path: tensor.value for tensor in tree_paths.flatten(model)}
+    head_dim = model.config.head_dim
+    q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim
+    tied = config.tie_word_embeddings and names.HEAD in directory.tensors
+    sources = tensor_names.sources(
+        directory,
+        (*own, *names.RULES),
+        targets,
+        qkv_widths=(q, kv, kv),
+        also_used=(names.HEAD,) if tied else (),
+    )
+    if tied:
+        tensor_names.check_tied_head(directory, names.HEAD, names.EMBEDDING)
+    return FloatModel(directory, model, sources)
+
+
+def _refuse_quantized(directory: SourceDirectory) -> None:
+    quantization = directory.config.get("quantization_config")
+    if quantization is not None:
+        method = "?"
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", quantization.get("quantization", "?"))
+        raise CheckpointError(
+            f"{directory.path / 'config.json'}: quantization_config ({method}): the weights are "
+            "quantized already. fdq reads float checkpoints; use the original release."
+        )
+    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
+        if os.path.lexists(directory.path / name):
+            raise CheckpointError(
+                f"{directory.path / name}: says that the weights are quantized already. fdq reads "
+                "float checkpoints; use the original release."
+            )

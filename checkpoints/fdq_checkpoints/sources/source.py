@@ -1,0 +1,124 @@
+"""What a source of weights is: an importer says which directories are its own, and opens them.
+
+An open source is a tree of what it has, abstract, and reads one tensor of it at a time: floats, or
+a `QTensor` where its weights are quantized already. What becomes of them the recipe says.
+"""
+
+import abc
+import os
+import pathlib
+from typing import Any, Protocol
+
+import numpy as np
+
+from fdq import models
+from fdq.formats.qtensor import QTensor
+from fdq.registry import Registry
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.tree_paths import Path
+
+
+class Source(abc.ABC):
+    """An open checkpoint of somebody's; a context manager.
+
+    Attributes:
+      folder: where it is.
+      tree: an `fdq.models.Decoder` or nested dicts, of `jax.ShapeDtypeStruct` s (floats) and
+        abstract QTensors.
+      config: of the model, if it is one.
+    """
+
+    folder: pathlib.Path
+    tree: Any
+    config: models.DecoderConfig | None = None
+
+    @abc.abstractmethod
+    def read(self, path: Path, index: int | None = None) -> np.ndarray | QTensor:
+        """The tensor at `path` as it is stored, or `tensor[index]` of a stack."""
+
+    def companions(self) -> list[pathlib.Path]:
+        """Files to copy beside the converted weights, such as tokenizer.json."""
+        return []
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """Lets go of open files."""
+
+    @property
+    def state(self) -> list[Any]:
+        """JSON values that are equal as long as nobody touched the source."""
+        states: list[Any] = [str(self.folder.resolve())]
+        for path in sorted(self.folder.glob("**/*")):
+            if path.is_file():
+                status = path.stat()
+                name = str(path.relative_to(self.folder))
+                states.append([name, status.st_size, status.st_mtime_ns])
+        return states
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Importer(Protocol):
+    """One kind of checkpoint that fdq reads; a member of `SOURCES`, which users may add to."""
+
+    @property
+    def name(self) -> str:
+        """What it reads, in a word or two."""
+        ...
+
+    def claims(self, folder: pathlib.Path) -> bool:
+        """Whether a directory is of this kind; looks at names and config.json, reads no weights."""
+        ...
+
+    def open(self, folder: pathlib.Path, *, dtype: Any = None) -> Source:
+        """Opens a directory that it claims.
+
+        Args:
+          folder: the directory.
+          dtype: of a model's tensors that are not quantized; by default that of the source.
+
+        Raises:
+          CheckpointError: something is wrong with it; says what and where.
+        """
+        ...
+
+
+SOURCES: Registry[Importer] = Registry("source")
+"""Asked from the last to the first whether a directory is theirs: what users add before what is
+here. The first one takes whatever nobody else claims, and says why it cannot."""
+
+
+def importer_of(folder: pathlib.Path) -> Importer:
+    """The importer that claims a directory."""
+    return next(one for one in reversed(list(SOURCES.values())) if one.claims(folder))
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    config: models.DecoderConfig | None = None,
+    subtree: str | None = None,
+) -> Source:
+    """Opens a directory by whichever importer claims it.
+
+    Args:
+      path: the directory.
+      dtype: of a model's tensors that are not quantized.
+      config: makes a model of an Orbax tree.
+      subtree: of an Orbax tree, only what is below this dotted path.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      CheckpointError: it is refused; says why.
+    """
+    folder = pathlib.Path(path)
+    importer = importer_of(folder)
+    given = {"config": config, "subtree": subtree}
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and not getattr(importer, "takes_trees", False):
+        raise CheckpointError(f"{folder}: config= and subtree= are for Orbax checkpoints.")
+    return importer.open(folder, dtype=dtype, **options)

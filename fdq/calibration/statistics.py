@@ -1,0 +1,170 @@
+"""What a model's layers are fed: statistics for static scales and for quantizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdq.cache.cache_tensor import format_of
+from fdq.cache.kv_cache import LayerScales, parse_format
+from fdq.calibration import calibration_file
+from fdq.schemes.scheme import ActivationSpec, CacheSpec
+
+_SMALLEST = 1e-10  # as in fdq.ops: a channel that was never active gets a scale that is not zero
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyValueRange:
+    """Smallest and largest key and value seen by one layer, each `[kv_heads, head_dim]`."""
+
+    k_min: np.ndarray
+    k_max: np.ndarray
+    v_min: np.ndarray
+    v_max: np.ndarray
+
+
+RANGE_FIELDS = tuple(field.name for field in dataclasses.fields(KeyValueRange))
+
+STATISTICS = ("absmax", "mean_square")
+"""Fields of `Calibration` that hold a statistic of each kernel's input channels."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What `calibrate` saw.
+
+    Attributes:
+      absmax: by path of the kernel (`layers.0.mlp.down_proj.kernel`), the largest |x| of each
+        input channel: `[K]`, or `[layers, K]` for scan-stacked kernels; float32.
+      mean_square: the mean of x^2 of each input channel, same keys and shapes: what guides
+        a scale search. Experts share one row.
+      cache: of each attention layer in order the range of what a KV cache would store; empty for
+        models that are not made of `fdq.nn.Attention`.
+      tokens: how many tokens were seen.
+    """
+
+    absmax: dict[str, np.ndarray]
+    mean_square: dict[str, np.ndarray]
+    cache: tuple[KeyValueRange, ...]
+    tokens: int
+
+    @property
+    def statistics(self) -> Mapping[str, Mapping[str, np.ndarray]]:
+        """What quantizers may ask for, by name and then by path."""
+        return {name: getattr(self, name) for name in STATISTICS}
+
+    @property
+    def importance(self) -> dict[str, np.ndarray]:
+        """Weight of each input channel's error in the output's error: its mean square."""
+        return self.mean_square
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that was seen; equal for equal statistics."""
+        found = hashlib.sha256(str(self.tokens).encode())
+        for name, array in sorted(self._arrays().items()):
+            found.update(f"{name} {array.shape} ".encode() + np.asarray(array, "<f4").tobytes())
+        return found.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the statistics to a file (by custom `.npz`), for `load` and `fdq convert`.
+
+        Examples:
+          >>> fdq.calibrate(model, tokens).save("statistics.npz")  # doctest: +SKIP
+        """
+        calibration_file.write(path, self._arrays(), self.tokens)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """What `save` wrote.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: it is no such file, or damaged; the message says where.
+        """
+        arrays, tokens = calibration_file.read(path)
+        fields: dict[str, dict[str, np.ndarray]] = {name: {} for name in STATISTICS}
+        layers: dict[int, dict[str, np.ndarray]] = {}
+        for name, array in arrays.items():
+            kind, _, rest = name.partition("/")
+            layer = re.fullmatch(r"(\d+)/(\w+)", rest)
+            if kind in fields and rest and array.ndim and (array >= 0).all():
+                fields[kind][rest] = array
+            elif kind == "cache" and layer and layer[2] in RANGE_FIELDS and array.ndim == 2:
+                layers.setdefault(int(layer[1]), {})[layer[2]] = array
+            else:
+                raise ValueError(f"{path}: {name!r} of shape {array.shape} is no such statistic.")
+        for kind, values in fields.items():
+            for other in fields["absmax"].keys() ^ values.keys():
+                raise ValueError(f"{path}: {other!r} has absmax or {kind}, and not both.")
+        for number, layer in enumerate(sorted(layers)):
+            if layer != number or set(layers[layer]) != set(RANGE_FIELDS):
+                raise ValueError(f"{path}: the range of keys and values of layer {number} lacks.")
+        cache = tuple(KeyValueRange(**layers[layer]) for layer in sorted(layers))
+        return cls(**fields, cache=cache, tokens=tokens)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {
+            f"{kind}/{path}": np.asarray(array)
+            for kind, values in self.statistics.items()
+            for path, array in values.items()
+        }
+        for number, layer in enumerate(self.cache):
+            arrays |= {f"cache/{number}/{name}": getattr(layer, name) for name in RANGE_FIELDS}
+        return arrays
+
+    def activation_scale(self, path: str, spec: ActivationSpec) -> jax.Array:
+        """The static scale of one kernel's input: absmax / bound, float32 of shape ().
+
+        Scan-stacked kernels get one scale a layer.
+
+        Raises:
+          ValueError: no statistics of that kernel.
+        """
+        if path not in self.absmax:
+            raise ValueError(
+                f"{path}: no calibration statistics; there are some of {sorted(self.absmax)[:4]} "
+                f"and {max(0, len(self.absmax) - 4)} more"
+            )
+        largest = np.maximum(self.absmax[path].max(axis=-1), _SMALLEST)
+        return jnp.asarray(largest / np.float32(spec.bound), jnp.float32)
+
+    def cache_scales(self, spec: CacheSpec | str) -> list[LayerScales]:
+        """Static scales of each layer for `KVCache.init(..., scales=...)`.
+
+        Symmetric: scale = absmax / bound. With a zero point: scale = (max - min) / 15, both ends
+        extended to 0, and zero = round(-min / scale).
+
+        Args:
+          spec: a static CacheSpec, per `channel` or `head`.
+
+        Raises:
+          ValueError: a dynamic format, or a model whose attention was not observed.
+        """
+        parsed = parse_format(spec)
+        if parsed is None or parsed.dynamic:
+            raise ValueError(f"KV cache format {spec} needs no calibrated scales")
+        if not self.cache:
+            raise ValueError("no keys and values were observed: the model has no fdq.nn.Attention")
+        layers = []
+        for seen in self.cache:
+            k, k_zero = _scale(seen.k_min, seen.k_max, parsed)
+            v, v_zero = _scale(seen.v_min, seen.v_max, parsed)
+            layers.append(LayerScales(k=k, v=v, k_zero=k_zero, v_zero=v_zero))
+        return layers
+
+
+def _scale(low: np.ndarray, high: np.ndarray, spec: CacheSpec) -> tuple[Any, Any]:
+    """Scale and zero point, `[kv_heads, head_dim]` or `[kv_heads, 1]`."""
+    if spec.granularity == "head":
+        low, high = low.min(-1, keepdims=True), high.max(-1, keepdims=True)
+    scale, zero = format_of(spec).fit(jnp.asarray(low), jnp.asarray(high))
+    return np.asarray(scale), None if zero is None else np.asarray(zero).astype(np.uint8)

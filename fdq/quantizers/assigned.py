@@ -1,0 +1,210 @@
+"""A recipe brought to a model: which tensor gets which scheme by which quantizer; and doing it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdq.cache.kv_cache import abstract_scales
+from fdq.formats.qtensor import QTensor
+from fdq.quantizers.layer_inputs import LayerInputs
+from fdq.quantizers.modules import (
+    DEFAULTS_OF_MODULES,
+    Tensor,
+    collect,
+    describe,
+    quantize_module,
+)
+from fdq.quantizers.quantizer import pick
+from fdq.quantizers.weight import quantize_array
+from fdq.schemes import assignment
+from fdq.schemes.assignment import Leaf, MatchTable, Row
+from fdq.schemes.recipe import Recipe
+from fdq.schemes.scheme import CacheSpec, Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """What is to become of each tensor of a tree or module.
+
+    Attributes:
+      target: the tree, or a clone of the module (with its arrays in Variables of its own).
+      tensors: of a module; None for a tree.
+      leaves: what the recipe looked at.
+      recipe: its rules and cache.
+      table: what it says of each leaf.
+      method: the quantizer of those to which no rule gives another.
+      compat: FastDeploy's rounding, where it has one.
+    """
+
+    target: Any
+    tensors: list[Tensor] | None
+    leaves: list[Leaf]
+    recipe: Recipe
+    table: MatchTable
+    method: str | None
+    compat: str | None
+
+    @classmethod
+    def of(
+        cls,
+        target: Any,
+        scheme: Any,
+        *,
+        compat: str | None = None,
+        rules: Any = None,
+        method: str | None = None,
+    ) -> Assigned:
+        """Matches a tree or module with whatever names a recipe.
+
+        Raises:
+          ValueError: a rule that matches nothing, a tensor that cannot take its scheme, or a
+            quantizer that cannot make it. Names the path.
+        """
+        tensors, hint = None, assignment.DEFAULTS_OF_TREES
+        if isinstance(target, nnx.Pytree):
+            target, hint = nnx.clone(target), DEFAULTS_OF_MODULES
+            tensors = collect(target)
+            leaves = [describe(tensor) for tensor in tensors]
+        else:
+            leaves = assignment.leaves_of(target)
+        has_experts = any("experts" in leaf.path.split(".") for leaf in leaves)
+        recipe = parse(scheme, rules, compat, has_experts=has_experts)
+        table = assignment.assign(recipe, leaves, hint=hint)
+        assigned = cls(target, tensors, leaves, recipe, table, method, compat)
+        for row in table.quantized:
+            assigned._check(row)
+        return assigned
+
+    def quantize(self, inputs: LayerInputs, *, donate: bool = False) -> Any:
+        """The tree or module with QTensors where the table says so."""
+        if self.tensors is None:
+            return self._quantize_tree(inputs, donate)
+        result = quantize_module(
+            self.target,
+            self.tensors,
+            self.table,
+            quantize=functools.partial(self.tensor, inputs=inputs),
+            activation_scale=inputs.activation_scale,
+            donate=donate,
+        )
+        if hasattr(result, "recipe_record") and hasattr(result, "scheme"):
+            result.scheme, result.recipe_record = str(self.recipe), self.recipe.to_json()
+        _keep_cache_scales(result, self.recipe.cache, inputs)
+        return result
+
+    @functools.cached_property
+    def rows(self) -> Mapping[str, tuple[Row, list[str]]]:
+        """Of each tensor that is quantized its row and all of its paths, by each of these."""
+        return {
+            path: (row, [leaf.path, *leaf.aliases])
+            for leaf, row in zip(self.leaves, self.table.rows, strict=True)
+            if row.scheme is not None
+            for path in (leaf.path, *leaf.aliases)
+        }
+
+    def tensor(
+        self,
+        array: Any,
+        row: Row,
+        paths: list[str],
+        *,
+        inputs: LayerInputs,
+        index: int | None = None,
+    ) -> QTensor:
+        """Quantizes one tensor.
+
+        Args:
+          array: `[..., K, N]`, folded where its layer contracts several axes.
+          row: what the table says of it.
+          paths: all that lead to it; any of them may have statistics.
+          inputs: statistics.
+          index: which matrix of the stack that `row` is about `array` is; None for all of it.
+        """
+        assert row.scheme is not None and row.scheme.weight is not None
+        method, compat = row.quantizer or self.method, None
+        if row.quantizer is None and fastdeploy_has(row.scheme, array.dtype):
+            compat = self.compat
+        return quantize_array(
+            array,
+            row.scheme.weight,
+            method=method,
+            compat=compat,
+            statistics=inputs.statistics(paths, index),
+            path=row.path,
+        )
+
+    def _check(self, row: Row) -> None:
+        """Raises ValueError where the row's quantizer cannot make its spec."""
+        assert row.scheme is not None and row.scheme.weight is not None
+        if self.compat is None or row.quantizer is not None:
+            pick(row.scheme.weight, row.quantizer or self.method, row.path, row.dtype)
+
+    def _quantize_tree(self, inputs: LayerInputs, donate: bool) -> Any:
+        """A leaf used twice is quantized once."""
+        leaves, treedef = jax.tree_util.tree_flatten(self.target, is_leaf=assignment.is_leaf)
+        uses = collections.Counter(id(x) for x in leaves)
+        made: dict[tuple[Any, ...], QTensor] = {}
+        for i, (source, row) in enumerate(zip(list(leaves), self.table.rows, strict=True)):
+            if row.scheme is None:
+                continue
+            array = source.get_value() if isinstance(source, nnx.Variable) else source
+            key = (id(source), row.scheme.weight, row.quantizer)
+            if key not in made:
+                made[key] = self.tensor(array, row, [row.path], inputs=inputs)
+            leaves[i] = made[key]
+            uses[id(source)] -= 1
+            if donate and not uses[id(source)] and isinstance(array, jax.Array):
+                array.delete()
+        return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def parse(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> Recipe:
+    """The recipe of `scheme`, with more `rules` ahead of its own."""
+    recipe = Recipe.parse(scheme, compat=compat, has_experts=has_experts)
+    if rules is None:
+        return recipe
+    extra = Recipe.parse(rules) if isinstance(rules, Mapping) else Recipe(rules)
+    if extra.default is not None or extra.cache is not None:
+        raise ValueError(
+            "rules= go ahead of those of the scheme: they have no '*' and no cache. Put these into "
+            "the scheme."
+        )
+    fields = {"cache": recipe.cache, "quantizer": recipe.quantizer, "record": recipe.record}
+    return Recipe((*extra.rules, *recipe.rules), recipe.default, **fields)
+
+
+def fastdeploy_has(scheme: Scheme, dtype: Any) -> bool:
+    """Whether FastDeploy rounds this tensor in a way of its own (WINT8, WINT4, W8A8, W4A8)."""
+    spec, activation = scheme.weight, scheme.activation
+    return (
+        spec is not None
+        and spec.format in ("int8", "int4")
+        and spec.zero_point == "none"
+        and spec.granularity in ("channel", "group")
+        and spec.scale_dtype in ("float32", str(jnp.dtype(dtype)))
+        and (activation is None or activation.format == "int8")
+    )
+
+
+def _keep_cache_scales(model: Any, cache: CacheSpec | None, inputs: LayerInputs) -> None:
+    """Gives a model that can keep them the scales of a static KV cache (`set_cache_scales`).
+
+    Without calibration a concrete model gets none: `KVCache.init` can be given others, and says so
+    where it is not. An abstract model gets their shapes.
+    """
+    if cache is None or cache.dynamic or not hasattr(model, "set_cache_scales"):
+        return
+    scales = inputs.cache_scales(cache)
+    leaves = jax.tree.leaves(nnx.state(model))
+    if scales is None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        scales = abstract_scales(model.config, cache)
+    if scales is not None:
+        model.set_cache_scales(scales)
