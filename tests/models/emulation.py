@@ -73,7 +73,10 @@ def attention(layer, x, turn):
 
     k, v = (np.repeat(a, heads // kv_heads, axis=2) for a in (rotated(k), v))
     scores = np.einsum("bthd,bshd->bhts", rotated(q), k) * d**-0.5
-    p = softmax(np.where(np.tril(np.ones((t, t), bool)), scores, -np.inf))
+    visible = np.tril(np.ones((t, t), bool))
+    if layer.sliding_window is not None:
+        visible &= ~np.tril(visible, -layer.sliding_window)
+    p = softmax(np.where(visible, scores, -np.inf))
     return linear(layer.o_proj, np.einsum("bhts,bshd->bthd", p, v).reshape(b, t, -1))
 
 

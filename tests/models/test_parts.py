@@ -60,7 +60,8 @@ class SometimesRotated(Part):
     def build(self, config, layer, *, dtype, rngs):
         kind = nn.Attention if (layer + 1) % self.every else Unrotated
         sizes = (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
-        return kind(*sizes, interleaved=config.rotary.interleaved, dtype=dtype, rngs=rngs)
+        options = {"interleaved": config.rotary.interleaved, "dtype": dtype, "rngs": rngs}
+        return kind(*sizes, sliding_window=config.sliding_window(layer), **options)
 
 
 class SquaredReLU(nnx.Module):
@@ -116,6 +117,7 @@ CONFIG = DecoderConfig(
     rms_norm_epsilon=1e-6,
     rotary=nn.RotaryConfig(interleaved=True),
     tie_word_embeddings=True,
+    sliding_windows=(3, None, 5),
     block=PostNorm(),
     attention=SometimesRotated(every=2),
     mlp=Squared(),
@@ -208,5 +210,4 @@ def test_usual_parts_and_windows_are_not_stored():
         assert not {"block", "attention", "mlp", "sliding_windows"} & stored.keys()
         assert "router" not in stored.get("moe", {})
         assert DecoderConfig.from_dict(stored | {"moe": stored.get("moe")}) == config
-    windows = CONFIG.replace(sliding_windows=(None, 4, 8)).to_dict()["sliding_windows"]
-    assert windows == [None, 4, 8]
+    assert CONFIG.to_dict()["sliding_windows"] == [3, None, 5]
