@@ -1,8 +1,8 @@
-"""``convert``: a float checkpoint to a quantized fdq checkpoint, tensor by tensor.
+"""`convert`: a float checkpoint to a quantized fdq checkpoint, tensor by tensor.
 
 Peak memory is about the largest quantized tensor (the experts of a layer are one) plus one batch
 of what is to be written, whatever the model's size. A killed conversion leaves a directory
-``<destination>.fdq-tmp`` that nothing loads; the same call goes on from there, and a different one
+`<destination>.fdq-tmp` that nothing loads; the same call goes on from there, and a different one
 (other source, scheme, options or version) starts anew.
 """
 
@@ -51,15 +51,15 @@ def convert(
         an Orbax checkpoint of yours, written by either of its APIs from an NNX state, Linen
         params or any tree (a tree comes out, in which lists have become dicts).
       dst: the directory to make.
-      scheme: anything that ``fdq.quantize`` takes; None keeps the floats.
+      scheme: anything that `fdq.quantize` takes; None keeps the floats.
       dtype: of a model's tensors that are not quantized; by default that of the source.
-      method: what chooses the codes, as in ``fdq.quantize``.
-      compat: as in ``fdq.quantize``.
+      method: what chooses the codes, as in `fdq.quantize`.
+      compat: as in `fdq.quantize`.
       calibration: statistics for quantizers that use them and for static scales: what
-        ``fdq.calibrate`` returned, or sample tokens ``[batch, length]``; with tokens the float
+        `fdq.calibrate` returned, or sample tokens `[batch, length]`; with tokens the float
         model is in memory as a whole while it runs over them.
-      config: makes a model of an Orbax checkpoint whose tree is that of ``fdq.models.Decoder``.
-      subtree: of an Orbax checkpoint, convert only what is below this dotted path (``params``).
+      config: makes a model of an Orbax checkpoint whose tree is that of `fdq.models.Decoder`.
+      subtree: of an Orbax checkpoint, convert only what is below this dotted path (`params`).
       overwrite: replace an fdq checkpoint at `dst`.
       verbose: prints what was quantized, and what was left and why.
       progress: called after each tensor with (bytes done, bytes in all, path).

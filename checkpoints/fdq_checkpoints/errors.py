@@ -15,6 +15,6 @@ def shown(name: str) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """``" The nearest present name is 'x'."``, or nothing where none is close."""
+    """`" The nearest present name is 'x'."`, or nothing where none is close."""
     close = difflib.get_close_matches(name, list(candidates)[:20_000], n=1, cutoff=0.6)
     return f" The nearest present name is {shown(close[0])}." if close else ""

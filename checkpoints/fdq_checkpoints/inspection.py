@@ -1,4 +1,4 @@
-"""``inspect`` and ``verify``: what is in a checkpoint, in true bytes."""
+"""`inspect` and `verify`: what is in a checkpoint, in true bytes."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
       path: dotted.
-      format: the spec's short name (``W4``), or the dtype of a plain array.
+      format: the spec's short name (`W4`), or the dtype of a plain array.
       quantized: whether it is a QTensor.
       shape: of the weight that it stands for.
       nbytes: stored bytes, packed, scales included.

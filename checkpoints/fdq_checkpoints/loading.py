@@ -1,4 +1,4 @@
-"""``load``: a Hugging Face or Paddle directory, or an fdq checkpoint, as a model or a pytree."""
+"""`load`: a Hugging Face or Paddle directory, or an fdq checkpoint, as a model or a pytree."""
 
 import os
 import pathlib
@@ -50,26 +50,26 @@ def load(
 
     Args:
       path: a directory: a float model as Hugging Face or Paddle publish it, or an fdq checkpoint.
-      scheme: anything that ``fdq.quantize`` takes. From a float directory, each tensor is
+      scheme: anything that `fdq.quantize` takes. From a float directory, each tensor is
         quantized as it is read, so that the float model is never in memory as a whole.
-      dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of a model's activations and of its
+      dtype: `"float32"`, `"bfloat16"` or `"float16"` of a model's activations and of its
         parameters that are not quantized; by default the checkpoint's.
-      sharding: where arrays go: one ``jax.sharding.Sharding``, a mapping from dotted array paths
-        (``layers.0.mlp.down_proj.kernel.codes``), or a function of that path and a
-        ``jax.ShapeDtypeStruct``. By default the default device.
+      sharding: where arrays go: one `jax.sharding.Sharding`, a mapping from dotted array paths
+        (`layers.0.mlp.down_proj.kernel.codes`), or a function of that path and a
+        `jax.ShapeDtypeStruct`. By default the default device.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, quantized or not). Without one these come back as nested dicts.
       calibration: statistics for quantizers that use them and for static scales: what
-        ``fdq.calibrate`` returned, or sample tokens ``[batch, length]``; with tokens the float
+        `fdq.calibrate` returned, or sample tokens `[batch, length]`; with tokens the float
         model is in memory as a whole while it runs over them.
-      method: what chooses the codes, as in ``fdq.quantize``.
-      compat: as in ``fdq.quantize``.
+      method: what chooses the codes, as in `fdq.quantize`.
+      compat: as in `fdq.quantize`.
       verify: compare checksums of fdq checkpoints.
       verbose: prints what was quantized, and what was left and why.
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:
-      An ``fdq.models.Decoder``; or for an fdq checkpoint of something else, the template filled,
+      An `fdq.models.Decoder`; or for an fdq checkpoint of something else, the template filled,
       or nested dicts of arrays and QTensors.
 
     Raises:

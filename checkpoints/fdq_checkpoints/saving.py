@@ -1,4 +1,4 @@
-"""``save``: a model or any pytree as an fdq checkpoint."""
+"""`save`: a model or any pytree as an fdq checkpoint."""
 
 import os
 import pathlib
@@ -33,7 +33,7 @@ def save(
     What was prepared for a device is saved in the canonical layout. PRNG keys are saved too.
 
     Args:
-      obj: an fdq model (loads without anything else), or any ``nnx.Module`` or pytree (loads into
+      obj: an fdq model (loads without anything else), or any `nnx.Module` or pytree (loads into
         a template, or as nested dicts).
       path: the directory to make. It appears when it is complete, and not before.
       overwrite: replace an fdq checkpoint that is there.
@@ -118,7 +118,7 @@ def nbytes(value: Any) -> int:
 def copy_files(
     paths: Iterable[str | os.PathLike[str]], folder: pathlib.Path
 ) -> dict[str, dict[str, Any]]:
-    """Copy files into the checkpoint; the manifest's ``files``.
+    """Copy files into the checkpoint; the manifest's `files`.
 
     Raises:
       CheckpointError: two have the same name, or one is named like the checkpoint's own.
@@ -152,7 +152,7 @@ def model_config(obj: Any) -> dict[str, Any] | None:
 
 
 def scheme_name(obj: Any) -> str | None:
-    """The scheme that ``fdq.quantize`` recorded on a model."""
+    """The scheme that `fdq.quantize` recorded on a model."""
     scheme = getattr(obj, "scheme", None)
     return None if scheme is None else str(scheme)
 

@@ -1,7 +1,7 @@
 """Pytrees and Flax modules as flat lists of named tensors, and back.
 
-A path is a tuple of strings, printed with dots (``layers.0.self_attn.qkv_proj.kernel``). A
-``QTensor`` is one tensor whatever arrays it has, so that its static part (spec, padding) travels
+A path is a tuple of strings, printed with dots (`layers.0.self_attn.qkv_proj.kernel`). A
+`QTensor` is one tensor whatever arrays it has, so that its static part (spec, padding) travels
 with it: Orbax would drop it.
 """
 
@@ -21,7 +21,7 @@ Path = tuple[str, ...]
 
 
 def dotted(path: Iterable[str]) -> str:
-    """``("layers", "0", "kernel")`` as ``"layers.0.kernel"``."""
+    """`("layers", "0", "kernel")` as `"layers.0.kernel"`."""
     return ".".join(path)
 
 
@@ -31,7 +31,7 @@ class Tensor:
 
     Attributes:
       path: where it is.
-      value: an array, a ``jax.ShapeDtypeStruct``, or a ``QTensor`` of them.
+      value: an array, a `jax.ShapeDtypeStruct`, or a `QTensor` of them.
       activation: how the module that holds it quantizes its input, if it does.
     """
 
@@ -64,7 +64,7 @@ def flatten(tree: Any) -> list[Tensor]:
 
 
 def fill(tree: Any, values: Mapping[Path, Any]) -> Any:
-    """`tree` with every tensor replaced by ``values[path]``, a QTensor where it has a QTensor.
+    """`tree` with every tensor replaced by `values[path]`, a QTensor where it has a QTensor.
 
     Raises:
       CheckpointError: a tensor of `tree` is missing from `values`, or `values` has more.
@@ -78,7 +78,7 @@ def fill(tree: Any, values: Mapping[Path, Any]) -> Any:
 
 
 def check_same_paths(*, expected: Iterable[Path], found: Iterable[Path], what: str) -> None:
-    """Raise ``CheckpointError`` naming the first tensors that are missing or too many."""
+    """Raise `CheckpointError` naming the first tensors that are missing or too many."""
     expected_names = {dotted(path) for path in expected}
     found_names = {dotted(path) for path in found}
     missing = sorted(expected_names - found_names)
@@ -96,17 +96,17 @@ def check_same_paths(*, expected: Iterable[Path], found: Iterable[Path], what: s
 
 
 def arrays_of(value: Any) -> dict[str, Any]:
-    """The arrays of a QTensor by field name, or the array itself under ``"value"``."""
+    """The arrays of a QTensor by field name, or the array itself under `"value"`."""
     return value.arrays() if isinstance(value, QTensor) else {"value": value}
 
 
 def with_arrays(value: Any, arrays: Mapping[str, Any]) -> Any:
-    """The inverse of ``arrays_of``: `value` with other arrays of the same names."""
+    """The inverse of `arrays_of`: `value` with other arrays of the same names."""
     return value.replace(**arrays) if isinstance(value, QTensor) else arrays["value"]
 
 
 def map_arrays(function: Callable[[Path, Any], Any], tensor: Tensor) -> Any:
-    """The tensor's value with ``function(path of the array, array)`` applied to its arrays."""
+    """The tensor's value with `function(path of the array, array)` applied to its arrays."""
     arrays = {
         name: function(array_path(tensor.path, name), array)
         for name, array in arrays_of(tensor.value).items()

@@ -1,9 +1,9 @@
-"""``fdq.quantize`` for anyone's Flax NNX module: which layers are replaced, and by what.
+"""`fdq.quantize` for anyone's Flax NNX module: which layers are replaced, and by what.
 
 The Variables of a clone of the module (which shares the arrays of the original) are collected with
 every path that leads to them, and those that the recipe picks are quantized one after the other.
-``fdq.nn.Linear`` and ``fdq.nn.ExpertLinear`` hold a QTensor in place of their kernel;
-``nnx.Linear``, ``LinearGeneral`` and ``Einsum`` are replaced wherever they are referenced.
+`fdq.nn.Linear` and `fdq.nn.ExpertLinear` hold a QTensor in place of their kernel;
+`nnx.Linear`, `LinearGeneral` and `Einsum` are replaced wherever they are referenced.
 A Variable used in two places is quantized once and stays shared.
 """
 
@@ -34,7 +34,7 @@ _PLAIN = general.Fold((0, 1), 1)
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One reference to a tensor: ``owner.attribute`` at ``path``."""
+    """One reference to a tensor: `owner.attribute` at `path`."""
 
     path: str
     owner: Any
@@ -46,8 +46,8 @@ class Role:
     """What the owner of a tensor does with it, where it is a weight that can be quantized.
 
     Attributes:
-      kind: as in ``Leaf``.
-      fold: how the tensor becomes ``[..., K, N]``.
+      kind: as in `Leaf`.
+      fold: how the tensor becomes `[..., K, N]`.
       stand_in: what replaces the owner; None where the owner itself can hold a QTensor.
     """
 
@@ -95,7 +95,7 @@ def collect(module: Any) -> list[Tensor]:
 def children(value: Any) -> list[tuple[str, Any]]:
     """Attributes of a module, items of a container; nothing for other values.
 
-    Attributes in the order of ``nnx.state``: a shared module has the path that it has there.
+    Attributes in the order of `nnx.state`: a shared module has the path that it has there.
     """
     if isinstance(value, nnx.Pytree):
         named = ((k, v) for k, v in vars(value).items() if not k.startswith("_pytree__"))
@@ -173,8 +173,8 @@ def quantize_module(
     """Puts quantized weights into a module; returns it, or its stand-in where it is a layer itself.
 
     Args:
-      module: changed in place, so pass a clone. Abstract ones (``nnx.eval_shape``) stay abstract.
-      tensors: what ``collect`` found in it.
+      module: changed in place, so pass a clone. Abstract ones (`nnx.eval_shape`) stay abstract.
+      tensors: what `collect` found in it.
       table: what becomes of each of them.
       quantize: folded array, row of the table and paths -> QTensor.
       activation_scale: scheme, paths of one kernel, shape of the folded weight and whether it is
@@ -219,7 +219,7 @@ def _array(content: Any) -> Any:
 
 
 def _substitute(value: Any, stand_ins: dict[int, Any], seen: set[int]) -> Any:
-    """``value`` with stand-ins in place of their sources; modules are changed in place."""
+    """`value` with stand-ins in place of their sources; modules are changed in place."""
     if id(value) in stand_ins:
         return stand_ins[id(value)]
     if id(value) in seen:
@@ -240,7 +240,7 @@ def _substitute(value: Any, stand_ins: dict[int, Any], seen: set[int]) -> Any:
 
 
 def _boxed(q: QTensor, source: nnx.Variable, fold: general.Fold) -> QTensor:
-    """``q`` in Variables that keep the kernel's sharding names, where its axes still exist."""
+    """`q` in Variables that keep the kernel's sharding names, where its axes still exist."""
     metadata = source.get_metadata() if isinstance(source, nnx.Variable) else {}
     names: tuple[Any, ...] = tuple(metadata.get("out_sharding") or ())
     kept = {k: v for k, v in metadata.items() if k in ("mesh", "sharding_rules", "eager_sharding")}

@@ -37,9 +37,9 @@ class Leaf:
 
     Attributes:
       path: components joined by dots.
-      shape, dtype: of the array; ``()`` and None for other things.
-      kind: ``weight`` is quantized by default, ``on_request`` only by a rule that names it,
-        ``fixed`` never.
+      shape, dtype: of the array; `()` and None for other things.
+      kind: `weight` is quantized by default, `on_request` only by a rule that names it,
+        `fixed` never.
       why: for the last two, the reason.
       aliases: other paths that lead to the same tensor.
     """
@@ -78,7 +78,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class MatchTable:
-    """The rows of all tensors, in the order of the tree; ``print`` shows them aligned."""
+    """The rows of all tensors, in the order of the tree; `print` shows them aligned."""
 
     rows: tuple[Row, ...]
 
@@ -136,7 +136,7 @@ def is_quantized(x: Any) -> bool:
 
 
 def path_string(entries: Sequence[Any]) -> str:
-    """Keys of a pytree path joined by dots, without Linen's outer ``params``."""
+    """Keys of a pytree path joined by dots, without Linen's outer `params`."""
     parts = [str(key) for key in path_pattern.path_keys(entries)]
     if len(parts) > 1 and parts[0] == "params":
         parts = parts[1:]
@@ -144,7 +144,7 @@ def path_string(entries: Sequence[Any]) -> str:
 
 
 def leaves_of(tree: Any) -> list[Leaf]:
-    """Leaves of any pytree, in the order of ``jax.tree_util.tree_flatten_with_path``."""
+    """Leaves of any pytree, in the order of `jax.tree_util.tree_flatten_with_path`."""
     if isinstance(tree, nnx.Pytree):
         raise TypeError(
             "This is an NNX module: use fdq.match_table(module, recipe), which knows its layers, "
@@ -204,7 +204,7 @@ def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES
     """Matches leaves with a recipe.
 
     Args:
-      recipe: a ``Recipe``.
+      recipe: a `Recipe`.
       leaves: of the whole tree.
       hint: what is quantized by default, for the error that nothing would be.
 
@@ -327,7 +327,7 @@ def _folded(rows: Sequence[Row], *, schemes: bool = True) -> list[tuple[str, ...
 
 
 def _ranges(layers: list[str]) -> str:
-    """``["0", "1", "2", "5"]`` -> ``"{0..2,5}"``."""
+    """`["0", "1", "2", "5"]` -> `"{0..2,5}"`."""
     if len(layers) == 1:
         return layers[0]
     runs: list[list[int]] = []

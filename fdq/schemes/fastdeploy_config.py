@@ -1,13 +1,13 @@
-"""FastDeploy's ``quantization_config`` <-> rules: MixQuant, WINT2 and the single methods.
+"""FastDeploy's `quantization_config` <-> rules: MixQuant, WINT2 and the single methods.
 
-FastDeploy (v2) gives one method to linear layers (``dense_quant_type``), one to routed experts
-(``moe_quant_type``) and one to the KV cache (``kv_cache_quant_type``). Sources: its
-``quantization/mix_quant.py``, ``wint2.py``, ``kv_cache.py``, ``__init__.py`` and docs/quantization.
+FastDeploy (v2) gives one method to linear layers (`dense_quant_type`), one to routed experts
+(`moe_quant_type`) and one to the KV cache (`kv_cache_quant_type`). Sources: its
+`quantization/mix_quant.py`, `wint2.py`, `kv_cache.py`, `__init__.py` and docs/quantization.
 
-Activations of ``w4a8`` and ``w4afp8`` experts are static, with scales from the checkpoint, where
-the config says that the checkpoint is quantized (``is_quantized`` or ``is_moe_quantized``) and not
-``moe_dynamic_quant``; else dynamic, since nothing could have calibrated them. Those of ``w8a8``,
-``tensor_wise_fp8`` and dense ``w4afp8`` are always static.
+Activations of `w4a8` and `w4afp8` experts are static, with scales from the checkpoint, where
+the config says that the checkpoint is quantized (`is_quantized` or `is_moe_quantized`) and not
+`moe_dynamic_quant`; else dynamic, since nothing could have calibrated them. Those of `w8a8`,
+`tensor_wise_fp8` and dense `w4afp8` are always static.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 from fdq.schemes.scheme import CacheSpec, Scheme
 
 Parts = dict[str, Any]
-"""Arguments of ``Recipe``: ``rules`` as triples (pattern, scheme, required), ``default``,
-``cache``, ``record``."""
+"""Arguments of `Recipe`: `rules` as triples (pattern, scheme, required), `default`,
+`cache`, `record`."""
 
 EXPERTS = "*.experts"
 
@@ -79,9 +79,9 @@ _LAST_W4_LAYER = 6
 
 
 def looks_like(config: Mapping[str, Any]) -> bool:
-    """Whether a dict is a ``quantization_config`` (or holds one) rather than path rules.
+    """Whether a dict is a `quantization_config` (or holds one) rather than path rules.
 
-    One of Hugging Face's is among them, so that ``read`` can say why it is not read.
+    One of Hugging Face's is among them, so that `read` can say why it is not read.
     """
     return bool({"quantization", "quantization_config", _HUGGING_FACE, *_TYPES} & set(config))
 
@@ -109,7 +109,7 @@ def named(name: str, compat: str | None, has_experts: bool) -> Parts | None:
 
 
 def read(config: Mapping[str, Any], *, num_layers: int | None = None) -> Parts:
-    """The arguments of the ``Recipe`` that a ``quantization_config`` describes.
+    """The arguments of the `Recipe` that a `quantization_config` describes.
 
     Raises:
       ValueError: unknown keys, types or granularities, missing ones, or a bad layer range.
@@ -164,10 +164,10 @@ def read(config: Mapping[str, Any], *, num_layers: int | None = None) -> Parts:
 
 
 def write(rules: Iterable[Any], default: Any, cache: Any, record: Mapping[str, Any]) -> Parts:
-    """The config that ``read`` turns into these rules; ValueError if FastDeploy has none.
+    """The config that `read` turns into these rules; ValueError if FastDeploy has none.
 
     Args:
-      rules: with attributes ``pattern`` and ``scheme``.
+      rules: with attributes `pattern` and `scheme`.
       default: scheme of the rest.
       cache: CacheSpec.
       record: keys to write as they are.
@@ -191,7 +191,7 @@ def write(rules: Iterable[Any], default: Any, cache: Any, record: Mapping[str, A
 
 
 def _candidates(rules: list, default: Any, cache: Any, record: Mapping[str, Any]):
-    """Configs that might describe the rules; ``read`` decides."""
+    """Configs that might describe the rules; `read` decides."""
     dense = [name for name in _DENSE if _is(default, _DENSE[name])] + [None] * (default is None)
     base = {"quantization": record.get("quantization"), **record}
     if cache is not None:
@@ -333,7 +333,7 @@ def _read_wint2(config: Mapping[str, Any], num_layers: int | None) -> tuple[list
 def _layers(
     part: Any, key: str, quant_type: str, granularity: str, group: int | None
 ) -> tuple[int, int]:
-    """First and last layer of one part of ``moe_quant_config``."""
+    """First and last layer of one part of `moe_quant_config`."""
     known = _RANGE_KEYS | ({"quant_group_size"} if group else set())
     if not isinstance(part, Mapping) or set(part) != known:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""Globs over parameter paths such as ``layers.3.mlp.experts.down_proj.kernel``.
+"""Globs over parameter paths such as `layers.3.mlp.experts.down_proj.kernel`.
 
-``*`` is any run of characters, dots included, ``?`` one character, ``[ab]`` one of a set,
-``{0..6}`` a whole number in a range, ``{q,k,v}`` one of several words. A pattern covers what it
-matches and everything below: ``layers.0`` covers ``layers.0.mlp.down_proj.kernel`` and not
-``layers.01`` or ``layers.0x``.
+`*` is any run of characters, dots included, `?` one character, `[ab]` one of a set,
+`{0..6}` a whole number in a range, `{q,k,v}` one of several words. A pattern covers what it
+matches and everything below: `layers.0` covers `layers.0.mlp.down_proj.kernel` and not
+`layers.01` or `layers.0x`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def names(pattern: str, path: str) -> bool:
     """Whether a pattern singles out this leaf or its module, not just a subtree around it.
 
     That is how a rule asks for what is not quantized by default: its last component must have
-    letters or digits of its own (``*.conv`` and ``blocks.*.w_in`` do, ``blocks.*`` does not).
+    letters or digits of its own (`*.conv` and `blocks.*.w_in` do, `blocks.*` does not).
     """
     last = re.split(r"\.(?![^{]*\})", pattern)[-1]
     return reach(pattern, path) in ("leaf", "module") and re.search(r"[^\W_]", last) is not None

@@ -22,7 +22,7 @@ from fdq.schemes.kinds import QUANTIZERS
 from fdq.schemes.scheme import CacheSpec, Scheme
 
 EXPERTS = fastdeploy_config.EXPERTS
-"""The pattern of routed experts, ``layers.{i}.mlp.experts``; shared experts are not among them."""
+"""The pattern of routed experts, `layers.{i}.mlp.experts`; shared experts are not among them."""
 
 _PROTECTED = {
     "router": re.compile(r"router"),
@@ -38,8 +38,8 @@ class Rule:
     """What one pattern of paths gets.
 
     Attributes:
-      pattern: a glob, see ``fdq.schemes.path_pattern``.
-      scheme: ``None`` leaves what matches as it is. Its name is accepted. The cache is no matter
+      pattern: a glob, see `fdq.schemes.path_pattern`.
+      scheme: `None` leaves what matches as it is. Its name is accepted. The cache is no matter
         of single tensors, so the scheme has none.
       required: True makes a rule that quantizes nothing an error.
       quantizer: the name of what chooses the codes; None leaves it to `method=`, or by bits.
@@ -67,8 +67,8 @@ class Match:
     """What a recipe says about one path.
 
     Attributes:
-      scheme: ``None`` leaves the tensor as it is.
-      rule: the rule that decided; ``None`` for the default or a protection.
+      scheme: `None` leaves the tensor as it is.
+      rule: the rule that decided; `None` for the default or a protection.
       reason: the same in words.
       quantizer: the one that the rule, or the recipe for its default, names.
     """
@@ -95,11 +95,11 @@ class Recipe:
 
     Attributes:
       rules: the first that matches a path wins.
-      default: for paths that no rule matches; ``None`` leaves them as they are.
-      cache: format of the KV cache; ``None`` is 16 bits.
+      default: for paths that no rule matches; `None` leaves them as they are.
+      cache: format of the KV cache; `None` is 16 bits.
       quantizer: what chooses the codes of those that no rule matches; None: `method=`, or by bits.
-      record: keys of a FastDeploy configuration that no scheme holds (``hadamard_block_size``,
-        ``is_quantized`` ...), kept to be written back.
+      record: keys of a FastDeploy configuration that no scheme holds (`hadamard_block_size`,
+        `is_quantized` ...), kept to be written back.
 
     Examples:
       >>> recipe = Recipe([("*.experts", "W4A8"), ("lm_head", "W8A16"), ("*", "W8A16C8")])
@@ -136,12 +136,12 @@ class Recipe:
             member is `dict(quantizer=name)`. A last pattern `"*"` is the default, and does not
             touch protected tensors.
           default: scheme of all else; its cache becomes the recipe's.
-          cache: format of the KV cache, or its name (``"C8"``).
+          cache: format of the KV cache, or its name (`"C8"`).
           quantizer: see the class.
           record: see the class.
 
         Raises:
-          ValueError: a bad pattern or scheme name, a rule after ``"*"``, two defaults or caches.
+          ValueError: a bad pattern or scheme name, a rule after `"*"`, two defaults or caches.
         """
         given = [_read_rule(rule) for rule in rules]
         default = _scheme_or_none(default)
@@ -174,16 +174,16 @@ class Recipe:
         """A recipe from whatever names one.
 
         Args:
-          source: a ``Recipe``; a ``Scheme``; the name of a scheme; ``"mix_quant"`` (FastDeploy's
-            mixture: int8 weights, W4A8 experts, int8 cache); a dict ``pattern -> scheme`` or a
-            list of rules; FastDeploy's ``quantization_config`` as a dict or as JSON text; what
-            ``to_json`` wrote; None (nothing is quantized).
-          compat: ``"fastdeploy"`` reads names as FastDeploy's command line does for ERNIE. Scales
+          source: a `Recipe`; a `Scheme`; the name of a scheme; `"mix_quant"` (FastDeploy's
+            mixture: int8 weights, W4A8 experts, int8 cache); a dict `pattern -> scheme` or a
+            list of rules; FastDeploy's `quantization_config` as a dict or as JSON text; what
+            `to_json` wrote; None (nothing is quantized).
+          compat: `"fastdeploy"` reads names as FastDeploy's command line does for ERNIE. Scales
             of 8- and 4-bit integers are per channel; and in a model with routed experts,
-            ``wint4`` quantizes all but the experts to int8, ``w4afp8`` to block-wise float8, and
-            ``wint2`` is the convolutional code from layer 7 on, int4 experts below and int8 for
+            `wint4` quantizes all but the experts to int8, `w4afp8` to block-wise float8, and
+            `wint2` is the convolutional code from layer 7 on, int4 experts below and int8 for
             the rest. Without it each name means the same for every tensor.
-          has_experts: whether the model has routed experts; matters with ``compat`` only.
+          has_experts: whether the model has routed experts; matters with `compat` only.
 
         Raises:
           ValueError: unknown name, key or contradictory rules; says what and the nearest name.
@@ -214,10 +214,10 @@ class Recipe:
 
     @classmethod
     def from_fastdeploy(cls, config: Mapping[str, Any], *, num_layers: int | None = None) -> Recipe:
-        """Reads FastDeploy's ``quantization_config``; see ``fdq.schemes.fastdeploy_config``.
+        """Reads FastDeploy's `quantization_config`; see `fdq.schemes.fastdeploy_config`.
 
         Args:
-          config: the JSON object, or a ``config.json`` that holds it.
+          config: the JSON object, or a `config.json` that holds it.
           num_layers: where given, layer ranges must end at the last layer.
 
         Raises:
@@ -227,7 +227,7 @@ class Recipe:
         return cls._of(fastdeploy_config.read(config, num_layers=num_layers))
 
     def to_fastdeploy(self) -> dict[str, Any]:
-        """The ``quantization_config`` that reads as this recipe; ValueError if there is none."""
+        """The `quantization_config` that reads as this recipe; ValueError if there is none."""
         for one in (*self.rules, self):
             if one.quantizer is not None:
                 raise ValueError(
@@ -247,7 +247,7 @@ class Recipe:
         return any(part is not None and not part.dynamic for part in parts)
 
     def match(self, path: str) -> Match:
-        """What the tensor at ``path`` gets, from its path alone (shapes are not looked at)."""
+        """What the tensor at `path` gets, from its path alone (shapes are not looked at)."""
         word = protected_word(path)
         for rule in self.rules:
             if path_pattern.reach(rule.pattern, path) is None:
@@ -260,15 +260,15 @@ class Recipe:
         return Match(self.default, None, reason, self.quantizer)
 
     def scheme_for(self, path: str) -> Scheme | None:
-        """The scheme of the tensor at ``path``; None leaves it as it is."""
+        """The scheme of the tensor at `path`; None leaves it as it is."""
         return self.match(path).scheme
 
     def table(self, params: Any) -> assignment.MatchTable:
-        """Which tensor of a pytree gets what; prints as a table, ``rows`` for programs.
+        """Which tensor of a pytree gets what; prints as a table, `rows` for programs.
 
         Args:
-          params: dicts, lists, dataclasses, an ``nnx.State``, of arrays or ShapeDtypeStructs. For
-            an NNX module use ``fdq.match_table``, which knows its layers.
+          params: dicts, lists, dataclasses, an `nnx.State`, of arrays or ShapeDtypeStructs. For
+            an NNX module use `fdq.match_table`, which knows its layers.
 
         Raises:
           ValueError: a rule that matches nothing, or a tensor that cannot take its scheme.
@@ -276,7 +276,7 @@ class Recipe:
         return assignment.assign(self, assignment.leaves_of(params))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; the inverse of ``from_dict``."""
+        """Plain dicts, lists, strings and numbers; the inverse of `from_dict`."""
         rules = [
             {
                 "pattern": rule.pattern,
@@ -292,7 +292,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
-        """Reads what ``to_dict`` wrote; ValueError names unknown or missing keys."""
+        """Reads what `to_dict` wrote; ValueError names unknown or missing keys."""
         known = {"rules", "default", "cache", "quantizer", "record"}
         _check_keys("recipe", fields, known, {"rules"})
         known = {"pattern", "scheme", "required", "quantizer"}
@@ -303,16 +303,16 @@ class Recipe:
         return cls(rules, fields.get("default"), **extra)
 
     def to_json(self) -> str:
-        """``to_dict`` as JSON text."""
+        """`to_dict` as JSON text."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> Recipe:
-        """Reads what ``to_json`` wrote."""
+        """Reads what `to_json` wrote."""
         return cls.from_dict(_read_json(text) if isinstance(text, str) else text)
 
     def __str__(self) -> str:
-        """The scheme's name, or the rules as JSON; ``parse`` reads both."""
+        """The scheme's name, or the rules as JSON; `parse` reads both."""
         default = dataclasses.replace(self.default or Scheme(), cache=self.cache)
         if not self.rules and self.quantizer is None:
             return str(default)

@@ -174,6 +174,14 @@ WRONG = {
         ["convert", "{original}", "{new}", "-s", "W8A8-static"],
         "--calibration-text",
     ),
+    "no calibration": (
+        ["convert", "{original}", "{new}", "-s", "W8A8-static", "--calibration", "{text}"],
+        "text.txt: not a calibration",
+    ),
+    "two calibrations": (
+        "convert {original} {new} -s W4 --calibration {text} --calibration-text {text}".split(),
+        "drop one",
+    ),
     "missing text": (["evaluate", "{original}", "--text", "{new}"], "No such file"),
     "prompt longer than the cache": (
         ["generate", "{original}", "-p", "a" * 50, "--context", "8"],

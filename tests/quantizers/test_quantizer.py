@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import fdq
+from fdq.calibration.statistics import KeyValueRange
 from fdq.formats import FORMATS
 from fdq.quantizers import QUANTIZERS, Quantizer, pick, quantize_array
 from fdq.schemes.scheme import Scheme, WeightSpec
@@ -148,3 +149,29 @@ def test_calibration_guides_the_search(rng):
     other = statistics(**{"c.kernel": h})
     with pytest.raises(ValueError, match=r"statistics of another model, of c\.kernel"):
         fdq.quantize({"a": {"kernel": w}}, "W4A16-g32", calibration=other)
+
+
+class KeepsScales(nnx.Module):
+    """Not fdq's decoder, but it can keep the scales of a static cache."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(64, 16, rngs=nnx.Rngs(0))
+        self.kept = nnx.data(None)
+
+    def set_cache_scales(self, scales):
+        self.kept = nnx.data([one.k for one in scales])
+
+
+def test_static_cache_scales_go_to_whoever_can_keep_them():
+    ends = {name: np.full((2, 8), 1.27, np.float32) for name in ("k_max", "v_max")}
+    ends |= {name: np.zeros((2, 8), np.float32) for name in ("k_min", "v_min")}
+    seen = fdq.Calibration(
+        absmax={"linear.kernel": np.ones(64, np.float32)},
+        mean_square={"linear.kernel": np.ones(64, np.float32)},
+        cache=(KeyValueRange(**ends),),
+        tokens=1,
+    )
+    model = fdq.quantize(KeepsScales(), "W8A16C8-kvchannel", calibration=seen)
+    np.testing.assert_allclose(model.kept[0], np.full((2, 8), 0.01), rtol=1e-6)
+    assert fdq.quantize(KeepsScales(), "W8A16C8-kvchannel").kept is None
+    assert fdq.quantize(KeepsScales(), "W8A16C8", calibration=seen).kept is None

@@ -1,9 +1,9 @@
-"""A strict reader of safetensors files, by ``pread``: no mmap, no pickle, nothing trusted.
+"""A strict reader of safetensors files, by `pread`: no mmap, no pickle, nothing trusted.
 
-A file is an 8-byte little-endian header length, a JSON header ``name -> {dtype, shape,
-data_offsets}``, and the tensors' bytes. Everything in the header is checked against the file's
+A file is an 8-byte little-endian header length, a JSON header `name -> {dtype, shape,
+data_offsets}`, and the tensors' bytes. Everything in the header is checked against the file's
 size before any memory is allocated. Pages of a memory map would count as this process's memory,
-which is why rows are read with ``pread`` instead.
+which is why rows are read with `pread` instead.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -79,8 +79,8 @@ class SafetensorsFile:
 
     Attributes:
       path: the file.
-      tensors: ``name -> TensorInfo``, in the order of the header.
-      metadata: the header's ``__metadata__``, strings to strings.
+      tensors: `name -> TensorInfo`, in the order of the header.
+      metadata: the header's `__metadata__`, strings to strings.
 
     Raises:
       CheckpointError: anything about the file is not as the format says.
@@ -117,7 +117,7 @@ class SafetensorsFile:
         return self._read_bytes(info, 0, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` of the first dimension, without reading the others.
+        """Rows `[start, stop)` of the first dimension, without reading the others.
 
         Raises:
           ValueError: the tensor is a scalar, or the range is not within it.

@@ -58,7 +58,7 @@ class SourceDirectory:
     Attributes:
       path: the directory.
       config: config.json.
-      tensors: ``name -> TensorInfo`` over all shards.
+      tensors: `name -> TensorInfo` over all shards.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -111,7 +111,7 @@ class SourceDirectory:
         return self._file(name).read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` of the tensor's first dimension."""
+        """Rows `[start, stop)` of the tensor's first dimension."""
         return self._file(name).read_rows(name, start, stop)
 
     def companions(self) -> list[pathlib.Path]:
@@ -131,7 +131,7 @@ class SourceDirectory:
         """The path of a file of the directory, which must be regular and not lead outside.
 
         Links are followed only inside the directory or, in a Hugging Face cache
-        (``models--x/snapshots/<revision>/f -> ../../blobs/<hash>``), into the same model's blobs.
+        (`models--x/snapshots/<revision>/f -> ../../blobs/<hash>`), into the same model's blobs.
         """
         path = self.path / name
         resolved = path.resolve()

@@ -1,6 +1,6 @@
 """Tensor names of Hugging Face checkpoints: ERNIE-4.5 (dense and MoE), Llama, Qwen2, Qwen3 (MoE).
 
-Linear weights are stored ``[out, in]``, q, k, v and gate, up apart, one tensor an expert. The
+Linear weights are stored `[out, in]`, q, k, v and gate, up apart, one tensor an expert. The
 families differ in which tensors they have, not in what they are called, so one list of rules
 serves all: a model asks only for the tensors that it has. Weights are never permuted for RoPE.
 """

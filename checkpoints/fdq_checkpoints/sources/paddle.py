@@ -1,6 +1,6 @@
-"""Tensor names of Paddle's ERNIE-4.5 checkpoints (``-Paddle`` releases).
+"""Tensor names of Paddle's ERNIE-4.5 checkpoints (`-Paddle` releases).
 
-As the Hugging Face ones but for the prefix ``ernie.``, linear weights stored ``[in, out]``, and
+As the Hugging Face ones but for the prefix `ernie.`, linear weights stored `[in, out]`, and
 q|k|v and gate|up already fused along out.
 """
 

@@ -1,8 +1,8 @@
 """Where each tensor of fdq's tree comes from in somebody else's checkpoint, as data.
 
-A family of checkpoints is a list of ``Rule``s: a path of fdq's tree with ``{i}`` for the layer and
-``{e}`` for the expert, the source tensors that are joined along N, and how they are laid out.
-``sources`` resolves the rules for the tensors that a model has, and checks that every source
+A family of checkpoints is a list of `Rule`s: a path of fdq's tree with `{i}` for the layer and
+`{e}` for the expert, the source tensors that are joined along N, and how they are laid out.
+`sources` resolves the rules for the tensors that a model has, and checks that every source
 tensor is there, has the shape and dtype that follow from the model, and that none is left over.
 """
 
@@ -42,7 +42,7 @@ class Source:
       shape: of the whole target.
       parts: for each expert (or only one, if not stacked), the names joined along the last axis.
       stacked: whether the first axis goes over experts.
-      layout: as in ``Rule``.
+      layout: as in `Rule`.
     """
 
     target: Path

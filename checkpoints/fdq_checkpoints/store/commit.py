@@ -1,6 +1,6 @@
 """A directory that appears whole or not at all.
 
-Everything is written into the sibling ``<destination>.fdq-tmp``, synced to disk, and renamed. A
+Everything is written into the sibling `<destination>.fdq-tmp`, synced to disk, and renamed. A
 process that dies leaves the sibling, which nothing loads; an error removes it.
 """
 

@@ -1,4 +1,4 @@
-"""``fdq.json``: what the arrays of an fdq checkpoint mean, and the checksums they must have.
+"""`fdq.json`: what the arrays of an fdq checkpoint mean, and the checksums they must have.
 
 The static part of every quantized tensor (its spec) is here, not in Orbax, which would drop it.
 Each array's dtype, shape and CRC-32 are here too, because Orbax neither refuses to cast nor
@@ -79,10 +79,10 @@ class TensorEntry:
 
     Attributes:
       path: where it is.
-      shape: of what it stands for, ``(..., K, N)`` for a quantized weight.
-      arrays: by field name of ``QTensor``, or the only one under ``"value"``.
+      shape: of what it stands for, `(..., K, N)` for a quantized weight.
+      arrays: by field name of `QTensor`, or the only one under `"value"`.
       spec: how a quantized weight is stored; None for a plain array.
-      padding: as in ``QTensor``.
+      padding: as in `QTensor`.
       activation: how the module that holds the weight quantizes its input.
       prng: name of the PRNG implementation if the array is the data of a key.
     """
@@ -101,7 +101,7 @@ class TensorEntry:
         return sum(array.nbytes for array in self.arrays.values())
 
     def abstract(self) -> Any:
-        """The tensor with ``jax.ShapeDtypeStruct`` for arrays: a QTensor, or one array."""
+        """The tensor with `jax.ShapeDtypeStruct` for arrays: a QTensor, or one array."""
         arrays: dict[str, Any] = {
             name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
             for name, array in self.arrays.items()
@@ -113,15 +113,15 @@ class TensorEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The content of ``fdq.json``.
+    """The content of `fdq.json`.
 
     Attributes:
-      kind: ``"model"`` (`config` builds it) or ``"params"`` (any tree).
+      kind: `"model"` (`config` builds it) or `"params"` (any tree).
       tensors: all of them, in the tree's order.
       scheme: name of the scheme, for people; the truth is in the tensors' specs.
-      config: of the model, as ``DecoderConfig.to_dict`` gives it.
-      files: copied beside the weights (tokenizer): ``name -> {"bytes": …, "sha256": …}``.
-      data: bytes of each file under ``weights/``, by its path there; filled in by ``write``.
+      config: of the model, as `DecoderConfig.to_dict` gives it.
+      files: copied beside the weights (tokenizer): `name -> {"bytes": …, "sha256": …}`.
+      data: bytes of each file under `weights/`, by its path there; filled in by `write`.
       provenance: where the weights came from and how they were quantized.
     """
 
@@ -146,7 +146,7 @@ def array_entry(array: np.ndarray) -> ArrayEntry:
 
 
 def write(manifest: Manifest, folder: pathlib.Path) -> None:
-    """Write ``fdq.json`` beside the finished ``weights/``, whose files it lists."""
+    """Write `fdq.json` beside the finished `weights/`, whose files it lists."""
     weights = folder / WEIGHTS
     sizes = {
         path.relative_to(weights).as_posix(): path.stat().st_size
@@ -160,7 +160,7 @@ def write(manifest: Manifest, folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> Manifest:
-    """Read ``fdq.json`` and check everything in it that can be checked without the arrays.
+    """Read `fdq.json` and check everything in it that can be checked without the arrays.
 
     Raises:
       CheckpointError: missing, truncated, edited, of a newer format version, or inconsistent.
@@ -211,7 +211,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
-    """One entry of ``tensors``; fields that say nothing are left out."""
+    """One entry of `tensors`; fields that say nothing are left out."""
     entry: dict[str, Any] = {
         "path": list(tensor.path),
         "shape": list(tensor.shape),
@@ -231,7 +231,7 @@ def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
 
 
 def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
-    """The inverse of ``tensor_to_json``, checking the entry.
+    """The inverse of `tensor_to_json`, checking the entry.
 
     Raises:
       CheckpointError: the spec does not exist, or the arrays are not those of the spec.

@@ -5,7 +5,7 @@ slower) and read back as NumPy arrays in exactly the stored dtype and shape, bec
 silently to whatever the caller asks for. It does not notice flipped bits either: the manifest's
 checksums do.
 
-Trees are nested dicts only. A tree larger than memory is written in batches (``ocp.partial``).
+Trees are nested dicts only. A tree larger than memory is written in batches (`ocp.partial`).
 """
 
 import os
@@ -33,7 +33,7 @@ _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError,
 
 
 class TreeWriter:
-    """Writes a tree array by array; nothing is at `path` before ``finalize``.
+    """Writes a tree array by array; nothing is at `path` before `finalize`.
 
     Args:
       path: the directory to make.

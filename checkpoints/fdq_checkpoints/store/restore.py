@@ -207,7 +207,7 @@ def check_shardings(shardings: Shardings, paths: Iterable[Path]) -> None:
 def put(value: Any, sharding: jax.sharding.Sharding | None) -> Any:
     """A host array on devices; each device (and process) takes its own part only.
 
-    What JAX would cut to 32 bits (unless ``jax_enable_x64``) stays a NumPy array.
+    What JAX would cut to 32 bits (unless `jax_enable_x64`) stays a NumPy array.
     """
     if isinstance(value, jax.Array) and sharding is None:
         return value
