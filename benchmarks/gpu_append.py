@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_attention import loose, random_caches
+from benchmarks.gpu_attention import random_caches
 from benchmarks.gpu_cases import KERNEL, MODELS, AttentionCase
 from benchmarks.gpu_child import Settings
 from benchmarks.gpu_products import timed
@@ -17,6 +17,7 @@ from benchmarks.gpu_weights import random_array
 from fdq.cache import LayerCache
 from fdq.models import CONFIGS
 from fdq.nn.rotary import rotary_angles
+from fdq.ops.attention.mosaic_gpu import kernel_arrays
 from fdq.ops.rope_append.rotation import apply_rotary
 from fdq.ops.rope_append.xla import write_slots
 
@@ -95,10 +96,12 @@ def measure_append(append: AppendCase, settings: Settings) -> dict[str, Any]:
         qkv, cos, sin, slots = x
         angles = cos[:, 0], sin[:, 0]
         more = {"heads": heads, "interleaved": interleaved}
-        done = kernel(qkv, *angles, slots, **loose(cache), **more)
-        k = cache.k.replace(codes=done.k, scale=done.k_scale, zero=done.k_zero)
-        v = cache.v.replace(codes=done.v, scale=done.v_scale, zero=done.v_zero)
-        return done.q, LayerCache(k, v)
+        done = kernel(qkv, *angles, slots, *map(kernel_arrays, cache), **more)
+        written = (
+            old.replace(codes=new.codes, scale=new.scale, zero=new.zero)
+            for old, new in zip(cache, done[1:], strict=True)
+        )
+        return done.q, LayerCache(*written)
 
     def by_xla(x: Any, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         qkv, cos, sin, slots = x

@@ -21,6 +21,7 @@ from benchmarks.gpu_products import timed, tuned
 from benchmarks.gpu_timing import Work, difference, l2_ratio, links_for
 from benchmarks.gpu_weights import nbytes, random_array, random_cache
 from fdq.cache import LayerCache, parse_format
+from fdq.ops.attention.mosaic_gpu import kernel_arrays
 from fdq.schemes.scheme import CacheSpec
 
 
@@ -66,13 +67,6 @@ def _random(key: jax.Array, case: AttentionCase, spec: CacheSpec | None, dtype: 
     return LayerCache(*(random_cache(k, shape, spec, dtype) for k in jax.random.split(key)))
 
 
-def loose(cache: LayerCache) -> dict[str, Any]:
-    """The arrays of a cache as the kernels take them, by name."""
-    k, v = cache
-    small = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
-    return {"k": k.codes, "v": v.codes, "cache_format": k.format.kernel, **small}
-
-
 def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
     """Times one step of attention by kernel, XLA and cuDNN; bytes are those of the cache."""
     from pallas_kernels.attention.decode_attention import (
@@ -92,7 +86,7 @@ def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
 
     def kernel(x: Any, cache: LayerCache) -> jax.Array:
         q, lengths = x
-        return decode_attention(q, lengths=lengths, **loose(cache), **config)
+        return decode_attention(q, *map(kernel_arrays, cache), lengths=lengths, **config)
 
     def seam(x: Any, cache: LayerCache, implementation: str) -> jax.Array:
         q, lengths = x
@@ -110,7 +104,7 @@ def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
         works["cuDNN"] = _cudnn(x, caches)
     expected = jax.jit(
         lambda q, lengths, cache: decode_attention_reference(
-            q.astype(jnp.float32), lengths=lengths, **loose(cache)
+            q.astype(jnp.float32), *map(kernel_arrays, cache), lengths=lengths
         )
     )(q, lengths, first)
     checks = dict.fromkeys(works, lambda y: difference(y, expected))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import fdq
-from benchmarks.gpu_attention import loose, random_caches
+from benchmarks.gpu_attention import random_caches
 from benchmarks.gpu_cases import AttentionCase, ExpertCase, MatrixCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_products import (
@@ -31,6 +31,7 @@ from benchmarks.gpu_timing import Work, difference, links_for
 from benchmarks.gpu_weights import nbytes, random_array, weight_spec
 from fdq import ops
 from fdq.cache import LayerCache, parse_format
+from fdq.ops.attention.mosaic_gpu import kernel_arrays
 
 XLA, OWN = "xla", "{}"
 """Entries: XLA's formulation, and the kernel's own choice (no settings)."""
@@ -284,7 +285,7 @@ def _attention(case: TuneCase, shape: tuple[int, int], settings: Settings) -> di
 
     def by_kernel(x: Any, cache: LayerCache, parts: int | None = None) -> jax.Array:
         q, lengths = x
-        return decode_attention(q, lengths=lengths, parts=parts, **loose(cache))
+        return decode_attention(q, *map(kernel_arrays, cache), lengths=lengths, parts=parts)
 
     works: dict[str, Work | str] = {XLA: Work(by_xla, x, caches), OWN: Work(by_kernel, x, caches)}
     for parts in (2,) if settings.smoke else (4, 8, 16, 32, 64):

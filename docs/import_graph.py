@@ -29,6 +29,7 @@ LEVELS = (
     "pallas_kernels.device pallas_kernels.transformations pallas_kernels.typing",
     "pallas_kernels.mosaic pallas_kernels.aot pallas_kernels.tuning",
     "pallas_kernels.weights",
+    "pallas_kernels.cache",
     "pallas_kernels.matmul pallas_kernels.attention",
     "pallas_kernels.append pallas_kernels.router",
     "pallas_kernels.__init__",

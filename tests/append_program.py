@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.append.cache_update import append
+from pallas_kernels.cache.arrays import CacheArrays
 
 B, HEADS, KV_HEADS, SLOTS, D = 2, 4, 2, 1024, 128
 FORMATS = {
@@ -18,13 +19,14 @@ def arguments(cache_format):
     """Abstract caches, row, angles and slots."""
     dtype, width, small = FORMATS[cache_format]
     codes = jax.ShapeDtypeStruct((B, KV_HEADS, SLOTS, width), dtype)
-    scales = [jax.ShapeDtypeStruct((B, KV_HEADS, SLOTS), d) for d in small for _ in range(2)]
+    small = [jax.ShapeDtypeStruct((B, KV_HEADS, SLOTS), d) for d in small]
+    side = CacheArrays(codes, *small, format=cache_format)
     row = jax.ShapeDtypeStruct((B, (HEADS + 2 * KV_HEADS) * D), "float16")
     angles = jax.ShapeDtypeStruct((B, D // 2), "float32")
-    return (codes, codes, *scales), row, angles, jax.ShapeDtypeStruct((B,), "int32")
+    return (side, side), row, angles, jax.ShapeDtypeStruct((B,), "int32")
 
 
-def append_in_a_loop(cache_format, caches, row, angles, slots):
+def append_in_a_loop(caches, row, angles, slots):
     """Eight tokens, each depending on the one before."""
 
     def step(i, state):
@@ -37,9 +39,8 @@ def append_in_a_loop(cache_format, caches, row, angles, slots):
             *caches,
             heads=HEADS,
             interleaved=True,
-            cache_format=cache_format,
         )
         row = row.at[:, : HEADS * D].add(out.q.reshape(B, -1))
-        return tuple(a for a in out[1:] if a is not None), row
+        return out[1:], row
 
     return lax.fori_loop(0, 8, step, (caches, row))

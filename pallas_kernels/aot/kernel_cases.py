@@ -22,6 +22,7 @@ from pallas_kernels.device import default_device
 MODULES: tuple[str, ...] = (
     "pallas_kernels.matmul.cases",
     "pallas_kernels.attention.cases",
+    "pallas_kernels.append.cases",
     "pallas_kernels.router.cases",
 )
 """Modules of this package that register cases."""

@@ -12,14 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention.parts import TO_INTEGER, TO_INTEGER_BITS, spread
+from pallas_kernels.attention.parts import spread
+from pallas_kernels.cache.arrays import CacheArrays
+from pallas_kernels.cache.rounding import nearest_integer, rounding
+from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.mosaic.launch import launch, load, store
-
-SMALLEST_MAXIMUM = 1e-10
-"""Of a token whose numbers are all zero."""
-
-BOUNDS = {"int8": 127.0, "float8_e4m3": 448.0, "int4": 15.0}
-"""Largest code: a scale is the largest magnitude (int4: max - min) over this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +26,16 @@ class Row:
     heads: int
     kv_heads: int
     slots: int
-    head_dim: int
+    side: CacheWords
     interleaved: bool
-    format: str | None
-    dynamic: bool
     epsilon: float
     dtype: Any  # of activations
     splits: int | None  # partial sums of qkv
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.side.head_dim
 
     @property
     def pieces(self) -> tuple[int, ...]:
@@ -60,11 +60,10 @@ class Row:
         return spread(self.width, 16)
 
 
-def write_row(shape: Row, qkv, cos, sin, slots, caches, kept):
-    """Launches the kernel; returns the fields of `cache_update.Appended`."""
-    k, v, k_scale, v_scale, k_zero, v_zero = caches
+def write_row(shape: Row, qkv, cos, sin, slots, k: CacheArrays, v: CacheArrays, kept):
+    """Launches the kernel; returns the queries, and by name what was written of keys and values."""
     bias, q_norm, k_norm = kept
-    batch = k.shape[0]
+    batch, dynamic = k.codes.shape[0], shape.side.dynamic
     total = shape.heads + 2 * shape.kv_heads
 
     def by_piece(a):  # [..., D] as pieces; [..., 1] as it is
@@ -79,17 +78,17 @@ def write_row(shape: Row, qkv, cos, sin, slots, caches, kept):
     for name, a in (("bias", bias), ("q_norm", q_norm), ("k_norm", k_norm)):
         if a is not None:
             operands[name] = by_head(a) if name == "bias" else by_piece(a)
-    # Codes of int4 are one byte for two channels.
-    packed = shape.format == "int4"
-    code_shape = shape.pieces[:-1] if packed else shape.pieces
-    written = {"k": k, "v": v}
+    # Where codes are packed, an element is the last axis of pieces.
+    code_shape = shape.pieces[:-1] if shape.side.packed > 1 else shape.pieces
+    written = {"k": k.codes, "v": v.codes}
+    small = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
+    small = {name: a for name, a in small.items() if a is not None}
     views = {n: a.reshape(*a.shape[:3], *code_shape) for n, a in written.items()}
-    small = {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
-    given = {name: a for name, a in small.items() if a is not None}
-    if shape.dynamic:
-        views |= given
+    if dynamic:
+        written |= small
+        views |= small
     else:
-        operands |= {name: by_piece(a.astype(jnp.float32)) for name, a in given.items()}
+        operands |= {name: by_piece(a.astype(jnp.float32)) for name, a in small.items()}
     cells = {name: jax.new_ref(a) for name, a in views.items()}
     names = (*operands, *cells)
 
@@ -104,10 +103,8 @@ def write_row(shape: Row, qkv, cos, sin, slots, caches, kept):
         grid=(total, batch),
         grid_names=("head", "sequence"),
     )
-    after = {name: jax.freeze(cell) for name, cell in cells.items()}
-    fields = [after[n].reshape(a.shape) for n, a in written.items()]
-    fields += [after.get(name, a) for name, a in small.items()]
-    return (q.reshape(batch, shape.heads, shape.head_dim), *fields)
+    after = {name: jax.freeze(cell).reshape(written[name].shape) for name, cell in cells.items()}
+    return q.reshape(batch, shape.heads, shape.head_dim), after
 
 
 def _program(shape: Row, refs: dict[str, Any], q_ref) -> None:
@@ -169,56 +166,27 @@ def _program(shape: Row, refs: dict[str, Any], q_ref) -> None:
 
 def _write(shape: Row, refs: dict[str, Any], name: str, x: list[jax.Array], where) -> None:
     """Quantizes the pieces of one key or value and writes codes, scale and zero point."""
-    codes_ref = refs[name]
-    kv = where[1]
-    if shape.format is None:
-        for one, index in zip(x, shape.indices, strict=True):
-            store(codes_ref.at[(*where, *index)], one.astype(codes_ref.dtype))
-        return
-    bound = jnp.float32(BOUNDS[shape.format])
-    scales: Any
-    zeros: Any
-    if shape.dynamic:
-        wide, zero = _dynamic(shape, x, bound)
+    side, kv = shape.side, where[1]
+    scales: list[Any] = [None] * len(x)
+    zeros = scales
+    if side.dynamic:
+        wide, zero = side.fit(x, lambda pieces: _largest(shape, pieces))
         refs[f"{name}_scale"][where] = _first(shape, wide)
         scales, zeros = [wide] * len(x), [zero] * len(x)
         if zero is not None:
-            point = _first(shape, _integer(zero))
+            point = _first(shape, nearest_integer(zero))
             refs[f"{name}_zero"][where] = point.astype(jnp.uint8)
-    else:
+    elif side.static:
         scales, zeros = (
             [_static(shape, refs.get(f"{name}_{kind}"), kv, index) for index in shape.indices]
             for kind in ("scale", "zero")
         )
-    codes = []
-    for one, scale, zero in zip(x, scales, zeros, strict=True):
-        y = quotient(one, scale)
-        if shape.format == "float8_e4m3":
-            codes.append(_e4m3_bits(_clip(y, -bound, bound)))
-        elif zero is not None:
-            near = _clip(y, jnp.float32(-32), jnp.float32(32))
-            codes.append(_clip(_integer(near) + _integer(zero), jnp.int32(0), jnp.int32(15)))
-        else:
-            codes.append(_integer(_clip(y, -bound, bound)))
-    if shape.format == "int4":
-        # Neighbouring channels are neighbouring pieces in either order of rotation.
-        for i in range(0, len(codes), 2):
-            at = shape.indices[i][:-1]
-            byte = codes[i] | codes[i + 1] << jnp.int32(4)
-            store(codes_ref.at[(*where, *at)], byte.astype(jnp.uint8))
-        return
-    for one, index in zip(codes, shape.indices, strict=True):
-        store(codes_ref.at[(*where, *index)], one.astype(codes_ref.dtype))
-
-
-def rounding(dtype: Any):
-    """Rounds float32 to ``dtype`` and back."""
-    return lambda x: x.astype(dtype).astype(jnp.float32)
-
-
-def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b`` rounded once: XLA multiplies by the reciprocal of what it sees is a broadcast."""
-    return a / jnp.where(a != a, a, b)
+    codes = [side.encode(*one) for one in zip(x, scales, zeros, strict=True)]
+    indices = shape.indices
+    if side.packed > 1:
+        indices = [index[:-1] for index in indices[:: side.packed]]
+    for one, index in zip(side.pack(codes), indices, strict=True):
+        store(refs[name].at[(*where, *index)], one.astype(refs[name].dtype))
 
 
 def _splat(shape: Row, scalar: jax.Array) -> jax.Array:
@@ -238,18 +206,6 @@ def _largest(shape: Row, x: list[jax.Array]) -> jax.Array:
     return lax.bitcast_convert_type(_splat(shape, jnp.max(top)), jnp.float32)
 
 
-def _dynamic(shape: Row, x: list[jax.Array], bound: jax.Array):
-    """Scale and zero point (or None) of one token, as vectors."""
-    none = jnp.float32(0)
-    if shape.format == "int4":
-        high = _largest(shape, [jnp.where(one > 0, one, none) for one in x])
-        low = _largest(shape, [jnp.where(one < 0, -one, none) for one in x])
-        wide = quotient(_at_least(high + low, SMALLEST_MAXIMUM), bound)
-        return wide, _clip(_float(_integer(quotient(low, wide))), none, jnp.float32(15))
-    largest = _largest(shape, [jnp.abs(one) for one in x])
-    return quotient(_at_least(largest, SMALLEST_MAXIMUM), bound), None
-
-
 def _static(shape: Row, ref: Any, kv: jax.Array, index: tuple[Any, ...]):
     """The calibrated scale or zero point of a piece; None where there is none."""
     if ref is None:
@@ -257,34 +213,3 @@ def _static(shape: Row, ref: Any, kv: jax.Array, index: tuple[Any, ...]):
     if len(ref.shape) == 2:
         return _splat(shape, ref[kv, 0])
     return load(ref.at[(kv, *index)], shape.layout)
-
-
-def _at_least(x: jax.Array, least: float) -> jax.Array:
-    return jnp.where(x > least, x, jnp.float32(least))
-
-
-def _clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    x = jnp.where(x > high, high, x)
-    return jnp.where(x < low, low, x)
-
-
-def _integer(x: jax.Array) -> jax.Array:
-    """float32 below 2^22 -> the nearest int32, ties to even."""
-    bits = lax.bitcast_convert_type(x + jnp.float32(TO_INTEGER), jnp.int32)
-    return bits - jnp.int32(TO_INTEGER_BITS)
-
-
-def _float(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)
-
-
-def _e4m3_bits(y: jax.Array) -> jax.Array:
-    """float32 up to 448 -> int32 with the bits of float8_e4m3fn, rounded to nearest even."""
-    bits = lax.bitcast_convert_type(y, jnp.int32)
-    sign = (bits >> jnp.int32(24)) & jnp.int32(0x80)
-    bits = bits & jnp.int32(0x7FFFFFFF)
-    # 20 bits of the mantissa go, and 120 of the exponent's bias.
-    odd = (bits >> jnp.int32(20)) & jnp.int32(1)
-    normal = ((bits + jnp.int32(0x7FFFF) + odd) >> jnp.int32(20)) - jnp.int32(120 << 3)
-    small = _integer(lax.bitcast_convert_type(bits, jnp.float32) * jnp.float32(512))
-    return sign | jnp.where(bits < jnp.int32(0x3C800000), small, normal)  # below 2^-6

@@ -11,6 +11,7 @@ compiler where a product and a sum are rounded together.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,27 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.append.cache_row import (
-    BOUNDS,
-    SMALLEST_MAXIMUM,
-    Row,
-    quotient,
-    rounding,
-    write_row,
-)
-from pallas_kernels.attention.cache_words import describe_cache
+from pallas_kernels.append.cache_row import Row, write_row
+from pallas_kernels.cache.arrays import CacheArrays
+from pallas_kernels.cache.formats import CACHE_WORDS, describe_cache
+from pallas_kernels.cache.rounding import rounding
+from pallas_kernels.transformations import batchable, differentiable
 
 
 class Appended(NamedTuple):
-    """What `append` returns: the rotated queries ``[B, H, D]`` and the cache's arrays."""
+    """What `append` returns: the rotated queries `[B, H, D]`, and the cache."""
 
     q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None
-    v_scale: jax.Array | None
-    k_zero: jax.Array | None
-    v_zero: jax.Array | None
+    k: CacheArrays
+    v: CacheArrays
 
 
 def append(
@@ -46,16 +39,11 @@ def append(
     cos: jax.Array,
     sin: jax.Array,
     slots: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-    k_zero: jax.Array | None = None,
-    v_zero: jax.Array | None = None,
+    k: CacheArrays,
+    v: CacheArrays,
     *,
     heads: int,
     interleaved: bool,
-    cache_format: str | None = None,
     bias: jax.Array | None = None,
     q_norm: jax.Array | None = None,
     k_norm: jax.Array | None = None,
@@ -65,23 +53,17 @@ def append(
     """Rotates the queries and writes the keys and values of one token per sequence to the cache.
 
     Args:
-      qkv: ``[B, (H + 2 KH) D]``, queries, keys and values, or float32 partial sums
-        ``[split, B, (H + 2 KH) D]`` of a matrix kernel.
-      cos: float32 ``[B, D / 2]``, of the token's position.
+      qkv: `[B, (H + 2 KH) D]`, queries, keys and values, or float32 partial sums
+        `[split, B, (H + 2 KH) D]` of a matrix kernel.
+      cos: float32 `[B, D / 2]`, of the token's position.
       sin: as cos.
-      slots: int32 ``[B]``, where to write; outside of the cache its nearest slot.
-      k: ``[B, KH, S, D]`` floats or codes, int4 ``[B, KH, S, D / 2]``; given up.
-      v: as k.
-      k_scale: float32 ``[B, KH, S]``, given up and written, or the static ``[KH, D]`` or
-        ``[KH, 1]``.
-      v_scale: as k_scale.
-      k_zero: uint8, of the shape of k_scale; int4 only.
-      v_zero: as k_zero.
+      slots: int32 `[B]`, where to write; outside of the cache its nearest slot.
+      k: keys `[B, KH, S, D]`; codes, and what else belongs to tokens, are given up and written.
+      v: values, in the format of k.
       heads: H.
       interleaved: whether channels 2i and 2i + 1 are rotated together, or i and i + D / 2.
-      cache_format: ``int8``, ``float8_e4m3``, ``int4``; None for floats.
-      bias: ``[(H + 2 KH) D]``, added to qkv.
-      q_norm: ``[D]``, the scale of an RMS norm of each query before the rotation, or None.
+      bias: `[(H + 2 KH) D]`, added to qkv.
+      q_norm: `[D]`, the scale of an RMS norm of each query before the rotation, or None.
       k_norm: likewise of keys; both or neither.
       epsilon: of the norms.
       dtype: of activations: everything is rounded to it as if it were stored; qkv's by default,
@@ -91,27 +73,20 @@ def append(
       NotImplementedError: a head_dim without a kernel, or a gradient is taken.
       ValueError: arrays that do not belong together.
     """
-    caches = (k, v, k_scale, v_scale, k_zero, v_zero)
     kept = (bias, q_norm, k_norm)
-    shape = _describe(qkv, caches, heads, interleaved, cache_format, epsilon, dtype)
-    _check(shape, k.shape[0], cos, sin, slots, kept)
-    return Appended(*_differentiable(shape)(qkv, cos, sin, slots.astype(jnp.int32), caches, kept))
+    shape = _describe(qkv, k, v, heads, interleaved, epsilon, dtype)
+    _check(shape, k.codes.shape[0], cos, sin, slots, kept)
+    kernel = functools.partial(write_row, shape)
+    run = differentiable(batchable(kernel, _wider_batch(shape)), _no_gradient)
+    q, written = run(qkv, cos, sin, slots.astype(jnp.int32), k, v, kept)
+    return Appended(q, *(_updated(side, name, written) for name, side in (("k", k), ("v", v))))
 
 
-def append_reference(
-    qkv, cos, sin, slots, k, v, k_scale=None, v_scale=None, k_zero=None, v_zero=None, **options
-) -> Appended:
+def append_reference(qkv, cos, sin, slots, k: CacheArrays, v: CacheArrays, **options) -> Appended:
     """The meaning of `append` in jax.numpy; same arguments."""
-    slots = jnp.clip(slots, 0, k.shape[2] - 1)
-    shape = _describe(
-        qkv,
-        (k, v, k_scale, v_scale, k_zero, v_zero),
-        options["heads"],
-        options["interleaved"],
-        options.get("cache_format"),
-        options.get("epsilon", 1e-6),
-        options.get("dtype"),
-    )
+    slots = jnp.clip(slots, 0, k.codes.shape[2] - 1)
+    more = {"epsilon": options.get("epsilon", 1e-6), "dtype": options.get("dtype")}
+    shape = _describe(qkv, k, v, options["heads"], options["interleaved"], **more)
     d, h, kh = shape.head_dim, shape.heads, shape.kv_heads
     y = qkv if shape.splits is None else jnp.sum(qkv, axis=0)
     y = y.astype(shape.dtype)
@@ -136,88 +111,62 @@ def append_reference(
         return rounded(jnp.concatenate([a, b], axis=-1))
 
     q = rotate(q, options.get("q_norm")).astype(shape.dtype)
-    key = rotate(key, options.get("k_norm"))
-    arrays: dict[str, Any] = {}
-    for name, x, cache, scale, zero in (
-        ("k", key, k, k_scale, k_zero),
-        ("v", value, v, v_scale, v_zero),
-    ):
-        codes, new_scale, new_zero = _quantize_row(shape, x, scale, zero)
-        arrays[name] = _write_reference(cache, codes.astype(cache.dtype), slots)
-        arrays[f"{name}_scale"] = scale
-        arrays[f"{name}_zero"] = zero
-        if shape.dynamic:
-            arrays[f"{name}_scale"] = _write_reference(scale, new_scale, slots)
-            if zero is not None:
-                arrays[f"{name}_zero"] = _write_reference(zero, new_zero.astype(zero.dtype), slots)
-    return Appended(q=q, **arrays)
+    sides = ((k, rotate(key, options.get("k_norm"))), (v, value))
+    return Appended(q, *(_write_reference(shape, side, x, slots) for side, x in sides))
 
 
-def _write_reference(cache, row, slots):
-    def write(cache, row, slot):
-        return lax.dynamic_update_slice_in_dim(cache, row[:, None], slot, axis=1)
+def _write_reference(shape: Row, cache: CacheArrays, x: jax.Array, slots: jax.Array) -> CacheArrays:
+    """The cache with tokens `x [B, KH, D]` in it."""
+    words = shape.side
+    scale: Any = None
+    zero: Any = None
+    if words.dynamic:
+        scale, zero = words.parameters(x)
+    elif words.static:
+        scale, zero = (
+            None if a is None else a.astype(jnp.float32)[None] for a in (cache.scale, cache.zero)
+        )
 
-    return jax.vmap(write)(cache, row, slots)
+    def write(old, row):
+        def one(old, row, slot):
+            return lax.dynamic_update_slice_in_dim(old, row[:, None], slot, axis=1)
 
+        return jax.vmap(one)(old, row.astype(old.dtype), slots)
 
-def _quantize_row(shape: Row, x, scale, zero) -> tuple[jax.Array, Any, Any]:
-    """``x [B, KH, D]`` -> codes (int4: packed), scale and zero point ``[B, KH]``."""
-    if shape.format is None:
-        return x, None, None
-    bound = jnp.float32(BOUNDS[shape.format])
-    wide_zero: Any = None
-    if not shape.dynamic:
-        wide = scale.astype(jnp.float32)[None]
-        wide_zero = None if zero is None else zero.astype(jnp.float32)[None]
-    elif shape.format == "int4":
-        high = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0)
-        low = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
-        wide = quotient(jnp.maximum(high - low, jnp.float32(SMALLEST_MAXIMUM)), bound)
-        wide_zero = jnp.clip(jnp.round(quotient(-low, wide)), 0.0, 15.0)
-        scale, zero = wide[..., 0], wide_zero[..., 0]
-    else:
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        wide = quotient(jnp.maximum(largest, jnp.float32(SMALLEST_MAXIMUM)), bound)
-        scale = wide[..., 0]
-    y = quotient(x, jnp.broadcast_to(wide, x.shape))
-    if shape.format == "int4":
-        codes = jnp.clip(jnp.round(y) + wide_zero, 0.0, 15.0).astype(jnp.uint8)
-        return codes[..., 0::2] | codes[..., 1::2] << jnp.uint8(4), scale, zero
-    y = jnp.clip(y, -bound, bound)
-    if shape.format == "int8":
-        return jnp.round(y).astype(jnp.int8), scale, None
-    return lax.bitcast_convert_type(y.astype(jnp.float8_e4m3fn), jnp.uint8), scale, None
+    changes = {"codes": write(cache.codes, words.codes(x, scale, zero))}
+    if words.dynamic:
+        changes["scale"] = write(cache.scale, scale[..., 0])
+        if zero is not None:
+            changes["zero"] = write(cache.zero, zero[..., 0])
+    return dataclasses.replace(cache, **changes)
 
 
-def _describe(qkv, caches, heads, interleaved, cache_format, epsilon, dtype) -> Row:
-    k, v, k_scale, v_scale, k_zero, v_zero = caches
-    kv_heads, slots, width = k.shape[1:]
-    d = 2 * width if cache_format == "int4" else width
-    side = describe_cache("append", (k, v), d, cache_format, (k_scale, v_scale), (k_zero, v_zero))
+def _updated(side: CacheArrays, name: str, written: dict[str, jax.Array]) -> CacheArrays:
+    changes = {"codes": written[name]}
+    for field in ("scale", "zero"):
+        if f"{name}_{field}" in written:
+            changes[field] = written[f"{name}_{field}"]
+    return dataclasses.replace(side, **changes)
+
+
+def _describe(qkv, k: CacheArrays, v: CacheArrays, heads, interleaved, epsilon, dtype) -> Row:
+    kv_heads, slots, width = k.codes.shape[1:]
+    d = width * CACHE_WORDS[k.format].packed
+    side = describe_cache("append", k, v, d)
     splits = qkv.shape[0] if qkv.ndim == 3 else None
     if (
         qkv.ndim not in (2, 3)
         or qkv.shape[-1] != (heads + 2 * kv_heads) * d
-        or qkv.shape[-2] != k.shape[0]
+        or qkv.shape[-2] != k.codes.shape[0]
     ):
         raise ValueError(
-            f"append: qkv {qkv.shape} beside a cache {k.shape} and heads={heads}: expected "
-            f"[{k.shape[0]}, {(heads + 2 * kv_heads) * d}], or such partial sums."
+            f"append: qkv {qkv.shape} beside a cache {k.codes.shape} and heads={heads}: expected "
+            f"[{k.codes.shape[0]}, {(heads + 2 * kv_heads) * d}], or such partial sums."
         )
     if splits is not None and dtype is None:
         raise ValueError("append: partial sums of qkv need dtype, the activations' dtype.")
-    return Row(
-        heads,
-        kv_heads,
-        slots,
-        d,
-        interleaved,
-        cache_format,
-        side.dynamic,
-        epsilon,
-        jnp.dtype(qkv.dtype if dtype is None else dtype),
-        splits,
-    )
+    dtype = jnp.dtype(qkv.dtype if dtype is None else dtype)
+    return Row(heads, kv_heads, slots, side, interleaved, epsilon, dtype, splits)
 
 
 def _check(shape: Row, batch: int, cos, sin, slots, kept) -> None:
@@ -240,53 +189,40 @@ def _check(shape: Row, batch: int, cos, sin, slots, kept) -> None:
         raise ValueError(f"append: expected slots int32 [{batch}], found {slots.dtype.name}.")
 
 
-def _differentiable(shape: Row):
-    """The launch with a rule for vmap that widens the batch, and a clear word on gradients."""
-    kernel = functools.partial(write_row, shape)
+def _wider_batch(shape: Row):
+    """For `batchable`: caches of their own are more sequences of one launch."""
 
-    @jax.custom_batching.custom_vmap
-    def batchable(*arrays):
-        return kernel(*arrays)
-
-    @batchable.def_vmap
-    def _fold(axis_size, batched, *arrays):
-        leaves, tree = jax.tree.flatten(arrays)
-        flags = jax.tree.leaves(batched)
-        small = jax.tree.leaves(arrays[-1])
-        if any(flags[len(leaves) - len(small) :]) or (not shape.dynamic and any(flags[6:])):
+    def fold(axis_size, batched, qkv, cos, sin, slots, k, v, kept):
+        small = jax.tree.leaves([(side.scale, side.zero) for side in batched[4:6]])
+        if any(jax.tree.leaves(batched[6])) or (shape.side.static and any(small)):
             raise NotImplementedError(
                 "append: bias, norms and static scales belong to the model, found them batched by "
                 "vmap; leave them out of in_axes, or use implementation='xla'."
             )
-        wide = []
-        for i, (a, is_batched) in enumerate(zip(leaves, flags, strict=True)):
-            if i >= len(leaves) - len(small) or (not shape.dynamic and i >= 6):
-                wide.append(a)
-                continue
+
+        def widened(a, is_batched, at=0):
             a = a if is_batched else jnp.broadcast_to(a[None], (axis_size, *a.shape))
-            at = 1 if i == 0 and shape.splits is not None else 0
             a = jnp.moveaxis(a, 0, at)
-            wide.append(a.reshape(*a.shape[:at], -1, *a.shape[at + 2 :]))
-        out = batchable(*jax.tree.unflatten(tree, wide))
+            return a.reshape(*a.shape[:at], -1, *a.shape[at + 2 :])
 
-        def unfold(a):
-            return a.reshape(axis_size, -1, *a.shape[1:])
-
-        static = () if shape.dynamic else tuple(range(3, 7))
-        split = tuple(a if i in static or a is None else unfold(a) for i, a in enumerate(out))
-        return split, tuple(None if a is None else i not in static for i, a in enumerate(out))
-
-    @jax.custom_vjp
-    def differentiable(*arrays):
-        return batchable(*arrays)
-
-    def forward(*arrays):
-        return batchable(*arrays), None
-
-    def backward(_, cotangent):
-        raise NotImplementedError(
-            "append: a cache that is written in place has no gradient; use implementation='xla'."
+        at = 0 if shape.splits is None else 1
+        qkv = widened(qkv, batched[0], at)
+        cos, sin, slots = (
+            widened(a, flag) for a, flag in zip((cos, sin, slots), batched[1:4], strict=True)
         )
 
-    differentiable.defvjp(forward, backward)
-    return differentiable
+        def side(cache, flags):
+            if shape.side.dynamic:
+                return jax.tree.map(widened, cache, flags)
+            return dataclasses.replace(cache, codes=widened(cache.codes, flags.codes))
+
+        out = write_row(shape, qkv, cos, sin, slots, side(k, batched[4]), side(v, batched[5]), kept)
+        return jax.tree.map(lambda a: a.reshape(axis_size, -1, *a.shape[1:]), out)
+
+    return fold
+
+
+def _no_gradient(*_):
+    raise NotImplementedError(
+        "append: a cache that is written in place has no gradient; use implementation='xla'."
+    )

@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention.cache_words import CacheWords
 from pallas_kernels.attention.parts import (
     choose_parts,
     exponent,
@@ -29,6 +28,8 @@ from pallas_kernels.attention.parts import (
     spread,
     write_output,
 )
+from pallas_kernels.cache.arrays import CacheArrays
+from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.mosaic.launch import launch, load, store
 
 ROWS = 16
@@ -50,14 +51,10 @@ def heads_per_program(group: int, head_dim: int) -> int:
 
 
 def attend(
-    q,
-    k,
-    v,
-    lengths,
-    k_scale,
-    v_scale,
-    k_zero,
-    v_zero,
+    q: jax.Array,
+    k: CacheArrays,
+    v: CacheArrays,
+    lengths: jax.Array,
     *,
     side: CacheWords,
     sliding_window: int | None,
@@ -66,13 +63,14 @@ def attend(
 ) -> jax.Array:
     """`decode_attention` by the kernel of this file; arguments as there, and checked there."""
     b, h, d = q.shape
-    kv_heads, slots = k.shape[1:3]
+    kv_heads, slots = k.codes.shape[1:3]
     if slots < ROWS:  # a tile does not fit: a cache this small may be copied
-        pad = [(0, 0), (0, 0), (0, ROWS - slots)]
-        k, v = (jnp.pad(a, [*pad, (0, 0)]) for a in (k, v))
-        if side.dynamic:
-            small = (k_scale, v_scale, k_zero, v_zero)
-            k_scale, v_scale, k_zero, v_zero = (a if a is None else jnp.pad(a, pad) for a in small)
+
+        def padded(a: jax.Array) -> jax.Array:
+            pad = [(0, 0), (0, 0), (0, ROWS - slots), (0, 0)]
+            return a if a.ndim == 2 else jnp.pad(a, pad[: a.ndim])
+
+        k, v = jax.tree.map(padded, (k, v))
         slots = ROWS
     group = h // kv_heads
     heads = heads_per_program(group, d)
@@ -81,7 +79,7 @@ def attend(
         parts = choose_parts(subgroups * b * kv_heads, slots)
     shape = _Shape(kv_heads, slots, group, heads, parts, side, sliding_window, scale, q.dtype)
 
-    operands, static = cache_operands(side, k, v, k_scale, v_scale, k_zero, v_zero)
+    operands, static = cache_operands(side, k, v)
     operands |= {"q": by_plane(q, side), "lengths": lengths}
     if parts == 1:
         operands |= static
@@ -120,21 +118,19 @@ def by_plane(a: jax.Array, side: CacheWords) -> jax.Array:
     return a if a.shape[-1] == 1 else a.reshape(*a.shape[:-1], side.width, side.planes)
 
 
-def cache_operands(side: CacheWords, k, v, k_scale, v_scale, k_zero, v_zero):
+def cache_operands(side: CacheWords, k: CacheArrays, v: CacheArrays):
     """The cache's arrays as kernels take them.
 
     Returns:
       ``(arrays, static)``: by name, those that every kernel reads, and the static scale and zero
       point of the values, which only the last step reads.
     """
-    arrays = {"k": side.view(k), "v": side.view(v)}
-    if side.format is None:
-        return arrays, {}
-    if side.dynamic:
-        small = {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
+    arrays = {"k": side.view(k.codes), "v": side.view(v.codes)}
+    small = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
+    if not side.static:
         return arrays | {name: a for name, a in small.items() if a is not None}, {}
     # A static zero point of K adds the same to all scores of a query: no need of it.
-    small = {"k_scale": k_scale, "v_scale": v_scale, "v_zero": v_zero}
+    del small["k_zero"]
     given = {n: by_plane(a.astype(jnp.float32), side) for n, a in small.items() if a is not None}
     arrays["k_scale"] = given.pop("k_scale")
     return arrays, given
@@ -208,9 +204,9 @@ def _program(shape: _Shape, inputs: dict[str, Any], outputs, query_ref, out_plan
 
     def decode(name, words, start):
         zero = None
-        if side.dynamic and side.format == "int4":
+        if side.dynamic and side.has_zero:
             points = fetch(f"{name}_zero", start, row).astype(jnp.float32)
-            zero = across(points + jnp.float32(16))
+            zero = across(side.zero_of(points))
         return side.decode(words, zero)
 
     def body(i, carry):

@@ -37,31 +37,28 @@ from jax import lax
 
 from pallas_kernels.attention import cuda_cores as attention_cuda_cores
 from pallas_kernels.attention import mma as attention_mma
-from pallas_kernels.attention.cache_words import CacheWords, describe_cache
+from pallas_kernels.cache.arrays import CacheArrays
+from pallas_kernels.cache.formats import CACHE_WORDS, describe_cache
+from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.device import default_device
+from pallas_kernels.transformations import batchable, differentiable
 
 
 def decode_attention_reference(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: CacheArrays,
+    v: CacheArrays,
     *,
     lengths: jax.Array,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-    k_zero: jax.Array | None = None,
-    v_zero: jax.Array | None = None,
-    cache_format: str | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
 ) -> jax.Array:
     """The meaning of `decode_attention`: decode the cache, one softmax over all slots, float32."""
     b, h, d = q.shape
-    kh = k.shape[1]
-    keys = _values(k, k_scale, k_zero, cache_format)
-    values = _values(v, v_scale, v_zero, cache_format)
+    keys, values = _values(k), _values(v)
+    kh, slots = keys.shape[1:3]
     queries = q.astype(jnp.float32).reshape(b, kh, h // kh, d)
-    slot = jnp.arange(k.shape[2])[None, None, None, :]
+    slot = jnp.arange(slots)[None, None, None, :]
     end = lengths[:, None, None, None]
     visible = slot < end
     if sliding_window is not None:
@@ -74,64 +71,47 @@ def decode_attention_reference(
     return out.reshape(b, h, d).astype(q.dtype)
 
 
-def _values(codes, scale, zero, cache_format) -> jax.Array:
-    """float32 ``[B, KH, S, D]``: ``(code - zero) * scale``, from the definition of each format."""
-    if cache_format is None:
-        return codes.astype(jnp.float32)
-    if cache_format == "int4":
-        nibbles = jnp.stack([codes & jnp.uint8(15), codes >> jnp.uint8(4)], axis=-1)
-        values = nibbles.reshape(*codes.shape[:-1], -1).astype(jnp.float32)
-    elif cache_format == "float8_e4m3":
-        values = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
-    else:
-        values = codes.astype(jnp.float32)
+def _values(side: CacheArrays) -> jax.Array:
+    """float32 `[B, KH, S, D]`: `(code - zero) * scale`, from the definition of each format."""
+    words = CACHE_WORDS[side.format]
+    values = words(side.codes.dtype, False, side.codes.shape[-1] * words.packed).values(side.codes)
 
     def wide(a):
+        a = a.astype(jnp.float32)
         return a[..., None] if a.ndim == 3 else a[None, :, None, :]
 
-    if zero is not None:
-        values = values - wide(zero).astype(jnp.float32)
-    return values * wide(scale).astype(jnp.float32)
+    if side.zero is not None:
+        values = values - wide(side.zero)
+    return values if side.scale is None else values * wide(side.scale)
 
 
 def decode_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: CacheArrays,
+    v: CacheArrays,
     *,
     lengths: jax.Array,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-    k_zero: jax.Array | None = None,
-    v_zero: jax.Array | None = None,
-    cache_format: str | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
     parts: int | None = None,
     tensor_cores: bool | None = None,
 ) -> jax.Array:
-    """The newest token of each sequence attends to the slots ``s < lengths[b]``.
+    """The newest token of each sequence attends to the slots `s < lengths[b]`.
 
     Args:
-      q: float ``[B, H, D]`` after the rotation; head h reads KV head ``h // (H / KH)``.
-      k: ``[B, KH, S, D]`` bf16, f16, f32, int8, or uint8 bits of float8_e4m3; int4: uint8
-        ``[B, KH, S, D / 2]``, the even channel in the low nibble. D is 64, 128 or 256.
-      v: as k.
-      lengths: int32 ``[B]``, valid slots; a sequence of length 0 gets zeros.
-      k_scale: float32, ``[B, KH, S]`` per token, ``[KH, D]`` or ``[KH, 1]`` static; None for
-        floats.
-      v_scale: as k_scale; on tensor cores positive (per token, 0 counts as 2^-64).
-      k_zero: uint8 zero points of the shape of k_scale; int4 only.
-      v_zero: as k_zero.
-      cache_format: ``int8``, ``float8_e4m3``, ``int4``; None for floats.
+      q: float `[B, H, D]` after the rotation; head h reads KV head `h // (H / KH)`.
+      k: keys `[B, KH, S, D]`; D is 64, 128 or 256.
+      v: values, in the format of k; on tensor cores with positive scales (per token, 0 counts as
+        2^-64).
+      lengths: int32 `[B]`, valid slots; a sequence of length 0 gets zeros.
       sliding_window: slots that the token sees, its own included; None for all.
-      scale: multiplies the scores; ``D ** -0.5`` if None.
+      scale: multiplies the scores; `D ** -0.5` if None.
       parts: programs that share a sequence; None chooses by the device's multiprocessors.
       tensor_cores: whether to multiply on tensor cores; None does so from sm_80 on where a KV head
         has 2 query heads or more, and not in the interpreter, which emulates them if True.
 
     Returns:
-      ``[B, H, D]`` in the dtype of q; scores, softmax and sums are float32.
+      `[B, H, D]` in the dtype of q; scores, softmax and sums are float32.
 
     Raises:
       NotImplementedError: a head_dim without a kernel, or tensor cores for what they have none.
@@ -140,25 +120,48 @@ def decode_attention(
     if q.ndim != 3:
         raise ValueError(f"decode_attention: expected q [B, H, D], found {q.shape}.")
     d = q.shape[-1]
-    side = describe_cache(
-        "decode_attention", (k, v), d, cache_format, (k_scale, v_scale), (k_zero, v_zero)
-    )
-    _check(q, k, lengths, sliding_window, parts)
-    static = functools.partial(
-        _implementation(side, q.shape[1] // k.shape[1], k.shape[2], tensor_cores),
+    side = describe_cache("decode_attention", k, v, d)
+    shape = k.codes.shape
+    _check(q, shape, lengths, sliding_window, parts)
+    kernel = functools.partial(
+        _implementation(side, q.shape[1] // shape[1], shape[2], tensor_cores),
         side=side,
         sliding_window=sliding_window,
         scale=d**-0.5 if scale is None else scale,
         parts=parts,
     )
-    reference = functools.partial(
-        _reference_positional,
-        cache_format=cache_format,
-        sliding_window=sliding_window,
-        scale=scale,
-    )
-    arrays = (q, k, v, lengths.astype(jnp.int32), k_scale, v_scale, k_zero, v_zero)
-    return _differentiable(static, reference)(*arrays)
+
+    def reference(q, k, v, lengths):
+        settings = {"sliding_window": sliding_window, "scale": scale}
+        return decode_attention_reference(q, k, v, lengths=lengths, **settings)
+
+    def gradient(cotangent, *arrays):
+        return jax.vjp(reference, *arrays)[1](cotangent)
+
+    run = differentiable(batchable(kernel, _wider_batch(kernel)), gradient)
+    return run(q, k, v, lengths.astype(jnp.int32))
+
+
+def _wider_batch(kernel):
+    """For `batchable`: caches of their own are more sequences; static scales are of the model."""
+
+    def fold(axis_size, batched, *arrays):
+        leaves, tree = jax.tree.flatten(arrays)
+        flags = jax.tree.leaves(batched)
+        if any(
+            flag == (a.ndim - flag == 2) for a, flag in zip(leaves[1:-1], flags[1:-1], strict=True)
+        ):
+            return None
+        if not (flags[0] and flags[-1]):
+            return None
+        wide = [
+            a.reshape(-1, *a.shape[2:]) if flag else a
+            for a, flag in zip(leaves, flags, strict=True)
+        ]
+        out = kernel(*jax.tree.unflatten(tree, wide))
+        return out.reshape(axis_size, -1, *out.shape[1:])
+
+    return fold
 
 
 def _implementation(side: CacheWords, group: int, slots: int, tensor_cores: bool | None):
@@ -177,63 +180,11 @@ def _implementation(side: CacheWords, group: int, slots: int, tensor_cores: bool
     return attention_mma.attend if tensor_cores else attention_cuda_cores.attend
 
 
-def _reference_positional(q, k, v, lengths, k_scale, v_scale, k_zero, v_zero, **static):
-    return decode_attention_reference(
-        q,
-        k,
-        v,
-        lengths=lengths,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        k_zero=k_zero,
-        v_zero=v_zero,
-        **static,
-    )
-
-
-def _differentiable(kernel, reference):
-    """The kernel with the reference's gradient, and with a rule for vmap that widens the batch."""
-
-    @jax.custom_batching.custom_vmap
-    def batchable(*arrays):
-        return kernel(*arrays)
-
-    @batchable.def_vmap
-    def _fold(axis_size, batched, *arrays):
-        # Positions: q, k, v, lengths, then scales and zeros, which are of the cache where static.
-        folds = all(batched[:4]) and all(
-            array is None or is_batched == (array.ndim - is_batched == 3)
-            for array, is_batched in zip(arrays[4:], batched[4:], strict=True)
-        )
-        if not folds:
-            axes = [0 if is_batched else None for is_batched in batched]
-            return jax.vmap(reference, in_axes=axes)(*arrays), True
-        wide = [
-            a.reshape(-1, *a.shape[2:]) if is_batched else a
-            for a, is_batched in zip(arrays, batched, strict=True)
-        ]
-        out = batchable(*wide)
-        return out.reshape(axis_size, -1, *out.shape[1:]), True
-
-    @jax.custom_vjp
-    def differentiable(*arrays):
-        return batchable(*arrays)
-
-    def forward(*arrays):
-        return batchable(*arrays), arrays
-
-    def backward(arrays, cotangent):
-        return jax.vjp(reference, *arrays)[1](cotangent)
-
-    differentiable.defvjp(forward, backward)
-    return differentiable
-
-
-def _check(q, k, lengths, sliding_window, parts) -> None:
+def _check(q, shape, lengths, sliding_window, parts) -> None:
     b, h, _ = q.shape
-    if b != k.shape[0] or not h or h % k.shape[1]:
+    if b != shape[0] or not h or h % shape[1]:
         raise ValueError(
-            f"decode_attention: q {q.shape} does not belong to a cache [B, KH, S, ...] {k.shape}: "
+            f"decode_attention: q {q.shape} does not belong to a cache [B, KH, S, ...] {shape}: "
             "expected the same B, and H a multiple of KH."
         )
     if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):

@@ -27,7 +27,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention.cache_words import CacheWords
 from pallas_kernels.attention.cuda_cores import LOG2_E, MASKED, cache_operands
 from pallas_kernels.attention.parts import (
     choose_parts,
@@ -38,6 +37,8 @@ from pallas_kernels.attention.parts import (
     spread,
     write_output,
 )
+from pallas_kernels.cache.arrays import CacheArrays
+from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.mosaic import mma_fragments as mma
 from pallas_kernels.mosaic.launch import launch, load, store
 from pallas_kernels.mosaic.mma_codes import CODES, Codes
@@ -81,8 +82,7 @@ class _Shape:
     @property
     def lifted(self) -> bool:
         """Whether queries carry scales of channels."""
-        scale_of_head = self.k_scale_width == 1
-        return self.side.format is not None and not self.side.dynamic and not scale_of_head
+        return self.side.static and self.k_scale_width != 1
 
     @property
     def factor(self) -> float:
@@ -102,14 +102,10 @@ class _Shape:
 
 
 def attend(
-    q,
-    k,
-    v,
-    lengths,
-    k_scale,
-    v_scale,
-    k_zero,
-    v_zero,
+    q: jax.Array,
+    k: CacheArrays,
+    v: CacheArrays,
+    lengths: jax.Array,
     *,
     side: CacheWords,
     sliding_window: int | None,
@@ -118,7 +114,7 @@ def attend(
 ) -> jax.Array:
     """`decode_attention` by the kernel of this file; arguments as there, and checked there."""
     b, h, d = q.shape
-    kv_heads, slots = k.shape[1:3]
+    kv_heads, slots = k.codes.shape[1:3]
     group = h // kv_heads
     if parts is None:
         parts = choose_parts(b * kv_heads, slots)
@@ -132,13 +128,18 @@ def attend(
         codes,
         sliding_window,
         scale,
-        None if k_scale is None else k_scale.shape[-1],
+        None if k.scale is None else k.scale.shape[-1],
         q.dtype,
     )
     # Sums come out in the order of channels.
     order = dataclasses.replace(side, natural=True)
-    operands, static = cache_operands(order, k, v, k_scale, v_scale, k_zero, v_zero)
-    operands |= {"k": _words(k, codes), "v": _words(v, codes), "q": q, "lengths": lengths}
+    operands, static = cache_operands(order, k, v)
+    operands |= {
+        "k": _words(k.codes, codes),
+        "v": _words(v.codes, codes),
+        "q": q,
+        "lengths": lengths,
+    }
     columns = shape.columns
     if parts == 1:
         operands |= static
@@ -177,8 +178,8 @@ def attend(
 
 def _words(array: jax.Array, codes: Codes) -> jax.Array:
     """``[B, KH, S, W]`` int32."""
-    pieces = array.reshape(*array.shape[:-1], codes.width, 4 // array.dtype.itemsize)
-    return lax.bitcast_convert_type(pieces, jnp.int32)
+    words = array.reshape(*array.shape[:-1], codes.width, 4 // array.dtype.itemsize)
+    return lax.bitcast_convert_type(words, jnp.int32)
 
 
 def _program(
@@ -204,9 +205,9 @@ def _program(
     queries, query_scale = _load_queries(shape, inputs, b, kv, query_ref)
     rows = mg.broadcasted_iota(jnp.int32, (mma.SLOTS,), 0, layout=row)
     factor = jnp.float32(shape.factor) * query_scale
-    if side.format is not None and not side.dynamic and not shape.lifted:
+    if side.static and not shape.lifted:
         factor = factor * inputs["k_scale"][kv, 0]
-    zeros = side.dynamic and side.format == "int4"
+    zeros = side.dynamic and side.has_zero
 
     def across(x):  # [64] -> [64, columns]
         return mg.layout_cast(lax.broadcast_in_dim(x, (mma.SLOTS, columns), (0,)), scores_in)

@@ -10,17 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention.cache_words import INT4_MIDDLE, CacheWords
+from pallas_kernels.cache.rounding import nearest_integer
+from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.device import default_device
 from pallas_kernels.mosaic.launch import launch, load, store
 
 LOWEST = -(2**20)
 """Exponent of a part that saw no slot."""
-
-TO_INTEGER = 1.5 * 2**23
-"""A float32 of this size has no fraction left: adding it rounds to integers."""
-
-TO_INTEGER_BITS = 0x4B400000
 
 _SMALLEST_PART = 256  # slots; shorter parts do not pay for the second pass
 _MOST_PARTS = 128
@@ -66,8 +62,7 @@ def exponent(x: jax.Array) -> jax.Array:
 
     Below 2^22. By bits, for T4 lacks the maximum and minimum that a conversion brings along.
     """
-    x = jnp.where(x > LOWEST, x, jnp.float32(LOWEST)) + jnp.float32(TO_INTEGER)
-    return lax.bitcast_convert_type(x, jnp.int32) - jnp.int32(TO_INTEGER_BITS)
+    return nearest_integer(jnp.where(x > LOWEST, x, jnp.float32(LOWEST)))
 
 
 def spread(width: int, lanes: int = 32) -> Any:
@@ -121,7 +116,7 @@ def write_output(out_ref, planes, total, kv, static: dict[str, Any], side: Cache
     for j, plane in enumerate(planes):
         plane = plane * factor
         if "v_zero" in static:
-            plane = plane + (jnp.float32(INT4_MIDDLE) - of_channel("v_zero", j)) * seen
+            plane = plane + (jnp.float32(side.middle) - of_channel("v_zero", j)) * seen
         if "v_scale" in static:
             plane = plane * of_channel("v_scale", j)
         store(out_ref.at[:, j], plane.astype(dtype))

@@ -38,14 +38,9 @@ class MosaicGpu(Kernel[AttentionArguments]):
         settings: Any = tuned("decode_attention", *_size(a)).config
         out = decode_attention(
             a.q[:, 0],
-            a.k.codes,
-            a.v.codes,
+            kernel_arrays(a.k),
+            kernel_arrays(a.v),
             lengths=jnp.minimum(a.lengths, a.offset + 1),
-            k_scale=a.k.scale,
-            v_scale=a.v.scale,
-            k_zero=a.k.zero,
-            v_zero=a.v.zero,
-            cache_format=a.k.format.kernel,
             sliding_window=a.sliding_window,
             scale=a.scale,
             **settings,
@@ -81,7 +76,7 @@ class MosaicGpu(Kernel[AttentionArguments]):
 
 def cache_unsupported(k: CacheTensor, v: CacheTensor) -> str | None:
     """Why kernels do not read or write such a cache; None if they do."""
-    from pallas_kernels.attention.cache_words import HEAD_DIMS
+    from pallas_kernels.cache.words import HEAD_DIMS
 
     if (k.spec, k.codes.dtype) != (v.spec, v.codes.dtype):
         return f"the kernels take keys and values of one format, found {k.spec} and {v.spec}"
@@ -91,6 +86,13 @@ def cache_unsupported(k: CacheTensor, v: CacheTensor) -> str | None:
         sizes = ", ".join(map(str, HEAD_DIMS))
         return f"the kernels take head_dim {sizes}, found {k.head_dim}"
     return None
+
+
+def kernel_arrays(tensor: CacheTensor) -> Any:
+    """Keys or values as kernels take them."""
+    from pallas_kernels.cache.arrays import CacheArrays
+
+    return CacheArrays(tensor.codes, tensor.scale, tensor.zero, tensor.format.kernel)
 
 
 def kind_of(k: CacheTensor) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor, sample_scales
 from fdq.ops import self_check
-from fdq.ops.attention.mosaic_gpu import cache_unsupported, kind_of
+from fdq.ops.attention.mosaic_gpu import cache_unsupported, kernel_arrays, kind_of
 from fdq.ops.kernels import Kernel, slower
 from fdq.ops.placement import sharded
 from fdq.ops.rope_append.arguments import RopeAppendArguments
@@ -47,18 +47,20 @@ class MosaicGpu(Kernel[RopeAppendArguments]):
             a.qkv.parts.reshape(split, batch, width),
             *(angle[:, 0] for angle in a.angles),
             jnp.broadcast_to(a.start, (batch,)).astype(jnp.int32),
-            *(a.k.codes, a.v.codes, a.k.scale, a.v.scale, a.k.zero, a.v.zero),
+            kernel_arrays(a.k),
+            kernel_arrays(a.v),
             heads=a.heads,
             interleaved=a.interleaved,
-            cache_format=a.k.format.kernel,
             bias=a.qkv.bias,
             q_norm=a.q_norm,
             k_norm=a.k_norm,
             epsilon=a.epsilon,
             dtype=a.qkv.dtype,
         )
-        k = a.k.replace(codes=out.k, scale=out.k_scale, zero=out.k_zero)
-        v = a.v.replace(codes=out.v, scale=out.v_scale, zero=out.v_zero)
+        k, v = (
+            old.replace(codes=new.codes, scale=new.scale, zero=new.zero)
+            for old, new in ((a.k, out.k), (a.v, out.v))
+        )
         return out.q[:, None], k, v
 
     def failure(self, arguments: RopeAppendArguments) -> str | None:

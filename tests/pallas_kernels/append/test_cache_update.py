@@ -1,5 +1,6 @@
 """The append kernel in the interpreter, against XLA's steps and against fdq's own cache."""
 
+import dataclasses
 import functools
 
 import append_program
@@ -13,8 +14,10 @@ from fdq.cache import quantize_cache
 from fdq.ops.rope_append.rotation import apply_rotary
 from fdq.schemes.scheme import CacheSpec
 from pallas_kernels.aot.ahead_of_time import compile_for, unavailable
-from pallas_kernels.append.cache_row import _e4m3_bits
 from pallas_kernels.append.cache_update import append, append_reference
+from pallas_kernels.cache.arrays import CacheArrays
+from pallas_kernels.cache.float8 import e4m3_bits
+from pallas_kernels.cache.formats import CACHE_WORDS
 
 # Programs run once: compiling them is what takes time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -29,30 +32,28 @@ SPECS = {
     "float8 head": CacheSpec(format="float8_e4m3", granularity="head", dynamic=False),
     "int4 channel": CacheSpec(format="int4", granularity="channel", dynamic=False, zero_point=True),
 }
-CODES = {"int8": jnp.int8, "float8_e4m3": jnp.uint8, "int4": jnp.uint8}
 
 
 def make(rng, name, dtype, *, splits=None, batch=2):
-    """Positional arguments of `append`, and its format."""
+    """Positional arguments of `append`."""
     spec = SPECS[name]
+    words = CACHE_WORDS[None if spec is None else spec.format]
     shape = (batch, WIDTH) if splits is None else (splits, batch, WIDTH)
     qkv = rng.standard_normal(shape)
     qkv = jnp.asarray(qkv, jnp.float32 if splits else dtype)
     angle = rng.uniform(0, 6, (batch, D // 2))
     angles = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
     slots = jnp.asarray(rng.permutation(SLOTS)[:batch], jnp.int32)
-    width = D // 2 if spec is not None and spec.format == "int4" else D
-    code = dtype if spec is None else CODES[spec.format]
-    caches = [jnp.asarray(rng.integers(0, 9, (batch, KV_HEADS, SLOTS, width)), code)] * 2
+    codes = rng.integers(0, 9, (batch, KV_HEADS, SLOTS, D // words.packed))
+    codes = jnp.asarray(codes, dtype if spec is None else words.dtypes[0])
+    scale = zero = None
     if spec is not None:
-        small = (batch, KV_HEADS, SLOTS)
-        if not spec.dynamic:
-            small = (KV_HEADS, D if spec.granularity == "channel" else 1)
+        small = (batch, KV_HEADS, SLOTS) if spec.dynamic else spec.static_shape(KV_HEADS, D)
         spread = {"int8": 0.02, "float8_e4m3": 0.005, "int4": 0.3}[spec.format]
-        caches += [jnp.asarray(rng.uniform(0.5, 1.5, small) * spread, jnp.float32)] * 2
-        if spec.zero_point:
-            caches += [jnp.asarray(rng.integers(4, 12, small), jnp.uint8)] * 2
-    return [qkv, *angles, slots, *caches], None if spec is None else spec.format
+        scale = jnp.asarray(rng.uniform(0.5, 1.5, small) * spread, jnp.float32)
+        zero = jnp.asarray(rng.integers(4, 12, small), jnp.uint8) if spec.zero_point else None
+    side = CacheArrays(codes, scale, zero, words.format)
+    return [qkv, *angles, slots, side, side]
 
 
 def run(function, arguments, **options):
@@ -61,10 +62,12 @@ def run(function, arguments, **options):
 
 
 def assert_equal(result, expected):
-    for name, a, b in zip(expected._fields, result, expected, strict=True):
-        if b is not None:
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    for (path, b), a in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(result), strict=True
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
 
 
 @pytest.mark.parametrize(
@@ -73,12 +76,12 @@ def assert_equal(result, expected):
 )
 def test_formats(rng, name, interleaved):
     """Codes, scales and queries are XLA's, bit for bit, and other slots stay as they are."""
-    arguments, cache_format = make(rng, name, jnp.bfloat16)
-    options = {"interleaved": interleaved, "cache_format": cache_format}
-    result = run(append, arguments, **options)
-    assert_equal(result, run(append_reference, arguments, **options))
+    arguments = make(rng, name, jnp.bfloat16)
+    result = run(append, arguments, interleaved=interleaved)
+    assert_equal(result, run(append_reference, arguments, interleaved=interleaved))
     slots = np.asarray(arguments[3])
-    for old, new in zip(arguments[4:], result[1:], strict=False):
+    olds, news = jax.tree.leaves(arguments[4:]), jax.tree.leaves(result[1:])
+    for old, new in zip(olds, news, strict=True):
         if old.ndim < 3:
             np.testing.assert_array_equal(old, new)
             continue
@@ -89,11 +92,9 @@ def test_formats(rng, name, interleaved):
 
 
 def test_norms_bias_and_partial_sums(rng):
-    interleaved = False
-    arguments, cache_format = make(rng, "int4", jnp.bfloat16, splits=3)
+    arguments = make(rng, "int4", jnp.bfloat16, splits=3)
     options = {
-        "interleaved": interleaved,
-        "cache_format": cache_format,
+        "interleaved": False,
         "dtype": jnp.bfloat16,
         "bias": jnp.asarray(rng.standard_normal(WIDTH), jnp.bfloat16),
         "q_norm": jnp.asarray(rng.uniform(0.5, 1.5, D), jnp.bfloat16),
@@ -104,48 +105,47 @@ def test_norms_bias_and_partial_sums(rng):
 
 @pytest.mark.parametrize("name", ["int8", "int4 channel"])
 def test_agrees_with_the_cache_of_fdq(rng, name):
-    """The steps of `fdq.nn.Attention` and `KVCache.update`, one by one."""
-    arguments, cache_format = make(rng, name, jnp.bfloat16)
-    result = run(append, arguments, interleaved=False, cache_format=cache_format)
-    qkv, cos, sin, slots, *caches = arguments
+    """The steps of `fdq.ops.rope_append` in XLA, one by one."""
+    arguments = make(rng, name, jnp.bfloat16)
+    result = run(append, arguments, interleaved=False)
+    qkv, cos, sin, slots, side, _ = arguments
     spec = SPECS[name]
     x = qkv.reshape(2, 1, HEADS + 2 * KV_HEADS, D)
     q, k, v = jnp.split(x, (HEADS, HEADS + KV_HEADS), axis=2)
     angles = (cos[:, None], sin[:, None])
     rotate = jax.jit(functools.partial(apply_rotary, angles=angles, interleaved=False))
     np.testing.assert_array_equal(result.q, rotate(q)[:, 0])
-    static = {} if spec.dynamic else {"scale": caches[2], "zero": caches[4]}
-    for codes, x in ((result.k, rotate(k)), (result.v, v)):
+    static = {} if spec.dynamic else {"scale": side.scale, "zero": side.zero}
+    for stored, x in ((result.k, rotate(k)), (result.v, v)):
         expected = quantize_cache(jnp.swapaxes(x, 1, 2), spec, **static).codes
         for b in range(2):
-            np.testing.assert_array_equal(codes[b, :, slots[b]], expected[b, :, 0])
+            np.testing.assert_array_equal(stored.codes[b, :, slots[b]], expected[b, :, 0])
 
 
 def test_slots_beyond_the_cache(rng):
     """As in XLA, the last one; a negative one is the first."""
-    arguments, _ = make(rng, "float", jnp.float32)
+    arguments = make(rng, "float", jnp.float32)
     arguments[3] = jnp.asarray([SLOTS + 5, -3], jnp.int32)
     result = run(append, arguments, interleaved=True)
     v = arguments[0].reshape(2, -1, D)[:, -KV_HEADS:]
-    np.testing.assert_array_equal(result.v[0, :, SLOTS - 1], v[0])
-    np.testing.assert_array_equal(result.v[1, :, 0], v[1])
+    np.testing.assert_array_equal(result.v.codes[0, :, SLOTS - 1], v[0])
+    np.testing.assert_array_equal(result.v.codes[1, :, 0], v[1])
 
 
 def test_float32_activations(rng):
     """The rotation may differ by a bit there, and with it a scale."""
-    arguments, cache_format = make(rng, "int8", jnp.float32)
-    options = {"interleaved": True, "cache_format": cache_format}
-    result, expected = (run(f, arguments, **options) for f in (append, append_reference))
+    arguments = make(rng, "int8", jnp.float32)
+    result, expected = (run(f, arguments, interleaved=True) for f in (append, append_reference))
     assert_close(result.q, expected.q, of_largest=3e-7)
-    assert_close(result.k_scale, expected.k_scale, of_largest=3e-7)
-    np.testing.assert_array_equal(result.v, expected.v)
-    np.testing.assert_array_equal(result.v_scale, expected.v_scale)
+    assert_close(result.k.scale, expected.k.scale, of_largest=3e-7)
+    np.testing.assert_array_equal(result.v.codes, expected.v.codes)
+    np.testing.assert_array_equal(result.v.scale, expected.v.scale)
 
 
 def test_vmap(rng):
-    one, cache_format = make(rng, "int8", jnp.bfloat16)
-    stacked = [jnp.stack([a, a[::-1]]) for a in one]
-    options = {"heads": HEADS, "interleaved": True, "cache_format": cache_format}
+    one = make(rng, "int8", jnp.bfloat16)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), one)
+    options = {"heads": HEADS, "interleaved": True}
     result = jax.vmap(functools.partial(append, **options))(*stacked)
     expected = jax.vmap(functools.partial(append_reference, **options))(*stacked)
     assert_equal(result, expected)
@@ -154,11 +154,13 @@ def test_vmap(rng):
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 @pytest.mark.parametrize("cache_format, gpu", [("int8", "t4"), ("int4", "h200"), (None, "l4")])
 def test_a_donated_cache_is_written_in_place(cache_format, gpu):
-    function = functools.partial(append_program.append_in_a_loop, cache_format)
+    function = append_program.append_in_a_loop
     arguments = append_program.arguments(cache_format)
     report = compile_for(function, arguments, gpu, donate=(0,))
     assert report.problems() == []
-    caches = sum(np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arguments[0])
+    caches = sum(
+        np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(arguments[0])
+    )
     assert report.alias_bytes == caches
     assert report.temp_bytes < caches / 20
     largest = max((copy.bytes for copy in report.copies), default=0)
@@ -172,27 +174,28 @@ def test_every_float8_code():
     x = np.concatenate([values, middle, middle * np.float32(1 + 2**-20), middle * 0.9999])
     x = jnp.asarray(np.concatenate([x, -x]), jnp.float32)
     expected = jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
-    np.testing.assert_array_equal(_e4m3_bits(x), expected.astype(jnp.int32))
+    np.testing.assert_array_equal(e4m3_bits(x), expected.astype(jnp.int32))
 
 
 def test_slots_outside_of_the_cache(rng):
-    arguments, _ = make(rng, "float", jnp.float32)
+    arguments = make(rng, "float", jnp.float32)
     arguments[3] = jnp.asarray([-1, SLOTS + 5], jnp.int32)
     result = run(append, arguments, interleaved=True)
     assert_equal(result, run(append_reference, arguments, interleaved=True))
 
 
 def test_what_is_refused(rng):
-    arguments, _ = make(rng, "float", jnp.float32)
+    arguments = make(rng, "float", jnp.float32)
     plain = functools.partial(append, heads=HEADS, interleaved=True)
     with pytest.raises(NotImplementedError, match="no gradient"):
         jax.grad(lambda qkv: plain(qkv, *arguments[1:]).q.sum())(arguments[0])
     with pytest.raises(ValueError, match="partial sums of qkv need dtype"):
         run(append, [arguments[0][None], *arguments[1:]], interleaved=True)
     with pytest.raises(ValueError, match=r"int8 \[B, KH, S, 64\], found float32"):
-        plain(*arguments, cache_format="int8")
+        plain(*arguments[:4], *(dataclasses.replace(a, format="int8") for a in arguments[4:]))
     with pytest.raises(ValueError, match="both scales go with a quantized format"):
-        plain(*arguments, k_scale=jnp.ones((2, KV_HEADS, SLOTS)))
+        scaled = dataclasses.replace(arguments[4], scale=jnp.ones((2, KV_HEADS, SLOTS)))
+        plain(*arguments[:4], scaled, arguments[5])
     with pytest.raises(ValueError, match="q_norm and k_norm go together"):
         plain(*arguments, k_norm=jnp.ones((64,)))
     with pytest.raises(ValueError, match=r"expected cos \[2, 32\], found \[2, 64\]"):
@@ -200,8 +203,12 @@ def test_what_is_refused(rng):
     with pytest.raises(ValueError, match=r"expected slots \[2\], found \[1\]"):
         plain(*arguments[:3], jnp.zeros((1,), jnp.int32), *arguments[4:])
     with pytest.raises(ValueError, match="expected k and v alike"):
-        plain(*arguments[:5], arguments[5][:, :, :4])
+        plain(*arguments[:5], jax.tree.map(lambda a: a[:, :, :4], arguments[5]))
     with pytest.raises(ValueError, match="expected \\[2, "):
         run(append, [arguments[0][:, :-1], *arguments[1:]], interleaved=True)
     with pytest.raises(NotImplementedError, match="head_dim=32"):
-        run(append, [*arguments[:4], *[c[..., :32] for c in arguments[4:]]], interleaved=True)
+        run(
+            append,
+            [*arguments[:4], *jax.tree.map(lambda a: a[..., :32], arguments[4:])],
+            interleaved=True,
+        )

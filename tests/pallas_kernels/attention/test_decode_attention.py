@@ -11,10 +11,12 @@ from closeness import assert_close
 
 import fdq
 from fdq.cache import CacheTensor, quantize_cache
+from fdq.ops.attention.mosaic_gpu import kernel_arrays
 from fdq.schemes.scheme import CacheSpec
 from pallas_kernels.attention.cuda_cores import heads_per_program
 from pallas_kernels.attention.decode_attention import decode_attention, decode_attention_reference
 from pallas_kernels.attention.parts import choose_parts, exponent
+from pallas_kernels.cache.arrays import CacheArrays
 
 BOUND = 5e-6  # of the largest reference value
 # Programs run once: compiling them is what takes time.
@@ -44,61 +46,45 @@ class Sizes:
     head_dim: int = 64
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def quantize(x, spec, scale, zero):
-    tensor = quantize_cache(x, spec, scale=scale, zero=zero)
-    return tensor.codes, tensor.scale, tensor.zero
+quantized = jax.jit(quantize_cache, static_argnums=1)
 
 
 def make(rng, name, sizes):
-    """Queries, the arrays of a cache, and the arguments that go with them."""
+    """Queries, keys and values."""
     spec = SPECS[name]
     d = sizes.head_dim
     shape = (sizes.batch, sizes.kv_heads, sizes.slots, d)
     q = rng.standard_normal((sizes.batch, sizes.kv_heads * sizes.group, d))
-    arrays = {}
     sides = []
-    for side in "kv":
+    for _ in "kv":
         x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
         if spec is None:
-            sides.append(x.astype(name))
+            sides.append(CacheArrays(x.astype(name)))
             continue
-        scale = zero = None
+        static = {}
         if not spec.dynamic:
-            width = d if spec.granularity == "channel" else 1
             spread = {"int8": 0.02, "float8_e4m3": 0.01, "int4": 0.3}[spec.format]
-            scale = rng.uniform(0.5, 1.5, (sizes.kv_heads, width)) * spread
-            scale = jnp.asarray(scale, jnp.float32)
+            scale = rng.uniform(0.5, 1.5, spec.static_shape(sizes.kv_heads, d)) * spread
+            static["scale"] = jnp.asarray(scale, jnp.float32)
             if spec.zero_point:
-                zero = jnp.asarray(rng.integers(5, 11, scale.shape), jnp.uint8)
-        codes, scale, zero = quantize(x, spec, scale, zero)
-        sides.append(codes)
-        arrays |= {f"{side}_scale": scale}
-        arrays |= {} if zero is None else {f"{side}_zero": zero}
-    settings = {"cache_format": None if spec is None else spec.format, **arrays}
-    return jnp.asarray(q, jnp.float32), *sides, settings
+                static["zero"] = jnp.asarray(rng.integers(5, 11, scale.shape), jnp.uint8)
+        sides.append(kernel_arrays(quantized(x, spec, **static)))
+    return jnp.asarray(q, jnp.float32), *sides
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("cache_format", "sliding_window", "scale"),
-    compiler_options=QUICK,
-)
+@functools.partial(jax.jit, static_argnames=("sliding_window", "scale"), compiler_options=QUICK)
 def reference(q, k, v, lengths, **settings):
     return decode_attention_reference(q, k, v, lengths=lengths, **settings)
 
 
 def check(rng, name, sizes, lengths, **options):
-    *arrays, settings = make(rng, name, sizes)
+    arrays = make(rng, name, sizes)
     lengths = jnp.asarray(lengths, jnp.int32)
-    window = options.get("sliding_window")
-    static = options | {"cache_format": settings["cache_format"]}
-    run = jax.jit(functools.partial(decode_attention, **static), compiler_options=QUICK)
-    given = {name: a for name, a in settings.items() if name != "cache_format"}
-    out = run(*arrays, lengths=lengths, **given)
-    expected = reference(*arrays, lengths, sliding_window=window, **settings)
+    run = jax.jit(functools.partial(decode_attention, **options), compiler_options=QUICK)
+    out = run(*arrays, lengths=lengths)
+    expected = reference(*arrays, lengths, sliding_window=options.get("sliding_window"))
     assert_close(out, expected, of_largest=BOUND, what=name)
-    return out, arrays, lengths, settings
+    return out, arrays, lengths
 
 
 # Formats, and with them groups, head dims, numbers of slots that fill no tile, and parts.
@@ -129,11 +115,10 @@ TENSOR_CORES = {
 def test_formats_on_cuda_cores(rng, name):
     sizes, parts = CUDA_CORES[name]
     slots = sizes.slots
-    out, arrays, lengths, settings = check(rng, name, sizes, [slots, slots // 2], parts=parts)
+    out, arrays, lengths = check(rng, name, sizes, [slots, slots // 2], parts=parts)
     if name == "int4":
-        q, *codes = arrays
-        small = ([settings[f"{side}_{kind}"] for kind in ("scale", "zero")] for side in "kv")
-        k, v = (CacheTensor(c, *s, SPECS[name]) for c, s in zip(codes, small, strict=True))
+        q, *sides = arrays
+        k, v = (CacheTensor(a.codes, a.scale, a.zero, SPECS[name]) for a in sides)
         xla = fdq.attention(q[:, None], k, v, lengths=lengths, implementation="xla")
         assert_close(out, xla[:, 0], of_largest=BOUND)
 
@@ -169,32 +154,33 @@ def test_what_counts(rng, tensor_cores):
 
     Scales and zero points do: with those of other tokens the result is another.
     """
-    q, k, v, settings = make(rng, "int4", Sizes(slots=100))
+    q, *sides = make(rng, "int4", Sizes(slots=100))
     lengths = jnp.asarray([40, 90], jnp.int32)
     options = {"lengths": lengths, "parts": 1, "tensor_cores": tensor_cores}
-    static = {**options, "cache_format": "int4"}
-    run = jax.jit(functools.partial(decode_attention, **static), compiler_options=QUICK)
-    expected = reference(q, k, v, lengths, **settings)
-    settings.pop("cache_format")
-    out = run(q, k, v, **settings)
+    run = jax.jit(functools.partial(decode_attention, **options), compiler_options=QUICK)
+    expected = reference(q, *sides, lengths)
+    out = run(q, *sides)
     assert_close(out, expected, of_largest=BOUND)
-    for name in settings:
-        others = run(q, k, v, **(settings | {name: settings[name][:, :, ::-1]}))
-        assert np.abs(others - expected).max() > 100 * BOUND * np.abs(expected).max(), name
+    for side in range(2):
+        for name in ("scale", "zero"):
+            others = list(sides)
+            shuffled = {name: getattr(sides[side], name)[:, :, ::-1]}
+            others[side] = dataclasses.replace(sides[side], **shuffled)
+            difference = np.abs(run(q, *others) - expected).max()
+            assert difference > 100 * BOUND * np.abs(expected).max(), (side, name)
     hidden = jnp.arange(100)[None, None, :] >= lengths[:, None, None]
 
     def blank(a):
         mask = hidden if a.ndim == 3 else hidden[..., None]
         return jnp.where(mask, jnp.zeros((), a.dtype), a)
 
-    settings = {n: blank(a) for n, a in settings.items()}
-    np.testing.assert_array_equal(out, run(q, blank(k), blank(v), **settings))
+    np.testing.assert_array_equal(out, run(q, *jax.tree.map(blank, sides)))
 
 
 @pytest.mark.parametrize("tensor_cores", [False, True])
 def test_large_scores(rng, tensor_cores):
     """Probabilities of one slot alone, and scores far below zero."""
-    q, k, v, _ = make(rng, "bfloat16", Sizes(slots=70))
+    q, k, v = make(rng, "bfloat16", Sizes(slots=70))
     q = q.astype(jnp.bfloat16)
     lengths = jnp.asarray([70, 39], jnp.int32)
     out = decode_attention(
@@ -208,33 +194,30 @@ def test_large_scores(rng, tensor_cores):
 )
 def test_queries_beyond_float16_on_tensor_cores(rng, name, size):
     """Codes meet queries as float16, which ends at 65504 and has few bits below 2^-14."""
-    q, k, v, settings = make(rng, name, Sizes(slots=70))
+    q, k, v = make(rng, name, Sizes(slots=70))
     lengths = jnp.asarray([70, 39], jnp.int32)
     q = q * size
-    static = {"scale": 0.5 / size, "cache_format": settings.pop("cache_format")}
-    out = decode_attention(
-        q, k, v, lengths=lengths, parts=1, tensor_cores=True, **static, **settings
-    )
-    expected = reference(q, k, v, lengths, **static, **settings)
-    assert_close(out, expected, of_largest=BOUND)
+    scale = 0.5 / size
+    out = decode_attention(q, k, v, lengths=lengths, parts=1, tensor_cores=True, scale=scale)
+    assert_close(out, reference(q, k, v, lengths, scale=scale), of_largest=BOUND)
 
 
 def test_values_with_a_scale_of_zero_on_tensor_cores(rng):
-    q, k, v, settings = make(rng, "int8", Sizes(slots=70))
+    q, k, v = make(rng, "int8", Sizes(slots=70))
     lengths = jnp.asarray([70, 39], jnp.int32)
-    settings["v_scale"] = settings["v_scale"].at[:, :, 7:20].set(0)
-    out = decode_attention(q, k, v, lengths=lengths, parts=1, tensor_cores=True, **settings)
-    assert_close(out, reference(q, k, v, lengths, **settings), of_largest=BOUND)
+    v = dataclasses.replace(v, scale=v.scale.at[:, :, 7:20].set(0))
+    out = decode_attention(q, k, v, lengths=lengths, parts=1, tensor_cores=True)
+    assert_close(out, reference(q, k, v, lengths), of_largest=BOUND)
 
 
 def test_vmap_and_gradient(rng):
-    q, k, v, _ = make(rng, "bfloat16", Sizes(slots=20))
+    q, k, v = make(rng, "bfloat16", Sizes(slots=20))
     lengths = jnp.asarray([20, 7], jnp.int32)
 
     def run(q, k, v, lengths):
         return decode_attention(q, k, v, lengths=lengths, parts=1)
 
-    stacked = [jnp.stack([a, a[::-1]]) for a in (q, k, v, lengths)]
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), (q, k, v, lengths))
     assert_close(jax.vmap(run)(*stacked), jax.vmap(reference)(*stacked), of_largest=BOUND)
     twice = jnp.stack([q, 2 * q])
     out = jax.vmap(run, (0, None, None, None))(twice, k, v, lengths)
@@ -248,30 +231,35 @@ def test_vmap_and_gradient(rng):
 
 
 def test_what_is_refused(rng):
-    q, k, v, _ = make(rng, "bfloat16", Sizes(slots=20))
+    q, k, v = make(rng, "bfloat16", Sizes(slots=20))
     lengths = jnp.asarray([20, 7], jnp.int32)
     with pytest.raises(NotImplementedError, match="head_dim=32"):
-        decode_attention(q[..., :32], k[..., :32], v[..., :32], lengths=lengths)
+        narrow = jax.tree.map(lambda a: a[..., :32], (q, k, v))
+        decode_attention(*narrow, lengths=lengths)
     with pytest.raises(NotImplementedError, match="no tensor-core kernel"):
         decode_attention(q, k, v, lengths=lengths, tensor_cores=True)
     with pytest.raises(ValueError, match="k and v alike"):
-        decode_attention(q, k, v[:, :, :10], lengths=lengths)
+        decode_attention(q, k, CacheArrays(v.codes[:, :, :10]), lengths=lengths)
     with pytest.raises(ValueError, match="both scales go with a quantized format"):
-        decode_attention(q, k, v, lengths=lengths, k_scale=jnp.ones((2, 1, 20)))
-    codes = jnp.zeros(k.shape, jnp.int8)
-    with pytest.raises(ValueError, match="found k_scale"):
-        decode_attention(
-            q, codes, codes, lengths=lengths, cache_format="int8", k_scale=jnp.ones((1, 64))
-        )
+        decode_attention(q, dataclasses.replace(k, scale=jnp.ones((2, 1, 20))), v, lengths=lengths)
+    codes = jnp.zeros(k.codes.shape, jnp.int8)
+    one, two, three = (
+        CacheArrays(codes, scale, format="int8")
+        for scale in (jnp.ones((1, 64)), None, jnp.ones((2, 1, 19)))
+    )
+    with pytest.raises(ValueError, match=r"found k\.scale"):
+        decode_attention(q, one, two, lengths=lengths)
     with pytest.raises(ValueError, match=r"\[B, KH, S\] = \[2, 1, 20\] or all"):
-        scales = {"k_scale": jnp.ones((2, 1, 19)), "v_scale": jnp.ones((2, 1, 20))}
-        decode_attention(q, codes, codes, lengths=lengths, cache_format="int8", **scales)
+        decode_attention(q, three, one, lengths=lengths)
+    with pytest.raises(ValueError, match="k and v alike"):
+        decode_attention(q, one, k, lengths=lengths)
     with pytest.raises(ValueError, match=r"expected lengths int32 \[2\]"):
         decode_attention(q, k, v, lengths=lengths[:1])
     with pytest.raises(ValueError, match="sliding_window=0, expected 1 or more"):
         decode_attention(q, k, v, lengths=lengths, sliding_window=0)
     with pytest.raises(ValueError, match="float8_e4m3"):
-        decode_attention(q, k, v, lengths=lengths, cache_format="fp8")
+        wrong = [dataclasses.replace(a, format="fp8") for a in (k, v)]
+        decode_attention(q, *wrong, lengths=lengths)
 
 
 def test_how_a_sequence_is_shared():

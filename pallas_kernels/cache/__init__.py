@@ -1,0 +1,1 @@
+"""KV caches as kernels read and write them, one file a format."""

@@ -1,0 +1,27 @@
+"""Keys or values as kernels take them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CacheArrays:
+    """Keys or values of one layer, `[B, KH, S, D]`; `value = (code - zero) * scale`.
+
+    Attributes:
+      codes: `[B, KH, S, D]` bf16, f16, f32, int8, or uint8 bits of float8_e4m3; int4: uint8
+        `[B, KH, S, D / 2]`, the even channel in the low nibble.
+      scale: float32, `[B, KH, S]` per token, `[KH, D]` or `[KH, 1]` static; None for floats.
+      zero: uint8 zero points of the shape of `scale`; int4 only.
+      format: a name of `CACHE_WORDS`: `int8`, `float8_e4m3`, `int4`; None for floats.
+    """
+
+    codes: Any
+    scale: Any = None
+    zero: Any = None
+    format: str | None = dataclasses.field(default=None, metadata={"static": True})
