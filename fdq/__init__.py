@@ -10,6 +10,7 @@ from fdq import nn as nn
 from fdq import ops as ops
 from fdq.analysis.evaluation import evaluate as evaluate
 from fdq.analysis.planner import plan as plan
+from fdq.cache.cache_tensor import CacheTensor as CacheTensor
 from fdq.cache.kv_cache import KVCache as KVCache
 from fdq.calibration.observation import calibrate as calibrate
 from fdq.calibration.statistics import Calibration as Calibration

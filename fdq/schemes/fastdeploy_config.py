@@ -197,7 +197,7 @@ def _candidates(rules: list, default: Any, cache: Any, record: Mapping[str, Any]
     if cache is not None:
         formats = {"float8_e4m3": "float8_e4m3fn", "int8": "int8", "int4": "int4_zp"}
         dynamic = cache.format == "float8_e4m3" and cache.dynamic
-        base["kv_cache_quant_type"] = "block_wise_fp8" if dynamic else formats[cache.format]
+        base["kv_cache_quant_type"] = "block_wise_fp8" if dynamic else formats.get(cache.format)
         if cache.granularity == "channel" and cache.format != "int8":
             base["is_channel_wise"] = True
     ranges = [_LAYERS.fullmatch(rule.pattern) for rule in rules]
