@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_attention import random_caches
+from benchmarks.gpu_caches import random_caches
 from benchmarks.gpu_cases import KERNEL, MODELS, AttentionCase
 from benchmarks.gpu_child import Settings
 from benchmarks.gpu_products import timed

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from typing import Any
 
 import jax
@@ -15,14 +14,14 @@ import jax.numpy as jnp
 
 import fdq
 from benchmarks import gpu_cases
+from benchmarks.gpu_caches import random_caches
 from benchmarks.gpu_cases import KERNEL, AttentionCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_products import timed, tuned
-from benchmarks.gpu_timing import Work, difference, l2_ratio, links_for
-from benchmarks.gpu_weights import nbytes, random_array, random_cache
+from benchmarks.gpu_timing import Work, difference, l2_ratio
+from benchmarks.gpu_weights import nbytes, random_array
 from fdq.cache import LayerCache, parse_format
 from fdq.ops.attention.mosaic_gpu import kernel_arrays
-from fdq.schemes.scheme import CacheSpec
 
 
 def run(settings: Settings, emit: Emit) -> None:
@@ -48,23 +47,6 @@ def run(settings: Settings, emit: Emit) -> None:
 def small(case: AttentionCase) -> AttentionCase:
     """The case over 64 tokens with two heads a KV head."""
     return dataclasses.replace(case, batch=1, slots=64, heads=4, kv_heads=2)
-
-
-def random_caches(
-    case: AttentionCase, dtype: Any, l2_bytes: int, *, smoke: bool
-) -> list[LayerCache]:
-    """Different caches of a case, together larger than the L2 cache four times."""
-    spec = parse_format(case.format)
-    make = functools.partial(_random, case=case, spec=spec, dtype=jnp.dtype(dtype).name)
-    size = nbytes(jax.eval_shape(make, jax.random.key(0)))
-    seed = jax.random.key(zlib.crc32(case.key.encode()))
-    keys = jax.random.split(seed, links_for(size, l2_bytes, smoke=smoke))
-    return [make(key) for key in keys]
-
-
-def _random(key: jax.Array, case: AttentionCase, spec: CacheSpec | None, dtype: str) -> LayerCache:
-    shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
-    return LayerCache(*(random_cache(k, shape, spec, dtype) for k in jax.random.split(key)))
 
 
 def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:

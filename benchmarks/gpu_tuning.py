@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import fdq
-from benchmarks.gpu_attention import random_caches
+from benchmarks.gpu_caches import random_caches
 from benchmarks.gpu_cases import AttentionCase, ExpertCase, MatrixCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_products import (
