@@ -17,7 +17,7 @@ from benchmarks.gpu_weights import random_array
 from fdq.cache import LayerCache
 from fdq.models import CONFIGS
 from fdq.nn.rotary import rotary_angles
-from fdq.ops.attention.mosaic_gpu import kernel_arrays
+from fdq.ops.kernel_cache import kernel_arrays
 from fdq.ops.rope_append.rotation import apply_rotary
 from fdq.ops.rope_append.xla import write_slots
 

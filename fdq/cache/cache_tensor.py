@@ -13,6 +13,7 @@ from fdq.cache.floating import FLOATING
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE, CacheFormat
 from fdq.schemes.kinds import CACHE_FORMATS
 from fdq.schemes.scheme import CacheSpec
+from pallas_kernels.typing import Array, Float
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +119,7 @@ def format_of(spec: CacheSpec | None) -> CacheFormat:
 
 
 def quantize_cache(
-    x: jax.Array, spec: CacheSpec | None, *, scale: Any = None, zero: Any = None
+    x: Float[Array, "b kh t d"], spec: CacheSpec | None, *, scale: Any = None, zero: Any = None
 ) -> CacheTensor:
     """Keys (after the rotation) or values as codes, scales and zero points.
 

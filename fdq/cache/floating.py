@@ -9,7 +9,7 @@ from fdq.cache.format import CacheFormat
 
 
 class Floating(CacheFormat):
-    """Floats without scales: what a spec of None means. Not a quantized format, so no name."""
+    """Floats without scales: what a spec of None means, so no row of `CACHE_FORMATS`."""
 
     name = "float"
     grammar_name = "16"

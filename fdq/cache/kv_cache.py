@@ -23,6 +23,21 @@ def parse_format(name: str | CacheSpec | None) -> CacheSpec | None:
     return CacheSpec.parse(name) if isinstance(name, str) else name
 
 
+def layer_specs(
+    format: str | CacheSpec | Sequence[str | CacheSpec | None] | None, count: int
+) -> list[CacheSpec | None]:
+    """The spec of each of `count` layers, of a format for all or of one for each.
+
+    Raises:
+      ValueError: an unknown name, or formats for another number of layers.
+    """
+    if isinstance(format, str | CacheSpec | None):
+        format = [format] * count
+    if len(format) != count:
+        raise ValueError(f"got cache formats of {len(format)} layers, expected {count}")
+    return [parse_format(one) for one in format]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerScales:
@@ -80,7 +95,7 @@ class KVCache:
         max_length: int,
         format: str | CacheSpec | Sequence[str | CacheSpec | None] | None = "C16",
         *,
-        scales: Sequence[LayerScales | None] | None = None,
+        scales: Sequence[LayerScales] | None = None,
         dtype: Any = None,
     ) -> KVCache:
         """An empty cache.
@@ -92,24 +107,24 @@ class KVCache:
           max_length: slots, in tokens.
           format: `C16`, `C8`, `Cfp8`, `C4`, one of the static kinds, or a CacheSpec; or one of
             these for each layer.
-          scales: one `LayerScales` a layer, from `Calibration.cache_scales`; static formats only.
+          scales: one `LayerScales` a layer, from `Calibration.cache_scales`, read by the layers
+            whose format is static.
           dtype: of C16; by default `config.dtype`.
 
         Raises:
-          ValueError: an unknown format; scales missing, or given to a dynamic format.
+          ValueError: an unknown format; scales missing, or given where no format is static.
         """
         count = config.num_layers
-        several = not isinstance(format, (str, CacheSpec, type(None)))
-        names = list(format) if several else [format] * count
-        if len(names) != count:
-            raise ValueError(f"got cache formats of {len(names)} layers, expected {count}")
+        specs = layer_specs(format, count)
+        if scales is not None and all(spec is None or spec.dynamic for spec in specs):
+            raise ValueError(f"KV cache format {format} computes its scales; got scales as well")
         if scales is not None and len(scales) != count:
             raise ValueError(f"got scales of {len(scales)} layers, expected {count}")
         shape = (batch, config.num_kv_heads, max_length, config.head_dim)
         dtype = jnp.dtype(dtype or config.dtype)
         layers = tuple(
-            _empty_layer(shape, parse_format(name), scale, dtype)
-            for name, scale in zip(names, scales or [None] * count, strict=True)
+            _empty_layer(shape, spec, scale, dtype)
+            for spec, scale in zip(specs, scales or [None] * count, strict=True)
         )
         return cls(layers, jnp.zeros((batch,), jnp.int32))
 
@@ -143,9 +158,6 @@ def _empty_layer(
             f"KV cache {spec.format} with static scales per {spec.granularity} needs scales: "
             "pass scales=calibration.cache_scales(spec), or use a dynamic format such as C8"
         )
-    if scales is not None and not static:
-        name = "C16" if spec is None else spec
-        raise ValueError(f"KV cache format {name} computes its scales; got scales as well")
     pair = []
     for name in ("k", "v"):
         given = {}

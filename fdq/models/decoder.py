@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq import nn
-from fdq.cache.kv_cache import KVCache, LayerScales, parse_format
+from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
 from fdq.models.config import DecoderConfig
 from fdq.nn.parameters import CacheScale, value
 from fdq.schemes.recipe import Recipe
@@ -155,18 +155,23 @@ class Decoder(nnx.Module):
                     setattr(layer.self_attn, attribute, nnx.data(kept))
 
     def init_cache(
-        self, batch: int, max_length: int, format: str | CacheSpec | None = None
+        self,
+        batch: int,
+        max_length: int,
+        format: str | CacheSpec | Sequence[str | CacheSpec | None] | None = None,
     ) -> KVCache:
         """An empty KV cache in the format of the model's scheme, with its calibrated scales.
 
         Args:
           batch: number of sequences.
           max_length: slots, in tokens.
-          format: another format than that of the scheme.
+          format: another format than that of the scheme, or one for each layer.
         """
-        spec = self.cache_spec if format is None else parse_format(format)
-        scales = self.cache_scales if spec is not None and not spec.dynamic else None
-        return KVCache.init(self.config, batch, max_length, spec, scales=scales)
+        format = self.cache_spec if format is None else format
+        specs = layer_specs(format, self.config.num_layers)
+        static = any(spec is not None and not spec.dynamic for spec in specs)
+        scales = self.cache_scales if static else None
+        return KVCache.init(self.config, batch, max_length, specs, scales=scales)
 
     def _layers(
         self,

@@ -17,14 +17,19 @@ from fdq.ops.attention.api import attention
 from fdq.ops.rope_append.api import rope_append
 from fdq.ops.rope_append.rotation import rotated_heads
 from fdq.ops.rows import Rows, Sums
+from pallas_kernels.typing import Array, Float
 
 # Rows of queries whose scores are in memory at once, in attention over a whole sequence.
 QUERY_BLOCK = 1024
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, sliding_window: int | None = None
-) -> jax.Array:
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads d"],
+    *,
+    sliding_window: int | None = None,
+) -> Float[Array, "b t heads d"]:
     """Softmax attention of every position to itself and those before it; differentiable.
 
     Args:

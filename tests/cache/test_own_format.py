@@ -94,6 +94,7 @@ def test_layers_may_differ(model):
     hidden, cache = model.extend(tokens, cache, jnp.int32(0))
     exact, _ = model.extend(tokens, KVCache.init(CONFIG, 1, 16), jnp.int32(0))
     assert 0 < np.abs(hidden - exact).max() < 0.05 * np.abs(exact).max()
+    assert [layer.v.spec for layer in model.init_cache(1, 16, ["C8", None]).layers][1] is None
     with pytest.raises(ValueError, match="cache formats of 1 layers, expected 2"):
         KVCache.init(CONFIG, 1, 16, ["C8"])
     config = types.SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=7, dtype="float32")

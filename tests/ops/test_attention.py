@@ -129,7 +129,7 @@ def test_bad_arguments(rng):
     q = jnp.zeros((B, 1, H, D))
     lengths = jnp.ones((B,), jnp.int32)
     with pytest.raises(ValueError, match=r"needs k and v \[B, KH, S, 16\]"):
-        fdq.attention(q, k, k.codes[..., :8], lengths=lengths)
+        fdq.attention(q, k, jnp.zeros((B, KH, S, 8)), lengths=lengths)
     with pytest.raises(ValueError, match="sliding_window=0, expected 1 or more"):
         fdq.attention(q, k, k, lengths=lengths, sliding_window=0)
     with pytest.raises(ValueError, match="static int8 KV cache: expected a calibrated scale"):

@@ -76,7 +76,7 @@ def test_what_is_refused(rng):
     with pytest.raises(ValueError, match=r"expected \[2, T, \(heads \+ 4\) 64\]"):
         rope_append(jnp.zeros((2, 1, 100)), angles, k, v, start, interleaved=True)
     other = CacheTensor.empty(k.shape, parse_format("C4"))
-    one = (Sums.of(jnp.zeros((2, 1, WIDTH))), [a[:, :1] for a in angles])
+    one = (Sums.of(jnp.zeros((2, 1, WIDTH))), tuple(a[:, :1] for a in angles))
     with pytest.raises(NotImplementedError, match="keys and values of one format"):
         rope_append(*one, k, other, start, **forced)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
@@ -10,22 +9,23 @@ from fdq.ops.attention.arguments import DEFAULT_BLOCK, AttentionArguments
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
 from fdq.ops.attention.xla import Xla
 from fdq.ops.implementation import Op
+from pallas_kernels.typing import Array, Float, Int
 
 ATTENTION: Op[AttentionArguments] = Op("attention", MosaicGpu(), Xla())
 
 
 def attention(
-    q: jax.Array,
-    k: CacheTensor | jax.Array,
-    v: CacheTensor | jax.Array,
+    q: Float[Array, "b t h d"],
+    k: CacheTensor | Float[Array, "b kh s width"],
+    v: CacheTensor | Float[Array, "b kh s width"],
     *,
-    lengths: jax.Array,
-    offset: jax.Array | None = None,
+    lengths: Int[Array, " b"],
+    offset: Int[Array, " b"] | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
     block_size: int = DEFAULT_BLOCK,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "b t h d"]:
     """Each query attends to the slots up to its own position.
 
     Query t of sequence b stands at slot `offset[b] + t` and sees slots `s` with

@@ -11,6 +11,7 @@ from fdq.ops.rope_append.arguments import RopeAppendArguments
 from fdq.ops.rope_append.mosaic_gpu import MosaicGpu
 from fdq.ops.rope_append.xla import Xla
 from fdq.ops.rows import Rows, Sums, as_array
+from pallas_kernels.typing import Array, Float
 
 ROPE_APPEND: Op[RopeAppendArguments] = Op("rope_append", MosaicGpu(), Xla())
 """Implementations return the queries and both halves of the cache."""
@@ -18,17 +19,17 @@ ROPE_APPEND: Op[RopeAppendArguments] = Op("rope_append", MosaicGpu(), Xla())
 
 def rope_append(
     qkv: Rows,
-    angles: tuple[jax.Array, jax.Array],
+    angles: tuple[Float[Array, "b t pairs"], Float[Array, "b t pairs"]],
     k: CacheTensor,
     v: CacheTensor,
     start: jax.Array,
     *,
     interleaved: bool,
-    q_norm: jax.Array | None = None,
-    k_norm: jax.Array | None = None,
+    q_norm: Float[Array, " d"] | None = None,
+    k_norm: Float[Array, " d"] | None = None,
     epsilon: float = 1e-6,
     implementation: str | None = None,
-) -> tuple[jax.Array, CacheTensor, CacheTensor]:
+) -> tuple[Float[Array, "b t h d"], CacheTensor, CacheTensor]:
     """Rotates queries and keys, and writes keys and values to the cache of a layer.
 
     Args:

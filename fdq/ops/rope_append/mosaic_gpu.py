@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor, sample_scales
 from fdq.ops import self_check
-from fdq.ops.attention.mosaic_gpu import cache_unsupported, kernel_arrays, kind_of
+from fdq.ops.kernel_cache import cache_unsupported, kernel_arrays, kind_of
 from fdq.ops.kernels import Kernel, slower
 from fdq.ops.placement import sharded
 from fdq.ops.rope_append.arguments import RopeAppendArguments
