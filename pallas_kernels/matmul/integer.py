@@ -40,18 +40,19 @@ from pallas_kernels.matmul.matrix_vector import (
 from pallas_kernels.mosaic.lane_instructions import apply, assembly_bits
 from pallas_kernels.mosaic.launch import THREADS, launch, load, runs_interpreted, store
 from pallas_kernels.transformations import batchable
+from pallas_kernels.typing import Array, Float, Int
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight
 
 
-def integer_matrix_vector_reference(x: jax.Array, w: KernelWeight) -> jax.Array:
+def integer_matrix_vector_reference(x: Int[Array, "m k"], w: KernelWeight) -> Float[Array, "1 m n"]:
     """The meaning of `integer_matrix_vector`, in float32: `[1, M, N]`."""
     return lax.dot(x.astype(jnp.float32), decoded_weight(w), precision=lax.Precision.HIGHEST)[None]
 
 
 def integer_matrix_vector(
     x: jax.Array, w: KernelWeight, *, config: MatrixVectorConfig | None = None
-) -> jax.Array:
+) -> Float[Array, "split m n"]:
     """Partial sums of int8 rows times an integer weight, before the rows' own scales.
 
     Args:
@@ -90,7 +91,7 @@ def has_kernel(w: KernelWeight) -> bool:
     return w.layout.words.byte_rows is not None and w.layout.segment_units > 1
 
 
-def x_words(x: jax.Array, w: KernelWeight) -> jax.Array:
+def x_words(x: Int[Array, "m k"], w: KernelWeight) -> Int[Array, "units planes m"]:
     """int8 `[M, K]` -> int32 `[units, planes, M]`, four codes a word as planes hold theirs."""
     layout = w.layout
     order = layout.words.byte_rows
@@ -113,7 +114,9 @@ def dot4(a: jax.Array, b: jax.Array, c: jax.Array, layout: Any) -> jax.Array:
     return apply(emit, (a, b, c), (jnp.int32,), layout)[0]
 
 
-def dot4_reference(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+def dot4_reference(
+    a: Int[Array, "*s"], b: Int[Array, "*s"], c: Int[Array, "*s"]
+) -> Int[Array, "*s"]:
     """The meaning of dp4a: each byte is sign-extended by shifts."""
     for i in range(4):
         left, right = jnp.full_like(a, 24 - 8 * i), jnp.full_like(a, 24)

@@ -37,6 +37,7 @@ from pallas_kernels.matmul.row_sources import (
 )
 from pallas_kernels.mosaic.launch import launch, store, synchronize
 from pallas_kernels.transformations import batchable, differentiable
+from pallas_kernels.typing import Array, Float
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.layout import WeightLayout
@@ -62,7 +63,7 @@ class MatrixVectorConfig:
     prefetch: bool = True
 
 
-def matrix_vector_reference(x: Rows, w: KernelWeight) -> jax.Array:
+def matrix_vector_reference(x: Rows, w: KernelWeight) -> Float[Array, "1 m n"]:
     """The meaning of `matrix_vector`: float32 `[1, M, N]` of the decoded weight."""
     x = finished(x).astype(jnp.float32)
     product = lax.dot(x, decoded_weight(w), precision=lax.Precision.HIGHEST)
@@ -76,7 +77,7 @@ def matrix_vector(
     split: int | None = None,
     block_columns: int | None = None,
     config: MatrixVectorConfig | None = None,
-) -> jax.Array:
+) -> Float[Array, "split m n"]:
     """Partial sums of `x @ w`.
 
     Args:

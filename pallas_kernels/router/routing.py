@@ -25,6 +25,7 @@ from pallas_kernels.matmul.row_sources import (
 )
 from pallas_kernels.mosaic.launch import THREADS, launch, load, store, synchronize
 from pallas_kernels.transformations import batchable, differentiable
+from pallas_kernels.typing import Array, Float, Int
 
 _ROUTER_STEP = 128  # rows of the router's kernel that are staged at a time
 _ROUTER_PARTS = 32
@@ -32,7 +33,9 @@ _BIAS_STEP = 32  # experts whose correction bias is read at a time
 _LOWEST = -3.0e38  # of padded experts; finite, so that differences are
 
 
-def router_logits_reference(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
+def router_logits_reference(
+    x: jax.Array | Normed, kernel: Float[Array, "k e"]
+) -> Float[Array, "1 m e"]:
     """The meaning of `router_logits`, summed over its parts: `[1, M, E]`."""
     rows = x.value() if isinstance(x, Normed) else x
     product = jnp.matmul(
@@ -41,7 +44,7 @@ def router_logits_reference(x: jax.Array | Normed, kernel: jax.Array) -> jax.Arr
     return product[None]
 
 
-def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> jax.Array:
+def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> Float[Array, "split m width"]:
     """`x @ kernel` in float32, as partial sums that `top_k_experts` adds up.
 
     Args:
@@ -176,14 +179,14 @@ def _router_layout(experts: int):
 
 
 def top_k_experts_reference(
-    logits: jax.Array,
-    correction_bias: jax.Array | None,
+    logits: Float[Array, "split t e"],
+    correction_bias: Float[Array, " {experts}"] | None,
     *,
     experts: int,
     top_k: int,
     normalize: bool = True,
     norm_min: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[Array, "t {top_k}"], Float[Array, "t {top_k}"]]:
     """The meaning of `top_k_experts`."""
     probabilities = jax.nn.softmax(logits.sum(axis=0)[:, :experts], axis=-1)
     scores = probabilities
@@ -205,7 +208,7 @@ def top_k_experts(
     top_k: int,
     normalize: bool = True,
     norm_min: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[Array, "t {top_k}"], Float[Array, "t {top_k}"]]:
     """Which experts each token goes to, and with what weights.
 
     Args:

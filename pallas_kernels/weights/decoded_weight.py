@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.typing import Array, Float
 from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.word_format import words_to_bytes
 
 
-def decoded_weight(w: KernelWeight) -> jax.Array:
+def decoded_weight(w: KernelWeight) -> Float[Array, "*lead k n"]:
     """float32 `[..., K, N]`, by the same masks as the kernels, with conversions."""
     layout, words = w.layout, w.layout.words
     *lead, rows, columns = w.words.shape
@@ -31,7 +32,7 @@ def decoded_weight(w: KernelWeight) -> jax.Array:
     return values[..., : layout.k, : layout.n]
 
 
-def group_scales(w: KernelWeight) -> jax.Array:
+def group_scales(w: KernelWeight) -> Float[Array, "*lead groups n"]:
     """float32 `[..., groups, N']`."""
     packed = w.layout.packed_scale
     if packed is None:

@@ -68,7 +68,7 @@ def test_products_are_those_of_the_definition(kind, k, n, m, rng):
 def test_sums_are_exact_integers(rng):
     """The largest codes, 4096 of them: beyond what float32 sums could hold."""
     q = weight(rng, 4096, 128, spec("int8"))
-    q = q.__class__(jnp.full((4096, 128), 127, jnp.int8), jnp.ones((1, 128)), spec=q.spec)
+    q = q.replace(codes=jnp.full((4096, 128), 127, jnp.int8), scale=jnp.ones((1, 128)))
     x = jnp.full((1, 4096), 127, jnp.int8).at[0, 0].set(126)
     y = np.asarray(integer_matrix_vector(x, kernel_weight(q)), np.float64).sum(0)
     assert np.abs(y - (127 * 127 * 4096 - 127)).max() <= 4  # of the float32 result
