@@ -99,16 +99,19 @@ def convert(
             dst, overwrite=overwrite, keep_unfinished=True, needed_bytes=job.total
         ) as folder:
             entries = _write(job, folder, progress=progress)
+            # A model keeps its own record, also of what was quantized before.
+            name = saving.scheme_name(made.tree) or (None if scheme is None else str(recipe))
+            record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
             manifest.write(
                 Manifest(
                     kind="params" if source.config is None else "model",
                     tensors=tuple(entries),
-                    scheme=None if scheme is None else str(recipe),
+                    scheme=name,
                     config=None if source.config is None else source.config.to_dict(),
                     files=saving.copy_files(source.companions(), folder),
                     provenance={
                         "source": pathlib.Path(src).resolve().name,
-                        "recipe": recipe.to_json(),
+                        "recipe": record,
                         "versions": saving.versions(),
                         **options,
                     },

@@ -1,6 +1,7 @@
 """An importer that the library does not know, and statistics on every way to a checkpoint."""
 
 import json
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from fdq.quantizers import quantize_array
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.scheme import WeightSpec
 from fdq_checkpoints import CheckpointError, inspect, load
-from fdq_checkpoints.sources import SOURCES, Source
+from fdq_checkpoints.sources import SOURCES, Source, open_source
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
 
@@ -78,6 +79,48 @@ def test_an_importer_from_outside_loads_inspects_and_converts(toy, tmp_path):
     assert_same(load(tmp_path / "out"), expected)
     with pytest.raises(CheckpointError, match="config= and subtree= are for Orbax"):
         fdq.convert(folder, tmp_path / "more", "W8A16", subtree="a")
+
+
+class PartlyPacked(Source):
+    """A toy: an fdq model of which one layer is in int8 already."""
+
+    packed = ("layers", "0", "mlp", "down_proj", "kernel")
+    recipe: ClassVar = {"layers.0.mlp.down_proj": "W8A16"}
+
+    def __init__(self, folder):
+        self.folder, self.floats = folder, open_source(builders.MODELS / "qwen3")
+        self.config, self.tree = self.floats.config, quantize(self.floats.tree, self.recipe)
+
+    def read(self, path, index=None):
+        array = self.floats.read(path, index)
+        if path != self.packed:
+            return array
+        return quantize_array(np.asarray(array), WeightSpec.parse("W8"))
+
+    def close(self):
+        self.floats.close()
+
+
+class Models(Importer):
+    name = "toy models"
+
+    def open(self, folder, *, dtype=None):
+        del dtype
+        return PartlyPacked(folder)
+
+
+def test_what_a_model_has_in_codes_stays_and_the_rest_follows_the_recipe(tmp_path):
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "weights.npz").touch()
+    floats = load(builders.MODELS / "qwen3")
+    with SOURCES.registered(Models()):
+        expected = quantize(floats, PartlyPacked.recipe)
+        assert_same(load(folder), expected)
+        fdq.convert(folder, tmp_path / "same", None)
+        assert_same(load(tmp_path / "same"), expected)
+        assert load(tmp_path / "same").scheme == expected.scheme
+        assert_same(load(folder, "WNF4A16-g16"), quantize(expected, "WNF4A16-g16"))
 
 
 def test_what_no_importer_claims_is_refused_as_ever(tmp_path):

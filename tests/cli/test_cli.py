@@ -156,6 +156,7 @@ def test_plan_prints_a_table_and_json():
     assert content["cache"]["format"] == "C8"
 
 
+_BOTH = ("--calibration", "{text}", "--calibration-text", "{text}")
 WRONG = {
     "unknown scheme": (["convert", "{original}", "{new}", "-s", "W4A16C9"], "Did you mean"),
     "unknown scheme of plan": (["plan", "ernie-4.5-0.3b", "-s", "W5"], "Unknown"),
@@ -179,7 +180,7 @@ WRONG = {
         "text.txt: not a calibration",
     ),
     "two calibrations": (
-        "convert {original} {new} -s W4 --calibration {text} --calibration-text {text}".split(),
+        ["convert", "{original}", "{new}", "-s", "W4", *_BOTH],
         "drop one",
     ),
     "missing text": (["evaluate", "{original}", "--text", "{new}"], "No such file"),
