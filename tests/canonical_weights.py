@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import KernelWeight, to_kernel
+from tests.formats.cases import E2M1, NF4
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "nf4": 4, "mxfp4": 4, "nvfp4": 4, "cc2": 2}
 FLOAT8 = {
@@ -19,13 +20,6 @@ FLOAT8 = {
     "mxfp8": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
 }
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-     0.7229568362236023, 1.0]
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +186,3 @@ def random_weight(
     """A weight in the kernel's layout and its float64 values."""
     arrays = random_arrays(case, k, n, lead)
     return to_kernel(arrays, **case.options, k=k, n=n), decode(case, arrays, k, n)
-
-
-def difference(found, expected: np.ndarray) -> float:
-    """Largest difference over the largest magnitude expected, which must not be zero."""
-    largest = np.abs(expected).max()
-    assert largest > 0
-    return float(np.abs(np.asarray(found, np.float64) - expected).max() / largest)

@@ -26,6 +26,15 @@ def assert_close(actual, expected, *, of_largest: float, what: str = "result") -
     )
 
 
+def error(actual, expected) -> float:
+    """max |actual - expected| / max |expected| in float64; the reference must not be zero."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{actual.shape} against {expected.shape}"
+    largest = np.max(np.abs(expected))
+    assert largest > 0, "the reference is zero: comparing with it proves nothing"
+    return float(np.max(np.abs(actual - expected)) / largest)
+
+
 def difference(actual, expected) -> float:
     """1 - 2<x, y> / (|x|^2 + |y|^2) in float64: 0 when equal, scale-free."""
     x, y = np.asarray(actual, np.float64).ravel(), np.asarray(expected, np.float64).ravel()

@@ -23,13 +23,17 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6],
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A format as the tests use it: small, but divisible over 8 devices along K and N."""
+    """A format as the tests use it: small, but divisible over 8 devices along K and N.
+
+    `product` says whether the tests of products take it as well.
+    """
 
     name: str
     spec: WeightSpec
     method: str | None = None
     k: int = 1024
     n: int = 16
+    product: bool = True
 
     @property
     def weight(self) -> np.ndarray:
@@ -64,20 +68,25 @@ BLOCK = {"granularity": "block", "block_size": (128, 128)}
 CASES = (
     Case("int8", spec("int8")),
     Case("int8-tensor", spec("int8", granularity="tensor")),
-    Case("int8-g128-asym", spec("int8", 128, zero_point="integer")),
-    Case("int4-g128", spec("int4", 128)),
-    Case("int4-g64-signed", spec("int4", 64), "signed_max"),
-    Case("int4-g128-asym", spec("int4", 128, zero_point="integer"), "absmax"),
+    Case("int8-g32-asym", spec("int8", 32, zero_point="integer")),
+    Case("int4-g128", spec("int4", 128), product=False),
+    Case("int4-g64", spec("int4", 64), "signed_max"),
+    Case("int4-g32-asym", spec("int4", 32, zero_point="integer"), "absmax"),
     Case("int4-channel", spec("int4"), "absmax"),
-    Case("int3-g128", spec("int3", 128), "absmax"),
-    Case("int3-channel-asym", spec("int3", zero_point="integer"), "absmax"),
-    Case("int2-g128-half", spec("int2", 128, zero_point="half")),
-    Case("int2-g32", spec("int2", 32, "float16"), "absmax"),
+    Case("int3-g64", spec("int3", 64), "absmax"),
+    Case("int3-channel-asym", spec("int3", zero_point="integer"), "absmax", product=False),
+    Case("int2-g32-half", spec("int2", 32, zero_point="half")),
+    Case("int2-g128", spec("int2", 128, "float16"), "absmax", product=False),
     Case("fp8", spec("float8_e4m3")),
-    Case("fp8-tensor", spec("float8_e4m3", granularity="tensor")),
+    Case("fp8-tensor", spec("float8_e4m3", granularity="tensor"), product=False),
     Case("fp8-e5m2", spec("float8_e5m2")),
     Case("fp8-block", spec("float8_e4m3", **BLOCK), n=1024),
-    Case("fp8-block-ue8m0", spec("float8_e4m3", None, "float8_e8m0fnu", **BLOCK), n=1024),
+    Case(
+        "fp8-block-ue8m0",
+        spec("float8_e4m3", None, "float8_e8m0fnu", **BLOCK),
+        n=1024,
+        product=False,
+    ),
     Case("nf4-g64", spec("nf4", 64)),
     Case("nf4-g64-dq", spec("nf4", 64, double_quantization=True), "absmax", k=512, n=2048),
     Case("mxfp4", spec("mxfp4", 32, "float8_e8m0fnu"), "absmax"),
@@ -85,6 +94,14 @@ CASES = (
     Case("nvfp4", spec("nvfp4", 16, "float8_e4m3fn")),
     Case("cc2", spec("cc2", 64, "uint4")),
 )
+PRODUCTS = {case.name: case.spec for case in CASES if case.product}
+
+
+@functools.cache
+def quantized(name: str, k: int = 256, n: int = 512) -> QTensor:
+    """A weight `[k, n]` of `PRODUCTS`, of closed-form scales; the same one in every test."""
+    w = np.random.default_rng(k * 1000 + n).standard_normal((k, n)).astype(np.float32)
+    return quantize_array(w, PRODUCTS[name], method=None if name == "cc2" else "absmax")
 
 
 def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from canonical_weights import CASES, difference, generator, random_weight
+from canonical_weights import CASES, generator, random_weight
+from closeness import error
 from flax import nnx
 
 import fdq
@@ -37,7 +38,7 @@ def test_products(case, m):
     w, values = random_weight(case, 1024, 640)
     x = jnp.asarray(generator("gpu", m).normal(size=(m, 1024)) + 0.25, jnp.float16)
     y = matrix_vector(x, w)
-    assert difference(y.sum(axis=0), np.asarray(x, np.float64) @ values) < BOUND
+    assert error(y.sum(axis=0), np.asarray(x, np.float64) @ values) < BOUND
     np.testing.assert_array_equal(y, matrix_vector(x, w))
 
 
@@ -46,7 +47,7 @@ def test_integer_products(case):
     w, values = random_weight(case, 512, 256)
     x = generator("gpu integers").integers(-127, 128, (2, 512))
     y = integer_matrix_vector(jnp.asarray(x, jnp.int8), w)
-    assert difference(y.sum(axis=0), x.astype(np.float64) @ values) < BOUND
+    assert error(y.sum(axis=0), x.astype(np.float64) @ values) < BOUND
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -58,8 +59,8 @@ def test_experts(case):
     y, z = gathered_matrix_vector(x, w, jnp.asarray(index), shared=(x, shared))
     rows = np.asarray(x, np.float64)
     picked = np.einsum("pk,pkn->pn", np.repeat(rows, 2, axis=0), values[index])
-    assert difference(y.sum(axis=0), picked) < BOUND
-    assert difference(z.sum(axis=0), rows @ shared_values) < BOUND
+    assert error(y.sum(axis=0), picked) < BOUND
+    assert error(z.sum(axis=0), rows @ shared_values) < BOUND
 
 
 @pytest.mark.parametrize("name", ["C16", "C8", "Cfp8", "C4"])
@@ -102,7 +103,7 @@ def test_attention(name, group):
     with jax.default_device(jax.devices("cpu")[0]):
         host = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), (q, k, v, lengths))
         wanted = ops.attention_reference(*host[:3], lengths=host[3])
-    assert difference(y, np.asarray(wanted, np.float64)) < BOUND
+    assert error(y, np.asarray(wanted, np.float64)) < BOUND
 
 
 def test_routing():
@@ -111,11 +112,11 @@ def test_routing():
     kernel = jnp.asarray(rng.normal(size=(2560, 64)), jnp.float32)
     logits = router_logits(x, kernel)
     wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
-    assert difference(logits.sum(axis=0)[:, :64], wanted) < BOUND
+    assert error(logits.sum(axis=0)[:, :64], wanted) < BOUND
     found = top_k_experts(logits, None, experts=64, top_k=6)
     reference = top_k_experts_reference(logits, None, experts=64, top_k=6)
     np.testing.assert_array_equal(found[0], reference[0])
-    assert difference(found[1], np.asarray(reference[1], np.float64)) < BOUND
+    assert error(found[1], np.asarray(reference[1], np.float64)) < BOUND
 
 
 @pytest.mark.parametrize("scheme", ["W4A16C8-g64", "W8A8C4"])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from canonical_weights import Case, difference, generator, random_weight
+from canonical_weights import Case, generator, random_weight
+from closeness import error
 
 from pallas_kernels.matmul.gathered import (
     gathered_matrix_vector,
@@ -48,9 +49,9 @@ def test_each_pick_reads_its_expert(case, t, top_k, k, n):
     x, index = rows(t, k), picks(t * top_k)
     found = gathered_matrix_vector(x, w, index)
     assert found.shape[1:] == (t * top_k, n)
-    assert difference(found.sum(axis=0), expected(x, values, index)) < BOUND
+    assert error(found.sum(axis=0), expected(x, values, index)) < BOUND
     reference = gathered_matrix_vector_reference(x, w, index)
-    assert difference(reference[0], expected(x, values, index)) < BOUND
+    assert error(reference[0], expected(x, values, index)) < BOUND
 
 
 def test_a_shared_weight_rides_along():
@@ -58,11 +59,11 @@ def test_a_shared_weight_rides_along():
     shared, shared_values = random_weight(INT4, 256, 256)
     x, index = rows(2, 256), picks(4)
     found, others = gathered_matrix_vector(x, w, index, shared=(x, shared))
-    assert difference(found.sum(axis=0), expected(x, values, index)) < BOUND
+    assert error(found.sum(axis=0), expected(x, values, index)) < BOUND
     assert others.shape[1:] == (2, 256)
-    assert difference(others.sum(axis=0), np.asarray(x, np.float64) @ shared_values) < BOUND
+    assert error(others.sum(axis=0), np.asarray(x, np.float64) @ shared_values) < BOUND
     pair = gathered_matrix_vector_reference(x, w, index, (x, shared))
-    assert difference(pair[1][0], np.asarray(x, np.float64) @ shared_values) < BOUND
+    assert error(pair[1][0], np.asarray(x, np.float64) @ shared_values) < BOUND
 
 
 def test_down_products_gate_their_rows():
@@ -79,8 +80,8 @@ def test_down_products_gate_their_rows():
         return gate / (1 + np.exp(-gate)) * up
 
     found, others = gathered_matrix_vector(x, w, index, shared=(y, shared))
-    assert difference(found.sum(axis=0), expected(value(x), values, index)) < BOUND
-    assert difference(others.sum(axis=0), value(y) @ shared_values) < BOUND
+    assert error(found.sum(axis=0), expected(value(x), values, index)) < BOUND
+    assert error(others.sum(axis=0), value(y) @ shared_values) < BOUND
 
 
 def test_a_whole_layer_is_the_layer():
@@ -94,7 +95,7 @@ def test_a_whole_layer_is_the_layer():
     y = gathered_matrix_vector(Gated(partials, jnp.float32), down, index).sum(axis=0)
     gate, linear = np.split(expected(x, up_values, index), 2, axis=-1)
     middle = gate / (1 + np.exp(-gate)) * linear
-    assert difference(y, expected(middle, down_values, index)) < BOUND
+    assert error(y, expected(middle, down_values, index)) < BOUND
 
 
 def test_the_wrong_expert_is_seen():
@@ -102,8 +103,8 @@ def test_the_wrong_expert_is_seen():
     x = rows(2, 256)
     found = gathered_matrix_vector(x, w, jnp.asarray([1, 2], jnp.int32)).sum(axis=0)
     wrong = expected(x, values, np.asarray([1, 3]))
-    assert difference(found[:1], wrong[:1]) < BOUND
-    assert difference(found[1:], wrong[1:]) > 0.1
+    assert error(found[:1], wrong[:1]) < BOUND
+    assert error(found[1:], wrong[1:]) > 0.1
 
 
 def test_vmap_and_gradient():
@@ -112,13 +113,13 @@ def test_vmap_and_gradient():
     both = jnp.stack([x, x + 1.0])
     found = jax.vmap(lambda x: gathered_matrix_vector(x, w, index))(both)
     for i in range(2):
-        assert difference(found[i].sum(axis=0), expected(both[i], values, index)) < BOUND
+        assert error(found[i].sum(axis=0), expected(both[i], values, index)) < BOUND
     weights = jnp.asarray(generator("cotangent").normal(size=(2, 128)), jnp.float32)
     gradient = jax.grad(
         lambda x: jnp.sum(gathered_matrix_vector(x, w, index).sum(axis=0) * weights)
     )(x)
     by_hand = sum(np.asarray(weights[p], np.float64) @ values[e].T for p, e in enumerate(index))
-    assert difference(gradient, by_hand[None]) < BOUND
+    assert error(gradient, by_hand[None]) < BOUND
 
 
 def test_what_does_not_fit_says_so():

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from canonical_weights import CASES, Case, difference, generator, random_weight
+from canonical_weights import CASES, Case, generator, random_weight
+from closeness import error
 
 from pallas_kernels.aot.gpu_targets import GPUS
 from pallas_kernels.matmul.matrix_vector import (
@@ -46,15 +47,15 @@ def test_every_format(case, m, dtype):
     found = matrix_vector(x, w)
     assert found.dtype == jnp.float32
     assert found.shape[1:] == (m, n)
-    assert difference(found.sum(axis=0), product(x, values)) < BOUND
-    assert difference(matrix_vector_reference(x, w)[0], product(x, values)) < BOUND
+    assert error(found.sum(axis=0), product(x, values)) < BOUND
+    assert error(matrix_vector_reference(x, w)[0], product(x, values)) < BOUND
 
 
 @pytest.mark.parametrize("m", range(1, 9))
 def test_every_number_of_rows(m):
     w, values = random_weight(INT4, 256, 256)
     x = rows(m, 256)
-    assert difference(matrix_vector(x, w).sum(axis=0), product(x, values)) < BOUND
+    assert error(matrix_vector(x, w).sum(axis=0), product(x, values)) < BOUND
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_odd_shapes(case, k, n, m):
     x = rows(m, k)
     found = matrix_vector(x, w)
     assert found.shape[-1] == n
-    assert difference(found.sum(axis=0), product(x, values)) < BOUND
+    assert error(found.sum(axis=0), product(x, values)) < BOUND
 
 
 @pytest.mark.parametrize("block_columns", [128, 512])
@@ -90,7 +91,7 @@ def test_settings_change_no_result(block_columns, prefetch):
     )
     found = matrix_vector(x, w, config=config)
     assert found.shape == (2, 1, 512)
-    assert difference(found.sum(axis=0), product(x, values)) < BOUND
+    assert error(found.sum(axis=0), product(x, values)) < BOUND
 
 
 def test_the_same_bits_in_every_run():
@@ -119,8 +120,8 @@ def test_gated_rows(dtype):
     gate, up = np.split(np.asarray(partials, np.float64).sum(axis=0), 2, axis=-1)
     expected = product(gate / (1 + np.exp(-gate)) * up, values)
     bound = BOUND if dtype == jnp.float32 else 2e-2
-    assert difference(matrix_vector(x, w).sum(axis=0), expected) < bound
-    assert difference(matrix_vector(x, w).sum(axis=0), product(x.value(), values)) < bound / 10
+    assert error(matrix_vector(x, w).sum(axis=0), expected) < bound
+    assert error(matrix_vector(x, w).sum(axis=0), product(x.value(), values)) < bound / 10
 
 
 def test_normed_rows():
@@ -130,7 +131,7 @@ def test_normed_rows():
     x = Normed(rows(m, k, jnp.float32), scale, 1e-5)
     y = np.asarray(x.x, np.float64)
     y = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + 1e-5) * np.asarray(scale, np.float64)
-    assert difference(matrix_vector(x, w).sum(axis=0), product(y, values)) < BOUND
+    assert error(matrix_vector(x, w).sum(axis=0), product(y, values)) < BOUND
 
 
 def test_vmap_of_rows_and_of_weights():
@@ -139,11 +140,11 @@ def test_vmap_of_rows_and_of_weights():
     several = jax.vmap(lambda x: matrix_vector(x, w, split=2))(x)
     folded = jax.vmap(lambda x: matrix_vector(x, w, split=2))(x[:3])
     assert several.shape == (5, 2, 2, 128)
-    assert difference(several.sum(axis=1), product(x, values)) < BOUND
+    assert error(several.sum(axis=1), product(x, values)) < BOUND
     assert np.array_equal(folded, several[:3])
     stack, stack_values = random_weight(INT4, 256, 128, (2,))
     found = jax.vmap(matrix_vector)(x[:2], stack)
-    assert difference(found.sum(axis=1), np.asarray(x[:2], np.float64) @ stack_values) < BOUND
+    assert error(found.sum(axis=1), np.asarray(x[:2], np.float64) @ stack_values) < BOUND
 
 
 @pytest.mark.parametrize("kind", ["array", "gated"])
@@ -162,7 +163,7 @@ def test_gradient_with_respect_to_rows(kind):
     found = jax.grad(lambda x: jnp.sum(matrix_vector(x, w, split=2) * weights))(x)
     expected = jax.grad(plain)(x)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert difference(a, np.asarray(b, np.float64)) < BOUND
+        assert error(a, np.asarray(b, np.float64)) < BOUND
 
 
 def test_defaults_fill_every_gpu():

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from canonical_weights import NF4
 from jax import lax
 from ptx_machine import add_downwards
 
@@ -24,6 +23,7 @@ from pallas_kernels.weights.convolutional_words import (
 from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.nf4_levels import NF4_LEVELS
 from pallas_kernels.weights.word_format import words_to_bytes
+from tests.formats.cases import NF4
 
 FLOAT4 = ("mxfp4", "nvfp4")
 FLOAT8 = ("float8_e4m3", "float8_e5m2", "mxfp8")
