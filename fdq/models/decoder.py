@@ -12,7 +12,6 @@ from flax import nnx
 from fdq import nn
 from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
 from fdq.models.config import DecoderConfig
-from fdq.nn.parameters import CacheScale, value
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
 
@@ -114,23 +113,13 @@ class Decoder(nnx.Module):
         return Recipe.parse(self.scheme).cache if self.scheme else None
 
     @property
-    def cache_scales(self) -> list[LayerScales] | None:
+    def cache_scales(self) -> list[LayerScales | None] | None:
         """Calibrated KV scales of each layer; None for a model that has none."""
-        if self.layers[0].self_attn.k_cache_scale is None:
-            return None
-        attention = (layer.self_attn for layer in self.layers)
-        return [
-            LayerScales(
-                k=value(a.k_cache_scale),
-                v=value(a.v_cache_scale),
-                k_zero=value(a.k_cache_zero),
-                v_zero=value(a.v_cache_zero),
-            )
-            for a in attention
-        ]
+        scales = [layer.self_attn.cache_scales for layer in self.layers]
+        return None if all(scale is None for scale in scales) else scales
 
-    def set_cache_scales(self, scales: Sequence[LayerScales] | None) -> None:
-        """Keeps the KV scales of a static format, one `LayerScales` a layer (or abstract ones).
+    def set_cache_scales(self, scales: Sequence[LayerScales | None] | None) -> None:
+        """Keeps the KV scales of static formats, one `LayerScales` a layer (or abstract ones).
 
         They are saved with the model and used by `init_cache`.
 
@@ -138,21 +127,13 @@ class Decoder(nnx.Module):
           ValueError: scales for another number of layers.
         """
         if scales is None:
-            scales = [LayerScales(k=None, v=None)] * self.config.num_layers
+            scales = [None] * self.config.num_layers
         if len(scales) != self.config.num_layers:
             raise ValueError(
                 f"got KV scales of {len(scales)} layers, expected {self.config.num_layers}"
             )
         for layer, one in zip(self.layers, scales, strict=True):
-            for name in ("k", "v"):
-                for attribute, array in (
-                    (f"{name}_cache_scale", getattr(one, name)),
-                    (f"{name}_cache_zero", getattr(one, f"{name}_zero")),
-                ):
-                    if array is not None and not isinstance(array, jax.ShapeDtypeStruct):
-                        array = jnp.asarray(array)
-                    kept = None if array is None else CacheScale(array)
-                    setattr(layer.self_attn, attribute, nnx.data(kept))
+            layer.self_attn.set_cache_scales(one)
 
     def init_cache(
         self,

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.cache.kv_cache import LayerCache
+from fdq.cache.kv_cache import LayerCache, LayerScales
 from fdq.nn.handing_on import sums_of, takes_rows
 from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
-from fdq.nn.parameters import value
+from fdq.nn.parameters import CacheScale, value
 from fdq.ops.attention.api import attention
 from fdq.ops.rope_append.api import rope_append
 from fdq.ops.rope_append.rotation import rotated_heads
@@ -121,6 +121,30 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.interleaved = interleaved
         self.sliding_window = sliding_window
+
+    @property
+    def cache_scales(self) -> LayerScales | None:
+        """The calibrated scales of what this layer stores; None without calibration."""
+        if self.k_cache_scale is None:
+            return None
+        return LayerScales(
+            k=value(self.k_cache_scale),
+            v=value(self.v_cache_scale),
+            k_zero=value(self.k_cache_zero),
+            v_zero=value(self.v_cache_zero),
+        )
+
+    def set_cache_scales(self, scales: LayerScales | None) -> None:
+        """Keeps the scales of a static cache format, or abstract ones; None takes them away."""
+
+        def kept(array: Any) -> Any:
+            if array is not None and not isinstance(array, jax.ShapeDtypeStruct):
+                array = jnp.asarray(array)
+            return nnx.data(None if array is None else CacheScale(array))
+
+        scales = LayerScales(k=None, v=None) if scales is None else scales
+        self.k_cache_scale, self.k_cache_zero = kept(scales.k), kept(scales.k_zero)
+        self.v_cache_scale, self.v_cache_zero = kept(scales.v), kept(scales.v_zero)
 
     @takes_rows
     def __call__(
