@@ -56,7 +56,12 @@ def supports(side: CacheWords, group: int, slots: int) -> bool:
     """Whether this file has a kernel for a cache, a query group and a number of slots."""
     columns = 8 if group <= 8 else 16
     fits = group <= MOST_HEADS and columns * side.head_dim <= 2048  # sums, in registers
-    return side.dtype != jnp.float32 and fits and slots >= mma.SLOTS
+    return _kind(side) in CODES and fits and slots >= mma.SLOTS
+
+
+def _kind(side: CacheWords) -> str:
+    """The name in `CODES`, which may not be there: a float32 cache, a format of somebody else's."""
+    return side.format or side.dtype.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,7 @@ def attend(
     group = h // kv_heads
     if parts is None:
         parts = choose_parts(b * kv_heads, slots)
-    codes = CODES[side.format or side.dtype.name](d)
+    codes = CODES[_kind(side)](d)
     shape = _Shape(
         kv_heads,
         slots,
