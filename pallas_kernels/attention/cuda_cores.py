@@ -114,7 +114,7 @@ def attend(
 
 
 def by_plane(a: jax.Array, side: CacheWords) -> jax.Array:
-    """``[..., D]`` as ``[..., W, J]``; ``[..., 1]`` as it is."""
+    """`[..., D]` as `[..., W, J]`; `[..., 1]` as it is."""
     return a if a.shape[-1] == 1 else a.reshape(*a.shape[:-1], side.width, side.planes)
 
 
@@ -122,7 +122,7 @@ def cache_operands(side: CacheWords, k: CacheArrays, v: CacheArrays):
     """The cache's arrays as kernels take them.
 
     Returns:
-      ``(arrays, static)``: by name, those that every kernel reads, and the static scale and zero
+      `(arrays, static)`: by name, those that every kernel reads, and the static scale and zero
       point of the values, which only the last step reads.
     """
     arrays = {"k": side.view(k.codes), "v": side.view(v.codes)}
@@ -137,7 +137,7 @@ def cache_operands(side: CacheWords, k: CacheArrays, v: CacheArrays):
 
 
 def lanes_of(vector: int, rows: int = ROWS) -> Any:
-    """Layout of ``[rows, W]``: 8 threads of a warp share a row and read ``vector`` words each."""
+    """Layout of `[rows, W]`: 8 threads of a warp share a row and read `vector` words each."""
     return mg.Layout.TILED(
         mg.Tiling(((rows, 8 * vector), (rows // 4, 8 * vector), (vector,))),
         warp_dims=(-5,),
@@ -289,7 +289,7 @@ def _program(shape: _Shape, inputs: dict[str, Any], outputs, query_ref, out_plan
 
 
 def _load_queries(shape: _Shape, inputs, where, query_ref, column) -> list[list[jax.Array]]:
-    """For each head, J planes ``[ROWS, W]`` of the query, times the scale and log2(e)."""
+    """For each head, J planes `[ROWS, W]` of the query, times the scale and log2(e)."""
     b, kv, head, _ = where
     side, heads = shape.side, shape.heads
     layout = spread(side.width)

@@ -1,4 +1,4 @@
-"""Decode attention on tensor cores (``mma.sync``, sm_80 and newer) for query groups up to 16.
+"""Decode attention on tensor cores (`mma.sync`, sm_80 and newer) for query groups up to 16.
 
 A program is four warps with one (sequence, KV head), all query heads of its group (8 or 16 columns
 of the tensor cores) and a part of the sequence. Each warp takes 16 slots of a tile of 64 and keeps
@@ -8,8 +8,8 @@ Codes become exact 16-bit floats (float16; a bfloat16 cache stays bfloat16). Que
 probabilities are the sum of two such floats, high and low, which costs a second product and keeps
 the result within 2^-16 (bfloat16) or 2^-21 of float32 products. Scales of a value's token are not
 multiplied to probabilities, whose float16 would underflow, but enter the exponent: with
-``w = p * v_scale``, the largest w of a warp is scaled to 2^14, and the denominator sums
-``w / v_scale``.
+`w = p * v_scale`, the largest w of a warp is scaled to 2^14, and the denominator sums
+`w / v_scale`.
 
 In the interpreter, products are `jax.numpy` dots of the same numbers (see `mma_fragments`); the
 rest is the same program.
@@ -182,7 +182,7 @@ def attend(
 
 
 def _words(array: jax.Array, codes: Codes) -> jax.Array:
-    """``[B, KH, S, W]`` int32."""
+    """`[B, KH, S, W]` int32."""
     words = array.reshape(*array.shape[:-1], codes.width, 4 // array.dtype.itemsize)
     return lax.bitcast_convert_type(words, jnp.int32)
 
@@ -299,7 +299,7 @@ def _program(
 
 
 def _load_queries(shape: _Shape, inputs, b, kv, query_ref) -> tuple[list[jax.Array], jax.Array]:
-    """The queries ``[columns, D]`` as 16-bit terms, times the scales of channels; and their scale.
+    """The queries `[columns, D]` as 16-bit terms, times the scales of channels; and their scale.
 
     A power of two brings them into float16's range: what is left of it multiplies the scores.
     Columns beyond the group are zero.

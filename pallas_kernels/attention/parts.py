@@ -38,9 +38,9 @@ def choose_parts(programs: int, slots: int) -> int:
 
 
 def part_bounds(length, part, *, parts: int, tile: int, sliding_window: int | None):
-    """Slots ``first .. end`` of one part: the visible ones in equal parts of whole tiles.
+    """Slots `first .. end` of one part: the visible ones in equal parts of whole tiles.
 
-    A part beyond the sequence gets ``end <= first``.
+    A part beyond the sequence gets `end <= first`.
 
     Args:
       length: int32 scalar, slots of the sequence.
@@ -58,7 +58,7 @@ def part_bounds(length, part, *, parts: int, tile: int, sliding_window: int | No
 
 
 def exponent(x: jax.Array) -> jax.Array:
-    """int32 nearest float32 ``x``, no less than `LOWEST`: what ``2 ** x`` is scaled by.
+    """int32 nearest float32 `x`, no less than `LOWEST`: what `2 ** x` is scaled by.
 
     Below 2^22. By bits, for T4 lacks the maximum and minimum that a conversion brings along.
     """
@@ -66,7 +66,7 @@ def exponent(x: jax.Array) -> jax.Array:
 
 
 def spread(width: int, lanes: int = 32) -> Any:
-    """Layout of ``[..., width]``: one element a thread, over as many warps as there are.
+    """Layout of `[..., width]`: one element a thread, over as many warps as there are.
 
     Args:
       width: a power of two.
@@ -84,21 +84,21 @@ def spread(width: int, lanes: int = 32) -> Any:
 
 
 def rows_of_threads(rows: int) -> Any:
-    """Layout of ``[rows, columns]`` whose thread has whole rows; columns reduce to `spread`."""
+    """Layout of `[rows, columns]` whose thread has whole rows; columns reduce to `spread`."""
     warps = min(rows // 32, 4)
     warp_dims = (-4,) if warps == 4 else (mg.Replicated(4 // warps), -4)
     return mg.Layout.TILED(mg.Tiling(((warps * 32, 1), (32, 1))), warp_dims, (-2,), -1)
 
 
 def write_output(out_ref, planes, total, kv, static: dict[str, Any], side: CacheWords, dtype):
-    """Stores ``planes / total`` in the order of channels, with static scales and zero points.
+    """Stores `planes / total` in the order of channels, with static scales and zero points.
 
     Args:
-      out_ref: ``[W, J]``.
-      planes: the sums: J arrays ``[W]`` in `spread`, or shared memory ``[J * W]``.
+      out_ref: `[W, J]`.
+      planes: the sums: J arrays `[W]` in `spread`, or shared memory `[J * W]`.
       total: float32 scalar, the sum of the probabilities; 0 gives zeros.
       kv: int32 scalar, the KV head.
-      static: refs ``v_scale`` and ``v_zero``, ``[KH, W, J]`` or ``[KH, 1]``, where they are static.
+      static: refs `v_scale` and `v_zero`, `[KH, W, J]` or `[KH, 1]`, where they are static.
       side: the cache.
       dtype: of the output.
     """
@@ -126,15 +126,15 @@ def join_parts(sums, top, total, static: dict[str, jax.Array], side: CacheWords,
     """One softmax of the parts of each sequence; one launch.
 
     Args:
-      sums: float32 ``[B, H, parts, J * W]``: sums of ``2 ** (score - top) * value``, planes.
-      top: int32 ``[B, H, parts]``, an `exponent`.
-      total: float32 ``[B, H, parts]``, sum of ``2 ** (score - top)``.
+      sums: float32 `[B, H, parts, J * W]`: sums of `2 ** (score - top) * value`, planes.
+      top: int32 `[B, H, parts]`, an `exponent`.
+      total: float32 `[B, H, parts]`, sum of `2 ** (score - top)`.
       static: as for `write_output`.
       side: the cache.
       dtype: of the result.
 
     Returns:
-      ``[B, H, D]``.
+      `[B, H, D]`.
     """
     b, h, parts = top.shape
     d = side.head_dim
