@@ -145,7 +145,7 @@ def matmul_table(k: int, n: int, m: int, repetitions: int) -> list[Timing]:
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
     wide = w.astype(jnp.bfloat16)
-    dense = jax.jit(ops.matmul)
+    dense = jax.jit(fdq.matmul)
     cases: dict[str, tuple[Callable[..., Any], tuple, int]] = {
         "float32 dense": (dense, (x, w), w.nbytes),
         "bfloat16 dense": (dense, (x.astype(jnp.bfloat16), wide), wide.nbytes),
@@ -165,7 +165,7 @@ def matmul_table(k: int, n: int, m: int, repetitions: int) -> list[Timing]:
         if name.endswith("whole decoded"):
             function = whole
         else:
-            function = jax.jit(functools.partial(ops.matmul, activation=activation))
+            function = jax.jit(functools.partial(fdq.matmul, activation=activation))
         if name.endswith("prepared"):
             q = ops.prepare(q, "cpu")
         cases[name] = (function, (x, q), q.nbytes)

@@ -89,7 +89,7 @@ def tune(
 
                 def product(x, q, candidate=candidate):
                     with ops.forced_formulation(*candidate):
-                        return ops.matmul(x, q, activation=activation)  # noqa: B023
+                        return fdq.matmul(x, q, activation=activation)  # noqa: B023
 
                 cases[candidate] = (jax.jit(product), (x, q), q.nbytes)
             timings = measure(cases, (7 if quick else 25) if m < 64 else 5)

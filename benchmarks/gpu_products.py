@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import fdq
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import KERNEL, ExpertCase, MatrixCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
@@ -130,7 +131,7 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
     activation = case.activation
 
     def matmul(implementation: str) -> Callable[..., jax.Array]:
-        return functools.partial(ops.matmul, activation=activation, implementation=implementation)
+        return functools.partial(fdq.matmul, activation=activation, implementation=implementation)
 
     works: dict[str, Work | str] = {}
     prepared = attempt(lambda: [prepare(q) for q in weights])
@@ -317,7 +318,7 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
 
     def seam(implementation: str) -> Callable[..., jax.Array]:
         def step(x: tuple[jax.Array, Any], index: jax.Array) -> jax.Array:
-            return ops.grouped_matmul(x[0], x[1], index, implementation=implementation)
+            return fdq.grouped_matmul(x[0], x[1], index, implementation=implementation)
 
         return step
 

@@ -29,7 +29,6 @@ from benchmarks.gpu_products import (
 )
 from benchmarks.gpu_timing import Work, difference, links_for
 from benchmarks.gpu_weights import nbytes, random_array, weight_spec
-from fdq import ops
 from fdq.cache import LayerCache, parse_format
 from fdq.ops.kernel_cache import kernel_arrays
 
@@ -192,7 +191,7 @@ def _matrix(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[
     prepared = attempt(lambda: [prepare(q) for q in weights])
     x = random_array(jax.random.key(1), (case.rows, k), dtype)
     works: dict[str, Work | str] = {
-        XLA: Work(functools.partial(ops.matmul, implementation="xla"), x, weights)
+        XLA: Work(functools.partial(fdq.matmul, implementation="xla"), x, weights)
     }
     if isinstance(prepared, Exception):
         works[OWN] = later(prepared, lambda w: Work(jnp.add, x, w))
@@ -237,7 +236,7 @@ def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict
     x = random_array(jax.random.key(1), (case.rows, k), jnp.dtype(settings.dtype))
 
     def by_xla(x: Any, index: jax.Array) -> jax.Array:
-        return ops.grouped_matmul(x[0], x[1], index, implementation="xla")
+        return fdq.grouped_matmul(x[0], x[1], index, implementation="xla")
 
     def by_kernel(config: Any) -> Callable[..., jax.Array]:
         def step(x: Any, index: jax.Array) -> jax.Array:

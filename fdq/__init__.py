@@ -22,11 +22,11 @@ from fdq.decoding.loop import prefill as prefill
 from fdq.decoding.sampling import Sampling as Sampling
 from fdq.formats.qtensor import QTensor as QTensor
 from fdq.formats.qtensor import dequantize as dequantize
-from fdq.ops import grouped_matmul as grouped_matmul
-from fdq.ops import matmul as matmul
 from fdq.ops import prepare as prepare
 from fdq.ops import unprepare as unprepare
 from fdq.ops.attention.api import attention as attention
+from fdq.ops.grouped_matmul.api import grouped_matmul as grouped_matmul
+from fdq.ops.matmul.api import matmul as matmul
 from fdq.quantizers.quantization import match_table as match_table
 from fdq.quantizers.quantization import quantize as quantize
 from fdq.schemes.recipe import Recipe as Recipe

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fdq import nn, ops
+from fdq import nn
 from fdq.cache.kv_cache import LayerCache
+from fdq.nn.handing_on import hand_on
+from fdq.nn.norm import normed
 
 
 class DecoderLayer(nnx.Module):
@@ -42,25 +44,7 @@ class DecoderLayer(nnx.Module):
         start: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
-        b, t, _ = x.shape
-        if cache is not None and start is not None and t == 1 and ops.joins_token_step(b):
-            return self._token(x, angles, cache, start)
-        y, cache = self.self_attn(self.input_layernorm(x), angles, cache, start=start)
+        rows = normed(self.input_layernorm, x)
+        y, cache = hand_on(self.self_attn, rows, angles, cache, start=start)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
-
-    def _token(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache,
-        start: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
-        """The same for one token per sequence, in as few launches as the kernels allow."""
-        rows = x[:, 0]
-        y, cache = self.self_attn.token(
-            self.input_layernorm.lazily(rows), angles, cache, start=start
-        )
-        rows = rows + y
-        rows = rows + self.mlp.token(self.post_attention_layernorm.lazily(rows))
-        return rows[:, None], cache
+        return x + hand_on(self.mlp, normed(self.post_attention_layernorm, x)), cache

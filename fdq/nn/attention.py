@@ -200,19 +200,3 @@ class Attention(nnx.Module):
         offset = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         y = attention(q, *pair, lengths=offset + t, offset=offset, sliding_window=window)
         return y, LayerCache(*pair)
-
-    def token(
-        self,
-        x: Any,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache,
-        *,
-        start: jax.Array,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """As `__call__` over a cache, for rows `[B, H]` of one token per sequence."""
-        b, dtype = x.shape[0], x.dtype
-        parts = self.qkv_proj.partial_sums(x)[:, :, None]
-        qkv = Sums(parts, value(self.qkv_proj.bias), dtype)
-        y, updated = self._attend(qkv, angles, cache, start)
-        partials = self.o_proj.partial_sums(y.reshape(b, -1))
-        return self.o_proj.finish(partials, dtype), updated

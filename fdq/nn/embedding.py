@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import ops
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.nn.parameters import value
+from fdq.ops.matmul.dense import transposed_matmul
 
 
 class Embedding(nnx.Module):
@@ -34,4 +34,4 @@ class Embedding(nnx.Module):
 
     def attend(self, x: jax.Array, *, out_dtype: Any = jnp.float32) -> jax.Array:
         """`x [..., features] -> x @ embedding.T [..., vocab]` in `out_dtype`."""
-        return ops.transposed_matmul(x, self._table(x.dtype), out_dtype=out_dtype)
+        return transposed_matmul(x, self._table(x.dtype), out_dtype=out_dtype)

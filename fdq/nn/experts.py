@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import ops
+from fdq.nn.handing_on import reads_rows, sums_of, takes_rows
 from fdq.nn.linear import initial_kernel
 from fdq.nn.parameters import value
+from fdq.ops.grouped_matmul.api import grouped_product
+from fdq.ops.grouped_matmul.product import GroupedProduct, combined
+from fdq.ops.matmul.product import Product
+from fdq.ops.rows import Gated, Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
 
 
@@ -18,8 +22,9 @@ class ExpertLinear(nnx.Module):
     """`y[t] = x[t] @ kernel[expert_index[t]]` with `kernel [E, K, N]`.
 
     Attributes:
-      kernel: `nnx.Param` of `[E, K, N]`, or a QTensor that stands for it.
+      kernel: `nnx.Param` of `[E, K, N]`, or a quantized weight that stands for it.
       activation, activation_scale: as in `Linear`; one scale serves all experts.
+      observer: called with `x` as an array, a row a pick; for calibration.
     """
 
     def __init__(
@@ -35,16 +40,29 @@ class ExpertLinear(nnx.Module):
         self.kernel: Any = nnx.data(initial_kernel(rngs, shape, dtype))
         self.activation: ActivationSpec | None = None
         self.activation_scale: Any = nnx.data(None)
+        self.observer: Any = nnx.data(None)
 
-    def __call__(self, x: jax.Array, expert_index: jax.Array) -> jax.Array:
+    @takes_rows
+    def __call__(self, x: Rows, expert_index: jax.Array) -> jax.Array:
         """`x [T, K]`, `expert_index [T] int32 -> [T, N]` in the dtype of `x`."""
-        return ops.grouped_matmul(
+        return grouped_product(self.arguments(x, expert_index))[0].value()
+
+    def arguments(
+        self, x: Rows, expert_index: jax.Array, beside: Product | None = None
+    ) -> GroupedProduct:
+        """Of the op that computes the layer, with another product `beside` it."""
+        arguments = GroupedProduct(
             x,
             value(self.kernel),
             expert_index,
             activation=self.activation,
             activation_scale=value(self.activation_scale),
+            beside=beside,
+            dtype=x.dtype,
         )
+        if self.observer is not None:
+            self.observer(_row_a_pick(x, arguments.index))
+        return arguments
 
 
 class Experts(nnx.Module):
@@ -66,48 +84,65 @@ class Experts(nnx.Module):
             num_experts, intermediate_size, hidden_size, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-        """Sum over the chosen experts of weight times output.
+    @takes_rows
+    def __call__(
+        self, x: Rows, experts: jax.Array, weights: jax.Array, shared: Any = None
+    ) -> jax.Array:
+        """Sum over the chosen experts of weight times output, and the output of shared ones.
 
         Args:
           x: [T, H].
           experts: [T, top_k] int32.
           weights: [T, top_k] float32.
+          shared: the `MLP` of the shared experts, whose products come along; or None.
 
         Returns:
           [T, H] in the dtype of `x`, summed in float32.
         """
-        tokens, top_k = experts.shape
-        rows = jnp.repeat(x, top_k, axis=0, total_repeat_length=tokens * top_k)
-        index = experts.reshape(-1)
-        gate, up = jnp.split(self.gate_up_proj(rows, index), 2, axis=-1)
-        y = self.down_proj(jax.nn.silu(gate) * up, index)
-        y = y.reshape(tokens, top_k, -1).astype(jnp.float32)
-        return (y * weights[..., None]).sum(axis=1).astype(x.dtype)
-
-    def token(
-        self, x: Any, experts: jax.Array, shared: Any = None
-    ) -> tuple[jax.Array, jax.Array | None] | None:
-        """The products of a decode step, see `fdq.ops.expert_products`.
-
-        Args:
-          x: rows [T, H], perhaps yet to be normalized.
-          experts: [T, top_k] int32.
-          shared: the `MLP` of the shared experts, to come along in the same launches.
-
-        Returns:
-          float32 [split, T, top_k, H] of the picks and [split, T, H] of the shared experts, None
-          for these where they are to run by themselves; None where XLA is to do it all.
-        """
-        own = (self.gate_up_proj, self.down_proj)
-        if any(layer.activation is not None for layer in own):
-            return None
-        gate_up, down = (value(layer.kernel) for layer in own)
+        up = down = rows = None
         if shared is not None:
-            others = (shared.gate_up_proj, shared.down_proj)
-            if all(layer.activation is None and layer.bias is None for layer in others):
-                pair = tuple(value(layer.kernel) for layer in others)
-                joined = ops.expert_products(x, experts, gate_up, down, pair)
-                if joined is not None:
-                    return joined
-        return ops.expert_products(x, experts, gate_up, down)
+            up, down = shared.gate_up_proj, shared.down_proj
+        picked, beside = _products(self.gate_up_proj, x, experts, up, x)
+        if beside is not None:
+            rows = Gated(beside)
+        y, z = _products(self.down_proj, Gated(picked), experts, down, rows, weights)
+        return y.value() if z is None else y.value() + z.value()
+
+
+def _products(
+    layer: Any,
+    x: Rows,
+    index: jax.Array,
+    shared: Any,
+    rows: Any,
+    weights: jax.Array | None = None,
+) -> tuple[Sums, Sums | None]:
+    """`layer(x, index)` and `shared(rows)`, together where both are fdq's own.
+
+    Args:
+      layer: an `ExpertLinear`, or what a user put in its place.
+      x: `[T, K]` or `[T, top_k, K]`.
+      index: `[T, top_k]`.
+      shared: a `Linear` or what stands in its place; None without shared experts.
+      rows: of `shared`.
+      weights: `[T, top_k]`; with them the picks of a row are added up.
+    """
+    if not reads_rows(layer):
+        y = layer(_row_a_pick(x, index), index.reshape(-1))
+        sums = Sums.of(y.reshape(*index.shape, y.shape[-1]))
+        if weights is not None:
+            sums = Sums.of(combined(sums, weights))
+        return sums, None if shared is None else sums_of(shared, rows)
+    if shared is None or reads_rows(shared):
+        beside = None if shared is None else shared.arguments(rows)
+        return grouped_product(layer.arguments(x, index, beside), weights)
+    return grouped_product(layer.arguments(x, index), weights)[0], sums_of(shared, rows)
+
+
+def _row_a_pick(x: Rows, index: jax.Array) -> jax.Array:
+    """Rows `[T, K]` or `[T, top_k, K]` as an array `[P, K]`, one for each of `index`."""
+    rows = as_array(x).reshape(-1, x.shape[-1])
+    picks = index.size // rows.shape[0]
+    if picks == 1:
+        return rows
+    return jnp.repeat(rows, picks, axis=0, total_repeat_length=index.size)

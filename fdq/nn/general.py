@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from fdq import ops
 from fdq.nn.parameters import value
+from fdq.ops.matmul.api import matmul
 from fdq.schemes.scheme import ActivationSpec
 
 
@@ -122,7 +122,7 @@ class Quantized(nnx.Module):
         """``fold_input(promoted x) @ kernel`` and the promoted bias."""
         like = jnp.zeros((), self.kernel_dtype)
         x, like, bias = self.promote_dtype((x, like, value(self.bias)), dtype=self.dtype)
-        y = ops.matmul(
+        y = matmul(
             fold_input(x),
             value(self.kernel),
             activation=self.activation,

@@ -1,15 +1,18 @@
-"""A linear layer whose kernel is an array or a QTensor."""
+"""A linear layer whose kernel is an array or a quantized weight."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import ops
+from fdq.nn.handing_on import takes_rows
 from fdq.nn.parameters import value
+from fdq.ops.matmul.api import product
+from fdq.ops.matmul.product import Product
+from fdq.ops.rows import Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
 
 
@@ -22,10 +25,11 @@ class Linear(nnx.Module):
     """`y = x @ kernel + bias` with `kernel [K, N]`, `x [..., K]` and `y [..., N]`.
 
     Attributes:
-      kernel: `nnx.Param` of `[K, N]`, or a QTensor that stands for it.
+      kernel: `nnx.Param` of `[K, N]`, or a quantized weight that stands for it.
       bias: `nnx.Param` of `[N]`, or None.
       activation: how `x` is quantized before the product; None leaves it in its dtype.
       activation_scale: float32, the calibrated scale of `x` when `activation` is static.
+      observer: called with `x` as an array; for calibration.
     """
 
     def __init__(
@@ -42,34 +46,34 @@ class Linear(nnx.Module):
         self.bias: Any = nnx.data(bias)
         self.activation: ActivationSpec | None = None
         self.activation_scale: Any = nnx.data(None)
+        self.observer: Any = nnx.data(None)
 
-    def __call__(self, x: jax.Array, *, out_dtype: Any = None) -> jax.Array:
-        """`x [..., K] -> [..., N]` in `out_dtype`, by default the dtype of `x`."""
-        out_dtype = x.dtype if out_dtype is None else out_dtype
-        y = ops.matmul(
+    @overload
+    def __call__(self, x: Rows, *, out_dtype: Any = None, summed: Literal[True] = True) -> Any: ...
+    @overload
+    def __call__(self, x: Rows, *, out_dtype: Any = None, summed: Literal[False]) -> Sums: ...
+
+    @takes_rows
+    def __call__(self, x: Rows, *, out_dtype: Any = None, summed: bool = True) -> jax.Array | Sums:
+        """`x [..., K] -> [..., N]`.
+
+        Args:
+          x: an array, or rows that are not finished yet.
+          out_dtype: of the result; that of `x` by default.
+          summed: False leaves the sum and the bias to whoever reads the result.
+        """
+        sums = product(self.arguments(x, out_dtype))
+        return sums.value() if summed else sums
+
+    def arguments(self, x: Rows, out_dtype: Any = None) -> Product:
+        """Of the op that computes the layer."""
+        if self.observer is not None:
+            self.observer(as_array(x))
+        return Product(
             x,
             value(self.kernel),
             activation=self.activation,
             activation_scale=value(self.activation_scale),
-            out_dtype=out_dtype,
+            bias=value(self.bias),
+            dtype=x.dtype if out_dtype is None else out_dtype,
         )
-        if self.bias is not None:
-            bias = value(self.bias).astype(y.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-        return y
-
-    def partial_sums(self, x: Any) -> jax.Array:
-        """Rows `x [M, K]`, see `fdq.ops.partial_product` -> float32 `[split, M, N]`, no bias."""
-        return ops.partial_product(
-            x,
-            value(self.kernel),
-            activation=self.activation,
-            activation_scale=value(self.activation_scale),
-        )
-
-    def finish(self, partials: jax.Array, dtype: Any) -> jax.Array:
-        """`partial_sums` added up, rounded to `dtype` and with the bias: `[M, N]`."""
-        y = ops.added_up(partials).astype(dtype)
-        if self.bias is not None:
-            y = y + value(self.bias).astype(dtype)[None]
-        return y

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import ops
 from fdq.nn.experts import Experts
+from fdq.nn.handing_on import hand_on, reads_rows, sums_of, takes_rows
 from fdq.nn.linear import Linear
 from fdq.nn.router import Router
+from fdq.ops.rows import Gated, Rows, flattened
 
 
 class MLP(nnx.Module):
@@ -33,17 +34,10 @@ class MLP(nnx.Module):
             intermediate_size, hidden_size, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @takes_rows
+    def __call__(self, x: Rows) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
-
-    def token(self, x: Any) -> jax.Array:
-        """Rows `x [M, H]`, perhaps yet to be normalized -> `[M, H]`, for a decode step."""
-        if self.gate_up_proj.bias is not None:
-            return self(ops.finished(x))
-        rows = ops.gated(self.gate_up_proj.partial_sums(x), x.dtype)
-        return self.down_proj.finish(self.down_proj.partial_sums(rows), x.dtype)
+        return hand_on(self.down_proj, Gated(sums_of(self.gate_up_proj, x)))
 
 
 class MoE(nnx.Module):
@@ -60,26 +54,15 @@ class MoE(nnx.Module):
         self.experts = experts
         self.shared_experts: Any = nnx.data(shared_experts)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @takes_rows
+    def __call__(self, x: Rows) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.experts(rows, *self.router(rows))
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(rows)
+        rows, shared = flattened(x), self.shared_experts
+        routed = hand_on(self.router, rows)
+        if shared is None:
+            y = hand_on(self.experts, rows, *routed)
+        elif isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts):
+            y = self.experts(rows, *routed, shared)
+        else:
+            y = hand_on(self.experts, rows, *routed) + hand_on(shared, rows)
         return y.reshape(x.shape)
-
-    def token(self, x: Any) -> jax.Array:
-        """Rows `x [M, H]`, perhaps yet to be normalized -> `[M, H]`, for a decode step."""
-        experts, weights = self.router.token(x)
-        shared = self.shared_experts
-        products = self.experts.token(x, experts, shared)
-        if products is None:
-            y = self.experts(ops.finished(x), experts, weights)
-            return y if shared is None else y + shared.token(x)
-        picked, common = products
-        y = ops.added_up(picked, weights)
-        if common is not None:
-            y = y + ops.added_up(common)
-        elif shared is not None:
-            y = y + shared.token(x).astype(jnp.float32)
-        return y.astype(x.dtype)

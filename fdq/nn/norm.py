@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq import ops
 from fdq.nn.parameters import value
 from fdq.ops.rows import Normed, Rows
 
@@ -23,10 +22,6 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [..., features]` -> the same shape and dtype."""
         return Normed(x, value(self.scale), self.epsilon).value()
-
-    def lazily(self, x: jax.Array) -> Any:
-        """`x [M, features]` as rows that the kernels of a decode step normalize themselves."""
-        return ops.normed(x, value(self.scale), self.epsilon)
 
 
 def normed(norm: Any, x: jax.Array) -> Rows:

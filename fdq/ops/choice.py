@@ -1,8 +1,7 @@
-"""Which implementation and which formulation an op uses: decided while tracing, from measured data.
+"""Which XLA program computes a product: decided while tracing, from measured data.
 
-``implementation`` is what the user may force (``"xla"``, ``"mosaic_gpu"``); a *formulation* is one
-of several XLA programs with the same meaning, chosen by path, rows of x and size of the weight
-from ``cpu_choices.json``. ``python -m benchmarks.cpu --tune`` measures that table again.
+Several programs have the same meaning; on CPUs one is chosen by format, rows of x and size of the
+weight from `cpu_choices.json`. `python -m benchmarks.cpu --tune` measures that table again.
 """
 
 from __future__ import annotations
@@ -10,94 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
-import os
-from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
 from pallas_kernels.device import default_device
-
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-_LOGGER = logging.getLogger("fdq")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the user asked for.
-
-    Attributes:
-      name: ``xla``, ``mosaic_gpu``, or None for the best.
-      source: ``implementation`` (the argument), ``FDQ_IMPLEMENTATION`` or ``default``.
-    """
-
-    name: str | None
-    source: str
-
-
-def resolve_implementation(op: str, implementation: str | None) -> Request:
-    """What to trace ``op`` as: the argument, else ``FDQ_IMPLEMENTATION``, else the best.
-
-    Raises:
-      ValueError: for an unknown name.
-    """
-    name, source = implementation, "implementation"
-    if name is None:
-        name, source = os.environ.get("FDQ_IMPLEMENTATION") or None, "FDQ_IMPLEMENTATION"
-    if name is None:
-        return Request(None, "default")
-    if name not in IMPLEMENTATIONS:
-        options = ", ".join(repr(n) for n in IMPLEMENTATIONS)
-        raise ValueError(f"{op}: unknown {source} {name!r}; use one of {options}, or None.")
-    return Request(name, source)
-
-
-def accept_kernel(
-    op: str,
-    request: Request,
-    obstacle: Callable[[], str | None],
-    preference: Callable[[], str | None],
-) -> bool:
-    """Whether ``op`` is traced as a Mosaic GPU kernel.
-
-    Args:
-      op: for messages.
-      request: what the user asked for.
-      obstacle: why the kernel cannot run this; None if it can. Asked only where kernels are
-        considered at all, for asking imports them.
-      preference: asked where the user left the choice and the kernel can: why XLA is preferred,
-        None if the kernel is.
-
-    Raises:
-      NotImplementedError: the argument ``implementation="mosaic_gpu"`` asks for what cannot be.
-        ``FDQ_IMPLEMENTATION`` stands for a whole program: there XLA runs what kernels cannot.
-    """
-    if request.name == "xla":
-        _log_once(op, "xla", f"{request.source}='xla'")
-        return False
-    if request.name is None and trace_target().platform != "gpu":
-        _log_once(op, "xla", "the device is not a GPU")
-        return False
-    reason = obstacle()
-    if request.name == "mosaic_gpu":
-        if reason is not None and request.source == "implementation":
-            raise NotImplementedError(
-                f"{op}[mosaic_gpu]: {reason}; use implementation=None or 'xla'."
-            )
-        origin = f"{request.source}='mosaic_gpu'"
-    else:
-        reason = reason or preference()
-        origin = "the tuning table prefers it"
-    if reason is not None:
-        _log_once(op, "xla", reason)
-        return False
-    _log_once(op, "mosaic_gpu", origin)
-    return True
-
-
-@functools.cache
-def _log_once(op: str, name: str, reason: str) -> None:
-    _LOGGER.info("%s runs as %r: %s", op, name, reason)
 
 
 @dataclasses.dataclass(frozen=True)

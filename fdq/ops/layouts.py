@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 
 from fdq.formats.qtensor import LAYOUTS, Layout, QTensor, canonical, materialize
-from fdq.ops.choice import resolve_implementation
+from fdq.ops.implementation import requested
 from fdq.ops.kernel_layout import MOSAIC_GPU, layout_obstacle
 
 _SPLITS = 3
@@ -58,7 +58,7 @@ def best_layout(q: QTensor, platform: str) -> str:
     the best on every platform, with ``xla`` on none.
     """
     spec = q.spec
-    wanted = resolve_implementation("prepare", None).name
+    wanted = requested()
     if wanted is None:
         # With several devices XLA runs, which would have to undo the kernels' layout in every step.
         kernels = platform in ("gpu", "cuda") and _devices(platform) <= 1

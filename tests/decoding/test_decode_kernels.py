@@ -11,7 +11,7 @@ import fdq
 from fdq.analysis.planner import weight_table
 from fdq.models import Decoder, DecoderConfig, MoEConfig
 from fdq.nn.rotary import RotaryConfig
-from fdq.ops import choice
+from fdq.ops import implementation
 from fdq.ops.kernel_layout import MOSAIC_GPU
 
 STEPS = 4
@@ -83,12 +83,12 @@ def test_tokens_are_those_of_xla(family, scheme, monkeypatch, caplog):
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
     prepared = fdq.prepare(model)
     assert prepared.layers[0].self_attn.qkv_proj.kernel.layout == MOSAIC_GPU
-    choice._log_once.cache_clear()
+    implementation._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="fdq"):
         tokens, logits = decode(prepared, scheme)
     used = {"matmul", "append", "attention"}
     if family == "experts":
-        used |= {"grouped_matmul", "router"}
+        used |= {"grouped_matmul", "route"}
     for op in used:
         assert f"{op} runs as 'mosaic_gpu'" in caplog.text
     assert np.abs(wanted).max() > 0.1

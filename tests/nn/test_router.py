@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from fdq.nn import Router
-from fdq.nn.router import route
+from fdq.ops.route.xla import choose_experts
 
 
 def definition(logits, bias, top_k, normalize, norm_min):
@@ -25,7 +25,7 @@ def definition(logits, bias, top_k, normalize, norm_min):
 def test_route(bias, normalize, norm_min, rng):
     logits = rng.standard_normal((20, 8)).astype(np.float32)
     offset = (rng.standard_normal(8) * 0.3).astype(np.float32) if bias else None
-    experts, weights = route(
+    experts, weights = choose_experts(
         jnp.asarray(logits),
         None if offset is None else jnp.asarray(offset),
         top_k=3,
@@ -40,7 +40,7 @@ def test_route(bias, normalize, norm_min, rng):
 def test_the_correction_bias_selects_and_does_not_weigh():
     logits = jnp.zeros((1, 4)).at[0, 0].set(1.0)
     bias = jnp.array([0.0, 0.0, 0.0, 10.0])
-    experts, weights = route(logits, bias, top_k=2)
+    experts, weights = choose_experts(logits, bias, top_k=2)
     assert experts.tolist() == [[3, 0]]
     p = jax.nn.softmax(logits[0])
     np.testing.assert_allclose(weights[0], [p[3] / (p[3] + p[0]), p[0] / (p[3] + p[0])], rtol=1e-6)

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import fdq
 from fdq import ops
 from fdq.formats.qtensor import dequantize
 from fdq.ops import layouts
@@ -60,7 +61,7 @@ def test_w8a8_is_an_integer_product(m, rng, monkeypatch):
     sums = codes @ np.asarray(q.codes).astype(np.int64)
     expected = sums.astype(np.float32) * np.asarray(q.scale) * scale[:, :1]
     for w in (q, ops.prepare(q, "cpu")):
-        y = np.asarray(ops.matmul(x, w, activation="int8"))
+        y = np.asarray(fdq.matmul(x, w, activation="int8"))
         np.testing.assert_allclose(y, expected, rtol=3e-7)
 
 
@@ -74,7 +75,7 @@ def test_integer_weights_and_int8(name, m, rng):
     levels = _levels(q)
     wide = np.repeat(np.asarray(q.scale, np.float64), 256 // q.scale.shape[0], axis=0)
     expected = codes @ (levels * wide) * scale[:, :1]
-    assert error(ops.matmul(x, q, activation=INT8), expected) < ROUNDING
+    assert error(fdq.matmul(x, q, activation=INT8), expected) < ROUNDING
 
 
 def _levels(q):
@@ -102,7 +103,7 @@ def test_float8_products(name, spec, m, rng):
     q, x = weight(name), rows(rng, m)
     codes, scale = reference_codes(x, spec)
     expected = (codes * scale) @ np.asarray(dequantize(q), np.float64)
-    assert error(ops.matmul(x, q, activation=spec), expected) < ROUNDING
+    assert error(fdq.matmul(x, q, activation=spec), expected) < ROUNDING
 
 
 def test_block_wise_fp8_slice_by_slice(rng):
@@ -115,7 +116,7 @@ def test_block_wise_fp8_slice_by_slice(rng):
         k = slice(128 * i, 128 * (i + 1))
         block_scale = np.repeat(np.asarray(q.scale)[i], 128)
         expected = expected + codes[:, k] @ weights[k] * scale[:, k][:, :1] * block_scale
-    assert error(ops.matmul(x, q, activation="fp8-x128"), expected) < ROUNDING
+    assert error(fdq.matmul(x, q, activation="fp8-x128"), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("format", ["int8", "float8_e4m3"])
@@ -125,21 +126,21 @@ def test_static_scale(format, rng):
     scale = np.float32(np.abs(x).max() / 200)
     codes, _ = reference_codes(x, spec, scale)
     expected = codes * scale @ np.asarray(dequantize(q), np.float64)
-    y = ops.matmul(x, q, activation=spec, activation_scale=jnp.asarray([scale]))
+    y = fdq.matmul(x, q, activation=spec, activation_scale=jnp.asarray([scale]))
     assert error(y, expected) < ROUNDING
     with pytest.raises(ValueError, match="needs activation_scale, found None"):
-        ops.matmul(x, q, activation=spec)
+        fdq.matmul(x, q, activation=spec)
     with pytest.raises(ValueError, match="activation_scale is given but"):
-        ops.matmul(x, q, activation="int8", activation_scale=jnp.asarray(1.0))
+        fdq.matmul(x, q, activation="int8", activation_scale=jnp.asarray(1.0))
 
 
 def test_the_gradient_is_straight_through(rng):
     q, x = weight("int4 group"), rows(rng, 2)
-    gradient = jax.grad(lambda x: ops.matmul(x, q, activation="int8").sum())(x)
+    gradient = jax.grad(lambda x: fdq.matmul(x, q, activation="int8").sum())(x)
     expected = np.broadcast_to(np.asarray(dequantize(q), np.float64).sum(1), x.shape)
     assert error(gradient, expected) < 5e-6
     array = jnp.asarray(dequantize(q))
-    assert error(jax.grad(lambda x: ops.matmul(x, array, activation="fp8").sum())(x), expected) < (
+    assert error(jax.grad(lambda x: fdq.matmul(x, array, activation="fp8").sum())(x), expected) < (
         5e-6
     )
 
@@ -148,7 +149,7 @@ def test_integer_dots_are_integer_dots(monkeypatch):
     """No float product of the weight anywhere: the dot of W8A8 takes int8 and gives int32."""
     monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
     q = weight("int8 channel")
-    text = jax.jit(lambda x, q: ops.matmul(x, q, activation="int8")).lower(
+    text = jax.jit(lambda x, q: fdq.matmul(x, q, activation="int8")).lower(
         jnp.ones((4, 256)), ops.prepare(q, "cpu")
     )
     dots = [line for line in text.as_text().splitlines() if "dot_general" in line]
@@ -157,4 +158,4 @@ def test_integer_dots_are_integer_dots(monkeypatch):
 
 def test_unknown_activation():
     with pytest.raises(ValueError, match="int5"):
-        ops.matmul(jnp.ones((1, 256)), weight("int8 channel"), activation="int5")
+        fdq.matmul(jnp.ones((1, 256)), weight("int8 channel"), activation="int5")

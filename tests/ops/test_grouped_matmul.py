@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fdq
 from fdq import ops
 from fdq.formats.qtensor import dequantize
 from fdq.quantizers import quantize_array
@@ -33,7 +34,7 @@ def expected(x, w, index):
     return np.einsum("tk,tkn->tn", np.asarray(x, np.float64), np.asarray(w, np.float64)[index])
 
 
-grouped = jax.jit(ops.grouped_matmul, static_argnames="activation")
+grouped = jax.jit(fdq.grouped_matmul, static_argnames="activation")
 
 
 @pytest.mark.parametrize("t", [1, 4, 100])
@@ -57,21 +58,21 @@ def test_array_weights_and_gradients(rng):
     w = dequantize(experts("int8 channel"))
     for t in (4, 40):
         x, index = problem(rng, t)
-        loss = jax.jit(jax.grad(lambda x, w, i: ops.grouped_matmul(x, w, i).sum(), (0, 1)))
+        loss = jax.jit(jax.grad(lambda x, w, i: fdq.grouped_matmul(x, w, i).sum(), (0, 1)))
         dx, dw = loss(x, w, index)
         assert error(dx, np.asarray(w, np.float64).sum(2)[index]) < 5e-6
         by_hand = np.zeros((E, K))
         np.add.at(by_hand, np.asarray(index), np.asarray(x, np.float64))
         assert error(dw, np.repeat(by_hand[:, :, None], N, axis=2)) < 5e-6
         q = experts("int8 channel")
-        dx = jax.jit(jax.grad(lambda x, q, i: ops.grouped_matmul(x, q, i).sum()))(x, q, index)
+        dx = jax.jit(jax.grad(lambda x, q, i: fdq.grouped_matmul(x, q, i).sum()))(x, q, index)
         assert error(dx, np.asarray(w, np.float64).sum(2)[index]) < 5e-6
 
 
 def test_vmap(rng):
     q = experts("int4 group")
     x, index = problem(rng, 8)
-    y = jax.vmap(ops.grouped_matmul, in_axes=(0, None, 0))(
+    y = jax.vmap(fdq.grouped_matmul, in_axes=(0, None, 0))(
         x.reshape(2, 4, K), q, index.reshape(2, 4)
     )
     assert error(y.reshape(8, N), expected(x, dequantize(q), index)) < 5e-6
@@ -97,6 +98,6 @@ def test_only_picked_experts_are_read(t):
 def test_wrong_shapes():
     q = experts("int4 group")
     with pytest.raises(ValueError, match="expected one expert a row"):
-        ops.grouped_matmul(jnp.ones((3, K)), q, jnp.zeros((2,), jnp.int32))
+        fdq.grouped_matmul(jnp.ones((3, K)), q, jnp.zeros((2,), jnp.int32))
     with pytest.raises(ValueError, match=r"x \[T, K\] and w \[E, K, N\]"):
-        ops.grouped_matmul(jnp.ones((3, K + 1)), q, jnp.zeros((3,), jnp.int32))
+        fdq.grouped_matmul(jnp.ones((3, K + 1)), q, jnp.zeros((3,), jnp.int32))

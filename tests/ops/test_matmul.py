@@ -1,7 +1,6 @@
 """matmul means x @ dequantize(q), in every format, formulation, transformation and sharding."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import fdq
 from fdq import ops
 from fdq.formats.qtensor import dequantize
 from fdq.ops import layouts
 from fdq.ops.choice import Target
-from fdq.ops.matmul import _compute_dtype
+from fdq.ops.matmul import xla
+from fdq.ops.matmul.xla import _compute_dtype
 from tests.ops.format_cases import SPECS, error, weight
 
 TOLERANCE = 5e-6
@@ -27,7 +28,7 @@ def compiled(formulation):
 
     def product(x, q):
         with ops.forced_formulation(*formulation):
-            return ops.matmul(x, q)
+            return fdq.matmul(x, q)
 
     return jax.jit(product)
 
@@ -65,9 +66,9 @@ def test_transformations(name, rng):
 
     @jax.jit
     def program(x, q, stack, direction):
-        over_x = jax.vmap(ops.matmul, in_axes=(0, None))(x, q)
-        over_both = jax.vmap(ops.matmul)(x, stack)
-        y, pull_back = jax.vjp(lambda x: ops.matmul(x, q), x)
+        over_x = jax.vmap(fdq.matmul, in_axes=(0, None))(x, q)
+        over_both = jax.vmap(fdq.matmul)(x, stack)
+        y, pull_back = jax.vjp(lambda x: fdq.matmul(x, q), x)
         return y, over_x, over_both, pull_back(direction)[0]
 
     y, over_x, over_both, gradient = program(x, q, stack, direction)
@@ -96,13 +97,13 @@ def test_sharded_over_eight_devices(name, rng):
     partition = _partition(q)
     shards = jax.device_put(q, jax.tree.map(lambda s: NamedSharding(mesh, s), partition))
     x_shards = jax.device_put(x, NamedSharding(mesh, P(None, "k")))
-    y = jax.jit(ops.matmul)(x_shards, shards)
+    y = jax.jit(fdq.matmul)(x_shards, shards)
     assert error(y, expected) < TOLERANCE
 
     if name == "nf4 double":
         return  # a scale of scales spans 256 columns, two shards
     local = jax.shard_map(
-        lambda x, q: jax.lax.psum(ops.matmul(x, q), "k"),
+        lambda x, q: jax.lax.psum(fdq.matmul(x, q), "k"),
         mesh=mesh,
         in_specs=(P(None, "k"), partition),
         out_specs=P(None, "n"),
@@ -117,7 +118,7 @@ def test_explicit_mesh_axes(name, rng):
     shards = jax.device_put(q, jax.tree.map(lambda s: NamedSharding(mesh, s), _partition(q)))
     x_shards = jax.device_put(x, NamedSharding(mesh, P(None, "k")))
     with jax.set_mesh(mesh):
-        y = jax.jit(ops.matmul)(x_shards, shards)
+        y = jax.jit(fdq.matmul)(x_shards, shards)
     assert y.sharding.spec == P(None, "n")
     assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
@@ -138,7 +139,7 @@ def test_odd_shapes(name, k, n, rng):
     w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
     q = quantize_array(w, spec, method="absmax")
     x = jnp.asarray(rng.standard_normal((2, 1, k)), jnp.float32)
-    y, one = jax.jit(lambda x, q: (ops.matmul(x, q), ops.matmul(x[0, 0], q)))(x, q)
+    y, one = jax.jit(lambda x, q: (fdq.matmul(x, q), fdq.matmul(x[0, 0], q)))(x, q)
     assert y.shape == (2, 1, n)
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
     assert error(y, expected) < TOLERANCE
@@ -148,7 +149,7 @@ def test_odd_shapes(name, k, n, rng):
 @pytest.mark.parametrize("activation", [None, "int8"])
 def test_no_rows(activation):
     q = weight("int4 group")
-    assert ops.matmul(jnp.zeros((2, 0, 256)), q, activation=activation).shape == (2, 0, 512)
+    assert fdq.matmul(jnp.zeros((2, 0, 256)), q, activation=activation).shape == (2, 0, 512)
 
 
 def test_groups_that_split_a_packed_unit(rng):
@@ -160,15 +161,15 @@ def test_groups_that_split_a_packed_unit(rng):
     q = quantize_array(jnp.asarray(rng.standard_normal((48, 8)), jnp.float32), spec)
     x = rows(rng, 2, 48)
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
-    assert error(ops.matmul(x, q), expected) < TOLERANCE
+    assert error(fdq.matmul(x, q), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bit_activations_are_summed_in_float32(dtype, rng):
     q, x = weight("int4 group"), rows(rng, 2).astype(dtype)
     expected = np.asarray(x.astype(jnp.float32), np.float64) @ decoded("int4 group")
-    assert ops.matmul(x, q).dtype == dtype
-    assert error(ops.matmul(x, q, out_dtype=jnp.float32), expected) < TOLERANCE
+    assert fdq.matmul(x, q).dtype == dtype
+    assert error(fdq.matmul(x, q, out_dtype=jnp.float32), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -178,8 +179,8 @@ def test_array_weights(dtype, m, rng):
     expected = np.asarray(x.astype(jnp.float32), np.float64) @ np.asarray(
         w.astype(jnp.float32), np.float64
     )
-    assert error(ops.matmul(x, w, out_dtype=jnp.float32), expected) < TOLERANCE
-    gradient = jax.grad(lambda w: ops.matmul(x, w).astype(jnp.float32).sum())(w)
+    assert error(fdq.matmul(x, w, out_dtype=jnp.float32), expected) < TOLERANCE
+    gradient = jax.grad(lambda w: fdq.matmul(x, w).astype(jnp.float32).sum())(w)
     by_hand = np.repeat(np.asarray(x.astype(jnp.float32)).sum(0)[:, None], 24, axis=1)
     assert error(gradient.astype(jnp.float32), by_hand) < (1e-6 if dtype == jnp.float32 else 1e-2)
 
@@ -197,8 +198,8 @@ def test_prepared_weights(name, rng, monkeypatch):
         x = rows(rng, m)
         x = x.at[0, 0].set(1e4)  # the rest must not drown in the largest element's step
         expected = np.asarray(x, np.float64) @ decoded(name)
-        assert error(ops.matmul(x, prepared), expected) < TOLERANCE
-    gradient = jax.grad(lambda x: ops.matmul(x, prepared).sum())(x)
+        assert error(fdq.matmul(x, prepared), expected) < TOLERANCE
+    gradient = jax.grad(lambda x: fdq.matmul(x, prepared).sum())(x)
     assert error(gradient, np.broadcast_to(decoded(name).sum(1), x.shape)) < TOLERANCE
     assert ops.prepare(weight("int4 group"), "cpu").layout == "canonical"
     assert ops.prepare(q, "gpu").layout == "mosaic_gpu"
@@ -221,7 +222,7 @@ def test_prepare_walks_modules(rng, monkeypatch):
     assert layer.kernel.layout == "canonical" and prepared.kernel.layout == "transposed"
     assert isinstance(prepared.kernel.codes, nnx.Variable)
     x = rows(rng, 1)
-    assert error(ops.matmul(x, prepared.kernel), np.asarray(x) @ decoded("int8 channel")) < 1e-5
+    assert error(fdq.matmul(x, prepared.kernel), np.asarray(x) @ decoded("int8 channel")) < 1e-5
 
 
 def test_the_weight_is_never_decoded_whole():
@@ -236,24 +237,24 @@ def test_the_weight_is_never_decoded_whole():
 def test_implementation(monkeypatch):
     q, x = weight("int8 channel"), jnp.ones((1, 256))
     with pytest.raises(ValueError, match=r"unknown implementation 'triton'; use one of 'xla'"):
-        ops.matmul(x, q, implementation="triton")
+        fdq.matmul(x, q, implementation="triton")
     many = jnp.ones((9, 256))
     with pytest.raises(NotImplementedError, match=r"matmul\[mosaic_gpu\]: .*1 to 8 rows.*found 9"):
-        ops.matmul(many, q, implementation="mosaic_gpu")
+        fdq.matmul(many, q, implementation="mosaic_gpu")
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
-    assert ops.matmul(many, q).shape == (9, 512)  # XLA does what the kernels cannot
+    assert fdq.matmul(many, q).shape == (9, 512)  # XLA does what the kernels cannot
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "cuda")
     with pytest.raises(ValueError, match="unknown FDQ_IMPLEMENTATION 'cuda'"):
-        ops.matmul(x, q)
-    assert ops.matmul(x, q, implementation="xla").shape == (1, 512)
+        fdq.matmul(x, q)
+    assert fdq.matmul(x, q, implementation="xla").shape == (1, 512)
 
 
 def test_wrong_shapes():
     q = weight("int8 channel")
     with pytest.raises(ValueError, match=r"layer.w: matmul expects x \[..., K\]"):
-        ops.matmul(jnp.ones((1, 255)), q, path="layer.w")
+        fdq.matmul(jnp.ones((1, 255)), q, path="layer.w")
     with pytest.raises(ValueError, match=r"map over leading axes with jax.vmap"):
-        ops.matmul(jnp.ones((1, 256)), jax.tree.map(lambda a: a[None], q))
+        fdq.matmul(jnp.ones((1, 256)), jax.tree.map(lambda a: a[None], q))
 
 
 def test_compute_dtype_of_old_gpus():
@@ -267,7 +268,7 @@ def test_compute_dtype_of_old_gpus():
 def test_formulations_of_other_devices(name, rng, monkeypatch):
     """What GPUs run, run here: a reduction for few rows, dots in the dtype of x for more."""
     gpu = Target("gpu", has_bfloat16=True)
-    monkeypatch.setattr(sys.modules["fdq.ops.matmul"], "trace_target", lambda: gpu)
+    monkeypatch.setattr(xla, "trace_target", lambda: gpu)
     q = weight(name)
     for m, dtype, tolerance in (
         (1, jnp.float32, TOLERANCE),
@@ -277,21 +278,21 @@ def test_formulations_of_other_devices(name, rng, monkeypatch):
         (8, jnp.float16, 2e-3),
     ):
         x = rows(rng, m).astype(dtype)
-        y = ops.matmul(x, q, out_dtype=jnp.float32)
+        y = fdq.matmul(x, q, out_dtype=jnp.float32)
         assert error(y, np.asarray(x, np.float64) @ decoded(name)) < tolerance
     if name.startswith("int"):
         codes, scale = ops.quantize_activation(x, ops.parse_activation("int8"))
         expected = np.asarray(codes, np.float64) @ decoded(name) * np.asarray(scale, np.float64)
-        y = ops.matmul(x, q, activation="int8", out_dtype=jnp.float32)
+        y = fdq.matmul(x, q, activation="int8", out_dtype=jnp.float32)
         assert error(y, expected) < 1e-6
-    lowered = jax.jit(lambda x, q: ops.matmul(x, q)).lower(x[:1], q)
+    lowered = jax.jit(lambda x, q: fdq.matmul(x, q)).lower(x[:1], q)
     assert lowered.as_text().count("\n") < 300, "programs must not grow with K"
 
 
 @pytest.mark.parametrize("name", ["int4 group", "float8_e4m3 channel"])
 def test_float16_takes_outliers_of_bfloat16(name, rng):
     """Activations beyond 65504 are legal in bfloat16, on GPUs that compute it in float16 too."""
-    from fdq.ops.weight_only import plane_product
+    from fdq.ops.matmul.weight_only import plane_product
     from fdq.ops.weight_view import view_weight
 
     x = rows(rng, 3).at[0, 7].set(3e5).at[1].set(0.0).astype(jnp.bfloat16)
@@ -317,7 +318,7 @@ def test_a_loop_does_not_keep_decoded_weights(m):
     @jax.jit
     def loop(x, q):
         def step(x, _):
-            return jnp.tanh(ops.matmul(x, q)[:, :1024]), None
+            return jnp.tanh(fdq.matmul(x, q)[:, :1024]), None
 
         return jax.lax.scan(step, x, None, length=3)[0]
 

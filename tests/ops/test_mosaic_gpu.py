@@ -12,10 +12,12 @@ from flax import nnx
 import fdq
 from fdq import ops
 from fdq.cache import CacheTensor, parse_format, quantize_cache
-from fdq.ops import choice, mosaic_gpu, self_check
+from fdq.ops import implementation, self_check
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
+from fdq.ops.grouped_matmul import mosaic_gpu as grouped
 from fdq.ops.kernel_layout import MOSAIC_GPU
 from fdq.ops.layouts import prepare_in_place
+from fdq.ops.matmul import mosaic_gpu as matmul
 from tests.ops.format_cases import error
 
 TOLERANCE = 5e-6
@@ -41,8 +43,8 @@ def test_prepared_weights_give_the_same_products(scheme, rng, kernels):
     assert prepared.shape == q.shape and prepared.nbytes >= q.nbytes
     x = jnp.asarray(rng.standard_normal((3, 256)), jnp.float32)
     expected = np.asarray(x, np.float64) @ np.asarray(fdq.dequantize(q), np.float64)
-    assert error(ops.matmul(x, prepared), expected) < TOLERANCE
-    assert error(ops.matmul(x, prepared, implementation="xla"), expected) < TOLERANCE
+    assert error(fdq.matmul(x, prepared), expected) < TOLERANCE
+    assert error(fdq.matmul(x, prepared, implementation="xla"), expected) < TOLERANCE
     back = ops.unprepare(prepared)
     assert back.layout == "canonical" and back.padding == q.padding
     for name, array in q.arrays().items():
@@ -54,8 +56,8 @@ def test_prepared_weights_give_the_same_products(scheme, rng, kernels):
 def test_quantized_activations(scheme, activation, rng, kernels):
     q = ops.prepare(weight(scheme))
     x = jnp.asarray(rng.standard_normal((2, 256)), jnp.float32)
-    y = ops.matmul(x, q, activation=activation)
-    wanted = ops.matmul(x, q, activation=activation, implementation="xla")
+    y = fdq.matmul(x, q, activation=activation)
+    wanted = fdq.matmul(x, q, activation=activation, implementation="xla")
     assert error(y, wanted) < TOLERANCE
 
 
@@ -63,9 +65,9 @@ def test_gradient_and_vmap(rng, kernels):
     q = ops.prepare(weight("W4A16"))
     x = jnp.asarray(rng.standard_normal((4, 2, 256)), jnp.float32)
     decoded = np.asarray(fdq.dequantize(q), np.float64)
-    gradient = jax.grad(lambda x: ops.matmul(x, q).sum())(x[0])
+    gradient = jax.grad(lambda x: fdq.matmul(x, q).sum())(x[0])
     assert error(gradient, np.broadcast_to(decoded.sum(1), (2, 256))) < TOLERANCE
-    y = jax.jit(jax.vmap(lambda x: ops.matmul(x, q)))(x)
+    y = jax.jit(jax.vmap(lambda x: fdq.matmul(x, q)))(x)
     assert error(y, np.asarray(x, np.float64) @ decoded) < TOLERANCE
 
 
@@ -113,9 +115,9 @@ def test_attention_of_one_query_runs_as_a_kernel(rng):
 
 
 def test_a_cpu_takes_xla_unless_it_is_told(rng, caplog):
-    choice._log_once.cache_clear()
+    implementation._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="fdq"):
-        ops.matmul(jnp.ones((1, 256)), weight("W4A16"))
+        fdq.matmul(jnp.ones((1, 256)), weight("W4A16"))
     assert "matmul runs as 'xla': the device is not a GPU" in caplog.text
 
 
@@ -160,12 +162,12 @@ def test_experts_in_the_kernels_layout(activation, rng, kernels):
     for rows in (3, 12):
         x = jnp.asarray(rng.standard_normal((rows, 256)), jnp.float32)
         index = jnp.asarray(rng.integers(0, 4, rows), jnp.int32)
-        y = ops.grouped_matmul(x, prepared, index, activation=activation)
+        y = fdq.grouped_matmul(x, prepared, index, activation=activation)
         wanted = np.einsum("tk,tkn->tn", np.asarray(x, np.float64), decoded[index])
         assert error(y, wanted) < (0.02 if activation else TOLERANCE)
-        xla = ops.grouped_matmul(x, stack, index, activation=activation, implementation="xla")
+        xla = fdq.grouped_matmul(x, stack, index, activation=activation, implementation="xla")
         assert error(y, np.asarray(xla, np.float64)) < TOLERANCE
-    run = functools.partial(ops.grouped_matmul, implementation="xla")
+    run = functools.partial(fdq.grouped_matmul, implementation="xla")
     program = jax.jit(run).lower(x, prepared, index).as_text()
     assert "tensor<128x128xui8>" in program
     assert "tensor<4x128x128xui8>" not in program  # the whole stack is not made again
@@ -176,11 +178,11 @@ def test_what_no_kernel_does_is_refused_where_it_is_asked_for(rng):
     index = jnp.zeros((2,), jnp.int32)
     stack = ops.prepare(fdq.quantize(jnp.ones((3, 256, 128)), "W4A16"), "gpu")
     with pytest.raises(NotImplementedError, match=r"matmul\[mosaic_gpu\]: the weight is an array"):
-        ops.matmul(x, jnp.ones((256, 128)), implementation="mosaic_gpu")
+        fdq.matmul(x, jnp.ones((256, 128)), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="no kernel gathers experts for quantized"):
-        ops.grouped_matmul(x, stack, index, activation="int8", implementation="mosaic_gpu")
+        fdq.grouped_matmul(x, stack, index, activation="int8", implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="the kernels take 1 to 8 rows of x, found 9"):
-        ops.grouped_matmul(
+        fdq.grouped_matmul(
             jnp.ones((9, 256)), stack, jnp.zeros((9,), jnp.int32), implementation="mosaic_gpu"
         )
 
@@ -219,10 +221,10 @@ def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(self_check, "is_real", lambda device: True)
     monkeypatch.setattr(self_check, "_RESULTS", {})
     device = jax.devices("cpu")[0]
-    kernels = ("integer_matrix_vector", "gathered_matrix_vector")
-    for kernel, scheme in zip(kernels, ("W8A16", "W4A16-g96"), strict=True):
-        q = weight(scheme, k=768)
-        assert mosaic_gpu._check_product(kernel, q, device) is None
+    specs = [weight(scheme, k=768).spec for scheme in ("W8A16", "W4A16-g96")]
+    assert matmul.check("integer_matrix_vector", specs[0], device) is None
+    case = functools.partial(grouped._case, specs[1])
+    assert matmul.check("gathered_matrix_vector", specs[1], device, case) is None
     cache = CacheTensor.empty((1, 2, 32, 64), parse_format("C8"))
     q = jnp.zeros((1, 1, 4, 64), jnp.bfloat16)
     assert MosaicGpu().failure(q, cache) is None

@@ -31,7 +31,8 @@ def test_sums_round_first_and_add_the_bias_then(rng):
     bias = jnp.asarray(rng.standard_normal(8), jnp.float32)
     sums = Sums(parts, bias, jnp.dtype(jnp.bfloat16))
     assert sums.shape == (2, 5, 8) and flattened(sums).shape == (10, 8)
-    wanted = (parts[0] + parts[1] + parts[2]).astype(jnp.bfloat16) + bias.astype(jnp.bfloat16)
+    wanted = (parts[0] + parts[1] + parts[2]).astype(jnp.bfloat16)
+    wanted = wanted + bias.astype(jnp.bfloat16)[None, None]
     np.testing.assert_array_equal(sums.value(), wanted)
     gate, up = jnp.split(wanted, 2, axis=-1)
     gated = Gated(sums)

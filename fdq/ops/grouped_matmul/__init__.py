@@ -1,0 +1,1 @@
+"""Products of rows with the weights of the experts that were picked for them."""

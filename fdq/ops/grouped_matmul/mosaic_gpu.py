@@ -1,0 +1,110 @@
+"""`grouped_matmul` by the gathering kernel: each pick reads its own expert only, in one launch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
+from fdq.ops.kernel_layout import kernel_weight
+from fdq.ops.kernels import Kernel, tuned
+from fdq.ops.matmul.mosaic_gpu import (
+    preferred,
+    sample,
+    staged,
+    unprepared,
+    unsupported_weight,
+)
+from fdq.ops.placement import sharded
+from fdq.ops.rows import Gated, Rows, Sums
+from fdq.schemes.scheme import WeightSpec
+
+if TYPE_CHECKING:
+    from pallas_kernels.weights.kernel_weight import KernelWeight
+
+_KERNEL = "gathered_matrix_vector"
+
+
+class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
+    """One launch for all picks, with the shared experts as more programs of its grid."""
+
+    def unsupported(self, arguments: GroupedProduct) -> str | None:
+        """Weights and numbers of rows that no kernel takes, and sharded arrays."""
+        a = arguments
+        if a.activation is not None:
+            return "no kernel gathers experts for quantized activations"
+        return unsupported_weight(a.w, a.tokens) or sharded(a.x, a.w)
+
+    def declined(self, arguments: GroupedProduct) -> str | None:
+        """Canonical weights, what is slower than XLA, and what is wrong on this device."""
+        w = arguments.w
+        case = functools.partial(_case, w.spec)
+        return unprepared(w) or preferred(_KERNEL, w, arguments.tokens, case)
+
+    def joins(self, arguments: GroupedProduct) -> bool:
+        """Where `beside` is a product that the launch could be of by itself."""
+        b = arguments.beside
+        if b is None or b.activation is not None or not b.rows or unsupported_weight(b.w, b.rows):
+            return False
+        return unprepared(b.w) is None or unprepared(arguments.w) is not None
+
+    def __call__(self, arguments: GroupedProduct) -> Any:
+        """Float32 parts `[split, *index.shape, N]`, with `beside` also `[split', ..., N']`."""
+        a, b = arguments, arguments.beside
+        shared = None if b is None else (b.x, kernel_weight(b.w))
+        parts, more = gathered_sums(a.x, kernel_weight(a.w), a.index.reshape(-1), shared)
+        parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
+        if b is None:
+            return parts
+        return parts, more.reshape(more.shape[0], *b.x.shape[:-1], more.shape[-1])
+
+    def combine(self, sums: Sums, weights: jax.Array) -> jax.Array:
+        """Term by term and not rounded in between: nothing that XLA would launch by itself."""
+        total = dataclasses.replace(sums, dtype=jnp.float32).value()
+        terms = [total[..., p, :] * weights[..., p, None] for p in range(weights.shape[-1])]
+        return functools.reduce(jnp.add, terms).astype(sums.dtype)
+
+
+def gathered_sums(
+    x: Rows, w: KernelWeight, index: jax.Array, shared: tuple[Rows, KernelWeight] | None
+) -> tuple[jax.Array, Any]:
+    """Partial sums of `x[p // picks] @ w[index[p]]`, with those of `shared` in one launch.
+
+    Args:
+      x: rows `[T, K]`, T a divisor of P.
+      w: `[E, K, N]`.
+      index: int32 `[P]`.
+      shared: rows and a weight `[K', N']` that all of them are multiplied by.
+
+    Returns:
+      float32 `[split, P, N]`, and with `shared` its sums, else None.
+    """
+    from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
+
+    x = staged(x)
+    settings = tuned(_KERNEL, w.layout.format, x.shape[0], w.layout.k * w.layout.n).config
+    config = dataclasses.replace(gathered_config(w.layout, index.shape[0]), **settings)
+    if shared is None:
+        return gathered_matrix_vector(x, w, index, config=config), None
+    shared = staged(shared[0]), shared[1]
+    return gathered_matrix_vector(x, w, index, config=config, shared=shared)
+
+
+def _case(spec: WeightSpec) -> tuple[Any, Any]:
+    from pallas_kernels.matmul.gathered import gathered_matrix_vector_reference
+
+    q = sample(spec)
+    stack = kernel_weight(jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), q))
+    weight = kernel_weight(q)
+    index = jnp.asarray([2, 0, 0, 2], jnp.int32)
+    parts = jax.random.normal(jax.random.key(1), (2, 4, 2 * q.shape[0]), jnp.float32)
+    picked, shared = Gated(Sums(parts)), Gated(Sums(parts[:, :2]))
+    results = gathered_sums(picked, stack, index, (shared, weight))
+    wanted = gathered_matrix_vector_reference(
+        staged(picked), stack, index, (staged(shared), weight)
+    )
+    return [a.sum(0) for a in results], [a[0] for a in wanted]

@@ -1,0 +1,85 @@
+"""Products with weights that are arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.ops.choice import choose_formulation, trace_target
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+from fdq.ops.matmul.weight_only import exact_dot, fused_product
+from fdq.ops.weight_view import view_array
+
+
+def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x [M, K] @ w [K, N]` for float arrays -> float32.
+
+    Both operands take the wider dtype of the two. XLA's CPU backend converts a 16-bit weight to
+    float32 as a whole for one row of x, and for two rows and more does not: one row is a fusion
+    like that of quantized weights, which is faster still.
+    """
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    if x.shape[0] == 1 and dtype.itemsize == 2 and trace_target().platform == "cpu":
+        return _sixteen_bit_row(x.astype(dtype), w.astype(dtype))
+    return exact_dot(x.astype(dtype), w.astype(dtype))
+
+
+@jax.custom_vjp
+def _sixteen_bit_row(x: jax.Array, w: jax.Array) -> jax.Array:
+    x, w = lax.optimization_barrier((x, w))  # as in quantized_product
+    choice = choose_formulation("array", 1, w.size)
+    size = choice.size if choice.name == "fused" else 8
+    return fused_product(x.astype(jnp.float32), view_array(w), size, dot=True)
+
+
+def _sixteen_bit_row_backward(residuals, g):
+    x, w = residuals
+    dx = dot_over_columns(g, w.astype(jnp.float32)).astype(x.dtype)
+    return dx, (x.astype(jnp.float32).T * g).astype(w.dtype)
+
+
+_sixteen_bit_row.defvjp(lambda x, w: (_sixteen_bit_row(x, w), (x, w)), _sixteen_bit_row_backward)
+
+
+def transposed_matmul(x: jax.Array, w: jax.Array, *, out_dtype: Any = None) -> jax.Array:
+    """`x @ w.T` for an array `w [N, K]` (a tied embedding), without forming `w.T`.
+
+    Args:
+      x: `[..., K]`, any float dtype.
+      w: `[N, K]`, any float dtype.
+      out_dtype: of the result; that of x by default.
+
+    Returns:
+      `[..., N]`, summed in float32. One row of 16-bit floats is padded to two on CPU, where XLA
+      would otherwise convert the whole weight to float32 first.
+    """
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+
+    def product(x, w):
+        rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+        m = rows.shape[0]
+        if m == 1 and dtype.itemsize == 2 and trace_target().platform == "cpu":
+            rows = jnp.concatenate([rows, jnp.zeros_like(rows)], axis=0)
+        y = dot_over_columns(rows, w.astype(dtype))[:m].astype(out_dtype)
+        return y.reshape(*x.shape[:-1], w.shape[0])
+
+    def result():
+        return [spec_entry(x, i) for i in range(x.ndim - 1)] + [spec_entry(w, 0)]
+
+    return in_auto_axes(product, x, w, result=result)
+
+
+def dot_over_columns(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`[M, K]` times `[N, K]` -> float32 `[M, N]`."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x,
+        w,
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

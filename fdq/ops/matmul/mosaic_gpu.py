@@ -1,0 +1,176 @@
+"""`matmul` by the matrix-vector kernels of `pallas_kernels`: few rows, quantized weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.formats.qtensor import QTensor
+from fdq.ops import self_check
+from fdq.ops.activation import activation_values, quantize_activation
+from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
+from fdq.ops.kernels import Kernel, slower, tuned
+from fdq.ops.matmul.product import Product, takes_integers
+from fdq.ops.placement import sharded
+from fdq.ops.rows import Gated, Normed, Rows, as_array, flattened
+from fdq.quantizers import quantize_array
+from fdq.schemes.scheme import WeightSpec
+from pallas_kernels.device import MOST_ROWS, default_device
+
+if TYPE_CHECKING:
+    from pallas_kernels.weights.kernel_weight import KernelWeight
+
+
+class MosaicGpu(Kernel[Product]):
+    """One launch, whose rows are normalized, gated and added up as they are staged."""
+
+    def unsupported(self, arguments: Product) -> str | None:
+        """Weights and numbers of rows that no kernel takes, and sharded arrays."""
+        a = arguments
+        return unsupported_weight(a.w, a.rows) or sharded(a.x, a.w)
+
+    def declined(self, arguments: Product) -> str | None:
+        """Canonical weights, what is slower than XLA, and what is wrong on this device."""
+        a = arguments
+        reason = unprepared(a.w)
+        return reason or preferred(_kernel_of(a, kernel_weight(a.w)), a.w, a.rows)
+
+    def __call__(self, arguments: Product) -> jax.Array:
+        """Float32 parts `[split, ..., N]`."""
+        a, weight = arguments, kernel_weight(arguments.w)
+        if a.activation is None:
+            parts = partial_sums(a.x, weight)
+        else:
+            x = flattened(as_array(a.x))
+            codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
+            if a.activation.granularity == "token_group":
+                values = activation_values(codes, scale, a.activation.group_size, jnp.float32)
+                parts = partial_sums(values, weight)
+            elif _kernel_of(a, weight) == "integer_matrix_vector":
+                parts = integer_sums(codes, weight) * scale[None]
+            else:
+                parts = partial_sums(codes.astype(jnp.float32), weight) * scale[None]
+        return parts.reshape(parts.shape[0], *a.x.shape[:-1], parts.shape[-1])
+
+
+def unsupported_weight(w: Any, rows: int) -> str | None:
+    """Why no kernel multiplies `rows` rows with a weight `[..., K, N]`."""
+    if not isinstance(w, QTensor):
+        return "the weight is an array, and the kernels read quantized ones"
+    if not 1 <= rows <= MOST_ROWS:
+        return f"the kernels take 1 to {MOST_ROWS} rows of x, found {rows}"
+    return layout_obstacle(w)
+
+
+def unprepared(w: QTensor) -> str | None:
+    """Why a weight is left to XLA unless the kernel is asked for."""
+    if w.layout == MOSAIC_GPU:
+        return None
+    return "the weight is not in the kernels' layout (fdq.prepare puts it there)"
+
+
+def preferred(kernel: str, w: QTensor, rows: int, case: Any = None) -> str | None:
+    """Why XLA is preferred to a kernel: it is faster, or the kernel is wrong; see `check`."""
+    k, n = w.shape[-2:]
+    reason = slower(kernel, w.spec.format, rows, k * n)
+    return reason or check(kernel, w.spec, default_device(), case)
+
+
+def staged(x: Rows) -> Any:
+    """Rows as the kernels take them, `[M, K]`; what they cannot finish is finished here."""
+    from pallas_kernels.matmul import row_sources
+
+    x = flattened(x)
+    if isinstance(x, Normed):
+        return row_sources.Normed(x.x, x.scale, x.epsilon)
+    if isinstance(x, Gated) and x.sums.bias is None:
+        return row_sources.Gated(x.sums.parts, x.dtype)
+    return as_array(x)
+
+
+def partial_sums(x: Rows, w: KernelWeight) -> jax.Array:
+    """Rows times a weight -> float32 `[split, M, N]`."""
+    from pallas_kernels.matmul.matrix_vector import matrix_vector
+
+    x = staged(x)
+    return matrix_vector(x, w, config=_config("matrix_vector", w, x.shape[0]))
+
+
+def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
+    """int8 rows `[M, K]` times integer codes -> float32 `[split, M, N]` before the x scale."""
+    from pallas_kernels.matmul.integer import integer_matrix_vector
+
+    config = _config("integer_matrix_vector", w, codes.shape[0])
+    return integer_matrix_vector(codes, w, config=config)
+
+
+def _kernel_of(arguments: Product, weight: KernelWeight) -> str:
+    """The kernel's name in the tuning table."""
+    from pallas_kernels.matmul.integer import has_kernel
+
+    if takes_integers(arguments.w, arguments.activation) and has_kernel(weight):
+        return "integer_matrix_vector"
+    return "matrix_vector"
+
+
+def _config(kernel: str, w: KernelWeight, rows: int) -> Any:
+    """How the tuning table cuts a product, on top of the kernel's own choice."""
+    from pallas_kernels.matmul.matrix_vector import choose_config, multiprocessors
+
+    settings = tuned(kernel, w.layout.format, rows, w.layout.k * w.layout.n).config
+    config = choose_config(w.layout, rows, multiprocessors())
+    return dataclasses.replace(config, **settings)
+
+
+@functools.cache
+def sample(spec: WeightSpec) -> QTensor:
+    """A small weight: 256 columns, and whole groups of 512 rows or more; seeded."""
+    rows = math.lcm(spec.group_size or 1, 128)
+    values = jax.random.normal(jax.random.key(0), (rows * -(-512 // rows), 256), jnp.float32)
+    return quantize_array(values, spec, method=None)
+
+
+def check(kernel: str, spec: WeightSpec, device: Any, case: Any = None) -> str | None:
+    """Why a kernel is switched off on a device; `case` makes its results and what they should be.
+
+    Args:
+      kernel: its name in the tuning table.
+      spec: of the weights.
+      device: that the trace is for.
+      case: see `self_check.failure`; by default that of the kernels of `matmul`.
+    """
+    scales = f"{spec.granularity} {spec.group_size or ''}".strip()
+    detail = f"{spec.format}, {scales} scales of {spec.scale_dtype}, zero point {spec.zero_point}"
+    case = case or functools.partial(_case, kernel, spec, device)
+    return self_check.failure(kernel, detail, device, case)
+
+
+def _case(kernel: str, spec: WeightSpec, device: Any) -> tuple[Any, Any]:
+    from pallas_kernels.matmul.integer import integer_matrix_vector_reference
+    from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
+
+    q = sample(spec)
+    weight, k = kernel_weight(q), q.shape[0]
+    keys = jax.random.split(jax.random.key(1), 3)
+    if kernel == "integer_matrix_vector":
+        codes = jax.random.randint(keys[0], (2, k), -127, 128).astype(jnp.int8)
+        wanted = integer_matrix_vector_reference(codes, weight)[0]
+        return integer_sums(codes, weight).sum(0), wanted
+    dtype = jnp.float16 if _is_old(device) else jnp.bfloat16
+    x = jax.random.normal(keys[0], (2, k), jnp.float32).astype(dtype)
+    # In float32: rounded to 16 bits, two correct norms may differ by a bit.
+    normed = Normed(x.astype(jnp.float32), 1 + jax.random.uniform(keys[1], (k,)), 1e-6)
+    results = [partial_sums(rows, weight).sum(0) for rows in (x, normed)]
+    return results, [matrix_vector_reference(staged(rows), weight)[0] for rows in (x, normed)]
+
+
+def _is_old(device: Any) -> bool:
+    try:
+        return float(device.compute_capability) < 8
+    except (AttributeError, ValueError):
+        return False

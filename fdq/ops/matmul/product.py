@@ -1,0 +1,76 @@
+"""The arguments of a product, as its implementations take them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.formats import FORMATS
+from fdq.formats.qtensor import QTensor, materialize
+from fdq.ops.rows import Rows
+from fdq.schemes.scheme import ActivationSpec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """`x @ w + bias`.
+
+    Attributes:
+      x: rows `[..., K]`.
+      w: `[K, N]`: an array or a QTensor in any layout.
+      activation: what the rows are quantized to; None leaves them.
+      activation_scale: calibrated scale of a static ActivationSpec.
+      bias: `[N]`, added to the rounded product; or None.
+      dtype: of the result.
+      path: name of the layer, used only in errors.
+    """
+
+    x: Rows
+    w: Any
+    activation: ActivationSpec | None = None
+    activation_scale: jax.Array | None = None
+    bias: jax.Array | None = None
+    dtype: Any = jnp.float32
+    path: str = "<array>"
+
+    def __post_init__(self):
+        """Checks shapes; takes the arrays out of Variables."""
+        w = materialize(self.w) if isinstance(self.w, QTensor) else self.w
+        object.__setattr__(self, "w", w)
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.activation_scale is not None:
+            object.__setattr__(self, "activation_scale", jnp.asarray(self.activation_scale))
+        x, shape = tuple(self.x.shape), tuple(w.shape)
+        if len(shape) != 2 or not x or x[-1] != shape[0]:
+            hint = "; map over leading axes with jax.vmap" if len(shape) > 2 else ""
+            raise ValueError(
+                f"{self.path}: matmul expects x [..., K] and w [K, N], found x {x} and "
+                f"w {shape}{hint}."
+            )
+
+    @property
+    def rows(self) -> int:
+        """M, the rows of x."""
+        return math.prod(self.x.shape[:-1])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is quantized."""
+        return isinstance(self.w, QTensor)
+
+
+def takes_integers(w: QTensor, activation: ActivationSpec | None) -> bool:
+    """Whether a product of quantized rows is formed in integers."""
+    if activation is None or activation.granularity == "token_group":
+        return False
+    integers = FORMATS[w.spec.format].integer_offset(w.spec) is not None
+    return activation.format == "int8" and integers
+
+
+def parse_activation(activation: ActivationSpec | str | None) -> ActivationSpec | None:
+    """An ActivationSpec from itself, from its name (`"int8"`, `"fp8-x128"`), or None."""
+    return ActivationSpec.parse(activation) if isinstance(activation, str) else activation

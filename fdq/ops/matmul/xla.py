@@ -1,0 +1,127 @@
+"""`matmul` in plain XLA: every device, any shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.formats.qtensor import QTensor, canonical, dequantize
+from fdq.ops.activation import activation_values, integer_product, quantize_activation
+from fdq.ops.choice import Target, choose_formulation, trace_target
+from fdq.ops.implementation import Implementation
+from fdq.ops.layouts import transposed_integer_product, transposed_split_product
+from fdq.ops.matmul.dense import dense_product
+from fdq.ops.matmul.product import Product, takes_integers
+from fdq.ops.matmul.weight_only import exact_dot, fused_product, plane_product, tiled
+from fdq.ops.rows import as_array
+from fdq.ops.weight_view import view_weight
+from fdq.schemes.scheme import ActivationSpec
+
+
+class Xla(Implementation[Product]):
+    """Which XLA program suits device, format, rows and size is chosen by `fdq.ops.choice`."""
+
+    name = "xla"
+
+    def __call__(self, arguments: Product) -> jax.Array:
+        """One part, `[1, ..., N]`."""
+        a, x = arguments, as_array(arguments.x)
+        rows = x if x.ndim == 2 else x.reshape(a.rows, x.shape[-1])
+        multiply = quantized_product if a.quantized else _dense_rows
+        y = multiply(rows, a.w, a.activation, a.activation_scale, path=a.path)
+        return y.reshape(1, *x.shape[:-1], y.shape[-1])
+
+
+def _dense_rows(rows, w, activation, activation_scale, *, path) -> jax.Array:
+    if activation is not None:
+        codes, scale = quantize_activation(rows, activation, activation_scale, path=path)
+        quantized = activation_values(codes, scale, activation.group_size, rows.dtype)
+        # Straight through: the value of the quantized x, the gradient of x.
+        rows = rows + lax.stop_gradient(quantized - rows)
+    return dense_product(rows, w)
+
+
+def quantized_product(
+    x: jax.Array,
+    q: QTensor,
+    activation: ActivationSpec | None,
+    activation_scale: jax.Array | None = None,
+    *,
+    path: str = "<array>",
+) -> jax.Array:
+    """`[M, K]` times a QTensor `[K, N]` -> float32 `[M, N]`; the program is chosen here.
+
+    Not differentiable by itself where a loop is chosen; `matmul` and `grouped_matmul` are.
+    """
+    if x.shape[0] == 0:
+        return jnp.zeros((0, q.shape[-1]), jnp.float32)
+    target = trace_target()
+    # Ties the weight to x. In a decode loop XLA would otherwise move the decoding, which does not
+    # depend on the token, out of the loop, and every step would read float32 weights from memory.
+    x, q = lax.optimization_barrier((x, q))
+    if activation is None:
+        return _product(x, q, target)
+    codes, scale = quantize_activation(x, activation, activation_scale, path=path)
+    if activation.granularity == "token_group":
+        # Exact products of codes, each slice of K scaled by its activation scale.
+        values = activation_values(codes, scale, activation.group_size, jnp.float32)
+        return _product(values, q, target)
+    if takes_integers(q, activation):
+        return _integer_rows(codes, q, target) * scale
+    return _product(codes.astype(jnp.float32), q, target) * scale
+
+
+def _integer_rows(codes: jax.Array, q: QTensor, target: Target) -> jax.Array:
+    """int8 rows times integer weights, before the activation scale."""
+    if q.layout == "transposed":
+        return transposed_integer_product(codes, q)
+    view = view_weight(canonical(q))
+    if view is None:
+        return _product(codes.astype(jnp.float32), q, target)
+    m, elements = codes.shape[0], view.rows * view.columns
+    if target.platform != "cpu":
+        return integer_product(codes, view)
+    choice = choose_formulation(f"{view.kind} x int8", m, elements)
+    if choice.name == "fused":
+        return fused_product(codes.astype(jnp.float32), view, choice.size, dot=True)
+    if choice.name == "tiles":
+        return tiled(integer_product, codes, view, choice.size)
+    return integer_product(codes, view)
+
+
+# Beyond this many rows a fusion per row reads the codes too often.
+_FUSED_ROWS = 4
+# On GPUs the reduction is part of the fusion and is spread over threads by XLA: nothing to unroll.
+_REDUCED_UNITS = 1
+
+
+def _product(x: jax.Array, q: QTensor, target: Target) -> jax.Array:
+    """Float rows times a QTensor, by the formulation that suits the device."""
+    if q.layout == "transposed":
+        return transposed_split_product(x, q)
+    q = canonical(q)
+    view = view_weight(q)
+    if view is None:
+        return exact_dot(x.astype(jnp.float32), dequantize(q))
+    m, elements = x.shape[0], view.rows * view.columns
+    if target.platform != "cpu":
+        if m <= _FUSED_ROWS:
+            return fused_product(x.astype(jnp.float32), view, _REDUCED_UNITS, dot=False)
+        return plane_product(x, view, _compute_dtype(x.dtype, target))
+    x = x.astype(jnp.float32)
+    choice = choose_formulation(view.kind, m, elements)
+    if choice.name == "fused":
+        return fused_product(x, view, choice.size, dot=True)
+    if choice.name == "tiles":
+        return tiled(plane_product, x, view, choice.size)
+    return plane_product(x, view)
+
+
+def _compute_dtype(dtype: Any, target: Target) -> Any:
+    """What a dot computes in: the dtype of x, but float16 where bfloat16 is emulated."""
+    if dtype == jnp.bfloat16 and not target.has_bfloat16:
+        return jnp.float16
+    return dtype

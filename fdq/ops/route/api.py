@@ -1,0 +1,46 @@
+"""`route`: the product of a router, and the experts and weights that it chooses."""
+
+from __future__ import annotations
+
+import jax
+
+from fdq.ops.implementation import Op
+from fdq.ops.route.mosaic_gpu import MosaicGpu
+from fdq.ops.route.routing import Routing
+from fdq.ops.route.xla import Xla
+from fdq.ops.rows import Rows
+
+ROUTE: Op[Routing] = Op("route", MosaicGpu(), Xla())
+"""Implementations return experts int32 `[T, top_k]` and weights float32 `[T, top_k]`."""
+
+
+def route(
+    x: Rows,
+    kernel: jax.Array,
+    correction_bias: jax.Array | None = None,
+    *,
+    top_k: int,
+    normalize: bool = True,
+    norm_min: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Which experts a token goes to, and with what weights.
+
+    `p = softmax(x @ kernel)`; the chosen are the `top_k` largest of `p + correction_bias`; their
+    weights are the unbiased `p`, divided by `max(sum, norm_min)` when `normalize` (ERNIE-4.5;
+    Qwen3-MoE has no bias). All of it is computed in float32.
+
+    Args:
+      x: `[T, H]`.
+      kernel: `[H, E]`.
+      correction_bias: float32 `[E]` or None.
+      top_k: experts per token.
+      normalize: whether the weights of a token are made to sum to 1.
+      norm_min: the least that they are divided by.
+      implementation: as in `fdq.matmul`.
+
+    Returns:
+      experts `[T, top_k]` int32, weights `[T, top_k]` float32.
+    """
+    arguments = Routing(x, kernel, correction_bias, top_k, normalize, norm_min)
+    return ROUTE.choose(arguments, implementation)(arguments)

@@ -1,0 +1,56 @@
+"""`route` in plain XLA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+from fdq.ops.implementation import Implementation
+from fdq.ops.route.routing import Routing
+from fdq.ops.rows import as_array
+
+
+class Xla(Implementation[Routing]):
+    """A float32 product, a softmax and a sort."""
+
+    name = "xla"
+
+    def __call__(self, arguments: Routing) -> tuple[jax.Array, jax.Array]:
+        """Experts and weights."""
+        a, x = arguments, as_array(arguments.x)
+
+        def product(x, kernel):
+            highest = jax.lax.Precision.HIGHEST
+            return jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=highest)
+
+        # A token's scores are needed together, also where the kernel is sharded over experts.
+        logits = in_auto_axes(product, x, a.kernel, result=lambda: [spec_entry(x, 0), None])
+        return choose_experts(
+            logits,
+            a.correction_bias,
+            top_k=a.top_k,
+            normalize=a.normalize,
+            norm_min=a.norm_min,
+        )
+
+
+def choose_experts(
+    logits: jax.Array,
+    correction_bias: jax.Array | None,
+    *,
+    top_k: int,
+    normalize: bool = True,
+    norm_min: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """`route` from its logits `[T, E]` float32."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    scores = probabilities
+    if correction_bias is not None:
+        scores = probabilities + correction_bias[None, :]
+    experts = jax.lax.top_k(scores, top_k)[1]
+    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    if normalize:
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights / jnp.maximum(total, norm_min)
+    return experts, weights
