@@ -31,7 +31,8 @@ from benchmarks.gpu_timing import (
 )
 from benchmarks.gpu_weights import nbytes, random_array, random_weight, weight_spec
 from fdq import ops
-from fdq.formats.qtensor import LAYOUTS, QTensor, dequantize
+from fdq.formats.qtensor import QTensor, dequantize
+from fdq.ops.prepared_weight import WordsWeight
 from pallas_kernels.device import default_device
 from pallas_kernels.tuning import choices
 
@@ -77,9 +78,9 @@ def small_experts(case: ExpertCase) -> ExpertCase:
     return ExpertCase(**{**case.__dict__, "experts": 4, "top_k": 2, "k": 256, "n": 256})
 
 
-def prepare(q: QTensor) -> QTensor:
+def prepare(q: QTensor) -> WordsWeight:
     """The weight in the kernels' layout, as `fdq.prepare` lays it out on a GPU."""
-    return LAYOUTS["mosaic_gpu"].from_canonical(q)
+    return WordsWeight.of(q)
 
 
 def tuned(kernel: str, format: str, *, rows: int, weights: int) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
     name = "matrix_vector" if activation is None else "integer_matrix_vector"
     config = tuned(name, spec.format, rows=case.m, weights=case.k * case.n)
     kernel = matrix_kernel(activation, config)
-    works[KERNEL] = later(prepared, lambda w: Work(kernel, rows, [q.codes for q in w]))
+    works[KERNEL] = later(prepared, lambda w: Work(kernel, rows, [q.data for q in w]))
     if case.urgent or settings.smoke or case.m == 1:
         works["fdq"] = later(prepared, lambda w: Work(matmul("mosaic_gpu"), x, w))
         works["xla"] = Work(matmul("xla"), x, weights)
@@ -324,7 +325,7 @@ def measure_experts(case: ExpertCase, settings: Settings) -> dict[str, Any]:
 
     prepared = attempt(lambda: prepare(stack))
     works: dict[str, Work | str] = {
-        KERNEL: later(prepared, lambda w: Work(kernel, (x, w.codes), operands)),
+        KERNEL: later(prepared, lambda w: Work(kernel, (x, w.data), operands)),
         "fdq": later(prepared, lambda w: Work(seam("mosaic_gpu"), (x, w), operands)),
         "xla": Work(seam("xla"), (x, stack), operands),
     }

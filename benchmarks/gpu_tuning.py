@@ -196,8 +196,8 @@ def _matrix(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict[
     if isinstance(prepared, Exception):
         works[OWN] = later(prepared, lambda w: Work(jnp.add, x, w))
     else:
-        own = kernels.choose_config(prepared[0].codes.layout, case.rows, kernels.multiprocessors())
-        codes = [q.codes for q in prepared]
+        own = kernels.choose_config(prepared[0].data.layout, case.rows, kernels.multiprocessors())
+        codes = [q.data for q in prepared]
         for candidate in matrix_candidates(own, settings.smoke):
             config = dataclasses.replace(own, **candidate)
             works[name_of(candidate)] = Work(_summed(kernels.matrix_vector, config), x, codes)
@@ -249,7 +249,7 @@ def _experts(case: TuneCase, shape: tuple[int, int], settings: Settings) -> dict
     if isinstance(prepared, Exception):
         works[OWN] = later(prepared, lambda w: Work(jnp.add, x, w))
     else:
-        weight = prepared.codes
+        weight = prepared.data
         own = gathered_config(weight.layout, case.rows)
         for candidate in matrix_candidates(own, settings.smoke):
             config = dataclasses.replace(own, **candidate)

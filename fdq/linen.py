@@ -18,15 +18,15 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from fdq.formats.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QuantizedWeight, dequantize
 
 
 def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:
     """The tree with each QTensor decoded to ``dtype``; other leaves as they are."""
     return jax.tree.map(
-        lambda x: dequantize(x, dtype) if isinstance(x, QTensor) else x,
+        lambda x: dequantize(x, dtype) if isinstance(x, QuantizedWeight) else x,
         tree,
-        is_leaf=lambda x: isinstance(x, QTensor),
+        is_leaf=lambda x: isinstance(x, QuantizedWeight),
     )
 
 

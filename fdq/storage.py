@@ -59,7 +59,7 @@ def load(
     """
     import fdq_checkpoints
     from fdq import models
-    from fdq.ops.layouts import prepare_in_place
+    from fdq.ops.preparation import prepare_in_place
 
     loaded = fdq_checkpoints.load(
         path,

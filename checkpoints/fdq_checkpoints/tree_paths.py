@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fdq.formats.qtensor import QTensor, canonical
+from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.schemes.path_pattern import path_keys
 from fdq.schemes.scheme import ActivationSpec
 from fdq_checkpoints.errors import CheckpointError, nearest
@@ -143,7 +143,7 @@ def _and_more(names: list[str]) -> str:
 
 
 def _is_tensor(node: Any) -> bool:
-    return isinstance(node, QTensor | nnx.Variable)
+    return isinstance(node, QuantizedWeight | nnx.Variable)
 
 
 def path_of(entries: Iterable[Any]) -> Path:
@@ -169,12 +169,12 @@ def _raw(leaf: Any) -> Any:
     """Plain arrays: a Variable's value; a QTensor in the canonical layout, which files have."""
     if isinstance(leaf, nnx.Variable):
         return leaf.get_value()
-    return canonical(leaf) if isinstance(leaf, QTensor) else leaf
+    return leaf.canonical() if isinstance(leaf, QuantizedWeight) else leaf
 
 
 def _flatten_module(module: nnx.Module) -> list[Tensor]:
     quantized = {
-        path: leaf for path, leaf in _pytree_leaves(module)[0] if isinstance(leaf, QTensor)
+        path: leaf for path, leaf in _pytree_leaves(module)[0] if isinstance(leaf, QuantizedWeight)
     }
     activations = {
         tuple(str(key) for key in path): node.activation

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales
-from fdq.formats.qtensor import QTensor
+from fdq.formats.qtensor import QuantizedWeight
 from fdq.models import CONFIGS, DecoderConfig, abstract, from_huggingface
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.path_pattern import path_keys
@@ -114,11 +114,11 @@ def weight_table(tree: Any) -> WeightTable:
     seen: set[int] = set()
     entries = []
     leaves = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: isinstance(x, QTensor | nnx.Variable)
+        tree, is_leaf=lambda x: isinstance(x, QuantizedWeight | nnx.Variable)
     )[0]
     for key, leaf in leaves:
         path = ".".join(map(str, path_keys(key)))
-        if isinstance(leaf, QTensor):
+        if isinstance(leaf, QuantizedWeight):
             # A prepared weight's codes may be a pytree.
             arrays = jax.tree.leaves([_value(a) for a in leaf.arrays().values()])
             shape, kind_of_format = tuple(leaf.shape), leaf.spec.format
@@ -136,7 +136,7 @@ def weight_table(tree: Any) -> WeightTable:
                 path=path,
                 kind=_kind(path),
                 format=kind_of_format,
-                quantized=isinstance(leaf, QTensor),
+                quantized=isinstance(leaf, QuantizedWeight),
                 shape=shape,
                 bytes=sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays),
             )

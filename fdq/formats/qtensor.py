@@ -6,9 +6,7 @@ Invariant: `dequantize(q)[k, n] = (code[k, n] - zero[k // g, n]) * scale[k // g,
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,67 +17,42 @@ from fdq.formats import FORMATS
 from fdq.schemes.scheme import WeightSpec
 
 
-class QTensor:
-    """A quantized weight `[..., K, N]`, used as `x @ w`; leading axes are experts or layers.
+class QuantizedWeight:
+    """What stands for a weight `[..., K, N]`, used as `x @ w`; leading axes are experts or layers.
 
-    It has the arrays of its format, each an attribute and a child of the pytree: `codes` (packed or
-    plain; packing is along K, axis -2, the lower index in the lower bits), `scale` (`[..., G, N]`
-    with `G` groups along K, 1 per channel; `[..., 1, 1]` per tensor; `[..., ceil(K / bk),
-    ceil(N / bn)]` per block), `zero` (of the shape of `scale`) where the spec has zero points, and
-    what the format says besides. In a layout of `fdq.prepare` `codes` may be a pytree that holds
-    all of them.
+    A `QTensor` is one, and so is what `fdq.prepare` makes of it for a device.
 
     Attributes:
-      spec: how to read the arrays.
+      spec: how the weight is stored in a checkpoint.
       padding: unused rows of K in the last packed unit.
-      layout: `"canonical"` (what checkpoints hold) or a name given by `fdq.prepare`.
+      layout: where the arrays' layout has a name: `"canonical"` is what checkpoints hold.
     """
 
     spec: WeightSpec
     padding: int
-    layout: str
-
-    def __init__(
-        self, *, spec: WeightSpec, padding: int = 0, layout: str = "canonical", **arrays: Any
-    ):
-        """Keywords beside the static fields are the arrays, by name and in any order.
-
-        Raises:
-          ValueError: these are not the arrays of a weight stored as `spec` says.
-        """
-        names = FORMATS[spec.format].array_names(spec)
-        missing = layout == "canonical" and set(names) - set(arrays)
-        if missing or set(arrays) - set(names):
-            raise ValueError(
-                f"QTensor: {spec} has the arrays {', '.join(names)}, found {', '.join(arrays)}."
-            )
-        held = {name: arrays[name] for name in names if name in arrays}
-        vars(self).update(spec=spec, padding=padding, layout=layout, _arrays=held)
-
-    def __getattr__(self, name: str) -> Any:
-        """An array by its name; only asked where there is no other attribute."""
-        held = vars(self).get("_arrays", {})
-        if name in held:
-            return held[name]
-        raise AttributeError(f"QTensor has no attribute {name!r}; its arrays are {', '.join(held)}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuses: a QTensor is immutable."""
-        raise AttributeError(f"A QTensor is immutable; use q.replace({name}=...).")
+    layout: str = "canonical"
 
     def arrays(self) -> dict[str, Any]:
-        """The arrays by name, in pytree order."""
-        return dict(self._arrays)
+        """The arrays (or pytrees of them) by name, in pytree order."""
+        raise NotImplementedError
 
-    def replace(self, **changes: Any) -> QTensor:
+    def replace(self, **changes: Any) -> Any:
         """A copy with other arrays or static fields."""
-        fields = {"spec": self.spec, "padding": self.padding, "layout": self.layout}
-        return QTensor(**(fields | self._arrays | changes))
+        raise NotImplementedError
+
+    def canonical(self) -> QTensor:
+        """The same weight as checkpoints hold it, with plain arrays."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(..., K, N)`` of the weight, derived from the codes (right inside vmap and scan)."""
-        return layout_of(self).shape(self)
+        """`(..., K, N)` of the weight, derived from the arrays (right inside vmap and scan)."""
+        raise NotImplementedError
+
+    @property
+    def code_dtype(self) -> Any:
+        """Dtype of the codes as checkpoints hold them."""
+        raise NotImplementedError
 
     @property
     def ndim(self) -> int:
@@ -102,15 +75,9 @@ class QTensor:
         return 8 * self.nbytes / self.size
 
     @property
-    def code_dtype(self) -> Any:
-        """Dtype of the codes as checkpoints hold them."""
-        codes = materialize(self).codes
-        return codes.dtype if hasattr(codes, "dtype") else jnp.dtype(codes.layout.code_dtype)
-
-    @property
     def is_abstract(self) -> bool:
-        """Whether it holds ``jax.ShapeDtypeStruct`` s instead of arrays."""
-        return isinstance(jax.tree.leaves(self.codes)[0], jax.ShapeDtypeStruct)
+        """Whether it holds `jax.ShapeDtypeStruct` s instead of arrays."""
+        return isinstance(jax.tree.leaves(self)[0], jax.ShapeDtypeStruct)
 
     def __repr__(self) -> str:
         """One line without the arrays; also of what tree transformations put in their place."""
@@ -121,53 +88,79 @@ class QTensor:
             parts.append("blocks of {}x{}".format(*self.spec.block_size or ()))
         else:
             parts.append(f"per {self.spec.granularity}")
-        if hasattr(self.codes, "shape"):
+        if all(hasattr(array, "shape") for array in self.arrays().values()):
             parts.insert(0, "[" + ", ".join(map(str, self.shape)) + "]")
             parts.append(f"{self.bits_per_weight:.4g} bits per weight")
         if self.layout != "canonical":
             parts.append(f"layout {self.layout!r}")
-        return f"QTensor({', '.join(parts)})"
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A way to lay the arrays of a QTensor out; ``LAYOUTS`` holds them by name.
+class QTensor(QuantizedWeight):
+    """A quantized weight `[..., K, N]`, used as `x @ w`; leading axes are experts or layers.
+
+    It has the arrays of its format, each an attribute and a child of the pytree: `codes` (packed or
+    plain; packing is along K, axis -2, the lower index in the lower bits), `scale` (`[..., G, N]`
+    with `G` groups along K, 1 per channel; `[..., 1, 1]` per tensor; `[..., ceil(K / bk),
+    ceil(N / bn)]` per block), `zero` (of the shape of `scale`) where the spec has zero points, and
+    what the format says besides.
 
     Attributes:
-      shape: QTensor in this layout -> ``(..., K, N)``; must work on abstract arrays.
-      to_canonical: QTensor in this layout -> the same weight in the layout of checkpoints.
-      from_canonical: its inverse.
+      spec: how to read the arrays.
+      padding: unused rows of K in the last packed unit.
     """
 
-    shape: Callable[[QTensor], tuple[int, ...]]
-    to_canonical: Callable[[QTensor], QTensor]
-    from_canonical: Callable[[QTensor], QTensor]
+    def __init__(self, *, spec: WeightSpec, padding: int = 0, **arrays: Any):
+        """Keywords beside the static fields are the arrays, by name and in any order.
+
+        Raises:
+          ValueError: these are not the arrays of a weight stored as `spec` says.
+        """
+        names = FORMATS[spec.format].array_names(spec)
+        if set(names) != set(arrays):
+            raise ValueError(
+                f"QTensor: {spec} has the arrays {', '.join(names)}, found {', '.join(arrays)}."
+            )
+        held = {name: arrays[name] for name in names if name in arrays}
+        vars(self).update(spec=spec, padding=padding, _arrays=held)
+
+    def __getattr__(self, name: str) -> Any:
+        """An array by its name; only asked where there is no other attribute."""
+        held = vars(self).get("_arrays", {})
+        if name in held:
+            return held[name]
+        raise AttributeError(f"QTensor has no attribute {name!r}; its arrays are {', '.join(held)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses: a QTensor is immutable."""
+        raise AttributeError(f"A QTensor is immutable; use q.replace({name}=...).")
+
+    def arrays(self) -> dict[str, Any]:
+        """The arrays by name, in pytree order."""
+        return dict(self._arrays)
+
+    def replace(self, **changes: Any) -> QTensor:
+        """A copy with other arrays or static fields."""
+        fields = {"spec": self.spec, "padding": self.padding}
+        return QTensor(**(fields | self._arrays | changes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., K, N)`` of the weight, derived from the codes (right inside vmap and scan)."""
+        return FORMATS[self.spec.format].shape_from_codes(tuple(self.codes.shape), self.padding)
+
+    @property
+    def code_dtype(self) -> Any:
+        """Dtype of the codes as checkpoints hold them."""
+        return materialize(self).codes.dtype
+
+    def canonical(self) -> QTensor:
+        """With plain arrays."""
+        return materialize(self)
 
 
-def _canonical_shape(q: QTensor) -> tuple[int, ...]:
-    return FORMATS[q.spec.format].shape_from_codes(tuple(q.codes.shape), q.padding)
-
-
-LAYOUTS: dict[str, Layout] = {
-    "canonical": Layout(
-        shape=_canonical_shape, to_canonical=lambda q: q, from_canonical=lambda q: q
-    )
-}
-"""Layouts by name. ``fdq.ops`` adds those that its kernels want."""
-
-
-def layout_of(q: QTensor) -> Layout:
-    """The layout of ``q``; ValueError if nobody registered it."""
-    if q.layout not in LAYOUTS:
-        raise ValueError(
-            f"Unknown QTensor layout {q.layout!r}; known are {', '.join(LAYOUTS)}. "
-            "Layouts of fdq.prepare are registered by `import fdq`."
-        )
-    return LAYOUTS[q.layout]
-
-
-def materialize(q: QTensor) -> QTensor:
-    """A QTensor whose fields are ``nnx.Variable`` s -> the same with the arrays they hold."""
+def materialize[W: QuantizedWeight](q: W) -> W:
+    """A weight whose fields are `nnx.Variable` s -> the same with the arrays they hold."""
     changes = {
         name: value.get_value()
         for name, value in q.arrays().items()
@@ -176,12 +169,7 @@ def materialize(q: QTensor) -> QTensor:
     return q.replace(**changes) if changes else q
 
 
-def canonical(q: QTensor) -> QTensor:
-    """``q`` in the layout of checkpoints, with plain arrays."""
-    return layout_of(q).to_canonical(materialize(q))
-
-
-def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Any:
+def dequantize(q: QuantizedWeight, dtype: Any = jnp.float32) -> Any:
     """The weight that ``q`` stands for.
 
     Args:
@@ -195,7 +183,7 @@ def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Any:
     q = materialize(q)
     if q.is_abstract:
         return jax.eval_shape(lambda q: dequantize(q, dtype), q)
-    q = layout_of(q).to_canonical(q)
+    q = q.canonical()
     return FORMATS[q.spec.format].decode(q.arrays(), q.spec, padding=q.padding, dtype=dtype)
 
 
@@ -207,15 +195,15 @@ def _flatten_with_keys(q: QTensor):
 
 def _flatten(q: QTensor):
     held = q._arrays
-    return tuple(held.values()), (tuple(held), q.spec, q.padding, q.layout)
+    return tuple(held.values()), (tuple(held), q.spec, q.padding)
 
 
 def _unflatten(static, children) -> QTensor:
     # Skips __init__: tree transformations fill the leaves with None, objects and abstract values.
-    names, spec, padding, layout = static
+    names, spec, padding = static
     q = object.__new__(QTensor)
     held = dict(zip(names, children, strict=True))
-    vars(q).update(spec=spec, padding=padding, layout=layout, _arrays=held)
+    vars(q).update(spec=spec, padding=padding, _arrays=held)
     return q
 
 

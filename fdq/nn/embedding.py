@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.formats.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.nn.parameters import value
 from fdq.ops.matmul.dense import transposed_matmul
 
@@ -26,7 +26,7 @@ class Embedding(nnx.Module):
 
     def _table(self, dtype: Any) -> jax.Array:
         table = value(self.embedding)
-        return dequantize(table, dtype) if isinstance(table, QTensor) else table
+        return dequantize(table, dtype) if isinstance(table, QuantizedWeight) else table
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """`tokens [...] int -> [..., features]` in `dtype`."""

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fdq.formats.qtensor import QTensor
+from fdq.formats.qtensor import QuantizedWeight
 from fdq.schemes.path_pattern import path_keys
 
 
@@ -37,17 +37,17 @@ def value(x: Any) -> Any:
     """The array of a Variable, the QTensor of arrays of a QTensor; anything else as it is."""
     if isinstance(x, nnx.Variable):
         return x.get_value()
-    if isinstance(x, QTensor):
+    if isinstance(x, QuantizedWeight):
         return x.replace(**{name: value(array) for name, array in x.arrays().items()})
     return x
 
 
-def boxed(q: QTensor) -> QTensor:
+def boxed[W: QuantizedWeight](q: W) -> W:
     """`q` with each array in a Variable of its own, as modules hold it."""
     fields = {}
     for name, array in q.arrays().items():
         if not isinstance(array, nnx.Variable):
-            array = QCodes(array) if name == "codes" else QScale(array)
+            array = QCodes(array) if name in ("codes", "data") else QScale(array)
         fields[name] = array
     return q.replace(**fields)
 
@@ -71,7 +71,7 @@ class Template:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, (nnx.Variable, QTensor))
+    return isinstance(x, (nnx.Variable, QuantizedWeight))
 
 
 def split(module: nnx.Module) -> tuple[Template, dict]:
@@ -118,6 +118,6 @@ def bind(template: Template, params: dict) -> Any:
                 name = ".".join(map(str, path))
                 raise ValueError(f"params lack {name}; expected the tree that fdq.nn.split made")
             node = node[key]
-        is_array = not isinstance(node, QTensor)
+        is_array = not isinstance(node, QuantizedWeight)
         leaves.append(kind(node) if kind is not None and is_array else node)
     return template.treedef.unflatten(leaves)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.exact_arithmetic import quotient
-from fdq.formats.packing import unit_codes
 from fdq.ops.weight_view import WeightView
 from fdq.schemes.scheme import ActivationSpec
 
@@ -122,7 +121,7 @@ def integer_product(x: jax.Array, view: WeightView) -> jax.Array:
     m, n = x.shape[0], view.columns
     groups = view.scale.shape[-2]
     codes = view.codes.reshape(view.units, view.unit_bytes, n)
-    rows = unit_codes([codes[:, i] for i in range(view.unit_bytes)], view.format.bits)
+    rows = view.unit_codes([codes[:, i] for i in range(view.unit_bytes)])
     shift = 0
     if view.format.bits == 8 and rows[0].dtype == jnp.uint8:
         shift = 128  # unsigned 8-bit codes do not fit int8

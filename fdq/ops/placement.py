@@ -21,3 +21,10 @@ def sharded(*trees: Any) -> str | None:
         if not set(mesh.axis_names) <= set(current.manual_axes):
             return f"arrays may be sharded over the mesh {dict(mesh.shape)}"
     return None
+
+
+def devices(*trees: Any) -> int:
+    """On how many devices arrays lie; 1 where they do not say."""
+    arrays = (a for a in jax.tree.leaves(trees) if isinstance(a, jax.Array))
+    held = (a.sharding for a in arrays if not isinstance(a, jax.core.Tracer))
+    return max((len(sharding.device_set) for sharding in held), default=1)

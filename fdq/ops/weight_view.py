@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats import FORMATS
+from fdq.formats.format import Format
+from fdq.formats.packing import unit_codes
 from fdq.formats.qtensor import QTensor
 from fdq.schemes.scheme import WeightSpec
 
@@ -111,6 +113,12 @@ class WeightView:
           ``unit_rows`` float32 arrays of that shape.
         """
         return self.format.decode_unit(unit, self.spec, self.tables if tables is None else tables)
+
+    def unit_codes(self, unit: list[jax.Array]) -> list[jax.Array]:
+        """Stored codes of the rows of a unit of an integer format."""
+        if isinstance(self.format, Format):
+            return unit_codes(unit, self.format.bits)
+        return self.format.unit_codes(unit)
 
     def slice_columns(self, start: Any, width: int) -> WeightView:
         """The view of columns ``start .. start + width``; ``start`` may be traced."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq import nn
-from fdq.formats.qtensor import QTensor
+from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.nn import general
 from fdq.nn.parameters import QCodes, QScale
 from fdq.schemes.assignment import Leaf, MatchTable, Row
@@ -79,7 +79,7 @@ def collect(module: Any) -> list[Tensor]:
     def visit(value: Any, path: str, owner: Any, attribute: str) -> None:
         if isinstance(value, nnx.RngState) or id(value) in active:
             return
-        if isinstance(value, (nnx.Variable, QTensor, jax.Array)):
+        if isinstance(value, (nnx.Variable, QuantizedWeight, jax.Array)):
             use = Use(path, owner, attribute)
             found.setdefault(id(value), Tensor(value, [])).uses.append(use)
             return
@@ -121,7 +121,7 @@ def describe(tensor: Tensor) -> Leaf:
     def fixed(shape: tuple[int, ...], dtype: Any, why: str) -> Leaf:
         return Leaf(first.path, shape, dtype, "fixed", why, aliases)
 
-    if isinstance(array, QTensor):
+    if isinstance(array, QuantizedWeight):
         return fixed(array.shape, array.code_dtype, f"is quantized ({array.spec})")
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return fixed((), None, type(array).__name__)

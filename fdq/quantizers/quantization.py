@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from fdq.calibration.statistics import Calibration
-from fdq.formats.qtensor import QTensor
+from fdq.formats.qtensor import QuantizedWeight
 from fdq.quantizers.assigned import Assigned, fastdeploy_has, parse
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.quantizers.weight import quantize_array
@@ -82,7 +82,7 @@ def quantize(
       >>> model = fdq.quantize(model, "W4A16C8")
       >>> params = fdq.quantize(params, {"*.attention": "W8A16", "head": None, "*": "W4A16"})
     """
-    if isinstance(target, (nnx.Variable, QTensor)):
+    if isinstance(target, (nnx.Variable, QuantizedWeight)):
         kind = type(target).__name__
         raise TypeError(f"Cannot quantize a {kind}; pass the array, or the module that holds it.")
     has_layers = isinstance(target, nnx.Pytree)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import fdq.ops  # noqa: F401 - registers its layouts
 from fdq.formats import FORMATS
-from fdq.formats.qtensor import LAYOUTS, QTensor
+from fdq.formats.qtensor import QTensor
+from fdq.ops.prepared_weight import PREPARED
 from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import WeightSpec
 from fdq_checkpoints import CheckpointError, inspect, load, save, tree_paths, verify
@@ -178,10 +178,10 @@ def test_restore_onto_another_sharding(tmp_path, axis_type):
 
 def test_prepared_layouts_are_stored_canonical(tree, tmp_path):
     q = tree["quantized"]["W8"]
-    for name, layout in LAYOUTS.items():
-        save({"w": layout.from_canonical(q)}, tmp_path / name)
-        assert_same({"w": q}, load(tmp_path / name))
-    assert len(LAYOUTS) > 1
+    for kind in PREPARED:
+        save({"w": kind.of(q)}, tmp_path / kind.layout)
+        assert_same({"w": q}, load(tmp_path / kind.layout))
+    assert len(PREPARED) > 1
 
 
 def test_64_bits_stay_on_the_host_rather_than_being_cut(tmp_path):

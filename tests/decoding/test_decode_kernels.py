@@ -12,7 +12,7 @@ from fdq.analysis.planner import weight_table
 from fdq.models import Decoder, DecoderConfig, MoEConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import implementation
-from fdq.ops.kernel_layout import MOSAIC_GPU
+from fdq.ops.kernels import MOSAIC_GPU
 
 STEPS = 4
 PROMPTS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])

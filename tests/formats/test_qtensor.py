@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdq.formats import qtensor
-from fdq.formats.qtensor import LAYOUTS, Layout, QTensor, dequantize, materialize
+from fdq.formats.qtensor import QTensor, QuantizedWeight, dequantize, materialize
 from fdq.quantizers import quantize_array
 from tests.formats.cases import spec
 
@@ -55,7 +54,7 @@ def test_tree_map_to_none_and_back(q):
     empty = jax.tree.map(lambda x: None, q)
     assert isinstance(empty, QTensor)
     again = jax.tree.unflatten(structure, leaves)
-    assert (again.spec, again.padding, again.layout) == (q.spec, q.padding, q.layout)
+    assert (again.spec, again.padding, again.layout) == (q.spec, q.padding)
     restored = jax.tree.unflatten(structure, [np.array(a) for a in leaves])
     np.testing.assert_array_equal(np.asarray(dequantize(restored)), np.asarray(dequantize(q)))
 
@@ -96,27 +95,51 @@ def test_variables_as_fields(q):
     np.testing.assert_array_equal(np.asarray(dequantize(merged.kernel)), expected)
 
 
-def test_a_registered_layout_decodes(q, monkeypatch):
-    def swap(q: QTensor, layout: str) -> QTensor:
-        return q.replace(codes=jnp.swapaxes(q.codes, -1, -2), layout=layout)
+class Swapped(QuantizedWeight):
+    """The codes transposed: another type that stands for a weight."""
 
-    swapped = Layout(
-        shape=lambda q: (*q.codes.shape[:-2], 2 * q.codes.shape[-1], q.codes.shape[-2]),
-        to_canonical=lambda q: swap(q, "canonical"),
-        from_canonical=lambda q: swap(q, "swapped"),
-    )
-    monkeypatch.setitem(LAYOUTS, "swapped", swapped)
-    other = LAYOUTS["swapped"].from_canonical(q)
-    assert other.layout == "swapped"
-    assert other.shape == (24, 6)
+    layout = "swapped"
+
+    def __init__(self, q):
+        self.q = q.replace(codes=jnp.swapaxes(q.codes, -1, -2))
+        self.spec, self.padding = q.spec, q.padding
+
+    def arrays(self):
+        return {"q": self.q}
+
+    def replace(self, **changes):
+        raise AssertionError("it holds no Variables")
+
+    def canonical(self):
+        return self.q.replace(codes=jnp.swapaxes(self.q.codes, -1, -2))
+
+    @property
+    def shape(self):
+        *lead, n, k = self.q.codes.shape
+        return (*lead, 2 * k, n)
+
+
+def unflatten(_, children):
+    swapped = object.__new__(Swapped)
+    (swapped.q,) = children
+    swapped.spec, swapped.padding = swapped.q.spec, swapped.q.padding
+    return swapped
+
+
+jax.tree_util.register_pytree_node(Swapped, lambda w: ((w.q,), None), unflatten)
+
+
+def test_another_type_of_weight_decodes(q):
+    other = Swapped(q)
+    assert other.layout == "swapped" and q.layout == "canonical"
+    assert other.shape == (24, 6) and other.size == q.size and other.nbytes == q.nbytes
+    assert "Swapped(int4" in repr(other) and "[24, 6]" in repr(other)
     expected = np.asarray(dequantize(q))
     np.testing.assert_array_equal(np.asarray(jax.jit(dequantize)(other)), expected)
-    np.testing.assert_array_equal(np.asarray(qtensor.canonical(other).codes), np.asarray(q.codes))
+    np.testing.assert_array_equal(np.asarray(other.canonical().codes), np.asarray(q.codes))
     abstract = jax.eval_shape(lambda q: q, other)
-    assert abstract.shape == (24, 6)
+    assert abstract.shape == (24, 6) and abstract.is_abstract
     assert dequantize(abstract).shape == (24, 6)
-    with pytest.raises(ValueError, match="Unknown QTensor layout 'mystery'"):
-        _ = q.replace(layout="mystery").shape
 
 
 def test_sizes_of_a_stack(q):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import fdq
-from fdq.ops import layouts
+from fdq.ops import preparation
 
 
 class Shared(nnx.Module):
@@ -24,7 +24,7 @@ class Shared(nnx.Module):
 
 @pytest.fixture
 def transposing(monkeypatch):
-    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
 
 
 def test_a_prepared_module_shares_what_was_shared_and_nothing_with_its_source(transposing):
@@ -47,5 +47,5 @@ def test_a_prepared_tree_keeps_its_structure(transposing):
     tree = {"a": q, "b": [q, jnp.ones(3)]}
     prepared = fdq.prepare(tree, "cpu")
     assert prepared["a"] is prepared["b"][0]
-    assert prepared["a"].codes.shape == (16, 32) and prepared["a"].shape == (32, 16)
+    assert prepared["a"].data.codes.shape == (16, 32) and prepared["a"].shape == (32, 16)
     assert "transposed" in repr(prepared["a"]) and "[32, 16]" in repr(prepared["a"])

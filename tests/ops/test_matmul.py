@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import fdq
 from fdq import ops
 from fdq.formats.qtensor import dequantize
-from fdq.ops import layouts
+from fdq.ops import preparation
 from fdq.ops.choice import Target
 from fdq.ops.matmul import xla
 from fdq.ops.matmul.xla import _compute_dtype
@@ -187,7 +187,7 @@ def test_array_weights(dtype, m, rng):
 
 @pytest.mark.parametrize("name", ["int8 channel", "int8 tensor"])
 def test_prepared_weights(name, rng, monkeypatch):
-    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
     q = weight(name)
     tree = ops.prepare({"a": q, "b": jnp.ones(3)}, "cpu")
     prepared = tree["a"]
@@ -203,12 +203,12 @@ def test_prepared_weights(name, rng, monkeypatch):
     assert error(gradient, np.broadcast_to(decoded(name).sum(1), x.shape)) < TOLERANCE
     assert ops.prepare(weight("int4 group"), "cpu").layout == "canonical"
     assert ops.prepare(q, "gpu").layout == "mosaic_gpu"
-    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: False)
+    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: False)
     assert ops.prepare(q, "cpu").layout == "canonical"
 
 
 def test_prepare_walks_modules(rng, monkeypatch):
-    monkeypatch.setattr(layouts, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
     from flax import nnx
 
     class Layer(nnx.Module):
@@ -220,7 +220,7 @@ def test_prepare_walks_modules(rng, monkeypatch):
     layer = Layer()
     prepared = ops.prepare(layer, "cpu")
     assert layer.kernel.layout == "canonical" and prepared.kernel.layout == "transposed"
-    assert isinstance(prepared.kernel.codes, nnx.Variable)
+    assert isinstance(prepared.kernel.data, nnx.Variable)
     x = rows(rng, 1)
     assert error(fdq.matmul(x, prepared.kernel), np.asarray(x) @ decoded("int8 channel")) < 1e-5
 

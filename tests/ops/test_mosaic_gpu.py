@@ -15,9 +15,9 @@ from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.ops import implementation, self_check
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
 from fdq.ops.grouped_matmul import mosaic_gpu as grouped
-from fdq.ops.kernel_layout import MOSAIC_GPU
-from fdq.ops.layouts import prepare_in_place
+from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.matmul import mosaic_gpu as matmul
+from fdq.ops.preparation import prepare_in_place
 from tests.ops.format_cases import error
 
 TOLERANCE = 5e-6
@@ -80,7 +80,7 @@ def test_modules_and_abstract_weights_are_prepared(kernels):
 
     prepared = ops.prepare(Layer())
     assert prepared.kernel.layout == MOSAIC_GPU and prepared.kernel.shape == (256, 200)
-    assert isinstance(prepared.kernel.codes, nnx.Variable)
+    assert isinstance(prepared.kernel.data, nnx.Variable)
     back = ops.unprepare(prepared)
     np.testing.assert_array_equal(back.kernel.codes[...], weight("W4A16").codes)
     abstract = fdq.quantize(jax.ShapeDtypeStruct((256, 200), jnp.float32), "W4A16")
@@ -169,8 +169,9 @@ def test_experts_in_the_kernels_layout(activation, rng, kernels):
         assert error(y, np.asarray(xla, np.float64)) < TOLERANCE
     run = functools.partial(fdq.grouped_matmul, implementation="xla")
     program = jax.jit(run).lower(x, prepared, index).as_text()
-    assert "tensor<128x128xui8>" in program
-    assert "tensor<4x128x128xui8>" not in program  # the whole stack is not made again
+    # The words of one expert are read as they are: no canonical codes, no decoded stack.
+    assert "tensor<1x32x128xi32>" in program and "xui8>" not in program
+    assert "tensor<4x256x128xf32>" not in program
 
 
 def test_what_no_kernel_does_is_refused_where_it_is_asked_for(rng):
@@ -212,9 +213,9 @@ def test_a_loaded_model_is_prepared_a_weight_at_a_time(kernels):
     expected = ops.prepare(model)
     prepare_in_place(model)
     first, second = (layer.kernel for layer in model.layers)
-    assert first.layout == MOSAIC_GPU and first.codes is second.codes
-    words = expected.layers[0].kernel.codes.get_value().words
-    np.testing.assert_array_equal(first.codes.get_value().words, words)
+    assert first.layout == MOSAIC_GPU and first.data is second.data
+    words = expected.layers[0].kernel.data.get_value().words
+    np.testing.assert_array_equal(first.data.get_value().words, words)
 
 
 def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):

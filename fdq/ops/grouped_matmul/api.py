@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdq.formats.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.grouped_matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.grouped_matmul.product import GroupedProduct
@@ -26,7 +26,7 @@ GROUPED_MATMUL: Op[GroupedProduct] = Op("grouped_matmul", MosaicGpu(), Xla())
 
 def grouped_matmul(
     x: jax.Array,
-    w: QTensor | jax.Array,
+    w: QuantizedWeight | jax.Array,
     expert_index: jax.Array,
     *,
     activation: ActivationSpec | str | None = None,
@@ -44,7 +44,7 @@ def grouped_matmul(
 
     Args:
       x: `[T, K]`.
-      w: `[E, K, N]`, an array or a QTensor.
+      w: `[E, K, N]`, an array, a QTensor or a prepared weight.
       expert_index: int `[T]`, or `[T, picks]` for several experts a row; each in `0 .. E - 1`.
       activation: as in `matmul`.
       activation_scale: one scale for all experts, or `[E]`.
@@ -120,7 +120,7 @@ def _parts(run, activation, picks, path, x, w, index, activation_scale, beside):
 def _forward(run, activation, picks, path, x, w, index, activation_scale, beside):
     y = _parts(run, activation, picks, path, x, w, index, activation_scale, beside)
     # The rows are needed for the gradient of an array weight only.
-    kept = matmul.kept_rows(x) if isinstance(w, QTensor) else x
+    kept = matmul.kept_rows(x) if isinstance(w, QuantizedWeight) else x
     other = None if beside is None else (matmul.kept_rows(beside[0]), beside[1])
     return y, (kept, w, index, activation_scale, other)
 
@@ -135,7 +135,7 @@ def _backward(run, activation, picks, path, residuals, cotangents):
 
     def transposed(rows, expert):
         one = pick_expert(w, expert)
-        decoded = dequantize(one) if isinstance(one, QTensor) else one.astype(jnp.float32)
+        decoded = dequantize(one) if isinstance(one, QuantizedWeight) else one.astype(jnp.float32)
         return lax.dot_general(
             rows, decoded, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
         )
@@ -143,7 +143,7 @@ def _backward(run, activation, picks, path, residuals, cotangents):
     dx = for_each_expert(transposed, g, picked, experts, k).reshape(*index.shape, k)
     dx = dx.sum(axis=-2) if picks > 1 else dx
     dw = None
-    if not isinstance(w, QTensor):
+    if not isinstance(w, QuantizedWeight):
         x = jnp.repeat(as_array(kept).reshape(-1, k), picks, axis=0)
 
         def weight_gradient(expert):

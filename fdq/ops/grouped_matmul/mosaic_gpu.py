@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
-from fdq.ops.kernel_layout import kernel_weight
 from fdq.ops.kernels import Kernel, tuned
 from fdq.ops.matmul.mosaic_gpu import (
     preferred,
@@ -20,6 +19,7 @@ from fdq.ops.matmul.mosaic_gpu import (
     unsupported_weight,
 )
 from fdq.ops.placement import sharded
+from fdq.ops.prepared_weight import kernel_weight
 from fdq.ops.rows import Gated, Rows, Sums
 from fdq.schemes.scheme import WeightSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats.qtensor import QTensor, materialize
+from fdq.formats.qtensor import QuantizedWeight, materialize
 from fdq.ops.implementation import Implementation
 from fdq.ops.matmul.product import Product
 from fdq.ops.rows import Rows, Sums
@@ -22,7 +22,7 @@ class GroupedProduct:
 
     Attributes:
       x: rows `[..., K]`.
-      w: `[E, K, N]`: an array or a QTensor.
+      w: `[E, K, N]`: an array, a QTensor or a prepared weight.
       index: int32 `[...]`, the expert of each row, or `[..., picks]`, all of a row.
       activation: as in `Product`.
       activation_scale: one for all experts, or `[E]`.
@@ -43,7 +43,7 @@ class GroupedProduct:
 
     def __post_init__(self):
         """Checks shapes; takes the arrays out of Variables."""
-        w = materialize(self.w) if isinstance(self.w, QTensor) else self.w
+        w = materialize(self.w) if isinstance(self.w, QuantizedWeight) else self.w
         object.__setattr__(self, "w", w)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if self.activation_scale is not None:

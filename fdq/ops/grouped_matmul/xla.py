@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdq.formats.qtensor import QTensor
+from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
 from fdq.ops.matmul.dense import dense_product
@@ -44,7 +44,7 @@ def _expert_product(a: GroupedProduct) -> Callable[[jax.Array, jax.Array], jax.A
         if scale is not None and scale.size != 1:
             scale = scale.reshape(-1)[expert]
         one = pick_expert(a.w, expert)
-        if isinstance(one, QTensor):
+        if isinstance(one, QuantizedWeight):
             return quantized_product(rows, one, a.activation, scale, path=a.path)
         if a.activation is not None:
             codes, scale = quantize_activation(rows, a.activation, scale, path=a.path)
@@ -54,7 +54,7 @@ def _expert_product(a: GroupedProduct) -> Callable[[jax.Array, jax.Array], jax.A
     return product
 
 
-def pick_expert(w: QTensor | jax.Array, index: jax.Array) -> Any:
+def pick_expert(w: QuantizedWeight | jax.Array, index: jax.Array) -> Any:
     """Expert `index` of a stack; a dynamic slice of its codes, which fuses into the decoding."""
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0, keepdims=False), w)
 

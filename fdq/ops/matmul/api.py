@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.implementation import Implementation, Op
 from fdq.ops.matmul.dense import dot_over_columns
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.matmul.xla import Xla
+from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
 
@@ -24,7 +25,7 @@ MATMUL: Op[Product] = Op("matmul", MosaicGpu(), Xla())
 
 def matmul(
     x: jax.Array,
-    w: QTensor | jax.Array,
+    w: QuantizedWeight | jax.Array,
     *,
     activation: ActivationSpec | str | None = None,
     activation_scale: jax.Array | None = None,
@@ -55,7 +56,7 @@ def matmul(
 
     Args:
       x: `[..., K]`, any float dtype.
-      w: `[K, N]`: an array or a QTensor in any layout (map over leading axes with `jax.vmap`).
+      w: `[K, N]`: an array, a QTensor or a prepared weight (map over leading axes with `jax.vmap`).
       activation: an ActivationSpec or its name (`"int8"`, `"fp8"`, `"fp8-x128"`); None leaves x
         alone.
       activation_scale: calibrated scale (one number) of a static ActivationSpec.
@@ -155,5 +156,4 @@ def row_axes(x: Rows) -> list[Any]:
 
 def weight_axis(w: Any) -> Any:
     """Mesh axes of the output channels of a weight."""
-    codes = jax.tree.leaves(w)[0]
-    return spec_entry(codes, -2 if getattr(w, "layout", None) == "transposed" else -1)
+    return spec_entry(jax.tree.leaves(w)[0], -2 if isinstance(w, TransposedWeight) else -1)

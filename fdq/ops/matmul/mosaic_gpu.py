@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats.qtensor import QTensor
+from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.ops import self_check
 from fdq.ops.activation import activation_values, quantize_activation
-from fdq.ops.kernel_layout import MOSAIC_GPU, kernel_weight, layout_obstacle
 from fdq.ops.kernels import Kernel, slower, tuned
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.placement import sharded
+from fdq.ops.prepared_weight import WordsWeight, kernel_weight
 from fdq.ops.rows import Gated, Normed, Rows, as_array, flattened
 from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import WeightSpec
@@ -60,21 +60,21 @@ class MosaicGpu(Kernel[Product]):
 
 def unsupported_weight(w: Any, rows: int) -> str | None:
     """Why no kernel multiplies `rows` rows with a weight `[..., K, N]`."""
-    if not isinstance(w, QTensor):
+    if not isinstance(w, QuantizedWeight):
         return "the weight is an array, and the kernels read quantized ones"
     if not 1 <= rows <= MOST_ROWS:
         return f"the kernels take 1 to {MOST_ROWS} rows of x, found {rows}"
-    return layout_obstacle(w)
+    return WordsWeight.unsupported(w)
 
 
-def unprepared(w: QTensor) -> str | None:
+def unprepared(w: QuantizedWeight) -> str | None:
     """Why a weight is left to XLA unless the kernel is asked for."""
-    if w.layout == MOSAIC_GPU:
+    if isinstance(w, WordsWeight):
         return None
     return "the weight is not in the kernels' layout (fdq.prepare puts it there)"
 
 
-def preferred(kernel: str, w: QTensor, rows: int, case: Any = None) -> str | None:
+def preferred(kernel: str, w: QuantizedWeight, rows: int, case: Any = None) -> str | None:
     """Why XLA is preferred to a kernel: it is faster, or the kernel is wrong; see `check`."""
     k, n = w.shape[-2:]
     reason = slower(kernel, w.spec.format, rows, k * n)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.formats import FORMATS
-from fdq.formats.qtensor import QTensor, materialize
+from fdq.formats.qtensor import QuantizedWeight, materialize
 from fdq.ops.rows import Rows
 from fdq.schemes.scheme import ActivationSpec
 
@@ -21,7 +21,7 @@ class Product:
 
     Attributes:
       x: rows `[..., K]`.
-      w: `[K, N]`: an array or a QTensor in any layout.
+      w: `[K, N]`: an array, a QTensor or a prepared weight.
       activation: what the rows are quantized to; None leaves them.
       activation_scale: calibrated scale of a static ActivationSpec.
       bias: `[N]`, added to the rounded product; or None.
@@ -39,7 +39,7 @@ class Product:
 
     def __post_init__(self):
         """Checks shapes; takes the arrays out of Variables."""
-        w = materialize(self.w) if isinstance(self.w, QTensor) else self.w
+        w = materialize(self.w) if isinstance(self.w, QuantizedWeight) else self.w
         object.__setattr__(self, "w", w)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if self.activation_scale is not None:
@@ -60,10 +60,10 @@ class Product:
     @property
     def quantized(self) -> bool:
         """Whether the weight is quantized."""
-        return isinstance(self.w, QTensor)
+        return isinstance(self.w, QuantizedWeight)
 
 
-def takes_integers(w: QTensor, activation: ActivationSpec | None) -> bool:
+def takes_integers(w: QuantizedWeight, activation: ActivationSpec | None) -> bool:
     """Whether a product of quantized rows is formed in integers."""
     if activation is None or activation.granularity == "token_group":
         return False

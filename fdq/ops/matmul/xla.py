@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdq.formats.qtensor import QTensor, canonical, dequantize
+from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, integer_product, quantize_activation
 from fdq.ops.choice import Target, choose_formulation, trace_target
 from fdq.ops.implementation import Implementation
-from fdq.ops.layouts import transposed_integer_product, transposed_split_product
 from fdq.ops.matmul.dense import dense_product
 from fdq.ops.matmul.product import Product, takes_integers
+from fdq.ops.matmul.transposed import transposed_integer_product, transposed_split_product
 from fdq.ops.matmul.weight_only import exact_dot, fused_product, plane_product, tiled
+from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.rows import as_array
-from fdq.ops.weight_view import view_weight
+from fdq.ops.weight_view import WeightView, view_weight
+from fdq.ops.words_view import view_words
 from fdq.schemes.scheme import ActivationSpec
 
 
@@ -46,39 +48,44 @@ def _dense_rows(rows, w, activation, activation_scale, *, path) -> jax.Array:
 
 def quantized_product(
     x: jax.Array,
-    q: QTensor,
+    q: QuantizedWeight,
     activation: ActivationSpec | None,
     activation_scale: jax.Array | None = None,
     *,
     path: str = "<array>",
 ) -> jax.Array:
-    """`[M, K]` times a QTensor `[K, N]` -> float32 `[M, N]`; the program is chosen here.
+    """`[M, K]` times a quantized weight `[K, N]` -> float32 `[M, N]`; the program is chosen here.
 
     Not differentiable by itself where a loop is chosen; `matmul` and `grouped_matmul` are.
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, q.shape[-1]), jnp.float32)
-    target = trace_target()
+    target, n = trace_target(), q.shape[-1]
     # Ties the weight to x. In a decode loop XLA would otherwise move the decoding, which does not
     # depend on the token, out of the loop, and every step would read float32 weights from memory.
     x, q = lax.optimization_barrier((x, q))
     if activation is None:
-        return _product(x, q, target)
+        return _product(x, q, target)[:, :n]
     codes, scale = quantize_activation(x, activation, activation_scale, path=path)
     if activation.granularity == "token_group":
         # Exact products of codes, each slice of K scaled by its activation scale.
         values = activation_values(codes, scale, activation.group_size, jnp.float32)
-        return _product(values, q, target)
+        return _product(values, q, target)[:, :n]
     if takes_integers(q, activation):
-        return _integer_rows(codes, q, target) * scale
-    return _product(codes.astype(jnp.float32), q, target) * scale
+        return _integer_rows(codes, q, target)[:, :n] * scale
+    return _product(codes.astype(jnp.float32), q, target)[:, :n] * scale
 
 
-def _integer_rows(codes: jax.Array, q: QTensor, target: Target) -> jax.Array:
+def _view(q: QuantizedWeight) -> WeightView | None:
+    """How packed units are read where they lie, a checkpoint's or a kernel's."""
+    return view_words(q.data) if isinstance(q, WordsWeight) else view_weight(q)
+
+
+def _integer_rows(codes: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     """int8 rows times integer weights, before the activation scale."""
-    if q.layout == "transposed":
+    if isinstance(q, TransposedWeight):
         return transposed_integer_product(codes, q)
-    view = view_weight(canonical(q))
+    view = _view(q)
     if view is None:
         return _product(codes.astype(jnp.float32), q, target)
     m, elements = codes.shape[0], view.rows * view.columns
@@ -98,12 +105,11 @@ _FUSED_ROWS = 4
 _REDUCED_UNITS = 1
 
 
-def _product(x: jax.Array, q: QTensor, target: Target) -> jax.Array:
+def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     """Float rows times a QTensor, by the formulation that suits the device."""
-    if q.layout == "transposed":
+    if isinstance(q, TransposedWeight):
         return transposed_split_product(x, q)
-    q = canonical(q)
-    view = view_weight(q)
+    view = _view(q)
     if view is None:
         return exact_dot(x.astype(jnp.float32), dequantize(q))
     m, elements = x.shape[0], view.rows * view.columns

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fdq
-from fdq.ops.kernel_layout import kernel_weight
+from fdq.ops.prepared_weight import kernel_weight
 from fdq.schemes.scheme import WeightSpec
 from pallas_kernels.matmul.integer import (
     dot4_reference,

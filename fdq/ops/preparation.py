@@ -1,0 +1,137 @@
+"""`prepare`, which puts weights into the layout that a device wants, and `unprepare`."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fdq.formats.qtensor import QuantizedWeight, materialize
+from fdq.ops.implementation import requested
+from fdq.ops.kernels import MOSAIC_GPU
+from fdq.ops.placement import devices
+from fdq.ops.prepared_weight import PreparedWeight, TransposedWeight, WordsWeight
+
+
+def best_layout(w: QuantizedWeight, platform: str) -> type[PreparedWeight] | None:
+    """What `matmul` multiplies fastest with on `platform`; None for the weight as it is.
+
+    FDQ_IMPLEMENTATION counts here as it does in ops: with `mosaic_gpu` the kernels' layout is the
+    best on every platform, with `xla` on none. A weight that lies on several devices stays: kernels
+    read those of one.
+    """
+    wanted = requested()
+    if wanted is None and platform in ("gpu", "cuda") and devices(w) <= 1:
+        wanted = MOSAIC_GPU
+    if wanted == MOSAIC_GPU and w.ndim <= 3 and WordsWeight.unsupported(w) is None:
+        return WordsWeight
+    # Stacked weights (experts, layers) are sliced first: they stay as they are.
+    plain = w.ndim == 2 and TransposedWeight.unsupported(w) is None
+    return TransposedWeight if plain and platform == "cpu" and _has_matrix_units() else None
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    """Whether this machine's CPU multiplies int8 tiles (Intel AMX)."""
+    try:
+        return "amx_int8" in pathlib.Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:  # not Linux
+        return False
+
+
+def prepare(tree: Any, device: Any = None) -> Any:
+    """A copy of `tree` whose QTensors are laid out for `device`; `unprepare` undoes it.
+
+    Results of `fdq.matmul` stay the same to float32 rounding. Do it once, before decoding:
+    checkpoints hold the canonical layout only.
+
+    Args:
+      tree: a QTensor, any pytree that holds some, or a Flax NNX module.
+      device: a `jax.Device` or a platform's name; the default device if None.
+    """
+    if device is None:
+        device = jax.devices()[0]
+    platform = device if isinstance(device, str) else device.platform
+    return _map_weights(tree, lambda q: _changed(q, best_layout(q, platform)))
+
+
+def prepare_in_place(module: nnx.Module) -> None:
+    """`prepare` of a module that nobody else holds: a weight at a time takes the old one's place.
+
+    So a model whose weights fill more than half of the device's memory can be prepared.
+    """
+    platform = jax.devices()[0].platform
+    modules = [one for _, one in nnx.iter_modules(module)]
+    uses = collections.Counter(
+        _identity(value)
+        for one in modules
+        for value in vars(one).values()
+        if isinstance(value, QuantizedWeight)
+    )
+    # The old ones too, so that ids stay theirs.
+    shared: dict[int, tuple[QuantizedWeight, QuantizedWeight]] = {}
+    for one in modules:
+        for name, value in list(vars(one).items()):
+            if not isinstance(value, QuantizedWeight):
+                continue
+            key = _identity(value)
+            if key in shared:
+                setattr(one, name, shared[key][1])
+                continue
+            new = _changed(value, best_layout(value, platform))
+            if uses[key] > 1:
+                shared[key] = value, new
+            setattr(one, name, new)
+            del value
+            jax.block_until_ready(jax.tree.leaves(new))
+
+
+def unprepare(tree: Any) -> Any:
+    """The inverse of `prepare`: every QTensor in the canonical layout of checkpoints."""
+    return _map_weights(tree, lambda q: _changed(q, None))
+
+
+def _changed(w: QuantizedWeight, kind: type[PreparedWeight] | None) -> QuantizedWeight:
+    """A weight as a `kind`; None is the layout of checkpoints."""
+    if (kind is None and w.layout == "canonical") or type(w) is kind:
+        return w
+    raw = materialize(w)
+    new = raw.canonical() if kind is None else kind.of(raw)
+    boxes = [box for box in w.arrays().values() if isinstance(box, nnx.Variable)]
+    if not boxes:
+        return new
+    return new.replace(**{name: boxes[0].replace(a) for name, a in new.arrays().items()})
+
+
+def _identity(w: QuantizedWeight) -> int:
+    """Of what holds its arrays: inside modules Variables are what is shared."""
+    return id(next(iter(w.arrays().values())))
+
+
+def _map_weights(tree: Any, change: Callable[[QuantizedWeight], Any]) -> Any:
+    changed: dict[int, QuantizedWeight] = {}
+
+    def visit(leaf: Any) -> Any:
+        if not isinstance(leaf, QuantizedWeight):
+            return leaf
+        # A shared QTensor is changed once; inside modules its Variables are what is shared.
+        if _identity(leaf) not in changed:
+            changed[_identity(leaf)] = change(leaf)
+        return changed[_identity(leaf)]
+
+    if not isinstance(tree, nnx.Module):
+        return jax.tree.map(
+            visit, tree, is_leaf=lambda a: isinstance(a, QuantizedWeight | nnx.Variable)
+        )
+    # New modules and Variables around the same arrays, shared where they were.
+    copy = nnx.merge(*nnx.split(tree), copy=True)
+    for _, module in nnx.iter_modules(copy):
+        for name, attribute in list(vars(module).items()):
+            if isinstance(attribute, QuantizedWeight):
+                setattr(module, name, visit(attribute))
+    return copy
