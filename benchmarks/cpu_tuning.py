@@ -1,4 +1,4 @@
-"""Measures which formulation of a product is the fastest and writes fdq/ops/cpu_choices.json."""
+"""Measures which program of a product is the fastest and writes fdq/ops/cpu_choices.json."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ _UNIT_ROWS = {"int8": 1, "float8_e4m3": 1, "int3": 8, "int2": 4, "cc2": 4}
 
 
 def candidates(kind: str, m: int) -> list[tuple[str, int]]:
-    """Formulations worth trying for m rows of x and a weight of format ``kind``."""
+    """Programs worth trying for m rows of x and a weight of format ``kind``."""
     units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
     fused = [("fused", size) for size in units] if m <= 4 else []
     return [*fused, *(("tiles", size) for size in TILES if m > 1), ("whole", 0)]
 
 
 def table_rows(measured: dict[int, dict[tuple[str, int], float]]) -> list[dict[str, Any]]:
-    """The fastest formulation by rows of x, as ``cpu_choices.json`` holds it.
+    """The fastest program by rows of x, as ``cpu_choices.json`` holds it.
 
     A weight of more than ``LARGE`` elements is never decoded whole, whatever was measured: the
     fastest of the others takes its place.
 
     Args:
-      measured: rows of x -> formulation -> seconds.
+      measured: rows of x -> program -> seconds.
     """
     rows: list[dict[str, Any]] = []
     for m in sorted(measured):
@@ -60,11 +60,11 @@ def table_rows(measured: dict[int, dict[tuple[str, int], float]]) -> list[dict[s
         best = min(times, key=times.__getitem__)
         bounds = {} if m == max(measured) else {"max_rows": m}
         if m > 1:
-            rows.append({**bounds, "max_elements": SMALL, "formulation": "whole"})
+            rows.append({**bounds, "max_elements": SMALL, "program": "whole"})
         if best[0] == "whole":
-            rows.append({**bounds, "max_elements": LARGE, "formulation": "whole"})
+            rows.append({**bounds, "max_elements": LARGE, "program": "whole"})
             best = min((c for c in times if c[0] != "whole"), key=times.__getitem__)
-        rows.append({**bounds, "formulation": best[0], "size": best[1]})
+        rows.append({**bounds, "program": best[0], "size": best[1]})
     return rows
 
 
@@ -88,7 +88,7 @@ def tune(
             for candidate in candidates(path.split()[0], m):
 
                 def product(x, q, candidate=candidate):
-                    with ops.forced_formulation(*candidate):
+                    with ops.forced_program(*candidate):
                         return fdq.matmul(x, q, activation=activation)  # noqa: B023
 
                 cases[candidate] = (jax.jit(product), (x, q), q.nbytes)
@@ -100,7 +100,7 @@ def tune(
                     f"  {path:14} {m:4} rows  {kind:6}{size:5} {seconds * 1e3:9.3f} ms", flush=True
                 )
         choices[path] = table_rows(measured)
-    choices["array"] = [{"formulation": "fused", "size": 8}]
+    choices["array"] = [{"program": "fused", "size": 8}]
     choices["default"] = choices["int4"]
     for kind in ("float8_e5m2", "mxfp8"):
         choices[kind] = choices["float8_e4m3"]

@@ -33,7 +33,7 @@ from fdq.cache import LayerCache, parse_format
 from fdq.ops.kernel_cache import kernel_arrays
 
 XLA, OWN = "xla", "{}"
-"""Entries: XLA's formulation, and the kernel's own choice (no settings)."""
+"""Entries: XLA's program, and the kernel's own choice (no settings)."""
 
 # Sizes of a class, and the number of weights up to which it reaches; None: no end.
 MATRIX_CLASSES: tuple[tuple[tuple[tuple[int, int], ...], int | None], ...] = (

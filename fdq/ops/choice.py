@@ -43,7 +43,7 @@ def trace_target() -> Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Formulation:
+class Program:
     """One XLA program for a product of ``x [M, K]`` with a weight.
 
     Attributes:
@@ -62,27 +62,27 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     return json.loads(text)["choices"]
 
 
-_OVERRIDES: list[Formulation] = []
+_OVERRIDES: list[Program] = []
 
 
-class forced_formulation:
-    """Context manager that forces a formulation for everything traced inside (benchmarks, tests).
+class forced_program:
+    """Context manager that forces a program for everything traced inside (benchmarks, tests).
 
     Functions already compiled are not traced again: use fresh ``jax.jit`` objects inside.
     """
 
     def __init__(self, name: str, size: int = 0):
-        self.formulation = Formulation(name, size)
+        self.program = Program(name, size)
 
-    def __enter__(self) -> Formulation:
-        _OVERRIDES.append(self.formulation)
-        return self.formulation
+    def __enter__(self) -> Program:
+        _OVERRIDES.append(self.program)
+        return self.program
 
     def __exit__(self, *exception: object) -> None:
         _OVERRIDES.pop()
 
 
-def choose_formulation(path: str, rows: int, elements: int) -> Formulation:
+def choose_program(path: str, rows: int, elements: int) -> Program:
     """The measured choice on CPU: the first row of the table whose bounds hold.
 
     Args:
@@ -95,5 +95,5 @@ def choose_formulation(path: str, rows: int, elements: int) -> Formulation:
     table = _table()
     for row in table.get(path, table["default"]):
         if rows <= row.get("max_rows", rows) and elements <= row.get("max_elements", elements):
-            return Formulation(row["formulation"], row.get("size", 0))
+            return Program(row["program"], row.get("size", 0))
     raise ValueError(f"cpu_choices.json: no row for {path!r}, {rows} rows, {elements} elements.")

@@ -1,4 +1,4 @@
-"""matmul means x @ dequantize(q), in every format, formulation, transformation and sharding."""
+"""matmul means x @ dequantize(q), in every format, program, transformation and sharding."""
 
 import functools
 
@@ -23,11 +23,11 @@ FORMULATIONS = (("fused", 4), ("tiles", 200), ("whole", 0))
 
 
 @functools.cache
-def compiled(formulation):
-    """One jit per formulation: it is compiled once per format and number of rows."""
+def compiled(program):
+    """One jit per program: it is compiled once per format and number of rows."""
 
     def product(x, q):
-        with ops.forced_formulation(*formulation):
+        with ops.forced_program(*program):
             return fdq.matmul(x, q)
 
     return jax.jit(product)
@@ -45,9 +45,9 @@ def rows(rng, m, k=256):
 @pytest.mark.parametrize("name", SPECS)
 def test_equals_the_decoded_product(name, rng):
     q = weight(name)
-    for formulation, m in zip(FORMULATIONS, (1, 3, 3), strict=True):
+    for program, m in zip(FORMULATIONS, (1, 3, 3), strict=True):
         x = rows(rng, m)
-        y = compiled(formulation)(x, q)
+        y = compiled(program)(x, q)
         assert y.dtype == jnp.float32
         assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
@@ -228,9 +228,9 @@ def test_prepare_walks_modules(rng, monkeypatch):
 def test_the_weight_is_never_decoded_whole():
     """Temporary memory of one row, and of a tile, is a fraction of the decoded weight."""
     q = weight("int4 group", 1024, 2048)
-    for m, formulation in ((1, ("fused", 8)), (64, ("tiles", 256))):
+    for m, program in ((1, ("fused", 8)), (64, ("tiles", 256))):
         x = jax.ShapeDtypeStruct((m, 1024), jnp.float32)
-        memory = compiled(formulation).lower(x, q).compile().memory_analysis()
+        memory = compiled(program).lower(x, q).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 1024 * 2048 * 4 / 2
 
 
@@ -265,7 +265,7 @@ def test_compute_dtype_of_old_gpus():
 
 
 @pytest.mark.parametrize("name", ["int4 group", "int8 channel", "int3 group", "float8_e4m3 block"])
-def test_formulations_of_other_devices(name, rng, monkeypatch):
+def test_programs_of_other_devices(name, rng, monkeypatch):
     """What GPUs run, run here: a reduction for few rows, dots in the dtype of x for more."""
     gpu = Target("gpu", has_bfloat16=True)
     monkeypatch.setattr(xla, "trace_target", lambda: gpu)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdq.ops.choice import choose_formulation, trace_target
+from fdq.ops.choice import choose_program, trace_target
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.matmul.weight_only import exact_dot, fused_product
 from fdq.ops.weight_view import view_array
@@ -30,7 +30,7 @@ def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _sixteen_bit_row(x: jax.Array, w: jax.Array) -> jax.Array:
     x, w = lax.optimization_barrier((x, w))  # as in quantized_product
-    choice = choose_formulation("array", 1, w.size)
+    choice = choose_program("array", 1, w.size)
     size = choice.size if choice.name == "fused" else 8
     return fused_product(x.astype(jnp.float32), view_array(w), size, dot=True)
 

@@ -10,7 +10,7 @@ from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, integer_product, quantize_activation
-from fdq.ops.choice import Target, choose_formulation, trace_target
+from fdq.ops.choice import Target, choose_program, trace_target
 from fdq.ops.implementation import Implementation
 from fdq.ops.matmul.dense import dense_product
 from fdq.ops.matmul.product import Product, takes_integers
@@ -91,7 +91,7 @@ def _integer_rows(codes: jax.Array, q: QuantizedWeight, target: Target) -> jax.A
     m, elements = codes.shape[0], view.rows * view.columns
     if target.platform != "cpu":
         return integer_product(codes, view)
-    choice = choose_formulation(f"{view.kind} x int8", m, elements)
+    choice = choose_program(f"{view.kind} x int8", m, elements)
     if choice.name == "fused":
         return fused_product(codes.astype(jnp.float32), view, choice.size, dot=True)
     if choice.name == "tiles":
@@ -106,7 +106,7 @@ _REDUCED_UNITS = 1
 
 
 def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
-    """Float rows times a QTensor, by the formulation that suits the device."""
+    """Float rows times a QTensor, by the program that suits the device."""
     if isinstance(q, TransposedWeight):
         return transposed_split_product(x, q)
     view = _view(q)
@@ -118,7 +118,7 @@ def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
             return fused_product(x.astype(jnp.float32), view, _REDUCED_UNITS, dot=False)
         return plane_product(x, view, _compute_dtype(x.dtype, target))
     x = x.astype(jnp.float32)
-    choice = choose_formulation(view.kind, m, elements)
+    choice = choose_program(view.kind, m, elements)
     if choice.name == "fused":
         return fused_product(x, view, choice.size, dot=True)
     if choice.name == "tiles":
