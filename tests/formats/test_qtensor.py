@@ -54,7 +54,7 @@ def test_tree_map_to_none_and_back(q):
     empty = jax.tree.map(lambda x: None, q)
     assert isinstance(empty, QTensor)
     again = jax.tree.unflatten(structure, leaves)
-    assert (again.spec, again.padding, again.layout) == (q.spec, q.padding)
+    assert (again.spec, again.padding) == (q.spec, q.padding)
     restored = jax.tree.unflatten(structure, [np.array(a) for a in leaves])
     np.testing.assert_array_equal(np.asarray(dequantize(restored)), np.asarray(dequantize(q)))
 
