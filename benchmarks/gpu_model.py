@@ -25,7 +25,7 @@ import fdq
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_weights import nbytes, random_array, random_cache, random_weight
 from fdq.cache import KVCache, LayerCache, parse_format
-from fdq.formats.qtensor import QTensor
+from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.models import CONFIGS, DecoderConfig, abstract
 
 GRAPHS = {
@@ -191,7 +191,9 @@ def random_state(config: DecoderConfig, spec: Any, slots: int, context: int) -> 
 def bytes_a_step(config: DecoderConfig, params: dict, state: fdq.DecodeState) -> int:
     """Bytes that a step reads: weights (of experts those picked) and the cache in use."""
     total = 0.0
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda a: isinstance(a, QTensor))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda a: isinstance(a, QuantizedWeight)
+    )
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path)
         size = nbytes(leaf)

@@ -18,10 +18,11 @@ def test_the_picture_is_drawn_from_this_code():
 
 
 def test_nothing_in_the_picture_overlaps():
-    boxes = []
-    for element in ElementTree.fromstring(draw_architecture.drawing()).iter():
-        if element.get("class") == "box":
-            boxes.append([float(element.get(name)) for name in ("x", "y", "width", "height")])
+    boxes = [
+        [float(element.get(name)) for name in ("x", "y", "width", "height")]
+        for element in ElementTree.fromstring(draw_architecture.drawing()).iter()
+        if element.get("class") == "box"
+    ]
     assert len(boxes) == len(draw_architecture.boxes()) > 20
     for i, (x, y, width, height) in enumerate(boxes):
         for left, top, *size in boxes[:i]:

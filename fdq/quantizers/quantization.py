@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from fdq.calibration.statistics import Calibration
-from fdq.formats.qtensor import QuantizedWeight
+from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.quantizers.assigned import Assigned, fastdeploy_has, parse
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.quantizers.weight import quantize_array
