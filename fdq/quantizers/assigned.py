@@ -198,13 +198,13 @@ def _keep_cache_scales(model: Any, cache: CacheSpec | None, inputs: LayerInputs)
     """Gives a model that can keep them the scales of a static KV cache (`set_cache_scales`).
 
     Without calibration a concrete model gets none: `KVCache.init` can be given others, and says so
-    where it is not. An abstract model gets their shapes.
+    where it is not. An abstract model that has a `config` gets their shapes.
     """
     if cache is None or cache.dynamic or not hasattr(model, "set_cache_scales"):
         return
-    scales = inputs.cache_scales(cache)
+    scales, config = inputs.cache_scales(cache), getattr(model, "config", None)
     leaves = jax.tree.leaves(nnx.state(model))
     if scales is None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        scales = abstract_scales(model.config, cache)
+        scales = None if config is None else abstract_scales(config, cache)
     if scales is not None:
         model.set_cache_scales(scales)
