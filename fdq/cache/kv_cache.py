@@ -95,7 +95,7 @@ class KVCache:
         max_length: int,
         format: str | CacheSpec | Sequence[str | CacheSpec | None] | None = "C16",
         *,
-        scales: Sequence[LayerScales] | None = None,
+        scales: Sequence[LayerScales | None] | None = None,
         dtype: Any = None,
     ) -> KVCache:
         """An empty cache.
@@ -161,11 +161,11 @@ def _empty_layer(
     pair = []
     for name in ("k", "v"):
         given = {}
-        if static:
+        if spec is not None and static:
             given["scale"] = _static(getattr(scales, name), name, shape, SCALE_DTYPE)
-        if static and spec.zero_point:
-            zero = f"{name}_zero"
-            given["zero"] = _static(getattr(scales, zero), zero, shape, ZERO_DTYPE)
+            if spec.zero_point:
+                zero = f"{name}_zero"
+                given["zero"] = _static(getattr(scales, zero), zero, shape, ZERO_DTYPE)
         pair.append(CacheTensor.empty(shape, spec, dtype=dtype, **given))
     return LayerCache(*pair)
 
