@@ -152,21 +152,20 @@ class KVCache:
 def _empty_layer(
     shape: tuple[int, int, int, int], spec: CacheSpec | None, scales: LayerScales | None, dtype: Any
 ) -> LayerCache:
-    static = spec is not None and not spec.dynamic
-    if spec is not None and static and scales is None:
+    if spec is None or spec.dynamic:
+        return LayerCache(*(CacheTensor.empty(shape, spec, dtype=dtype) for _ in "kv"))
+    if scales is None:
         raise ValueError(
             f"KV cache {spec.format} with static scales per {spec.granularity} needs scales: "
             "pass scales=calibration.cache_scales(spec), or use a dynamic format such as C8"
         )
     pair = []
     for name in ("k", "v"):
-        given = {}
-        if spec is not None and static:
-            given["scale"] = _static(getattr(scales, name), name, shape, SCALE_DTYPE)
-            if spec.zero_point:
-                zero = f"{name}_zero"
-                given["zero"] = _static(getattr(scales, zero), zero, shape, ZERO_DTYPE)
-        pair.append(CacheTensor.empty(shape, spec, dtype=dtype, **given))
+        given = {"scale": _static(getattr(scales, name), name, shape, SCALE_DTYPE)}
+        if spec.zero_point:
+            zero = f"{name}_zero"
+            given["zero"] = _static(getattr(scales, zero), zero, shape, ZERO_DTYPE)
+        pair.append(CacheTensor.empty(shape, spec, **given))
     return LayerCache(*pair)
 
 

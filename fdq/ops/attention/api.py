@@ -65,6 +65,6 @@ def attention(
         )
     lengths = lengths.astype(jnp.int32)
     offset = lengths - t if offset is None else offset.astype(jnp.int32)
-    scale = d**-0.5 if scale is None else scale
-    arguments = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size)
+    factor = d**-0.5 if scale is None else scale
+    arguments = AttentionArguments(q, k, v, lengths, offset, sliding_window, factor, block_size)
     return ATTENTION.choose(arguments, implementation)(arguments)

@@ -51,6 +51,7 @@ class MosaicGpu(Kernel[AttentionArguments]):
     def failure(self, q: jax.Array, k: CacheTensor) -> str | None:
         """Why the kernel is switched off for such a cache on this device; None if it is right."""
         group, d, dtype, spec = q.shape[2] // k.shape[1], q.shape[3], q.dtype, k.spec
+        cache_dtype, kind = k.codes.dtype, kind_of(k)
 
         def case() -> tuple[jax.Array, jax.Array]:
             keys = jax.random.split(jax.random.key(2), 3)
@@ -59,13 +60,13 @@ class MosaicGpu(Kernel[AttentionArguments]):
             for key in keys[1:]:
                 values = jax.random.normal(key, (2, 1, 300, d))
                 if spec is None:
-                    values = values.astype(k.codes.dtype)
+                    values = values.astype(cache_dtype)
                 sides.append(quantize_cache(values, spec, **scales))
+            keys, values = sides
             lengths = jnp.asarray([300, 77], jnp.int32)
-            arguments = AttentionArguments(query, *sides, lengths, lengths - 1, None, d**-0.5)
-            return self(arguments), attention_reference(query, *sides, lengths=lengths)
+            arguments = AttentionArguments(query, keys, values, lengths, lengths - 1, None, d**-0.5)
+            return self(arguments), attention_reference(query, keys, values, lengths=lengths)
 
-        kind = kind_of(k)
         if spec is not None:
             kind += f", {'dynamic' if spec.dynamic else 'static'} scales per {spec.granularity}"
         detail = f"{kind}, {group} heads of {d}, {dtype.name}"

@@ -43,9 +43,11 @@ class MosaicGpu(Kernel[RopeAppendArguments]):
 
         a = arguments
         split, batch, _, width = a.qkv.parts.shape
+        cos, sin = (angle[:, 0] for angle in a.angles)
         out = append(
             a.qkv.parts.reshape(split, batch, width),
-            *(angle[:, 0] for angle in a.angles),
+            cos,
+            sin,
             jnp.broadcast_to(a.start, (batch,)).astype(jnp.int32),
             kernel_arrays(a.k),
             kernel_arrays(a.v),

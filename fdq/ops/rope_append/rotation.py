@@ -59,4 +59,5 @@ def rotated_heads(
         q = Normed(q, q_norm, epsilon).value()
     if k_norm is not None:
         k = Normed(k, k_norm, epsilon).value()
-    return *(apply_rotary(a, angles, interleaved=interleaved) for a in (q, k)), v
+    q, k = (apply_rotary(a, angles, interleaved=interleaved) for a in (q, k))
+    return q, k, v
