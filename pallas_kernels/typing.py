@@ -19,7 +19,6 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Int as Int
     from jaxtyping import Num as Num
     from jaxtyping import Shaped as Shaped
-    from jaxtyping import UInt32 as UInt32
 else:
 
     class _Described:
@@ -28,4 +27,3 @@ else:
         def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
             return item[0]
 
-    Bool = Float = Int = Num = Shaped = UInt32 = _Described

@@ -7,6 +7,7 @@ kernels trace as fast as without.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import re
@@ -19,7 +20,7 @@ import jaxtyping
 PACKAGES = ("pallas_kernels", "fdq", "fdq_checkpoints")
 CHECKED: set[str] = set()  # dotted names of the functions that are checked in this process
 
-_SAYS_A_SHAPE = re.compile(r"\b(Bool|Float|Int|Num|Shaped|UInt32)\[")
+_SAYS_A_SHAPE = re.compile(r"\b(Bool|Float|Int|Num|Shaped)\[")
 
 
 def check_calls() -> None:
@@ -45,9 +46,22 @@ class _Loader(importlib.machinery.SourceFileLoader):
                 continue
             for name, value in list(vars(holder).items()):
                 if isinstance(value, types.FunctionType) and _is_checked(name, value, module):
-                    checked = jaxtyping.jaxtyped(value, typechecker=beartype.beartype)
-                    setattr(holder, name, checked)
+                    setattr(holder, name, _checked(value))
                     CHECKED.add(f"{module.__name__}.{value.__qualname__}")
+
+
+def _checked(function: types.FunctionType):
+    checked = jaxtyping.jaxtyped(function, typechecker=beartype.beartype)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return checked(*args, **kwargs)
+        except jaxtyping.TypeCheckError:
+            function(*args, **kwargs)  # what it refuses itself gets its own message
+            raise
+
+    return call
 
 
 def _is_checked(name: str, function: types.FunctionType, module: types.ModuleType) -> bool:

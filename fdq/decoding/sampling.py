@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+from pallas_kernels.typing import Array, Float, Int
 
 _SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are flushed to zero
 
@@ -44,7 +45,9 @@ class Sampling:
                 raise ValueError(f"{name} must be in (0, 1], got {p}")
 
 
-def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def candidates(
+    logits: Float[Array, "*b vocab"], sampling: Sampling
+) -> tuple[Int[Array, "*b c"], Float[Array, "*b c"]]:
     """The tokens that may be drawn, most likely first.
 
     Args:
@@ -69,7 +72,9 @@ def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Ar
     return tokens, scaled
 
 
-def sample(logits: jax.Array, keys: jax.Array | None, sampling: Sampling | None) -> jax.Array:
+def sample(
+    logits: Float[Array, "b vocab"], keys: jax.Array | None, sampling: Sampling | None
+) -> Int[Array, " b"]:
     """The next token of each sequence.
 
     Args:

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from fdq.schemes.scheme import WeightSpec
+from pallas_kernels.typing import Array, Float, Int, Shaped
 
 # Below the smallest normal float32 a quotient would be flushed to zero on CPUs and GPUs.
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -49,7 +50,7 @@ def group_rows(spec: WeightSpec, k: int, n: int) -> int:
     return spec.block_size[0] * spec.block_size[1]
 
 
-def to_groups(w: jax.Array, spec: WeightSpec) -> jax.Array:
+def to_groups(w: Shaped[Array, "*m k n"], spec: WeightSpec) -> Shaped[Array, "*m groups g columns"]:
     """`[..., K, N]` -> `[..., G, g, M]`."""
     *lead, k, n = w.shape
     if spec.granularity == "tensor":
@@ -110,7 +111,7 @@ def round_scale(scale: jax.Array, dtype: str, *, empty: float | None = 1.0) -> j
     return jnp.where(jnp.abs(scale) >= smallest, scale, jnp.float32(empty))
 
 
-def power_of_two_above(scale: jax.Array) -> jax.Array:
+def power_of_two_above(scale: Float[Array, "*m"]) -> Float[Array, "*m"]:
     """The smallest power of two that is not below a float32 `scale` >= 0 (UE8M0); 1 for zero."""
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
     exponent = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).astype(jnp.int32)
@@ -118,16 +119,18 @@ def power_of_two_above(scale: jax.Array) -> jax.Array:
     return jnp.where(scale >= SMALLEST_NORMAL, power_of_two(exponent), jnp.float32(1.0))
 
 
-def power_of_two(exponent: jax.Array) -> jax.Array:
+def power_of_two(exponent: Int[Array, "*m"]) -> Float[Array, "*m"]:
     """Exactly `2.0 ** exponent` in float32, for int32 exponents -126..127."""
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def floor_log2(x: jax.Array) -> jax.Array:
+def floor_log2(x: Float[Array, "*m"]) -> Int[Array, "*m"]:
     """Exactly `floor(log2(x))` as int32, for normal positive float32 `x`."""
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 
-def absolute_maximum(groups: jax.Array) -> jax.Array:
+def absolute_maximum(
+    groups: Float[Array, "*m groups g columns"],
+) -> Float[Array, "*m groups columns"]:
     """`[..., G, g, M]` -> `[..., G, M]`."""
     return jnp.max(jnp.abs(groups), axis=-2)

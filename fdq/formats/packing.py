@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.typing import Array, Shaped
+
 UNITS = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}
 """Bytes and rows of K in a unit, the smallest whole number of bytes, by bits per code."""
 
@@ -33,7 +35,7 @@ def unpacked_rows(packed: int, bits: int, padding: int = 0) -> int:
     return packed // size * rows - padding
 
 
-def pack(codes: jax.Array, bits: int) -> jax.Array:
+def pack(codes: Shaped[Array, "*m k n"], bits: int) -> Shaped[Array, "*m bytes n"]:
     """Packs unsigned codes along axis -2.
 
     Args:
@@ -65,7 +67,9 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return jnp.stack(parts, axis=-2).reshape(*lead, -1, n)
 
 
-def unpack(packed: jax.Array, bits: int, padding: int = 0) -> jax.Array:
+def unpack(
+    packed: Shaped[Array, "*m bytes n"], bits: int, padding: int = 0
+) -> Shaped[Array, "*m k n"]:
     """Inverse of `pack`.
 
     Args:

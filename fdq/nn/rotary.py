@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.typing import Array, Float, Int
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -56,8 +57,8 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
 
 
 def rotary_angles(
-    positions: jax.Array, config: RotaryConfig, head_dim: int
-) -> tuple[jax.Array, jax.Array]:
+    positions: Int[Array, "b t"], config: RotaryConfig, head_dim: int
+) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"]]:
     """Cosines and sines of `positions [B, T]`, each `[B, T, head_dim / 2]` float32."""
     frequencies = jnp.asarray(inverse_frequencies(config, head_dim)).reshape(1, 1, -1)
     angles = positions.astype(jnp.float32)[..., None] * frequencies

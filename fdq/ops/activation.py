@@ -16,14 +16,19 @@ from jax import lax
 from fdq.formats.exact_arithmetic import quotient
 from fdq.ops.weight_view import WeightView
 from fdq.schemes.scheme import ActivationSpec
+from pallas_kernels.typing import Array, Float, Int, Num
 
 # FastDeploy's floor (per_token_quant_fp8.cu): a row of zeros gets a scale that is not zero.
 _SMALLEST_MAXIMUM = 1e-10
 
 
 def quantize_activation(
-    x: jax.Array, spec: ActivationSpec, scale: jax.Array | None = None, *, path: str = "<array>"
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, "*m k"],
+    spec: ActivationSpec,
+    scale: Float[Array, "*given"] | None = None,
+    *,
+    path: str = "<array>",
+) -> tuple[Num[Array, "*m k"], Float[Array, "*scales"]]:
     """Codes and scales of activations.
 
     Args:
@@ -80,7 +85,7 @@ def _dynamic_scale(x: jax.Array, bound: float, axes: tuple[int, ...] = (-1,)) ->
     return quotient(jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)), bound)
 
 
-def expand_groups(scale: jax.Array, group: int, k: int) -> jax.Array:
+def expand_groups(scale: Float[Array, "*m g"], group: int, k: int) -> Float[Array, "*m k"]:
     """``[..., G] -> [..., k]``: every scale repeated over its group, cut at k."""
     wide = jnp.broadcast_to(scale[..., None], (*scale.shape, group))
     return wide.reshape(*scale.shape[:-1], -1)[..., :k]
@@ -93,7 +98,7 @@ def activation_values(codes: jax.Array, scale: jax.Array, group: int | None, dty
     return (codes.astype(jnp.float32) * scale).astype(dtype)
 
 
-def padded_integer_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def padded_integer_dot(x: Int[Array, "m k"], w: Int[Array, "k n"]) -> Int[Array, "m n"]:
     """int8 ``x [M, K] @ w [K, N]`` -> int32, with a second row where there is one.
 
     XLA's CPU backend sends two rows and more to vector instructions for int8, one row to a loop
@@ -105,7 +110,7 @@ def padded_integer_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot(x, w, preferred_element_type=jnp.int32)[:m]
 
 
-def integer_product(x: jax.Array, view: WeightView) -> jax.Array:
+def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n"]:
     """int8 rows times integer weights: exact int32 per group, then the group's scale in float32.
 
     Args:

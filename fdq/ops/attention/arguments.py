@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor
+from pallas_kernels.typing import Array, Float, Int
 
 DEFAULT_BLOCK = 256
 
@@ -28,15 +29,15 @@ class AttentionArguments:
 
 
 def attention_reference(
-    q: jax.Array,
-    k: CacheTensor | jax.Array,
-    v: CacheTensor | jax.Array,
+    q: Float[Array, "b t h d"],
+    k: CacheTensor | Float[Array, "b kh s d"],
+    v: CacheTensor | Float[Array, "b kh s d"],
     *,
-    lengths: jax.Array,
-    offset: jax.Array | None = None,
+    lengths: Int[Array, " b"],
+    offset: Int[Array, " b"] | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "b t h d"]:
     """The meaning of `fdq.attention`: decode the cache, one softmax over all slots, float32."""
     t, h, d = q.shape[1:]
     keys, values = (

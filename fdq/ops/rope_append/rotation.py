@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from fdq.ops.rows import Normed, Rows, as_array
+from pallas_kernels.typing import Array, Float
 
 
 def apply_rotary(
-    x: jax.Array, angles: tuple[jax.Array, jax.Array], *, interleaved: bool
-) -> jax.Array:
+    x: Float[Array, "b t h d"], angles: tuple[jax.Array, jax.Array], *, interleaved: bool
+) -> Float[Array, "b t h d"]:
     """Rotates `x [B, T, heads, head_dim]` by `angles`, in float32; same shape and dtype."""
     cos, sin = (a[:, :, None, :] for a in angles)
     y = x.astype(jnp.float32)
