@@ -37,7 +37,9 @@ HIDDEN = {
 }
 # Several rooms of LEVELS in one box, for a reader who does not look so closely.
 TOGETHER = {
+    "fdq.quantizers.layer_inputs": "fdq.quantizers.quantization",
     "fdq.quantizers.modules": "fdq.quantizers.quantization",
+    "fdq.quantizers.assigned": "fdq.quantizers.quantization",
     "fdq_checkpoints.stream": "fdq_checkpoints.__init__",
     "fdq_checkpoints.saving": "fdq_checkpoints.__init__",
     "fdq_checkpoints.loading": "fdq_checkpoints.__init__",
@@ -75,8 +77,7 @@ def arrows() -> set[Edge]:
     for one in import_graph.own_imports():
         rooms = import_graph.room(one.importer), import_graph.room(one.module)
         here, there = (TOGETHER.get(name, name) for name in rooms)
-        down = import_graph.height(there) < import_graph.height(here)  # the tests see to the rest
-        if down and {here, there} <= known:
+        if here != there and {here, there} <= known and not import_graph.goes_up(one):
             edges.add((here, there))
     below = collections.defaultdict(set)
     for here, there in edges:

@@ -26,4 +26,3 @@ else:
 
         def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
             return item[0]
-
