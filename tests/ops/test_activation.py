@@ -11,7 +11,8 @@ from fdq import ops
 from fdq.formats.qtensor import dequantize
 from fdq.ops import preparation
 from fdq.schemes.scheme import ActivationSpec
-from tests.ops.format_cases import error, weight
+from tests.closeness import error
+from tests.formats.cases import quantized
 
 INT8 = ActivationSpec(format="int8")
 FP8 = ActivationSpec(format="float8_e4m3")
@@ -56,7 +57,7 @@ def test_codes(spec, rng):
 def test_w8a8_is_an_integer_product(m, rng, monkeypatch):
     """int32 sums are exact, then two float32 products: equal to the last bit but one."""
     monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
-    q, x = weight("int8 channel"), rows(rng, m)
+    q, x = quantized("int8"), rows(rng, m)
     codes, scale = reference_codes(x, INT8)
     sums = codes @ np.asarray(q.codes).astype(np.int64)
     expected = sums.astype(np.float32) * np.asarray(q.scale) * scale[:, :1]
@@ -67,10 +68,10 @@ def test_w8a8_is_an_integer_product(m, rng, monkeypatch):
 
 @pytest.mark.parametrize("m", [1, 4])
 @pytest.mark.parametrize(
-    "name", ["int4 channel", "int4 group", "int4 group integer", "int3 group", "int2 group half"]
+    "name", ["int4-channel", "int4-g64", "int4-g32-asym", "int3-g64", "int2-g32-half"]
 )
 def test_integer_weights_and_int8(name, m, rng):
-    q, x = weight(name), rows(rng, m)
+    q, x = quantized(name), rows(rng, m)
     codes, scale = reference_codes(x, INT8)
     levels = _levels(q)
     wide = np.repeat(np.asarray(q.scale, np.float64), 256 // q.scale.shape[0], axis=0)
@@ -91,16 +92,16 @@ def _levels(q):
 @pytest.mark.parametrize(
     "name, spec",
     [
-        ("float8_e4m3 channel", FP8),  # Wfp8Afp8
-        ("int4 group", FP8),  # W4Afp8
-        ("float8_e4m3 block", FP8_BLOCK),  # block-wise FP8
-        ("nf4 group", INT8),  # WNF4A8
+        ("fp8", FP8),  # Wfp8Afp8
+        ("int4-g64", FP8),  # W4Afp8
+        ("fp8-block", FP8_BLOCK),  # block-wise FP8
+        ("nf4-g64", INT8),  # WNF4A8
         ("mxfp4", FP8),
     ],
 )
 def test_float8_products(name, spec, m, rng):
     """Code values times decoded weights, scaled per token (and per slice of K)."""
-    q, x = weight(name), rows(rng, m)
+    q, x = quantized(name), rows(rng, m)
     codes, scale = reference_codes(x, spec)
     expected = (codes * scale) @ np.asarray(dequantize(q), np.float64)
     assert error(fdq.matmul(x, q, activation=spec), expected) < ROUNDING
@@ -108,7 +109,7 @@ def test_float8_products(name, spec, m, rng):
 
 def test_block_wise_fp8_slice_by_slice(rng):
     """The definition that FastDeploy's GEMM has: a float32 sum per 128 rows times sA * sW."""
-    q, x = weight("float8_e4m3 block"), rows(rng, 3)
+    q, x = quantized("fp8-block"), rows(rng, 3)
     codes, scale = reference_codes(x, FP8_BLOCK)
     weights = np.asarray(q.codes).astype(np.float64)
     expected = 0.0
@@ -122,7 +123,7 @@ def test_block_wise_fp8_slice_by_slice(rng):
 @pytest.mark.parametrize("format", ["int8", "float8_e4m3"])
 def test_static_scale(format, rng):
     spec = ActivationSpec(format=format, granularity="tensor", dynamic=False)
-    q, x = weight("int8 channel"), rows(rng, 3)
+    q, x = quantized("int8"), rows(rng, 3)
     scale = np.float32(np.abs(x).max() / 200)
     codes, _ = reference_codes(x, spec, scale)
     expected = codes * scale @ np.asarray(dequantize(q), np.float64)
@@ -135,7 +136,7 @@ def test_static_scale(format, rng):
 
 
 def test_the_gradient_is_straight_through(rng):
-    q, x = weight("int4 group"), rows(rng, 2)
+    q, x = quantized("int4-g64"), rows(rng, 2)
     gradient = jax.grad(lambda x: fdq.matmul(x, q, activation="int8").sum())(x)
     expected = np.broadcast_to(np.asarray(dequantize(q), np.float64).sum(1), x.shape)
     assert error(gradient, expected) < 5e-6
@@ -148,7 +149,7 @@ def test_the_gradient_is_straight_through(rng):
 def test_integer_dots_are_integer_dots(monkeypatch):
     """No float product of the weight anywhere: the dot of W8A8 takes int8 and gives int32."""
     monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
-    q = weight("int8 channel")
+    q = quantized("int8")
     text = jax.jit(lambda x, q: fdq.matmul(x, q, activation="int8")).lower(
         jnp.ones((4, 256)), ops.prepare(q, "cpu")
     )
@@ -158,4 +159,4 @@ def test_integer_dots_are_integer_dots(monkeypatch):
 
 def test_unknown_activation():
     with pytest.raises(ValueError, match="int5"):
-        fdq.matmul(jnp.ones((1, 256)), weight("int8 channel"), activation="int5")
+        fdq.matmul(jnp.ones((1, 256)), quantized("int8"), activation="int5")

@@ -11,7 +11,7 @@ import fdq
 from fdq import ops
 from fdq.cache import CacheTensor, quantize_cache
 from fdq.schemes.scheme import CacheSpec
-from tests.ops.format_cases import error
+from tests.closeness import error
 
 B, H, KH, S, D = 3, 4, 2, 37, 16
 SPECS = {

@@ -12,7 +12,8 @@ import fdq
 from fdq import ops
 from fdq.formats.qtensor import dequantize
 from fdq.quantizers import quantize_array
-from tests.ops.format_cases import SPECS, error
+from tests.closeness import error
+from tests.formats.cases import PRODUCTS
 
 E, K, N = 6, 128, 96
 
@@ -20,7 +21,7 @@ E, K, N = 6, 128, 96
 @functools.cache
 def experts(name):
     w = np.random.default_rng(5).standard_normal((E, K, N))
-    return quantize_array(jnp.asarray(w, jnp.float32), SPECS[name], method="absmax")
+    return quantize_array(jnp.asarray(w, jnp.float32), PRODUCTS[name], method="absmax")
 
 
 def problem(rng, t):
@@ -38,7 +39,7 @@ grouped = jax.jit(fdq.grouped_matmul, static_argnames="activation")
 
 
 @pytest.mark.parametrize("t", [1, 4, 100])
-@pytest.mark.parametrize("name", ["int8 channel", "int4 group", "float8_e4m3 block"])
+@pytest.mark.parametrize("name", ["int8", "int4-g64", "fp8-block"])
 def test_equals_the_picked_weights(name, t, rng):
     q = experts(name)
     x, index = problem(rng, t)
@@ -47,7 +48,7 @@ def test_equals_the_picked_weights(name, t, rng):
 
 @pytest.mark.parametrize("t", [4, 100])
 def test_activation_quantization(t, rng):
-    q = experts("int4 group")
+    q = experts("int4-g64")
     x, index = problem(rng, t)
     codes, scale = ops.quantize_activation(x, ops.parse_activation("int8"))
     wanted = expected(np.asarray(codes) * np.asarray(scale, np.float64), dequantize(q), index)
@@ -55,7 +56,7 @@ def test_activation_quantization(t, rng):
 
 
 def test_array_weights_and_gradients(rng):
-    w = dequantize(experts("int8 channel"))
+    w = dequantize(experts("int8"))
     for t in (4, 40):
         x, index = problem(rng, t)
         loss = jax.jit(jax.grad(lambda x, w, i: fdq.grouped_matmul(x, w, i).sum(), (0, 1)))
@@ -64,13 +65,13 @@ def test_array_weights_and_gradients(rng):
         by_hand = np.zeros((E, K))
         np.add.at(by_hand, np.asarray(index), np.asarray(x, np.float64))
         assert error(dw, np.repeat(by_hand[:, :, None], N, axis=2)) < 5e-6
-        q = experts("int8 channel")
+        q = experts("int8")
         dx = jax.jit(jax.grad(lambda x, q, i: fdq.grouped_matmul(x, q, i).sum()))(x, q, index)
         assert error(dx, np.asarray(w, np.float64).sum(2)[index]) < 5e-6
 
 
 def test_vmap(rng):
-    q = experts("int4 group")
+    q = experts("int4-g64")
     x, index = problem(rng, 8)
     y = jax.vmap(fdq.grouped_matmul, in_axes=(0, None, 0))(
         x.reshape(2, 4, K), q, index.reshape(2, 4)
@@ -81,7 +82,7 @@ def test_vmap(rng):
 @pytest.mark.parametrize("t", [4, 100])
 def test_only_picked_experts_are_read(t):
     """In the compiled program, whatever reads the stacked codes slices one expert of them."""
-    q = experts("int4 group")
+    q = experts("int4-g64")
     x, index = jax.ShapeDtypeStruct((t, K), jnp.float32), jax.ShapeDtypeStruct((t,), jnp.int32)
     compiled = grouped.lower(x, q, index).compile()
     stack, one = f"u8[{E},{K // 2},{N}]", f"u8[1,{K // 2},{N}]"
@@ -96,7 +97,7 @@ def test_only_picked_experts_are_read(t):
 
 
 def test_wrong_shapes():
-    q = experts("int4 group")
+    q = experts("int4-g64")
     with pytest.raises(ValueError, match="expected one expert a row"):
         fdq.grouped_matmul(jnp.ones((3, K)), q, jnp.zeros((2,), jnp.int32))
     with pytest.raises(ValueError, match=r"x \[T, K\] and w \[E, K, N\]"):

@@ -16,7 +16,8 @@ from fdq.ops import preparation
 from fdq.ops.choice import Target
 from fdq.ops.matmul import xla
 from fdq.ops.matmul.xla import _compute_dtype
-from tests.ops.format_cases import SPECS, error, weight
+from tests.closeness import error
+from tests.formats.cases import PRODUCTS, quantized
 
 TOLERANCE = 5e-6
 FORMULATIONS = (("fused", 4), ("tiles", 200), ("whole", 0))
@@ -35,16 +36,16 @@ def compiled(program):
 
 @functools.cache
 def decoded(name, k=256, n=512):
-    return np.asarray(dequantize(weight(name, k, n)), np.float64)
+    return np.asarray(dequantize(quantized(name, k, n)), np.float64)
 
 
 def rows(rng, m, k=256):
     return jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_equals_the_decoded_product(name, rng):
-    q = weight(name)
+    q = quantized(name)
     for program, m in zip(FORMULATIONS, (1, 3, 3), strict=True):
         x = rows(rng, m)
         y = compiled(program)(x, q)
@@ -52,14 +53,14 @@ def test_equals_the_decoded_product(name, rng):
         assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_transformations(name, rng):
     """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program.
 
     N is odd, and K where no group must divide it: 331 rows fill neither a packed unit nor a block.
     """
-    k, n = (384 if SPECS[name].granularity == "group" else 331), 131
-    q = weight(name, k, n)
+    k, n = (384 if PRODUCTS[name].granularity == "group" else 331), 131
+    q = quantized(name, k, n)
     assert q.shape == (k, n)
     stack = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1]]), q)
     x, direction = rows(rng, 2, k), rows(rng, 2, n)
@@ -78,7 +79,7 @@ def test_transformations(name, rng):
     assert error(over_x, expected) < TOLERANCE
     assert error(over_both[0], expected[0]) < TOLERANCE
     assert error(gradient, np.asarray(direction, np.float64) @ w.T) < TOLERANCE
-    if name not in ("float8_e4m3 block", "nf4 double"):  # their scales span columns
+    if name not in ("fp8-block", "nf4-g64-dq"):  # their scales span columns
         assert error(over_both[1], expected[1, ::-1]) < TOLERANCE
 
 
@@ -89,9 +90,9 @@ def _partition(q):
     )
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_sharded_over_eight_devices(name, rng):
-    q, x = weight(name), rows(rng, 3)
+    q, x = quantized(name), rows(rng, 3)
     expected = np.asarray(x, np.float64) @ decoded(name)
     mesh = jax.make_mesh((2, 4), ("k", "n"), axis_types=(AxisType.Auto,) * 2)
     partition = _partition(q)
@@ -100,7 +101,7 @@ def test_sharded_over_eight_devices(name, rng):
     y = jax.jit(fdq.matmul)(x_shards, shards)
     assert error(y, expected) < TOLERANCE
 
-    if name == "nf4 double":
+    if name == "nf4-g64-dq":
         return  # a scale of scales spans 256 columns, two shards
     local = jax.shard_map(
         lambda x, q: jax.lax.psum(fdq.matmul(x, q), "k"),
@@ -111,9 +112,9 @@ def test_sharded_over_eight_devices(name, rng):
     assert error(jax.jit(local)(x_shards, shards), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["int4 group", "float8_e4m3 block"])
+@pytest.mark.parametrize("name", ["int4-g64", "fp8-block"])
 def test_explicit_mesh_axes(name, rng):
-    q, x = weight(name), rows(rng, 3)
+    q, x = quantized(name), rows(rng, 3)
     mesh = jax.make_mesh((2, 4), ("k", "n"), axis_types=(AxisType.Explicit,) * 2)
     shards = jax.device_put(q, jax.tree.map(lambda s: NamedSharding(mesh, s), _partition(q)))
     x_shards = jax.device_put(x, NamedSharding(mesh, P(None, "k")))
@@ -148,7 +149,7 @@ def test_odd_shapes(name, k, n, rng):
 
 @pytest.mark.parametrize("activation", [None, "int8"])
 def test_no_rows(activation):
-    q = weight("int4 group")
+    q = quantized("int4-g64")
     assert fdq.matmul(jnp.zeros((2, 0, 256)), q, activation=activation).shape == (2, 0, 512)
 
 
@@ -166,8 +167,8 @@ def test_groups_that_split_a_packed_unit(rng):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bit_activations_are_summed_in_float32(dtype, rng):
-    q, x = weight("int4 group"), rows(rng, 2).astype(dtype)
-    expected = np.asarray(x.astype(jnp.float32), np.float64) @ decoded("int4 group")
+    q, x = quantized("int4-g64"), rows(rng, 2).astype(dtype)
+    expected = np.asarray(x.astype(jnp.float32), np.float64) @ decoded("int4-g64")
     assert fdq.matmul(x, q).dtype == dtype
     assert error(fdq.matmul(x, q, out_dtype=jnp.float32), expected) < TOLERANCE
 
@@ -185,10 +186,10 @@ def test_array_weights(dtype, m, rng):
     assert error(gradient.astype(jnp.float32), by_hand) < (1e-6 if dtype == jnp.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("name", ["int8 channel", "int8 tensor"])
+@pytest.mark.parametrize("name", ["int8", "int8-tensor"])
 def test_prepared_weights(name, rng, monkeypatch):
     monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
-    q = weight(name)
+    q = quantized(name)
     tree = ops.prepare({"a": q, "b": jnp.ones(3)}, "cpu")
     prepared = tree["a"]
     assert prepared.layout == "transposed" and prepared.shape == q.shape
@@ -201,7 +202,7 @@ def test_prepared_weights(name, rng, monkeypatch):
         assert error(fdq.matmul(x, prepared), expected) < TOLERANCE
     gradient = jax.grad(lambda x: fdq.matmul(x, prepared).sum())(x)
     assert error(gradient, np.broadcast_to(decoded(name).sum(1), x.shape)) < TOLERANCE
-    assert ops.prepare(weight("int4 group"), "cpu").layout == "canonical"
+    assert ops.prepare(quantized("int4-g64"), "cpu").layout == "canonical"
     assert ops.prepare(q, "gpu").layout == "mosaic_gpu"
     monkeypatch.setattr(preparation, "_has_matrix_units", lambda: False)
     assert ops.prepare(q, "cpu").layout == "canonical"
@@ -213,7 +214,7 @@ def test_prepare_walks_modules(rng, monkeypatch):
 
     class Layer(nnx.Module):
         def __init__(self):
-            q = weight("int8 channel")
+            q = quantized("int8")
             boxed = {n: nnx.Variable(a) for n, a in q.arrays().items()}
             self.kernel = nnx.data(type(q)(**boxed, spec=q.spec))
 
@@ -222,12 +223,12 @@ def test_prepare_walks_modules(rng, monkeypatch):
     assert layer.kernel.layout == "canonical" and prepared.kernel.layout == "transposed"
     assert isinstance(prepared.kernel.data, nnx.Variable)
     x = rows(rng, 1)
-    assert error(fdq.matmul(x, prepared.kernel), np.asarray(x) @ decoded("int8 channel")) < 1e-5
+    assert error(fdq.matmul(x, prepared.kernel), np.asarray(x) @ decoded("int8")) < 1e-5
 
 
 def test_the_weight_is_never_decoded_whole():
     """Temporary memory of one row, and of a tile, is a fraction of the decoded weight."""
-    q = weight("int4 group", 1024, 2048)
+    q = quantized("int4-g64", 1024, 2048)
     for m, program in ((1, ("fused", 8)), (64, ("tiles", 256))):
         x = jax.ShapeDtypeStruct((m, 1024), jnp.float32)
         memory = compiled(program).lower(x, q).compile().memory_analysis()
@@ -235,7 +236,7 @@ def test_the_weight_is_never_decoded_whole():
 
 
 def test_implementation(monkeypatch):
-    q, x = weight("int8 channel"), jnp.ones((1, 256))
+    q, x = quantized("int8"), jnp.ones((1, 256))
     with pytest.raises(ValueError, match=r"unknown implementation 'triton'; use one of 'xla'"):
         fdq.matmul(x, q, implementation="triton")
     many = jnp.ones((9, 256))
@@ -250,7 +251,7 @@ def test_implementation(monkeypatch):
 
 
 def test_wrong_shapes():
-    q = weight("int8 channel")
+    q = quantized("int8")
     with pytest.raises(ValueError, match=r"layer.w: matmul expects x \[..., K\]"):
         fdq.matmul(jnp.ones((1, 255)), q, path="layer.w")
     with pytest.raises(ValueError, match=r"map over leading axes with jax.vmap"):
@@ -264,12 +265,12 @@ def test_compute_dtype_of_old_gpus():
     assert _compute_dtype(jnp.float32, old) == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["int4 group", "int8 channel", "int3 group", "float8_e4m3 block"])
+@pytest.mark.parametrize("name", ["int4-g64", "int8", "int3-g64", "fp8-block"])
 def test_programs_of_other_devices(name, rng, monkeypatch):
     """What GPUs run, run here: a reduction for few rows, dots in the dtype of x for more."""
     gpu = Target("gpu", has_bfloat16=True)
     monkeypatch.setattr(xla, "trace_target", lambda: gpu)
-    q = weight(name)
+    q = quantized(name)
     for m, dtype, tolerance in (
         (1, jnp.float32, TOLERANCE),
         (3, jnp.bfloat16, TOLERANCE),
@@ -289,7 +290,7 @@ def test_programs_of_other_devices(name, rng, monkeypatch):
     assert lowered.as_text().count("\n") < 300, "programs must not grow with K"
 
 
-@pytest.mark.parametrize("name", ["int4 group", "float8_e4m3 channel"])
+@pytest.mark.parametrize("name", ["int4-g64", "fp8"])
 def test_float16_takes_outliers_of_bfloat16(name, rng):
     """Activations beyond 65504 are legal in bfloat16, on GPUs that compute it in float16 too."""
     from fdq.ops.matmul.weight_only import plane_product
@@ -297,7 +298,7 @@ def test_float16_takes_outliers_of_bfloat16(name, rng):
 
     x = rows(rng, 3).at[0, 7].set(3e5).at[1].set(0.0).astype(jnp.bfloat16)
     expected = np.asarray(x, np.float64) @ decoded(name)
-    y = plane_product(x, view_weight(weight(name)), jnp.float16)
+    y = plane_product(x, view_weight(quantized(name)), jnp.float16)
     assert error(y[0], expected[0]) < 1e-3 and error(y[2], expected[2]) < 1e-3
     assert not y[1].any()
 
@@ -313,7 +314,7 @@ def test_transposed_array(dtype, rng):
 @pytest.mark.parametrize("m", [1, 4])
 def test_a_loop_does_not_keep_decoded_weights(m):
     """XLA moves what does not change out of a loop; the decoding must stay inside."""
-    q = weight("int4 group", 1024, 2048)
+    q = quantized("int4-g64", 1024, 2048)
 
     @jax.jit
     def loop(x, q):

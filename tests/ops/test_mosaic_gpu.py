@@ -18,7 +18,7 @@ from fdq.ops.grouped_matmul import mosaic_gpu as grouped
 from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.preparation import prepare_in_place
-from tests.ops.format_cases import error
+from tests.closeness import error
 
 TOLERANCE = 5e-6
 SCHEMES = ["W8A16", "W4A16", "W4A16-g64", "W2A16"]
