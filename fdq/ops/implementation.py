@@ -80,7 +80,7 @@ class Op[A]:
         else:
             source = "implementation" if implementation else "FDQ_IMPLEMENTATION"
             if name not in self.implementations:
-                options = ", ".join(map(repr, self.implementations))
+                options = ", ".join(map(repr, reversed(list(self.implementations))))
                 raise ValueError(
                     f"{self.name}: unknown {source} {name!r}; use one of {options}, or None."
                 )

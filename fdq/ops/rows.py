@@ -26,16 +26,20 @@ class Normed:
       x: `[..., K]`, any float dtype.
       scale: `[K]`.
       epsilon: added to the mean square.
+      lead: leading axes of the rows where they are not those of x. The norm is rounded first and
+        reshaped then: between a rounding and a conversion to float32 that touch, XLA drops both.
     """
 
     x: Any
     scale: Any
     epsilon: float = dataclasses.field(metadata={"static": True})
+    lead: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`[..., K]`."""
-        return tuple(self.x.shape)
+        *lead, width = self.x.shape
+        return (*(lead if self.lead is None else self.lead), width)
 
     @property
     def dtype(self) -> Any:
@@ -47,11 +51,12 @@ class Normed:
         y = self.x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         scale = self.scale.astype(jnp.float32)
-        return (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(self.x.dtype)
+        y = (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(self.x.dtype)
+        return y if self.lead is None else y.reshape(self.shape)
 
     def reshape(self, *lead: int) -> Normed:
         """The same rows with other leading axes."""
-        return dataclasses.replace(self, x=self.x.reshape(*lead, self.shape[-1]))
+        return dataclasses.replace(self, lead=lead)
 
 
 @jax.tree_util.register_dataclass

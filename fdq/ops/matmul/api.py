@@ -151,7 +151,11 @@ def row_axes(x: Rows) -> list[Any]:
     if isinstance(x, Gated):
         x = x.sums
     array, first = (x.parts, 1) if isinstance(x, Sums) else (getattr(x, "x", x), 0)
-    return [spec_entry(array, i) for i in range(first, array.ndim - 1)]
+    axes = [spec_entry(array, i) for i in range(first, array.ndim - 1)]
+    if len(x.shape) == 2 and len(axes) > 1:  # flattened where they are read
+        names = [(a,) if isinstance(a, str) else a or () for a in axes]
+        return [sum(names, ()) or None]
+    return axes
 
 
 def weight_axis(w: Any) -> Any:

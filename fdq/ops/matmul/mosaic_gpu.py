@@ -87,7 +87,7 @@ def staged(x: Rows) -> Any:
 
     x = flattened(x)
     if isinstance(x, Normed):
-        return row_sources.Normed(x.x, x.scale, x.epsilon)
+        return row_sources.Normed(x.x.reshape(x.shape), x.scale, x.epsilon)
     if isinstance(x, Gated) and x.sums.bias is None:
         return row_sources.Gated(x.sums.parts, x.dtype)
     return as_array(x)
