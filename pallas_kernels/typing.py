@@ -26,3 +26,5 @@ else:
 
         def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
             return item[0]
+
+    Bool = Float = Int = Num = Shaped = _Described
