@@ -76,7 +76,7 @@ class QuantizedWeight:
 
     @property
     def is_abstract(self) -> bool:
-        """Whether it holds `jax.ShapeDtypeStruct` s instead of arrays."""
+        """Whether it holds `jax.ShapeDtypeStruct`s instead of arrays."""
         return isinstance(jax.tree.leaves(self)[0], jax.ShapeDtypeStruct)
 
     def __repr__(self) -> str:
@@ -146,7 +146,7 @@ class QTensor(QuantizedWeight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(..., K, N)`` of the weight, derived from the codes (right inside vmap and scan)."""
+        """`(..., K, N)` of the weight, derived from the codes (right inside vmap and scan)."""
         return FORMATS[self.spec.format].shape_from_codes(tuple(self.codes.shape), self.padding)
 
     @property
@@ -160,7 +160,7 @@ class QTensor(QuantizedWeight):
 
 
 def materialize[W: QuantizedWeight](q: W) -> W:
-    """A weight whose fields are `nnx.Variable` s -> the same with the arrays they hold."""
+    """A weight whose fields are `nnx.Variable`s -> the same with the arrays they hold."""
     changes = {
         name: value.get_value()
         for name, value in q.arrays().items()
@@ -170,15 +170,15 @@ def materialize[W: QuantizedWeight](q: W) -> W:
 
 
 def dequantize(q: QuantizedWeight, dtype: Any = jnp.float32) -> Any:
-    """The weight that ``q`` stands for.
+    """The weight that `q` stands for.
 
     Args:
-      q: arrays, tracers, ``nnx.Variable`` s or ``jax.ShapeDtypeStruct`` s, in any layout and with
+      q: arrays, tracers, `nnx.Variable`s or `jax.ShapeDtypeStruct`s, in any layout and with
         any leading axes.
       dtype: of the result; values are formed in float32 and then cast.
 
     Returns:
-      ``[..., K, N]``; a ``ShapeDtypeStruct`` if ``q`` holds those.
+      `[..., K, N]`; a `ShapeDtypeStruct` if `q` holds those.
     """
     q = materialize(q)
     if q.is_abstract:

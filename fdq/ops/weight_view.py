@@ -42,13 +42,13 @@ _FLOATS = _Floats()
 
 @dataclasses.dataclass(frozen=True)
 class WeightView:
-    """A quantized ``[K, N]`` weight as ops read it.
+    """A quantized `[K, N]` weight as ops read it.
 
     Attributes:
-      codes: ``[units * unit_bytes, N]`` uint8 (int8 for ``int8``; floats of an array).
-      scale: float32 ``[G, N]`` or ``[G, 1]``, everything that multiplies folded in.
-      zero: float32 of the shape of ``scale``, or None.
-      tables: what the format needs besides to decode a unit, ``[1, N]`` each.
+      codes: `[units * unit_bytes, N]` uint8 (int8 for `int8`; floats of an array).
+      scale: float32 `[G, N]` or `[G, 1]`, everything that multiplies folded in.
+      zero: float32 of the shape of `scale`, or None.
+      tables: what the format needs besides to decode a unit, `[1, N]` each.
       format: the `Format` that decodes units.
       spec: how the weight is stored; None for the view of an array.
     """
@@ -62,7 +62,7 @@ class WeightView:
 
     @property
     def kind(self) -> str:
-        """Name of the format, or ``array`` for floats."""
+        """Name of the format, or `array` for floats."""
         return self.format.name
 
     @property
@@ -103,14 +103,14 @@ class WeightView:
     def decode_unit(
         self, unit: list[jax.Array], tables: tuple[jax.Array, ...] | None = None
     ) -> list[jax.Array]:
-        """Values of the rows of a packed unit, before ``zero``, ``scale`` and ``multiplier``.
+        """Values of the rows of a packed unit, before `zero`, `scale` and `multiplier`.
 
         Args:
-          unit: ``unit_bytes`` arrays of one shape.
-          tables: ``self.tables`` in a shape that broadcasts to that one.
+          unit: `unit_bytes` arrays of one shape.
+          tables: `self.tables` in a shape that broadcasts to that one.
 
         Returns:
-          ``unit_rows`` float32 arrays of that shape.
+          `unit_rows` float32 arrays of that shape.
         """
         return self.format.decode_unit(unit, self.spec, self.tables if tables is None else tables)
 
@@ -121,7 +121,7 @@ class WeightView:
         return self.format.unit_codes(unit)
 
     def slice_columns(self, start: Any, width: int) -> WeightView:
-        """The view of columns ``start .. start + width``; ``start`` may be traced."""
+        """The view of columns `start .. start + width`; `start` may be traced."""
 
         def cut(a):
             if a is None or a.shape[-1] == 1:
@@ -152,16 +152,16 @@ def _as_bytes(codes: jax.Array) -> jax.Array:
 
 
 def _repeat_last(a: jax.Array, times: int, size: int) -> jax.Array:
-    """Repeats every element of the last axis ``times`` times and cuts it at ``size``."""
+    """Repeats every element of the last axis `times` times and cuts it at `size`."""
     wide = jnp.broadcast_to(a[..., None], (*a.shape, times))
     return wide.reshape(*a.shape[:-1], -1)[..., :size]
 
 
 def view_weight(q: QTensor) -> WeightView | None:
-    """The element-wise view of a canonical ``[K, N]`` QTensor, or None where there is none.
+    """The element-wise view of a canonical `[K, N]` QTensor, or None where there is none.
 
     There is none where the format has no packed units, or one holds rows of two groups (a group of
-    6 rows of 3-bit codes); such weights are decoded by ``fdq.dequantize``.
+    6 rows of 3-bit codes); such weights are decoded by `fdq.dequantize`.
     """
     spec, arrays = q.spec, q.arrays()
     format = FORMATS[spec.format]
@@ -189,22 +189,22 @@ def view_weight(q: QTensor) -> WeightView | None:
 
 
 def view_array(w: jax.Array) -> WeightView:
-    """The view of a float ``[K, N]`` array."""
+    """The view of a float `[K, N]` array."""
     return WeightView(w, jnp.ones((1, 1), jnp.float32), None, (), _FLOATS, None)
 
 
 def decode_planes(view: WeightView, *, with_scale: bool = True) -> list[jax.Array]:
-    """The weight as ``unit_rows`` float32 planes; plane ``p`` holds rows ``p, p + unit_rows, ...``.
+    """The weight as `unit_rows` float32 planes; plane `p` holds rows `p, p + unit_rows, ...`.
 
     Planes instead of one matrix: interleaving rows costs a copy, taking every P-th column of x
     costs nothing.
 
     Args:
-      view: of a ``[K, N]`` weight.
+      view: of a `[K, N]` weight.
       with_scale: False leaves out scale and multiplier, but not the zero point.
 
     Returns:
-      ``unit_rows`` arrays ``[units, N]``.
+      `unit_rows` arrays `[units, N]`.
     """
     shape = (view.units, view.unit_bytes, view.columns)
     codes = view.codes.reshape(shape)

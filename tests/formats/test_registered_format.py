@@ -114,16 +114,16 @@ def test_arrays_and_products(format, name, rng):
 
 def test_modules_of_others(format, name):
     layer = nnx.Linear(64, 40, rngs=nnx.Rngs(0))
-    quantized = fdq.quantize(layer, f"W{format.grammar_name}", quiet=True)
+    quantized = fdq.quantize(layer, f"W{format.grammar_name}")
     x = np.random.default_rng(1).standard_normal((2, 64)).astype(np.float32)
     expected = x @ np.asarray(fdq.dequantize(quantized.kernel)) + np.asarray(layer.bias)
     assert_close(quantized(jnp.asarray(x)), expected, of_largest=1e-5)
 
 
 def test_models_are_saved_restored_and_generate(name, tmp_path):
-    model = fdq.load(shipped_model_path(), name, quiet=True)
+    model = fdq.load(shipped_model_path(), name)
     fdq.save(model, tmp_path / "model")
-    restored = fdq.load(tmp_path / "model", quiet=True)
+    restored = fdq.load(tmp_path / "model")
     tokens = jnp.asarray([[1, 5, 9, 2]], jnp.int32)
     np.testing.assert_array_equal(np.asarray(restored(tokens)), np.asarray(model(tokens)))
     (continued,) = fdq.generate(restored, [[1, 5, 9]], 3, stop_tokens=())
