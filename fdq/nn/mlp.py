@@ -62,7 +62,7 @@ class MoE(nnx.Module):
         if shared is None:
             y = hand_on(self.experts, rows, *routed)
         elif isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts):
-            y = self.experts(rows, *routed, shared)
+            y = self.experts(rows, *routed, shared=shared)
         else:
             y = hand_on(self.experts, rows, *routed) + hand_on(shared, rows)
         return y.reshape(x.shape)

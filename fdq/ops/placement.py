@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 
 def sharded(*trees: Any) -> str | None:
@@ -26,5 +27,5 @@ def sharded(*trees: Any) -> str | None:
 def devices(*trees: Any) -> int:
     """On how many devices arrays lie; 1 where they do not say."""
     arrays = (a for a in jax.tree.leaves(trees) if isinstance(a, jax.Array))
-    held = (a.sharding for a in arrays if not isinstance(a, jax.core.Tracer))
+    held = (a.sharding for a in arrays if not isinstance(a, Tracer))
     return max((len(sharding.device_set) for sharding in held), default=1)

@@ -43,7 +43,7 @@ class PreparedWeight(QuantizedWeight):
     def of(cls, q: QuantizedWeight) -> Self:
         """A weight in this layout; a QTensor of `jax.ShapeDtypeStruct` s gives an abstract one."""
         q = q.canonical()
-        convert = functools.partial(cls._convert, spec=q.spec, shape=q.shape[-2:])
+        convert = functools.partial(cls._convert, spec=q.spec, shape=(q.shape[-2], q.shape[-1]))
         data = jax.eval_shape(convert, q.arrays()) if q.is_abstract else convert(q.arrays())
         return cls(data, spec=q.spec, padding=q.padding)
 

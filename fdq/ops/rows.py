@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def as_array(rows: Rows) -> jax.Array:
     return rows.value() if isinstance(rows, Normed | Sums | Gated) else rows
 
 
-def flattened(rows: Rows) -> Rows:
+def flattened[R: Rows](rows: R) -> R:
     """Rows `[..., K]` as `[M, K]`."""
     if len(rows.shape) == 2:
         return rows
@@ -149,5 +149,5 @@ def flattened(rows: Rows) -> Rows:
     for size in rows.shape[:-1]:
         count *= size
     if isinstance(rows, Normed | Sums | Gated):
-        return rows.reshape(count)
-    return rows.reshape(count, rows.shape[-1])
+        return cast(R, rows.reshape(count))
+    return cast(R, rows.reshape(count, rows.shape[-1]))

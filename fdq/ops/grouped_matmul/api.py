@@ -84,7 +84,7 @@ def grouped_product(
       `[*index.shape, N]`, or `[T, N]` with `weights`; and the product `beside` if there is one.
     """
     a, beside = arguments, arguments.beside
-    run = GROUPED_MATMUL.choose(a, implementation)
+    run: Any = GROUPED_MATMUL.choose(a, implementation)
     joined = beside is not None and run.joins(a)
     found = in_auto_axes(
         functools.partial(_parts, run, a.activation, a.picks, a.path),

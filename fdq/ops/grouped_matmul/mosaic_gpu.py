@@ -85,13 +85,13 @@ def gathered_sums(
     """
     from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
 
-    x = staged(x)
-    settings = tuned(_KERNEL, w.layout.format, x.shape[0], w.layout.k * w.layout.n).config
+    rows = staged(x)
+    settings = tuned(_KERNEL, w.layout.format, rows.shape[0], w.layout.k * w.layout.n).config
     config = dataclasses.replace(gathered_config(w.layout, index.shape[0]), **settings)
     if shared is None:
-        return gathered_matrix_vector(x, w, index, config=config), None
-    shared = staged(shared[0]), shared[1]
-    return gathered_matrix_vector(x, w, index, config=config, shared=shared)
+        return gathered_matrix_vector(rows, w, index, config=config), None
+    more = staged(shared[0]), shared[1]
+    return gathered_matrix_vector(rows, w, index, config=config, shared=more)
 
 
 def _case(spec: WeightSpec) -> tuple[Any, Any]:

@@ -150,7 +150,8 @@ def row_axes(x: Rows) -> list[Any]:
     """Mesh axes of the leading axes of rows."""
     if isinstance(x, Gated):
         x = x.sums
-    array, first = (x.parts, 1) if isinstance(x, Sums) else (getattr(x, "x", x), 0)
+    array: Any = x.x if isinstance(x, Normed) else x
+    array, first = (x.parts, 1) if isinstance(x, Sums) else (array, 0)
     axes = [spec_entry(array, i) for i in range(first, array.ndim - 1)]
     if len(x.shape) == 2 and len(axes) > 1:  # flattened where they are read
         names = [(a,) if isinstance(a, str) else a or () for a in axes]

@@ -97,8 +97,8 @@ def partial_sums(x: Rows, w: KernelWeight) -> jax.Array:
     """Rows times a weight -> float32 `[split, M, N]`."""
     from pallas_kernels.matmul.matrix_vector import matrix_vector
 
-    x = staged(x)
-    return matrix_vector(x, w, config=_config("matrix_vector", w, x.shape[0]))
+    rows = staged(x)
+    return matrix_vector(rows, w, config=_config("matrix_vector", w, rows.shape[0]))
 
 
 def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:

@@ -78,7 +78,7 @@ def quantized_product(
 
 def _view(q: QuantizedWeight) -> WeightView | None:
     """How packed units are read where they lie, a checkpoint's or a kernel's."""
-    return view_words(q.data) if isinstance(q, WordsWeight) else view_weight(q)
+    return view_words(q.data) if isinstance(q, WordsWeight) else view_weight(q.canonical())
 
 
 def _integer_rows(codes: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
