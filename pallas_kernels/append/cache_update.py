@@ -24,6 +24,7 @@ from pallas_kernels.cache.arrays import CacheArrays
 from pallas_kernels.cache.formats import CACHE_WORDS, describe_cache
 from pallas_kernels.cache.rounding import rounding
 from pallas_kernels.transformations import batchable, differentiable
+from pallas_kernels.typing import Array, Float, Int
 
 
 class Appended(NamedTuple):
@@ -35,18 +36,18 @@ class Appended(NamedTuple):
 
 
 def append(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    slots: jax.Array,
+    qkv: Float[Array, "b n"] | Float[Array, "split b n"],
+    cos: Float[Array, "b pairs"],
+    sin: Float[Array, "b pairs"],
+    slots: Int[Array, " b"],
     k: CacheArrays,
     v: CacheArrays,
     *,
     heads: int,
     interleaved: bool,
-    bias: jax.Array | None = None,
-    q_norm: jax.Array | None = None,
-    k_norm: jax.Array | None = None,
+    bias: Float[Array, " n"] | None = None,
+    q_norm: Float[Array, " d"] | None = None,
+    k_norm: Float[Array, " d"] | None = None,
     epsilon: float = 1e-6,
     dtype: Any = None,
 ) -> Appended:

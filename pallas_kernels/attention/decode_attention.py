@@ -42,17 +42,18 @@ from pallas_kernels.cache.formats import CACHE_WORDS, describe_cache
 from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.device import default_device
 from pallas_kernels.transformations import batchable, differentiable
+from pallas_kernels.typing import Array, Float, Int
 
 
 def decode_attention_reference(
-    q: jax.Array,
+    q: Float[Array, "b h d"],
     k: CacheArrays,
     v: CacheArrays,
     *,
-    lengths: jax.Array,
+    lengths: Int[Array, " b"],
     sliding_window: int | None = None,
     scale: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "b h d"]:
     """The meaning of `decode_attention`: decode the cache, one softmax over all slots, float32."""
     b, h, d = q.shape
     keys, values = _values(k), _values(v)
@@ -86,16 +87,16 @@ def _values(side: CacheArrays) -> jax.Array:
 
 
 def decode_attention(
-    q: jax.Array,
+    q: Float[Array, "b h d"],
     k: CacheArrays,
     v: CacheArrays,
     *,
-    lengths: jax.Array,
+    lengths: Int[Array, " b"],
     sliding_window: int | None = None,
     scale: float | None = None,
     parts: int | None = None,
     tensor_cores: bool | None = None,
-) -> jax.Array:
+) -> Float[Array, "b h d"]:
     """The newest token of each sequence attends to the slots `s < lengths[b]`.
 
     Args:

@@ -46,13 +46,17 @@ from pallas_kernels.matmul.row_sources import (
 )
 from pallas_kernels.mosaic.launch import launch, store, synchronize
 from pallas_kernels.transformations import batchable, differentiable
+from pallas_kernels.typing import Array, Int
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.layout import WeightLayout
 
 
 def gathered_matrix_vector_reference(
-    x: Rows, w: KernelWeight, index: jax.Array, shared: tuple[Rows, KernelWeight] | None = None
+    x: Rows,
+    w: KernelWeight,
+    index: Int[Array, " p"],
+    shared: tuple[Rows, KernelWeight] | None = None,
 ) -> Any:
     """The meaning of `gathered_matrix_vector`: of decoded weights, split 1."""
     rows = finished(x).astype(jnp.float32)
@@ -69,7 +73,7 @@ def gathered_matrix_vector_reference(
 def gathered_matrix_vector(
     x: Rows,
     w: KernelWeight,
-    index: jax.Array,
+    index: Int[Array, " p"],
     *,
     shared: tuple[Rows, KernelWeight] | None = None,
     config: MatrixVectorConfig | None = None,

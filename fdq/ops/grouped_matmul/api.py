@@ -19,22 +19,23 @@ from fdq.ops.matmul import api as matmul
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.rows import Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
+from pallas_kernels.typing import Array, Float, Int
 
 GROUPED_MATMUL: Op[GroupedProduct] = Op("grouped_matmul", MosaicGpu(), Xla())
 """Implementations are `GroupedImplementation` s."""
 
 
 def grouped_matmul(
-    x: jax.Array,
-    w: QuantizedWeight | jax.Array,
-    expert_index: jax.Array,
+    x: Float[Array, "t k"],
+    w: QuantizedWeight | Float[Array, "e k n"],
+    expert_index: Int[Array, " t"] | Int[Array, "t picks"],
     *,
     activation: ActivationSpec | str | None = None,
     activation_scale: jax.Array | None = None,
     implementation: str | None = None,
     out_dtype: Any = None,
     path: str = "<array>",
-) -> jax.Array:
+) -> Float[Array, "t n"] | Float[Array, "t picks n"]:
     """`y[t] = x[t] @ w[expert_index[t]]`.
 
     Up to one row an expert (decode), each row reads the codes of its own expert and decodes them

@@ -18,21 +18,22 @@ from fdq.ops.matmul.xla import Xla
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
+from pallas_kernels.typing import Array, Float
 
 MATMUL: Op[Product] = Op("matmul", MosaicGpu(), Xla())
 """Implementations return the parts of the product, float32 `[split, ..., N]`."""
 
 
 def matmul(
-    x: jax.Array,
-    w: QuantizedWeight | jax.Array,
+    x: Float[Array, "*m k"],
+    w: QuantizedWeight | Float[Array, "k n"],
     *,
     activation: ActivationSpec | str | None = None,
     activation_scale: jax.Array | None = None,
     implementation: str | None = None,
     out_dtype: Any = None,
     path: str = "<array>",
-) -> jax.Array:
+) -> Float[Array, "*m n"]:
     """`x @ w` without decoding the whole weight to memory.
 
     Without `activation` it is `x @ dequantize(w)`. On CPU weights are decoded to float32 and

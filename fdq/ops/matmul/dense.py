@@ -12,9 +12,10 @@ from fdq.ops.choice import choose_program, trace_target
 from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.matmul.weight_only import exact_dot, fused_product
 from fdq.ops.weight_view import view_array
+from pallas_kernels.typing import Array, Float
 
 
-def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
+def dense_product(x: Float[Array, "m k"], w: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """`x [M, K] @ w [K, N]` for float arrays -> float32.
 
     Both operands take the wider dtype of the two. XLA's CPU backend converts a 16-bit weight to
@@ -44,7 +45,9 @@ def _sixteen_bit_row_backward(residuals, g):
 _sixteen_bit_row.defvjp(lambda x, w: (_sixteen_bit_row(x, w), (x, w)), _sixteen_bit_row_backward)
 
 
-def transposed_matmul(x: jax.Array, w: jax.Array, *, out_dtype: Any = None) -> jax.Array:
+def transposed_matmul(
+    x: Float[Array, "*m k"], w: Float[Array, "n k"], *, out_dtype: Any = None
+) -> Float[Array, "*m n"]:
     """`x @ w.T` for an array `w [N, K]` (a tied embedding), without forming `w.T`.
 
     Args:
@@ -73,7 +76,7 @@ def transposed_matmul(x: jax.Array, w: jax.Array, *, out_dtype: Any = None) -> j
     return in_auto_axes(product, x, w, result=result)
 
 
-def dot_over_columns(x: jax.Array, w: jax.Array) -> jax.Array:
+def dot_over_columns(x: Float[Array, "m k"], w: Float[Array, "n k"]) -> Float[Array, "m n"]:
     """`[M, K]` times `[N, K]` -> float32 `[M, N]`."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import jax
-
 from fdq.ops.implementation import Op
 from fdq.ops.route.mosaic_gpu import MosaicGpu
 from fdq.ops.route.routing import Routing
 from fdq.ops.route.xla import Xla
 from fdq.ops.rows import Rows
+from pallas_kernels.typing import Array, Float, Int
 
 ROUTE: Op[Routing] = Op("route", MosaicGpu(), Xla())
 """Implementations return experts int32 `[T, top_k]` and weights float32 `[T, top_k]`."""
@@ -16,14 +15,14 @@ ROUTE: Op[Routing] = Op("route", MosaicGpu(), Xla())
 
 def route(
     x: Rows,
-    kernel: jax.Array,
-    correction_bias: jax.Array | None = None,
+    kernel: Float[Array, "k e"],
+    correction_bias: Float[Array, " e"] | None = None,
     *,
     top_k: int,
     normalize: bool = True,
     norm_min: float = 0.0,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[Array, "*t top"], Float[Array, "*t top"]]:
     """Which experts a token goes to, and with what weights.
 
     `p = softmax(x @ kernel)`; the chosen are the `top_k` largest of `p + correction_bias`; their
