@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax import Array as Array
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -28,3 +29,6 @@ else:
             return item[0]
 
     Bool = Float = Int = Num = Shaped = _Described
+
+if not TYPE_CHECKING and "jaxtyping" in sys.modules:
+    Array = Array | np.ndarray  # NumPy's are taken too

@@ -175,6 +175,7 @@ def test_more_instructions_than_promised_are_a_failure(reports):
     assert dataclasses.replace(report, instruction_limit=4.5).problems() == []
 
 
+@pytest.mark.slow
 def test_a_quick_report_finds_the_same_spills(reports):
     """Two of the jobs again, of which one wants its machine code counted."""
     probe = dataclasses.replace(programs.PROBE, instruction_limit=5.0)
@@ -210,6 +211,7 @@ def test_an_unknown_gpu_is_refused_before_anything_runs():
         compile_cases([programs.PROBE], ["p100"])
 
 
+@pytest.mark.slow
 def test_updates_come_one_by_one():
     seen = []
     compile_cases([programs.FACTS], ["t4", "l4"], processes=PROCESSES, update=seen.append)

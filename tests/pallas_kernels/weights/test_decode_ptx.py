@@ -20,11 +20,10 @@ from pallas_kernels.weights.formats import WORD_FORMATS
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
-GPUS = ("t4", "h200")
 COLUMNS = decode_programs.COLUMNS
 
 
-@pytest.fixture(scope="module", params=GPUS)
+@pytest.fixture(scope="module", params=["t4", pytest.param("h200", marks=pytest.mark.slow)])
 def ptx(request, tmp_path_factory) -> dict[str, str]:
     """PTX of the decoding kernel of each format."""
     directory = tmp_path_factory.mktemp(request.param)
