@@ -35,10 +35,18 @@ def product(x, values):
     return np.asarray(x, np.float64) @ values
 
 
+def again(index):
+    """A mark for all but the first granularity of a format."""
+    earlier = {str(case).split("-")[0] for case in CASES[:index]}
+    return pytest.mark.slow if str(CASES[index]).split("-")[0] in earlier else ()
+
+
 @pytest.mark.parametrize(
     ("case", "m", "dtype"),
-    [(case, (1, 2, 5)[i % 3], DTYPES[i % 3]) for i, case in enumerate(CASES)],
-    ids=str,
+    [
+        pytest.param(case, (1, 2, 5)[i % 3], DTYPES[i % 3], id=str(case), marks=again(i))
+        for i, case in enumerate(CASES)
+    ],
 )
 def test_every_format(case, m, dtype):
     k, n = 256, 256
@@ -51,7 +59,9 @@ def test_every_format(case, m, dtype):
     assert error(matrix_vector_reference(x, w)[0], product(x, values)) < BOUND
 
 
-@pytest.mark.parametrize("m", range(1, 9))
+@pytest.mark.parametrize(
+    "m", [m if m in (1, 8) else pytest.param(m, marks=pytest.mark.slow) for m in range(1, 9)]
+)
 def test_every_number_of_rows(m):
     w, values = random_weight(INT4, 256, 256)
     x = rows(m, 256)
