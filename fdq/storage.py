@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+
+def _from_checkpoints[F: Callable[..., Any]](function: F) -> F:
+    """The function of this name in `fdq_checkpoints`, with the signature and the docs given here."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        import fdq_checkpoints
+
+        return getattr(fdq_checkpoints, function.__name__)(*args, **kwargs)
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def load(
@@ -53,6 +66,7 @@ def load(
     Raises:
       FileNotFoundError: `path` does not exist.
       fdq_checkpoints.CheckpointError: the checkpoint is refused; the message says what is wrong.
+      ValueError: a dtype that models do not compute in.
 
     Examples:
       >>> model = fdq.load("ERNIE-4.5-0.3B-PT", "W4A16C8")  # doctest: +SKIP
@@ -79,6 +93,7 @@ def load(
     return loaded
 
 
+@_from_checkpoints
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -100,7 +115,8 @@ def convert(
 
     Args:
       src: a directory: Hugging Face or Paddle (a model comes out), an fdq checkpoint of floats, or
-        an Orbax checkpoint of yours (a tree comes out, in which lists have become dicts).
+        an Orbax checkpoint of yours, written by either of its APIs from an NNX state, Linen
+        params or any tree (a tree comes out, in which lists have become dicts).
       dst: the directory to make.
       scheme: anything that `fdq.quantize` takes; None keeps the floats.
       dtype: of a model's tensors that are not quantized; by default that of the source.
@@ -121,28 +137,14 @@ def convert(
       FileNotFoundError: `src` does not exist.
       fdq_checkpoints.CheckpointError: the source is refused, or the disk is too small. Nothing is
         left behind.
+      ValueError: a dtype that models do not compute in.
 
     Examples:
       >>> fdq.convert("ERNIE-4.5-0.3B-PT", "ernie-w4a16c8", "W4A16C8")  # doctest: +SKIP
     """
-    import fdq_checkpoints
-
-    return fdq_checkpoints.convert(
-        src,
-        dst,
-        scheme,
-        dtype=dtype,
-        method=method,
-        compat=compat,
-        calibration=calibration,
-        config=config,
-        subtree=subtree,
-        overwrite=overwrite,
-        verbose=verbose,
-        progress=progress,
-    )
 
 
+@_from_checkpoints
 def save(
     obj: Any,
     path: str | os.PathLike[str],
@@ -153,7 +155,7 @@ def save(
 ) -> None:
     """Saves a model, an NNX module of yours, or any pytree of arrays and QTensors.
 
-    What was prepared for a device is saved in the canonical layout.
+    What was prepared for a device is saved in the canonical layout. PRNG keys are saved too.
 
     Args:
       obj: an fdq model (loads without anything else), or any `nnx.Module` or pytree (loads into
@@ -170,6 +172,3 @@ def save(
     Examples:
       >>> fdq.save(model, "ernie-w4a16c8")  # doctest: +SKIP
     """
-    import fdq_checkpoints
-
-    fdq_checkpoints.save(obj, path, overwrite=overwrite, files=files, provenance=provenance)

@@ -22,7 +22,7 @@ from fdq_checkpoints import saving, stream, tree_paths
 from fdq_checkpoints.inspection import Inspection, inspect
 from fdq_checkpoints.sources import open_source
 from fdq_checkpoints.store import commit, manifest, orbax_store
-from fdq_checkpoints.store.manifest import Manifest, TensorEntry
+from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import Tensor
 
@@ -44,45 +44,12 @@ def convert(
     verbose: bool = False,
     progress: stream.Progress | None = None,
 ) -> Inspection:
-    """Quantize the checkpoint at `src` into a new fdq checkpoint at `dst`.
-
-    Args:
-      src: a directory: Hugging Face or Paddle (a model comes out), an fdq checkpoint of floats, or
-        an Orbax checkpoint of yours, written by either of its APIs from an NNX state, Linen
-        params or any tree (a tree comes out, in which lists have become dicts).
-      dst: the directory to make.
-      scheme: anything that `fdq.quantize` takes; None keeps the floats.
-      dtype: of a model's tensors that are not quantized; by default that of the source.
-      method: what chooses the codes, as in `fdq.quantize`.
-      compat: as in `fdq.quantize`.
-      calibration: statistics for quantizers that use them and for static scales: what
-        `fdq.calibrate` returned, or sample tokens `[batch, length]`; with tokens the float
-        model is in memory as a whole while it runs over them.
-      config: makes a model of an Orbax checkpoint whose tree is that of `fdq.models.Decoder`.
-      subtree: of an Orbax checkpoint, convert only what is below this dotted path (`params`).
-      overwrite: replace an fdq checkpoint at `dst`.
-      verbose: prints what was quantized, and what was left and why.
-      progress: called after each tensor with (bytes done, bytes in all, path).
-
-    Returns:
-      The table of the new checkpoint.
-
-    Raises:
-      FileExistsError: `dst` exists.
-      FileNotFoundError: `src` does not exist.
-      CheckpointError: the source is refused, or the disk is too small. Nothing is left behind.
-      ValueError: a dtype that models do not compute in.
-    """
+    """What `fdq.convert` does and says."""
     stream.check_dtype(dtype)
     commit.check_destination(pathlib.Path(dst).absolute(), overwrite=overwrite)
     with open_source(src, dtype=dtype, config=config, subtree=subtree) as source:
         made = stream.Job.of(
-            source,
-            scheme,
-            method=method,
-            compat=compat,
-            calibration=calibration,
-            progress=progress,
+            source, scheme, method=method, compat=compat, calibration=calibration, progress=progress
         )
         if verbose and made.assigned is not None:
             print(made.assigned.table.summary())
@@ -98,26 +65,17 @@ def convert(
         with commit.pending_directory(
             dst, overwrite=overwrite, keep_unfinished=True, needed_bytes=job.total
         ) as folder:
-            entries = _write(job, folder, progress=progress)
+            entries = _write(job, folder, progress)
             # A model keeps its own record, also of what was quantized before.
-            name = saving.scheme_name(made.tree) or (None if scheme is None else str(recipe))
             record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
-            manifest.write(
-                Manifest(
-                    kind="params" if source.config is None else "model",
-                    tensors=tuple(entries),
-                    scheme=name,
-                    config=None if source.config is None else source.config.to_dict(),
-                    files=saving.copy_files(source.companions(), folder),
-                    provenance={
-                        "source": pathlib.Path(src).resolve().name,
-                        "recipe": record,
-                        "versions": saving.versions(),
-                        **options,
-                    },
-                    fdq_version=saving.versions()["fdq"],
-                ),
+            source_name = pathlib.Path(src).resolve().name
+            saving.write_manifest(
                 folder,
+                entries,
+                scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
+                config=source.config,
+                files=source.companions(),
+                provenance={"source": source_name, "recipe": record, **options},
             )
             if job.resumed:
                 # What the killed process wrote was never looked at again.
@@ -140,15 +98,12 @@ class _Job:
     @property
     def key(self) -> str:
         """Equal for equal jobs: what is read, what is to be made of it, and by which versions."""
-        tensors = [
-            [tensor.path, repr(tensor.activation), repr(getattr(tensor.value, "spec", None))]
-            + [
-                [name, array.shape, array.dtype.name]
-                for name, array in tree_paths.arrays_of(tensor.value).items()
-            ]
-            + [_content(tensor.value)]
-            for tensor in self.tensors
-        ]
+        tensors = []
+        for tensor in self.tensors:
+            spec, arrays = getattr(tensor.value, "spec", None), tree_paths.arrays_of(tensor.value)
+            kinds = [[name, array.shape, array.dtype.name] for name, array in arrays.items()]
+            static = [tensor.path, repr(tensor.activation), repr(spec)]
+            tensors.append([*static, *kinds, _content(tensor.value)])
         content = [self.made.source.state, tensors, self.options, saving.versions()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -159,12 +114,7 @@ def _content(value: Any) -> str | None:
     return hashlib.sha256(np.asarray(value).tobytes()).hexdigest() if concrete else None
 
 
-def _write(
-    job: _Job,
-    folder: pathlib.Path,
-    *,
-    progress: stream.Progress | None,
-) -> list[TensorEntry]:
+def _write(job: _Job, folder: pathlib.Path, progress: stream.Progress | None) -> list[TensorEntry]:
     """Write all tensors, going on after what the journal says was written."""
     weights = folder / manifest.WEIGHTS
     journal = folder / _JOURNAL
@@ -177,10 +127,8 @@ def _write(
     fresh: list[TensorEntry] = []
 
     def record(names: list[str]) -> None:
-        _append(
-            journal,
-            {"batches": names, "tensors": [manifest.tensor_to_json(entry) for entry in fresh]},
-        )
+        written = [manifest.tensor_to_json(entry) for entry in fresh]
+        _append(journal, {"batches": names, "tensors": written})
         fresh.clear()
 
     writer = orbax_store.TreeWriter(weights, total_bytes=job.total, on_batch=record)
@@ -214,9 +162,6 @@ def _read_journal(journal: pathlib.Path, key: str) -> tuple[list[TensorEntry], l
             break
     if not lines or lines[0].get("key") != key:
         return [], []
-    entries = [
-        manifest.tensor_from_json(entry, str(journal))
-        for line in lines[1:]
-        for entry in line["tensors"]
-    ]
+    written = [entry for line in lines[1:] for entry in line["tensors"]]
+    entries = [manifest.tensor_from_json(entry, str(journal)) for entry in written]
     return entries, lines[-1].get("batches", [])

@@ -46,37 +46,7 @@ def load(
     verbose: bool = False,
     progress: stream.Progress | None = None,
 ) -> Any:
-    """Load a checkpoint, quantizing it on the way if a scheme is given.
-
-    Args:
-      path: a directory: a float model as Hugging Face or Paddle publish it, or an fdq checkpoint.
-      scheme: anything that `fdq.quantize` takes. From a float directory, each tensor is
-        quantized as it is read, so that the float model is never in memory as a whole.
-      dtype: `"float32"`, `"bfloat16"` or `"float16"` of a model's activations and of its
-        parameters that are not quantized; by default the checkpoint's.
-      sharding: where arrays go: one `jax.sharding.Sharding`, a mapping from dotted array paths
-        (`layers.0.mlp.down_proj.kernel.codes`), or a function of that path and a
-        `jax.ShapeDtypeStruct`. By default the default device.
-      template: for checkpoints of your own modules and pytrees, an object of the same structure
-        (abstract or not, quantized or not). Without one these come back as nested dicts.
-      calibration: statistics for quantizers that use them and for static scales: what
-        `fdq.calibrate` returned, or sample tokens `[batch, length]`; with tokens the float
-        model is in memory as a whole while it runs over them.
-      method: what chooses the codes, as in `fdq.quantize`.
-      compat: as in `fdq.quantize`.
-      verify: compare checksums of fdq checkpoints.
-      verbose: prints what was quantized, and what was left and why.
-      progress: called after each tensor with (bytes done, bytes in all, path).
-
-    Returns:
-      An `fdq.models.Decoder`; or for an fdq checkpoint of something else, the template filled,
-      or nested dicts of arrays and QTensors.
-
-    Raises:
-      FileNotFoundError: `path` does not exist.
-      CheckpointError: the checkpoint is refused; the message says what is wrong and where.
-      ValueError: a dtype that models do not compute in.
-    """
+    """What `fdq.load` does and says, but for its `prepare`."""
     stream.check_dtype(dtype)
     folder = pathlib.Path(path)
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
@@ -161,23 +131,15 @@ def _load_stored(
 def _like_stored(
     template: Any, manifest: Manifest, folder: pathlib.Path, *, cast: bool = False
 ) -> Any:
-    """The template, quantized as the stored tensors are, and compared with them.
-
-    Raises:
-      CheckpointError: paths, shapes, dtypes or specs differ.
-    """
+    """The template, quantized as the stored tensors are; CheckpointError where it is another."""
     entries = {entry.path: entry for entry in manifest.tensors}
-    is_quantized = {
-        tensor.path: isinstance(tensor.value, QTensor) for tensor in tree_paths.flatten(template)
-    }
-    to_quantize = [
-        entry
-        for entry in manifest.tensors
-        if entry.spec is not None and is_quantized.get(entry.path) is False
-    ]
-    if isinstance(template, nnx.Module) and to_quantize:
-        recipe = _exact_recipe(to_quantize)
-        template = quantize(_abstract(template), recipe)
+    is_module = isinstance(template, nnx.Module)
+    if is_module:
+        plain = [t.path for t in tree_paths.flatten(template) if not isinstance(t.value, QTensor)]
+        found = [entries[path] for path in plain if path in entries]
+        if to_quantize := [entry for entry in found if entry.spec is not None]:
+            abstract = nnx.eval_shape(lambda: nnx.clone(template))
+            template = quantize(abstract, _exact_recipe(to_quantize))
     tensors = tree_paths.flatten(template)
     tree_paths.check_same_paths(
         expected=[tensor.path for tensor in tensors], found=entries, what=str(folder)
@@ -185,7 +147,7 @@ def _like_stored(
     for tensor in tensors:
         entry = entries[tensor.path]
         problem = _difference(tensor.value, entry, cast)
-        if problem is None and tensor.activation != entry.activation and _is_module(template):
+        if problem is None and is_module and tensor.activation != entry.activation:
             problem = f"activation {entry.activation}, the template has {tensor.activation}"
         if problem is not None:
             raise CheckpointError(f"{folder}: {dotted(tensor.path)}: {problem}.")
@@ -194,29 +156,19 @@ def _like_stored(
 
 def _exact_recipe(entries: list[TensorEntry]) -> Recipe:
     """A recipe that stores each of these tensors by its spec, and leaves all others."""
-    return Recipe(
-        [
-            (
-                "".join(f"[{char}]" if char in "*?[{" else char for char in dotted(entry.path)),
-                Scheme(weight=entry.spec, activation=entry.activation),
-            )
-            for entry in entries
-        ]
-    )
-
-
-def _is_module(tree: Any) -> bool:
-    """Whether activations are recorded in the tree itself."""
-    return isinstance(tree, nnx.Module)
+    rules = []
+    for entry in entries:
+        pattern = "".join(f"[{char}]" if char in "*?[{" else char for char in dotted(entry.path))
+        rules.append((pattern, Scheme(weight=entry.spec, activation=entry.activation)))
+    return Recipe(rules)
 
 
 def _difference(value: Any, entry: TensorEntry, cast: bool) -> str | None:
     if tuple(value.shape) != entry.shape:
         return f"stored shape {entry.shape}, the template has {tuple(value.shape)}"
     if isinstance(value, QTensor):
-        if value.spec != entry.spec:
-            return f"stored as {entry.spec}, the template has {value.spec}"
-        return None
+        same = value.spec == entry.spec
+        return None if same else f"stored as {entry.spec}, the template has {value.spec}"
     if entry.spec is not None or entry.prng is not None or cast:
         return None
     dtype = entry.arrays["value"].dtype
@@ -225,19 +177,14 @@ def _difference(value: Any, entry: TensorEntry, cast: bool) -> str | None:
     return None
 
 
-def _abstract(module: nnx.Module) -> nnx.Module:
-    return nnx.eval_shape(lambda: nnx.clone(module))
-
-
 def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], Any]:
     """The shardings that the template's own leaves carry."""
     found = {}
     for tensor in tree_paths.flatten(template):
         for name, array in tree_paths.arrays_of(tensor.value).items():
             sharding = getattr(array, "sharding", None)
-            if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(
-                sharding.mesh, jax.sharding.Mesh
-            ):
+            mesh = getattr(sharding, "mesh", None)
+            if isinstance(mesh, jax.sharding.Mesh):
                 found[dotted(array_path(tensor.path, name))] = sharding
     return lambda path, _: found.get(path)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdq import models
 from fdq.formats.qtensor import QTensor
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
@@ -28,22 +29,7 @@ def save(
     files: Iterable[str | os.PathLike[str]] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save a model, an NNX module of yours, or any pytree of arrays and QTensors.
-
-    What was prepared for a device is saved in the canonical layout. PRNG keys are saved too.
-
-    Args:
-      obj: an fdq model (loads without anything else), or any `nnx.Module` or pytree (loads into
-        a template, or as nested dicts).
-      path: the directory to make. It appears when it is complete, and not before.
-      overwrite: replace an fdq checkpoint that is there.
-      files: files to put beside the weights, such as tokenizer.json.
-      provenance: JSON values to keep in fdq.json.
-
-    Raises:
-      FileExistsError: `path` exists.
-      CheckpointError: a leaf is not an array, or the disk is too small.
-    """
+    """What `fdq.save` does and says."""
     tensors = tree_paths.flatten(obj)
     if not tensors:
         raise CheckpointError(f"{type(obj).__name__} has no arrays to save.")
@@ -54,7 +40,6 @@ def save(
                     f"{tree_paths.dotted(tensor.path)}: abstract, it has no values to save."
                 )
     total = sum(nbytes(tensor.value) for tensor in tensors)
-    config = model_config(obj)
     with commit.pending_directory(path, overwrite=overwrite, needed_bytes=total) as folder:
         writer = orbax_store.TreeWriter(folder / WEIGHTS, total_bytes=total)
         entries = []
@@ -62,22 +47,36 @@ def save(
             entries.append(write_tensor(writer, tensor))
             writer.flush_if_full()
         writer.finalize()
-        manifest.write(
-            Manifest(
-                kind="params" if config is None else "model",
-                tensors=tuple(entries),
-                scheme=scheme_name(obj),
-                config=config,
-                files=copy_files([*attached_files(obj), *files], folder),
-                provenance={
-                    "recipe": getattr(obj, "recipe_record", None),
-                    "versions": versions(),
-                    **(provenance or {}),
-                },
-                fdq_version=versions()["fdq"],
-            ),
+        write_manifest(
             folder,
+            entries,
+            scheme=scheme_name(obj),
+            config=obj.config if isinstance(obj, models.Decoder) else None,
+            files=[*attached_files(obj), *files],
+            provenance={"recipe": getattr(obj, "recipe_record", None), **(provenance or {})},
         )
+
+
+def write_manifest(
+    folder: pathlib.Path,
+    entries: Iterable[TensorEntry],
+    *,
+    scheme: str | None,
+    config: models.DecoderConfig | None,
+    files: Iterable[str | os.PathLike[str]],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Copy `files` beside the weights in `folder`, and describe all that is there."""
+    content = Manifest(
+        kind="params" if config is None else "model",
+        tensors=tuple(entries),
+        scheme=scheme,
+        config=None if config is None else config.to_dict(),
+        files=_copy_files(files, folder),
+        provenance={"versions": versions(), **provenance},
+        fdq_version=versions()["fdq"],
+    )
+    manifest.write(content, folder)
 
 
 def write_tensor(writer: orbax_store.TreeWriter, tensor: Tensor) -> TensorEntry:
@@ -115,14 +114,9 @@ def nbytes(value: Any) -> int:
     return total
 
 
-def copy_files(
+def _copy_files(
     paths: Iterable[str | os.PathLike[str]], folder: pathlib.Path
 ) -> dict[str, dict[str, Any]]:
-    """Copy files into the checkpoint; the manifest's `files`.
-
-    Raises:
-      CheckpointError: two have the same name, or one is named like the checkpoint's own.
-    """
     entries: dict[str, dict[str, Any]] = {}
     for path in map(pathlib.Path, paths):
         if path.name in entries or path.name in (manifest.FILE_NAME, WEIGHTS):
@@ -142,13 +136,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:  # run from a source tree without installing
         return "unknown"
-
-
-def model_config(obj: Any) -> dict[str, Any] | None:
-    """The config of an fdq model as JSON values; None for everything else."""
-    from fdq.models import Decoder
-
-    return obj.config.to_dict() if isinstance(obj, Decoder) else None
 
 
 def scheme_name(obj: Any) -> str | None:

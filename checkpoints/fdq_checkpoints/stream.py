@@ -72,23 +72,16 @@ class Job:
         progress: Progress | None = None,
         place: Callable[[Tensor], Any] | None = None,
     ) -> "Job":
-        """Matches a source with a scheme, as `fdq.quantize` does with a model.
+        """Matches a source with a scheme, as `fdq.quantize` does with a model; None keeps all.
 
-        Args:
-          source: open.
-          scheme: anything that `fdq.quantize` takes; None keeps what there is.
-          method: as in `fdq.quantize`.
-          compat: as in `fdq.quantize`.
-          calibration: what `fdq.quantize` takes, or sample tokens; then the model is in memory as
-            a whole while it runs over them.
-          progress: called while it is read for that.
-          place: puts its tensors on devices; by default on the default device.
+        Where `calibration` is sample tokens, the model is in memory as a whole while it runs over
+        them, on the devices where `place` puts its tensors (by default the default device).
         """
         if scheme is None:
             return cls(source, source.tree, None, LayerInputs())
         if calibration is not None and not is_statistics(calibration):
             as_it_is = cls.of(source, None)
-            put = place or on_default_device
+            put = place or _on_default_device
             values = {t.path: put(t) for t in as_it_is.tensors(progress=progress)}
             calibration = calibrate(tree_paths.fill(source.tree, values), calibration)
         assigned = Assigned.of(source.tree, scheme, compat=compat, method=method)
@@ -100,12 +93,7 @@ class Job:
     ) -> Iterator[Tensor]:
         """Reads, quantizes or casts, and yields each tensor; stacks and plain arrays on the host.
 
-        Args:
-          progress: called after each tensor.
-          skip: paths to leave out.
-
-        Raises:
-          CheckpointError: a tensor holds NaN or infinity, or needs calibration.
+        CheckpointError if one holds NaN or infinity, or needs calibration.
         """
         tensors = tree_paths.flatten(self.tree)
         stored = {tensor.path for tensor in tree_paths.flatten(self.source.tree)}
@@ -149,8 +137,7 @@ class Job:
 
         def quantized(index: int | None) -> QTensor:
             array = np.asarray(self.source.read(tensor.path, index))
-            options: dict[str, Any] = {"inputs": self.inputs, "index": index}
-            return assigned.tensor(array, row, paths, **options)
+            return assigned.tensor(array, row, paths, inputs=self.inputs, index=index)
 
         if target.ndim == 2:
             return quantized(None)
@@ -170,8 +157,7 @@ def is_statistics(calibration: Any) -> bool:
     return isinstance(calibration, Calibration | Mapping)
 
 
-def on_default_device(tensor: Tensor) -> Any:
-    """The tensor on the default device."""
+def _on_default_device(tensor: Tensor) -> Any:
     return tree_paths.map_arrays(lambda _, array: restore.put(array, None), tensor)
 
 

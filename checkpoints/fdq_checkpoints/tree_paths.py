@@ -41,12 +41,11 @@ class Tensor:
 
 
 def flatten(tree: Any) -> list[Tensor]:
-    """All tensors of an NNX module (each shared one once) or of any pytree, in tree order.
-
-    Raises:
-      CheckpointError: two leaves have the same path, or a leaf is not an array.
-    """
-    tensors = _flatten_module(tree) if isinstance(tree, nnx.Module) else _flatten_pytree(tree)
+    """All tensors of an NNX module (each shared one once) or of any pytree, in tree order."""
+    if isinstance(tree, nnx.Module):
+        tensors = _flatten_module(tree)
+    else:
+        tensors = [Tensor(path or ("value",), _raw(x)) for path, x in _pytree_leaves(tree)[0]]
     seen: set[Path] = set()
     for tensor in tensors:
         if tensor.path in seen:
@@ -64,11 +63,7 @@ def flatten(tree: Any) -> list[Tensor]:
 
 
 def fill(tree: Any, values: Mapping[Path, Any]) -> Any:
-    """`tree` with every tensor replaced by `values[path]`, a QTensor where it has a QTensor.
-
-    Raises:
-      CheckpointError: a tensor of `tree` is missing from `values`, or `values` has more.
-    """
+    """`tree` with every tensor replaced by `values[path]`, a QTensor where it has a QTensor."""
     paths = [tensor.path for tensor in flatten(tree)]
     check_same_paths(expected=paths, found=list(values), what="the checkpoint")
     if isinstance(tree, nnx.Module):
@@ -120,11 +115,7 @@ def array_path(path: Path, name: str) -> Path:
 
 
 def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
-    """A flat mapping as nested dicts.
-
-    Raises:
-      CheckpointError: one path leads through another one's leaf.
-    """
+    """A flat mapping as nested dicts; CheckpointError if a path leads through another's leaf."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         node = tree
@@ -156,15 +147,6 @@ def _pytree_leaves(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     return [(path_of(path), leaf) for path, leaf in leaves], structure
 
 
-def _flatten_pytree(tree: Any) -> list[Tensor]:
-    tensors = []
-    for path, leaf in _pytree_leaves(tree)[0]:
-        if not path:
-            path = ("value",)
-        tensors.append(Tensor(path, _raw(leaf)))
-    return tensors
-
-
 def _raw(leaf: Any) -> Any:
     """Plain arrays: a Variable's value; a QTensor in the canonical layout, which files have."""
     if isinstance(leaf, nnx.Variable):
@@ -177,12 +159,13 @@ def _flatten_module(module: nnx.Module) -> list[Tensor]:
         path: leaf for path, leaf in _pytree_leaves(module)[0] if isinstance(leaf, QuantizedWeight)
     }
     activations = {
-        tuple(str(key) for key in path): node.activation
+        tuple(map(str, path)): node.activation
         for path, node in nnx.iter_graph(module)
         if isinstance(getattr(node, "activation", None), ActivationSpec)
     }
     values: dict[Path, Any] = {}
-    for path, variable in _flat_state(module):
+    for keys, variable in nnx.to_flat_state(nnx.state(module)):
+        path = tuple(map(str, keys))
         if path[:-1] in quantized:
             # The state has each array of a QTensor; the first of them brings the whole QTensor.
             values.setdefault(path[:-1], _raw(quantized[path[:-1]]))
@@ -194,19 +177,13 @@ def _flatten_module(module: nnx.Module) -> list[Tensor]:
     ]
 
 
-def _flat_state(module: nnx.Module) -> list[tuple[Path, nnx.Variable]]:
-    flat = nnx.to_flat_state(nnx.state(module))
-    return [(tuple(str(key) for key in path), variable) for path, variable in flat]
-
-
 def _fill_module(module: nnx.Module, values: Mapping[Path, Any]) -> nnx.Module:
-    arrays: dict[Path, Any] = {}
-    for path, value in values.items():
-        for name, array in arrays_of(value).items():
-            arrays[array_path(path, name)] = array
+    arrays = {
+        array_path(path, name): array
+        for path, value in values.items()
+        for name, array in arrays_of(value).items()
+    }
     graph, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
-    filled = [
-        (path, variable.replace(arrays[tuple(str(key) for key in path)])) for path, variable in flat
-    ]
+    filled = [(path, old.replace(arrays[tuple(map(str, path))])) for path, old in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
