@@ -9,7 +9,7 @@ from typing import Any
 
 
 def _from_checkpoints[F: Callable[..., Any]](function: F) -> F:
-    """The function of this name in `fdq_checkpoints`, with the signature and the docs given here."""
+    """The function of this name in `fdq_checkpoints`, with this signature and documentation."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import importer_of
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
 from fdq_checkpoints.store import manifest as manifests
+from fdq_checkpoints.store.commit import bytes_in
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import dotted
 
@@ -157,7 +158,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
         kind=stored.manifest.kind,
         scheme=stored.manifest.scheme,
         rows=rows,
-        disk_bytes=_disk_bytes(folder),
+        disk_bytes=bytes_in(folder),
         verified=verify,
         provenance=stored.manifest.provenance,
     )
@@ -181,13 +182,13 @@ def _inspect_floats(folder: pathlib.Path) -> Inspection:
     if importer is not FLOAT_MODELS:
         with importer.open(folder) as source:
             rows = tuple(_row(tensor) for tensor in tree_paths.flatten(source.tree))
-        return Inspection(str(folder), importer.name, None, rows, _disk_bytes(folder))
+        return Inspection(str(folder), importer.name, None, rows, bytes_in(folder))
     with SourceDirectory(folder) as directory:
         rows = tuple(
             Row(info.name, info.dtype.name, False, info.shape, info.nbytes)
             for info in directory.tensors.values()
         )
-    return Inspection(str(folder), "float model", None, rows, _disk_bytes(folder))
+    return Inspection(str(folder), "float model", None, rows, bytes_in(folder))
 
 
 def _row(tensor: tree_paths.Tensor) -> Row:
@@ -196,7 +197,3 @@ def _row(tensor: tree_paths.Tensor) -> Row:
     nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     format = str(value.spec) if is_quantized else value.dtype.name
     return Row(dotted(tensor.path), format, is_quantized, tuple(value.shape), nbytes)
-
-
-def _disk_bytes(folder: pathlib.Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

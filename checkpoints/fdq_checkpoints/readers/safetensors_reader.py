@@ -44,15 +44,14 @@ MAX_TENSORS = 1_000_000
 MAX_NAME_LENGTH = 512
 MAX_RANK = 8
 MAX_DIMENSION = 2**40
+_DOWNLOAD_AGAIN = "Download it again."
 _READ_BYTES = 64 * 2**20  # one system call; Linux reads at most 2 GiB at a time
 
+_PICKLES = (b"\x02", b"\x03", b"\x04", b"\x05")
 _OTHER_KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file. Run `git lfs pull` first"),
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle?). Convert it to safetensors"),
-    (b"\x80\x02", "a Python pickle. Convert it to safetensors"),
-    (b"\x80\x03", "a Python pickle. Convert it to safetensors"),
-    (b"\x80\x04", "a Python pickle. Convert it to safetensors"),
-    (b"\x80\x05", "a Python pickle. Convert it to safetensors"),
+    *((b"\x80" + version, "a Python pickle. Convert it to safetensors") for version in _PICKLES),
     (b"GGUF", "a GGUF file. Use the safetensors release of the model"),
     (b"\x1f\x8b", "a gzip archive. Unpack it first"),
 )
@@ -195,13 +194,8 @@ class SafetensorsFile:
         return metadata, tensors
 
     def _check_entry(self, name: str, entry: Any, data_start: int) -> TensorInfo:
-        if (
-            not 0 < len(name) <= MAX_NAME_LENGTH
-            or not name.isprintable()
-            or "/" in name
-            or "\\" in name
-            or ".." in name
-        ):
+        forbidden = any(part in name for part in ("/", "\\", ".."))
+        if forbidden or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
             raise self._error(
                 "illegal name (1 to 512 printable characters without '/', '\\' and '..')", name
             )
@@ -241,9 +235,8 @@ class SafetensorsFile:
                 f"{offsets[1] - offsets[0]}",
                 name,
             )
-        return TensorInfo(
-            name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1]
-        )
+        start, stop = (data_start + offset for offset in offsets)
+        return TensorInfo(name, dtype, tuple(shape), start, stop)
 
     def _check_ranges(self, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
         """The tensors must tile the data exactly: no overlap, hole, missing or trailing bytes."""
@@ -262,6 +255,3 @@ class SafetensorsFile:
                 )
         if position != size:
             raise self._error(f"{size - position} trailing bytes after the last tensor")
-
-
-_DOWNLOAD_AGAIN = "Download it again."

@@ -238,9 +238,8 @@ class SourceDirectory:
                     f"{self.path}: the shard {shard} that {index_name} names is missing. "
                     "Download it."
                 )
-            if (match := re.fullmatch(r".*-of-(\d+)\.safetensors", shard)) and int(match[1]) != len(
-                shards
-            ):
+            match = re.fullmatch(r".*-of-(\d+)\.safetensors", shard)
+            if match and int(match[1]) != len(shards):
                 raise CheckpointError(
                     f"{index_path}: names {len(shards)} shards, but {shard} is one of "
                     f"{int(match[1])}. Download the whole model again."

@@ -15,15 +15,7 @@ MAX_DEPTH = 64
 
 
 def parse(data: bytes, *, where: str) -> Any:
-    """Parse UTF-8 JSON.
-
-    Args:
-      data: the file's bytes.
-      where: what the bytes are, the beginning of every error.
-
-    Raises:
-      CheckpointError: not UTF-8, not JSON, deeper than 64 levels, a duplicate key, NaN or Infinity.
-    """
+    """Parse UTF-8 JSON; `where`, the name of the bytes, begins every error."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -31,13 +23,11 @@ def parse(data: bytes, *, where: str) -> Any:
     _check_depth(text, where)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    raise CheckpointError(f"{where}: the key {shown(key)} appears twice.")
-                seen.add(key)
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise CheckpointError(f"{where}: the key {shown(key)} appears twice.")
+            result[key] = value
         return result
 
     def refuse_constant(name: str) -> Any:
@@ -57,11 +47,7 @@ def parse(data: bytes, *, where: str) -> Any:
 
 
 def read_object(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-      CheckpointError: larger than `max_bytes`, not a regular file, not an object, or as `parse`.
-    """
+    """Read a regular file that holds one JSON object in at most `max_bytes`."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: not a regular file.")

@@ -12,7 +12,7 @@ from fdq import models
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import SourceDirectory
-from fdq_checkpoints.sources import huggingface, paddle, tensor_names
+from fdq_checkpoints.sources import published_names, tensor_names
 from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.tree_paths import Path
 
@@ -21,11 +21,7 @@ _WRONG_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 
 
 class FloatModel(Source):
-    """A directory of floats, seen as the tensors of an fdq model.
-
-    Attributes:
-      directory: the open files.
-    """
+    """A directory of floats, seen as the tensors of an fdq model."""
 
     def __init__(
         self,
@@ -91,10 +87,10 @@ def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
             f"{directory.path / 'config.json'}: a value of a wrong kind ({error})."
         ) from error
     is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
-    names = paddle if is_paddle else huggingface
+    names = published_names.PADDLE if is_paddle else published_names.HUGGING_FACE
     own = () if is_paddle else models.FAMILIES[config.model_type].tensor_names
     if dtype is None and not ({"dtype", "torch_dtype"} & hf_config.keys()):
-        embedding = directory.tensors.get(names.EMBEDDING)
+        embedding = directory.tensors.get(names.embedding)
         dtype = None if embedding is None else embedding.dtype
     try:
         model = models.abstract(config, dtype)
@@ -105,16 +101,13 @@ def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
     targets = {tensor.path: tensor.value for tensor in tree_paths.flatten(model)}
     head_dim = model.config.head_dim
     q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim
-    tied = config.tie_word_embeddings and names.HEAD in directory.tensors
+    tied = config.tie_word_embeddings and names.head in directory.tensors
+    rules, also_used = (*own, *names.rules), (names.head,) if tied else ()
     sources = tensor_names.sources(
-        directory,
-        (*own, *names.RULES),
-        targets,
-        qkv_widths=(q, kv, kv),
-        also_used=(names.HEAD,) if tied else (),
+        directory, rules, targets, qkv_widths=(q, kv, kv), also_used=also_used
     )
     if tied:
-        tensor_names.check_tied_head(directory, names.HEAD, names.EMBEDDING)
+        tensor_names.check_tied_head(directory, names.head, names.embedding)
     return FloatModel(directory, model, sources)
 
 

@@ -104,12 +104,7 @@ class OrbaxTrees:
         config: models.DecoderConfig | None = None,
         subtree: str | None = None,
     ) -> OrbaxTree:
-        """Reads the metadata.
-
-        Raises:
-          CheckpointError: a directory of steps, nothing below `subtree`, or another model than
-            that of `config`.
-        """
+        """Reads the metadata."""
         if not orbax_store.is_orbax(folder):
             raise CheckpointError(
                 f"{folder}: holds steps {', '.join(orbax_store.steps(folder)[-5:])}. Give the "

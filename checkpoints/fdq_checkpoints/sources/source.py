@@ -103,18 +103,7 @@ def open_source(
     config: models.DecoderConfig | None = None,
     subtree: str | None = None,
 ) -> Source:
-    """Opens a directory by whichever importer claims it.
-
-    Args:
-      path: the directory.
-      dtype: of a model's tensors that are not quantized.
-      config: makes a model of an Orbax tree.
-      subtree: of an Orbax tree, only what is below this dotted path.
-
-    Raises:
-      FileNotFoundError: there is no such directory.
-      CheckpointError: it is refused; says why.
-    """
+    """Opens a directory by whichever importer claims it; arguments as of `fdq.convert`."""
     folder = pathlib.Path(path)
     importer = importer_of(folder)
     given = {"config": config, "subtree": subtree}

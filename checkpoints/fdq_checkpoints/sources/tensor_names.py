@@ -9,7 +9,7 @@ tensor is there, has the shape and dtype that follow from the model, and that no
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,8 @@ from fdq_checkpoints.tree_paths import Path, dotted
 
 # Tensors that a file may have and no model uses: multi-token prediction heads, and the rotary
 # frequencies that old exporters wrote out.
-IGNORED = (
-    "mtp*",
-    "model.mtp*",
-    "ernie.mtp*",
-    "*.mtp_*",
-    "*.rotary_emb.inv_freq",
-    "rotary_emb.inv_freq",
-)
+_ROTARY = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+IGNORED = ("mtp*", "model.mtp*", "ernie.mtp*", "*.mtp_*", *_ROTARY)
 _COMPARE_ROWS_BYTES = 32 * 2**20
 
 
@@ -92,17 +86,9 @@ def sources(
     qkv_widths: tuple[int, int, int],
     also_used: tuple[str, ...] = (),
 ) -> dict[Path, Source]:
-    """For each target of a model, where it comes from.
+    """For each target of a model, where it comes from; `also_used` are expected besides.
 
-    Args:
-      directory: the open checkpoint.
-      rules: of its family.
-      targets: the model's tensors.
-      qkv_widths: columns of q, k and v.
-      also_used: names that are expected besides.
-
-    Raises:
-      CheckpointError: a tensor is missing, unexpected, or has another shape or dtype.
+    CheckpointError where a tensor is missing, unexpected, or has another shape or dtype.
     """
     result = {}
     used = set(also_used)
@@ -113,7 +99,10 @@ def sources(
             _check_parts(directory, source, names, widths)
             used.update(names)
         result[path] = source
-    unexpected = [name for name in directory.tensors if name not in used and not _ignored(name)]
+    left = [name for name in directory.tensors if name not in used]
+    unexpected = [
+        name for name in left if not any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED)
+    ]
     if unexpected:
         name = unexpected[0]
         more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
@@ -145,10 +134,6 @@ def check_tied_head(directory: SourceDirectory, head: str, embedding: str) -> No
         )
 
 
-def _ignored(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED)
-
-
 def _rule(path: Path, rules: tuple[Rule, ...]) -> tuple[Rule, dict[str, str]]:
     name = dotted(path)
     for rule in rules:
@@ -169,10 +154,7 @@ def _resolve(path: Path, shape: tuple[int, ...], rules: tuple[Rule, ...]) -> Sou
 
 
 def _check_parts(
-    directory: SourceDirectory,
-    source: Source,
-    names: tuple[str, ...],
-    widths: tuple[int, ...] | None,
+    directory: SourceDirectory, source: Source, names: tuple[str, ...], widths: Sequence[int] | None
 ) -> None:
     shape = source.shape[1:] if source.stacked else source.shape
     if widths is None or len(names) == 1:

@@ -36,16 +36,12 @@ def pending_directory(
       keep_unfinished: yield what a killed process left, instead of an empty directory, and leave
         it when interrupted from the keyboard.
       needed_bytes: estimate of what will be written.
-
-    Raises:
-      FileExistsError: the destination exists.
-      CheckpointError: another process is writing it, or the disk is too small.
     """
     final = pathlib.Path(destination).absolute()
     check_destination(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     pending = final.with_name(final.name + SUFFIX)
-    there = _bytes_in(pending) if keep_unfinished else 0
+    there = bytes_in(pending) if keep_unfinished else 0
     check_disk(final.parent, needed_bytes - there)
     if pending.is_symlink():
         raise CheckpointError(f"{pending}: a link; it would be emptied. Remove it.")
@@ -124,7 +120,8 @@ def _locked(pending: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)  # a killed process releases its lock as well
 
 
-def _bytes_in(folder: pathlib.Path) -> int:
+def bytes_in(folder: pathlib.Path) -> int:
+    """Of all files, at any depth."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

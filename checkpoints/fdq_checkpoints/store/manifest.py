@@ -34,21 +34,6 @@ MAX_RANK = 32
 MAX_SIZE = 2**60  # NumPy refuses larger arrays, those without elements too
 
 KINDS = ("model", "params")
-_KEYS = frozenset(
-    {
-        "format",
-        "format_version",
-        "fdq_version",
-        "kind",
-        "scheme",
-        "config",
-        "tensors",
-        "files",
-        "data",
-        "provenance",
-        "sha256",
-    }
-)
 _TYPES: dict[str, Any] = {
     "files": dict,
     "data": dict,
@@ -111,28 +96,32 @@ class TensorEntry:
         return QTensor(**arrays, spec=self.spec, padding=self.padding)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The content of `fdq.json`.
+    """The content of `fdq.json`, in its order.
 
     Attributes:
+      fdq_version: of the fdq that wrote it.
       kind: `"model"` (`config` builds it) or `"params"` (any tree).
-      tensors: all of them, in the tree's order.
       scheme: name of the scheme, for people; the truth is in the tensors' specs.
       config: of the model, as `DecoderConfig.to_dict` gives it.
+      provenance: where the weights came from and how they were quantized.
       files: copied beside the weights (tokenizer): `name -> {"bytes": …, "sha256": …}`.
       data: bytes of each file under `weights/`, by its path there; filled in by `write`.
-      provenance: where the weights came from and how they were quantized.
+      tensors: all of them, in the tree's order.
     """
 
+    fdq_version: str = "unknown"
     kind: str
-    tensors: tuple[TensorEntry, ...]
     scheme: str | None = None
     config: dict[str, Any] | None = None
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     data: dict[str, int] = dataclasses.field(default_factory=dict)
-    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    fdq_version: str = "unknown"
+    tensors: tuple[TensorEntry, ...]
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(Manifest))
 
 
 def checksum(array: np.ndarray) -> int:
@@ -160,11 +149,7 @@ def write(manifest: Manifest, folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> Manifest:
-    """Read `fdq.json` and check everything in it that can be checked without the arrays.
-
-    Raises:
-      CheckpointError: missing, truncated, edited, of a newer format version, or inconsistent.
-    """
+    """Read `fdq.json`; CheckpointError for all that can be wrong with it without the arrays."""
     path = folder / FILE_NAME
     if not path.exists():
         raise CheckpointError(f"{folder}: no {FILE_NAME}; not a (complete) fdq checkpoint.")
@@ -186,7 +171,7 @@ def read(folder: pathlib.Path) -> Manifest:
             f"{path}: its content does not match its own sha256; it was edited or damaged. "
             "Copy or convert the checkpoint again."
         )
-    if unknown := sorted(content.keys() - _KEYS):
+    if unknown := sorted(content.keys() - _FIELDS - {"format", "format_version"}):
         raise CheckpointError(f"{path}: unknown keys {unknown}.")
     try:
         return _from_json(content, path)
@@ -196,18 +181,9 @@ def read(folder: pathlib.Path) -> Manifest:
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as JSON values, without its hash."""
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "fdq_version": manifest.fdq_version,
-        "kind": manifest.kind,
-        "scheme": manifest.scheme,
-        "config": manifest.config,
-        "provenance": manifest.provenance,
-        "files": manifest.files,
-        "data": manifest.data,
-        "tensors": [tensor_to_json(tensor) for tensor in manifest.tensors],
-    }
+    tensors = [tensor_to_json(tensor) for tensor in manifest.tensors]
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    return head | vars(manifest) | {"tensors": tensors}
 
 
 def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
@@ -230,28 +206,21 @@ def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
     return entry
 
 
-def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
-    """The inverse of `tensor_to_json`, checking the entry.
+_ENTRY_KEYS = frozenset(field.name for field in dataclasses.fields(TensorEntry))
 
-    Raises:
-      CheckpointError: the spec does not exist, or the arrays are not those of the spec.
-    """
+
+def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
+    """The inverse of `tensor_to_json`; CheckpointError where the entry contradicts itself."""
     path = tuple(entry["path"])
     if not path or not all(isinstance(key, str) for key in path):
         raise CheckpointError(f"{where}: {shown(str(path))} is not a path.")
     where = f"{where}: {dotted(path)}"
-    if unknown := sorted(
-        entry.keys() - {"path", "shape", "arrays", "spec", "padding", "activation", "prng"}
-    ):
+    if unknown := sorted(entry.keys() - _ENTRY_KEYS):
         raise CheckpointError(f"{where}: unknown keys {unknown}.")
-    arrays = {
-        name: ArrayEntry(
-            _dtype(array["dtype"], where),
-            _shape(array["shape"], where),
-            _integer(array["crc32"], where),
-        )
-        for name, array in entry["arrays"].items()
-    }
+    arrays = {}
+    for name, array in entry["arrays"].items():
+        dtype, shape = _dtype(array["dtype"], where), _shape(array["shape"], where)
+        arrays[name] = ArrayEntry(dtype, shape, _integer(array["crc32"], where))
     spec = activation = None
     if "spec" in entry:
         spec = _spec_from_json(WeightSpec, entry["spec"], where)
@@ -332,16 +301,7 @@ def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
         if ".." in pathlib.PurePosixPath(name).parts or name.startswith("/"):
             raise CheckpointError(f"{path}: {shown(name)} is not a path under {WEIGHTS}/.")
         _integer(size, f"{path}: {shown(name)}")
-    return Manifest(
-        kind=content["kind"],
-        tensors=tensors,
-        scheme=content["scheme"],
-        config=content["config"],
-        files=content["files"],
-        data=content["data"],
-        provenance=content["provenance"],
-        fdq_version=content["fdq_version"],
-    )
+    return Manifest(**{name: content[name] for name in _FIELDS} | {"tensors": tensors})
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -350,16 +310,13 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _spec_to_json(spec: WeightSpec | ActivationSpec) -> dict[str, Any]:
-    values = dataclasses.asdict(spec)
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
-    }
+    fields = dataclasses.asdict(spec).items()
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields}
 
 
 def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
-    fields = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
+    given = values.items()
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in given}
     for flag in ("double_quantization", "dynamic"):
         if not isinstance(fields.get(flag, False), bool):
             raise CheckpointError(f"{where}: {flag} is {fields[flag]!r}, expected true or false.")

@@ -8,10 +8,11 @@ checksums do.
 Trees are nested dicts only. A tree larger than memory is written in batches (`ocp.partial`).
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -71,11 +72,8 @@ class TreeWriter:
         """Write the batch."""
         if not self._batch:
             return
-        with _context():
-            try:
-                ocp.partial.save(str(self._path), tree_paths.nested(self._batch))
-            except _DAMAGE as error:
-                raise CheckpointError(f"{self._path}: could not be written: {error}") from error
+        with _writing(self._path):
+            ocp.partial.save(str(self._path), tree_paths.nested(self._batch))
         self._batch = {}
         self._batch_bytes = 0
         if self._on_batch is not None:
@@ -84,11 +82,8 @@ class TreeWriter:
     def finalize(self) -> None:
         """Write what is left and put everything together at `path`."""
         self.flush()
-        with _context():
-            try:
-                ocp.partial.finalize(str(self._path))
-            except _DAMAGE as error:
-                raise CheckpointError(f"{self._path}: could not be written: {error}") from error
+        with _writing(self._path):
+            ocp.partial.finalize(str(self._path))
 
 
 def pending_directories(path: pathlib.Path) -> list[str]:
@@ -102,9 +97,8 @@ def pending_directories(path: pathlib.Path) -> list[str]:
 def keep_only(path: pathlib.Path, batches: list[str]) -> bool:
     """Prepare to go on after a killed writer: drop all that it left but `batches`.
 
-    Returns:
-      False if a batch is missing (the writer was killed while putting them together), so that
-      all must be written anew; nothing is dropped then.
+    False if a batch is missing (it was killed while putting them together), so that all must be
+    written anew; nothing is dropped then.
     """
     folder = _partial(path)
     present = set(os.listdir(folder)) if folder.is_dir() else set()
@@ -145,11 +139,8 @@ class TreeReader:
         self._path = path.absolute()
         if not self._path.is_dir():
             raise CheckpointError(f"{path}: missing, or not a directory.")
-        with _context():
-            try:
-                tree = ocp.metadata(str(self._path)).metadata
-            except _DAMAGE as error:
-                raise _damaged(self._path, error) from error
+        with _reading(self._path):
+            tree = ocp.metadata(str(self._path)).metadata
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(tree)
         self.metadata: dict[tree_paths.Path, jax.ShapeDtypeStruct] = {}
         for entries, leaf in leaves:
@@ -159,11 +150,7 @@ class TreeReader:
             self.metadata[name] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
 
     def read(self, names: Iterable[tree_paths.Path]) -> dict[tree_paths.Path, np.ndarray]:
-        """Some arrays, on the host, in exactly their stored dtype and shape.
-
-        Raises:
-          CheckpointError: files are missing or damaged, or there is no such array.
-        """
+        """Some arrays, on the host, in exactly their stored dtype and shape."""
         wanted = set(names)
         if unknown := wanted - self.metadata.keys():
             name = tree_paths.dotted(min(unknown))
@@ -177,11 +164,8 @@ class TreeReader:
             else ocp.PLACEHOLDER
             for name, leaf in self.metadata.items()
         ]
-        with _context():
-            try:
-                tree = ocp.load(str(self._path), jax.tree.unflatten(self._structure, targets))
-            except _DAMAGE as error:
-                raise _damaged(self._path, error) from error
+        with _reading(self._path):
+            tree = ocp.load(str(self._path), jax.tree.unflatten(self._structure, targets))
         loaded = jax.tree.leaves(tree)
         result = {}
         for (name, stored), array in zip(self.metadata.items(), loaded, strict=True):
@@ -204,12 +188,26 @@ def _context() -> ocp.Context:
     return context
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-    return CheckpointError(
-        f"{path}: Orbax cannot read it, files are missing or damaged ({reason}). "
-        "Copy or convert the checkpoint again."
-    )
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        with _context():
+            yield
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path}: could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    try:
+        with _context():
+            yield
+    except _DAMAGE as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: Orbax cannot read it, files are missing or damaged ({reason}). "
+            "Copy or convert the checkpoint again."
+        ) from error
 
 
 def steps(path: pathlib.Path) -> list[str]:

@@ -18,7 +18,7 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError, nearest
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import file_digest
-from fdq_checkpoints.store.manifest import WEIGHTS, Manifest, TensorEntry
+from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
 from fdq_checkpoints.store.orbax_store import TreeReader
 from fdq_checkpoints.tree_paths import Path, array_path, dotted
 
@@ -50,15 +50,10 @@ class StoredTensors:
         self.manifest: Manifest = manifests.read(folder)
         self._check_data()
         self._reader = TreeReader(folder / WEIGHTS)
-        self._entries = {entry.path: entry for entry in self.manifest.tensors}
         self._check_stored()
 
     def config(self) -> models.DecoderConfig:
-        """The config of the stored model.
-
-        Raises:
-          CheckpointError: it is not one that this fdq knows.
-        """
+        """The config of the stored model; CheckpointError where this fdq does not know it."""
         try:
             return models.DecoderConfig.from_dict(self.manifest.config or {})
         except (ValueError, TypeError) as error:
@@ -67,20 +62,10 @@ class StoredTensors:
     def read(self, *, verify: bool = True) -> Iterator[tuple[TensorEntry, dict[str, np.ndarray]]]:
         """Each tensor's entry and arrays on the host.
 
-        Args:
-          verify: compare checksums, which takes about a second per 1.4 GB.
-
-        Raises:
-          CheckpointError: files are damaged or missing; with `verify` also any changed byte.
+        With `verify` checksums are compared, which takes about a second per 1.4 GB.
         """
         for batch in self._batches():
-            names = [
-                array_path(entry.path, name)
-                for entry in batch
-                for name, array in entry.arrays.items()
-                if array.nbytes
-            ]
-            stored = self._reader.read(names)
+            stored = self._reader.read(_stored_arrays(batch))
             for entry in batch:
                 arrays = {}
                 for name, array in entry.arrays.items():
@@ -109,21 +94,9 @@ class StoredTensors:
         return result
 
     def verify(self) -> None:
-        """Compare all checksums, of the arrays and of the files beside them.
-
-        Raises:
-          CheckpointError: something is missing or changed; the first such thing is named.
-        """
+        """Compare all checksums; CheckpointError names the first thing missing or changed."""
         for _ in self.read(verify=True):
             pass
-        self.check_files()
-
-    def check_files(self) -> None:
-        """Compare the files beside the weights with their hashes.
-
-        Raises:
-          CheckpointError: one is missing or changed.
-        """
         for name, expected in self.manifest.files.items():
             path = self.folder / name
             if not path.is_file():
@@ -160,12 +133,7 @@ class StoredTensors:
 
     def _check_stored(self) -> None:
         """Orbax casts to what is asked for, so dtypes and shapes are compared before reading."""
-        expected = {
-            array_path(entry.path, name): array
-            for entry in self.manifest.tensors
-            for name, array in entry.arrays.items()
-            if array.nbytes
-        }
+        expected = _stored_arrays(self.manifest.tensors)
         stored = self._reader.metadata
         where = f"{self.folder / WEIGHTS}"
         for path, array in expected.items():
@@ -182,6 +150,16 @@ class StoredTensors:
                 )
         if extra := stored.keys() - expected.keys():
             raise CheckpointError(f"{where}: {dotted(min(extra))} is not in fdq.json.")
+
+
+def _stored_arrays(entries: Iterable[TensorEntry]) -> dict[Path, ArrayEntry]:
+    """By path, those of some tensors that are not empty: Orbax has no others."""
+    return {
+        array_path(entry.path, name): array
+        for entry in entries
+        for name, array in entry.arrays.items()
+        if array.nbytes
+    }
 
 
 def sharding_of(
