@@ -29,7 +29,7 @@ from fdq_checkpoints.store.restore import (
     put,
     sharding_of,
 )
-from fdq_checkpoints.tree_paths import Path, array_path, dotted
+from fdq_checkpoints.tree_paths import array_path, dotted
 
 
 def load(
@@ -83,7 +83,7 @@ def load(
         if verbose and job.assigned is not None:
             print(job.assigned.table.summary())
         tensors = tree_paths.flatten(job.tree)
-        check_shardings(sharding, _array_paths(tensors))
+        check_shardings(sharding, ((t.path, tree_paths.arrays_of(t.value)) for t in tensors))
         values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
         model = tree_paths.fill(job.tree, values)
     if isinstance(model, models.Decoder):
@@ -95,10 +95,7 @@ def _load_stored(
     stored: StoredTensors, sharding: Shardings, template: Any, dtype: Any, verify: bool
 ) -> Any:
     manifest = stored.manifest
-    check_shardings(
-        sharding,
-        [array_path(entry.path, name) for entry in manifest.tensors for name in entry.arrays],
-    )
+    check_shardings(sharding, ((entry.path, entry.arrays) for entry in manifest.tensors))
     if template is not None:
         target = _like_stored(template, manifest, stored.folder)
         values = stored.restore(sharding or _template_shardings(target), verify=verify)
@@ -187,14 +184,6 @@ def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], 
             if isinstance(mesh, jax.sharding.Mesh):
                 found[dotted(array_path(tensor.path, name))] = sharding
     return lambda path, _: found.get(path)
-
-
-def _array_paths(tensors: list[tree_paths.Tensor]) -> list[Path]:
-    return [
-        array_path(tensor.path, name)
-        for tensor in tensors
-        for name in tree_paths.arrays_of(tensor.value)
-    ]
 
 
 def _set_tokenizer(model: models.Decoder, folder: pathlib.Path) -> None:

@@ -179,19 +179,16 @@ def _order(path: tuple[Any, ...]) -> tuple[tuple[bool, Any], ...]:
 
 def _observer_of(node: Any) -> _InputObserver | None:
     if isinstance(node, nn.Linear | nnx.Linear):
-        shape = tuple(node.kernel.shape)
-        return _InputObserver(1, shape[:-1])
-    if isinstance(node, nn.ExpertLinear):
-        shape = tuple(node.kernel.shape)
-        return _InputObserver(1, (*shape[:-3], shape[-2]))
+        return _InputObserver(1, tuple(node.kernel.shape[:-1]))
+    if isinstance(node, nn.ExpertLinear):  # experts share one row
+        *lead, _, rows, _ = node.kernel.shape
+        return _InputObserver(1, (*lead, rows))
     if isinstance(node, nnx.LinearGeneral):
         axes = node.axis if isinstance(node.axis, tuple) else (node.axis,)
         if node.batch_axis or sorted(axes) != list(range(-len(axes), 0)):
             return None
         # A kernel that is scan-stacked has more axes than it was made with.
-        features = len(node.in_features)
-        outputs = len(node.out_features)
-        shape = tuple(node.kernel.shape)
-        lead = shape[: len(shape) - features - outputs]
+        own = len(node.in_features) + len(node.out_features)
+        lead = tuple(node.kernel.shape[: node.kernel.ndim - own])
         return _InputObserver(len(axes), (*lead, int(np.prod(node.in_features))))
     return None

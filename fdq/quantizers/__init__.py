@@ -1,6 +1,6 @@
 """How codes are chosen: one module an algorithm, one row of `QUANTIZERS` a quantizer."""
 
-from fdq.quantizers import clip_search, fastdeploy_rounding, four_over_six, round_to_nearest
+from fdq.quantizers import clip_search, fastdeploy_rounding, round_to_nearest
 from fdq.quantizers.quantizer import QUANTIZERS as QUANTIZERS
 from fdq.quantizers.quantizer import Quantizer as Quantizer
 from fdq.quantizers.quantizer import Statistics as Statistics
@@ -13,7 +13,7 @@ for _quantizer in (
     clip_search.SEARCH,
     round_to_nearest.ABSMAX,
     round_to_nearest.SIGNED_MAX,
-    four_over_six.FOUR_OVER_SIX,
+    round_to_nearest.FOUR_OVER_SIX,
     fastdeploy_rounding.FASTDEPLOY,
     fastdeploy_rounding.FASTDEPLOY_CPU,
 ):

@@ -14,14 +14,8 @@ from flax import nnx
 
 from fdq.cache.kv_cache import abstract_scales
 from fdq.formats.qtensor import QTensor
+from fdq.quantizers import modules
 from fdq.quantizers.layer_inputs import LayerInputs
-from fdq.quantizers.modules import (
-    DEFAULTS_OF_MODULES,
-    Tensor,
-    collect,
-    describe,
-    quantize_module,
-)
 from fdq.quantizers.quantizer import pick
 from fdq.quantizers.weight import quantize_array
 from fdq.schemes import assignment
@@ -45,7 +39,7 @@ class Assigned:
     """
 
     target: Any
-    tensors: list[Tensor] | None
+    tensors: list[modules.Tensor] | None
     leaves: list[Leaf]
     recipe: Recipe
     table: MatchTable
@@ -62,17 +56,12 @@ class Assigned:
         rules: Any = None,
         method: str | None = None,
     ) -> Assigned:
-        """Matches a tree or module with whatever names a recipe.
-
-        Raises:
-          ValueError: a rule that matches nothing, a tensor that cannot take its scheme, or a
-            quantizer that cannot make it. Names the path.
-        """
+        """Matches a tree or module with whatever names a recipe, as `quantize` documents it."""
         tensors, hint = None, assignment.DEFAULTS_OF_TREES
         if isinstance(target, nnx.Pytree):
-            target, hint = nnx.clone(target), DEFAULTS_OF_MODULES
-            tensors = collect(target)
-            leaves = [describe(tensor) for tensor in tensors]
+            target, hint = nnx.clone(target), modules.DEFAULTS_OF_MODULES
+            tensors = modules.collect(target)
+            leaves = [modules.describe(tensor) for tensor in tensors]
         else:
             leaves = assignment.leaves_of(target)
         has_experts = any("experts" in leaf.path.split(".") for leaf in leaves)
@@ -87,7 +76,7 @@ class Assigned:
         """The tree or module with QTensors where the table says so."""
         if self.tensors is None:
             return self._quantize_tree(inputs, donate)
-        result = quantize_module(
+        result = modules.quantize_module(
             self.target,
             self.tensors,
             self.table,
@@ -119,24 +108,17 @@ class Assigned:
         inputs: LayerInputs,
         index: int | None = None,
     ) -> QTensor:
-        """Quantizes one tensor.
+        """Quantizes one tensor, `[..., K, N]`, or one matrix of its stack: that of `index`.
 
-        Args:
-          array: `[..., K, N]`, folded where its layer contracts several axes.
-          row: what the table says of it.
-          paths: all that lead to it; any of them may have statistics.
-          inputs: statistics.
-          index: which matrix of the stack that `row` is about `array` is; None for all of it.
+        Any of `paths`, which all lead to it, may have statistics.
         """
         assert row.scheme is not None and row.scheme.weight is not None
-        method, compat = row.quantizer or self.method, None
-        if row.quantizer is None and fastdeploy_has(row.scheme, array.dtype):
-            compat = self.compat
+        theirs = row.quantizer is None and fastdeploy_has(row.scheme, array.dtype)
         return quantize_array(
             array,
             row.scheme.weight,
-            method=method,
-            compat=compat,
+            method=row.quantizer or self.method,
+            compat=self.compat if theirs else None,
             statistics=inputs.statistics(paths, index),
             path=row.path,
         )

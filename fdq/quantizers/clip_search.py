@@ -60,14 +60,8 @@ SEARCH = ClipSearch()
 def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None = None) -> Arrays:
     """Quantizes a float32 weight `[K, N]` with the scales of least squared error.
 
-    Args:
-      w: the weight.
-      spec: how it is stored.
-      importance: `[K]` nonnegative weights of the squared errors (mean square of what multiplies
-        each row, as in "importance matrices"); None weighs all rows equally.
-
-    Returns:
-      The arrays of the format, by field name of `QTensor`.
+    `importance` `[K]` weighs the squared errors of each row, as the mean square of what multiplies
+    it does (as in "importance matrices"); None weighs all rows equally.
     """
     format = format_of(spec)
     if not isinstance(format, ScaledFormat):

@@ -36,20 +36,13 @@ class LayerInputs:
     def of(
         cls, leaves: Sequence[Leaf], *, importance: Any = None, calibration: Any = None
     ) -> LayerInputs:
-        """From the arguments of `quantize`, compared with the tensors that there are.
-
-        Raises:
-          TypeError: neither a `Calibration` nor a mapping.
-          ValueError: paths that are not there, or a `Calibration` of another model.
-        """
-        by_name: dict[str, Mapping[str, Any]] = {}
-        if isinstance(calibration, Calibration):
-            by_name |= calibration.statistics
+        """From the arguments of `quantize`; refused where they are not about these leaves."""
+        whole = calibration if isinstance(calibration, Calibration) else None
+        by_name = {} if whole is None else dict(whole.statistics)
         ranges = _by_path("calibration", calibration, leaves, "absmax")
         guide = _by_path("importance", importance, leaves, "mean_square")
         if guide is not None:
             by_name["mean_square"] = guide
-        whole = calibration if isinstance(calibration, Calibration) else None
         return cls(by_name, ranges, whole)
 
     def statistics(self, paths: Sequence[str], index: int | None = None) -> dict[str, Any]:
@@ -66,11 +59,8 @@ class LayerInputs:
     ) -> Any:
         """float32 scale of a static activation, one for each leading axis; None if dynamic.
 
-        Args:
-          scheme: of the tensor.
-          paths: that lead to it.
-          shape: `[..., K, N]` of the weight.
-          abstract: without statistics return a `jax.ShapeDtypeStruct`.
+        `paths` lead to a weight of `shape` `[..., K, N]`. Of an `abstract` one without statistics
+        the scale is a `jax.ShapeDtypeStruct`.
         """
         spec, path, lead = scheme.activation, paths[0], shape[:-2]
         if spec is None or spec.dynamic:

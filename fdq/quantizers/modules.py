@@ -10,18 +10,18 @@ A Variable used in two places is quantized once and stays shared.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from fdq import nn
 from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.nn import general
 from fdq.nn.parameters import QCodes, QScale
-from fdq.schemes.assignment import Leaf, MatchTable, Row
+from fdq.schemes.assignment import Leaf, MatchTable, Row, is_float
 from fdq.schemes.scheme import Scheme
 
 DEFAULTS_OF_MODULES = (
@@ -126,7 +126,7 @@ def describe(tensor: Tensor) -> Leaf:
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return fixed((), None, type(array).__name__)
     shape, dtype = tuple(array.shape), array.dtype
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
+    if not is_float(dtype):
         return fixed(shape, dtype, f"dtype {dtype}")
     found = [(use, role_of(use)) for use in tensor.uses]
     roles = [role for _, role in found if isinstance(role, Role)]
@@ -177,8 +177,7 @@ def quantize_module(
       tensors: what `collect` found in it.
       table: what becomes of each of them.
       quantize: folded array, row of the table and paths -> QTensor.
-      activation_scale: scheme, paths of one kernel, shape of the folded weight and whether it is
-        abstract -> the calibrated scale of a static activation, or None.
+      activation_scale: see `LayerInputs`.
       donate: frees each source array once it is quantized.
     """
     stand_ins: dict[int, Any] = {}
@@ -265,9 +264,6 @@ def _divisible(names: tuple, shape: tuple[int, ...], mesh: Any) -> tuple:
 
     def fits(name: Any, size: int) -> bool:
         parts = name if isinstance(name, tuple) else (name,)
-        total = 1
-        for part in parts:
-            total *= sizes.get(part, 1)
-        return size % total == 0
+        return size % math.prod(sizes.get(part, 1) for part in parts) == 0
 
     return tuple(name if fits(name, n) else None for name, n in zip(names, shape, strict=True))

@@ -79,13 +79,9 @@ class Quantizer(abc.ABC):
         raise NotImplementedError(f"Quantizer {self.name} does not know its distortion.")
 
     def __call__(self, w: Any, spec: WeightSpec, statistics: Statistics, path: str) -> Arrays:
-        """Quantizes a stack of matrices, `matrix` by `matrix`.
+        """Quantizes a stack `[..., K, N]`, also an abstract one, `matrix` by `matrix`.
 
-        Args:
-          w: `[..., K, N]`; also a tracer or a `jax.ShapeDtypeStruct`.
-          spec: how it is stored.
-          statistics: `[..., K]` each, by name.
-          path: of the parameter, for errors.
+        Statistics are `[..., K]`; `path` is that of the parameter, for errors.
         """
         del path
         run = functools.partial(_run, quantizer=self, spec=spec)
@@ -194,6 +190,4 @@ def _by_slabs(w: jax.Array, slabs: int, quantize: Any) -> Arrays:
 
 
 def _on_one_device(w: Any) -> bool:
-    if isinstance(w, Tracer):
-        return False
-    return len(w.sharding.device_set) == 1
+    return not isinstance(w, Tracer) and len(w.sharding.device_set) == 1

@@ -135,6 +135,11 @@ def is_quantized(x: Any) -> bool:
     return isinstance(getattr(x, "spec", None), WeightSpec)
 
 
+def is_float(dtype: Any) -> bool:
+    """Whether arrays of this dtype can be quantized: floats of 16 bits or more."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize >= 2
+
+
 def path_string(entries: Sequence[Any]) -> str:
     """Keys of a pytree path joined by dots, without Linen's outer `params`."""
     parts = [str(key) for key in path_pattern.path_keys(entries)]
@@ -179,38 +184,32 @@ def leaf_at(path: str, value: Any) -> Leaf:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return Leaf(path, (), None, "fixed", f"{type(value).__name__}, not an array")
     shape, dtype, ndim = tuple(value.shape), value.dtype, len(value.shape)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
-        return Leaf(path, shape, dtype, "fixed", f"dtype {dtype}")
-    if ndim < 2:
-        return Leaf(path, shape, dtype, "fixed", "vector" if ndim else "scalar")
     name = path.rsplit(".", 1)[-1]
-    if name == "bias":  # that of attention heads is [heads, head_dim]
-        return Leaf(path, shape, dtype, "fixed", "bias")
-    if ndim == 3 and _EXPERT_KERNEL.fullmatch(path):
-        return Leaf(path, shape, dtype, "weight")
-    if ndim > 2:
-        why = f"{ndim}-D: needs a rule that names it, read as [..., K, N]"
-        return Leaf(path, shape, dtype, "on_request", why)
-    if name not in WEIGHT_NAMES:
+    kind, why = "fixed", ""
+    if not is_float(dtype):
+        why = f"dtype {dtype}"
+    elif ndim < 2:
+        why = "vector" if ndim else "scalar"
+    elif name == "bias":  # that of attention heads is [heads, head_dim]
+        why = "bias"
+    elif ndim > 2 and not (ndim == 3 and _EXPERT_KERNEL.fullmatch(path)):
+        kind, why = "on_request", f"{ndim}-D: needs a rule that names it, read as [..., K, N]"
+    elif ndim == 2 and name not in WEIGHT_NAMES:
+        kind = "on_request"
         why = f"not named {', '.join(WEIGHT_NAMES)}: needs a rule that names it"
-        return Leaf(path, shape, dtype, "on_request", why)
-    return Leaf(path, shape, dtype, "weight")
+    else:
+        kind = "weight"
+    return Leaf(path, shape, dtype, kind, why)
 
 
 # --- Matching ------------------------------------------------------------------------------------
 
 
 def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES) -> MatchTable:
-    """Matches leaves with a recipe.
+    """Matches the leaves of a whole tree with a `Recipe`.
 
-    Args:
-      recipe: a `Recipe`.
-      leaves: of the whole tree.
-      hint: what is quantized by default, for the error that nothing would be.
-
-    Raises:
-      ValueError: a required rule quantizes nothing (lists the nearest paths), nothing at all would
-        be quantized, or the shape of a tensor does not fit its scheme.
+    ValueError where a required rule quantizes nothing (lists the nearest paths), nothing at all
+    would be quantized (says by `hint` what is by default), or a shape does not fit its scheme.
     """
     matches = [_match(recipe, leaf) for leaf in leaves]
     rows = [_row(leaf, match) for leaf, match in zip(leaves, matches, strict=True)]
@@ -274,8 +273,8 @@ def _unused(rule: Any, leaves: Sequence[Leaf], rows: list[Row], matches: list[An
     ]
     if not reached:
         paths = [path for leaf in leaves for path in (leaf.path, *leaf.aliases)]
-        near = nearest(rule.pattern, paths)
-        return f"{head}. Nearest paths: {', '.join(near) or '(the tree has no leaves)'}."
+        near = ", ".join(nearest(rule.pattern, paths))
+        return f"{head}. Nearest paths: {near or '(the tree has no leaves)'}."
     reached.sort(key=lambda pair: (pair[1].rule == rule, -len(pair[0].shape)))
     row, match = reached[0]
     if match.rule is not None and match.rule != rule:

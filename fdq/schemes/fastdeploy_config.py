@@ -59,6 +59,14 @@ _REFUSED = {
     "wfp4afp8": "its activations are 4-bit floats; 'mxfp4' stores the same weights",
 }
 
+# What a name means for experts and for the rest; of the last three that is ERNIE's rule.
+_MIXTURES = {
+    "mix_quant": ("w4a8", "W8A16C8"),
+    "wint4": ("wint4", "wint8"),  # FastDeploy PR #2664
+    "w4afp8": ("w4afp8", "block_wise_fp8"),  # PR #5282
+    "wint2": ("wint2", "wint8"),
+}
+
 _FLAGS = {
     "is_quantized": bool,
     "is_moe_quantized": bool,
@@ -89,18 +97,10 @@ def looks_like(config: Mapping[str, Any]) -> bool:
 def named(name: str, compat: str | None, has_experts: bool) -> Parts | None:
     """The mixture that FastDeploy's command line means by a name; None for a plain scheme."""
     method = name.strip().lower()
-    if method == "mix_quant":
-        experts, rest = "w4a8", "W8A16C8"
-    elif compat is None or not has_experts:
+    by_rule = compat is not None and has_experts
+    if method not in _MIXTURES or not (method == "mix_quant" or by_rule):
         return None
-    elif method == "wint4":  # ERNIE's rule, FastDeploy PR #2664
-        experts, rest = "wint4", "wint8"
-    elif method == "w4afp8":  # PR #5282
-        experts, rest = "w4afp8", "block_wise_fp8"
-    elif method == "wint2":
-        experts, rest = "wint2", "wint8"
-    else:
-        return None
+    experts, rest = _MIXTURES[method]
     rules = [(EXPERTS, Scheme.parse(experts, compat=compat), False)]
     if method == "wint2":
         low = f"layers.{{0..{_LAST_W4_LAYER}}}.mlp.experts"
@@ -109,12 +109,7 @@ def named(name: str, compat: str | None, has_experts: bool) -> Parts | None:
 
 
 def read(config: Mapping[str, Any], *, num_layers: int | None = None) -> Parts:
-    """The arguments of the `Recipe` that a `quantization_config` describes.
-
-    Raises:
-      ValueError: unknown keys, types or granularities, missing ones, or a bad layer range.
-      NotImplementedError: what has no counterpart in fdq.
-    """
+    """The arguments of the `Recipe` that a config describes; errors as of `from_fastdeploy`."""
     if not isinstance(config, Mapping):
         raise ValueError(
             f"quantization_config: expected a JSON object (a dict), found {config!r}; read a file "
@@ -166,11 +161,7 @@ def read(config: Mapping[str, Any], *, num_layers: int | None = None) -> Parts:
 def write(rules: Iterable[Any], default: Any, cache: Any, record: Mapping[str, Any]) -> Parts:
     """The config that `read` turns into these rules; ValueError if FastDeploy has none.
 
-    Args:
-      rules: with attributes `pattern` and `scheme`.
-      default: scheme of the rest.
-      cache: CacheSpec.
-      record: keys to write as they are.
+    Rules have attributes `pattern` and `scheme`; the keys of `record` are written as they are.
     """
     rules = list(rules)
     wanted = ([(rule.pattern, rule.scheme) for rule in rules], default, cache)
@@ -192,7 +183,8 @@ def write(rules: Iterable[Any], default: Any, cache: Any, record: Mapping[str, A
 
 def _candidates(rules: list, default: Any, cache: Any, record: Mapping[str, Any]):
     """Configs that might describe the rules; `read` decides."""
-    dense = [name for name in _DENSE if _is(default, _DENSE[name])] + [None] * (default is None)
+    dense = [name for name, scheme in _DENSE.items() if default == Scheme.parse(scheme)]
+    dense += [None] * (default is None)
     base = {"quantization": record.get("quantization"), **record}
     if cache is not None:
         formats = {"float8_e4m3": "float8_e4m3fn", "int8": "int8", "int4": "int4_zp"}
@@ -226,10 +218,6 @@ def _range(quant_type: str, granularity: str, layers: tuple[int, int]) -> dict[s
         "quant_start_layer": layers[0],
         "quant_end_layer": layers[1],
     }
-
-
-def _is(scheme: Scheme | None, name: str) -> bool:
-    return scheme is not None and scheme == Scheme.parse(name)
 
 
 def _check_flags(config: Mapping[str, Any]) -> None:

@@ -19,12 +19,7 @@ Fields = dict[str, Any]
 # Activations in a weight's format are called like it.
 ACTIVATION_FORMATS = ("int8", "float8_e4m3")
 
-SCALE_SUFFIXES = {
-    "f32": "float32",
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "ue8m0": "float8_e8m0fnu",
-}
+SCALE_SUFFIXES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "ue8m0": "float8_e8m0fnu"}
 ZERO_SUFFIXES = {"sym": "none", "half": "half", "asym": "integer"}
 CACHE_SUFFIXES = {"kvtoken": "token_head", "kvchannel": "channel", "kvhead": "head"}
 
@@ -144,11 +139,7 @@ def cache_suffixes(spec) -> list[str]:
 
 
 def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:
-    """Fields of the parts `w`, `a` and `c`; `None` where a part is left in 16 bits.
-
-    Raises:
-      Unreadable: a part of the name is not in the grammar, or two suffixes contradict each other.
-    """
+    """Fields of the parts `w`, `a` and `c`; `None` where a part is left in 16 bits."""
     if compat is not None and compat not in COMPATS:
         raise ValueError(f"compat={compat!r}: use None or one of {', '.join(COMPATS)}.")
     head, *suffixes = name.strip().lower().split("-")
@@ -156,15 +147,10 @@ def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:
     types = dict(_types(alias))
     # A name's own suffixes replace those that an alias implies.
     slots = _slots(implied, types) | _slots(suffixes, types)
-    weight, activation, cache = (
-        {
-            k: v
-            for (owner, _), (_, fields) in slots.items()
-            if owner == part
-            for k, v in fields.items()
-        }
-        for part in _PARTS
-    )
+    given: dict[str, Fields] = {part: {} for part in _PARTS}
+    for (part, _), (_, fields) in slots.items():
+        given[part] |= fields
+    weight, activation, cache = given.values()
     w, a, c = (types.get(part) for part in _PARTS)
     channelwise = compat is not None and w in ("int8", "int4") and a != "float8_e4m3"
     if channelwise and "granularity" not in weight:
@@ -247,12 +233,7 @@ def _suffix(word: str) -> tuple[str, str, Fields]:
 
 
 def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
-    """The valid name nearest to an unreadable one, or None.
-
-    Args:
-      name: what was given.
-      canonical: the canonical form of a readable name, None for an unreadable one.
-    """
+    """The valid name nearest to an unreadable one, of which `canonical` says None; or None."""
     text = re.sub(r"[\s_,;:/.+@-]+", "-", name.strip().lower()).strip("-")
     if not text:
         return None
@@ -264,7 +245,7 @@ def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
         tokens = token.findall(candidate)
         if "".join(tokens) != candidate.replace("-", ""):
             continue
-        parts = sorted((t for t in tokens if re.fullmatch(typed, t)), key=_part_order)
+        parts = sorted(filter(re.compile(typed).fullmatch, tokens), key=lambda t: "wac".index(t[0]))
         suffixes = [t for t in tokens if t not in parts]
         head = "".join(map(_nearest_type, parts))
         # Quantized activations need quantized weights.
@@ -318,10 +299,6 @@ def _nearest_type(token: str) -> str:
         # Of two that are as near, the wider: the model stays as good as it was meant to be.
         return part + str(min(widths, key=lambda width: (abs(width - int(bits[1])), -width)))
     return part + next(iter(_close(type_name, {known: known for known in known})), type_name)
-
-
-def _part_order(token: str) -> int:
-    return "wac".index(token[0])
 
 
 def _join(head: str | None, suffixes: list[str], canonical) -> str | None:

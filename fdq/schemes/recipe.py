@@ -162,12 +162,11 @@ class Recipe:
             if cache not in (None, default.cache):
                 raise ValueError(f"Two cache formats: {cache} and that of {default}. Drop one.")
             default, cache = dataclasses.replace(default, cache=None), default.cache
-        object.__setattr__(self, "rules", made)
-        object.__setattr__(self, "default", None if default == Scheme() else default)
-        object.__setattr__(self, "cache", cache)
-        object.__setattr__(self, "quantizer", quantizer)
-        _check_quantizer("The default", self.default, quantizer)
-        object.__setattr__(self, "record", dict(record or {}))
+        default = None if default == Scheme() else default
+        _check_quantizer("The default", default, quantizer)
+        fields = {"rules": made, "default": default, "cache": cache, "quantizer": quantizer}
+        for name, value in (fields | {"record": dict(record or {})}).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def parse(cls, source: Any, *, compat: str | None = None, has_experts: bool = True) -> Recipe:
@@ -293,14 +292,10 @@ class Recipe:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
         """Reads what `to_dict` wrote; ValueError names unknown or missing keys."""
-        known = {"rules", "default", "cache", "quantizer", "record"}
-        _check_keys("recipe", fields, known, {"rules"})
-        known = {"pattern", "scheme", "required", "quantizer"}
+        _check_keys("recipe", fields, cls, {"rules"})
         for rule in fields["rules"]:
-            _check_keys("rule", rule, known, {"pattern", "scheme"})
-        rules = [Rule(**rule) for rule in fields["rules"]]
-        extra = {k: v for k, v in fields.items() if k in ("cache", "quantizer", "record")}
-        return cls(rules, fields.get("default"), **extra)
+            _check_keys("rule", rule, Rule, {"pattern", "scheme"})
+        return cls(**{**fields, "rules": [Rule(**rule) for rule in fields["rules"]]})
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
@@ -379,7 +374,9 @@ def _read_json(text: str) -> Any:
         raise ValueError(f"This recipe is not valid JSON: {error}. Got {text!r}.") from None
 
 
-def _check_keys(what: str, found: Any, known: set[str], needed: set[str]) -> None:
+def _check_keys(what: str, found: Any, kind: type[Any], needed: set[str]) -> None:
+    """Raises ValueError unless the keys of `found` are fields of `kind`, with those needed."""
+    known = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(found, Mapping):
         raise ValueError(f"A {what} is a JSON object, got {found!r}.")
     unknown, missing = set(found) - known, needed - set(found)

@@ -96,21 +96,14 @@ class OrbaxTrees:
         """An Orbax checkpoint, or a directory of the steps of a training run."""
         return orbax_store.is_orbax(folder) or bool(orbax_store.steps(folder))
 
-    def open(
-        self,
-        folder: pathlib.Path,
-        *,
-        dtype: Any = None,
-        config: models.DecoderConfig | None = None,
-        subtree: str | None = None,
-    ) -> OrbaxTree:
-        """Reads the metadata."""
+    def open(self, folder: pathlib.Path, **options: Any) -> OrbaxTree:
+        """Reads the metadata; options as of `OrbaxTree`."""
         if not orbax_store.is_orbax(folder):
             raise CheckpointError(
                 f"{folder}: holds steps {', '.join(orbax_store.steps(folder)[-5:])}. Give the "
                 "directory of one of them."
             )
-        return OrbaxTree(folder, subtree=subtree, config=config, dtype=dtype)
+        return OrbaxTree(folder, **options)
 
 
 class StoredFloats:
@@ -123,14 +116,7 @@ class StoredFloats:
         """Has fdq.json."""
         return os.path.lexists(folder / manifest.FILE_NAME)
 
-    def open(
-        self,
-        folder: pathlib.Path,
-        *,
-        dtype: Any = None,
-        config: models.DecoderConfig | None = None,
-        subtree: str | None = None,
-    ) -> OrbaxTree:
+    def open(self, folder: pathlib.Path, **options: Any) -> OrbaxTree:
         """Reads the manifest; CheckpointError if anything is quantized."""
         stored = StoredTensors(folder)
         if any(entry.spec is not None for entry in stored.manifest.tensors):
@@ -138,10 +124,9 @@ class StoredFloats:
                 f"{folder}: quantized already ({stored.manifest.scheme}). Convert the original."
             )
         if stored.manifest.config is not None:
-            config = stored.config()
+            options["config"] = stored.config()
         files = tuple(folder / name for name in stored.manifest.files)
-        weights = folder / manifest.WEIGHTS
-        return OrbaxTree(weights, subtree=subtree, config=config, dtype=dtype, files=files)
+        return OrbaxTree(folder / manifest.WEIGHTS, files=files, **options)
 
 
 ORBAX_TREES, STORED_FLOATS = OrbaxTrees(), StoredFloats()

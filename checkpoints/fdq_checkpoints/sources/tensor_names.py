@@ -120,13 +120,10 @@ def check_tied_head(directory: SourceDirectory, head: str, embedding: str) -> No
     same = a.shape == b.shape and a.dtype == b.dtype
     if same:
         rows = max(1, _COMPARE_ROWS_BYTES // max(1, a.nbytes // a.shape[0]))
-        same = all(
-            np.array_equal(
-                directory.read_rows(head, start, min(start + rows, a.shape[0])).view(np.uint8),
-                directory.read_rows(embedding, start, min(start + rows, a.shape[0])).view(np.uint8),
-            )
-            for start in range(0, a.shape[0], rows)
-        )
+        for start in range(0, a.shape[0], rows):
+            stop = min(start + rows, a.shape[0])
+            one, other = (directory.read_rows(x, start, stop) for x in (head, embedding))
+            same &= np.array_equal(one.view(np.uint8), other.view(np.uint8))
     if not same:
         raise CheckpointError(
             f"{directory.file_name(head)}: tensor {shown(head)} differs from {shown(embedding)}, "

@@ -173,10 +173,10 @@ def sharding_of(
     return shardings(dotted(path), jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
-def check_shardings(shardings: Shardings, paths: Iterable[Path]) -> None:
-    """Raise CheckpointError if a mapping names an array that the checkpoint does not have."""
+def check_shardings(shardings: Shardings, arrays: Iterable[tuple[Path, Mapping[str, Any]]]) -> None:
+    """Raise CheckpointError if a mapping names an array that no tensor of the checkpoint has."""
     if isinstance(shardings, Mapping):
-        known = {dotted(path) for path in paths}
+        known = {dotted(array_path(path, name)) for path, names in arrays for name in names}
         for name in shardings:
             if name not in known:
                 raise CheckpointError(f"sharding: there is no array {name}.{nearest(name, known)}")
