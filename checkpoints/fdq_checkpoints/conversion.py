@@ -6,7 +6,6 @@ of what is to be written, whatever the model's size. A killed conversion leaves 
 (other source, scheme, options or version) starts anew.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -61,51 +60,40 @@ def convert(
             "compat": compat,
             "calibration": None if seen is None else seen.digest,
         }
-        job = _Job(made, tree_paths.flatten(made.tree), options | {"recipe": recipe.to_json()})
+        tensors = tree_paths.flatten(made.tree)
+        total = sum(saving.nbytes(tensor.value) for tensor in tensors)
+        key = _key(made, tensors, options | {"recipe": recipe.to_json()})
         with commit.pending_directory(
-            dst, overwrite=overwrite, keep_unfinished=True, needed_bytes=job.total
+            dst, overwrite=overwrite, keep_unfinished=True, needed_bytes=total
         ) as folder:
-            entries = _write(job, folder, progress)
+            written, resumed = _write(made, folder, key, total, progress)
             # A model keeps its own record, also of what was quantized before.
             record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
             source_name = pathlib.Path(src).resolve().name
             saving.write_manifest(
                 folder,
-                entries,
+                [written[tensor.path] for tensor in tensors],
                 scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
                 config=source.config,
                 files=source.companions(),
                 provenance={"source": source_name, "recipe": record, **options},
             )
-            if job.resumed:
+            if resumed:
                 # What the killed process wrote was never looked at again.
                 StoredTensors(folder).verify()
     return inspect(dst)
 
 
-@dataclasses.dataclass
-class _Job:
-    made: stream.Job
-    tensors: list[Tensor]
-    options: dict[str, Any]
-    resumed: bool = False
-
-    @property
-    def total(self) -> int:
-        """Bytes to be written."""
-        return sum(saving.nbytes(tensor.value) for tensor in self.tensors)
-
-    @property
-    def key(self) -> str:
-        """Equal for equal jobs: what is read, what is to be made of it, and by which versions."""
-        tensors = []
-        for tensor in self.tensors:
-            spec, arrays = getattr(tensor.value, "spec", None), tree_paths.arrays_of(tensor.value)
-            kinds = [[name, array.shape, array.dtype.name] for name, array in arrays.items()]
-            static = [tensor.path, repr(tensor.activation), repr(spec)]
-            tensors.append([*static, *kinds, _content(tensor.value)])
-        content = [self.made.source.state, tensors, self.options, saving.versions()]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _key(made: stream.Job, tensors: list[Tensor], options: dict[str, Any]) -> str:
+    """Equal for equal jobs: what is read, what is to be made of it, and by which versions."""
+    described = []
+    for tensor in tensors:
+        spec, arrays = getattr(tensor.value, "spec", None), tree_paths.arrays_of(tensor.value)
+        kinds = [[name, array.shape, array.dtype.name] for name, array in arrays.items()]
+        static = [tensor.path, repr(tensor.activation), repr(spec)]
+        described.append([*static, *kinds, _content(tensor.value)])
+    content = [made.source.state, described, options, saving.versions()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _content(value: Any) -> str | None:
@@ -114,16 +102,18 @@ def _content(value: Any) -> str | None:
     return hashlib.sha256(np.asarray(value).tobytes()).hexdigest() if concrete else None
 
 
-def _write(job: _Job, folder: pathlib.Path, progress: stream.Progress | None) -> list[TensorEntry]:
-    """Write all tensors, going on after what the journal says was written."""
+def _write(
+    made: stream.Job, folder: pathlib.Path, key: str, total: int, progress: stream.Progress | None
+) -> tuple[dict[tree_paths.Path, TensorEntry], bool]:
+    """Write all tensors; by path what was written, and whether a killed process wrote some."""
     weights = folder / manifest.WEIGHTS
     journal = folder / _JOURNAL
-    done, batches = _read_journal(journal, job.key)
-    job.resumed = bool(done) and orbax_store.keep_only(weights, batches)
-    if not job.resumed:
+    done, batches = _read_journal(journal, key)
+    resumed = bool(done) and orbax_store.keep_only(weights, batches)
+    if not resumed:
         done = []
         commit.empty(folder)
-        _append(journal, {"key": job.key})
+        _append(journal, {"key": key})
     fresh: list[TensorEntry] = []
 
     def record(names: list[str]) -> None:
@@ -131,16 +121,16 @@ def _write(job: _Job, folder: pathlib.Path, progress: stream.Progress | None) ->
         _append(journal, {"batches": names, "tensors": written})
         fresh.clear()
 
-    writer = orbax_store.TreeWriter(weights, total_bytes=job.total, on_batch=record)
+    writer = orbax_store.TreeWriter(weights, total_bytes=total, on_batch=record)
     entries = {entry.path: entry for entry in done}
-    for tensor in job.made.tensors(progress=progress, skip=frozenset(entries)):
+    for tensor in made.tensors(progress=progress, skip=frozenset(entries)):
         entry = saving.write_tensor(writer, tensor)
         entries[entry.path] = entry
         fresh.append(entry)
         writer.flush_if_full()
     writer.finalize()
     journal.unlink()
-    return [entries[tensor.path] for tensor in job.tensors]
+    return entries, resumed
 
 
 def _append(journal: pathlib.Path, content: dict[str, Any]) -> None:

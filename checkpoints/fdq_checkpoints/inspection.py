@@ -143,25 +143,14 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
     stored = StoredTensors(folder)
     if verify:
         stored.verify()
-    rows = tuple(
-        Row(
-            path=dotted(entry.path),
-            format=str(entry.spec) if entry.spec is not None else entry.arrays["value"].dtype,
-            quantized=entry.spec is not None,
-            shape=entry.shape,
-            nbytes=entry.nbytes,
-        )
-        for entry in stored.manifest.tensors
-    )
-    return Inspection(
-        path=str(folder),
-        kind=stored.manifest.kind,
-        scheme=stored.manifest.scheme,
-        rows=rows,
-        disk_bytes=bytes_in(folder),
-        verified=verify,
-        provenance=stored.manifest.provenance,
-    )
+    rows = []
+    for entry in stored.manifest.tensors:
+        format = str(entry.spec) if entry.spec is not None else entry.arrays["value"].dtype
+        is_quantized = entry.spec is not None
+        rows.append(Row(dotted(entry.path), format, is_quantized, entry.shape, entry.nbytes))
+    kind, scheme = stored.manifest.kind, stored.manifest.scheme
+    size, provenance = bytes_in(folder), stored.manifest.provenance
+    return Inspection(str(folder), kind, scheme, tuple(rows), size, verify, provenance)
 
 
 def verify(path: str | os.PathLike[str]) -> None:

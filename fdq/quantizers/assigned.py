@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from fdq.cache.kv_cache import abstract_scales
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers import modules
+from fdq.quantizers.fastdeploy_rounding import FASTDEPLOY
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.quantizers.quantizer import pick
 from fdq.quantizers.weight import quantize_array
@@ -165,15 +165,9 @@ def parse(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> Rec
 
 def fastdeploy_has(scheme: Scheme, dtype: Any) -> bool:
     """Whether FastDeploy rounds this tensor in a way of its own (WINT8, WINT4, W8A8, W4A8)."""
-    spec, activation = scheme.weight, scheme.activation
-    return (
-        spec is not None
-        and spec.format in ("int8", "int4")
-        and spec.zero_point == "none"
-        and spec.granularity in ("channel", "group")
-        and spec.scale_dtype in ("float32", str(jnp.dtype(dtype)))
-        and (activation is None or activation.format == "int8")
-    )
+    if scheme.weight is None or FASTDEPLOY.unsupported(scheme.weight, dtype) is not None:
+        return False
+    return scheme.activation is None or scheme.activation.format == "int8"
 
 
 def _keep_cache_scales(model: Any, cache: CacheSpec | None, inputs: LayerInputs) -> None:

@@ -97,11 +97,6 @@ class SourceDirectory:
         for file in self._files.values():
             file.close()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
-
     def file_name(self, name: str) -> str:
         """The path of the shard that holds a tensor, for errors."""
         return self._file(name).path
