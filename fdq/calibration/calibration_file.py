@@ -41,12 +41,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], tokens
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays by name, and the number of tokens.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is none of these files, of a newer version, or damaged; says where.
-    """
+    """The arrays by name, and the number of tokens; errors as of `Calibration.load`."""
     size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as archive:

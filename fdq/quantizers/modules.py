@@ -172,13 +172,9 @@ def quantize_module(
 ) -> Any:
     """Puts quantized weights into a module; returns it, or its stand-in where it is a layer itself.
 
-    Args:
-      module: changed in place, so pass a clone. Abstract ones (`nnx.eval_shape`) stay abstract.
-      tensors: what `collect` found in it.
-      table: what becomes of each of them.
-      quantize: folded array, row of the table and paths -> QTensor.
-      activation_scale: see `LayerInputs`.
-      donate: frees each source array once it is quantized.
+    The module, in which `collect` found `tensors`, is changed in place, so pass a clone; an
+    abstract one (`nnx.eval_shape`) stays abstract. `quantize` takes a folded array, its row of the
+    table and its paths. `donate` frees each source array once it is quantized.
     """
     stand_ins: dict[int, Any] = {}
     pending = list(zip(tensors, table.rows, strict=True))

@@ -80,9 +80,6 @@ class SafetensorsFile:
       path: the file.
       tensors: `name -> TensorInfo`, in the order of the header.
       metadata: the header's `__metadata__`, strings to strings.
-
-    Raises:
-      CheckpointError: anything about the file is not as the format says.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -116,11 +113,7 @@ class SafetensorsFile:
         return self._read_bytes(info, 0, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `[start, stop)` of the first dimension, without reading the others.
-
-        Raises:
-          ValueError: the tensor is a scalar, or the range is not within it.
-        """
+        """Rows `[start, stop)` of the first dimension, without reading the others."""
         info = self._info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise ValueError(
@@ -144,9 +137,8 @@ class SafetensorsFile:
         view = memoryview(data)
         done = 0
         while done < len(view):
-            count = os.preadv(
-                self._fd, [view[done : done + _READ_BYTES]], info.start + start + done
-            )
+            part = view[done : done + _READ_BYTES]
+            count = os.preadv(self._fd, [part], info.start + start + done)
             if count == 0:
                 raise self._error("the file became shorter while it was read", info.name)
             done += count
@@ -171,10 +163,8 @@ class SafetensorsFile:
         if not 0 < length <= MAX_HEADER_BYTES:
             raise self._error(f"header length {length} is not in 1…{MAX_HEADER_BYTES}")
         if 8 + length > size:
-            raise self._error(
-                f"truncated: the header needs {8 + length} bytes, the file has {size}",
-                hint=_DOWNLOAD_AGAIN,
-            )
+            reason = f"truncated: the header needs {8 + length} bytes, the file has {size}"
+            raise self._error(reason, hint=_DOWNLOAD_AGAIN)
         header_bytes = os.pread(self._fd, length, 8)
         if not header_bytes.startswith(b"{"):
             raise self._error("the header does not begin with '{'")
@@ -196,45 +186,32 @@ class SafetensorsFile:
     def _check_entry(self, name: str, entry: Any, data_start: int) -> TensorInfo:
         forbidden = any(part in name for part in ("/", "\\", ".."))
         if forbidden or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
-            raise self._error(
-                "illegal name (1 to 512 printable characters without '/', '\\' and '..')", name
-            )
+            reason = "illegal name (1 to 512 printable characters without '/', '\\' and '..')"
+            raise self._error(reason, name)
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise self._error(
-                f"header entry must have exactly dtype, shape, data_offsets; found {found}", name
-            )
-        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+            reason = f"header entry must have exactly dtype, shape, data_offsets; found {found}"
+            raise self._error(reason, name)
+        kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = DTYPES.get(kind) if isinstance(kind, str) else None
         if dtype is None:
-            raise self._error(
-                f"unsupported dtype {shown(str(entry['dtype']))}; supported: {', '.join(DTYPES)}",
-                name,
-            )
-        shape = entry["shape"]
+            reason = f"unsupported dtype {shown(str(kind))}; supported: {', '.join(DTYPES)}"
+            raise self._error(reason, name)
         if not isinstance(shape, list) or not all(
             type(dim) is int and 0 <= dim <= MAX_DIMENSION for dim in shape
         ):
             raise self._error(f"shape {shown(str(shape))} is not a list of sizes", name)
         if len(shape) > MAX_RANK:
             raise self._error(f"{len(shape)} dimensions, more than {MAX_RANK}", name)
-        offsets = entry["data_offsets"]
-        if (
-            not isinstance(offsets, list)
-            or len(offsets) != 2
-            or not all(type(offset) is int for offset in offsets)
-            or not 0 <= offsets[0] <= offsets[1]
-        ):
-            raise self._error(
-                f"data_offsets {shown(str(offsets))} are not [begin, end] with 0 <= begin <= end",
-                name,
-            )
-        expected = math.prod(shape) * dtype.itemsize
-        if expected != offsets[1] - offsets[0]:
-            raise self._error(
-                f"{entry['dtype']}{shape} needs {expected} bytes, data_offsets give "
-                f"{offsets[1] - offsets[0]}",
-                name,
-            )
+        pair = isinstance(offsets, list) and [type(offset) for offset in offsets] == [int, int]
+        if not pair or not 0 <= offsets[0] <= offsets[1]:
+            shown_offsets = shown(str(offsets))
+            reason = f"data_offsets {shown_offsets} are not [begin, end] with 0 <= begin <= end"
+            raise self._error(reason, name)
+        needed, given = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
+        if needed != given:
+            reason = f"{kind}{shape} needs {needed} bytes, data_offsets give {given}"
+            raise self._error(reason, name)
         start, stop = (data_start + offset for offset in offsets)
         return TensorInfo(name, dtype, tuple(shape), start, stop)
 
@@ -248,10 +225,7 @@ class SafetensorsFile:
                 raise self._error(f"a hole of {info.start - position} bytes before it", info.name)
             position = info.stop
             if position > size:
-                raise self._error(
-                    f"truncated: ends at byte {position}, the file has {size}",
-                    info.name,
-                    _DOWNLOAD_AGAIN,
-                )
+                reason = f"truncated: ends at byte {position}, the file has {size}"
+                raise self._error(reason, info.name, _DOWNLOAD_AGAIN)
         if position != size:
             raise self._error(f"{size - position} trailing bytes after the last tensor")

@@ -59,10 +59,6 @@ class SourceDirectory:
       path: the directory.
       config: config.json.
       tensors: `name -> TensorInfo` over all shards.
-
-    Raises:
-      FileNotFoundError: there is no such directory.
-      CheckpointError: it holds no config.json, no safetensors, or anything inconsistent.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -129,8 +125,7 @@ class SourceDirectory:
         (`models--x/snapshots/<revision>/f -> ../../blobs/<hash>`), into the same model's blobs.
         """
         path = self.path / name
-        resolved = path.resolve()
-        root = self.path.resolve()
+        resolved, root = path.resolve(), self.path.resolve()
         allowed = [root]
         if root.parent.name == "snapshots":
             allowed.append(root.parent.parent / "blobs")
@@ -219,9 +214,8 @@ class SourceDirectory:
             raise CheckpointError(f"{index_path}: weight_map is missing or not an object.")
         shards: dict[str, set[str]] = {}
         for tensor, shard in weight_map.items():
-            if not isinstance(shard, str) or not re.fullmatch(
-                r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors", shard
-            ):
+            legal = r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors"
+            if not isinstance(shard, str) or not re.fullmatch(legal, shard):
                 raise CheckpointError(
                     f"{index_path}: tensor {shown(tensor)} is said to be in {shown(str(shard))}, "
                     "which is not the name of a .safetensors file of this directory."
@@ -248,16 +242,11 @@ class SourceDirectory:
         for shard, expected in shards.items():
             file = self._open(shard)
             for tensor in file.tensors:
+                where = f"{file.path}: tensor {shown(tensor)} is"
                 if tensor in self._file_of:
-                    raise CheckpointError(
-                        f"{file.path}: tensor {shown(tensor)} is also in "
-                        f"{self._file_of[tensor].path}."
-                    )
+                    raise CheckpointError(f"{where} also in {self._file_of[tensor].path}.")
                 if tensor not in expected:
-                    raise CheckpointError(
-                        f"{file.path}: tensor {shown(tensor)} is not listed for this shard in "
-                        f"{index_name}."
-                    )
+                    raise CheckpointError(f"{where} not listed for this shard in {index_name}.")
                 self._file_of[tensor] = file
             if missing := expected - file.tensors.keys():
                 name = min(missing)

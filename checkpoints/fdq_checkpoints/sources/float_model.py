@@ -57,13 +57,7 @@ class FloatModels:
         return True
 
     def open(self, folder: pathlib.Path, *, dtype: Any = None) -> FloatModel:
-        """Looks at all names, shapes and dtypes; reads no weights.
-
-        Raises:
-          FileNotFoundError: there is no such directory.
-          CheckpointError: the model is not supported, is quantized already, or a tensor is
-            missing, unexpected, or of a wrong shape or dtype.
-        """
+        """Looks at all names, shapes and dtypes; reads no weights."""
         directory = SourceDirectory(folder)
         try:
             _refuse_quantized(directory)

@@ -130,9 +130,6 @@ class TreeReader:
 
     Attributes:
       metadata: shape and dtype of each stored array.
-
-    Raises:
-      CheckpointError: the directory is missing or damaged.
     """
 
     def __init__(self, path: pathlib.Path):

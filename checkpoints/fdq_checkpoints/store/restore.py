@@ -40,9 +40,6 @@ class StoredTensors:
     Attributes:
       folder: the checkpoint.
       manifest: checked in itself and against what Orbax says it has stored.
-
-    Raises:
-      CheckpointError: the manifest is missing, damaged or newer, or the weights do not match it.
     """
 
     def __init__(self, folder: pathlib.Path):
