@@ -67,10 +67,11 @@ class Assigned:
         has_experts = any("experts" in leaf.path.split(".") for leaf in leaves)
         recipe = parse(scheme, rules, compat, has_experts=has_experts)
         table = assignment.assign(recipe, leaves, hint=hint)
-        assigned = cls(target, tensors, leaves, recipe, table, method, compat)
         for row in table.quantized:
-            assigned._check(row)
-        return assigned
+            if compat is None or row.quantizer is not None:
+                assert row.scheme is not None and row.scheme.weight is not None
+                pick(row.scheme.weight, row.quantizer or method, row.path, row.dtype)
+        return cls(target, tensors, leaves, recipe, table, method, compat)
 
     def quantize(self, inputs: LayerInputs, *, donate: bool = False) -> Any:
         """The tree or module with QTensors where the table says so."""
@@ -122,12 +123,6 @@ class Assigned:
             statistics=inputs.statistics(paths, index),
             path=row.path,
         )
-
-    def _check(self, row: Row) -> None:
-        """Raises ValueError where the row's quantizer cannot make its spec."""
-        assert row.scheme is not None and row.scheme.weight is not None
-        if self.compat is None or row.quantizer is not None:
-            pick(row.scheme.weight, row.quantizer or self.method, row.path, row.dtype)
 
     def _quantize_tree(self, inputs: LayerInputs, donate: bool) -> Any:
         """A leaf used twice is quantized once."""

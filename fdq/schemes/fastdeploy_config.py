@@ -80,7 +80,9 @@ _TYPES = ("dense_quant_type", "moe_quant_type", "kv_cache_quant_type")
 _KEYS = (*_FLAGS, *_TYPES, "quantization", "moe_quant_config", "image_moe_quant_type")
 _HUGGING_FACE = "quant_method"
 _W4, _W2 = "moe_w4_quant_config", "moe_w2_quant_config"
-_RANGE_KEYS = {"quant_type", "quant_granularity", "quant_start_layer", "quant_end_layer"}
+# What is fixed in each part of a WINT2 mixture: type, granularity and group size.
+_WINT2 = {_W4: ("wint4", "per_channel", None), _W2: ("wint2", "pp_acc", 64)}
+_FIXED = ("quant_type", "quant_granularity", "quant_group_size")
 _LAYERS = re.compile(r"layers\.\{(\d+)\.\.(\d+)\}\.mlp\.experts")
 # Where WINT2 changes from int4 to the convolutional code unless its config says otherwise.
 _LAST_W4_LAYER = 6
@@ -195,8 +197,7 @@ def _candidates(rules: list, default: Any, cache: Any, record: Mapping[str, Any]
     ranges = [_LAYERS.fullmatch(rule.pattern) for rule in rules]
     if len(rules) == 2 and all(ranges):
         low, high = ((int(found[1]), int(found[2])) for found in ranges if found)
-        sub = {_W4: _range("wint4", "per_channel", low), _W2: _range("wint2", "pp_acc", high)}
-        sub[_W2]["quant_group_size"] = 64
+        sub = {_W4: _part(_W4, *low), _W2: _part(_W2, *high)}
         for name in dense:
             types = {"dense_quant_type": name, "moe_quant_type": "w4w2", "moe_quant_config": sub}
             yield base | {"quantization": "wint2"} | types
@@ -211,13 +212,10 @@ def _candidates(rules: list, default: Any, cache: Any, record: Mapping[str, Any]
             yield from (base | {"quantization": "mix_quant"} | types | flag for flag in flags)
 
 
-def _range(quant_type: str, granularity: str, layers: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "quant_type": quant_type,
-        "quant_granularity": granularity,
-        "quant_start_layer": layers[0],
-        "quant_end_layer": layers[1],
-    }
+def _part(key: str, first: int, last: int) -> dict[str, Any]:
+    """One part of `moe_quant_config`, for a range of layers."""
+    fixed = {k: v for k, v in zip(_FIXED, _WINT2[key], strict=True) if v is not None}
+    return fixed | {"quant_start_layer": first, "quant_end_layer": last}
 
 
 def _check_flags(config: Mapping[str, Any]) -> None:
@@ -302,8 +300,7 @@ def _read_wint2(config: Mapping[str, Any], num_layers: int | None) -> tuple[list
             f"quantization_config: wint2 needs moe_quant_config with the keys {_W4!r} and {_W2!r}, "
             f"found {ranges!r}."
         )
-    low = _layers(ranges[_W4], _W4, "wint4", "per_channel", None)
-    high = _layers(ranges[_W2], _W2, "wint2", "pp_acc", 64)
+    low, high = _layers(ranges[_W4], _W4), _layers(ranges[_W2], _W2)
     last = None if num_layers is None else num_layers - 1
     if low[0] > low[1] or high[0] != low[1] + 1 or high[1] < high[0] or last not in (None, high[1]):
         end = "the last layer" if last is None else f"layer {last}, the last one"
@@ -318,21 +315,16 @@ def _read_wint2(config: Mapping[str, Any], num_layers: int | None) -> tuple[list
     return rules, _scheme(config.get("dense_quant_type"), "dense_quant_type", _DENSE, config)
 
 
-def _layers(
-    part: Any, key: str, quant_type: str, granularity: str, group: int | None
-) -> tuple[int, int]:
+def _layers(part: Any, key: str) -> tuple[int, int]:
     """First and last layer of one part of `moe_quant_config`."""
-    known = _RANGE_KEYS | ({"quant_group_size"} if group else set())
-    if not isinstance(part, Mapping) or set(part) != known:
-        raise ValueError(
-            f"quantization_config: {key} needs exactly {sorted(known)}, found {part!r}."
-        )
-    expected = (quant_type, granularity, group)
-    found = (part["quant_type"], part["quant_granularity"], part.get("quant_group_size"))
-    if found != expected:
+    known = sorted(_part(key, 0, 0))
+    if not isinstance(part, Mapping) or sorted(part) != known:
+        raise ValueError(f"quantization_config: {key} needs exactly {known}, found {part!r}.")
+    found = tuple(part.get(name) for name in _FIXED)
+    if found != _WINT2[key]:
         raise ValueError(
             f"quantization_config: {key} has (quant_type, quant_granularity, quant_group_size) "
-            f"{found}; fdq knows {expected}."
+            f"{found}; fdq knows {_WINT2[key]}."
         )
     first, last = part["quant_start_layer"], part["quant_end_layer"]
     if type(first) is not int or type(last) is not int or first < 0:

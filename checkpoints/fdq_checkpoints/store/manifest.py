@@ -191,16 +191,13 @@ def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "path": list(tensor.path),
         "shape": list(tensor.shape),
-        "arrays": {
-            name: {"dtype": a.dtype, "shape": list(a.shape), "crc32": a.crc32}
-            for name, a in tensor.arrays.items()
-        },
+        "arrays": {name: dataclasses.asdict(array) for name, array in tensor.arrays.items()},
     }
     if tensor.spec is not None:
-        entry["spec"] = _spec_to_json(tensor.spec)
+        entry["spec"] = dataclasses.asdict(tensor.spec)
         entry["padding"] = tensor.padding
     if tensor.activation is not None:
-        entry["activation"] = _spec_to_json(tensor.activation)
+        entry["activation"] = dataclasses.asdict(tensor.activation)
     if tensor.prng is not None:
         entry["prng"] = tensor.prng
     return entry
@@ -307,11 +304,6 @@ def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
 def _digest(content: dict[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _spec_to_json(spec: WeightSpec | ActivationSpec) -> dict[str, Any]:
-    fields = dataclasses.asdict(spec).items()
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields}
 
 
 def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
