@@ -28,14 +28,11 @@ from pallas_kernels.aot.kernel_cases import KernelCase, Program
 from pallas_kernels.device import default_device
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class LargeResult:
     """A result of the size of a weight or of the cache that a step writes outside its inputs.
 
-    Attributes:
-      operation, shape, source: see `pallas_kernels.aot.launch_sequence.LargeResult`.
-      bytes: of one.
-      count: how many such instructions the program has.
+    As `pallas_kernels.aot.launch_sequence.LargeResult`, for `count` instructions that are alike.
     """
 
     operation: str
@@ -77,21 +74,21 @@ class DecodeStepReport:
     context: int
     batch: int
     ok: bool
-    error: str = ""
-    traceback: str = ""
-    launches: int = 0
-    launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
-    unknown_loops: int = 0
-    launches_per_layer: int | None = None
-    layer_sequence: tuple[str, ...] = ()
-    weight_bytes: int = 0
-    cache_bytes: int = 0
-    temp_bytes: int = 0
-    alias_bytes: int = 0
-    large_results: tuple[LargeResult, ...] = ()
-    copies: tuple[int, int] = (0, 0)
-    kernels: tuple[KernelReport, ...] = ()
-    seconds: float = 0.0
+    error: str
+    traceback: str
+    launches: int
+    launch_kinds: dict[str, int]
+    unknown_loops: int
+    launches_per_layer: int | None
+    layer_sequence: tuple[str, ...]
+    weight_bytes: int
+    cache_bytes: int
+    temp_bytes: int
+    alias_bytes: int
+    large_results: tuple[LargeResult, ...]
+    copies: tuple[int, int]
+    kernels: tuple[KernelReport, ...]
+    seconds: float
 
     @property
     def temp_fraction(self) -> float:
@@ -184,13 +181,12 @@ def report(
     of_layers = config_for(model, gpu).num_layers
     wanted = config_for(model, gpu, layers).num_layers
     counts = [wanted] + [n for n in (2, 3) if n != wanted and of_layers >= 3]
+    step = functools.partial(program, model, scheme, gpu, context=context, batch=batch)
     cases = [
         KernelCase(
             name=f"{model} {scheme}, {count} layers",
             kernel="decode step",
-            build=functools.partial(
-                program, model, scheme, gpu, layers=count, context=context, batch=batch
-            ),
+            build=functools.partial(step, layers=count),
             xla_kernels=False,
         )
         for count in counts
@@ -200,38 +196,26 @@ def report(
     full = by_layers[wanted]
     config = config_for(model, gpu, wanted)
     planned = plan(config, scheme, context=context, batch=batch)
-    base = DecodeStepReport(
+    per_layer = None
+    if of_layers >= 3 and full.ok and by_layers[2].ok and by_layers[3].ok:
+        per_layer = by_layers[3].launches - by_layers[2].launches
+    same = ("jax", "ok", "error", "traceback", "launches", "launch_kinds", "unknown_loops")
+    same += ("temp_bytes", "alias_bytes")
+    return DecodeStepReport(
+        **{name: getattr(full, name) for name in same},
         model=model,
         scheme=str(scheme),
         gpu=gpu,
-        jax=full.jax,
         layers=wanted,
         of_layers=of_layers,
         context=context,
         batch=batch,
-        ok=full.ok,
-        error=full.error,
-        traceback=full.traceback,
         weight_bytes=planned.weights.bytes,
         cache_bytes=planned.cache_bytes,
         seconds=round(full.lower_seconds + full.compile_seconds, 1),
-    )
-    if not full.ok:
-        return base
-    per_layer = None
-    if of_layers >= 3 and by_layers[2].ok and by_layers[3].ok:
-        per_layer = by_layers[3].launches - by_layers[2].launches
-    logits_bytes = 4 * batch * config.vocab_size
-    return dataclasses.replace(
-        base,
-        launches=full.launches,
-        launch_kinds=full.launch_kinds,
-        unknown_loops=full.unknown_loops,
         launches_per_layer=per_layer,
         layer_sequence=_second_layer(by_layers) if per_layer else (),
-        temp_bytes=full.temp_bytes,
-        alias_bytes=full.alias_bytes,
-        large_results=_grouped(full, logits_bytes),
+        large_results=_grouped(full, logits_bytes=4 * batch * config.vocab_size),
         copies=(
             sum(copy.times for copy in full.copies),
             sum(copy.times * copy.bytes for copy in full.copies),
@@ -261,14 +245,7 @@ def _words(line: str) -> str:
 
 def _grouped(report: Report, logits_bytes: int) -> tuple[LargeResult, ...]:
     """The large results, equal ones together; the logits, and what is no larger, are none."""
-    counted = collections.Counter(
-        (r.operation, r.shape, r.source, r.bytes)
-        for r in report.large_results
-        if r.bytes > logits_bytes
-    )
-    return tuple(
-        LargeResult(operation=operation, shape=shape, source=source, bytes=size, count=count)
-        for (operation, shape, source, size), count in sorted(
-            counted.items(), key=lambda item: -item[0][3] * item[1]
-        )
-    )
+    large = [r for r in report.large_results if r.bytes > logits_bytes]
+    counted = collections.Counter((r.operation, r.shape, r.source, r.bytes) for r in large)
+    found = [LargeResult(*fields, count) for fields, count in counted.items()]
+    return tuple(sorted(found, key=lambda result: -result.bytes * result.count))

@@ -13,7 +13,6 @@ from fdq.cli import console
 
 if TYPE_CHECKING:
     from pallas_kernels.aot.ahead_of_time import Report
-    from pallas_kernels.aot.kernel_cases import KernelCase
     from pallas_kernels.aot.report_files import Row
 
 NAME = "kernels"
@@ -75,34 +74,29 @@ def run(
 
     Needs the extra `aot` of fdq. Exit code 1 if a kernel fails where it should run.
     """
-    from pallas_kernels.aot import gpu_targets
+    from pallas_kernels.aot import gpu_targets, report_files
 
     _refuse_what_goes_unread(ctx, decode_step is not None)
     names = [gpu_targets.find(name).name for name in gpu or []]
     if decode_step is not None:
-        _decode_steps(decode_step, scheme, names, layers, context, batch, output, json, debug)
+        sizes = {"layers": layers, "context": context, "batch": batch}
+        _decode_steps(decode_step, scheme, names, output, json, debug, **sizes)
         return
-    if not names and not everything:
-        names = _this_machine()
-        if not names:
-            _summary(_committed(kernel), output, markdown=markdown, json=json)
-            return
-    reports, broken = _compile(names, everything, kernel)
+    names = names or ([] if everything else _this_machine())
+    compiles = everything or names
+    reports, broken = _compile(names, everything, kernel) if compiles else (_committed(kernel), [])
     if output is not None:
-        from pallas_kernels.aot import report_files as files
-
-        files.save(reports, output)
-    if json or markdown or everything:
-        _summary(reports, None, markdown=markdown, json=json)
+        report_files.save(reports, output)
+    if json or markdown or everything or not names:
+        _summary(reports, markdown=markdown, json=json)
     else:
         for name in names:
             _show(name, [report for report in reports if report.gpu == name])
-    if debug:
-        for report in reports:
-            console.err.print(report.traceback, markup=False, soft_wrap=True, end="")
+    for report in reports if debug else ():
+        console.err.print(report.traceback, markup=False, soft_wrap=True, end="")
+    for problem in broken:
+        console.err.print(problem, style="red", markup=False, soft_wrap=True)
     if broken:
-        for problem in broken:
-            console.err.print(problem, style="red", markup=False, soft_wrap=True)
         raise typer.Exit(console.FAILED_CHECK)
 
 
@@ -135,11 +129,8 @@ def _this_machine() -> list[str]:
     found = gpu_targets.of_device(device.device_kind)
     if found is None:
         capability = getattr(device, "compute_capability", "")
-        alike = [
-            g
-            for g in gpu_targets.GPUS.values()
-            if ".".join(map(str, g.compute_capability)) == capability
-        ]
+        known = gpu_targets.GPUS.values()
+        alike = [g for g in known if ".".join(map(str, g.compute_capability)) == capability]
         if not alike:
             raise ValueError(
                 f"{device.device_kind} (compute capability {capability}) is none of the GPUs that "
@@ -150,20 +141,10 @@ def _this_machine() -> list[str]:
     return [found.name]
 
 
-def _cases(kernel: str | None) -> list[KernelCase]:
-    from pallas_kernels.aot.kernel_cases import all_cases
-
-    cases = all_cases()
-    return _named(cases, [case.name for case in cases], kernel)
-
-
 def _named(items: Sequence[Any], names: Sequence[str], kernel: str | None) -> list[Any]:
     """The items (cases or reports, with the kernel's name) whose name contains `kernel`."""
-    chosen = [
-        item
-        for item, name in zip(items, names, strict=True)
-        if kernel is None or kernel.lower() in name.lower()
-    ]
+    part = (kernel or "").lower()
+    chosen = [item for item, name in zip(items, names, strict=True) if part in name.lower()]
     if not chosen:
         known = "; ".join(dict.fromkeys(item.kernel for item in items))
         raise ValueError(f"--kernel {kernel!r} matches no kernel. There are: {known}.")
@@ -180,8 +161,10 @@ def _compile(
     """
     from pallas_kernels.aot.ahead_of_time import compile_jobs
     from pallas_kernels.aot.gpu_targets import GPUS
+    from pallas_kernels.aot.kernel_cases import all_cases
 
-    cases = _cases(kernel)
+    cases = all_cases()
+    cases = _named(cases, [case.name for case in cases], kernel)
     jobs = [
         (case, gpu)
         for gpu in names or GPUS
@@ -238,8 +221,7 @@ def _show(gpu: str, reports: Sequence[Report]) -> None:
     ]
     console.out.print(console.table(title, columns, cells))
     for row in table:
-        if not row.runs:
-            console.out.print(f"{row.kernel}: {_short(row.reason)}", markup=False, soft_wrap=True)
+        _reason(row, row.kernel)
 
 
 def _instructions(row: Row) -> str:
@@ -249,15 +231,19 @@ def _instructions(row: Row) -> str:
     return f"{row.instructions_per_weight:.1f}{budget}"
 
 
-def _summary(
-    reports: Sequence[Report], output: pathlib.Path | None, *, markdown: bool, json: bool
-) -> None:
+def _reason(row: Row, name: str) -> None:
+    """Prints why a kernel does not run, where it does not."""
+    if not row.runs:
+        short = row.reason[:_LONGEST_REASON]
+        more = " ..." if short != row.reason else ""
+        console.out.print(f"{name}: {short}{more}", markup=False, soft_wrap=True)
+
+
+def _summary(reports: Sequence[Report], *, markdown: bool, json: bool) -> None:
     """The table kernel by GPU."""
     from pallas_kernels.aot import report_files as files
     from pallas_kernels.aot.gpu_targets import GPUS
 
-    if output is not None:
-        files.save(reports, output)
     if json:
         console.print_json({"reports": [report.to_dict() for report in reports]})
         return
@@ -271,25 +257,17 @@ def _summary(
     title = f"Kernels by GPU: instructions per weight, or yes (jax {reports[0].jax})"
     console.out.print(console.table(title, ["kernel", *gpus], body))
     for row in files.rows(reports):
-        if not row.runs:
-            name = f"{row.kernel} on {row.gpu}"
-            console.out.print(f"{name}: {_short(row.reason)}", markup=False, soft_wrap=True)
-
-
-def _short(reason: str) -> str:
-    return reason if len(reason) <= _LONGEST_REASON else reason[:_LONGEST_REASON] + " ..."
+        _reason(row, f"{row.kernel} on {row.gpu}")
 
 
 def _decode_steps(
     model: str,
     scheme: str,
     names: Sequence[str],
-    layers: int | None,
-    context: int,
-    batch: int,
     output: pathlib.Path | None,
     json: bool,
     debug: bool,
+    **sizes: Any,
 ) -> None:
     import json as text
 
@@ -309,17 +287,7 @@ def _decode_steps(
                 done += 1
                 progress(done, 3, one.case)
 
-            results.append(
-                report(
-                    model,
-                    read_scheme(scheme),
-                    name,
-                    layers=layers,
-                    context=context,
-                    batch=batch,
-                    update=update,
-                )
-            )
+            results.append(report(model, read_scheme(scheme), name, **sizes, update=update))
     value = {"decode_steps": [result.to_dict() for result in results]}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -328,9 +296,8 @@ def _decode_steps(
         console.print_json(value)
     else:
         _show_decode_steps(results)
-    if debug:
-        for result in results:
-            console.err.print(result.traceback, markup=False, soft_wrap=True, end="")
+    for result in results if debug else ():
+        console.err.print(result.traceback, markup=False, soft_wrap=True, end="")
     if not all(result.ok for result in results):
         raise typer.Exit(console.FAILED_CHECK)
 
@@ -368,16 +335,13 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
         for line in r.layer_sequence if few else ():
             console.out.print(f"  {line}", markup=False, soft_wrap=True)
         for kernel in r.kernels:
-            if kernel.spills:
-                spilled = kernel.spill_store_bytes + kernel.spill_load_bytes
-                console.out.print(f"{r.gpu}: {kernel.name} spills {console.size(spilled)}")
+            if kernel.spill_bytes:
+                spilled = console.size(kernel.spill_bytes)
+                console.out.print(f"{r.gpu}: {kernel.name} spills {spilled}")
         for large in r.large_results[:10]:
-            console.out.print(
-                f"{r.gpu}: {large.count} x {large.operation} writes {large.shape} "
-                f"({console.size(large.bytes)}): {large.source}",
-                markup=False,
-                soft_wrap=True,
-            )
+            what = f"{large.operation} writes {large.shape} ({console.size(large.bytes)})"
+            line = f"{r.gpu}: {large.count} x {what}: {large.source}"
+            console.out.print(line, markup=False, soft_wrap=True)
     console.out.print(
         "Copies are results of the size of a weight or of the cache that XLA writes each step."
     )

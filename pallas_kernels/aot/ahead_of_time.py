@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -126,20 +127,11 @@ def compile_for(
 ) -> Report:
     """Compiles one function for one GPU in a child process.
 
-    Args:
-      function: of a module, or a `functools.partial` of one (no lambda: another process imports
-        it).
-      arguments: pytrees of `jax.ShapeDtypeStruct`.
-      gpu: a name in `gpu_targets.GPUS`.
-      donate: positions of arguments whose buffers are given up.
-      timeout: seconds.
+    `function` is one of a module, or a `functools.partial` of one (no lambda: another process
+    imports it); `arguments` and `donate` are as in `Program`, `gpu` a name in `gpu_targets.GPUS`.
     """
-    import functools
-
     name = getattr(function, "__name__", type(function).__name__)
-    build = functools.partial(
-        Program, function=function, arguments=tuple(arguments), donate=tuple(donate)
-    )
+    build = functools.partial(Program, function, tuple(arguments), donate=tuple(donate))
     case = KernelCase(name=name, kernel=name, build=build)
     return compile_cases([case], [gpu], processes=1, timeout=timeout)[0]
 
@@ -157,9 +149,8 @@ def compile_here(case: KernelCase, gpu: str, *, thorough: bool = True) -> Report
         try:
             return _compile(case, target, base, directory, thorough)
         except Exception as error:  # the reason is the result, whatever the compiler raises
-            return dataclasses.replace(
-                base, error=one_line(error), traceback=traceback.format_exc()
-            )
+            text = traceback.format_exc()
+            return dataclasses.replace(base, error=one_line(error), traceback=text)
 
 
 def _compile(
@@ -263,22 +254,18 @@ def _with_instructions(
     report: Report, case: KernelCase, target: gpu_targets.Gpu, loops: dict[str, Loop]
 ) -> Report:
     counted = next((loop for name, loop in loops.items() if case.report in name), None)
-    if case.weights_per_iteration is None:
+    weights, stored = case.weights_per_iteration, case.bytes_per_weight
+    if weights is None:
         return report
     report = dataclasses.replace(report, instruction_limit=case.instruction_limit)
     if counted is None:
         return report
-    weights = case.weights_per_iteration
     if callable(weights):
         weights = weights(counted)
     return dataclasses.replace(
         report,
         instructions_per_weight=round(len(counted) / weights, 3) if weights else None,
-        instruction_budget=(
-            round(target.instruction_budget(case.bytes_per_weight), 2)
-            if case.bytes_per_weight
-            else None
-        ),
+        instruction_budget=round(target.instruction_budget(stored), 2) if stored else None,
     )
 
 
@@ -303,7 +290,9 @@ def _mosaic_kernels(
             loop = hot_loop(code[one.name], work) if machine_code else None
             if loop is not None:
                 loops.setdefault(name, loop)
-            reports.append(_kernel_report(one, name, dynamic, mosaic=True, loop=loop))
+            shared = one.shared_memory_bytes + dynamic
+            one = dataclasses.replace(one, name=name, shared_memory_bytes=shared)
+            reports.append(_kernel_report(one, mosaic=True, loop=loop))
     return reports, loops
 
 
@@ -313,13 +302,11 @@ def _xla_kernels(directory: pathlib.Path) -> list[KernelReport]:
         if ".entry" not in ptx.read_text():
             continue
         for one in cuda_tools.assemble(ptx)[0]:
-            found[one.name] = _kernel_report(one, one.name, 0, mosaic=False, loop=None)
+            found[one.name] = _kernel_report(one, mosaic=False)
     return list(found.values())
 
 
-def _kernel_report(
-    resources: Resources, name: str, dynamic: int, *, mosaic: bool, loop: Loop | None
-) -> KernelReport:
+def _kernel_report(resources: Resources, *, mosaic: bool, loop: Loop | None = None) -> KernelReport:
     hot = None
     if loop is not None:
         hot = HotLoop(
@@ -328,17 +315,7 @@ def _kernel_report(
             global_bytes=loop.global_bytes,
             whole_kernel=loop.whole_kernel,
         )
-    return KernelReport(
-        name=name,
-        mosaic=mosaic,
-        registers=resources.registers,
-        stack_bytes=resources.stack_bytes,
-        spill_store_bytes=resources.spill_store_bytes,
-        spill_load_bytes=resources.spill_load_bytes,
-        shared_memory_bytes=resources.shared_memory_bytes + dynamic,
-        tensor_core=resources.tensor_core,
-        loop=hot,
-    )
+    return KernelReport(**vars(resources), mosaic=mosaic, loop=hot)
 
 
 def _dynamic_shared_memory(log: pathlib.Path) -> int:

@@ -8,12 +8,14 @@ import pathlib
 import re
 import shutil
 import subprocess
+from typing import Any
 
 INSTALL = "pip install 'fdq[aot]'"
 
 _TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_OF_STACK = ("stack_bytes", "spill_store_bytes", "spill_load_bytes")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 _TENSOR_CORE = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
@@ -72,11 +74,8 @@ def assemble(ptx: pathlib.Path) -> tuple[list[Resources], pathlib.Path]:
     if target is None:
         raise RuntimeError(f"{ptx.name} has no .target")
     cubin = ptx.with_suffix(".cubin")
-    command = [find("ptxas"), "-v", f"--gpu-name={target.group(1)}", str(ptx), "-o", str(cubin)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(f"ptxas: {' '.join(run.stderr.split())[:500]}")
-    return _resources(run.stderr + run.stdout, text), cubin
+    log = _run("ptxas", "-v", f"--gpu-name={target.group(1)}", str(ptx), "-o", str(cubin))
+    return _resources(log.stderr + log.stdout, text), cubin
 
 
 def disassemble(cubin: pathlib.Path) -> str:
@@ -85,41 +84,33 @@ def disassemble(cubin: pathlib.Path) -> str:
     Raises:
       RuntimeError: cuobjdump cannot read it.
     """
-    command = [find("cuobjdump"), "-sass", str(cubin)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return _run("cuobjdump", "-sass", str(cubin)).stdout
+
+
+def _run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    run = subprocess.run([find(tool), *arguments], capture_output=True, text=True, check=False)
     if run.returncode:
-        raise RuntimeError(f"cuobjdump: {' '.join(run.stderr.split())[:500]}")
-    return run.stdout
+        raise RuntimeError(f"{tool}: {' '.join(run.stderr.split())[:500]}")
+    return run
 
 
 def _resources(log: str, ptx: str) -> list[Resources]:
-    found: list[dict[str, int]] = []
-    names: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
+    values: dict[str, Any] = {}
     for line in log.splitlines():
         if match := _ENTRY.search(line):
-            names.append(match.group(1))
-            found.append({})
-        elif not found:
-            continue
+            name = match.group(1)
+            instructions = sorted(set(_TENSOR_CORE.findall(_body(ptx, name))))
+            values = {"shared_memory_bytes": 0, "tensor_core": tuple(instructions)}
+            found[name] = values
         elif match := _STACK.search(line):
-            stack, stores, loads = map(int, match.groups())
-            found[-1] |= {"stack": stack, "stores": stores, "loads": loads}
+            for field, number in zip(_OF_STACK, match.groups(), strict=True):
+                values[field] = int(number)
         elif match := _REGISTERS.search(line):
-            found[-1]["registers"] = int(match.group(1))
+            values["registers"] = int(match.group(1))
             if shared := _SHARED.search(line):
-                found[-1]["shared"] = int(shared.group(1))
-    return [
-        Resources(
-            name=name,
-            registers=values["registers"],
-            stack_bytes=values["stack"],
-            spill_store_bytes=values["stores"],
-            spill_load_bytes=values["loads"],
-            shared_memory_bytes=values.get("shared", 0),
-            tensor_core=tuple(sorted(set(_TENSOR_CORE.findall(_body(ptx, name))))),
-        )
-        for name, values in zip(names, found, strict=True)
-    ]
+                values["shared_memory_bytes"] = int(shared.group(1))
+    return [Resources(name=name, **values) for name, values in found.items()]
 
 
 def _body(ptx: str, name: str) -> str:

@@ -28,7 +28,7 @@ MODULES: tuple[str, ...] = (
 """Modules of this package that register cases."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A function and what to compile it for.
 

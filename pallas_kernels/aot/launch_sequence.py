@@ -15,17 +15,8 @@ import re
 
 # Thunks that only hold or order others.
 _CONTAINERS = frozenset(
-    {
-        "kAsyncDone",
-        "kAsyncStart",
-        "kCommandBuffer",
-        "kConditional",
-        "kDynamicSlice",
-        "kDynamicSliceFusion",
-        "kSequential",
-        "kWaitForStreams",
-        "kWhile",
-    }
+    {"kAsyncDone", "kAsyncStart", "kCommandBuffer", "kConditional", "kDynamicSlice"}
+    | {"kDynamicSliceFusion", "kSequential", "kWaitForStreams", "kWhile"}
 )
 _LINE = re.compile(r"^(\s*)(\d+): (k\w+)\s*(?:\[[^\]]*\])?\s*(.*)$")
 _SECTION = re.compile(r"^\s*(condition|body|branch\S*):\s*$")
@@ -131,9 +122,7 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
             skipped = indent if section.group(1) == "condition" else None
             continue
         match = _LINE.match(line)
-        if match is None:
-            continue
-        if skipped is not None and indent > skipped:
+        if match is None or (skipped is not None and indent > skipped):
             continue
         skipped = None
         while around and indent <= around[-1][0]:
@@ -194,18 +183,13 @@ def large_results(hlo: str, at_least: int = LARGE) -> tuple[LargeResult, ...]:
             size = array_bytes(largest)
             if operation in _WRITES_NOTHING or size < at_least:
                 continue
-            if "output_to_operand_aliasing" in rest:
-                continue
-            if operation == "dynamic-update-slice" or (
-                operation == "fusion" and any(_updates_in_place(computations, c) for c in called)
-            ):
-                continue
-            source = _OP_NAME.search(rest)
-            found.append(
-                LargeResult(
-                    instruction, operation, largest, size, source.group(1) if source else ""
-                )
-            )
+            in_place = "output_to_operand_aliasing" in rest or operation == "dynamic-update-slice"
+            if operation == "fusion":
+                in_place |= any(_updates_in_place(computations, c) for c in called)
+            if not in_place:
+                match = _OP_NAME.search(rest)
+                source = match.group(1) if match else ""
+                found.append(LargeResult(instruction, operation, largest, size, source))
     return tuple(sorted(found, key=lambda result: -result.bytes))
 
 
@@ -237,9 +221,7 @@ def _updates_in_place(computations: dict[str, list[_Line]], name: str) -> bool:
             waiting += [lines[operand] for operand in operands if operand in lines]
         else:
             operations.append(operation)
-    return bool(operations) and all(
-        operation in ("dynamic-update-slice", "scatter") for operation in operations
-    )
+    return bool(operations) and {*operations} <= {"dynamic-update-slice", "scatter"}
 
 
 def array_bytes(shape: str) -> int:
@@ -261,6 +243,5 @@ def _kind(kind: str, rest: str, mosaic: bool) -> str:
         return "mosaic"
     if kind in ("kCustomKernel", "kKernel"):
         return "gemm fusion" if rest.startswith("gemm_fusion") else "kernel"
-    return {"kCopy": "copy", "kCustomCall": "custom call", "kMemset32BitValue": "memset"}.get(
-        kind, kind.removeprefix("k")
-    )
+    words = {"kCopy": "copy", "kCustomCall": "custom call", "kMemset32BitValue": "memset"}
+    return words.get(kind, kind.removeprefix("k"))

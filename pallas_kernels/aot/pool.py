@@ -36,7 +36,6 @@ def run_jobs(
     lock = threading.Lock()
     failures: list[BaseException] = []
     payloads = [_payload(case, gpu, timeout, thorough) for case, gpu in jobs]
-
     workers: list[_Worker] = []
 
     def work() -> None:
@@ -121,14 +120,12 @@ class _Worker:
         if line:
             return Report.from_dict(json.loads(line))
         status = self._process.wait()
-        return Report.failed(
-            case.name, case.kernel, gpu, f"the worker process ended with status {status}"
-        )
+        problem = f"the worker process ended with status {status}"
+        return Report.failed(case.name, case.kernel, gpu, problem)
 
 
 def _start() -> subprocess.Popen[bytes]:
-    environment = {key: value for key, value in os.environ.items() if key not in _DROPPED}
-    environment |= {
+    environment = {key: value for key, value in os.environ.items() if key not in _DROPPED} | {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         # The worker forks, so it must have no threads.
@@ -136,9 +133,6 @@ def _start() -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "pallas_kernels.aot.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
+    command = [sys.executable, "-m", "pallas_kernels.aot.worker"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.aot.cuda_tools import Resources
 from pallas_kernels.aot.gpu_targets import find
 from pallas_kernels.aot.launch_sequence import Copy, LargeResult
 
@@ -29,32 +30,21 @@ class HotLoop:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelReport:
-    """One kernel of a compiled program.
+class KernelReport(Resources):
+    """One kernel of a compiled program; its shared memory is static and dynamic.
 
     Attributes:
-      name: entry function; of a Mosaic kernel its `name`.
-      mosaic: whether it is ours; the others are XLA's.
-      registers, stack_bytes, spill_store_bytes, spill_load_bytes: of a thread.
-      shared_memory_bytes: of a block, static and dynamic.
-      tensor_core: tensor-core instructions in it.
+      mosaic: whether it is ours, and goes by its `name`; the others are XLA's.
       loop: of Mosaic kernels.
     """
 
-    name: str
     mosaic: bool
-    registers: int
-    stack_bytes: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-    shared_memory_bytes: int
-    tensor_core: tuple[str, ...]
     loop: HotLoop | None = None
 
     @property
-    def spills(self) -> bool:
-        """Whether registers did not suffice."""
-        return self.spill_store_bytes > 0 or self.spill_load_bytes > 0
+    def spill_bytes(self) -> int:
+        """Stores and loads of registers that did not suffice."""
+        return self.spill_store_bytes + self.spill_load_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +107,7 @@ class Report:
             f"{where}: {kernel.name} spills {kernel.spill_store_bytes} bytes of stores and "
             f"{kernel.spill_load_bytes} of loads with {kernel.registers} registers"
             for kernel in self.mosaic_kernels
-            if kernel.spills
+            if kernel.spill_bytes
         ]
         count, limit = self.instructions_per_weight, self.instruction_limit
         if limit is not None and (count is None or count > limit):
@@ -145,24 +135,17 @@ class Report:
     @staticmethod
     def from_dict(value: dict[str, Any]) -> Report:
         """The inverse of `to_dict`, also after a detour over JSON."""
-        kernels = tuple(
-            KernelReport(
-                **{
-                    **kernel,
-                    "tensor_core": tuple(kernel["tensor_core"]),
-                    "loop": HotLoop(**kernel["loop"]) if kernel["loop"] else None,
-                }
-            )
-            for kernel in value["kernels"]
-        )
-        copies = tuple(Copy(**copy) for copy in value["copies"])
-        large = tuple(LargeResult(**result) for result in value["large_results"])
-        return Report(
-            **{
-                **value,
-                "kernels": kernels,
-                "copies": copies,
-                "large_results": large,
-                "sequence": tuple(value["sequence"]),
-            }
-        )
+
+        def kernel(
+            tensor_core: list[str], loop: dict[str, Any] | None, **rest: Any
+        ) -> KernelReport:
+            found = HotLoop(**loop) if loop else None
+            return KernelReport(tensor_core=tuple(tensor_core), loop=found, **rest)
+
+        parts = {
+            "kernels": tuple(kernel(**one) for one in value["kernels"]),
+            "copies": tuple(Copy(**one) for one in value["copies"]),
+            "large_results": tuple(LargeResult(**one) for one in value["large_results"]),
+            "sequence": tuple(value["sequence"]),
+        }
+        return Report(**value | parts)

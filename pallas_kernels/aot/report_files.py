@@ -119,7 +119,7 @@ def _row(kernel: str, gpu: str, reports: list[Report]) -> Row:
         runs=not problems,
         reason=failed or (problems[0] if problems else ""),
         registers=max((k.registers for k in ours), default=0),
-        spill_bytes=max((k.spill_store_bytes + k.spill_load_bytes for k in ours), default=0),
+        spill_bytes=max((k.spill_bytes for k in ours), default=0),
         shared_memory_bytes=max((k.shared_memory_bytes for k in ours), default=0),
         tensor_core=any(k.tensor_core for k in ours),
         instructions_per_weight=next(iter(counts), None),

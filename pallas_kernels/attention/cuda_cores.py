@@ -21,16 +21,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.attention.parts import (
+    AttentionShape,
+    by_plane,
+    cache_operands,
     choose_parts,
     exponent,
-    join_parts,
-    part_bounds,
+    launch_parts,
     spread,
     write_output,
 )
 from pallas_kernels.cache.arrays import CacheArrays
 from pallas_kernels.cache.words import CacheWords
-from pallas_kernels.mosaic.launch import launch, load, store
+from pallas_kernels.mosaic.launch import load, store
 
 ROWS = 16
 """Slots of a tile: 128 threads, 8 of them a slot."""
@@ -77,63 +79,21 @@ def attend(
     subgroups = -(-group // heads)
     if parts is None:
         parts = choose_parts(subgroups * b * kv_heads, slots)
-    shape = _Shape(kv_heads, slots, group, heads, parts, side, sliding_window, scale, q.dtype)
-
+    shape = _Shape(kv_heads, slots, group, parts, side, sliding_window, scale, q.dtype, heads)
     operands, static = cache_operands(side, k, v)
-    operands |= {"q": by_plane(q, side), "lengths": lengths}
-    if parts == 1:
-        operands |= static
-        outputs = (jax.ShapeDtypeStruct((b, h, side.width, side.planes), q.dtype),)
-    else:
-        outputs = (
-            jax.ShapeDtypeStruct((b, h, parts, d), jnp.float32),
-            jax.ShapeDtypeStruct((b, h, parts), jnp.int32),
-            jax.ShapeDtypeStruct((b, h, parts), jnp.float32),
-        )
-    names = tuple(operands)
-
-    def decode_attention_kernel(*refs):
-        inputs = dict(zip(names, refs[: len(names)], strict=True))
-        _program(shape, inputs, refs[len(names) : -2], refs[-2], refs[-1])
-
-    out = launch(
-        decode_attention_kernel,
-        tuple(operands.values()),
-        out_type=outputs,
-        grid=(subgroups, parts, b * kv_heads),
-        grid_names=("heads", "part", "sequence"),
+    return launch_parts(
+        functools.partial(_program, shape),
+        operands | {"q": by_plane(q, side), "lengths": lengths},
+        static,
+        shape,
+        side,
+        name="decode_attention_kernel",
+        grid={"heads": subgroups, "part": parts, "sequence": b * kv_heads},
         scratch_types=(
             mg.SMEM((side.planes, heads + 1, side.width), jnp.float32),
             mg.SMEM((d,), jnp.float32),
         ),
     )
-    if parts == 1:
-        return out[0].reshape(b, h, d)
-    sums, top, total = out
-    return join_parts(sums, top, total, static, side, q.dtype)
-
-
-def by_plane(a: jax.Array, side: CacheWords) -> jax.Array:
-    """`[..., D]` as `[..., W, J]`; `[..., 1]` as it is."""
-    return a if a.shape[-1] == 1 else a.reshape(*a.shape[:-1], side.width, side.planes)
-
-
-def cache_operands(side: CacheWords, k: CacheArrays, v: CacheArrays):
-    """The cache's arrays as kernels take them.
-
-    Returns:
-      `(arrays, static)`: by name, those that every kernel reads, and the static scale and zero
-      point of the values, which only the last step reads.
-    """
-    arrays = {"k": side.view(k.codes), "v": side.view(v.codes)}
-    small = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
-    if not side.static:
-        return arrays | {name: a for name, a in small.items() if a is not None}, {}
-    # A static zero point of K adds the same to all scores of a query: no need of it.
-    del small["k_zero"]
-    given = {n: by_plane(a.astype(jnp.float32), side) for n, a in small.items() if a is not None}
-    arrays["k_scale"] = given.pop("k_scale")
-    return arrays, given
 
 
 def lanes_of(vector: int, rows: int = ROWS) -> Any:
@@ -147,18 +107,10 @@ def lanes_of(vector: int, rows: int = ROWS) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Static numbers of one launch."""
+class _Shape(AttentionShape):
+    """Of a launch whose programs have `heads` of a group's query heads."""
 
-    kv_heads: int
-    slots: int
-    group: int  # query heads of a KV head
-    heads: int  # of them, those of one program
-    parts: int
-    side: CacheWords
-    sliding_window: int | None
-    scale: float
-    dtype: Any  # of the result
+    heads: int
 
     @property
     def unrolled(self) -> int:
@@ -181,13 +133,7 @@ def _program(shape: _Shape, inputs: dict[str, Any], outputs, query_ref, out_plan
     head = kv * shape.group + jnp.minimum(lax.axis_index("heads") * heads, shape.group - heads)
     where = (b, kv, head, part)
 
-    first, end = part_bounds(
-        inputs["lengths"][b],
-        part,
-        parts=shape.parts,
-        tile=tile,
-        sliding_window=shape.sliding_window,
-    )
+    first, end = shape.part_bounds(inputs["lengths"][b], part, tile)
     tiles = jnp.maximum(end - first + (tile - 1), 0) // tile
 
     queries = _load_queries(shape, inputs, where, query_ref, column)
@@ -276,16 +222,8 @@ def _program(shape: _Shape, inputs: dict[str, Any], outputs, query_ref, out_plan
             outputs[1][b, head + g, part] = largest
             outputs[2][b, head + g, part] = total
         else:
-            static = {n: inputs[n] for n in ("v_scale", "v_zero") if n in inputs}
-            write_output(
-                outputs[0].at[b, head + g],
-                planes_ref,
-                total,
-                kv,
-                {} if side.dynamic else static,
-                side,
-                shape.dtype,
-            )
+            out = outputs[0].at[b, head + g]
+            write_output(out, planes_ref, total, kv, inputs, side, shape.dtype)
 
 
 def _load_queries(shape: _Shape, inputs, where, query_ref, column) -> list[list[jax.Array]]:

@@ -27,12 +27,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from pallas_kernels.attention.cuda_cores import LOG2_E, MASKED, cache_operands
+from pallas_kernels.attention.cuda_cores import LOG2_E, MASKED
 from pallas_kernels.attention.parts import (
+    AttentionShape,
+    cache_operands,
     choose_parts,
     exponent,
-    join_parts,
-    part_bounds,
+    launch_parts,
     rows_of_threads,
     spread,
     write_output,
@@ -40,7 +41,7 @@ from pallas_kernels.attention.parts import (
 from pallas_kernels.cache.arrays import CacheArrays
 from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.mosaic import mma_fragments as mma
-from pallas_kernels.mosaic.launch import launch, load, store
+from pallas_kernels.mosaic.launch import load, store
 from pallas_kernels.mosaic.mma_codes import CODES, Codes
 
 MOST_HEADS = 16
@@ -65,19 +66,11 @@ def _kind(side: CacheWords) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Static numbers of one launch."""
+class _Shape(AttentionShape):
+    """Of a launch that multiplies `codes`; `k_scale_width` is the last axis of a scale."""
 
-    kv_heads: int
-    slots: int
-    group: int
-    parts: int
-    side: CacheWords
     codes: Codes
-    sliding_window: int | None
-    scale: float
-    k_scale_width: int | None  # last axis of a scale
-    dtype: Any  # of the result
+    k_scale_width: int | None
 
     @property
     def columns(self) -> int:
@@ -124,50 +117,23 @@ def attend(
     if parts is None:
         parts = choose_parts(b * kv_heads, slots)
     codes = CODES[_kind(side)](d)
+    width = None if k.scale is None else k.scale.shape[-1]
     shape = _Shape(
-        kv_heads,
-        slots,
-        group,
-        parts,
-        side,
-        codes,
-        sliding_window,
-        scale,
-        None if k.scale is None else k.scale.shape[-1],
-        q.dtype,
+        kv_heads, slots, group, parts, side, sliding_window, scale, q.dtype, codes, width
     )
     # Sums come out in the order of channels.
     order = dataclasses.replace(side, natural=True)
     operands, static = cache_operands(order, k, v)
-    operands |= {
-        "k": _words(k.codes, codes),
-        "v": _words(v.codes, codes),
-        "q": q,
-        "lengths": lengths,
-    }
+    words = {"k": _words(k.codes, codes), "v": _words(v.codes, codes)}
     columns = shape.columns
-    if parts == 1:
-        operands |= static
-        outputs = (jax.ShapeDtypeStruct((b, h, d, 1), q.dtype),)
-    else:
-        outputs = (
-            jax.ShapeDtypeStruct((b, h, parts, d), jnp.float32),
-            jax.ShapeDtypeStruct((b, h, parts), jnp.int32),
-            jax.ShapeDtypeStruct((b, h, parts), jnp.float32),
-        )
-    names = tuple(operands)
-
-    def decode_attention_mma_kernel(*refs):
-        inputs = dict(zip(names, refs[: len(names)], strict=True))
-        scratch = refs[-4:]
-        _program(shape, order, inputs, refs[len(names) : -4], *scratch)
-
-    out = launch(
-        decode_attention_mma_kernel,
-        tuple(operands.values()),
-        out_type=outputs,
-        grid=(parts, b * kv_heads),
-        grid_names=("part", "sequence"),
+    return launch_parts(
+        functools.partial(_program, shape, order),
+        operands | words | {"q": q, "lengths": lengths},
+        static,
+        shape,
+        order,
+        name="decode_attention_mma_kernel",
+        grid={"part": parts, "sequence": b * kv_heads},
         scratch_types=(
             mg.SMEM((columns, d), jnp.float32),
             mg.SMEM((d, columns), jnp.float32),
@@ -175,10 +141,6 @@ def attend(
             mg.SMEM((columns,), jnp.int32),
         ),
     )
-    if parts == 1:
-        return out[0].reshape(b, h, d)
-    sums, top, total = out
-    return join_parts(sums, top, total, static, order, q.dtype)
 
 
 def _words(array: jax.Array, codes: Codes) -> jax.Array:
@@ -199,13 +161,7 @@ def _program(
     b = lax.axis_index("sequence") // shape.kv_heads
     kv = lax.axis_index("sequence") % shape.kv_heads
     part = lax.axis_index("part")
-    first, end = part_bounds(
-        inputs["lengths"][b],
-        part,
-        parts=shape.parts,
-        tile=tile,
-        sliding_window=shape.sliding_window,
-    )
+    first, end = shape.part_bounds(inputs["lengths"][b], part, tile)
     tiles = jnp.maximum(end - first + (tile - 1), 0) // tile
     queries, query_scale = _load_queries(shape, inputs, b, kv, query_ref)
     rows = mg.broadcasted_iota(jnp.int32, (mma.SLOTS,), 0, layout=row)
@@ -292,10 +248,8 @@ def _program(
             outputs[1][b, head, part] = tops_ref[g]
             outputs[2][b, head, part] = totals_ref[g]
         else:
-            static = {n: inputs[n] for n in ("v_scale", "v_zero") if n in inputs}
-            static = {} if side.dynamic else static
             out = outputs[0].at[b, head]
-            write_output(out, [plane], totals_ref[g], kv, static, order, shape.dtype)
+            write_output(out, [plane], totals_ref[g], kv, inputs, order, shape.dtype)
 
 
 def _load_queries(shape: _Shape, inputs, b, kv, query_ref) -> tuple[list[jax.Array], jax.Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from pallas_kernels.cache.arrays import CacheArrays
 from pallas_kernels.cache.rounding import nearest_integer
 from pallas_kernels.cache.words import CacheWords
 from pallas_kernels.device import default_device
@@ -26,35 +29,105 @@ def choose_parts(programs: int, slots: int) -> int:
     """How many programs share a sequence, so that every multiprocessor has three of them.
 
     The multiprocessors are those of the device that the trace is for; in the interpreter 4, so
-    that it shares as well.
-
-    Args:
-      programs: programs without sharing.
-      slots: S.
+    that it shares as well. Without sharing there are `programs`.
     """
     multiprocessors = getattr(default_device(), "core_count", None) or 4
     wanted = -(-3 * multiprocessors // programs)
     return max(1, min(wanted, slots // _SMALLEST_PART, _MOST_PARTS))
 
 
-def part_bounds(length, part, *, parts: int, tile: int, sliding_window: int | None):
-    """Slots `first .. end` of one part: the visible ones in equal parts of whole tiles.
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """Static numbers of one launch; `group` query heads read a KV head, `dtype` is the result's."""
 
-    A part beyond the sequence gets `end <= first`.
+    kv_heads: int
+    slots: int
+    group: int
+    parts: int
+    side: CacheWords
+    sliding_window: int | None
+    scale: float
+    dtype: Any
 
-    Args:
-      length: int32 scalar, slots of the sequence.
-      part: int32 scalar.
-      parts: how many.
-      tile: slots that the kernel reads at a time.
-      sliding_window: as in `decode_attention`.
+    def part_bounds(self, length, part, tile: int):
+        """Slots `first .. end` of one part: the visible ones in equal parts of whole tiles.
+
+        A part beyond the sequence of `length` slots gets `end <= first`.
+        """
+        first = jnp.int32(0)
+        if self.sliding_window is not None:
+            first = jnp.maximum(length - jnp.int32(self.sliding_window), 0)
+        step = (length - first + (self.parts * tile - 1)) // (self.parts * tile) * tile
+        first = first + part * step
+        return first, jnp.minimum(first + step, length)
+
+
+def by_plane(a: jax.Array, side: CacheWords) -> jax.Array:
+    """`[..., D]` as `[..., W, J]`; `[..., 1]` as it is."""
+    return a if a.shape[-1] == 1 else a.reshape(*a.shape[:-1], side.width, side.planes)
+
+
+def cache_operands(side: CacheWords, k: CacheArrays, v: CacheArrays):
+    """The cache's arrays as kernels take them.
+
+    Returns:
+      `(arrays, static)`: by name, those that every kernel reads, and the static scale and zero
+      point of the values, which only the last step reads.
     """
-    first = jnp.int32(0)
-    if sliding_window is not None:
-        first = jnp.maximum(length - jnp.int32(sliding_window), 0)
-    step = (length - first + (parts * tile - 1)) // (parts * tile) * tile
-    first = first + part * step
-    return first, jnp.minimum(first + step, length)
+    arrays = {"k": side.view(k.codes), "v": side.view(v.codes)}
+    small = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
+    if not side.static:
+        return arrays | {name: a for name, a in small.items() if a is not None}, {}
+    # A static zero point of K adds the same to all scores of a query: no need of it.
+    del small["k_zero"]
+    given = {n: by_plane(a.astype(jnp.float32), side) for n, a in small.items() if a is not None}
+    arrays["k_scale"] = given.pop("k_scale")
+    return arrays, given
+
+
+def launch_parts(
+    program: Callable[..., None],
+    operands: dict[str, jax.Array],
+    static: dict[str, jax.Array],
+    shape: AttentionShape,
+    side: CacheWords,
+    *,
+    name: str,
+    grid: dict[str, int],
+    scratch_types: tuple[Any, ...],
+) -> jax.Array:
+    """Launches `program(inputs by name, outputs, *scratch)`, and what joins the parts if several.
+
+    A program writes its part's sums, `exponent` and total (see `join_parts`); with one part it does
+    `write_output`, and reads `static` (of `cache_operands`) too. `side` has the planes of the sums.
+    The axes of `grid` include `part` and `sequence` (B * KH). Returns `[B, H, D]`.
+    """
+    b, heads = grid["sequence"] // shape.kv_heads, shape.group * shape.kv_heads
+    d, parts = side.head_dim, shape.parts
+    if parts == 1:
+        operands = operands | static
+        outputs = [jax.ShapeDtypeStruct((b, heads, side.width, side.planes), shape.dtype)]
+    else:
+        of_parts = ((d,), jnp.float32), ((), jnp.int32), ((), jnp.float32)
+        outputs = [jax.ShapeDtypeStruct((b, heads, parts, *end), kind) for end, kind in of_parts]
+    names, last = tuple(operands), len(operands) + len(outputs)
+
+    def kernel(*refs):
+        inputs = dict(zip(names, refs[: len(names)], strict=True))
+        program(inputs, refs[len(names) : last], *refs[last:])
+
+    kernel.__name__ = name
+    out = launch(
+        kernel,
+        tuple(operands.values()),
+        out_type=tuple(outputs),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        scratch_types=scratch_types,
+    )
+    if parts == 1:
+        return out[0].reshape(b, heads, d)
+    return join_parts(*out, static, side, shape.dtype)
 
 
 def exponent(x: jax.Array) -> jax.Array:
@@ -68,9 +141,7 @@ def exponent(x: jax.Array) -> jax.Array:
 def spread(width: int, lanes: int = 32) -> Any:
     """Layout of `[..., width]`: one element a thread, over as many warps as there are.
 
-    Args:
-      width: a power of two.
-      lanes: threads of a warp that differ, a power of two; the others have copies.
+    Of a warp, `lanes` threads differ (a power of two, like the width), the others have copies.
     """
     lanes = min(width, lanes)
     warps = min(width // lanes, 4)
@@ -90,7 +161,7 @@ def rows_of_threads(rows: int) -> Any:
     return mg.Layout.TILED(mg.Tiling(((warps * 32, 1), (32, 1))), warp_dims, (-2,), -1)
 
 
-def write_output(out_ref, planes, total, kv, static: dict[str, Any], side: CacheWords, dtype):
+def write_output(out_ref, planes, total, kv, refs: dict[str, Any], side: CacheWords, dtype):
     """Stores `planes / total` in the order of channels, with static scales and zero points.
 
     Args:
@@ -98,11 +169,12 @@ def write_output(out_ref, planes, total, kv, static: dict[str, Any], side: Cache
       planes: the sums: J arrays `[W]` in `spread`, or shared memory `[J * W]`.
       total: float32 scalar, the sum of the probabilities; 0 gives zeros.
       kv: int32 scalar, the KV head.
-      static: refs `v_scale` and `v_zero`, `[KH, W, J]` or `[KH, 1]`, where they are static.
+      refs: `v_scale` and `v_zero`, `[KH, W, J]` or `[KH, 1]`, are read where they are static.
       side: the cache.
       dtype: of the output.
     """
     width, layout = side.width, spread(side.width)
+    static = {} if side.dynamic else refs
     seen = jnp.where(total == 0, jnp.float32(0), jnp.float32(1))
     factor = jnp.float32(1) / (total + (jnp.float32(1) - seen))
 
@@ -129,12 +201,9 @@ def join_parts(sums, top, total, static: dict[str, jax.Array], side: CacheWords,
       sums: float32 `[B, H, parts, J * W]`: sums of `2 ** (score - top) * value`, planes.
       top: int32 `[B, H, parts]`, an `exponent`.
       total: float32 `[B, H, parts]`, sum of `2 ** (score - top)`.
-      static: as for `write_output`.
+      static: `v_scale` and `v_zero`, where they are static.
       side: the cache.
-      dtype: of the result.
-
-    Returns:
-      `[B, H, D]`.
+      dtype: of the result `[B, H, D]`.
     """
     b, h, parts = top.shape
     d = side.head_dim
