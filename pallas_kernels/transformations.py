@@ -12,12 +12,10 @@ from jax import lax
 def batchable(
     kernel: Callable[..., Any], fold: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """`kernel` with a rule for `jax.vmap`.
+    """`kernel` (of pytrees) with a rule for `jax.vmap`.
 
-    Args:
-      kernel: of pytrees.
-      fold: `(axis size, which leaves are batched, *arguments)` -> the batched result of one
-        launch, or None where it takes several. Then, and without it, one launch follows another.
+    `fold`: `(axis size, which leaves are batched, *arguments)` -> the batched result of one launch,
+    or None where it takes several. Then, and without it, one launch follows another.
     """
 
     @jax.custom_batching.custom_vmap
@@ -45,11 +43,9 @@ def batchable(
 def differentiable(
     kernel: Callable[..., Any], gradient: Callable[..., tuple[Any, ...]]
 ) -> Callable[..., Any]:
-    """`kernel` with a gradient.
+    """`kernel` (of pytrees) with a gradient.
 
-    Args:
-      kernel: of pytrees.
-      gradient: `(cotangent, *arguments)` -> a cotangent for each argument, None for no gradient.
+    `gradient`: `(cotangent, *arguments)` -> a cotangent for each argument, None for no gradient.
     """
 
     @jax.custom_vjp

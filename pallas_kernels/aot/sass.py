@@ -101,22 +101,17 @@ def hot_loop(instructions: tuple[Instruction, ...], work: Callable[[Loop], float
     """The innermost loop that does the most work, or everything if there is no loop.
 
     A loop is what lies between a backward branch and its target. The endless branch to itself with
-    which a function is padded is none.
-
-    Args:
-      instructions: of a function.
-      work: what an iteration does. By its instructions, a loop that prepares the activations can
-        seem the largest; by the weights that it uses up it is not. Among equals the longest wins.
+    which a function is padded is none. `work` is what an iteration does: by its instructions, a
+    loop that prepares the activations can seem the largest; by the weights that it uses up it is
+    not. Among equals the longest wins.
     """
-    spans = {(i.jump, i.address) for i in instructions if i.jump is not None}
-    spans = {(start, end) for start, end in spans if start < end}
-    innermost = [
-        (start, end)
-        for start, end in spans
-        if not any(
-            start <= low and high <= end and (low, high) != (start, end) for low, high in spans
-        )
-    ]
+    jumps = {(i.jump, i.address) for i in instructions if i.jump is not None}
+    spans = {(start, end) for start, end in jumps if start < end}
+
+    def holds(span, other):
+        return span[0] <= other[0] and other[1] <= span[1] and span != other
+
+    innermost = [span for span in spans if not any(holds(span, other) for other in spans)]
     if not innermost:
         # NOPs and the endless branch pad the end.
         used = tuple(i for i in instructions if i.name != "NOP" and i.jump != i.address)

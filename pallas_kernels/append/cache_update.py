@@ -119,14 +119,11 @@ def append_reference(qkv, cos, sin, slots, k: CacheArrays, v: CacheArrays, **opt
 def _write_reference(shape: Row, cache: CacheArrays, x: jax.Array, slots: jax.Array) -> CacheArrays:
     """The cache with tokens `x [B, KH, D]` in it."""
     words = shape.side
-    scale: Any = None
-    zero: Any = None
     if words.dynamic:
         scale, zero = words.parameters(x)
-    elif words.static:
-        scale, zero = (
-            None if a is None else a.astype(jnp.float32)[None] for a in (cache.scale, cache.zero)
-        )
+    else:
+        given = (cache.scale, cache.zero)
+        scale, zero = (None if a is None else a.astype(jnp.float32)[None] for a in given)
 
     def write(old, row):
         def one(old, row, slot):
@@ -143,10 +140,8 @@ def _write_reference(shape: Row, cache: CacheArrays, x: jax.Array, slots: jax.Ar
 
 
 def _updated(side: CacheArrays, name: str, written: dict[str, jax.Array]) -> CacheArrays:
-    changes = {"codes": written[name]}
-    for field in ("scale", "zero"):
-        if f"{name}_{field}" in written:
-            changes[field] = written[f"{name}_{field}"]
+    names = {"codes": name, "scale": f"{name}_scale", "zero": f"{name}_zero"}
+    changes = {field: written[key] for field, key in names.items() if key in written}
     return dataclasses.replace(side, **changes)
 
 
@@ -208,9 +203,7 @@ def _wider_batch(shape: Row):
 
         at = 0 if shape.splits is None else 1
         qkv = widened(qkv, batched[0], at)
-        cos, sin, slots = (
-            widened(a, flag) for a, flag in zip((cos, sin, slots), batched[1:4], strict=True)
-        )
+        cos, sin, slots = map(widened, (cos, sin, slots), batched[1:4])
 
         def side(cache, flags):
             if shape.side.dynamic:

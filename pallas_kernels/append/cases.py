@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.aot.kernel_cases import KernelCase, Program, abstract, activation_dtype
 from pallas_kernels.append.cache_update import Appended, append
 from pallas_kernels.attention.cases import CACHES, abstract_cache
-from pallas_kernels.cache.arrays import CacheArrays
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -32,21 +30,11 @@ def _append(cache: str, batch: int) -> Program:
     qkv = abstract((8, batch, (heads + 2 * kv_heads) * size), "float32")  # partial sums
     turn = abstract((batch, size // 2), "float32")
     side = abstract_cache(cache, batch, kv_heads, slots)
-    return Program(
-        function=functools.partial(_appended, activation_dtype(), heads),
-        arguments=(qkv, turn, turn, abstract((batch,), "int32"), (side, side)),
-        donate=(4,),
-    )
+    function = functools.partial(_appended, activation_dtype(), heads)
+    arguments = (qkv, turn, turn, abstract((batch,), "int32"), (side, side))
+    return Program(function, arguments, donate=(4,))
 
 
-def _appended(
-    dtype: str,
-    heads: int,
-    qkv: Any,
-    cos: Any,
-    sin: Any,
-    slots: Any,
-    cache: tuple[CacheArrays, CacheArrays],
-) -> Appended:
+def _appended(dtype, heads, qkv, cos, sin, slots, cache) -> Appended:
     more = {"heads": heads, "interleaved": False, "dtype": jnp.dtype(dtype)}
     return append(qkv, cos, sin, slots, *cache, **more)

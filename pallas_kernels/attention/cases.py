@@ -60,7 +60,7 @@ def kernel_cases() -> list[KernelCase]:
 def _attention(cache: str, heads: int, kv_heads: int, slots: int, batch: int) -> Program:
     q = abstract((batch, heads, 128), activation_dtype())
     side = abstract_cache(cache, batch, kv_heads, slots)
-    return Program(function=_attend, arguments=(q, abstract((batch,), "int32"), side, side))
+    return Program(_attend, (q, abstract((batch,), "int32"), side, side))
 
 
 def _attend(q: Any, lengths: Any, k: CacheArrays, v: CacheArrays) -> jax.Array:

@@ -99,9 +99,8 @@ class CacheWords:
     def decode(self, words: jax.Array, zero: jax.Array | None = None) -> list[jax.Array]:
         """J float32 arrays of the shape of `words`: the codes before the scale, exactly.
 
-        Args:
-          words: int32, or floats that are not read as words.
-          zero: what `zero_of` makes of the zero point of each word's token; None where static.
+        Words are int32, or floats that are not read as words; `zero` is what `zero_of` makes of the
+        zero point of each word's token, None where static.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -114,9 +113,7 @@ class CacheWords:
     ) -> tuple[jax.Array, jax.Array | None]:
         """Scale and zero point (or None) of one token in pieces, as vectors.
 
-        Args:
-          x: the token.
-          largest: of non-negative numbers, as a vector.
+        `largest` finds that of non-negative numbers, as a vector.
         """
         wide = at_least(largest([jnp.abs(one) for one in x]), SMALLEST_MAXIMUM)
         return quotient(wide, jnp.float32(self.bound)), None
@@ -142,10 +139,8 @@ class CacheWords:
     def parameters(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Scale and zero point `[..., 1]` of tokens `[..., D]`."""
         largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        scale = quotient(
-            jnp.maximum(largest, jnp.float32(SMALLEST_MAXIMUM)), jnp.float32(self.bound)
-        )
-        return scale, None
+        wide = jnp.maximum(largest, jnp.float32(SMALLEST_MAXIMUM))
+        return quotient(wide, jnp.float32(self.bound)), None
 
 
 def as_float(bits: jax.Array) -> jax.Array:

@@ -69,23 +69,15 @@ class _Weight:
 
     def kernel_weight(self, k: int, n: int, *experts: int) -> Any:
         """The weight in the kernel's layout, abstract."""
-        convert = functools.partial(
-            to_kernel,
-            format=self.format.name,
-            granularity=self.storage.granularity,
-            group_size=self.storage.group_size,
-            block_size=self.storage.block_size,
-            zero_point=self.storage.zero_point,
-            k=k,
-            n=n,
-        )
+        names = ("granularity", "group_size", "block_size", "zero_point")
+        settings = {name: getattr(self.storage, name) for name in names}
+        convert = functools.partial(to_kernel, format=self.format.name, k=k, n=n, **settings)
         return jax.eval_shape(convert, self.arrays(k, n, *experts))
 
     def bytes_per_weight(self) -> float:
         """Stored bytes, scales included."""
-        k, n = 4096, 4096
-        total = sum(a.size * a.dtype.itemsize for a in self.arrays(k, n).values())
-        return total / (k * n)
+        arrays = self.arrays(4096, 4096).values()
+        return sum(a.size * a.dtype.itemsize for a in arrays) / 4096**2
 
 
 def _weights() -> dict[str, _Weight]:
@@ -99,12 +91,7 @@ def _weights() -> dict[str, _Weight]:
 
 def kernel_cases() -> list[KernelCase]:
     """Dense products, of int8 activations too, an MLP, and experts."""
-    return [
-        *_matrix_vector_cases(),
-        *_integer_cases(),
-        *_mlp_cases(),
-        *_experts_cases(),
-    ]
+    return [*_matrix_vector_cases(), *_integer_cases(), *_mlp_cases(), *_experts_cases()]
 
 
 def _matrix_vector_cases() -> list[KernelCase]:
@@ -176,15 +163,9 @@ def _mlp_cases() -> list[KernelCase]:
 
 def _mlp(weight: _Weight, rows: int, hidden: int, inner: int) -> Program:
     dtype = activation_dtype()
-    return Program(
-        function=functools.partial(_mlp_step, dtype),
-        arguments=(
-            abstract((rows, hidden), dtype),
-            abstract((hidden,), dtype),
-            weight.kernel_weight(hidden, 2 * inner),
-            weight.kernel_weight(inner, hidden),
-        ),
-    )
+    x, scale = abstract((rows, hidden), dtype), abstract((hidden,), dtype)
+    products = weight.kernel_weight(hidden, 2 * inner), weight.kernel_weight(inner, hidden)
+    return Program(functools.partial(_mlp_step, dtype), (x, scale, *products))
 
 
 def _mlp_step(dtype: str, x: Any, scale: Any, gate_up: Any, down: Any) -> jax.Array:
@@ -222,41 +203,22 @@ def _experts(weight: _Weight, tokens: int, both: bool) -> Program:
     experts, picks, hidden, inner = 64, 6, 2560, 1536
     dtype = activation_dtype()
     index = abstract((tokens * picks,), "int32")
+    sums = (tokens * picks, 2 * inner), (tokens, 4 * inner)
     down = (weight.kernel_weight(inner, hidden, experts), weight.kernel_weight(2 * inner, hidden))
-    gate_up: tuple[Any, ...]
     if both:
-        gate_up = (
-            abstract((tokens, hidden), dtype),
-            weight.kernel_weight(hidden, 2 * inner, experts),
-            weight.kernel_weight(hidden, 4 * inner),
-        )
-        function = _both_products
-    else:
-        gate_up = (
-            abstract((2, tokens * picks, 2 * inner), "float32"),
-            abstract((2, tokens, 4 * inner), "float32"),
-        )
-        function = _down_product
-    return Program(function=functools.partial(function, dtype), arguments=(index, *gate_up, *down))
+        rows: Any = abstract((tokens, hidden), dtype)
+        own = weight.kernel_weight(hidden, 2 * inner, experts)
+        arguments = (index, rows, own, weight.kernel_weight(hidden, 4 * inner), *down)
+        return Program(functools.partial(_both_products, dtype), arguments)
+    rows = [abstract((2, *shape), "float32") for shape in sums]
+    return Program(functools.partial(_down_product, dtype), (index, *rows, *down))
 
 
-def _both_products(
-    dtype: str,
-    index: Any,
-    x: Any,
-    gate_up: Any,
-    shared_gate_up: Any,
-    down: Any,
-    shared_down: Any,
-) -> Any:
+def _both_products(dtype, index, x, gate_up, shared_gate_up, down, shared_down) -> Any:
     picked, shared = gathered_matrix_vector(x, gate_up, index, shared=(x, shared_gate_up))
     return _down_product(dtype, index, picked, shared, down, shared_down)
 
 
-def _down_product(
-    dtype: str, index: Any, picked: Any, shared: Any, down: Any, shared_down: Any
-) -> Any:
-    kind = jnp.dtype(dtype)
-    return gathered_matrix_vector(
-        Gated(picked, kind), down, index, shared=(Gated(shared, kind), shared_down)
-    )
+def _down_product(dtype, index, picked, shared, down, shared_down) -> Any:
+    picked, shared = (Gated(partials, jnp.dtype(dtype)) for partials in (picked, shared))
+    return gathered_matrix_vector(picked, down, index, shared=(shared, shared_down))

@@ -52,26 +52,17 @@ class WeightRefs:
 
     def expert(self, index: Any) -> WeightRefs:
         """Of one of a stack."""
-
-        def pick(ref):
-            return None if ref is None else ref.at[index]
-
-        return WeightRefs(
-            pick(self.words),
-            pick(self.scale),
-            pick(self.zero),
-            pick(self.column_scale),
-            tuple(pick(ref) for ref in self.constants),
-        )
+        refs = (self.words, self.scale, self.zero, self.column_scale)
+        picked = (None if ref is None else ref.at[index] for ref in refs)
+        return WeightRefs(*picked, tuple(ref.at[index] for ref in self.constants))
 
 
 def kernel_operands(
     weight: KernelWeight,
 ) -> tuple[list[jax.Array], Callable[[Sequence[Any]], WeightRefs]]:
     """The arrays that a kernel reads, and how to name their refs."""
-    fields = {"words": weight.words, "scale": weight.scale, "zero": weight.zero}
-    fields["column_scale"] = weight.column_scale
-    present = {name: a for name, a in fields.items() if a is not None}
+    fields = ("words", "scale", "zero", "column_scale")
+    present = {name: a for name in fields if (a := getattr(weight, name)) is not None}
 
     # A unit's words on an axis of their own, so that neighbouring units are one load.
     *lead, rows, columns = weight.words.shape
@@ -220,13 +211,7 @@ def accumulate(
 ) -> jax.Array:
     """Partial sums of the block: float32 `[M, columns]`, scales applied.
 
-    Args:
-      tile: what the program computes.
-      refs: of one weight, without leading axes.
-      first_column: of the block.
-      first_segment: of the slice in the column.
-      x_ref: as `stage` left it.
-      sums_ref: likewise.
+    `refs` are of one weight, without leading axes; `x_ref` and `sums_ref` as `stage` left them.
     """
     layout, words = tile.layout, tile.layout.words
     interpreted = runs_interpreted()

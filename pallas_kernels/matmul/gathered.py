@@ -19,32 +19,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.device import MOST_ROWS
-from pallas_kernels.matmul.core import (
-    Tile,
-    WeightRefs,
-    accumulate,
-    kernel_operands,
-    stage,
-    staging_factors,
-)
 from pallas_kernels.matmul.matrix_vector import (
     MatrixVectorConfig,
+    Product,
     choose_config,
     kernel_name,
     matrix_vector_reference,
     multiprocessors,
-    tile_of,
 )
 from pallas_kernels.matmul.row_sources import (
     Rows,
     finished,
     readable,
-    row_operands,
-    row_reader,
     rows_cotangent,
     rows_shape,
 )
-from pallas_kernels.mosaic.launch import launch, store, synchronize
+from pallas_kernels.mosaic.launch import launch
 from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.typing import Array, Int
 from pallas_kernels.weights.decoded_weight import decoded_weight
@@ -160,12 +150,12 @@ def _transformable(config, shared_config):
 def _gathered(x, w, index, shared, config, shared_config) -> Any:
     picks = index.shape[0]
     per_row = picks // x.shape[0]
-    products = [_Product(x, w, 1, config)]
+    products = [Product(x, w, 1, config)]
     outputs = [jax.ShapeDtypeStruct((products[0].split, picks, w.layout.padded_n), jnp.float32)]
     programs = products[0].programs * picks
     grid = programs
     if shared is not None:
-        more = _Product(shared[0], shared[1], shared[0].shape[0], shared_config)
+        more = Product(shared[0], shared[1], shared[0].shape[0], shared_config)
         products.append(more)
         shape = (more.split, more.tile.rows, more.weight.layout.padded_n)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -183,15 +173,9 @@ def _gathered(x, w, index, shared, config, shared_config) -> Any:
             product = products[0]
             # Neighbouring programs read neighbouring columns of one expert.
             p = program // product.programs
-            product.run(
-                inputs[0],
-                scratch[0],
-                program % product.programs,
-                out_refs[0],
-                row=p // per_row,
-                out_row=p,
-                expert=index_ref[p],
-            )
+            place = product.place(program % product.programs)
+            where = {"row": p // per_row, "out_row": p, "expert": index_ref[p]}
+            product.run(inputs[0], scratch[0], *place, out_refs[0], **where)
 
         if shared is None:
             pick()
@@ -200,7 +184,8 @@ def _gathered(x, w, index, shared, config, shared_config) -> Any:
 
         @pl.when(program >= programs)
         def _():
-            products[1].run(inputs[1], scratch[1], program - programs, out_refs[1])
+            place = products[1].place(program - programs)
+            products[1].run(inputs[1], scratch[1], *place, out_refs[1])
 
     name = "gathered" if shared is None else "gathered_and_shared"
     body.__name__ = kernel_name(name, w.layout, 1)
@@ -214,47 +199,3 @@ def _gathered(x, w, index, shared, config, shared_config) -> Any:
     )
     results = [a[..., : p.weight.layout.n] for a, p in zip(out, products, strict=True)]
     return results[0] if shared is None else tuple(results)
-
-
-class _Product:
-    """One of the products of a launch: its operands, and a program of it."""
-
-    def __init__(self, x: Rows, weight: KernelWeight, rows: int, config: MatrixVectorConfig):
-        self.x, self.weight = x, weight
-        self.tile: Tile
-        self.tile, self.split = tile_of(weight.layout, rows, config)
-        self.blocks = weight.layout.padded_n // self.tile.columns
-        self.programs = self.blocks * self.split
-        self._of_x = row_operands(x, weight.layout)
-        self._of_weight, self._name_refs = kernel_operands(weight)
-
-    @property
-    def operands(self) -> list[jax.Array]:
-        """Of the launch, in the order that `take_inputs` takes their refs in."""
-        factors = jnp.asarray(staging_factors(self.weight.layout))
-        return [factors, *self._of_x, *self._of_weight]
-
-    def take_inputs(self, refs: Any) -> tuple[Any, list[Any], WeightRefs]:
-        """The refs of staging factors, x and weight from an iterator."""
-        factors = next(refs)
-        x_refs = [next(refs) for _ in self._of_x]
-        return factors, x_refs, self._name_refs([next(refs) for _ in self._of_weight])
-
-    def run(
-        self, inputs, scratch, program, out_ref, *, row=0, out_row: Any = 0, expert: Any = None
-    ) -> None:
-        """A program: `program` counts blocks of columns, then slices of K."""
-        factors_ref, x_refs, weight_refs = inputs
-        staged_ref, sums_ref, norms_ref = scratch
-        tile, layout = self.tile, self.weight.layout
-        if expert is not None:
-            weight_refs = weight_refs.expert(expert)
-        part = program // self.blocks
-        first_column = pl.multiple_of(program % self.blocks * tile.columns, tile.columns)
-        first_segment = part * tile.segments
-        read_x = row_reader(self.x, x_refs, layout, row, tile.rows, first_segment, norms_ref)
-        stage(tile, read_x, factors_ref, staged_ref, sums_ref)
-        synchronize()
-        totals = accumulate(tile, weight_refs, first_column, first_segment, staged_ref, sums_ref)
-        rows = pl.ds(out_row, tile.rows)
-        store(out_ref.at[part, rows, pl.ds(first_column, tile.columns)], totals)

@@ -107,11 +107,8 @@ def dot4(a: jax.Array, b: jax.Array, c: jax.Array, layout: Any) -> jax.Array:
     """`c` plus the four products of signed bytes of `a` and `b`; int32, of one shape."""
     if runs_interpreted():
         return dot4_reference(a, b, c)
-
-    def emit(a, b, c):
-        return (assembly_bits("dp4a.s32.s32 $0, $1, $2, $3;", a, b, c),)
-
-    return apply(emit, (a, b, c), (jnp.int32,), layout)[0]
+    emit = functools.partial(assembly_bits, "dp4a.s32.s32 $0, $1, $2, $3;")
+    return apply(lambda *words: [emit(*words)], (a, b, c), (jnp.int32,), layout)[0]
 
 
 def dot4_reference(

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.device import MOST_ROWS, default_device
 from pallas_kernels.matmul.core import (
     Tile,
+    WeightRefs,
     accumulate,
     kernel_operands,
     stage,
@@ -122,9 +123,7 @@ def _transformable(config: MatrixVectorConfig):
 def rows_of_a_batch(kernel: Any, config: MatrixVectorConfig):
     """For `transformations.batchable`: a batch of x is more rows of x, where they fit a launch.
 
-    Args:
-      kernel: `(x [M, K], w)` -> `[split, M, N]`.
-      config: how it cuts the product.
+    The kernel `(x [M, K], w)` -> `[split, M, N]` cuts the product by `config`.
     """
 
     def fold(axis_size, batched, x, w):
@@ -148,12 +147,7 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     Wide blocks need the fewest instructions (x is read from shared memory once for the columns of a
     thread), many programs hide memory's latency, and partial sums are traffic too, which a consumer
     may read more than once: K is rather split eight ways at most, and blocks are narrower where few
-    rows allow it.
-
-    Args:
-      layout: of the weight.
-      m: rows of x.
-      multiprocessors: of the device.
+    rows (`m`) allow it.
     """
     columns = layout.padded_n
     wanted = (4 if m <= 2 else 2) * multiprocessors
@@ -221,36 +215,72 @@ def tile_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[T
     return tile, split
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _matrix_vector(x, w, *, config) -> jax.Array:
-    layout = w.layout
-    m = x.shape[0]
-    tile, split = tile_of(layout, m, config)
-    x_operands = row_operands(x, layout)
-    operands, name_refs = kernel_operands(w)
+class Product:
+    """One of the products of a launch: its operands, and a program of it."""
 
-    def body(factors_ref, *refs):
-        x_refs, weight_refs = refs[: len(x_operands)], refs[len(x_operands) : -4]
-        out_ref, staged_ref, sums_ref, norms_ref = refs[-4:]
-        part = lax.axis_index("split")
+    def __init__(self, x: Rows, weight: KernelWeight, rows: int, config: MatrixVectorConfig):
+        self.x, self.weight = x, weight
+        self.tile: Tile
+        self.tile, self.split = tile_of(weight.layout, rows, config)
+        self.blocks = weight.layout.padded_n // self.tile.columns
+        self.programs = self.blocks * self.split
+        self._of_x = row_operands(x, weight.layout)
+        self._of_weight, self._name_refs = kernel_operands(weight)
+
+    @property
+    def operands(self) -> list[jax.Array]:
+        """Of the launch, in the order that `take_inputs` takes their refs in."""
+        factors = jnp.asarray(staging_factors(self.weight.layout))
+        return [factors, *self._of_x, *self._of_weight]
+
+    def take_inputs(self, refs: Any) -> tuple[Any, list[Any], WeightRefs]:
+        """The refs of staging factors, x and weight from an iterator."""
+        factors = next(refs)
+        x_refs = [next(refs) for _ in self._of_x]
+        return factors, x_refs, self._name_refs([next(refs) for _ in self._of_weight])
+
+    def place(self, program: Any) -> tuple[Any, Any]:
+        """Slice of K and block of columns: programs count blocks first."""
+        return program // self.blocks, program % self.blocks
+
+    def run(
+        self, inputs, scratch, part, block, out_ref, *, row=0, out_row: Any = 0, expert: Any = None
+    ) -> None:
+        """A program: a slice of K and a block of columns."""
+        factors_ref, x_refs, weight_refs = inputs
+        staged_ref, sums_ref, norms_ref = scratch
+        tile, layout = self.tile, self.weight.layout
+        if expert is not None:
+            weight_refs = weight_refs.expert(expert)
+        first_column = pl.multiple_of(block * tile.columns, tile.columns)
         first_segment = part * tile.segments
-        first_column = pl.multiple_of(lax.axis_index("columns") * tile.columns, tile.columns)
-        read_x = row_reader(x, x_refs, layout, 0, m, first_segment, norms_ref)
+        read_x = row_reader(self.x, x_refs, layout, row, tile.rows, first_segment, norms_ref)
         stage(tile, read_x, factors_ref, staged_ref, sums_ref)
         synchronize()
-        totals = accumulate(
-            tile, name_refs(weight_refs), first_column, first_segment, staged_ref, sums_ref
-        )
-        store(out_ref.at[part, :, pl.ds(first_column, tile.columns)], totals)
+        totals = accumulate(tile, weight_refs, first_column, first_segment, staged_ref, sums_ref)
+        rows = pl.ds(out_row, tile.rows)
+        store(out_ref.at[part, rows, pl.ds(first_column, tile.columns)], totals)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _matrix_vector(x, w, *, config) -> jax.Array:
+    layout, m = w.layout, x.shape[0]
+    product = Product(x, w, m, config)
+
+    def body(*refs):
+        refs = iter(refs)
+        inputs, out_ref = product.take_inputs(refs), next(refs)
+        place = lax.axis_index("split"), lax.axis_index("columns")
+        product.run(inputs, list(refs), *place, out_ref)
 
     body.__name__ = kernel_name("matrix_vector", layout, m)
     out = launch(
         body,
-        (jnp.asarray(staging_factors(layout)), *x_operands, *operands),
-        out_type=jax.ShapeDtypeStruct((split, m, layout.padded_n), jnp.float32),
-        grid=(layout.padded_n // tile.columns, split),
+        product.operands,
+        out_type=jax.ShapeDtypeStruct((product.split, m, layout.padded_n), jnp.float32),
+        grid=(product.blocks, product.split),
         grid_names=("columns", "split"),
-        scratch_types=tile.scratch,
+        scratch_types=product.tile.scratch,
     )
     return out[..., : layout.n]
 

@@ -162,7 +162,7 @@ def row_reader(
     segment: Any,
     scratch_ref: Any,
 ) -> ReadX:
-    """`read_x` of `matrix_vector_core.stage`.
+    """`read_x` of `core.stage`.
 
     Args:
       x: for its kind only.
@@ -219,13 +219,9 @@ def row_reader(
 
 
 def inverse_root_mean_square(x_ref: Any, row: Any, features: int, epsilon: float) -> jax.Array:
-    """float32 scalar `1 / sqrt(mean(x[row]^2) + epsilon)`; the row's width is whole.
+    """float32 scalar `1 / sqrt(mean(x[row]^2) + epsilon)`, the mean that of `features` (K).
 
-    Args:
-      x_ref: `[M, W]`, W a multiple of 128, zeros beyond `features`.
-      row: of x_ref.
-      features: K, that the sum is divided by.
-      epsilon: added to the mean.
+    `x_ref` is `[M, W]`, W a multiple of 128, with zeros beyond K.
     """
     width = x_ref.shape[-1]
 
@@ -253,14 +249,9 @@ def whole(a: jax.Array, axis: int = -1) -> jax.Array:
 def rows_cotangent(
     cotangent: jax.Array, x: Rows, w: KernelWeight, decoded: jax.Array, picks: int = 1
 ) -> Rows:
-    """The cotangent of x from that of the partial sums.
+    """The cotangent of rows x `[T, K]` from that of the partial sums, float32 `[split, P, N]`.
 
-    Args:
-      cotangent: float32 `[split, P, N]`.
-      x: rows `[T, K]`.
-      w: the weight, for its layout.
-      decoded: float32 `[K, N]`, or `[P, K, N]` of the experts picked.
-      picks: P / T.
+    `decoded` is float32 `[K, N]`, or `[P, K, N]` of the experts picked; `picks` is P / T.
     """
     parts = cotangent.shape[0]
     rows = w.layout.segments * w.layout.segment

@@ -14,8 +14,9 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as mg
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 
+from pallas_kernels.mosaic import mma_instructions as ptx
 from pallas_kernels.mosaic.launch import THREADS
 
 
@@ -43,14 +44,8 @@ def apply(
 ) -> list[jax.Array]:
     """`emit` of the elements of 32-bit arrays, one thread's element at a time.
 
-    Args:
-      emit: MLIR values, one for each array -> MLIR values, one for each dtype.
-      arrays: of one shape.
-      dtypes: of the results, 32 bits wide.
-      layout: of the arrays and of the results; None: `column_layout`.
-
-    Returns:
-      One array of the same shape for each dtype.
+    It takes MLIR values, one for each array (all of one shape), and makes one for each of the
+    results' dtypes, 32 bits wide. `layout` is that of arrays and results; None: `column_layout`.
     """
     shape = arrays[0].shape
     kind = column_layout(*shape) if layout is None else layout
@@ -63,11 +58,10 @@ def apply(
         registers = operands[0].registers.shape
         results = [np.empty(registers, dtype=object) for _ in dtypes]
         for index in np.ndindex(registers):
-            lanes = [_split(operand.registers[index]) for operand in operands]
+            lanes = [ptx.lanes(operand.registers[index]) for operand in operands]
             elements = [emit(*values) for values in zip(*lanes, strict=True)]
             for result, parts in zip(results, zip(*elements, strict=True), strict=True):
-                vector_type = ir.VectorType.get((len(parts),), parts[0].type)
-                result[index] = vector.from_elements(vector_type, list(parts))
+                result[index] = ptx.vector(parts)
         return tuple(
             mgpu.FragmentedArray(
                 _registers=result,
@@ -79,14 +73,6 @@ def apply(
 
     results: Any = run(*arrays)
     return list(results)
-
-
-def _split(register: Any) -> list[Any]:
-    """The elements of a register vector."""
-    return [
-        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-        for i in range(ir.VectorType(register.type).shape[0])
-    ]
 
 
 def assembly_bits(text: str, *operands: Any) -> Any:

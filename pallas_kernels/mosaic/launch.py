@@ -61,17 +61,8 @@ def launch(
 
     The body is an array program: one program a warp group, whose arrays are spread over its 128
     threads (Mosaic's Warpgroup semantics, which is also what the interpreter runs).
-
-    Args:
-      body: reads and writes refs; `lax.axis_index(name)` is its place in the grid.
-      operands: arrays in device memory.
-      out_type: a `jax.ShapeDtypeStruct` or a tuple of them.
-      grid: programs along each axis, the first varying fastest on the GPU.
-      grid_names: axis names of the grid.
-      scratch_types: shared memory and barriers.
-
-    Returns:
-      Arrays of `out_type`.
+    Its place is `lax.axis_index(name)`, for the names of the grid's axes, of which the first varies
+    fastest on the GPU. Returns arrays of `out_type`: a `jax.ShapeDtypeStruct` or a tuple of them.
     """
     return mg.kernel(
         body,
@@ -80,7 +71,5 @@ def launch(
         grid_names=grid_names,
         scratch_types=scratch_types,
         interpret=mg.InterpretGPUParams() if runs_interpreted() else None,
-        compiler_params=mg.CompilerParams(
-            lowering_semantics=mg.LoweringSemantics.Warpgroup,
-        ),
+        compiler_params=mg.CompilerParams(lowering_semantics=mg.LoweringSemantics.Warpgroup),
     )(*operands)

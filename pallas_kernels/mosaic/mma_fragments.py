@@ -160,11 +160,8 @@ def add_values(
         for i, (tile, terms) in enumerate(zip(words, weights, strict=True)):
             values = _decode_reference(tile, codes, None if offsets is None else offsets[i])
             weight = functools.reduce(jnp.add, [w.astype(jnp.float32) for w in terms])
-            parts = [
-                _dot(values[16 * w : 16 * w + 16], weight[16 * w : 16 * w + 16], 0, 0)
-                for w in range(4)
-            ]
-            sums = sums + jnp.stack(parts)
+            pairs = zip(values.reshape(4, 16, -1), weight.reshape(4, 16, -1), strict=True)
+            sums = sums + jnp.stack([_dot(value, one, 0, 0) for value, one in pairs])
         return sums
     terms = len(weights[0]) if weights else 0
     arrays = [sums, shrink]
@@ -247,13 +244,8 @@ def _query_pairs(query, codes: Codes, heads: int):
     lane = codes.key_vector * codes.per_word
     steps = codes.head_dim // (4 * lane)
     regs = query.registers.reshape(heads // 8, steps, lane // 4)
-    out = []
-    for n in range(heads // 8):
-        out.append([])
-        for step in range(steps):
-            chunks = [ptx.as_words(reg) for reg in regs[n, step]]  # channels (0, 1), (2, 3) of four
-            out[n].append(codes.query(chunks))
-    return out
+    # A register has the channels (0, 1) and (2, 3) of four.
+    return [[codes.query([ptx.as_words(reg) for reg in step]) for step in block] for block in regs]
 
 
 def _key_fragments(rows, codes: Codes, zeros):
@@ -309,16 +301,12 @@ def _scaled(sums, shrink, heads: int):
     lane = sums.registers.shape[6]
     regs = sums.registers.reshape(-1, heads // 8, lane)
     factors = [ptx.lanes(reg) for reg in shrink.registers.reshape(heads // 8, 2)[:, 0]]
-    return [
-        [
-            [
-                [arith.mulf(x, f) for x, f in zip(ptx.lanes(reg), factors[n], strict=True)]
-                for reg in regs[step, n]
-            ]
-            for n in range(heads // 8)
-        ]
-        for step in range(regs.shape[0])
-    ]
+
+    def scaled(reg, factor):
+        return [arith.mulf(x, f) for x, f in zip(ptx.lanes(reg), factor, strict=True)]
+
+    blocks = range(heads // 8)
+    return [[[scaled(reg, factors[n]) for reg in step[n]] for n in blocks] for step in regs]
 
 
 def _vectors(regs):

@@ -154,13 +154,9 @@ def _logits(operands, kernel, *, epsilon):
 
 
 def normed_chunk(normed_refs: Any, row: Any, first: Any, factor: jax.Array) -> jax.Array:
-    """float32 `[128]` of a row of `Normed`, rounded to the dtype of x.
+    """float32 `[128]` of a row of `Normed`, rounded to the dtype of x, from column `first` on.
 
-    Args:
-      normed_refs: refs of x `[M, W]` and scale `[W]`.
-      row: of x.
-      first: first of the 128 columns, a multiple of 128.
-      factor: from `inverse_root_mean_square`.
+    `normed_refs` are those of x `[M, W]` and scale `[W]`; `factor` is `inverse_root_mean_square`.
     """
     x_ref, scale_ref = normed_refs
     columns = pl.ds(pl.multiple_of(first, THREADS), THREADS)
@@ -238,12 +234,8 @@ def top_k_experts(
         raise ValueError(
             f"top_k_experts: expected correction_bias [{experts}], found {correction_bias.shape}."
         )
-    options = {
-        "experts": experts,
-        "top_k": top_k,
-        "normalize": normalize,
-        "norm_min": norm_min,
-    }
+    options: Any = {"experts": experts, "top_k": top_k}
+    options |= {"normalize": normalize, "norm_min": norm_min}
 
     def run(logits, bias):
         bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
@@ -326,22 +318,18 @@ def _launch(logits, correction_bias, *, experts, top_k, normalize, norm_min):
             index_ref[token, r] = ranks_smem[r]
             weight_ref[token, r] = values_smem[r]
 
-    index, weights = launch(
+    return launch(
         top_k_experts_kernel,
         operands,
-        out_type=(
-            jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
-            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+        out_type=tuple(
+            jax.ShapeDtypeStruct((tokens, top_k), dtype) for dtype in (jnp.int32, jnp.float32)
         ),
         grid=(tokens,),
         grid_names=("token",),
-        scratch_types=(
-            mg.SMEM((width,), jnp.float32),
-            mg.SMEM((width,), jnp.float32),
-            mg.SMEM((width,), jnp.int32),
+        scratch_types=tuple(
+            mg.SMEM((width,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)
         ),
     )
-    return index, weights
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -18,27 +18,17 @@ import re
 from importlib import resources
 from typing import Any
 
-KERNELS = (
-    "matrix_vector",
-    "integer_matrix_vector",
-    "gathered_matrix_vector",
-    "decode_attention",
-    "append",
-    "router",
-)
+_PRODUCTS = ("matrix_vector", "integer_matrix_vector", "gathered_matrix_vector")
+KERNELS = (*_PRODUCTS, "decode_attention", "append", "router")
 """Names that rows may use; of attention and append the format is that of the cache."""
 
 USES = ("mosaic_gpu", "xla")
-CONFIG = {
-    "matrix_vector": ("block_columns", "split", "step_rows", "prefetch"),
-    "integer_matrix_vector": ("block_columns", "split", "step_rows", "prefetch"),
-    "gathered_matrix_vector": ("block_columns", "split", "step_rows", "prefetch"),
-    "decode_attention": ("parts",),
-}
+_CUT = ("block_columns", "split", "step_rows", "prefetch")
+CONFIG = dict.fromkeys(_PRODUCTS, _CUT) | {"decode_attention": ("parts",)}
 """Settings that a row may have, by kernel."""
 
 _BOUNDS = ("max_rows", "min_weights", "max_weights")
-_FIELDS = {"kernel", "formats", "max_rows", "min_weights", "max_weights", "use", "config"}
+_FIELDS = {"kernel", "formats", *_BOUNDS, "use", "config"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +109,12 @@ def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: in
     """
     for file in (file_name(device_kind), "defaults.json"):
         for i, row in enumerate(_rows(file)):
-            if row["kernel"] not in (kernel, "*"):
-                continue
-            if format not in row["formats"] and "*" not in row["formats"]:
-                continue
-            if rows > row.get("max_rows", rows):
-                continue
-            if not row.get("min_weights", 0) <= weights <= row.get("max_weights", weights):
-                continue
-            source = f"tuning/{file}, row {i}"
-            return Choice(row["use"], dict(row.get("config", {})), source)
+            if (
+                row["kernel"] in (kernel, "*")
+                and not {format, "*"}.isdisjoint(row["formats"])
+                and rows <= row.get("max_rows", rows)
+                and row.get("min_weights", 0) <= weights <= row.get("max_weights", weights)
+            ):
+                source = f"tuning/{file}, row {i}"
+                return Choice(row["use"], dict(row.get("config", {})), source)
     return Choice("xla", {}, "no row of tuning/defaults.json fits")

@@ -129,7 +129,8 @@ def to_kernel(
             f"to_kernel: expected a granularity of {_GRANULARITIES} and a zero_point of "
             f"{_ZERO_POINTS}, found {granularity!r} and {zero_point!r}."
         )
-    _check_names(arrays, format, granularity, group_size, block_size, zero_point)
+    size = {"group": group_size, "block": block_size}.get(granularity, 1)
+    _check_names(arrays, format, granularity, size, zero_point)
     words, codes, scale = WORD_FORMATS[format], arrays["codes"], arrays["scale"]
     layout = WeightLayout(
         format=format,
@@ -146,7 +147,7 @@ def to_kernel(
     padded_rows = layout.segments * layout.segment // words.rows * 4 * words.words
     zero = column_scale = None
     if zero_point == "integer":
-        zero = bytes_to_words(_pad_rows(_columns(arrays["zero"], layout), 4))
+        zero = _by_fours(arrays["zero"], layout)
     scale, kept = words.merged_scale(arrays, n)
     if words.column_scale is not None:
         column_scale = arrays[words.column_scale]
@@ -156,11 +157,11 @@ def to_kernel(
     if layout.group is None:
         scale, column_scale = None, _columns(scales.to_float32(scale), layout)
     elif layout.packed_scale is not None:
-        scale = bytes_to_words(_pad_rows(_columns(scale, layout), 4))
+        scale = _by_fours(scale, layout)
     else:
         scale = _columns(scales.to_float32(scale) if granularity == "block" else scale, layout)
     return KernelWeight(
-        words=words.pack(_pad_columns(_fill_rows(codes, padded_rows), layout)),
+        words=words.pack(_pad(codes, padded_rows, layout.padded_n)),
         scale=scale,
         zero=zero,
         column_scale=column_scale,
@@ -175,22 +176,15 @@ _ZERO_POINTS = ("none", "half", "integer")
 
 
 def _check_names(
-    arrays: dict[str, jax.Array],
-    format: str,
-    granularity: str,
-    group_size: int | None,
-    block_size: tuple[int, int] | None,
-    zero_point: str,
+    arrays: dict[str, jax.Array], format: str, granularity: str, size: Any, zero_point: str
 ) -> None:
-    """Raises ValueError where arrays or sizes are missing."""
+    """Raises ValueError where arrays or the size of a group or block are missing."""
     wanted = ["codes", "scale", *WORD_FORMATS[format].extra_shapes(1)]
     if zero_point == "integer":
         wanted.append("zero")
     missing = [name for name in wanted if name not in arrays]
-    if granularity == "group" and not group_size:
-        missing.append("group_size")
-    if granularity == "block" and not block_size:
-        missing.append("block_size")
+    if not size:
+        missing.append(f"{granularity}_size")
     if missing:
         raise ValueError(
             f"to_kernel: {format} with granularity={granularity!r} and zero_point={zero_point!r} "
@@ -242,23 +236,17 @@ def from_kernel(weight: KernelWeight) -> dict[str, jax.Array]:
     return arrays | weight.kept
 
 
-def _fill_rows(a: jax.Array, rows: int) -> jax.Array:
-    return _pad(a, rows - a.shape[-2], 0)
-
-
-def _pad_rows(a: jax.Array, multiple: int) -> jax.Array:
-    return _pad(a, -a.shape[-2] % multiple, 0)
-
-
-def _pad_columns(a: jax.Array, layout: WeightLayout) -> jax.Array:
-    return _pad(a, 0, layout.padded_n - a.shape[-1])
+def _by_fours(a: jax.Array, layout: WeightLayout) -> jax.Array:
+    """Bytes of groups, a number for each column, as words."""
+    a = _columns(a, layout)
+    return bytes_to_words(_pad(a, -(-a.shape[-2] // 4) * 4, a.shape[-1]))
 
 
 def _pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Zero bits below and to the right."""
-    if not rows and not columns:
+    """Zero bits below and to the right, up to `[..., rows, columns]`."""
+    if a.shape[-2:] == (rows, columns):
         return a
-    dtype = a.dtype
+    rows, columns, dtype = rows - a.shape[-2], columns - a.shape[-1], a.dtype
     if dtype.itemsize == 1 and dtype not in (jnp.uint8, jnp.int8):
         a = lax.bitcast_convert_type(a, jnp.uint8)
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, rows), (0, columns)])
@@ -272,4 +260,4 @@ def _columns(a: jax.Array, layout: WeightLayout) -> jax.Array:
         a = wide.reshape(*a.shape[:-1], -1)[..., : layout.n]
     elif a.shape[-1] == 1:
         a = jnp.broadcast_to(a, (*a.shape[:-1], layout.n))
-    return _pad_columns(a, layout)
+    return _pad(a, a.shape[-2], layout.padded_n)

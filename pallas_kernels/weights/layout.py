@@ -6,7 +6,7 @@ import dataclasses
 
 from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.scales import PACKED_SCALES, PackedScale
-from pallas_kernels.weights.word_format import WordFormat
+from pallas_kernels.weights.word_format import Stored, WordFormat
 
 COLUMNS = 128
 """N is padded to a multiple of it."""
@@ -16,29 +16,12 @@ SEGMENT = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightLayout:
-    """Of a weight `[K, N]`; static.
-
-    Attributes:
-      format: a key of `WORD_FORMATS`.
-      k, n: rows and columns of the weight.
-      granularity: `tensor`, `channel`, `group` or `block`.
-      group_size: rows that share a scale; only with `group`.
-      block_size: rows and columns that share a scale; only with `block`.
-      zero_point: `none`, `half` or `integer`.
-      code_dtype: of the canonical codes.
-      scale_dtype: of the canonical scales, or `WordFormat.scale_dtype`.
-    """
+class WeightLayout(Stored):
+    """Of a weight `[k, n]` of a format, a key of `WORD_FORMATS`; static."""
 
     format: str
     k: int
     n: int
-    granularity: str
-    group_size: int | None
-    block_size: tuple[int, int] | None
-    zero_point: str
-    code_dtype: str
-    scale_dtype: str
 
     @property
     def words(self) -> WordFormat:

@@ -45,28 +45,37 @@ STAGED_EXPONENT = 64
 """Staged x is this many powers of two larger, so that products are normal numbers."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """A way to store a weight: what its arrays are besides the format; static.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How a weight is stored: what its arrays are besides the format; static.
 
     Attributes:
-      title: for people: "int4 groups of 128".
       granularity: `tensor`, `channel`, `group` or `block`.
       group_size: rows that share a scale; only with `group`.
       block_size: rows and columns that share a scale; only with `block`.
       zero_point: `none`, `half` or `integer`.
       code_dtype: of the canonical codes.
       scale_dtype: of the canonical scales; of those of `WordFormat.scale_dtype`, that.
-      instruction_limit: more machine instructions a weight than this are a failure of the check.
     """
 
-    title: str
     granularity: str = "group"
     group_size: int | None = None
     block_size: tuple[int, int] | None = None
     zero_point: str = "none"
     code_dtype: str = "uint8"
     scale_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage(Stored):
+    """A way to store weights that is compiled ahead of time.
+
+    Attributes:
+      title: for people: "int4 groups of 128".
+      instruction_limit: more machine instructions a weight than this are a failure of the check.
+    """
+
+    title: str
     instruction_limit: float | None = None
 
 
