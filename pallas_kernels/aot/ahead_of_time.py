@@ -61,11 +61,7 @@ def unavailable() -> str | None:
 def compile_cases(
     cases: Sequence[KernelCase],
     gpus: Iterable[str] | None = None,
-    *,
-    processes: int = 2,
-    timeout: float = TIMEOUT,
-    thorough: bool = True,
-    update: Callable[[Report], None] | None = None,
+    **settings: Any,
 ) -> list[Report]:
     """Compiles each case for each GPU, in child processes.
 
@@ -75,11 +71,7 @@ def compile_cases(
         name).
       gpus: names; None for those that each case claims. With names given, every case is compiled
         for all of them, claimed or not.
-      processes: compiles at a time; each takes one core and about 1 GB.
-      timeout: seconds that one compile may take.
-      thorough: False saves a third of the time: dynamic shared memory is not reported, and machine
-        code is only looked at where the case has an `instruction_limit`.
-      update: called with each report as it comes, from one thread at a time.
+      **settings: of `compile_jobs`.
 
     Returns:
       One report for each case and GPU, in that order.
@@ -90,9 +82,7 @@ def compile_cases(
     """
     named = None if gpus is None else [gpu_targets.find(name).name for name in gpus]
     jobs = [(case, gpu) for case in cases for gpu in (case.gpus if named is None else named)]
-    return compile_jobs(
-        jobs, processes=processes, timeout=timeout, thorough=thorough, update=update
-    )
+    return compile_jobs(jobs, **settings)
 
 
 def compile_jobs(
@@ -104,6 +94,14 @@ def compile_jobs(
     update: Callable[[Report], None] | None = None,
 ) -> list[Report]:
     """`compile_cases` for chosen pairs of a case and a GPU's name.
+
+    Args:
+      jobs: the pairs.
+      processes: compiles at a time; each takes one core and about 1 GB.
+      timeout: seconds that one compile may take.
+      thorough: False saves a third of the time: dynamic shared memory is not reported, and machine
+        code is only looked at where the case has an `instruction_limit`.
+      update: called with each report as it comes, from one thread at a time.
 
     Raises:
       ModuleNotFoundError: the extra `fdq[aot]` is not installed.
@@ -154,11 +152,7 @@ def compile_here(case: KernelCase, gpu: str, *, thorough: bool = True) -> Report
 
 
 def _compile(
-    case: KernelCase,
-    target: gpu_targets.Gpu,
-    base: Report,
-    directory: pathlib.Path,
-    thorough: bool,
+    case: KernelCase, target: gpu_targets.Gpu, base: Report, directory: pathlib.Path, thorough: bool
 ) -> Report:
     import jax
     from jax.experimental import topologies
@@ -205,12 +199,7 @@ def _compile(
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        launches=counted.total,
-        launch_kinds=counted.kinds,
-        unknown_loops=counted.unknown_loops,
-        copies=counted.copies,
-        sequence=counted.sequence,
-        large_results=counted.large_results,
+        **vars(counted),
     )
     return _with_instructions(report, case, target, loops)
 

@@ -76,13 +76,13 @@ class LargeResult:
     source: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Launches:
     """What one execution of a program launches.
 
     Attributes:
-      total: launches, bodies of loops with a known trip count times that count.
-      kinds: the same by kind: "mosaic", "kernel" (XLA's own), "copy", and names of thunks.
+      launches: how many, bodies of loops with a known trip count times that count.
+      launch_kinds: the same by kind: "mosaic", "kernel" (XLA's own), "copy", and names of thunks.
       unknown_loops: loops whose trip count the compiler does not know; their bodies count once,
         their condition (and a copy of it to the host) not at all.
       copies: every copy thunk.
@@ -91,12 +91,12 @@ class Launches:
       large_results: where weights or caches are copied, converted or sliced, this says so.
     """
 
-    total: int
-    kinds: dict[str, int]
-    unknown_loops: int
-    copies: tuple[Copy, ...]
-    sequence: tuple[str, ...]
-    large_results: tuple[LargeResult, ...]
+    launches: int = 0
+    launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+    copies: tuple[Copy, ...] = ()
+    sequence: tuple[str, ...] = ()
+    large_results: tuple[LargeResult, ...] = ()
 
 
 def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
@@ -147,8 +147,8 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
         often = f" x {times}" if times > 1 else ""
         sequence.append(f"{word}{often} {name}: {sources.get(name, '')}")
     return Launches(
-        total=sum(kinds.values()),
-        kinds=dict(kinds.most_common()),
+        launches=sum(kinds.values()),
+        launch_kinds=dict(kinds.most_common()),
         unknown_loops=unknown,
         copies=tuple(copies),
         sequence=tuple(sequence),

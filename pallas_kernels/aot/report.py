@@ -9,7 +9,7 @@ import jax
 
 from pallas_kernels.aot.cuda_tools import Resources
 from pallas_kernels.aot.gpu_targets import find
-from pallas_kernels.aot.launch_sequence import Copy, LargeResult
+from pallas_kernels.aot.launch_sequence import Copy, LargeResult, Launches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class KernelReport(Resources):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Launches):
     """What became of one case on one GPU.
 
     Attributes:
@@ -62,8 +62,6 @@ class Report:
       kernels: Mosaic's first.
       argument_bytes, temp_bytes, alias_bytes: of the program; aliased are donated buffers that
         results are written to in place.
-      launches, launch_kinds, unknown_loops, copies, sequence, large_results: see
-        `pallas_kernels.aot.launch_sequence.Launches`.
       instructions_per_weight: of the hot loop of the case's kernel; None where nothing was counted.
       instruction_budget: above it, instructions and not memory limit the kernel on this GPU.
       instruction_limit: what the case promises to stay within.
@@ -83,12 +81,6 @@ class Report:
     argument_bytes: int = 0
     temp_bytes: int = 0
     alias_bytes: int = 0
-    launches: int = 0
-    launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
-    unknown_loops: int = 0
-    copies: tuple[Copy, ...] = ()
-    sequence: tuple[str, ...] = ()
-    large_results: tuple[LargeResult, ...] = ()
     instructions_per_weight: float | None = None
     instruction_budget: float | None = None
     instruction_limit: float | None = None

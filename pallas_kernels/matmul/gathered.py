@@ -27,13 +27,7 @@ from pallas_kernels.matmul.matrix_vector import (
     matrix_vector_reference,
     multiprocessors,
 )
-from pallas_kernels.matmul.row_sources import (
-    Rows,
-    finished,
-    readable,
-    rows_cotangent,
-    rows_shape,
-)
+from pallas_kernels.matmul.row_sources import Rows, finished, readable, rows_cotangent, rows_shape
 from pallas_kernels.mosaic.launch import launch
 from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.typing import Array, Int

@@ -191,6 +191,8 @@ def _float8(name: str, exponent_bits: int, *storages: Storage) -> SmallFloatWord
 
 
 _E4M3: dict[str, Any] = {"code_dtype": "float8_e4m3fn"}
+_NVFP4: dict[str, Any] = {"group_size": 16, "scale_dtype": "float8_e4m3fn"}
+_BLOCKS: dict[str, Any] = {"block_size": (128, 128), "scale_dtype": "float32"}
 _E8M0: dict[str, Any] = {"group_size": 32, "scale_dtype": "float8_e8m0fnu"}
 
 FORMATS: tuple[WordFormat, ...] = (
@@ -198,21 +200,10 @@ FORMATS: tuple[WordFormat, ...] = (
         "float8_e4m3",
         4,
         per_channel("fp8 per channel", **_E4M3),
-        Storage(
-            "fp8 blocks of 128",
-            granularity="block",
-            block_size=(128, 128),
-            scale_dtype="float32",
-            **_E4M3,
-        ),
+        Storage("fp8 blocks of 128", granularity="block", **_BLOCKS, **_E4M3),
     ),
     _float8("float8_e5m2", 5),
     Float4Words(name="mxfp4", words=1, rows=8, storages=(Storage("MXFP4", **_E8M0),)),
-    GlobalScaleWords(
-        name="nvfp4",
-        words=1,
-        rows=8,
-        storages=(Storage("NVFP4", group_size=16, scale_dtype="float8_e4m3fn"),),
-    ),
+    GlobalScaleWords(name="nvfp4", words=1, rows=8, storages=(Storage("NVFP4", **_NVFP4),)),
     _float8("mxfp8", 4, Storage("MXFP8", **_E8M0, **_E4M3)),
 )

@@ -142,6 +142,11 @@ class ThreeBitWords(IntegerWords):
 # Three FFMA and LOP3 a weight and what they share; above five, an H200 is below 74 % of its memory.
 _INT4: dict[str, Any] = {"instruction_limit": 5.0}
 
+
+def _group(name: str, more: str = "", **changes: Any) -> Storage:
+    return Storage(f"{name} groups of 128{more}", group_size=128, **changes)
+
+
 FORMATS: tuple[WordFormat, ...] = (
     IntegerWords(
         name="int8",
@@ -149,7 +154,7 @@ FORMATS: tuple[WordFormat, ...] = (
         rows=4,
         storages=(
             per_channel("int8 per channel", code_dtype="int8"),
-            Storage("int8 groups of 128", group_size=128, code_dtype="int8"),
+            _group("int8", code_dtype="int8"),
         ),
     ),
     IntegerWords(
@@ -157,23 +162,11 @@ FORMATS: tuple[WordFormat, ...] = (
         words=1,
         rows=8,
         storages=(
-            Storage("int4 groups of 128", group_size=128, **_INT4),
-            Storage(
-                "int4 groups of 128, zero points", group_size=128, zero_point="integer", **_INT4
-            ),
+            _group("int4", **_INT4),
+            _group("int4", ", zero points", zero_point="integer", **_INT4),
             per_channel("int4 per channel", **_INT4),
         ),
     ),
-    ThreeBitWords(
-        name="int3",
-        words=3,
-        rows=32,
-        storages=(Storage("int3 groups of 128", group_size=128),),
-    ),
-    IntegerWords(
-        name="int2",
-        words=1,
-        rows=16,
-        storages=(Storage("int2 groups of 128", group_size=128, zero_point="half"),),
-    ),
+    ThreeBitWords(name="int3", words=3, rows=32, storages=(_group("int3"),)),
+    IntegerWords(name="int2", words=1, rows=16, storages=(_group("int2", zero_point="half"),)),
 )

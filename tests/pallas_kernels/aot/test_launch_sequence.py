@@ -74,14 +74,14 @@ ENTRY %main (cache: bf16[4096,1024], x: f32[]) -> bf16[4096,1024] {
 
 def test_launches_are_counted_by_kind_and_trip_count():
     counted = count(SEQUENCE, METADATA, HLO)
-    assert counted.kinds == {
+    assert counted.launch_kinds == {
         "copy": 1 + 6,
         "gemm fusion": 6,
         "kernel": 2,
         "mosaic": 1,
         "memset": 1,
     }
-    assert counted.total == 17
+    assert counted.launches == 17
     assert counted.unknown_loops == 1
 
 
