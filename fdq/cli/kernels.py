@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -171,14 +172,8 @@ def _compile(
         for case in cases
         if case.representative or (everything and gpu in case.gpus)
     ]
-    done = 0
     with console.progress("Compiling") as progress:
-
-        def update(report: Report) -> None:
-            nonlocal done
-            done += 1
-            progress(done, len(jobs), f"{report.gpu}: {report.case}")
-
+        update = _counter(progress, len(jobs))
         progress(0, len(jobs))
         reports = compile_jobs(jobs, update=update)
     broken = [
@@ -188,6 +183,12 @@ def _compile(
         for problem in report.problems()
     ]
     return reports, broken
+
+
+def _counter(progress: Callable[..., None], total: int) -> Callable[[Report], None]:
+    """Tells a progress bar of one report after the other."""
+    done = itertools.count(1)
+    return lambda report: progress(next(done), total, f"{report.gpu}: {report.case}")
 
 
 def _committed(kernel: str | None) -> list[Report]:
@@ -280,13 +281,7 @@ def _decode_steps(
     results = []
     for name in names:
         with console.progress(f"Compiling for {name}") as progress:
-            done = 0
-
-            def update(one: Any, name: str = name) -> None:
-                nonlocal done
-                done += 1
-                progress(done, 3, one.case)
-
+            update = _counter(progress, 3)
             results.append(report(model, read_scheme(scheme), name, **sizes, update=update))
     value = {"decode_steps": [result.to_dict() for result in results]}
     if output is not None:

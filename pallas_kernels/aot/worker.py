@@ -56,12 +56,12 @@ def _isolated(job: dict[str, Any]) -> dict[str, Any]:
         if result.is_file():
             return json.loads(result.read_text())
         if status is None:
-            error = f"still compiling after {job['timeout']:g} s, ended"
-        else:
-            error = f"the compiler ended its process ({_signal(status)}): {_last_words(log)}"
-            if missing := _NO_INSTRUCTION.search(error):
-                arch = gpu_targets.find(job["gpu"]).arch
-                error = f"{arch} has no instruction {missing.group(1)}; {error}"
+            return _failed(job, f"still compiling after {job['timeout']:g} s, ended")
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        error = f"the compiler ended its process ({how}): {_last_words(log)}"
+        if missing := _NO_INSTRUCTION.search(error):
+            arch = gpu_targets.find(job["gpu"]).arch
+            error = f"{arch} has no instruction {missing.group(1)}; {error}"
         return _failed(job, error)
 
 
@@ -129,10 +129,6 @@ def _end(child: int) -> None:
         except ProcessLookupError:
             continue
     os.waitpid(child, 0)
-
-
-def _signal(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
 def _last_words(log: pathlib.Path) -> str:

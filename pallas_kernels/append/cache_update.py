@@ -150,14 +150,11 @@ def _describe(qkv, k: CacheArrays, v: CacheArrays, heads, interleaved, epsilon, 
     d = width * CACHE_WORDS[k.format].packed
     side = describe_cache("append", k, v, d)
     splits = qkv.shape[0] if qkv.ndim == 3 else None
-    if (
-        qkv.ndim not in (2, 3)
-        or qkv.shape[-1] != (heads + 2 * kv_heads) * d
-        or qkv.shape[-2] != k.codes.shape[0]
-    ):
+    expected = (k.codes.shape[0], (heads + 2 * kv_heads) * d)
+    if qkv.ndim not in (2, 3) or qkv.shape[-2:] != expected:
         raise ValueError(
             f"append: qkv {qkv.shape} beside a cache {k.codes.shape} and heads={heads}: expected "
-            f"[{k.codes.shape[0]}, {(heads + 2 * kv_heads) * d}], or such partial sums."
+            f"{list(expected)}, or such partial sums."
         )
     if splits is not None and dtype is None:
         raise ValueError("append: partial sums of qkv need dtype, the activations' dtype.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -215,9 +216,7 @@ def join_parts(sums, top, total, static: dict[str, jax.Array], side: CacheWords,
         out_ref, planes_ref = refs[-2:]
         at = lax.axis_index("sequence"), lax.axis_index("head")
         tops = [top_ref[(*at, i)] for i in range(parts)]
-        largest = tops[0]
-        for one in tops[1:]:
-            largest = jnp.maximum(largest, one)
+        largest = functools.reduce(jnp.maximum, tops)
         out = jnp.zeros((d,), jnp.float32)
         denominator = jnp.float32(0)
         for i, one in enumerate(tops):
@@ -225,7 +224,9 @@ def join_parts(sums, top, total, static: dict[str, jax.Array], side: CacheWords,
             out = out + load(sums_ref.at[(*at, i)], spread(d)) * weight
             denominator = denominator + total_ref[(*at, i)] * weight
         store(planes_ref, out)
-        kv = lax.axis_index("head") // (h // _kv_heads(static, h))
+        # Only what is static is read by the KV head.
+        kv_heads = next((a.shape[0] for a in static.values()), h)
+        kv = lax.axis_index("head") // (h // kv_heads)
         write_output(out_ref.at[at], planes_ref, denominator, kv, given, side, dtype)
 
     out = launch(
@@ -237,7 +238,3 @@ def join_parts(sums, top, total, static: dict[str, jax.Array], side: CacheWords,
         scratch_types=(mg.SMEM((d,), jnp.float32),),
     )
     return out.reshape(b, h, d)
-
-
-def _kv_heads(static: dict[str, jax.Array], heads: int) -> int:
-    return next((a.shape[0] for a in static.values()), heads)

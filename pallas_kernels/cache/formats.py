@@ -19,13 +19,9 @@ CACHE_WORDS: dict[str | None, type[CacheWords]] = {
 
 
 def describe_cache(caller: str, k: Any, v: Any, head_dim: int) -> CacheWords:
-    """The description of a cache, of keys and values alike.
+    """The description of a cache, of keys and values alike, for a `caller` that errors name.
 
-    Args:
-      caller: named in errors.
-      k: keys: `CacheArrays`, or what has its attributes.
-      v: values.
-      head_dim: D.
+    `k` and `v` are `CacheArrays`, or have their attributes.
 
     Raises:
       NotImplementedError: a head_dim that the kernels have no layout for.

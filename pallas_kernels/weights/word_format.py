@@ -129,7 +129,7 @@ class WordFormat:
         return 0
 
     def decode(self, words: Arrays, columns: Arrays, interpreted: bool, layout: Any = None) -> Rows:
-        """Words of a unit -> its rows, before bias and scale; in kernels, element by element.
+        """Words of a unit -> its `rows` float32 arrays, before bias and scale, element by element.
 
         Args:
           words: `words` int32 arrays of one shape (of columns).
@@ -137,9 +137,6 @@ class WordFormat:
           interpreted: whether XLA on CPU runs this, rather than a GPU.
           layout: of these arrays in a kernel, for formats that need instructions without a name in
             `jax.numpy`; None: arrays `[columns]`, neighbours in one thread.
-
-        Returns:
-          `rows` float32 arrays.
         """
         raise NotImplementedError(self.name)
 
@@ -148,14 +145,9 @@ class WordFormat:
         return -(-k * self.bits // 8)
 
     def pack(self, codes: jax.Array) -> jax.Array:
-        """Canonical codes -> words, in plain JAX.
+        """Canonical codes -> words, in plain JAX: `[..., B, N]` -> int32 `[..., B / 4, N]`.
 
-        Args:
-          codes: one byte an element, `[..., B, N]`: the little-endian bit stream of each column,
-            filled up to whole units. B = 4 * words * units.
-
-        Returns:
-          int32 `[..., words * units, N]`.
+        Codes are bytes: the little-endian bit stream of each column, filled up to whole units.
         """
         return bytes_to_words(codes)
 
@@ -171,9 +163,7 @@ class WordFormat:
     def merged_scale(self, arrays: NamedArrays, n: int) -> tuple[jax.Array, NamedArrays]:
         """Scales as a kernel reads them, and canonical arrays to keep if they say more than those.
 
-        Args:
-          arrays: canonical.
-          n: columns.
+        `arrays` are canonical, of `n` columns.
         """
         return arrays["scale"], {}
 
