@@ -201,7 +201,7 @@ PROBE = _case(
     "matrix-vector probe",
     _matrix_vector,
     gpus=ALL,
-    weights_per_iteration=fma_weights(),
+    weights_per_iteration=functools.partial(fma_weights, 1),
     bytes_per_weight=0.5 + 4 / GROUP,
 )
 SPILLS = _case("spills", _one_argument, functools.partial(accumulate, live=80), 256, COLUMNS)

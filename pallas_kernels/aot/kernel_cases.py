@@ -7,7 +7,6 @@ A module with kernels has a function `kernel_cases() -> list[KernelCase]` and is
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +55,8 @@ class KernelCase:
       representative: compiled by the test suite; one for each kernel and format.
       weights_per_iteration: weights (of an attention kernel: elements of the cache) that one
         thread uses up in one iteration of the hot loop as ptxas left it. ptxas unrolls, so better
-        than a number is a function of the loop that was found, such as `fma_weights()`. None where
-        there is nothing to count.
+        than a number is a function of the loop that was found, such as a `functools.partial` of
+        `fma_weights` (which can be pickled). None where there is nothing to count.
       bytes_per_weight: stored bytes, scales included (0.5156 for int4 in groups of 128); for the
         instruction budget.
       instruction_limit: more instructions per weight than this are a failure of the check.
@@ -77,35 +76,23 @@ class KernelCase:
     report: str = ""
 
 
-def fma_weights(rows: int = 1) -> Callable[[Loop], float]:
+def fma_weights(rows: int, loop: Loop) -> float:
     """Counts weights by the loop's float32 multiply-adds: `rows` (M) of them for each weight.
 
     The multiply-adds that apply scales count as weights too, so that the result is a little too
     large where groups are small: one weight in `group size` for each row. A loop with special
     functions (SwiGLU's exponential) prepares x, and uses up none.
     """
-    return functools.partial(_fmas_per_row, rows)  # unlike a lambda, it can be pickled
-
-
-def _fmas_per_row(rows: int, loop: Loop) -> float:
     return 0.0 if "MUFU" in loop.opcodes else loop.float32_fmas / rows
 
 
-def dot_weights(rows: int = 1) -> Callable[[Loop], float]:
+def dot_weights(rows: int, loop: Loop) -> float:
     """Counts weights by the loop's four-byte dots (IDP.4A): `rows` (M) of them for four weights."""
-    return functools.partial(_dots_per_row, rows)
-
-
-def _dots_per_row(rows: int, loop: Loop) -> float:
     return 4 * loop.opcodes.get("IDP", 0) / rows
 
 
-def loaded_weights(bytes_per_weight: float) -> Callable[[Loop], float]:
+def loaded_weights(bytes_per_weight: float, loop: Loop) -> float:
     """Counts weights by the bytes that the loop loads in vectors, as scales are not."""
-    return functools.partial(_loaded, bytes_per_weight)
-
-
-def _loaded(bytes_per_weight: float, loop: Loop) -> float:
     return loop.vector_bytes / bytes_per_weight
 
 

@@ -47,7 +47,7 @@ def kernel_cases() -> list[KernelCase]:
             kernel=f"attention {cache}",
             build=functools.partial(_attention, cache, *shape),
             representative=index == 0,
-            weights_per_iteration=loaded_weights(CACHES[cache][1]),
+            weights_per_iteration=functools.partial(loaded_weights, CACHES[cache][1]),
             bytes_per_weight=CACHES[cache][1],
             report="decode_attention",
         )

@@ -102,7 +102,7 @@ def _matrix_vector_cases() -> list[KernelCase]:
             kernel=f"matrix-vector {name}",
             build=functools.partial(_matrix_vector, weight, rows, k, n),
             representative=not label and rows == 1,
-            weights_per_iteration=fma_weights(rows),
+            weights_per_iteration=functools.partial(fma_weights, rows),
             bytes_per_weight=weight.bytes_per_weight(),
             instruction_limit=weight.storage.instruction_limit if rows == 1 else None,
         )
@@ -134,7 +134,7 @@ def _integer_cases() -> list[KernelCase]:
             kernel=f"int8 x {name}",
             build=functools.partial(_integer, weight, rows, k, n),
             representative=rows == 1,
-            weights_per_iteration=dot_weights(rows),
+            weights_per_iteration=functools.partial(dot_weights, rows),
             bytes_per_weight=weight.bytes_per_weight(),
             report="integer_matrix_vector",
         )
@@ -187,7 +187,7 @@ def _experts_cases() -> list[KernelCase]:
             kernel=f"experts {name}",
             build=functools.partial(_experts, weight, tokens, both),
             representative=tokens == 1 and not both,
-            weights_per_iteration=fma_weights(1),
+            weights_per_iteration=functools.partial(fma_weights, 1),
             bytes_per_weight=weight.bytes_per_weight(),
             instruction_limit=weight.storage.instruction_limit,
         )

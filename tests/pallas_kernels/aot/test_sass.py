@@ -72,5 +72,5 @@ def test_a_kernel_without_loops_counts_as_a_whole():
 def test_a_loop_with_special_functions_uses_up_no_weights():
     decodes = Loop(tuple(Instruction(16 * i, "FFMA", "") for i in range(4)), whole_kernel=False)
     gates = Loop((*decodes.instructions, Instruction(64, "MUFU.EX2", "")), whole_kernel=False)
-    assert fma_weights(2)(decodes) == 2
-    assert fma_weights(2)(gates) == 0
+    assert fma_weights(2, decodes) == 2
+    assert fma_weights(2, gates) == 0
