@@ -61,31 +61,31 @@ def check(table: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
         raise ValueError(f"{name}: expected an object with a list 'choices'")
     for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}: choices[{i}] is {row!r}, expected an object")
-        unknown = sorted(set(row) - _FIELDS)
-        if unknown:
-            raise ValueError(f"{name}: choices[{i}] has unknown fields {unknown}")
-        if row.get("kernel") not in (*KERNELS, "*"):
-            raise ValueError(
-                f"{name}: choices[{i}].kernel is {row.get('kernel')!r}, expected one of {KERNELS}"
-            )
-        if row.get("use") not in USES:
-            raise ValueError(f"{name}: choices[{i}].use is {row.get('use')!r}, expected {USES}")
-        if not isinstance(row.get("formats"), list):
-            raise ValueError(f"{name}: choices[{i}].formats is not a list of format names")
-        known = CONFIG.get(row["kernel"], ())
-        config = row.get("config", {})
-        numbers = {**{f: row[f] for f in _BOUNDS if f in row}, **config}
-        wrong = sorted(set(config) - set(known)) + [
-            field for field, value in numbers.items() if not isinstance(value, int)
-        ]
-        if wrong:
-            raise ValueError(
-                f"{name}: choices[{i}]: expected whole numbers, and in config for "
-                f"{row['kernel']!r} only {known}; found {', '.join(wrong)}"
-            )
+        if problem := _problem(row):
+            raise ValueError(f"{name}: choices[{i}]{problem}")
     return rows
+
+
+def _problem(row: Any) -> str | None:
+    """What is wrong with a row, to be read after its name; None if nothing is."""
+    if not isinstance(row, dict):
+        return f" is {row!r}, expected an object"
+    if unknown := sorted(set(row) - _FIELDS):
+        return f" has unknown fields {unknown}"
+    if row.get("kernel") not in (*KERNELS, "*"):
+        return f".kernel is {row.get('kernel')!r}, expected one of {KERNELS}"
+    if row.get("use") not in USES:
+        return f".use is {row.get('use')!r}, expected {USES}"
+    if not isinstance(row.get("formats"), list):
+        return ".formats is not a list of format names"
+    known, config = CONFIG.get(row["kernel"], ()), row.get("config", {})
+    numbers = {field: row[field] for field in _BOUNDS if field in row} | config
+    wrong = sorted(set(config) - set(known))
+    wrong += [field for field, value in numbers.items() if not isinstance(value, int)]
+    if wrong:
+        only = f"in config for {row['kernel']!r} only {known}"
+        return f": expected whole numbers, and {only}; found {', '.join(wrong)}"
+    return None
 
 
 @functools.cache
