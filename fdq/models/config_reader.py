@@ -11,41 +11,19 @@ _REQUIRED = object()
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # Keys of any model that say how it was trained, stored or is to be run, never what it computes.
-_NEUTRAL = {
-    "architectures",
-    "attention_dropout",
-    "attention_probs_dropout_prob",
-    "attn_implementation",
-    "auto_map",
-    "chunk_size_feed_forward",
-    "dtype",
-    "embd_pdrop",
-    "hidden_dropout_prob",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "max_window_layers",  # as sliding_window: means nothing unless use_sliding_window is true
-    "model_type",
-    "num_nextn_predict_layers",  # multi-token prediction: extra layers that decoding can skip
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pretraining_tp",
-    "quantization_config",  # the checkpoint reader consumes it
-    "return_dict",
-    "router_aux_loss_coef",
-    "sep_token_id",
-    "sliding_window",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
+# num_nextn_predict_layers: extra layers for multi-token prediction, which decoding can skip;
+# quantization_config: the checkpoint reader consumes it; sliding_window, max_window_layers: mean
+# nothing unless use_sliding_window is true.
+_NEUTRAL = (
+    "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+    "attn_implementation", "auto_map", "chunk_size_feed_forward", "dtype", "embd_pdrop",
+    "hidden_dropout_prob", "id2label", "initializer_range", "label2id", "max_window_layers",
+    "model_type", "name_or_path", "num_nextn_predict_layers", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pretraining_tp", "quantization_config",
+    "return_dict", "router_aux_loss_coef", "sep_token_id", "sliding_window", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version",
     "use_cache",
-    "_name_or_path",
-    "name_or_path",
-}
+)  # fmt: skip
 
 
 class ConfigReader:
@@ -139,9 +117,8 @@ class ConfigReader:
         top_theta = self.get("rope_theta", default=theta)
         given = dict(self.get("rope_parameters", "rope_scaling", default={}))
         given.setdefault("rope_theta", top_theta)
-        rope_type = given.pop("rope_type", None)
-        old_type = given.pop("type", None)
-        rope_type = rope_type or old_type or "default"
+        new_type, old_type = given.pop("rope_type", None), given.pop("type", None)
+        rope_type = new_type or old_type or "default"
         if rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"{self.family} config: rope_type {rope_type!r} is not supported; supported are "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,8 +23,7 @@ class Family:
       name: the `model_type` of a Hugging Face config.json.
       read: makes the config out of what it reads key by key; a key that it does not read is
         refused, unless it is known to be neutral, null or false.
-      configs: published models by name, for planning and abstract quantization without a
-        checkpoint.
+      configs: its published models by name, beside those of `published.json`.
       tensor_names: where its tensors are in Hugging Face checkpoints, where that is not what most
         families call them; these rules are asked first.
     """
@@ -43,12 +45,21 @@ FAMILIES: Registry[Family] = Registry("model family")
 """The families by `model_type`; `FAMILIES.register(Family(...))` adds one."""
 
 
+@functools.cache
+def _published() -> dict[str, DecoderConfig]:
+    """`published.json`: of each model's config.json what its family does not take for granted."""
+    text = pathlib.Path(__file__).with_name("published.json").read_text("utf-8")
+    return {name: from_huggingface(config) for name, config in json.loads(text).items()}
+
+
 class _Configs(Mapping[str, DecoderConfig]):
     """The published models of all families, those included that were registered later."""
 
     def _all(self) -> dict[str, DecoderConfig]:
-        families = FAMILIES.values()
-        return {name: config for family in families for name, config in family.configs.items()}
+        configs = dict(_published())
+        for family in FAMILIES.values():
+            configs |= family.configs
+        return configs
 
     def __getitem__(self, name: str) -> DecoderConfig:
         return self._all()[name]

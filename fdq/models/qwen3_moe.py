@@ -6,7 +6,6 @@ from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
 from fdq.models.parts import MoEConfig
-from fdq.nn.rotary import RotaryConfig
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
@@ -22,9 +21,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
         top_k=reader.integer("num_experts_per_tok"),
         intermediate_size=reader.integer("moe_intermediate_size"),
         layers=tuple(
-            layer
-            for layer in range(fields["num_layers"])
-            if layer not in dense and (layer + 1) % step == 0
+            i for i in range(fields["num_layers"]) if i not in dense and (i + 1) % step == 0
         ),
         normalize=bool(reader.get("norm_topk_prob", default=False)),
     )
@@ -35,29 +32,4 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-_CONFIGS = {
-    "qwen3-30b-a3b": DecoderConfig(
-        model_type="qwen3_moe",
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_layers=48,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=128,
-        rms_norm_epsilon=1e-6,
-        rotary=RotaryConfig(theta=1000000.0),
-        max_position=40960,
-        qk_norm=True,
-        bos_token_id=151643,
-        eos_token_ids=(151645,),
-        moe=MoEConfig(
-            num_experts=128,
-            top_k=8,
-            intermediate_size=768,
-            layers=tuple(range(48)),
-        ),
-    ),
-}
-
-FAMILY = Family(name="qwen3_moe", read=_read, configs=_CONFIGS)
+FAMILY = Family(name="qwen3_moe", read=_read)
