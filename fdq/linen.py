@@ -8,7 +8,6 @@ one token is no faster than with the float parameters. For speed use an NNX modu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,15 +71,13 @@ def apply(module: Any, qparams: Any, *args: Any, weight_dtype: Any = jnp.float32
         hash(arguments[:4])
     except TypeError:  # A module with a list or dict among its fields: no cache key for jit.
         return _apply(*arguments)
-    return _jitted()(*arguments)
-
-
-@functools.cache
-def _jitted():
-    return jax.jit(_apply, static_argnums=(0, 1, 2, 3))
+    return _jitted(*arguments)
 
 
 def _apply(module, treedef, static, weight_dtype, variables, arrays):
     leaves = [s if a is None else a for s, a in zip(static, arrays, strict=True)]
     args, kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
     return module.apply(dequantize_tree(variables, weight_dtype), *args, **kwargs)
+
+
+_jitted = jax.jit(_apply, static_argnums=(0, 1, 2, 3))

@@ -47,8 +47,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, the report's among them."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return fields | {"report": self.report.to_dict()}
+        return vars(self) | {"report": self.report.to_dict()}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,8 +110,7 @@ class Comparison:
 
         model = load(self.source, dtype=self.dtype)
         self._recorded = record_logits(model, self.tokens, window=WINDOW)
-        inspection = inspect(self.source)
-        return self._row("original", model, inspection.disk_bytes, 0.0)
+        return self._row("original", model, inspect(self.source).disk_bytes, 0.0)
 
     def measure(self, scheme: Any, directory: pathlib.Path, *, name: str | None = None) -> Row:
         """Converts to `directory`, loads that, evaluates and decodes.

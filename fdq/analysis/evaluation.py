@@ -96,19 +96,78 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class RecordedLogits:
-    """A reference's logits over one text, in host memory; made by `record_logits`.
-
-    Attributes:
-      tokens: [length] int32, the whole text.
-      window, stride, batch: how it was cut.
-      logits: per batch of windows, float32 [batch, window, vocab].
-    """
+class Windows:
+    """A text, [length] int32, and how it is cut into batches of windows."""
 
     tokens: np.ndarray
     window: int
     stride: int
     batch: int
+
+    @classmethod
+    def of(
+        cls, tokens: Any, window: int, stride: int | None, batch: int | None, model: Any
+    ) -> Windows:
+        """Checked arguments of `evaluate`, and what is meant where they are None."""
+        tokens = _check_tokens(tokens)
+        vocab = _check_vocabulary(model, tokens, "model")
+        if window < 1:
+            raise ValueError(f"`window` (={window}) must be positive.")
+        stride = max(1, window // 2) if stride is None else stride
+        if not 1 <= stride <= window:
+            raise ValueError(f"`stride` (={stride}) must be between 1 and `window` (={window}).")
+        if batch is not None and batch < 1:
+            raise ValueError(f"`batch` (={batch}) must be positive.")
+        window = min(window, len(tokens) - 1)
+        cut = cls(tokens=tokens, window=window, stride=min(stride, window), batch=batch or 1)
+        if batch is not None:
+            return cut
+        fits = _LOGIT_BYTES_PER_BATCH // (4 * window * (vocab or 2**17))
+        most = max(1, min(_MAX_BATCH, fits))
+        # Batches of equal size waste the least on filling up the last.
+        windows = len(cut.starts())
+        return dataclasses.replace(cut, batch=-(-windows // -(-windows // most)))
+
+    def starts(self) -> list[int]:
+        """First positions of the windows."""
+        starts, last = [0], len(self.tokens) - 1 - self.window
+        while starts[-1] < last:
+            starts.append(min(starts[-1] + self.stride, last))
+        return starts
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Batches of (inputs, targets, mask), each [batch, window]; mask is 1.0 where to score.
+
+        Inputs are tokens[s : s + window], targets the same one later. The last window is moved
+        back to end with the text, and the last batch is filled up with copies that score nothing,
+        so that all batches have one shape.
+        """
+        tokens, window, starts = self.tokens, self.window, self.starts()
+        inputs = np.stack([tokens[s : s + window] for s in starts])
+        targets = np.stack([tokens[s + 1 : s + 1 + window] for s in starts])
+        mask = np.zeros(inputs.shape, np.float32)
+        done = 0
+        for row, s in enumerate(starts):
+            mask[row, done - s :] = 1.0
+            done = s + window
+        fill = ((0, -len(starts) % self.batch), (0, 0))
+        inputs, targets = (np.pad(a, fill, mode="edge") for a in (inputs, targets))
+        mask = np.pad(mask, fill)
+        for first in range(0, len(inputs), self.batch):
+            rows = slice(first, first + self.batch)
+            yield inputs[rows], targets[rows], mask[rows]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RecordedLogits:
+    """A reference's logits over one text, in host memory; made by `record_logits`.
+
+    Attributes:
+      cut: the text and its windows.
+      logits: per batch of windows, float32 [batch, window, vocab].
+    """
+
+    cut: Windows
     logits: tuple[np.ndarray, ...]
 
 
@@ -152,13 +211,12 @@ def evaluate(
     start = time.perf_counter()
     if cache is not None and not through_cache:
         raise ValueError(f"`cache` (={cache!r}) has no effect without through_cache=True.")
-    tokens = _check_tokens(tokens)
-    window, stride = _check_window(window, stride, len(tokens))
     recorded = reference if isinstance(reference, RecordedLogits) else None
+    if recorded is not None and batch is None:
+        batch = recorded.cut.batch
+    cut = Windows.of(tokens, window, stride, batch, model)
     if recorded is not None:
-        batch = recorded.batch if batch is None else batch
-        _check_recorded(recorded, tokens, window, stride, batch)
-    batch = _check_batch(batch, model, tokens, window, stride)
+        _check_recorded(recorded.cut, cut)
 
     cache_spec = per_token = None
     if through_cache:
@@ -172,12 +230,12 @@ def evaluate(
         logits_of = _logits_function(model)
     reference_of = None
     if reference is not None and recorded is None:
-        _check_vocabulary(reference, tokens, "reference")
+        _check_vocabulary(reference, cut.tokens, "reference")
         reference_of = _logits_function(reference)
 
     totals = np.zeros(3)
     scored = 0
-    batches = list(_batches(tokens, window, stride, batch))
+    batches = list(cut.batches())
     for index, (inputs, targets, mask) in enumerate(batches):
         logits = logits_of(inputs)
         if recorded is not None:
@@ -227,53 +285,10 @@ def record_logits(
     `model`, `tokens`, `window`, `stride` and `batch` are those of `evaluate`, which must get the
     same tokens and windows.
     """
-    tokens = _check_tokens(tokens)
-    window, stride = _check_window(window, stride, len(tokens))
-    batch = _check_batch(batch, model, tokens, window, stride)
+    cut = Windows.of(tokens, window, stride, batch, model)
     logits_of = _logits_function(model)
-    return RecordedLogits(
-        tokens=tokens,
-        window=window,
-        stride=stride,
-        batch=batch,
-        logits=tuple(
-            np.asarray(logits_of(inputs))
-            for inputs, _, _ in _batches(tokens, window, stride, batch)
-        ),
-    )
-
-
-def _starts(count: int, window: int, stride: int) -> list[int]:
-    """First positions of the windows over `count` inputs."""
-    starts = [0]
-    while starts[-1] + window < count:
-        starts.append(min(starts[-1] + stride, count - window))
-    return starts
-
-
-def _batches(
-    tokens: np.ndarray, window: int, stride: int, batch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Batches of (inputs, targets, mask), each [batch, window]; mask is 1.0 where to score.
-
-    Inputs are tokens[s : s + window], targets the same one later. The last window is moved back
-    to end with the text, and the last batch is filled up with copies that score nothing, so that
-    all batches have one shape.
-    """
-    starts = _starts(len(tokens) - 1, window, stride)
-    inputs = np.stack([tokens[s : s + window] for s in starts])
-    targets = np.stack([tokens[s + 1 : s + 1 + window] for s in starts])
-    mask = np.zeros(inputs.shape, np.float32)
-    done = 0
-    for row, s in enumerate(starts):
-        mask[row, done - s :] = 1.0
-        done = s + window
-    fill = -len(starts) % batch
-    inputs, targets = (np.pad(a, ((0, fill), (0, 0)), mode="edge") for a in (inputs, targets))
-    mask = np.pad(mask, ((0, fill), (0, 0)))
-    for first in range(0, len(inputs), batch):
-        rows = slice(first, first + batch)
-        yield inputs[rows], targets[rows], mask[rows]
+    logits = tuple(np.asarray(logits_of(inputs)) for inputs, _, _ in cut.batches())
+    return RecordedLogits(cut=cut, logits=logits)
 
 
 @jax.jit
@@ -337,31 +352,6 @@ def _check_tokens(tokens: Any) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _check_window(window: int, stride: int | None, tokens: int) -> tuple[int, int]:
-    if window < 1:
-        raise ValueError(f"`window` (={window}) must be positive.")
-    stride = max(1, window // 2) if stride is None else stride
-    if not 1 <= stride <= window:
-        raise ValueError(f"`stride` (={stride}) must be between 1 and `window` (={window}).")
-    window = min(window, tokens - 1)
-    return window, min(stride, window)
-
-
-def _check_batch(
-    batch: int | None, model: Any, tokens: np.ndarray, window: int, stride: int
-) -> int:
-    vocab = _check_vocabulary(model, tokens, "model")
-    if batch is not None and batch < 1:
-        raise ValueError(f"`batch` (={batch}) must be positive.")
-    if batch is not None:
-        return batch
-    fits = _LOGIT_BYTES_PER_BATCH // (4 * window * (vocab or 2**17))
-    most = max(1, min(_MAX_BATCH, fits))
-    # Batches of equal size waste the least on filling up the last.
-    windows = len(_starts(len(tokens) - 1, window, stride))
-    return -(-windows // -(-windows // most))
-
-
 def _check_vocabulary(model: Any, tokens: np.ndarray, role: str) -> int | None:
     """The vocabulary's size if the model's config says it; tokens must lie inside."""
     vocab = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -374,13 +364,12 @@ def _check_vocabulary(model: Any, tokens: np.ndarray, role: str) -> int | None:
     return vocab
 
 
-def _check_recorded(
-    recorded: RecordedLogits, tokens: np.ndarray, window: int, stride: int, batch: int
-) -> None:
+def _check_recorded(recorded: Windows, cut: Windows) -> None:
     found = (recorded.window, recorded.stride, recorded.batch)
-    if found != (window, stride, batch) or not np.array_equal(recorded.tokens, tokens):
+    expected = (cut.window, cut.stride, cut.batch)
+    if found != expected or not np.array_equal(recorded.tokens, cut.tokens):
         raise ValueError(
             f"The reference was recorded over {len(recorded.tokens)} tokens with (window, stride, "
-            f"batch) = {found}, but these are {len(tokens)} tokens with {(window, stride, batch)}. "
+            f"batch) = {found}, but these are {len(cut.tokens)} tokens with {expected}. "
             "Record it again over the same tokens and windows."
         )

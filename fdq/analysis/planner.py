@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.models import CONFIGS, DecoderConfig, abstract, from_huggingface
+from fdq.nn.parameters import value
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.path_pattern import path_keys
 from fdq.schemes.recipe import Recipe
@@ -120,10 +122,10 @@ def weight_table(tree: Any) -> WeightTable:
         path = ".".join(map(str, path_keys(key)))
         if isinstance(leaf, QuantizedWeight):
             # A prepared weight's codes may be a pytree.
-            arrays = jax.tree.leaves([_value(a) for a in leaf.arrays().values()])
+            arrays = jax.tree.leaves([value(a) for a in leaf.arrays().values()])
             shape, kind_of_format = tuple(leaf.shape), leaf.spec.format
         else:
-            arrays = [_value(leaf)]
+            arrays = [value(leaf)]
             if isinstance(leaf, nnx.RngState) or not hasattr(arrays[0], "dtype"):
                 continue
             shape, kind_of_format = tuple(arrays[0].shape), str(arrays[0].dtype)
@@ -134,7 +136,7 @@ def weight_table(tree: Any) -> WeightTable:
         entries.append(
             WeightEntry(
                 path=path,
-                kind=_kind(path),
+                kind=next((k for part, k in _KIND_OF_FRAGMENT if part in path), "other"),
                 format=kind_of_format,
                 quantized=isinstance(leaf, QuantizedWeight),
                 shape=shape,
@@ -210,25 +212,25 @@ class Plan:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def __str__(self) -> str:
-        lines = [("kind", "parameters", "bytes", "bits/weight", "formats")]
+    def lines(self, size: Callable[[int], str]) -> list[tuple[str, ...]]:
+        """(kind, parameters, bytes, bits/weight, formats) as text; `size` writes bytes."""
         total = ("all weights", self.weights.parameters, self.weights.bytes, "")
-        for kind, parameters, size, formats in [*self.rows(), total]:
-            bits = f"{8 * size / parameters:.3f}"
-            lines.append((kind, f"{parameters:,}", f"{size:,}", bits, formats))
+        lines = [
+            (kind, f"{parameters:,}", size(held), f"{8 * held / parameters:.3f}", formats)
+            for kind, parameters, held, formats in [*self.rows(), total]
+        ]
         cached = f"{self.cache}, {self.batch} x {self.context:,} tokens"
-        lines.append(("cache", "", f"{self.cache_bytes:,}", "", cached))
-        lines.append(("total", "", f"{self.total_bytes:,}", "", ""))
-        return f"{self.model} in {self.scheme}\n{aligned(lines, right={1, 2, 3})}"
+        lines.append(("cache", "", size(self.cache_bytes), "", cached))
+        return [*lines, ("total", "", size(self.total_bytes), "", "")]
+
+    def __str__(self) -> str:
+        heading = ("kind", "parameters", "bytes", "bits/weight", "formats")
+        lines = aligned([heading, *self.lines("{:,}".format)], right={1, 2, 3})
+        return f"{self.model} in {self.scheme}\n{lines}"
 
 
 def plan(
-    model: Any,
-    scheme: Any,
-    *,
-    context: int = 4096,
-    batch: int = 1,
-    compat: str | None = None,
+    model: Any, scheme: Any, *, context: int = 4096, batch: int = 1, compat: str | None = None
 ) -> Plan:
     """Bytes of a model's weights by kind of layer and of its cache, before anything is loaded.
 
@@ -295,10 +297,10 @@ def find_config(model: Any) -> tuple[str, DecoderConfig]:
     path = directory / "config.json"
     if path.is_file():
         try:
-            value = json.loads(path.read_text("utf-8"))
+            config = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from error
-        return directory.name, from_huggingface(value)
+        return directory.name, from_huggingface(config)
     name = str(model).lower()
     near = [known for known in CONFIGS if name and known.startswith(name)]
     near = near or difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.3)
@@ -307,11 +309,3 @@ def find_config(model: Any) -> tuple[str, DecoderConfig]:
         f"Unknown model {str(model)!r}: neither a directory with a config.json nor one of "
         f"{', '.join(CONFIGS)}.{hint}"
     )
-
-
-def _value(leaf: Any) -> Any:
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
-def _kind(path: str) -> str:
-    return next((kind for fragment, kind in _KIND_OF_FRAGMENT if fragment in path), "other")

@@ -14,6 +14,7 @@ Left out: tests, installed packages, byte code, character tables (`encodings`), 
 build time (`_sysconfigdata*`, `config-*`) and the few files that are not valid UTF-8.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -26,15 +27,9 @@ DEFAULT_HELDOUT_BYTES = 65_536
 # sha256 of `heldout_text().text` with CPython 3.12.1.
 REFERENCE_SHA256 = "6fdfeb73e18f749f5a79ba467c905cf65af62c6dc541274ebfa332b5c303184c"
 
-_EXCLUDED_FOLDERS = frozenset({
-    "__pycache__",
-    "dist-packages",
-    "encodings",
-    "idle_test",
-    "site-packages",
-    "test",
-    "tests",
-})  # fmt: skip
+_EXCLUDED_FOLDERS = {
+    "__pycache__", "dist-packages", "encodings", "idle_test", "site-packages", "test", "tests",
+}  # fmt: skip
 # Written when Python is built, so they differ between machines of the same version.
 _EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
 
@@ -78,34 +73,21 @@ def source_files(
     folder = pathlib.Path(sysconfig.get_path("stdlib") if root is None else root)
     if not folder.is_dir():
         raise FileNotFoundError(_no_sources(folder, "it is not a folder"))
-    files = []
-    found_any = False
-    for path in sorted(folder.rglob("*.py"), key=lambda p: p.relative_to(folder).as_posix()):
-        relative = path.relative_to(folder)
-        if _excluded(relative) or not path.is_file():
-            continue
-        found_any = True
-        if is_held_out(relative.as_posix()) != held_out:
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        files.append((relative.as_posix(), text.replace("\r\n", "\n")))
-    if not found_any:
+    paths = [path.relative_to(folder) for path in folder.rglob("*.py") if path.is_file()]
+    names = sorted(path.as_posix() for path in paths if not _excluded(path))
+    if not names:
         raise FileNotFoundError(_no_sources(folder, "it has no .py files"))
+    files = []
+    for name in names:
+        if is_held_out(name) == held_out:
+            with contextlib.suppress(UnicodeDecodeError):
+                text = (folder / name).read_bytes().decode("utf-8")
+                files.append((name, text.replace("\r\n", "\n")))
     return tuple(files)
 
 
 def training_text(*, root: str | pathlib.Path | None = None) -> SampleText:
-    """All text of the training split (about 9 MB); never a file of the held-out split.
-
-    Args:
-      root: as in `source_files`.
-
-    Raises:
-      FileNotFoundError: as in `source_files`.
-    """
+    """All text of the training split (about 9 MB); `root` and errors as in `source_files`."""
     return _join(source_files(held_out=False, root=root), max_bytes=None)
 
 
@@ -114,14 +96,8 @@ def heldout_text(
 ) -> SampleText:
     """The first `max_bytes` bytes of the held-out split's files, joined by newlines.
 
-    Args:
-      max_bytes: length in bytes of UTF-8; a character that the cut would split is dropped. None
-        means all of it (about 500 KB).
-      root: as in `source_files`.
-
-    Raises:
-      ValueError: `max_bytes` is not positive.
-      FileNotFoundError: as in `source_files`.
+    A character that the cut would split is dropped; None means all of it (about 500 KB). `root`
+    and errors as in `source_files`; ValueError where `max_bytes` is not positive.
     """
     if max_bytes is not None and max_bytes <= 0:
         raise ValueError(f"`max_bytes` (={max_bytes}) must be positive, or None for all text.")
@@ -154,13 +130,10 @@ def _join(files: tuple[tuple[str, str], ...], *, max_bytes: int | None) -> Sampl
 
 
 def _no_sources(folder: pathlib.Path, reason: str) -> str:
-    zipped = folder.suffix == ".zip" or folder.is_file()
-    hint = (
-        "This Python imports its standard library from a zip file. "
-        if zipped
-        else "This Python may have been installed without sources. "
-    )
+    hint = "may have been installed without sources"
+    if folder.suffix == ".zip" or folder.is_file():
+        hint = "imports its standard library from a zip file"
     return (
-        f"No standard library sources found: looked in {folder}, but {reason}. {hint}"
+        f"No standard library sources found: looked in {folder}, but {reason}. This Python {hint}. "
         "Use a regular CPython installation, or pass `root`, a folder of .py files."
     )

@@ -46,14 +46,9 @@ class CacheTensor:
         zero: Any = None,
         dtype: Any = jnp.bfloat16,
     ) -> CacheTensor:
-        """One without tokens.
+        """One without tokens, for values of `shape`, `[batch, kv_heads, slots, head_dim]`.
 
-        Args:
-          shape: `[batch, kv_heads, slots, head_dim]`.
-          spec: what to store; None for floats.
-          scale: the calibrated one of a static spec.
-          zero: likewise.
-          dtype: of floats.
+        `scale` and `zero` are the calibrated ones of a static spec, `dtype` is that of floats.
         """
         format = format_of(spec)
         width = format.width(shape[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
 import os
 import pathlib
@@ -19,11 +18,23 @@ import rich.table
 import rich.text
 import typer
 
+from fdq.schemes.recipe import Recipe
+
 OK, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 out = rich.console.Console(highlight=False)
 err = rich.console.Console(stderr=True, highlight=False)
 
+Directory = Annotated[
+    pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
+]
+LoadScheme = Annotated[
+    str | None, typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it.")
+]
+Cache = Annotated[
+    str | None, typer.Option(help="Cache format (C16, C8, Cfp8, C4). Default: the scheme's.")
+]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error (also FDQ_DEBUG=1).")
@@ -138,11 +149,25 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]
         yield update
 
 
-@contextlib.contextmanager
-def captured() -> Iterator[io.StringIO]:
-    """Keeps what the library prints (the table of what was quantized), to be shown elsewhere."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        yield text
+def read_scheme(text: str) -> Any:
+    """What `--scheme` names: the scheme name itself, or the `Recipe` of a JSON file.
+
+    The file holds FastDeploy's `quantization_config`, a config.json that has one, or rules.
+
+    Raises:
+      ValueError: not JSON, or not a configuration that FastDeploy writes.
+      FileNotFoundError: `text` ends in .json and there is no such file.
+    """
+    if not text.lower().endswith(".json"):
+        Recipe.parse(text)  # a wrong name is found before a model is read
+        return text
+    try:
+        value = json.loads(pathlib.Path(text).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{text}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{text}: expected a JSON object, got {type(value).__name__}.")
+    return Recipe.parse(value.get("quantization_config", value))
 
 
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:

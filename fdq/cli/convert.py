@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import io
 import pathlib
 import time
 from typing import Annotated, Any
@@ -11,7 +13,6 @@ import typer
 
 from fdq.calibration.statistics import Calibration
 from fdq.cli import console
-from fdq.cli.schemes import read_scheme
 from fdq.schemes.recipe import Recipe
 
 NAME = "convert"
@@ -54,7 +55,7 @@ def run(
     """
     from fdq_checkpoints import convert, inspect
 
-    recipe = read_scheme(scheme)
+    recipe = console.read_scheme(scheme)
     console.checkpoint_directory(source)
     if destination.exists() and not overwrite:
         raise FileExistsError(
@@ -76,7 +77,10 @@ def run(
             calibration = calibrated(source, calibration_text)
     before = inspect(source)
     start = time.perf_counter()
-    with console.progress("Converting", quiet=json) as update, console.captured() as printed:
+    with (
+        console.progress("Converting", quiet=json) as update,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         after = convert(
             source,
             destination,

@@ -24,7 +24,7 @@ def run(
         list[str] | None,
         typer.Option("--scheme", "-s", help="Repeat it. Default: " + ", ".join(SCHEMES) + "."),
     ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = PROMPT,
+    prompt: console.Prompt = PROMPT,
     text_bytes: Annotated[
         int, typer.Option(min=256, help="Bytes of held-out text to evaluate on.")
     ] = 16_384,

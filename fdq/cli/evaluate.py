@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from fdq.cli import console
-from fdq.cli.schemes import read_scheme
 
 NAME = "evaluate"
 EXAMPLE = "Example:  fdq evaluate ernie-w4a16c8 --text book.txt --against ERNIE-4.5-0.3B-PT"
@@ -17,9 +16,7 @@ EXAMPLE = "Example:  fdq evaluate ernie-w4a16c8 --text book.txt --against ERNIE-
 
 @console.command
 def run(
-    directory: Annotated[
-        pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
-    ],
+    directory: console.Directory,
     text: Annotated[
         pathlib.Path | None,
         typer.Option(
@@ -30,13 +27,8 @@ def run(
         pathlib.Path | None,
         typer.Option("--against", help="The original, for the KL divergence from it."),
     ] = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it."),
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="Cache format (C16, C8, Cfp8, C4). Default: the scheme's.")
-    ] = None,
+    scheme: console.LoadScheme = None,
+    cache: console.Cache = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 256,
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Read no more of the text than this.")
@@ -54,7 +46,7 @@ def run(
     if against is not None:
         console.checkpoint_directory(against)
     content = read_text(text, max_bytes)
-    recipe = None if scheme is None else read_scheme(scheme)
+    recipe = None if scheme is None else console.read_scheme(scheme)
     tokenizer = Tokenizer.load(directory)
     tokens = tokenizer.encode(content, bos=True)
     # Without a token that begins a text, the first one is context only.

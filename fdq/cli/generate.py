@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import sys
 import time
 from typing import Annotated
@@ -11,7 +10,6 @@ from typing import Annotated
 import typer
 
 from fdq.cli import console
-from fdq.cli.schemes import read_scheme
 
 NAME = "generate"
 EXAMPLE = "Example:  fdq generate ernie-w4a16c8 --prompt 'def main(' --max-tokens 64"
@@ -19,18 +17,11 @@ EXAMPLE = "Example:  fdq generate ernie-w4a16c8 --prompt 'def main(' --max-token
 
 @console.command
 def run(
-    directory: Annotated[
-        pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
-    ],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    directory: console.Directory,
+    prompt: console.Prompt,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
-    scheme: Annotated[
-        str | None,
-        typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it."),
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="Cache format (C16, C8, Cfp8, C4). Default: the scheme's.")
-    ] = None,
+    scheme: console.LoadScheme = None,
+    cache: console.Cache = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens in the cache. Default: as many as needed.")
     ] = None,
@@ -62,7 +53,7 @@ def run(
         raise ValueError(
             "--top-k, --top-p and --min-p choose among random draws: add --temperature 1."
         )
-    recipe = None if scheme is None else read_scheme(scheme)
+    recipe = None if scheme is None else console.read_scheme(scheme)
     with console.progress("Loading", quiet=json) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
     pieces: list[str] = []

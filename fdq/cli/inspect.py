@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Annotated
 
 import typer
@@ -15,9 +14,7 @@ EXAMPLE = "Example:  fdq inspect ernie-w4a16c8 --verify"
 
 @console.command
 def run(
-    directory: Annotated[
-        pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
-    ],
+    directory: console.Directory,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all data and compare every checksum.")
     ] = False,

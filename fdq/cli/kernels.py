@@ -273,7 +273,6 @@ def _decode_steps(
     import json as text
 
     from fdq.analysis.decode_step import report
-    from fdq.cli.schemes import read_scheme
 
     names = names or _this_machine()
     if not names:
@@ -281,8 +280,8 @@ def _decode_steps(
     results = []
     for name in names:
         with console.progress(f"Compiling for {name}") as progress:
-            update = _counter(progress, 3)
-            results.append(report(model, read_scheme(scheme), name, **sizes, update=update))
+            update, recipe = _counter(progress, 3), console.read_scheme(scheme)
+            results.append(report(model, recipe, name, **sizes, update=update))
     value = {"decode_steps": [result.to_dict() for result in results]}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -165,5 +164,4 @@ def _tokenizer(model: Any, tokenizer: Any) -> Any:
         return tokenizer
     from fdq.decoding.tokenizer import Tokenizer
 
-    folder = pathlib.Path(tokenizer)
-    return Tokenizer.load(folder.parent if folder.name == "tokenizer.json" else folder)
+    return Tokenizer.load(tokenizer)

@@ -196,14 +196,14 @@ def prefill(
         raise ValueError(f"chunk (={chunk}) must be 1 or more")
     if lengths is None:
         lengths = np.full((b,), width, np.int32)
-    if traced:
-        longest = width
-        if longest > capacity:
-            raise ValueError(_too_long(longest, capacity))
-    else:
-        longest = _check_prompts(
-            np.asarray(tokens), np.asarray(lengths), capacity, model.config.vocab_size
+    longest = width if traced else _longest(np.asarray(lengths), b, width)
+    if longest > capacity:
+        raise ValueError(
+            f"a prompt of {longest} tokens does not fit in a cache of {capacity} slots; "
+            "make the cache with a larger max_length"
         )
+    if not traced:
+        _check_vocabulary(tokens, np.asarray(lengths), model.config.vocab_size)
         tokens = tokens[:, :longest]
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = jnp.asarray(lengths, jnp.int32)
@@ -285,32 +285,24 @@ def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
     return table
 
 
-def _too_long(longest: int, capacity: int) -> str:
-    return (
-        f"a prompt of {longest} tokens does not fit in a cache of {capacity} slots; "
-        "make the cache with a larger max_length"
-    )
-
-
-def _check_prompts(tokens: np.ndarray, lengths: np.ndarray, capacity: int, vocab_size: int) -> int:
+def _longest(lengths: np.ndarray, b: int, width: int) -> int:
     """The length of the longest prompt."""
-    b, width = tokens.shape
     if lengths.shape != (b,):
         raise ValueError(f"prompt lengths: got shape {lengths.shape}, expected {(b,)}")
     if lengths.min(initial=1) < 1 or lengths.max(initial=1) > width:
         raise ValueError(
             f"prompt lengths {lengths.tolist()} must be between 1 and {width}, the width of tokens"
         )
-    longest = int(lengths.max())
-    if longest > capacity:
-        raise ValueError(_too_long(longest, capacity))
-    known = tokens[np.arange(width)[None] < lengths[:, None]]
+    return int(lengths.max())
+
+
+def _check_vocabulary(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
+    known = tokens[np.arange(tokens.shape[1])[None] < lengths[:, None]]
     if known.min() < 0 or known.max() >= vocab_size:
         raise ValueError(
             f"prompt tokens range over {known.min()} ... {known.max()}, "
             f"expected 0 ... {vocab_size - 1}"
         )
-    return longest
 
 
 def _chunk_length(count: int, chunk: int, room: int) -> int:

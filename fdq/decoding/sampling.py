@@ -48,15 +48,10 @@ class Sampling:
 def candidates(
     logits: Float[Array, "*b vocab"], sampling: Sampling
 ) -> tuple[Int[Array, "*b c"], Float[Array, "*b c"]]:
-    """The tokens that may be drawn, most likely first.
+    """The tokens that may be drawn, most likely first, at a temperature above 0.
 
-    Args:
-      logits: [V] float.
-      sampling: temperature above 0.
-
-    Returns:
-      tokens [C] int32 and their logits [C] float32 after temperature, relative to the largest,
-      -inf for those ruled out; C is `top_k` or V.
+    `logits [V]` -> tokens [C] int32 and their logits [C] float32 after temperature, relative to
+    the largest, -inf for those ruled out; C is `top_k` or V.
     """
     count = min(sampling.top_k or logits.size, logits.size)
     scaled, tokens = jax.lax.top_k(logits.astype(jnp.float32), count)

@@ -8,11 +8,11 @@ from fdq.models.family import CONFIGS as CONFIGS
 from fdq.models.family import FAMILIES as FAMILIES
 from fdq.models.family import Family as Family
 from fdq.models.family import from_huggingface as from_huggingface
-from fdq.models.layer import DecoderLayer as DecoderLayer
 from fdq.models.parts import ATTENTIONS as ATTENTIONS
 from fdq.models.parts import BLOCKS as BLOCKS
 from fdq.models.parts import MLPS as MLPS
 from fdq.models.parts import ROUTERS as ROUTERS
+from fdq.models.parts import DecoderLayer as DecoderLayer
 from fdq.models.parts import MoEConfig as MoEConfig
 from fdq.models.parts import Part as Part
 

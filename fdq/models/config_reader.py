@@ -8,6 +8,14 @@ from typing import Any
 from fdq.nn.rotary import ROPE_TYPES, RotaryConfig
 
 _REQUIRED = object()
+# By the type of the rotation: the config's keys, and the fields of `RotaryConfig` that they fill.
+_FACTORS = {"factor": ("factor", float)}
+_ROPE_FIELDS = {
+    "linear": _FACTORS,
+    "llama3": _FACTORS
+    | {f"{side}_freq_factor": (f"{side}_freq_factor", float) for side in ("low", "high")}
+    | {"original_max_position_embeddings": ("original_max_position", int)},
+}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # Keys of any model that say how it was trained, stored or is to be run, never what it computes.
@@ -110,9 +118,7 @@ class ConfigReader:
     def rotary(self, *, theta: float, interleaved: bool = False) -> RotaryConfig:
         """Rotary positions, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
-        Args:
-          theta: where the config has none.
-          interleaved: the family's convention.
+        `theta` is meant where the config has none; `interleaved` is the family's convention.
         """
         top_theta = self.get("rope_theta", default=theta)
         given = dict(self.get("rope_parameters", "rope_scaling", default={}))
@@ -128,13 +134,10 @@ class ConfigReader:
         if partial != 1:
             raise ValueError(f"{self.family} config: partial_rotary_factor={partial} is not 1")
         fields: dict[str, Any] = {"theta": float(given.pop("rope_theta"))}
-        if rope_type in ("linear", "llama3"):
-            fields["factor"] = float(self._rope(given, "factor"))
-        if rope_type == "llama3":
-            fields["low_freq_factor"] = float(self._rope(given, "low_freq_factor"))
-            fields["high_freq_factor"] = float(self._rope(given, "high_freq_factor"))
-            old = self._rope(given, "original_max_position_embeddings")
-            fields["original_max_position"] = old
+        for key, (field, kind) in _ROPE_FIELDS.get(rope_type, {}).items():
+            if given.get(key) is None:
+                raise ValueError(f"{self.family} config: rope parameters lack {key}")
+            fields[field] = kind(given.pop(key))
         unknown = sorted(key for key, found in given.items() if found is not None)
         if unknown:
             raise ValueError(
@@ -143,17 +146,10 @@ class ConfigReader:
             )
         return RotaryConfig(rope_type=rope_type, interleaved=interleaved, **fields)
 
-    def _rope(self, given: dict, key: str) -> Any:
-        if given.get(key) is None:
-            raise ValueError(f"{self.family} config: rope parameters lack {key}")
-        return given.pop(key)
-
     def base(self, *, epsilon: float, tie: bool) -> dict[str, Any]:
         """The fields that every family spells alike.
 
-        Args:
-          epsilon: of the norms, where the config has none.
-          tie: whether embeddings are tied, where the config does not say.
+        `epsilon` of the norms and `tie` (tied embeddings) are meant where the config has neither.
         """
         self.must_be("hidden_act", "silu", "swish")
         heads = self.integer("num_attention_heads")

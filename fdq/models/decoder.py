@@ -34,13 +34,10 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = None, rngs: nnx.Rngs):
-        """Random weights.
+        """Random weights, from the stream `params` of `rngs`.
 
-        Args:
-          config: what to build.
-          dtype: of parameters and activations, by default `config.dtype`. The router's parameters
-            are float32 in any case.
-          rngs: a stream `params`.
+        `dtype` of parameters and activations takes the place of `config.dtype`; the router's
+        parameters are float32 in any case.
         """
         if dtype is not None:
             config = config.replace(dtype=jnp.dtype(dtype).name)
@@ -52,11 +49,9 @@ class Decoder(nnx.Module):
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, dtype=kind, rngs=rngs
         )
+        layers = range(config.num_layers)
         self.layers = nnx.List(
-            [
-                config.block.build(config, index, dtype=kind, rngs=rngs)
-                for index in range(config.num_layers)
-            ]
+            [config.block.build(config, index, dtype=kind, rngs=rngs) for index in layers]
         )
         self.norm = nn.RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=kind)
         head = None
@@ -65,13 +60,9 @@ class Decoder(nnx.Module):
         self.lm_head: Any = nnx.data(head)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits of the next token at every position, without a cache; differentiable.
+        """`tokens [B, L] int` -> logits of each next token, `[B, L, vocab]` float32.
 
-        Args:
-          tokens: [B, L] int.
-
-        Returns:
-          [B, L, vocab] float32.
+        Without a cache; differentiable.
         """
         b, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
@@ -141,12 +132,10 @@ class Decoder(nnx.Module):
         max_length: int,
         format: str | CacheSpec | Sequence[str | CacheSpec | None] | None = None,
     ) -> KVCache:
-        """An empty KV cache in the format of the model's scheme, with its calibrated scales.
+        """An empty KV cache for `batch` sequences of up to `max_length` tokens.
 
-        Args:
-          batch: number of sequences.
-          max_length: slots, in tokens.
-          format: another format than that of the scheme, or one for each layer.
+        In the format of the model's scheme, or in another `format`, or one for each layer; with
+        the model's calibrated scales.
         """
         format = self.cache_spec if format is None else format
         specs = layer_specs(format, self.config.num_layers)

@@ -7,12 +7,34 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
-from fdq.models.tensor_names import Rule
 from fdq.registry import Registry
+
+# As stored; a matrix stored [out, in]; a vector stored with a leading axis of one.
+Layout = Literal["same", "transposed", "row"]
+Widths = Literal["qkv", "equal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where a kind of tensor is in somebody else's checkpoint, as data.
+
+    Attributes:
+      target: path in fdq's tree; `{i}` is a layer.
+      names: source names, joined along the last axis of the target; `{i}` is the layer, and
+        `{e}` an expert, over which the target's first axis goes.
+      layout: how each source tensor is stored.
+      widths: the sources' shares of the target's last axis: `qkv` by the model's heads, `equal`
+        parts.
+    """
+
+    target: str
+    names: tuple[str, ...]
+    layout: Layout = "same"
+    widths: Widths = "equal"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,13 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, override
 
+import jax
 from flax import nnx
 
 from fdq import nn
-from fdq.models.layer import DecoderLayer
+from fdq.cache.kv_cache import LayerCache
+from fdq.nn.handing_on import hand_on
+from fdq.nn.norm import normed
 from fdq.registry import Registry
 
 
@@ -44,7 +47,7 @@ class GroupedQuery(Part):
     The module is called as `attention(x, angles, cache, start=)`, see `fdq.nn.Attention`.
     """
 
-    name: ClassVar[str] = "grouped_query"
+    name = "grouped_query"
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Attention:
@@ -67,7 +70,7 @@ class GroupedQuery(Part):
 class SwiGLU(Part):
     """A dense MLP of `config.intermediate_size`; the module is called as `mlp(x)`."""
 
-    name: ClassVar[str] = "swiglu"
+    name = "swiglu"
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.MLP:
@@ -84,7 +87,7 @@ class SwiGLU(Part):
 class SoftmaxRouter(Part):
     """Picks by softmax; the module is called as `router(rows)` and gives experts and weights."""
 
-    name: ClassVar[str] = "softmax"
+    name = "softmax"
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Router:
@@ -110,11 +113,11 @@ class MoEConfig(Part):
       intermediate_size: width of one expert.
       layers: indices of the layers that have experts; the others have a dense MLP.
       shared_intermediate_size: width of all shared experts together; 0 for none.
-      normalize, norm_min, correction_bias: see `fdq.nn.router.route`.
+      normalize, norm_min, correction_bias: see `fdq.ops.route.api.route`.
       router: how a token's experts are picked.
     """
 
-    name: ClassVar[str] = "mixture"
+    name = "mixture"
 
     num_experts: int
     top_k: int
@@ -136,6 +139,43 @@ class MoEConfig(Part):
         )
 
 
+class DecoderLayer(nnx.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`.
+
+    Attributes:
+      input_layernorm, post_attention_layernorm: the norms of the two halves.
+      self_attn: `nn.Attention`, or what is called like it.
+      mlp: `nn.MLP`, `nn.MoE`, or what is called like them.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layernorm: nn.RMSNorm,
+        self_attn: Any,
+        post_attention_layernorm: nn.RMSNorm,
+        mlp: Any,
+    ):
+        self.input_layernorm = input_layernorm
+        self.self_attn = self_attn
+        self.post_attention_layernorm = post_attention_layernorm
+        self.mlp = mlp
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: LayerCache | None = None,
+        *,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
+        rows = normed(self.input_layernorm, x)
+        y, cache = hand_on(self.self_attn, rows, angles, cache, start=start)
+        x = x + y
+        return x + hand_on(self.mlp, normed(self.post_attention_layernorm, x)), cache
+
+
 @dataclasses.dataclass(frozen=True)
 class PreNorm(Part):
     """A layer that normalizes what its halves read: `x + half(norm(x))` for both.
@@ -143,7 +183,7 @@ class PreNorm(Part):
     The module is called as `layer(x, angles, cache, layer=, start=)`, see `DecoderLayer`.
     """
 
-    name: ClassVar[str] = "pre_norm"
+    name = "pre_norm"
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> DecoderLayer:

@@ -10,6 +10,7 @@ from fdq.nn.general import QuantizedLinearGeneral as QuantizedLinearGeneral
 from fdq.nn.linear import Linear as Linear
 from fdq.nn.mlp import MLP as MLP
 from fdq.nn.mlp import MoE as MoE
+from fdq.nn.mlp import Router as Router
 from fdq.nn.norm import RMSNorm as RMSNorm
 from fdq.nn.parameters import ActivationScale as ActivationScale
 from fdq.nn.parameters import CacheScale as CacheScale
@@ -21,5 +22,4 @@ from fdq.nn.parameters import split as split
 from fdq.nn.parameters import value as value
 from fdq.nn.rotary import RotaryConfig as RotaryConfig
 from fdq.nn.rotary import rotary_angles as rotary_angles
-from fdq.nn.router import Router as Router
 from fdq.ops.rope_append.rotation import apply_rotary as apply_rotary

@@ -16,7 +16,7 @@ from fdq.nn.parameters import CacheScale, value
 from fdq.ops.attention.api import attention
 from fdq.ops.rope_append.api import rope_append
 from fdq.ops.rope_append.rotation import rotated_heads
-from fdq.ops.rows import Rows, Sums
+from fdq.ops.rows import Rows
 from pallas_kernels.typing import Array, Float
 
 # Rows of queries whose scores are in memory at once, in attention over a whole sequence.
@@ -167,19 +167,7 @@ class Attention(nnx.Module):
           [B, T, H] in the dtype of `x`, and the updated cache.
         """
         b, t, _ = x.shape
-        y, cache = self._attend(sums_of(self.qkv_proj, x), angles, cache, start)
-        return self.o_proj(y.reshape(b, t, -1)), cache
-
-    def _attend(
-        self,
-        qkv: Sums,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache | None,
-        start: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """What stands between the two products: `qkv [B, T, (H + 2 KH) D] -> [B, T, H, D]`."""
-        b, t, _ = qkv.shape
-        window = self.sliding_window
+        qkv, window = sums_of(self.qkv_proj, x), self.sliding_window
         settings: dict[str, Any] = {"interleaved": self.interleaved}
         if self.q_norm is not None:
             settings |= {
@@ -192,11 +180,12 @@ class Attention(nnx.Module):
             if self.kv_observer is not None:
                 self.kv_observer(k, v)
             if cache is None:
-                return causal_attention(q, k, v, sliding_window=window), None
+                y = causal_attention(q, k, v, sliding_window=window)
+                return self.o_proj(y.reshape(b, t, -1)), None
         if start is None:
             raise ValueError("attention over a cache needs start, the first slot to write")
         # Write first, then attend: reading the old cache beside the new one copies it.
         q, *pair = rope_append(qkv, angles, *cache, start, **settings)
         offset = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         y = attention(q, *pair, lengths=offset + t, offset=offset, sliding_window=window)
-        return y, LayerCache(*pair)
+        return self.o_proj(y.reshape(b, t, -1)), LayerCache(*pair)

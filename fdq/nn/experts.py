@@ -90,14 +90,8 @@ class Experts(nnx.Module):
     ) -> jax.Array:
         """Sum over the chosen experts of weight times output, and the output of shared ones.
 
-        Args:
-          x: [T, H].
-          experts: [T, top_k] int32.
-          weights: [T, top_k] float32.
-          shared: the `MLP` of the shared experts, whose products come along; or None.
-
-        Returns:
-          [T, H] in the dtype of `x`, summed in float32.
+        `x [T, H]`, `experts [T, top_k]` int32 and `weights [T, top_k]` float32 -> `[T, H]` in the
+        dtype of `x`, summed in float32. The products of `shared`, an `MLP` or None, come along.
         """
         up = down = rows = None
         if shared is not None:
@@ -110,22 +104,12 @@ class Experts(nnx.Module):
 
 
 def _products(
-    layer: Any,
-    x: Rows,
-    index: jax.Array,
-    shared: Any,
-    rows: Any,
-    weights: jax.Array | None = None,
+    layer: Any, x: Rows, index: jax.Array, shared: Any, rows: Any, weights: jax.Array | None = None
 ) -> tuple[Sums, Sums | None]:
     """`layer(x, index)` and `shared(rows)`, together where both are fdq's own.
 
-    Args:
-      layer: an `ExpertLinear`, or what a user put in its place.
-      x: `[T, K]` or `[T, top_k, K]`.
-      index: `[T, top_k]`.
-      shared: a `Linear` or what stands in its place; None without shared experts.
-      rows: of `shared`.
-      weights: `[T, top_k]`; with them the picks of a row are added up.
+    `x` is `[T, K]` or `[T, top_k, K]`, `index` and `weights` are `[T, top_k]`; with weights the
+    picks of a row are added up. `shared` is None without shared experts.
     """
     if not reads_rows(layer):
         y = layer(_row_a_pick(x, index), index.reshape(-1))

@@ -199,14 +199,12 @@ class QuantizedEinsum(Quantized):
             return x.reshape(*x.shape[: len(kept)], math.prod(x.shape[len(kept) :]))
 
         y, bias = self._product(inputs, fold_input)
-        sizes = dict(zip(self._kernel_letters(), self.kernel_shape, strict=True))
+        letters = self.einsum_str.split(",")[1].split("->")[0]
+        sizes = dict(zip(letters, self.kernel_shape, strict=True))
         y = y.reshape(*y.shape[:-1], *(sizes[name] for name in equation.features))
         result = _expanded(equation.output, y.ndim)
         y = lax.transpose(y, [(*kept, *equation.features).index(name) for name in result])
         return _finish(y, bias, tuple(sizes.get(name, 1) for name in result), out_sharding)
-
-    def _kernel_letters(self) -> str:
-        return self.einsum_str.split(",")[1].split("->")[0]
 
 
 def _expanded(names: tuple[str, ...], ndim: int) -> list[str]:

@@ -55,12 +55,9 @@ class Linear(nnx.Module):
 
     @takes_rows
     def __call__(self, x: Rows, *, out_dtype: Any = None, summed: bool = True) -> jax.Array | Sums:
-        """`x [..., K] -> [..., N]`.
+        """`x [..., K] -> [..., N]` in `out_dtype`, by default that of `x`.
 
-        Args:
-          x: an array, or rows that are not finished yet.
-          out_dtype: of the result; that of `x` by default.
-          summed: False leaves the sum and the bias to whoever reads the result.
+        `summed=False` leaves the sum and the bias to whoever reads the result.
         """
         sums = product(self.arguments(x, out_dtype))
         return sums.value() if summed else sums

@@ -70,10 +70,6 @@ class Template:
     kinds: tuple[type | None, ...]
 
 
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, (nnx.Variable, QuantizedWeight))
-
-
 def split(module: nnx.Module) -> tuple[Template, dict]:
     """The module as `(template, params)`: what is static, and a nested dict of its arrays.
 
@@ -85,7 +81,9 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
       `nnx.to_pure_dict`) whose leaves are arrays and QTensors of arrays. A few milliseconds at
       640 Variables, against 55 for `nnx.split`: nothing is cached, so nothing can be stale.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_leaf)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(
+        module, is_leaf=lambda x: isinstance(x, nnx.Variable | QuantizedWeight)
+    )
     params: dict = {}
     paths, kinds = [], []
     for entries, leaf in leaves:
@@ -102,10 +100,8 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
 def bind(template: Template, params: dict) -> Any:
     """The module of `template` with the arrays of `params`; to be called inside `jax.jit`.
 
-    Args:
-      template: from `split`.
-      params: from `split`; an array may have become a QTensor and the other way round, and a
-        QTensor may have another layout.
+    Both are from `split`; an array may have become a QTensor and the other way round, and a QTensor
+    may have another layout.
 
     Raises:
       ValueError: `params` lacks a leaf of the module.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdq.analysis.evaluation import _batches, evaluate, record_logits
+from fdq.analysis.evaluation import Windows, evaluate, record_logits
 from fdq.models import CONFIGS, Decoder
 
 VOCAB = 11
@@ -82,7 +82,8 @@ def test_a_model_has_no_distance_from_itself(rng):
 def test_windows_score_each_token_once_with_its_context(length, window, stride, batch):
     tokens = np.arange(length, dtype=np.int32)
     scored = []
-    for inputs, targets, mask in _batches(tokens, window, stride, batch):
+    cut = Windows(tokens=tokens, window=window, stride=stride, batch=batch)
+    for inputs, targets, mask in cut.batches():
         assert inputs.shape == targets.shape == mask.shape == (batch, window)
         np.testing.assert_array_equal(inputs + 1, targets)
         rows, columns = np.nonzero(mask)

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import fdq
 from fdq.models import CONFIGS, FAMILIES, DecoderConfig, Family, from_huggingface
-from fdq.models.tensor_names import Rule
+from fdq.models.family import Rule
 from tests.models import oracles
 
 

@@ -9,7 +9,7 @@ has. Weights are never permuted for RoPE.
 
 import dataclasses
 
-from fdq.models.tensor_names import Layout, Rule, Widths
+from fdq.models.family import Layout, Rule, Widths
 
 
 @dataclasses.dataclass(frozen=True)

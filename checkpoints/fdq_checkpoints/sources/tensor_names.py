@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdq.models.tensor_names import Layout, Rule
+from fdq.models.family import Layout, Rule
 from fdq_checkpoints.errors import CheckpointError, nearest, shown
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.tree_paths import Path, dotted
