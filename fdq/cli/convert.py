@@ -77,10 +77,8 @@ def run(
             calibration = calibrated(source, calibration_text)
     before = inspect(source)
     start = time.perf_counter()
-    with (
-        console.progress("Converting", quiet=json) as update,
-        contextlib.redirect_stdout(io.StringIO()) as printed,
-    ):
+    printed = io.StringIO()
+    with console.progress("Converting", quiet=json) as update, contextlib.redirect_stdout(printed):
         after = convert(
             source,
             destination,

@@ -29,10 +29,9 @@ def run(
     from fdq.analysis.planner import plan
 
     known = pathlib.Path(model) if pathlib.Path(model).is_dir() else model
+    recipe = console.read_scheme(scheme)
     with console.err.status("Quantizing shapes ..."):
-        result = plan(
-            known, console.read_scheme(scheme), context=context, batch=batch, compat=compat
-        )
+        result = plan(known, recipe, context=context, batch=batch, compat=compat)
     if json:
         console.print_json(result.to_dict())
         return

@@ -40,7 +40,7 @@ class ConfigReader:
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
         self.family = config.get("model_type")
-        self._read = set(_NEUTRAL)
+        self._read: set[str] = set(_NEUTRAL)
 
     def get(self, *keys: str, default: Any = _REQUIRED) -> Any:
         """The value of the first of `keys` (spellings of one thing) that is there and not null."""
