@@ -280,7 +280,8 @@ def _decode_steps(
     results = []
     for name in names:
         with console.progress(f"Compiling for {name}") as progress:
-            update, recipe = _counter(progress, 3), console.read_scheme(scheme)
+            update = _counter(progress, 3)
+            recipe = console.read_scheme(scheme)
             results.append(report(model, recipe, name, **sizes, update=update))
     value = {"decode_steps": [result.to_dict() for result in results]}
     if output is not None:
