@@ -17,9 +17,8 @@ from benchmarks.gpu_weights import random_array
 from fdq.cache import LayerCache
 from fdq.models import CONFIGS
 from fdq.nn.rotary import rotary_angles
-from fdq.ops.kernel_cache import kernel_arrays
-from fdq.ops.rope_append.rotation import apply_rotary
-from fdq.ops.rope_append.xla import write_slots
+from fdq.ops.kernels import kernel_arrays
+from fdq.ops.rope_append.xla import apply_rotary, write_slots
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from benchmarks.gpu_products import timed, tuned
 from benchmarks.gpu_timing import Work, difference, l2_ratio
 from benchmarks.gpu_weights import nbytes, random_array
 from fdq.cache import LayerCache, parse_format
-from fdq.ops.kernel_cache import kernel_arrays
+from fdq.ops.kernels import kernel_arrays
 
 
 def run(settings: Settings, emit: Emit) -> None:

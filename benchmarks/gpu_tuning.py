@@ -30,7 +30,7 @@ from benchmarks.gpu_products import (
 from benchmarks.gpu_timing import Work, difference, links_for
 from benchmarks.gpu_weights import nbytes, random_array, weight_spec
 from fdq.cache import LayerCache, parse_format
-from fdq.ops.kernel_cache import kernel_arrays
+from fdq.ops.kernels import kernel_arrays
 
 XLA, OWN = "xla", "{}"
 """Entries: XLA's program, and the kernel's own choice (no settings)."""

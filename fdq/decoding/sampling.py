@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fdq.ops.explicit_axes import in_auto_axes, spec_entry
+from fdq.ops.placement import in_auto_axes, spec_entry
 from pallas_kernels.typing import Array, Float, Int
 
 _SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are flushed to zero

@@ -22,4 +22,4 @@ from fdq.nn.parameters import split as split
 from fdq.nn.parameters import value as value
 from fdq.nn.rotary import RotaryConfig as RotaryConfig
 from fdq.nn.rotary import rotary_angles as rotary_angles
-from fdq.ops.rope_append.rotation import apply_rotary as apply_rotary
+from fdq.ops.rope_append.xla import apply_rotary as apply_rotary

@@ -15,7 +15,7 @@ from fdq.nn.norm import RMSNorm
 from fdq.nn.parameters import CacheScale, value
 from fdq.ops.attention.api import attention
 from fdq.ops.rope_append.api import rope_append
-from fdq.ops.rope_append.rotation import rotated_heads
+from fdq.ops.rope_append.xla import rotated_heads
 from fdq.ops.rows import Rows
 from pallas_kernels.typing import Array, Float
 

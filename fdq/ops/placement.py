@@ -1,11 +1,18 @@
-"""Where the arrays of an op lie: kernels read arrays of one device, or of one shard."""
+"""Where the arrays of an op lie.
+
+Kernels read arrays of one device, or of one shard. Under meshes with Explicit axes (the default of
+`jax.make_mesh` since JAX 0.12) every reshape and dot must say how its result is sharded: an op says
+it once, for its result, and is traced in Auto mode.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def sharded(*trees: Any) -> str | None:
@@ -29,3 +36,39 @@ def devices(*trees: Any) -> int:
     arrays = (a for a in jax.tree.leaves(trees) if isinstance(a, jax.Array))
     held = (a.sharding for a in arrays if not isinstance(a, Tracer))
     return max((len(sharding.device_set) for sharding in held), default=1)
+
+
+def spec_entry(array: Any, axis: int) -> Any:
+    """Mesh axes that an axis of an array (or tracer) is sharded over; None if it is not."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    spec = getattr(sharding, "spec", None)
+    if spec is None:
+        return None
+    axis = axis % array.ndim
+    return spec[axis] if axis < len(spec) else None
+
+
+def in_auto_axes(
+    function: Callable[..., jax.Array], *arguments: Any, result: Callable[[], list[Any]]
+) -> jax.Array:
+    """`function(*arguments)`, traced with Auto axes where the current mesh has Explicit ones.
+
+    Args:
+      function: of arrays and pytrees of arrays.
+      *arguments: passed to it.
+      result: called where it matters: the mesh axes of each axis of the result. An axis of the
+        mesh that comes twice is kept where it comes first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return function(*arguments)
+    seen: set[str] = set()
+    entries: list[Any] = []
+    for entry in result():
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        names = tuple(name for name in names if name not in seen)
+        seen.update(names)
+        entries.append(names or None)
+    sharding = NamedSharding(mesh, PartitionSpec(*entries))
+    traced: Any = jax.sharding.auto_axes(function, out_sharding=sharding)
+    return traced(*arguments)

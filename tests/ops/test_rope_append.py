@@ -10,9 +10,8 @@ from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.cache.cache_tensor import sample_scales
 from fdq.ops import self_check
 from fdq.ops.rope_append.api import rope_append
-from fdq.ops.rope_append.arguments import RopeAppendArguments
 from fdq.ops.rope_append.mosaic_gpu import MosaicGpu
-from fdq.ops.rope_append.rotation import rotated_heads
+from fdq.ops.rope_append.xla import RopeAppendArguments, rotated_heads
 from fdq.ops.rows import Sums
 
 HEADS, KV_HEADS, SLOTS, D = 3, 2, 20, 64

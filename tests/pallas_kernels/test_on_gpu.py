@@ -14,7 +14,7 @@ from fdq.cache import parse_format, quantize_cache
 from fdq.models import Decoder, DecoderConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import self_check
-from fdq.ops.kernel_cache import kernel_arrays
+from fdq.ops.kernels import kernel_arrays
 from pallas_kernels.append.cache_update import append, append_reference
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
 from pallas_kernels.matmul.integer import integer_matrix_vector

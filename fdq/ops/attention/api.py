@@ -5,9 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
-from fdq.ops.attention.arguments import DEFAULT_BLOCK, AttentionArguments
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
-from fdq.ops.attention.xla import Xla
+from fdq.ops.attention.xla import DEFAULT_BLOCK, AttentionArguments, Xla
 from fdq.ops.implementation import Op
 from pallas_kernels.typing import Array, Float, Int
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor, quantize_cache, sample_scales
 from fdq.ops import self_check
-from fdq.ops.attention.arguments import AttentionArguments, attention_reference
-from fdq.ops.kernel_cache import cache_unsupported, kernel_arrays, kind_of
-from fdq.ops.kernels import Kernel, slower, tuned
+from fdq.ops.attention.xla import AttentionArguments, attention_reference
+from fdq.ops.kernels import Kernel, cache_unsupported, kernel_arrays, kind_of, slower, tuned
 from fdq.ops.placement import sharded
 from pallas_kernels.device import default_device
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
-from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.implementation import Implementation, Op
 from fdq.ops.matmul.dense import dot_over_columns
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.matmul.xla import Xla
+from fdq.ops.placement import in_auto_axes, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec

@@ -18,8 +18,7 @@ from fdq.ops.matmul.transposed import transposed_integer_product, transposed_spl
 from fdq.ops.matmul.weight_only import exact_dot, fused_product, plane_product, tiled
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.rows import as_array
-from fdq.ops.weight_view import WeightView, view_weight
-from fdq.ops.words_view import view_words
+from fdq.ops.weight_view import WeightView, view_weight, view_words
 from fdq.schemes.scheme import ActivationSpec
 
 

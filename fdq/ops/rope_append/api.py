@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops.implementation import Op
-from fdq.ops.rope_append.arguments import RopeAppendArguments
 from fdq.ops.rope_append.mosaic_gpu import MosaicGpu
-from fdq.ops.rope_append.xla import Xla
+from fdq.ops.rope_append.xla import RopeAppendArguments, Xla
 from fdq.ops.rows import Rows, Sums, as_array
 from pallas_kernels.typing import Array, Float
 

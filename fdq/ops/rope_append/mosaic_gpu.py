@@ -7,11 +7,9 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor, sample_scales
 from fdq.ops import self_check
-from fdq.ops.kernel_cache import cache_unsupported, kernel_arrays, kind_of
-from fdq.ops.kernels import Kernel, slower
+from fdq.ops.kernels import Kernel, cache_unsupported, kernel_arrays, kind_of, slower
 from fdq.ops.placement import sharded
-from fdq.ops.rope_append.arguments import RopeAppendArguments
-from fdq.ops.rope_append.xla import Xla
+from fdq.ops.rope_append.xla import RopeAppendArguments, Xla
 from fdq.ops.rows import Sums
 from pallas_kernels.device import MOST_ROWS, default_device
 

@@ -1,14 +1,42 @@
-"""`rope_append` in plain XLA, and the write to a KV cache alone."""
+"""`rope_append` in plain XLA: the rotation and the write to a KV cache, each alone too."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
-from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.implementation import Implementation
-from fdq.ops.rope_append.arguments import RopeAppendArguments
-from fdq.ops.rope_append.rotation import rotated_heads
+from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.rows import Normed, Rows, Sums, as_array
+from pallas_kernels.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RopeAppendArguments:
+    """The arguments of `fdq.ops.rope_append.api.rope_append`."""
+
+    qkv: Sums
+    angles: tuple[jax.Array, jax.Array]
+    k: CacheTensor
+    v: CacheTensor
+    start: jax.Array
+    interleaved: bool
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
+    epsilon: float = 1e-6
+
+    @property
+    def kv_heads(self) -> int:
+        """KH."""
+        return self.k.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.qkv.shape[-1] // self.k.head_dim - 2 * self.kv_heads
 
 
 class Xla(Implementation[RopeAppendArguments]):
@@ -24,6 +52,53 @@ class Xla(Implementation[RopeAppendArguments]):
         norms = {"q_norm": a.q_norm, "k_norm": a.k_norm, "epsilon": a.epsilon}
         q, k, v = rotated_heads(a.qkv, a.angles, a.kv_heads, interleaved=a.interleaved, **norms)
         return q, write_slots(a.k, k, a.start), write_slots(a.v, v, a.start)
+
+
+def apply_rotary(
+    x: Float[Array, "b t h d"], angles: tuple[jax.Array, jax.Array], *, interleaved: bool
+) -> Float[Array, "b t h d"]:
+    """Rotates `x [B, T, heads, head_dim]` by `angles`, in float32; same shape and dtype."""
+    cos, sin = (a[:, :, None, :] for a in angles)
+    y = x.astype(jnp.float32)
+    if interleaved:
+        pairs = y.reshape(*y.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+    else:
+        a, b = jnp.split(y, 2, axis=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    if interleaved:
+        y = jnp.stack([a, b], axis=-1).reshape(x.shape)
+    else:
+        y = jnp.concatenate([a, b], axis=-1)
+    return y.astype(x.dtype)
+
+
+def rotated_heads(
+    qkv: Rows,
+    angles: tuple[jax.Array, jax.Array],
+    kv_heads: int,
+    *,
+    interleaved: bool,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of each head, queries and keys normalized and rotated. See
+    `rope_append` for the arguments.
+
+    Returns:
+      `[B, T, H, D]`, and twice `[B, T, KH, D]`, in the dtype of qkv.
+    """
+    x = as_array(qkv)
+    x = x.reshape(*x.shape[:2], -1, 2 * angles[0].shape[-1])
+    heads = x.shape[2] - 2 * kv_heads
+    q, k, v = jnp.split(x, (heads, heads + kv_heads), axis=2)
+    if q_norm is not None:
+        q = Normed(q, q_norm, epsilon).value()
+    if k_norm is not None:
+        k = Normed(k, k_norm, epsilon).value()
+    q, k = (apply_rotary(a, angles, interleaved=interleaved) for a in (q, k))
+    return q, k, v
 
 
 def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTensor:

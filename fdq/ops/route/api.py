@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fdq.ops.implementation import Op
 from fdq.ops.route.mosaic_gpu import MosaicGpu
-from fdq.ops.route.routing import Routing
-from fdq.ops.route.xla import Xla
+from fdq.ops.route.xla import Routing, Xla
 from fdq.ops.rows import Rows
 from pallas_kernels.typing import Array, Float, Int
 

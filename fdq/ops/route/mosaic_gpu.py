@@ -11,7 +11,7 @@ from fdq.ops import self_check
 from fdq.ops.kernels import Kernel, slower
 from fdq.ops.matmul.mosaic_gpu import staged
 from fdq.ops.placement import sharded
-from fdq.ops.route.routing import Routing
+from fdq.ops.route.xla import Routing
 from pallas_kernels.device import MOST_ROWS, default_device
 
 

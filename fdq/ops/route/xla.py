@@ -1,14 +1,27 @@
-"""`route` in plain XLA."""
+"""`route` in plain XLA, and the arguments that its implementations take."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from fdq.ops.explicit_axes import in_auto_axes, spec_entry
 from fdq.ops.implementation import Implementation
-from fdq.ops.route.routing import Routing
-from fdq.ops.rows import as_array
+from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.rows import Rows, as_array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routing:
+    """The arguments of `fdq.ops.route.api.route`."""
+
+    x: Rows
+    kernel: jax.Array
+    correction_bias: jax.Array | None
+    top_k: int
+    normalize: bool
+    norm_min: float
 
 
 class Xla(Implementation[Routing]):

@@ -11,7 +11,7 @@ import pytest
 from closeness import assert_close
 
 from fdq.cache import quantize_cache
-from fdq.ops.rope_append.rotation import apply_rotary
+from fdq.ops.rope_append.xla import apply_rotary
 from fdq.schemes.scheme import CacheSpec
 from pallas_kernels.aot.ahead_of_time import compile_for, unavailable
 from pallas_kernels.append.cache_update import append, append_reference

@@ -11,7 +11,7 @@ from closeness import assert_close
 
 import fdq
 from fdq.cache import CacheTensor, quantize_cache
-from fdq.ops.kernel_cache import kernel_arrays
+from fdq.ops.kernels import kernel_arrays
 from fdq.schemes.scheme import CacheSpec
 from pallas_kernels.attention.cuda_cores import heads_per_program
 from pallas_kernels.attention.decode_attention import decode_attention, decode_attention_reference
