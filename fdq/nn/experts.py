@@ -54,7 +54,7 @@ class ExpertLinear(nnx.Module):
         arguments = GroupedProduct(
             x,
             value(self.kernel),
-            expert_index,
+            index=expert_index,
             activation=self.activation,
             activation_scale=value(self.activation_scale),
             beside=beside,

@@ -16,6 +16,7 @@ from fdq.ops.grouped_matmul.xla import Xla, for_each_expert, pick_expert
 from fdq.ops.implementation import Op
 from fdq.ops.matmul import api as matmul
 from fdq.ops.matmul.product import Product, parse_activation
+from fdq.ops.matmul.weight_only import exact_dot
 from fdq.ops.placement import in_auto_axes, spec_entry
 from fdq.ops.rows import Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
@@ -50,8 +51,8 @@ def grouped_matmul(
       activation: as in `matmul`.
       activation_scale: one scale for all experts, or `[E]`.
       implementation: as in `matmul`.
-      out_dtype: of the result; that of x by default.
-      path: name of the layer, used only in errors.
+      out_dtype: as in `matmul`.
+      path: as in `matmul`.
 
     Returns:
       `[T, N]`, or `[T, picks, N]`. The gradient with respect to x is that of the decoded weights.
@@ -59,9 +60,9 @@ def grouped_matmul(
     arguments = GroupedProduct(
         x,
         w,
-        expert_index,
-        activation=parse_activation(activation),
-        activation_scale=activation_scale,
+        parse_activation(activation),
+        activation_scale,
+        index=expert_index,
         dtype=x.dtype if out_dtype is None else out_dtype,
         path=path,
     )
@@ -69,20 +70,11 @@ def grouped_matmul(
 
 
 def grouped_product(
-    arguments: GroupedProduct,
-    weights: jax.Array | None = None,
-    *,
-    implementation: str | None = None,
+    arguments: GroupedProduct, weights: jax.Array | None = None, implementation: str | None = None
 ) -> tuple[Sums, Sums | None]:
     """The product, and the one beside it, their sums left to whoever reads them.
 
-    Args:
-      arguments: see there.
-      weights: float32 `[T, picks]`; with them the picks of a row are added up.
-      implementation: as in `matmul`.
-
-    Returns:
-      `[*index.shape, N]`, or `[T, N]` with `weights`; and the product `beside` if there is one.
+    With `weights`, float32 `[T, picks]`, the picks of a row are added up: `[T, N]`.
     """
     a, beside = arguments, arguments.beside
     run: Any = GROUPED_MATMUL.choose(a, implementation)
@@ -115,7 +107,8 @@ def _axes(a: GroupedProduct) -> list[Any]:
 def _parts(run, activation, picks, path, x, w, index, activation_scale, beside):
     del picks
     other = None if beside is None else Product(*beside)
-    return run(GroupedProduct(x, w, index, activation, activation_scale, other, path=path))
+    settings = {"index": index, "beside": other, "path": path}
+    return run(GroupedProduct(x, w, activation, activation_scale, **settings))
 
 
 def _forward(run, activation, picks, path, x, w, index, activation_scale, beside):
@@ -137,9 +130,7 @@ def _backward(run, activation, picks, path, residuals, cotangents):
     def transposed(rows, expert):
         one = pick_expert(w, expert)
         decoded = dequantize(one) if isinstance(one, QuantizedWeight) else one.astype(jnp.float32)
-        return lax.dot_general(
-            rows, decoded, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-        )
+        return exact_dot(rows, decoded, axis=1)
 
     dx = for_each_expert(transposed, g, picked, experts, k).reshape(*index.shape, k)
     dx = dx.sum(axis=-2) if picks > 1 else dx
@@ -150,7 +141,7 @@ def _backward(run, activation, picks, path, residuals, cotangents):
         def weight_gradient(expert):
             mine = (picked == expert)[:, None]
             rows = jnp.where(mine, x, jnp.zeros_like(x)).astype(jnp.float32)
-            return lax.dot(rows.T, g, precision=lax.Precision.HIGHEST).astype(w.dtype)
+            return exact_dot(rows.T, g).astype(w.dtype)
 
         dw = lax.map(weight_gradient, jnp.arange(experts, dtype=jnp.int32))
     other = None

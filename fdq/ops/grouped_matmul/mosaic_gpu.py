@@ -72,16 +72,9 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
 def gathered_sums(
     x: Rows, w: KernelWeight, index: jax.Array, shared: tuple[Rows, KernelWeight] | None
 ) -> tuple[jax.Array, Any]:
-    """Partial sums of `x[p // picks] @ w[index[p]]`, with those of `shared` in one launch.
+    """Float32 partial sums `[split, P, N]` of `x[p // picks] @ w[index[p]]`, P a multiple of T.
 
-    Args:
-      x: rows `[T, K]`, T a divisor of P.
-      w: `[E, K, N]`.
-      index: int32 `[P]`.
-      shared: rows and a weight `[K', N']` that all of them are multiplied by.
-
-    Returns:
-      float32 `[split, P, N]`, and with `shared` its sums, else None.
+    One launch with those of `shared`, rows and a weight `[K', N']` that is not picked.
     """
     from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
 

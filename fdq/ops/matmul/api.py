@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.implementation import Implementation, Op
-from fdq.ops.matmul.dense import dot_over_columns
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
+from fdq.ops.matmul.weight_only import exact_dot
 from fdq.ops.matmul.xla import Xla
 from fdq.ops.placement import in_auto_axes, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
@@ -81,8 +81,8 @@ def matmul(
     arguments = Product(
         x,
         w,
-        activation=parse_activation(activation),
-        activation_scale=activation_scale,
+        parse_activation(activation),
+        activation_scale,
         dtype=x.dtype if out_dtype is None else out_dtype,
         path=path,
     )
@@ -131,7 +131,7 @@ def product_cotangent(kept: Rows, w: Any, cotangent: jax.Array) -> Rows:
     """The cotangent of the rows of a product with a quantized weight from that of its parts."""
     # A sum's parts have one reader, which adds them up: their cotangents are equal.
     g = cotangent[0]
-    dx = dot_over_columns(g.reshape(-1, g.shape[-1]), dequantize(w))
+    dx = exact_dot(g.reshape(-1, g.shape[-1]), dequantize(w), axis=1)
     return rows_cotangent(kept, dx.reshape(*g.shape[:-1], dx.shape[-1]))
 
 

@@ -38,7 +38,7 @@ def _sixteen_bit_row(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _sixteen_bit_row_backward(residuals, g):
     x, w = residuals
-    dx = dot_over_columns(g, w.astype(jnp.float32)).astype(x.dtype)
+    dx = exact_dot(g, w.astype(jnp.float32), axis=1).astype(x.dtype)
     return dx, (x.astype(jnp.float32).T * g).astype(w.dtype)
 
 
@@ -67,22 +67,10 @@ def transposed_matmul(
         m = rows.shape[0]
         if m == 1 and dtype.itemsize == 2 and trace_target().platform == "cpu":
             rows = jnp.concatenate([rows, jnp.zeros_like(rows)], axis=0)
-        y = dot_over_columns(rows, w.astype(dtype))[:m].astype(out_dtype)
+        y = exact_dot(rows, w.astype(dtype), axis=1)[:m].astype(out_dtype)
         return y.reshape(*x.shape[:-1], w.shape[0])
 
     def result():
         return [spec_entry(x, i) for i in range(x.ndim - 1)] + [spec_entry(w, 0)]
 
     return in_auto_axes(product, x, w, result=result)
-
-
-def dot_over_columns(x: Float[Array, "m k"], w: Float[Array, "n k"]) -> Float[Array, "m n"]:
-    """`[M, K]` times `[N, K]` -> float32 `[M, N]`."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(
-        x,
-        w,
-        (((1,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )

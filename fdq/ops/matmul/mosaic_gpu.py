@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.ops import self_check
 from fdq.ops.activation import activation_values, quantize_activation
+from fdq.ops.choice import trace_target
 from fdq.ops.kernels import Kernel, slower, tuned
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.placement import sharded
@@ -36,9 +37,8 @@ class MosaicGpu(Kernel[Product]):
 
     def declined(self, arguments: Product) -> str | None:
         """Canonical weights, what is slower than XLA, and what is wrong on this device."""
-        a = arguments
-        reason = unprepared(a.w)
-        return reason or preferred(_kernel_of(a, kernel_weight(a.w)), a.w, a.rows)
+        w, rows = arguments.w, arguments.rows
+        return unprepared(w) or preferred(_kernel_of(arguments, kernel_weight(w)), w, rows)
 
     def __call__(self, arguments: Product) -> jax.Array:
         """Float32 parts `[split, ..., N]`."""
@@ -136,21 +136,14 @@ def sample(spec: WeightSpec) -> QTensor:
 
 
 def check(kernel: str, spec: WeightSpec, device: Any, case: Any = None) -> str | None:
-    """Why a kernel is switched off on a device; `case` makes its results and what they should be.
-
-    Args:
-      kernel: its name in the tuning table.
-      spec: of the weights.
-      device: that the trace is for.
-      case: see `self_check.failure`; by default that of the kernels of `matmul`.
-    """
+    """Why a kernel is switched off on a device: `self_check.failure`, by default of `matmul`."""
     scales = f"{spec.granularity} {spec.group_size or ''}".strip()
     detail = f"{spec.format}, {scales} scales of {spec.scale_dtype}, zero point {spec.zero_point}"
-    case = case or functools.partial(_case, kernel, spec, device)
+    case = case or functools.partial(_case, kernel, spec)
     return self_check.failure(kernel, detail, device, case)
 
 
-def _case(kernel: str, spec: WeightSpec, device: Any) -> tuple[Any, Any]:
+def _case(kernel: str, spec: WeightSpec) -> tuple[Any, Any]:
     from pallas_kernels.matmul.integer import integer_matrix_vector_reference
     from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
 
@@ -161,16 +154,9 @@ def _case(kernel: str, spec: WeightSpec, device: Any) -> tuple[Any, Any]:
         codes = jax.random.randint(keys[0], (2, k), -127, 128).astype(jnp.int8)
         wanted = integer_matrix_vector_reference(codes, weight)[0]
         return integer_sums(codes, weight).sum(0), wanted
-    dtype = jnp.float16 if _is_old(device) else jnp.bfloat16
+    dtype = jnp.bfloat16 if trace_target().has_bfloat16 else jnp.float16
     x = jax.random.normal(keys[0], (2, k), jnp.float32).astype(dtype)
     # In float32: rounded to 16 bits, two correct norms may differ by a bit.
     normed = Normed(x.astype(jnp.float32), 1 + jax.random.uniform(keys[1], (k,)), 1e-6)
     results = [partial_sums(rows, weight).sum(0) for rows in (x, normed)]
     return results, [matrix_vector_reference(staged(rows), weight)[0] for rows in (x, normed)]
-
-
-def _is_old(device: Any) -> bool:
-    try:
-        return float(device.compute_capability) < 8
-    except (AttributeError, ValueError):
-        return False

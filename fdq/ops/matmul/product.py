@@ -17,17 +17,7 @@ from fdq.schemes.scheme import ActivationSpec
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-    """`x @ w + bias`.
-
-    Attributes:
-      x: rows `[..., K]`.
-      w: `[K, N]`: an array, a QTensor or a prepared weight.
-      activation: what the rows are quantized to; None leaves them.
-      activation_scale: calibrated scale of a static ActivationSpec.
-      bias: `[N]`, added to the rounded product; or None.
-      dtype: of the result.
-      path: name of the layer, used only in errors.
-    """
+    """`x @ w + bias`: see `fdq.matmul`; the bias `[N]` is added to the product in `dtype`."""
 
     x: Rows
     w: Any
@@ -39,17 +29,19 @@ class Product:
 
     def __post_init__(self):
         """Checks shapes; takes the arrays out of Variables."""
-        w = materialize(self.w) if isinstance(self.w, QuantizedWeight) else self.w
-        object.__setattr__(self, "w", w)
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        if self.activation_scale is not None:
-            object.__setattr__(self, "activation_scale", jnp.asarray(self.activation_scale))
-        x, shape = tuple(self.x.shape), tuple(w.shape)
-        if len(shape) != 2 or not x or x[-1] != shape[0]:
-            hint = "; map over leading axes with jax.vmap" if len(shape) > 2 else ""
+        scale = self.activation_scale
+        vars(self).update(
+            w=materialize(self.w) if self.quantized else self.w,
+            activation_scale=None if scale is None else jnp.asarray(scale),
+            dtype=jnp.dtype(self.dtype),
+        )
+        self._check(tuple(self.x.shape), tuple(self.w.shape))
+
+    def _check(self, x: tuple[int, ...], w: tuple[int, ...]) -> None:
+        if len(w) != 2 or not x or x[-1] != w[0]:
+            hint = "; map over leading axes with jax.vmap" if len(w) > 2 else ""
             raise ValueError(
-                f"{self.path}: matmul expects x [..., K] and w [K, N], found x {x} and "
-                f"w {shape}{hint}."
+                f"{self.path}: matmul expects x [..., K] and w [K, N], found x {x} and w {w}{hint}."
             )
 
     @property

@@ -1,12 +1,14 @@
 """Products of float rows with a quantized weight, in plain XLA, without keeping a decoded copy.
 
-All compute ``x @ dequantize(q)`` and differ in what reaches memory:
+All compute `x @ dequantize(q)` and differ in what reaches memory:
 
-- ``fused_product``: every block of packed rows is unpacked, converted, multiplied and added in one
+- `fused_product`: every block of packed rows is unpacked, converted, multiplied and added in one
   element-wise fusion, which XLA spreads over the cores of a CPU; nothing but one partial sum a
   block is written. The fastest for one row, by far.
-- ``plane_product``: decodes the weight (or a tile of columns of it) and calls a dot.
-- ``tiled``: runs a product tile by tile, so that only a tile of the weight is ever decoded.
+- `plane_product`: decodes the weight (or a tile of columns of it) and calls a dot.
+- `tiled`: runs a product tile by tile, so that only a tile of the weight is ever decoded.
+- `transposed_split_product`: 8-bit dots with int8 codes that lie as `[N, K]`, for CPUs with matrix
+  units.
 """
 
 from __future__ import annotations
@@ -19,34 +21,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.weight_view import WeightView, decode_planes
 
 
-def exact_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """``x [M, K] @ w [K, N]``, float32 accumulation; float32 operands are not rounded to TF32."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
+    """`x [M, K]` times w over its `axis` of K, summed in float32; no float32 is rounded to TF32."""
+    return lax.dot_general(
+        x,
+        w,
+        (((1,), (axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def pad_rows(x: jax.Array, view: WeightView) -> jax.Array:
-    """Zeros for the unused rows of the weight's last unit: ``[M, K] -> [M, view.rows]``."""
+    """Zeros for the unused rows of the weight's last unit: `[M, K] -> [M, view.rows]`."""
     missing = view.rows - x.shape[-1]
     return jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
 
 
 def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
-    """One element-wise fusion over ``[blocks, N]``, then a sum over the blocks.
+    """float32 `[M, K]` -> `[M, N]`: one element-wise fusion a row over `[blocks, N]`, then a sum.
 
     Args:
-      x: float32 ``[M, K]``, M small: rows are separate fusions that each read the codes.
-      view: of a ``[K, N]`` weight.
+      x: few rows, which are separate fusions that each read the codes.
+      view: of the weight.
       block_units: packed units summed inside the fusion; the largest divisor of the units of a
         group that is not larger is taken.
       dot: sum the blocks by a product with ones (CPU, where XLA's reduction takes 4 to 17 times
         longer) instead of a reduction (GPU, where it fuses).
-
-    Returns:
-      float32 ``[M, N]``.
     """
     # Without the barrier XLA fuses what made x (a quantization, a norm) into every product with it.
     x = lax.optimization_barrier(pad_rows(x, view))
@@ -81,17 +86,11 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
 
 
 def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> jax.Array:
-    """Decodes the planes of the weight and sums one dot a plane.
+    """Float `[M, K]` -> float32 `[M, N]`: decodes the planes of the weight, sums one dot a plane.
 
-    Args:
-      x: float ``[M, K]``.
-      view: of a ``[K, N]`` weight.
-      dtype: of the operands of the dot. float32 is exact; with bfloat16 or float16 the decoded
-        weights are rounded to it, except that a scale per channel is applied after the dot. With
-        float16, rows of another dtype are divided by a power of two that keeps them in its range.
-
-    Returns:
-      float32 ``[M, N]``.
+    The operands of the dot are of `dtype`. float32 is exact; with bfloat16 or float16 the decoded
+    weights are rounded to it, except that a scale per channel is applied after the dot. With
+    float16, rows of another dtype are divided by a power of two that keeps them in its range.
     """
     x, row_scale = pad_rows(x, view), None
     if dtype == jnp.float16 and x.dtype != jnp.float16:
@@ -126,7 +125,7 @@ def tiled(
     view: WeightView,
     columns: int,
 ) -> jax.Array:
-    """``product`` applied to tiles of ``columns`` output channels; only a tile is decoded at once.
+    """`product` applied to tiles of `columns` output channels; only a tile is decoded at once.
 
     The last tile starts early enough to be a full one: it computes some columns again.
     """
@@ -142,3 +141,45 @@ def tiled(
 
     y = jnp.zeros((x.shape[0], n), jnp.float32)
     return lax.fori_loop(0, -(-n // columns), body, y)
+
+
+_SPLITS = 3  # int8 rows that a float row is split into
+# 127 * 2 * 127: a part is rounded to 1/127 of the one before, and the remainder is half a step.
+_STEP = 254.0
+
+
+def transposed_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """int8 `x [M, K]` times `w [N, K]` over K -> int32 `[M, N]`.
+
+    The weight is the left operand: the right one is repacked by the CPU's matrix kernels, and x is
+    the small one. Rows are padded to two (see `padded_integer_dot`).
+    """
+    m = x.shape[0]
+    if m == 1:
+        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
+    y = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return y[:, :m].T
+
+
+def transposed_split_product(x: jax.Array, w: TransposedWeight) -> jax.Array:
+    """Float rows `[M, K]` times a transposed int8 weight -> float32 `[M, N]`.
+
+    A row of x is split into three int8 rows, `x = step * (a + b / 254 + c / 254^2)` with
+    `step = max|x| / 127`, so that 8-bit dots do the work and the sums are exact. What is cut off
+    is at most `max|x| * 2^-24`, half a unit in the last place of the row's largest element.
+    """
+    m = x.shape[0]
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    largest = jnp.where(largest == 0, jnp.float32(1), largest)
+    rest = x / largest * jnp.float32(127)
+    parts = []
+    for _ in range(_SPLITS):
+        part = jnp.round(rest)
+        parts.append(part)
+        rest = (rest - part) * jnp.float32(_STEP)
+    sums = transposed_dot(jnp.concatenate(parts, axis=0).astype(jnp.int8), w.data.codes)
+    sums = sums.astype(jnp.float32)
+    y = sums[2 * m :] / jnp.float32(_STEP)
+    y = (y + sums[m : 2 * m]) / jnp.float32(_STEP) + sums[:m]
+    return y * (largest / jnp.float32(127)) * w.data.scale.astype(jnp.float32)

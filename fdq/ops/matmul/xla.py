@@ -14,8 +14,14 @@ from fdq.ops.choice import Target, choose_program, trace_target
 from fdq.ops.implementation import Implementation
 from fdq.ops.matmul.dense import dense_product
 from fdq.ops.matmul.product import Product, takes_integers
-from fdq.ops.matmul.transposed import transposed_integer_product, transposed_split_product
-from fdq.ops.matmul.weight_only import exact_dot, fused_product, plane_product, tiled
+from fdq.ops.matmul.weight_only import (
+    exact_dot,
+    fused_product,
+    plane_product,
+    tiled,
+    transposed_dot,
+    transposed_split_product,
+)
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.rows import as_array
 from fdq.ops.weight_view import WeightView, view_weight, view_words
@@ -83,19 +89,14 @@ def _view(q: QuantizedWeight) -> WeightView | None:
 def _integer_rows(codes: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     """int8 rows times integer weights, before the activation scale."""
     if isinstance(q, TransposedWeight):
-        return transposed_integer_product(codes, q)
+        sums = transposed_dot(codes, q.data.codes).astype(jnp.float32)
+        return sums * q.data.scale.astype(jnp.float32)
     view = _view(q)
     if view is None:
         return _product(codes.astype(jnp.float32), q, target)
-    m, elements = codes.shape[0], view.rows * view.columns
     if target.platform != "cpu":
         return integer_product(codes, view)
-    choice = choose_program(f"{view.kind} x int8", m, elements)
-    if choice.name == "fused":
-        return fused_product(codes.astype(jnp.float32), view, choice.size, dot=True)
-    if choice.name == "tiles":
-        return tiled(integer_product, codes, view, choice.size)
-    return integer_product(codes, view)
+    return _chosen_program(f"{view.kind} x int8", integer_product, codes, view)
 
 
 # Beyond this many rows a fusion per row reads the codes too often.
@@ -111,18 +112,21 @@ def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     view = _view(q)
     if view is None:
         return exact_dot(x.astype(jnp.float32), dequantize(q))
-    m, elements = x.shape[0], view.rows * view.columns
-    if target.platform != "cpu":
-        if m <= _FUSED_ROWS:
-            return fused_product(x.astype(jnp.float32), view, _REDUCED_UNITS, dot=False)
-        return plane_product(x, view, _compute_dtype(x.dtype, target))
-    x = x.astype(jnp.float32)
-    choice = choose_program(view.kind, m, elements)
+    if target.platform == "cpu":
+        return _chosen_program(view.kind, plane_product, x.astype(jnp.float32), view)
+    if x.shape[0] <= _FUSED_ROWS:
+        return fused_product(x.astype(jnp.float32), view, _REDUCED_UNITS, dot=False)
+    return plane_product(x, view, _compute_dtype(x.dtype, target))
+
+
+def _chosen_program(path: str, product: Any, x: jax.Array, view: WeightView) -> jax.Array:
+    """`product(x, view)` on CPU: as it is, a tile of columns at a time, or as one fusion."""
+    choice = choose_program(path, x.shape[0], view.rows * view.columns)
     if choice.name == "fused":
-        return fused_product(x, view, choice.size, dot=True)
+        return fused_product(x.astype(jnp.float32), view, choice.size, dot=True)
     if choice.name == "tiles":
-        return tiled(plane_product, x, view, choice.size)
-    return plane_product(x, view)
+        return tiled(product, x, view, choice.size)
+    return product(x, view)
 
 
 def _compute_dtype(dtype: Any, target: Target) -> Any:
