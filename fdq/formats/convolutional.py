@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdq.formats import distortion, exact_arithmetic, grouping, packing
-from fdq.formats.format import Arrays, Format
+from fdq.formats.format import Arrays, Format, Tables, Unit
 from fdq.schemes.scheme import WeightSpec
 
 GROUP = 64
@@ -81,10 +81,8 @@ class Convolutional(Format):
         values = jnp.stack(self.decode_unit([codes], spec, self.unit_tables(arrays, spec)), axis=-2)
         local = self._local_scales(arrays)
         # v * local is an exact small integer: one rounding, as in any order of the two products.
-        local = jnp.broadcast_to(
-            local[..., :, None, None, :],
-            (*local.shape[:-1], GROUP // ROWS_PER_CODE, ROWS_PER_CODE, n),
-        )
+        wide = (*local.shape[:-1], GROUP // ROWS_PER_CODE, ROWS_PER_CODE, n)
+        local = jnp.broadcast_to(local[..., :, None, None, :], wide)
         scaled = values.reshape(local.shape) * local
         w = scaled.reshape(*lead, rows * ROWS_PER_CODE, n) * arrays["super_scale"]
         return w.astype(dtype)
@@ -94,9 +92,7 @@ class Convolutional(Format):
         """Four rows a byte."""
         return 1, ROWS_PER_CODE
 
-    def decode_unit(
-        self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
-    ) -> list[jax.Array]:
+    def decode_unit(self, unit: Unit, spec: WeightSpec, tables: Tables = ()) -> Unit:
         """uint8 codes -> the values -32..31 of their four rows, exactly as NumPy computes them."""
         high, low, offset = tables
         code = unit[0].astype(jnp.float32)
@@ -105,7 +101,7 @@ class Convolutional(Format):
         windows = [(word >> jnp.int32(shift)) & jnp.int32(63) for shift in SHIFTS]
         return [w.astype(jnp.float32) - jnp.float32(32) for w in windows]
 
-    def unit_tables(self, arrays: Arrays, spec: WeightSpec) -> tuple[jax.Array, ...]:
+    def unit_tables(self, arrays: Arrays, spec: WeightSpec) -> Tables:
         """The code scale as a sum of two numbers, and the code offset."""
         return (*exact_arithmetic.halves(arrays["code_scale"]), arrays["code_offset"])
 
@@ -114,8 +110,9 @@ class Convolutional(Format):
         return self._local_scales(parameters) * parameters["super_scale"]
 
     def _local_scales(self, arrays: Arrays) -> jax.Array:
-        groups = arrays["codes"].shape[-2] * ROWS_PER_CODE // GROUP
-        return unpack_local_scales(arrays["scale"], groups).astype(jnp.float32)
+        scale, groups = arrays["scale"], arrays["codes"].shape[-2] * ROWS_PER_CODE // GROUP
+        local = packing.unpack(scale, 4, padding=2 * scale.shape[-2] - groups)
+        return local.astype(jnp.float32)
 
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:
         """A float32 weight `[..., K, N]` -> arrays, all rows of equal importance."""
@@ -125,13 +122,7 @@ class Convolutional(Format):
         return run(w)
 
     def search(self, w: jax.Array, spec: WeightSpec, importance: jax.Array | None = None) -> Arrays:
-        """Encodes `[K, N]`: nearest codewords, best local scales, a fitted super scale.
-
-        Args:
-          w: float32 weight.
-          spec: groups of 64.
-          importance: `[K]` weights of the squared errors, or None.
-        """
+        """Encodes `[K, N]`: nearest codewords, best local scales, a fitted super scale."""
         k, n = w.shape
         columns = max(1, min(n, SLAB_WEIGHTS // k))
         slabs = -(-n // columns)
@@ -144,7 +135,7 @@ class Convolutional(Format):
         }
         return {
             "codes": joined["codes"],
-            "scale": pack_local_scales(joined["local_scale"]),
+            "scale": packing.pack(joined["local_scale"], 4),
             "code_scale": jnp.full((1, n), CODE_SCALE),
             "code_offset": jnp.full((1, n), CODE_OFFSET),
             "super_scale": joined["super_scale"],
@@ -153,16 +144,6 @@ class Convolutional(Format):
     def search_distortion(self, spec: WeightSpec, k: int) -> float:
         """Simulated: the code of normal numbers, with the best continuous scale of each group."""
         return distortion.of_codebook(codebook(), GROUP, UNIT)
-
-
-def pack_local_scales(local: jax.Array) -> jax.Array:
-    """uint8 0..15 `[..., K / 64, N]` -> two in a byte, the even group in the low nibble."""
-    return packing.pack(local, 4)
-
-
-def unpack_local_scales(scale: jax.Array, groups: int) -> jax.Array:
-    """Inverse of `pack_local_scales` for a weight of `groups` groups."""
-    return packing.unpack(scale, 4, padding=2 * scale.shape[-2] - groups)
 
 
 @functools.cache

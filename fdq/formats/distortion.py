@@ -33,22 +33,18 @@ _NORMAL = statistics.NormalDist()
 
 
 def integral(format: Any, spec: WeightSpec, fit: Fit, k: int) -> float:
-    """E|w - w'|^2 per weight under the scales of a closed form, for a `ScaledFormat`.
+    """E|w - w'|^2 per weight under the scales of `fit`, a closed form of a `ScaledFormat`.
 
-    Args:
-      format: the format.
-      spec: how the weight is stored.
-      fit: the closed form: weight and spec to the format's parameters.
-      k: rows of the weight (the size of a group per channel; per tensor it is `k * k`).
+    `k` rows of the weight are the size of a group per channel; per tensor it is `k * k`.
     """
     size = max(2, grouping.group_rows(spec, k, k))
-    if spec.zero_point == "integer":
+    extremes = 2 if spec.zero_point == "integer" else 1
+    if extremes == 2:
         low, high = _range_nodes(size)
-        extremes = 2
     else:
-        high = _absmax_nodes(size)
+        levels = (np.arange(ABSMAX_NODES) + 0.5) / ABSMAX_NODES
+        high = np.array([_absmax_quantile(size, p) for p in levels])
         low = -high
-        extremes = 1
     nodes = len(high)
     rows = spec.group_size if spec.granularity == "group" and spec.group_size else 2
     # Only the extremes matter to a closed form. Where columns are other groups there is a second
@@ -141,11 +137,6 @@ def of_codebook(codebook: np.ndarray, group: int, unit: float) -> float:
 def _absmax_quantile(size: int, p: float) -> float:
     """The `p` quantile of the largest magnitude of `size` normal numbers."""
     return -_NORMAL.inv_cdf(-0.5 * math.expm1(math.log(p) / size))
-
-
-def _absmax_nodes(size: int) -> np.ndarray:
-    p = (np.arange(ABSMAX_NODES) + 0.5) / ABSMAX_NODES
-    return np.array([_absmax_quantile(size, q) for q in p])
 
 
 def _range_nodes(size: int) -> tuple[np.ndarray, np.ndarray]:

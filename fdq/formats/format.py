@@ -24,6 +24,8 @@ from fdq.schemes.kinds import WEIGHT_FORMATS as FORMATS
 from fdq.schemes.scheme import WeightSpec
 
 Arrays = dict[str, Any]
+Unit = list[jax.Array]
+Tables = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,25 +159,17 @@ class Format(abc.ABC):
         """
         return None
 
-    def decode_unit(
-        self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
-    ) -> list[jax.Array]:
+    def decode_unit(self, unit: Unit, spec: WeightSpec, tables: Tables = ()) -> Unit:
         """Values of the rows of a packed unit, before zero point and scales.
 
         Element-wise, by shifts, masks and conversions only, so that XLA fuses it into whatever
-        consumes the rows and the decoded weight never reaches memory.
-
-        Args:
-          unit: the elements of a unit, arrays of one shape; float8 codes as uint8.
-          spec: how the weight is stored.
-          tables: what `unit_tables` returned, in shapes that broadcast to that one.
-
-        Returns:
-          float32 arrays of that shape, one a row.
+        consumes the rows and the decoded weight never reaches memory. From the elements of a unit
+        (arrays of one shape, float8 codes as uint8) and what `unit_tables` returned (in shapes that
+        broadcast to that one) it makes float32 arrays of that shape, one a row.
         """
         raise NotImplementedError(f"Format {self.name} has no packed units.")
 
-    def unit_tables(self, arrays: Arrays, spec: WeightSpec) -> tuple[jax.Array, ...]:
+    def unit_tables(self, arrays: Arrays, spec: WeightSpec) -> Tables:
         """Arrays `[1, N]` that `decode_unit` needs beside the codes (default: none)."""
         del arrays, spec
         return ()
@@ -209,11 +203,6 @@ class Format(abc.ABC):
     def search_distortion(self, spec: WeightSpec, k: int) -> float:
         """E|w - w'|^2 of a search, for a weight `[k, N]` of independent N(0, 1) numbers."""
         raise NotImplementedError(f"Format {self.name} has no search of its own.")
-
-    def shape_from_arrays(self, arrays: Arrays, spec: WeightSpec, padding: int = 0):
-        """Shape `(..., K, N)` of the weight that the arrays (abstract ones too) stand for."""
-        del spec
-        return self.shape_from_codes(tuple(arrays["codes"].shape), padding)
 
     def abstract(self, shape: tuple[int, ...], spec: WeightSpec) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays of a weight of `shape`, without computing anything."""
@@ -251,9 +240,7 @@ class ScaledFormat(Format):
         """Bytes and rows of K of a packed unit."""
         return packing.UNITS[self.bits]
 
-    def decode_unit(
-        self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
-    ) -> list[jax.Array]:
+    def decode_unit(self, unit: Unit, spec: WeightSpec, tables: Tables = ()) -> Unit:
         """Levels of the rows of a packed unit."""
         return [self.from_codes(c, spec, None) for c in packing.unit_codes(unit, self.bits)]
 
@@ -285,9 +272,8 @@ class ScaledFormat(Format):
         stored: Arrays = jax.lax.optimization_barrier(parameters)
         scale = grouping.expand(self.multiplier(stored, spec), spec, k, n)
         zero = self._expanded_zero(stored, spec, k, n)
-        codes = self.to_codes(
-            self.project(exact_arithmetic.quotient(w, scale), spec, zero), spec, zero
-        )
+        levels = self.project(exact_arithmetic.quotient(w, scale), spec, zero)
+        codes = self.to_codes(levels, spec, zero)
         return {"codes": packing.pack(codes, self.bits), **stored}
 
     def decode(
@@ -306,7 +292,7 @@ class ScaledFormat(Format):
         return (*lead, packing.unpacked_rows(rows, self.bits, padding), n)
 
     def padding(self, k: int) -> int:
-        """Unused rows of the last packed unit of a weight with `k` rows."""
+        """Rows that fill it."""
         return packing.padding_rows(k, self.bits)
 
     def _expanded_zero(self, parameters: Arrays, spec: WeightSpec, k: int, n: int) -> Any:

@@ -27,11 +27,9 @@ def check_shape(spec: WeightSpec, k: int, n: int, path: str) -> None:
     if group is None or k % group == 0:
         return
     fits = [g for g in (256, 128, 64, 32, 16, 8) if k % g == 0]
-    options = (
-        "use a group size that divides K: " + ", ".join(f"-g{g}" for g in fits)
-        if fits
-        else "no usual group size divides K, so use one scale per channel"
-    )
+    options = "use a group size that divides K: " + ", ".join(f"-g{g}" for g in fits)
+    if not fits:
+        options = "no usual group size divides K, so use one scale per channel"
     raise ValueError(
         f"{path}: K={k} (rows, in-features) is not divisible by group_size={group}; {options}."
     )
@@ -86,8 +84,13 @@ def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
     # Rows, then columns: explicit mesh axes allow merging one pair of axes at a time.
     tall = jnp.broadcast_to(scale[..., :, None, :], (*lead, rows, bk, columns))
     tall = tall.reshape(*lead, rows * bk, columns)[..., :k, :]
-    wide = jnp.broadcast_to(tall[..., None], (*lead, k, columns, bn))
-    return wide.reshape(*lead, k, columns * bn)[..., :n]
+    return repeat_last(tall, bn, n)
+
+
+def repeat_last(a: Float[Array, "*m g"], times: int, size: int) -> Float[Array, "*m k"]:
+    """Repeats every element of the last axis `times` times and cuts it at `size`."""
+    wide = jnp.broadcast_to(a[..., None], (*a.shape, times))
+    return wide.reshape(*a.shape[:-1], -1)[..., :size]
 
 
 def round_scale(scale: jax.Array, dtype: str, *, empty: float | None = 1.0) -> jax.Array:

@@ -81,22 +81,19 @@ class Integer(ScaledFormat):
         """
         groups = grouping.to_groups(w, spec)
         if spec.zero_point == "integer":
-            high = jnp.maximum(jnp.max(groups, axis=-2), 0.0)
-            low = jnp.minimum(jnp.min(groups, axis=-2), 0.0)
-            # Halved before subtracting: the range of two huge numbers would overflow.
-            half_range = high * 0.5 - low * 0.5
+            half_range, low = _range(groups)
             scale = exact_arithmetic.quotient(half_range, (2**self.bits - 1) / 2)
             return self._asymmetric(scale, low, spec)
         largest = grouping.absolute_maximum(groups)
-        return self.with_multiplier({}, exact_arithmetic.quotient(largest, self._reach(spec)), spec)
+        reach = self.highest + 0.5 if spec.zero_point == "half" else self.highest
+        return self.with_multiplier({}, exact_arithmetic.quotient(largest, reach), spec)
 
     def candidates(self, w: jax.Array, spec: WeightSpec) -> Candidates:
         """Fractions of the full-range scale, with both signs where the levels are lopsided."""
         groups = grouping.to_groups(w, spec)
         if spec.zero_point == "integer":
-            high = jnp.maximum(jnp.max(groups, axis=-2), 0.0)
-            low = jnp.minimum(jnp.min(groups, axis=-2), 0.0)
-            full = (high * 0.5 - low * 0.5) / jnp.float32((2**self.bits - 1) / 2)
+            half_range, low = _range(groups)
+            full = half_range / jnp.float32((2**self.bits - 1) / 2)
 
             def at(fraction: jax.Array) -> Arrays:
                 return self._asymmetric(fraction * full, fraction * low, spec)
@@ -120,16 +117,20 @@ class Integer(ScaledFormat):
         """Whether a scale of the other sign gives other levels."""
         return spec.zero_point == "none"
 
-    def _reach(self, spec: WeightSpec) -> float:
-        return self.highest + 0.5 if spec.zero_point == "half" else self.highest
-
     def _asymmetric(self, scale: jax.Array, low: jax.Array, spec: WeightSpec) -> Arrays:
         parameters = self.with_multiplier({}, scale, spec)
         rounded = parameters["scale"].astype(jnp.float32)
-        zero = jnp.clip(
-            jnp.round(exact_arithmetic.quotient(-low, rounded)), 0.0, 2.0**self.bits - 1.0
-        )
+        zero = jnp.round(exact_arithmetic.quotient(-low, rounded))
+        zero = jnp.clip(zero, 0.0, 2.0**self.bits - 1.0)
         return {**parameters, "zero": zero.astype(jnp.uint8)}
+
+
+def _range(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Half of the largest less the smallest (0 counts) of each group, and the smallest."""
+    high = jnp.maximum(jnp.max(groups, axis=-2), 0.0)
+    low = jnp.minimum(jnp.min(groups, axis=-2), 0.0)
+    # Halved before subtracting: the range of two huge numbers would overflow.
+    return high * 0.5 - low * 0.5, low
 
 
 INT8 = Integer(8, None, "weight_only_int8")

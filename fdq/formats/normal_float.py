@@ -89,7 +89,7 @@ class NormalFloat(ScaledFormat):
         scale = parameters["scale"].astype(jnp.float32)
         if "super_scale" not in parameters:
             return scale
-        step = _over_columns(parameters["super_scale"], scale.shape[-1])
+        step = grouping.repeat_last(parameters["super_scale"], SUPER_COLUMNS, scale.shape[-1])
         return exact_arithmetic.product(scale, step) + parameters["scale_offset"]
 
     def finish(self, parameters: Arrays, spec: WeightSpec) -> Arrays:
@@ -104,17 +104,11 @@ class NormalFloat(ScaledFormat):
         shifted = scale - offset
         pad = [(0, 0)] * (len(lead) + 1) + [(0, -n % SUPER_COLUMNS)]
         blocks = jnp.pad(shifted, pad).reshape(*lead, rows, -1, SUPER_COLUMNS)
-        step = grouping.round_scale(
-            exact_arithmetic.quotient(jnp.max(jnp.abs(blocks), axis=-1), 127.0), "float32"
-        )
-        codes = jnp.clip(
-            jnp.round(exact_arithmetic.quotient(shifted, _over_columns(step, n))), -127.0, 127.0
-        )
-        return {
-            "scale": codes.astype(jnp.int8),
-            "super_scale": step,
-            "scale_offset": offset,
-        }
+        largest = jnp.max(jnp.abs(blocks), axis=-1)
+        step = grouping.round_scale(exact_arithmetic.quotient(largest, 127.0), "float32")
+        wide = grouping.repeat_last(step, SUPER_COLUMNS, n)
+        codes = jnp.clip(jnp.round(exact_arithmetic.quotient(shifted, wide)), -127.0, 127.0)
+        return {"scale": codes.astype(jnp.int8), "super_scale": step, "scale_offset": offset}
 
     def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
         """`parameters` with their scale replaced, rounded to what is stored."""
@@ -126,13 +120,6 @@ class NormalFloat(ScaledFormat):
         largest = jnp.max(jnp.abs(scale), axis=(-2, -1), keepdims=True)
         spare = grouping.round_scale(largest, "float32")
         return {**parameters, "scale": jnp.where(usable, scale, spare)}
-
-
-def _over_columns(super_scale: jax.Array, n: int) -> jax.Array:
-    """`[..., rows, ceil(n / 256)]` -> `[..., rows, n]`."""
-    *lead, rows, blocks = super_scale.shape
-    wide = jnp.broadcast_to(super_scale[..., None], (*lead, rows, blocks, SUPER_COLUMNS))
-    return wide.reshape(*lead, rows, blocks * SUPER_COLUMNS)[..., :n]
 
 
 NF4 = NormalFloat()

@@ -36,14 +36,9 @@ def unpacked_rows(packed: int, bits: int, padding: int = 0) -> int:
 
 
 def pack(codes: Shaped[Array, "*m k n"], bits: int) -> Shaped[Array, "*m bytes n"]:
-    """Packs unsigned codes along axis -2.
+    """Packs uint8 codes below `2**bits` along K; bits that are not used are zero.
 
-    Args:
-      codes: uint8 `[..., K, N]`, each below `2**bits`. K need not fill the last unit.
-      bits: 2, 3 or 4 (8 returns the codes as they are).
-
-    Returns:
-      uint8 `[..., packed_rows(K, bits), N]`; unused bits are zero.
+    K need not fill the last unit; with 8 bits the codes are returned as they are.
 
     Examples:
       >>> pack(jnp.array([[1], [2], [3]], jnp.uint8), 4).tolist()
@@ -70,16 +65,7 @@ def pack(codes: Shaped[Array, "*m k n"], bits: int) -> Shaped[Array, "*m bytes n
 def unpack(
     packed: Shaped[Array, "*m bytes n"], bits: int, padding: int = 0
 ) -> Shaped[Array, "*m k n"]:
-    """Inverse of `pack`.
-
-    Args:
-      packed: uint8 `[..., P, N]`.
-      bits: 2, 3 or 4 (8 returns the codes as they are).
-      padding: unused rows at the end, dropped from the result.
-
-    Returns:
-      uint8 `[..., K, N]` with `K = unpacked_rows(P, bits, padding)`.
-    """
+    """Inverse of `pack`, uint8 `[..., unpacked_rows(P, bits, padding), N]`."""
     if bits == 8:
         return packed
     *lead, p, n = packed.shape
@@ -91,14 +77,9 @@ def unpack(
 
 
 def unit_codes(unit: list[jax.Array], bits: int) -> list[jax.Array]:
-    """The bytes of a packed unit -> the codes of its rows, by shifts and masks alone.
+    """The bytes of a packed unit -> the uint8 codes of its rows, by shifts and masks alone.
 
-    Args:
-      unit: arrays of one shape, uint8 (8-bit codes of any dtype are returned as they are).
-      bits: 2, 3, 4 or 8.
-
-    Returns:
-      As many uint8 arrays of that shape as the unit has rows.
+    8-bit codes of any dtype are returned as they are.
     """
     if bits == 8:
         return unit

@@ -97,17 +97,13 @@ class QuantizedWeight:
 
 
 class QTensor(QuantizedWeight):
-    """A quantized weight `[..., K, N]`, used as `x @ w`; leading axes are experts or layers.
+    """A quantized weight as checkpoints hold it.
 
     It has the arrays of its format, each an attribute and a child of the pytree: `codes` (packed or
     plain; packing is along K, axis -2, the lower index in the lower bits), `scale` (`[..., G, N]`
     with `G` groups along K, 1 per channel; `[..., 1, 1]` per tensor; `[..., ceil(K / bk),
     ceil(N / bn)]` per block), `zero` (of the shape of `scale`) where the spec has zero points, and
     what the format says besides.
-
-    Attributes:
-      spec: how to read the arrays.
-      padding: unused rows of K in the last packed unit.
     """
 
     def __init__(self, *, spec: WeightSpec, padding: int = 0, **arrays: Any):
@@ -146,7 +142,7 @@ class QTensor(QuantizedWeight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(..., K, N)` of the weight, derived from the codes (right inside vmap and scan)."""
+        """`(..., K, N)`, derived from the codes."""
         return FORMATS[self.spec.format].shape_from_codes(tuple(self.codes.shape), self.padding)
 
     @property
@@ -159,13 +155,28 @@ class QTensor(QuantizedWeight):
         return materialize(self)
 
 
+class QCodes(nnx.Variable):
+    """The codes of a `QTensor` that a module holds."""
+
+
+class QScale(nnx.Variable):
+    """A scale, zero point or other small array of a `QTensor` that a module holds."""
+
+
+def boxed[W: QuantizedWeight](q: W) -> W:
+    """`q` with each array in a Variable of its own, as modules hold it."""
+    fields = {}
+    for name, array in q.arrays().items():
+        if not isinstance(array, nnx.Variable):
+            array = QCodes(array) if name in ("codes", "data") else QScale(array)
+        fields[name] = array
+    return q.replace(**fields)
+
+
 def materialize[W: QuantizedWeight](q: W) -> W:
     """A weight whose fields are `nnx.Variable`s -> the same with the arrays they hold."""
-    changes = {
-        name: value.get_value()
-        for name, value in q.arrays().items()
-        if isinstance(value, nnx.Variable)
-    }
+    boxes = {n: box for n, box in q.arrays().items() if isinstance(box, nnx.Variable)}
+    changes = {name: box.get_value() for name, box in boxes.items()}
     return q.replace(**changes) if changes else q
 
 
@@ -202,8 +213,7 @@ def _unflatten(static, children) -> QTensor:
     # Skips __init__: tree transformations fill the leaves with None, objects and abstract values.
     names, spec, padding = static
     q = object.__new__(QTensor)
-    held = dict(zip(names, children, strict=True))
-    vars(q).update(spec=spec, padding=padding, _arrays=held)
+    vars(q).update(spec=spec, padding=padding, _arrays=dict(zip(names, children, strict=True)))
     return q
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.formats import packing
-from fdq.formats.format import ScaledFormat
+from fdq.formats.format import ScaledFormat, Tables, Unit
 from fdq.schemes.scheme import WeightSpec
 
 
@@ -57,12 +57,9 @@ class Float4:
     def nearest(self, u: jax.Array) -> jax.Array:
         """The number nearest to `u`, ties to even mantissas, saturating; float32."""
         magnitude = jnp.minimum(jnp.abs(u), jnp.float32(self.largest))
-        step = jnp.where(
-            magnitude < 2.0, jnp.float32(0.5), jnp.where(magnitude < 4.0, jnp.float32(1.0), 2.0)
-        )
-        inverse = jnp.where(
-            magnitude < 2.0, jnp.float32(2.0), jnp.where(magnitude < 4.0, jnp.float32(1.0), 0.5)
-        )
+        one = jnp.float32(1.0)
+        step = jnp.where(magnitude < 2.0, 0.5, jnp.where(magnitude < 4.0, one, 2.0))
+        inverse = jnp.where(magnitude < 2.0, 2.0, jnp.where(magnitude < 4.0, one, 0.5))
         return jnp.sign(u) * (jnp.round(magnitude * inverse) * step)
 
     def to_codes(self, levels: jax.Array) -> jax.Array:
@@ -107,9 +104,7 @@ class FloatLevels(ScaledFormat):
         """Inverse of `to_codes`, float32."""
         return self.element.from_codes(codes)
 
-    def decode_unit(
-        self, unit: list[jax.Array], spec: WeightSpec, tables: tuple[jax.Array, ...] = ()
-    ) -> list[jax.Array]:
+    def decode_unit(self, unit: Unit, spec: WeightSpec, tables: Tables = ()) -> Unit:
         """Levels of the rows of a packed unit, divided by `unit_factor`."""
         return [self.element.from_bits(bits) for bits in packing.unit_codes(unit, self.bits)]
 

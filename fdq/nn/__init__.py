@@ -1,5 +1,8 @@
 """Flax NNX modules whose weights may be arrays or quantized tensors."""
 
+from fdq.formats.qtensor import QCodes as QCodes
+from fdq.formats.qtensor import QScale as QScale
+from fdq.formats.qtensor import boxed as boxed
 from fdq.nn.attention import Attention as Attention
 from fdq.nn.embedding import Embedding as Embedding
 from fdq.nn.experts import ExpertLinear as ExpertLinear
@@ -14,10 +17,7 @@ from fdq.nn.mlp import Router as Router
 from fdq.nn.norm import RMSNorm as RMSNorm
 from fdq.nn.parameters import ActivationScale as ActivationScale
 from fdq.nn.parameters import CacheScale as CacheScale
-from fdq.nn.parameters import QCodes as QCodes
-from fdq.nn.parameters import QScale as QScale
 from fdq.nn.parameters import bind as bind
-from fdq.nn.parameters import boxed as boxed
 from fdq.nn.parameters import split as split
 from fdq.nn.parameters import value as value
 from fdq.nn.rotary import RotaryConfig as RotaryConfig

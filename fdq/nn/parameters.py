@@ -17,14 +17,6 @@ from fdq.formats.qtensor import QuantizedWeight
 from fdq.schemes.path_pattern import path_keys
 
 
-class QCodes(nnx.Variable):
-    """The codes of a `QTensor` that a module holds."""
-
-
-class QScale(nnx.Variable):
-    """A scale, zero point or other small array of a `QTensor` that a module holds."""
-
-
 class ActivationScale(nnx.Variable):
     """The calibrated (static) scale of a module's input, float32."""
 
@@ -40,16 +32,6 @@ def value(x: Any) -> Any:
     if isinstance(x, QuantizedWeight):
         return x.replace(**{name: value(array) for name, array in x.arrays().items()})
     return x
-
-
-def boxed[W: QuantizedWeight](q: W) -> W:
-    """`q` with each array in a Variable of its own, as modules hold it."""
-    fields = {}
-    for name, array in q.arrays().items():
-        if not isinstance(array, nnx.Variable):
-            array = QCodes(array) if name in ("codes", "data") else QScale(array)
-        fields[name] = array
-    return q.replace(**fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Quantized activations: codes and scales of x, and products formed in their arithmetic.
 
-``x[..., k] ~= codes[..., k] * scale``, with one scale per token, per token and group of channels,
+`x[..., k] ~= codes[..., k] * scale`, with one scale per token, per token and group of channels,
 or one calibrated scale for the whole tensor. Integers are rounded to nearest even within +-127,
 float8 e4m3 is saturated at 448 (a plain cast would overflow to NaN).
 """
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.exact_arithmetic import quotient
-from fdq.ops.weight_view import WeightView
+from fdq.formats.grouping import repeat_last
+from fdq.ops.weight_view import WeightView, pad_rows
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Int, Num
 
@@ -32,15 +33,15 @@ def quantize_activation(
     """Codes and scales of activations.
 
     Args:
-      x: float ``[..., K]``.
+      x: float `[..., K]`.
       spec: format, granularity and whether scales are dynamic.
       scale: the calibrated scale, a scalar (or any array with one element); needed when
-        ``spec.dynamic`` is False and not allowed otherwise.
+        `spec.dynamic` is False and not allowed otherwise.
       path: name of the layer, used only in errors.
 
     Returns:
-      ``(codes, scale)``: int8 or float8_e4m3fn ``[..., K]``, float32 ``[..., 1]`` (token, tensor)
-      or ``[..., ceil(K / group)]`` (token_group).
+      `(codes, scale)`: int8 or float8_e4m3fn `[..., K]`, float32 `[..., 1]` (token, tensor)
+      or `[..., ceil(K / group)]` (token_group).
     """
     bound = spec.bound
     x = x.astype(jnp.float32)
@@ -69,7 +70,7 @@ def quantize_activation(
         groups = -(-k // group)
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * group - k)])
         scale = _dynamic_scale(padded.reshape(*x.shape[:-1], groups, group), bound)[..., 0]
-        expanded = expand_groups(scale, group, k)
+        expanded = repeat_last(scale, group, k)
     else:
         axes = (-1,) if spec.granularity == "token" else tuple(range(x.ndim))
         scale = _dynamic_scale(x, bound, axes)
@@ -85,21 +86,15 @@ def _dynamic_scale(x: jax.Array, bound: float, axes: tuple[int, ...] = (-1,)) ->
     return quotient(jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)), bound)
 
 
-def expand_groups(scale: Float[Array, "*m g"], group: int, k: int) -> Float[Array, "*m k"]:
-    """``[..., G] -> [..., k]``: every scale repeated over its group, cut at k."""
-    wide = jnp.broadcast_to(scale[..., None], (*scale.shape, group))
-    return wide.reshape(*scale.shape[:-1], -1)[..., :k]
-
-
 def activation_values(codes: jax.Array, scale: jax.Array, group: int | None, dtype: Any) -> Any:
-    """``codes * scale``, ``[..., K]`` in ``dtype``; ``group`` is that of ``token_group``."""
+    """`codes * scale`, `[..., K]` in `dtype`; `group` is that of `token_group`."""
     if scale.shape[-1] != 1 and group is not None:
-        scale = expand_groups(scale, group, codes.shape[-1])
+        scale = repeat_last(scale, group, codes.shape[-1])
     return (codes.astype(jnp.float32) * scale).astype(dtype)
 
 
 def padded_integer_dot(x: Int[Array, "m k"], w: Int[Array, "k n"]) -> Int[Array, "m n"]:
-    """int8 ``x [M, K] @ w [K, N]`` -> int32, with a second row where there is one.
+    """int8 `x [M, K] @ w [K, N]` -> int32, with a second row where there is one.
 
     XLA's CPU backend sends two rows and more to vector instructions for int8, one row to a loop
     that is ten times slower.
@@ -111,18 +106,11 @@ def padded_integer_dot(x: Int[Array, "m k"], w: Int[Array, "k n"]) -> Int[Array,
 
 
 def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n"]:
-    """int8 rows times integer weights: exact int32 per group, then the group's scale in float32.
+    """int8 rows times a weight with an `integer_offset`: exact int32 per group, then its scale.
 
-    Args:
-      x: int8 ``[M, K]``.
-      view: of a ``[K, N]`` weight with an ``integer_offset``.
-
-    Returns:
-      float32 ``[M, N]``: ``sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])``.
+    float32 `[M, N]`: `sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])`.
     """
-    missing = view.rows - x.shape[-1]
-    if missing:
-        x = jnp.pad(x, [(0, 0), (0, missing)])
+    x = pad_rows(x, view)
     m, n = x.shape[0], view.columns
     groups = view.scale.shape[-2]
     codes = view.codes.reshape(view.units, view.unit_bytes, n)
@@ -153,7 +141,7 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
 
 
 def _apply_offsets(acc, x, view: WeightView, groups: int, shift: int) -> jax.Array:
-    """int32 ``[G, M, N]`` sums of codes -> ``[M, N]``, scaled, float32."""
+    """int32 `[G, M, N]` sums of codes -> `[M, N]`, scaled, float32."""
     m = x.shape[0]
     twice = round(2 * (view.integer_offset or 0.0))
     multiplier = 1.0

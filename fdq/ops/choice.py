@@ -20,7 +20,7 @@ class Target:
     """The device that a trace is for.
 
     Attributes:
-      platform: ``cpu``, ``gpu`` or ``tpu``.
+      platform: `cpu`, `gpu` or `tpu`.
       has_bfloat16: False where bfloat16 arithmetic is emulated (GPUs before sm_80, like the T4).
     """
 
@@ -33,23 +33,20 @@ def trace_target() -> Target:
     device = default_device()
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
     capability = getattr(device, "compute_capability", None)
-    has_bfloat16 = True
-    if platform == "gpu" and capability is not None:
-        try:
-            has_bfloat16 = float(capability) >= 8.0
-        except ValueError:  # ROCm says "gfx90a"
-            has_bfloat16 = True
-    return Target(platform, has_bfloat16)
+    try:
+        return Target(platform, platform != "gpu" or capability is None or float(capability) >= 8.0)
+    except ValueError:  # ROCm says "gfx90a"
+        return Target(platform, True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One XLA program for a product of ``x [M, K]`` with a weight.
+    """One XLA program for a product of `x [M, K]` with a weight.
 
     Attributes:
-      name: ``fused`` (one element-wise fusion over blocks of packed rows and a small dot, M times),
-        ``tiles`` (decode ``size`` columns, dot, next), ``whole`` (decode everything, one dot).
-      size: packed units a block (``fused``) or columns a tile (``tiles``).
+      name: `fused` (one element-wise fusion over blocks of packed rows and a small dot, M times),
+        `tiles` (decode `size` columns, dot, next), `whole` (decode everything, one dot).
+      size: packed units a block (`fused`) or columns a tile (`tiles`).
     """
 
     name: str
@@ -68,7 +65,7 @@ _OVERRIDES: list[Program] = []
 class forced_program:
     """Context manager that forces a program for everything traced inside (benchmarks, tests).
 
-    Functions already compiled are not traced again: use fresh ``jax.jit`` objects inside.
+    Functions already compiled are not traced again: use fresh `jax.jit` objects inside.
     """
 
     def __init__(self, name: str, size: int = 0):
@@ -86,7 +83,7 @@ def choose_program(path: str, rows: int, elements: int) -> Program:
     """The measured choice on CPU: the first row of the table whose bounds hold.
 
     Args:
-      path: a key of ``cpu_choices.json``: a weight format, or ``"default"`` for the rest.
+      path: a key of `cpu_choices.json`: a weight format, or `"default"` for the rest.
       rows: rows M of x.
       elements: K * N.
     """

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fdq.formats.qtensor import QuantizedWeight, materialize
+from fdq.formats.qtensor import QScale, QuantizedWeight, materialize
 from fdq.ops.implementation import requested
 from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.placement import devices
@@ -105,7 +105,10 @@ def _changed(w: QuantizedWeight, kind: type[PreparedWeight] | None) -> Quantized
     boxes = [box for box in w.arrays().values() if isinstance(box, nnx.Variable)]
     if not boxes:
         return new
-    return new.replace(**{name: boxes[0].replace(a) for name, a in new.arrays().items()})
+    codes = boxes[0].replace  # keeps the metadata of what the module held
+    return new.replace(
+        **{n: (codes if n in ("codes", "data") else QScale)(a) for n, a in new.arrays().items()}
+    )
 
 
 def _identity(w: QuantizedWeight) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pallas_kernels.weights.kernel_weight import KernelWeight
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PreparedWeight(QuantizedWeight):
     """A weight in the layout of a device; a pytree like a QTensor.
 
@@ -30,9 +31,9 @@ class PreparedWeight(QuantizedWeight):
       data: the arrays, as a pytree; inside a module an `nnx.Variable` of it.
     """
 
-    def __init__(self, data: Any, *, spec: WeightSpec, padding: int = 0):
-        """See the attributes."""
-        self.data, self.spec, self.padding = data, spec, padding
+    data: Any
+    spec: WeightSpec = dataclasses.field(kw_only=True, metadata={"static": True})
+    padding: int = dataclasses.field(default=0, kw_only=True, metadata={"static": True})
 
     @classmethod
     def unsupported(cls, q: QTensor) -> str | None:
@@ -68,8 +69,7 @@ class PreparedWeight(QuantizedWeight):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other data."""
-        fields = {"data": self.data, "spec": self.spec, "padding": self.padding}
-        return type(self)(**(fields | changes))
+        return dataclasses.replace(self, **changes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,6 +77,7 @@ class PreparedWeight(QuantizedWeight):
         return tuple(self.data.shape)
 
 
+@jax.tree_util.register_dataclass
 class WordsWeight(PreparedWeight):
     """The words that matrix kernels read: `data` is a `KernelWeight`.
 
@@ -90,13 +91,7 @@ class WordsWeight(PreparedWeight):
         """Where no kernel reads the format."""
         from pallas_kernels.weights.kernel_weight import unsupported
 
-        spec = q.spec
-        return unsupported(
-            spec.format,
-            granularity=spec.granularity,
-            group_size=spec.group_size,
-            block_size=spec.block_size,
-        )
+        return unsupported(q.spec.format, **_scaling(q.spec))
 
     # One function for all weights: those of equal shapes share what was compiled.
     @staticmethod
@@ -107,12 +102,10 @@ class WordsWeight(PreparedWeight):
         return to_kernel(
             arrays,
             format=spec.format,
-            granularity=spec.granularity,
-            group_size=spec.group_size,
-            block_size=spec.block_size,
             zero_point=spec.zero_point,
             k=shape[0],
             n=shape[1],
+            **_scaling(spec),
         )
 
     @staticmethod
@@ -125,6 +118,11 @@ class WordsWeight(PreparedWeight):
     def code_dtype(self) -> Any:
         """Dtype of the codes as checkpoints hold them."""
         return jnp.dtype(materialize(self).data.layout.code_dtype)
+
+
+def _scaling(spec: WeightSpec) -> dict[str, Any]:
+    names = ("granularity", "group_size", "block_size")
+    return {name: getattr(spec, name) for name in names}
 
 
 def kernel_weight(w: QuantizedWeight) -> KernelWeight:
@@ -147,6 +145,7 @@ class Transposed:
         return (*lead, k, n)
 
 
+@jax.tree_util.register_dataclass
 class TransposedWeight(PreparedWeight):
     """int8 for CPUs with matrix units: `data` is a `Transposed`."""
 
@@ -176,20 +175,5 @@ class TransposedWeight(PreparedWeight):
 
 
 PREPARED = (WordsWeight, TransposedWeight)
-
-
-def _register(kind: type[PreparedWeight]) -> None:
-    def flatten_with_keys(w):
-        return ((jax.tree_util.GetAttrKey("data"), w.data),), (w.spec, w.padding)
-
-    def unflatten(static, children):
-        w = object.__new__(kind)  # tree transformations fill the leaves with anything
-        (w.data,), (w.spec, w.padding) = children, static
-        return w
-
-    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten)
-    nnx.register_data_type(kind)
-
-
 for _kind in PREPARED:
-    _register(_kind)
+    nnx.register_data_type(_kind)

@@ -41,12 +41,12 @@ def failure(
     *,
     tolerance: float = TOLERANCE,
 ) -> str | None:
-    """Why a kernel is switched off on ``device``; None if it is right there, or cannot be run.
+    """Why a kernel is switched off on `device`; None if it is right there, or cannot be run.
 
     Args:
-      kernel: its name, for the log.
+      kernel: its name in the tuning table.
       format: of the weights or the cache.
-      device: the device that the trace is for. Devices of a topology are not checked.
+      device: that the trace is for. Devices of a topology are not checked.
       case: makes inputs and returns the kernel's result and the reference's. It runs once per
         kernel, format and kind of device, in a thread of its own: this one may be tracing.
       tolerance: of the difference, relative to the largest reference value.
@@ -59,13 +59,8 @@ def failure(
             with ThreadPoolExecutor(1) as pool:
                 reason = pool.submit(_compare, device, case, tolerance).result()
             if reason is not None:
-                _LOGGER.warning(
-                    "%s[%s] is switched off on %s: %s; XLA takes its place",
-                    kernel,
-                    format,
-                    device.device_kind,
-                    reason,
-                )
+                message = "%s[%s] is switched off on %s: %s; XLA takes its place"
+                _LOGGER.warning(message, *key, reason)
             _RESULTS[key] = reason
         return _RESULTS[key]
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdq.formats import FORMATS
+from fdq.formats import FORMATS, grouping
 from fdq.formats.format import Format
 from fdq.formats.packing import unit_codes
 from fdq.formats.qtensor import QTensor
@@ -44,6 +44,7 @@ class _Floats:
 _FLOATS = _Floats()
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightView:
     """A quantized `[K, N]` weight as ops read it.
@@ -61,8 +62,8 @@ class WeightView:
     scale: jax.Array
     zero: jax.Array | None
     tables: tuple[jax.Array, ...]
-    format: Any
-    spec: WeightSpec | None
+    format: Any = dataclasses.field(metadata={"static": True})
+    spec: WeightSpec | None = dataclasses.field(metadata={"static": True})
 
     @property
     def kind(self) -> str:
@@ -107,15 +108,7 @@ class WeightView:
     def decode_unit(
         self, unit: list[jax.Array], tables: tuple[jax.Array, ...] | None = None
     ) -> list[jax.Array]:
-        """Values of the rows of a packed unit, before `zero`, `scale` and `multiplier`.
-
-        Args:
-          unit: `unit_bytes` arrays of one shape.
-          tables: `self.tables` in a shape that broadcasts to that one.
-
-        Returns:
-          `unit_rows` float32 arrays of that shape.
-        """
+        """Values of the rows of a unit: `Format.decode_unit`, `tables` shaped like the unit."""
         return self.format.decode_unit(unit, self.spec, self.tables if tables is None else tables)
 
     def unit_codes(self, unit: list[jax.Array]) -> list[jax.Array]:
@@ -141,13 +134,6 @@ class WeightView:
         )
 
 
-jax.tree_util.register_dataclass(
-    WeightView,
-    data_fields=["codes", "scale", "zero", "tables"],
-    meta_fields=["format", "spec"],
-)
-
-
 def _as_bytes(codes: jax.Array) -> jax.Array:
     """Float8 codes as the bytes that hold them."""
     if codes.dtype.itemsize == 1 and not jnp.issubdtype(codes.dtype, jnp.integer):
@@ -155,17 +141,11 @@ def _as_bytes(codes: jax.Array) -> jax.Array:
     return codes
 
 
-def _repeat_last(a: jax.Array, times: int, size: int) -> jax.Array:
-    """Repeats every element of the last axis `times` times and cuts it at `size`."""
-    wide = jnp.broadcast_to(a[..., None], (*a.shape, times))
-    return wide.reshape(*a.shape[:-1], -1)[..., :size]
-
-
 def view_weight(q: QTensor) -> WeightView | None:
-    """The element-wise view of a canonical `[K, N]` QTensor, or None where there is none.
+    """The element-wise view of a canonical `[K, N]` QTensor.
 
-    There is none where the format has no packed units, or one holds rows of two groups (a group of
-    6 rows of 3-bit codes); such weights are decoded by `fdq.dequantize`.
+    None where the format has no packed units, or one holds rows of two groups (a group of 6 rows of
+    3-bit codes); such weights are decoded by `fdq.dequantize`.
     """
     spec, arrays = q.spec, q.arrays()
     format = FORMATS[spec.format]
@@ -180,7 +160,7 @@ def view_weight(q: QTensor) -> WeightView | None:
     if spec.granularity == "block":
         assert spec.block_size is not None
         # Repeated in memory (K / 128 rows): an index n // 128 inside a fusion stops vectorization.
-        scale = lax.optimization_barrier(_repeat_last(scale, spec.block_size[1], n))
+        scale = lax.optimization_barrier(grouping.repeat_last(scale, spec.block_size[1], n))
         missing = scale.shape[-2] * spec.block_size[0] - rows
         if missing:
             codes = jnp.pad(codes, [(0, missing // unit_rows * unit_bytes), (0, 0)])
@@ -192,6 +172,12 @@ def view_weight(q: QTensor) -> WeightView | None:
     return WeightView(codes, scale, zero, format.unit_tables(arrays, spec), format, spec)
 
 
+def pad_rows(x: jax.Array, view: WeightView) -> jax.Array:
+    """Zeros for the unused rows of the weight's last unit: `[M, K] -> [M, view.rows]`."""
+    missing = view.rows - x.shape[-1]
+    return jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
+
+
 def view_array(w: jax.Array) -> WeightView:
     """The view of a float `[K, N]` array."""
     return WeightView(w, jnp.ones((1, 1), jnp.float32), None, (), _FLOATS, None)
@@ -200,15 +186,8 @@ def view_array(w: jax.Array) -> WeightView:
 def decode_planes(view: WeightView, *, with_scale: bool = True) -> list[jax.Array]:
     """The weight as `unit_rows` float32 planes; plane `p` holds rows `p, p + unit_rows, ...`.
 
-    Planes instead of one matrix: interleaving rows costs a copy, taking every P-th column of x
-    costs nothing.
-
-    Args:
-      view: of a `[K, N]` weight.
-      with_scale: False leaves out scale and multiplier, but not the zero point.
-
-    Returns:
-      `unit_rows` arrays `[units, N]`.
+    Planes `[units, N]` instead of one matrix: interleaving rows costs a copy, taking every P-th
+    column of x costs nothing. `with_scale=False` leaves out scale and multiplier, but not zero.
     """
     shape = (view.units, view.unit_bytes, view.columns)
     codes = view.codes.reshape(shape)
@@ -229,11 +208,7 @@ def decode_planes(view: WeightView, *, with_scale: bool = True) -> list[jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What a view asks its format; see `fdq.formats.format.Format`.
-
-    Attributes:
-      layout: of the kernel's arrays.
-    """
+    """What a view of kernel words asks its format; see `fdq.formats.format.Format`."""
 
     layout: WeightLayout
     name = "words"

@@ -18,9 +18,8 @@ import jax
 from flax import nnx
 
 from fdq import nn
-from fdq.formats.qtensor import QTensor, QuantizedWeight
+from fdq.formats.qtensor import QCodes, QScale, QTensor, QuantizedWeight
 from fdq.nn import general
-from fdq.nn.parameters import QCodes, QScale
 from fdq.schemes.assignment import Leaf, MatchTable, Row, is_float
 from fdq.schemes.scheme import Scheme
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fdq.formats import convolutional
+from fdq.formats import convolutional, packing
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import expected_distortion, quantize_array
 from tests.formats.cases import spec
@@ -75,7 +75,7 @@ def test_fastdeploy_arrays_decode_as_its_kernel_does():
 def test_every_four_weights_get_their_nearest_codeword(rng):
     w = rng.standard_normal((256, 8)).astype(np.float32)
     q = quantize_array(w, CC2)
-    local = np.asarray(convolutional.unpack_local_scales(q.scale, 4)).astype(np.float64)
+    local = np.asarray(packing.unpack(q.scale, 4)).astype(np.float64)
     scale = np.repeat(local, 16, axis=0) * np.asarray(q.super_scale, np.float64)
     vectors = w.reshape(64, 4, 8).astype(np.float64) / scale[:, None]
     book = convolutional.codebook()

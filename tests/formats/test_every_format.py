@@ -158,7 +158,7 @@ def test_bits_per_weight_counts_the_arrays(case):
     assert q.bits_per_weight == 8 * stored / (case.k * case.n)
     format = FORMATS[case.spec.format]
     assert format.bits_per_weight(case.spec, (case.k, case.n)) == q.bits_per_weight
-    assert format.shape_from_arrays(q.arrays(), case.spec, q.padding) == (case.k, case.n)
+    assert format.shape_from_codes(q.codes.shape, q.padding) == (case.k, case.n)
     assert q.size == case.k * case.n
     assert q.ndim == 2
 

@@ -39,6 +39,8 @@ def test_a_prepared_module_shares_what_was_shared_and_nothing_with_its_source(tr
     np.testing.assert_allclose(prepared(x), model(x), rtol=0, atol=2e-6)
     back = fdq.unprepare(prepared)
     assert back.first is back.second
+    kernel = back.first.kernel
+    assert type(kernel.codes) is fdq.nn.QCodes and type(kernel.scale) is fdq.nn.QScale
     np.testing.assert_array_equal(back.first.kernel.codes[...], model.first.kernel.codes[...])
 
 

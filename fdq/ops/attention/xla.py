@@ -8,6 +8,7 @@ multiply scores and probabilities, per channel or head the query and the output.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -77,29 +78,22 @@ class Xla(Implementation[AttentionArguments]):
         a = arguments
 
         def attend(q, k, v, lengths, offset):
-            return _attend(q, k, v, lengths, offset, a.sliding_window, a.scale, a.block_size)
+            arrays = {"q": q, "k": k, "v": v, "lengths": lengths, "offset": offset}
+            return _attend(dataclasses.replace(a, **arrays))
 
         result = [spec_entry(a.q, axis) for axis in range(4)]
         return in_auto_axes(attend, a.q, a.k, a.v, a.lengths, a.offset, result=lambda: result)
 
 
-def _attend(
-    q,
-    k: CacheTensor,
-    v: CacheTensor,
-    lengths,
-    offset,
-    sliding_window,
-    scale: float,
-    block_size: int,
-) -> jax.Array:
-    key, value = _Side(k), _Side(v)
+def _attend(a: AttentionArguments) -> jax.Array:
+    q, lengths, offset, sliding_window = a.q, a.lengths, a.offset, a.sliding_window
+    key, value = _Side(a.k), _Side(a.v)
     b, t, h, d = q.shape
-    kh, slots = k.shape[1:3]
+    kh, slots = a.k.shape[1:3]
     group = h // kh
-    block = min(block_size, slots)
+    block = min(a.block_size, slots)
     # [B, KH, T * G, D]: the queries of a KV head are the rows of one dot.
-    queries = q.astype(jnp.float32) * jnp.float32(scale)
+    queries = q.astype(jnp.float32) * jnp.float32(a.scale)
     queries = queries.reshape(b, t, kh, group, d).transpose(0, 2, 1, 3, 4)
     queries = queries.reshape(b, kh, t * group, d)
     position = offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
@@ -161,10 +155,8 @@ def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
 
 def _sum_dots(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
     """`[B, KH, R, S]`: queries times keys, over the channels of every plane."""
-    scores = _batched_dot(x[0], y[0], 3)
-    for a, b in zip(x[1:], y[1:], strict=True):
-        scores = scores + _batched_dot(a, b, 3)
-    return scores
+    dots = [_batched_dot(a, b, 3) for a, b in zip(x, y, strict=True)]
+    return functools.reduce(jnp.add, dots)
 
 
 class _Side:

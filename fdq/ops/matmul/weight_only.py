@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.ops.prepared_weight import TransposedWeight
-from fdq.ops.weight_view import WeightView, decode_planes
+from fdq.ops.weight_view import WeightView, decode_planes, pad_rows
 
 
 def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
@@ -34,12 +34,6 @@ def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
-
-def pad_rows(x: jax.Array, view: WeightView) -> jax.Array:
-    """Zeros for the unused rows of the weight's last unit: `[M, K] -> [M, view.rows]`."""
-    missing = view.rows - x.shape[-1]
-    return jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
 
 
 def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
