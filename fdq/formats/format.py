@@ -171,12 +171,10 @@ class Format(abc.ABC):
 
     def unit_tables(self, arrays: Arrays, spec: WeightSpec) -> Tables:
         """Arrays `[1, N]` that `decode_unit` needs beside the codes (default: none)."""
-        del arrays, spec
         return ()
 
     def multiplier(self, parameters: Arrays, spec: WeightSpec) -> jax.Array:
         """The float32 number `[..., G, M]` that multiplies the values of each group."""
-        del spec
         return parameters["scale"].astype(jnp.float32)
 
     def integer_offset(self, spec: WeightSpec) -> float | None:
@@ -184,7 +182,6 @@ class Format(abc.ABC):
 
         Integers and a half count as integers: products with int8 are exact in both.
         """
-        del spec
         return None
 
     @abc.abstractmethod
@@ -197,7 +194,6 @@ class Format(abc.ABC):
 
     def columns_apart(self, spec: WeightSpec) -> bool:
         """Whether columns `[K, n]` of a weight encode to the columns of its arrays."""
-        del spec
         return False
 
     def search_distortion(self, spec: WeightSpec, k: int) -> float:
@@ -250,7 +246,6 @@ class ScaledFormat(Format):
 
     def lopsided(self, spec: WeightSpec) -> bool:
         """Whether a negative scale gives other levels than a positive one."""
-        del spec
         return False
 
     def with_multiplier(self, parameters: Arrays, scale: jax.Array, spec: WeightSpec) -> Arrays:
@@ -260,7 +255,6 @@ class ScaledFormat(Format):
 
     def finish(self, parameters: Arrays, spec: WeightSpec) -> Arrays:
         """The last step after `fit` or a search, before codes are chosen (default: none)."""
-        del spec
         return parameters
 
     def encode(self, w: jax.Array, spec: WeightSpec, parameters: Arrays | None = None) -> Arrays:

@@ -6,9 +6,11 @@ weight from `cpu_choices.json`. `python -m benchmarks.cpu --tune` measures that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
@@ -17,15 +19,10 @@ from pallas_kernels.device import default_device
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The device that a trace is for.
+    """The device that a trace is for."""
 
-    Attributes:
-      platform: `cpu`, `gpu` or `tpu`.
-      has_bfloat16: False where bfloat16 arithmetic is emulated (GPUs before sm_80, like the T4).
-    """
-
-    platform: str
-    has_bfloat16: bool
+    platform: str  # cpu, gpu or tpu
+    has_bfloat16: bool  # False where it is emulated (GPUs before sm_80, like the T4)
 
 
 def trace_target() -> Target:
@@ -62,20 +59,16 @@ def _table() -> dict[str, list[dict[str, Any]]]:
 _OVERRIDES: list[Program] = []
 
 
-class forced_program:
+@contextlib.contextmanager
+def forced_program(name: str, size: int = 0) -> Iterator[Program]:
     """Context manager that forces a program for everything traced inside (benchmarks, tests).
 
     Functions already compiled are not traced again: use fresh `jax.jit` objects inside.
     """
-
-    def __init__(self, name: str, size: int = 0):
-        self.program = Program(name, size)
-
-    def __enter__(self) -> Program:
-        _OVERRIDES.append(self.program)
-        return self.program
-
-    def __exit__(self, *exception: object) -> None:
+    _OVERRIDES.append(Program(name, size))
+    try:
+        yield _OVERRIDES[-1]
+    finally:
         _OVERRIDES.pop()
 
 

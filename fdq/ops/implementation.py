@@ -32,12 +32,10 @@ class Implementation[A](abc.ABC):
 
     def unsupported(self, arguments: A) -> str | None:
         """Why it cannot compute this, in one line; None if it can."""
-        del arguments
         return None
 
     def declined(self, arguments: A) -> str | None:
         """Why another is better here (measured to be slower, failed its self-check); or None."""
-        del arguments
         return None
 
     @abc.abstractmethod
@@ -46,11 +44,7 @@ class Implementation[A](abc.ABC):
 
 
 class Op[A]:
-    """The implementations of one op.
-
-    Attributes:
-      name: of the op, for messages.
-    """
+    """The implementations of one op, and its name for messages."""
 
     def __init__(self, name: str, *implementations: Implementation[A]):
         """The preferred implementation comes first, the one that can do everything last."""
@@ -75,18 +69,14 @@ class Op[A]:
         """
         name = implementation or requested()
         known = tuple(self.implementations.values())
-        if name is None:
-            candidates = known
-        else:
+        if name is not None and name not in self.implementations:
             source = "implementation" if implementation else "FDQ_IMPLEMENTATION"
-            if name not in self.implementations:
-                options = ", ".join(map(repr, reversed(list(self.implementations))))
-                raise ValueError(
-                    f"{self.name}: unknown {source} {name!r}; use one of {options}, or None."
-                )
-            candidates = (self.implementations[name],)
+            options = ", ".join(map(repr, reversed(list(self.implementations))))
+            raise ValueError(
+                f"{self.name}: unknown {source} {name!r}; use one of {options}, or None."
+            )
         reasons = {}
-        for one in candidates:
+        for one in known if name is None else (self.implementations[name],):
             reason = None if name else one.skipped()
             reason = reason or one.unsupported(arguments)
             reason = reason or (None if name else one.declined(arguments))

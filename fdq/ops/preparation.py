@@ -66,29 +66,11 @@ def prepare_in_place(module: nnx.Module) -> None:
     So a model whose weights fill more than half of the device's memory can be prepared.
     """
     platform = jax.devices()[0].platform
-    modules = [one for _, one in nnx.iter_modules(module)]
-    uses = collections.Counter(
-        _identity(value)
-        for one in modules
-        for value in vars(one).values()
-        if isinstance(value, QuantizedWeight)
-    )
-    # The old ones too, so that ids stay theirs.
-    shared: dict[int, tuple[QuantizedWeight, QuantizedWeight]] = {}
-    for one in modules:
-        for name, value in list(vars(one).items()):
-            if not isinstance(value, QuantizedWeight):
-                continue
-            key = _identity(value)
-            if key in shared:
-                setattr(one, name, shared[key][1])
-                continue
-            new = _changed(value, best_layout(value, platform))
-            if uses[key] > 1:
-                shared[key] = value, new
-            setattr(one, name, new)
-            del value
-            jax.block_until_ready(jax.tree.leaves(new))
+
+    def change(q: QuantizedWeight) -> QuantizedWeight:
+        return jax.block_until_ready(_changed(q, best_layout(q, platform)))
+
+    _change_module(module, change)
 
 
 def unprepare(tree: Any) -> Any:
@@ -116,25 +98,39 @@ def _identity(w: QuantizedWeight) -> int:
     return id(next(iter(w.arrays().values())))
 
 
+def _change_module(module: nnx.Module, change: Callable[[QuantizedWeight], Any]) -> None:
+    held = [
+        (one, name)
+        for _, one in nnx.iter_modules(module)
+        for name, attribute in vars(one).items()
+        if isinstance(attribute, QuantizedWeight)
+    ]
+    uses = collections.Counter(_identity(getattr(one, name)) for one, name in held)
+    # The old ones too, so that ids stay theirs.
+    shared: dict[int, tuple[QuantizedWeight, QuantizedWeight]] = {}
+    for one, name in held:
+        old = getattr(one, name)
+        key = _identity(old)
+        new = shared[key][1] if key in shared else change(old)
+        if uses[key] > 1:
+            shared[key] = old, new
+        setattr(one, name, new)
+
+
 def _map_weights(tree: Any, change: Callable[[QuantizedWeight], Any]) -> Any:
+    if isinstance(tree, nnx.Module):
+        # New modules and Variables around the same arrays, shared where they were.
+        copy = nnx.merge(*nnx.split(tree), copy=True)
+        _change_module(copy, change)
+        return copy
     changed: dict[int, QuantizedWeight] = {}
 
     def visit(leaf: Any) -> Any:
         if not isinstance(leaf, QuantizedWeight):
             return leaf
-        # A shared QTensor is changed once; inside modules its Variables are what is shared.
         if _identity(leaf) not in changed:
             changed[_identity(leaf)] = change(leaf)
         return changed[_identity(leaf)]
 
-    if not isinstance(tree, nnx.Module):
-        return jax.tree.map(
-            visit, tree, is_leaf=lambda a: isinstance(a, QuantizedWeight | nnx.Variable)
-        )
-    # New modules and Variables around the same arrays, shared where they were.
-    copy = nnx.merge(*nnx.split(tree), copy=True)
-    for _, module in nnx.iter_modules(copy):
-        for name, attribute in list(vars(module).items()):
-            if isinstance(attribute, QuantizedWeight):
-                setattr(module, name, visit(attribute))
-    return copy
+    is_leaf = (QuantizedWeight, nnx.Variable)
+    return jax.tree.map(visit, tree, is_leaf=lambda a: isinstance(a, is_leaf))

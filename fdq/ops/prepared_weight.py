@@ -161,7 +161,6 @@ class TransposedWeight(PreparedWeight):
 
     @staticmethod
     def _convert(arrays: dict[str, Any], *, spec: WeightSpec, shape: tuple[int, int]) -> Transposed:
-        del spec, shape
         return Transposed(jnp.swapaxes(arrays["codes"], -1, -2), arrays["scale"])
 
     @staticmethod

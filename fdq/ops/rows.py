@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, cast
 
 import jax
@@ -145,9 +146,7 @@ def flattened[R: Rows](rows: R) -> R:
     """Rows `[..., K]` as `[M, K]`."""
     if len(rows.shape) == 2:
         return rows
-    count = 1
-    for size in rows.shape[:-1]:
-        count *= size
+    count = math.prod(rows.shape[:-1])
     if isinstance(rows, Normed | Sums | Gated):
         return cast(R, rows.reshape(count))
     return cast(R, rows.reshape(count, rows.shape[-1]))

@@ -226,7 +226,6 @@ class Words:
 
     def integer_offset(self, spec: Any) -> float:
         """What `unit_codes` are offset by; 8-bit codes are read as signed."""
-        del spec
         signed = self.bits == 8 and self.layout.zero_point != "integer"
         return self.layout.bias - (128.0 if signed else 0.0)
 
@@ -247,7 +246,6 @@ class Words:
 
     def decode_unit(self, unit: list[jax.Array], spec: Any, tables: Any = ()) -> list[jax.Array]:
         """The float32 rows of a unit, before zero point and scale."""
-        del spec
         bias = self.layout.bias
         return [row - bias if bias else row for row in self.codes(unit, tables)]
 

@@ -105,7 +105,6 @@ def _axes(a: GroupedProduct) -> list[Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _parts(run, activation, picks, path, x, w, index, activation_scale, beside):
-    del picks
     other = None if beside is None else Product(*beside)
     settings = {"index": index, "beside": other, "path": path}
     return run(GroupedProduct(x, w, activation, activation_scale, **settings))
@@ -120,7 +119,6 @@ def _forward(run, activation, picks, path, x, w, index, activation_scale, beside
 
 
 def _backward(run, activation, picks, path, residuals, cotangents):
-    del run, activation, path
     kept, w, index, activation_scale, beside = residuals
     # A sum's parts have one reader, which adds them up: their cotangents are equal.
     g = (cotangents if beside is None else cotangents[0])[0]

@@ -11,13 +11,7 @@ import jax.numpy as jnp
 
 from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
 from fdq.ops.kernels import Kernel, tuned
-from fdq.ops.matmul.mosaic_gpu import (
-    preferred,
-    sample,
-    staged,
-    unprepared,
-    unsupported_weight,
-)
+from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import kernel_weight
 from fdq.ops.rows import Gated, Rows, Sums
@@ -37,20 +31,25 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a = arguments
         if a.activation is not None:
             return "no kernel gathers experts for quantized activations"
-        return unsupported_weight(a.w, a.tokens) or sharded(a.x, a.w)
+        return matmul.unsupported_weight(a.w, a.tokens) or sharded(a.x, a.w)
 
     def declined(self, arguments: GroupedProduct) -> str | None:
         """Canonical weights, what is slower than XLA, and what is wrong on this device."""
         w = arguments.w
         case = functools.partial(_case, w.spec)
-        return unprepared(w) or preferred(_KERNEL, w, arguments.tokens, case)
+        return matmul.unprepared(w) or matmul.preferred(_KERNEL, w, arguments.tokens, case)
 
     def joins(self, arguments: GroupedProduct) -> bool:
         """Where `beside` is a product that the launch could be of by itself."""
         b = arguments.beside
-        if b is None or b.activation is not None or not b.rows or unsupported_weight(b.w, b.rows):
+        if (
+            b is None
+            or b.activation is not None
+            or not b.rows
+            or matmul.unsupported_weight(b.w, b.rows)
+        ):
             return False
-        return unprepared(b.w) is None or unprepared(arguments.w) is not None
+        return matmul.unprepared(b.w) is None or matmul.unprepared(arguments.w) is not None
 
     def __call__(self, arguments: GroupedProduct) -> Any:
         """Float32 parts `[split, *index.shape, N]`, with `beside` also `[split', ..., N']`."""
@@ -78,19 +77,19 @@ def gathered_sums(
     """
     from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
 
-    rows = staged(x)
+    rows = matmul.staged(x)
     settings = tuned(_KERNEL, w.layout.format, rows.shape[0], w.layout.k * w.layout.n).config
     config = dataclasses.replace(gathered_config(w.layout, index.shape[0]), **settings)
     if shared is None:
         return gathered_matrix_vector(rows, w, index, config=config), None
-    more = staged(shared[0]), shared[1]
+    more = matmul.staged(shared[0]), shared[1]
     return gathered_matrix_vector(rows, w, index, config=config, shared=more)
 
 
 def _case(spec: WeightSpec) -> tuple[Any, Any]:
     from pallas_kernels.matmul.gathered import gathered_matrix_vector_reference
 
-    q = sample(spec)
+    q = matmul.sample(spec)
     stack = kernel_weight(jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), q))
     weight = kernel_weight(q)
     index = jnp.asarray([2, 0, 0, 2], jnp.int32)
@@ -98,6 +97,6 @@ def _case(spec: WeightSpec) -> tuple[Any, Any]:
     picked, shared = Gated(Sums(parts)), Gated(Sums(parts[:, :2]))
     results = gathered_sums(picked, stack, index, (shared, weight))
     wanted = gathered_matrix_vector_reference(
-        staged(picked), stack, index, (staged(shared), weight)
+        matmul.staged(picked), stack, index, (matmul.staged(shared), weight)
     )
     return [a.sum(0) for a in results], [a[0] for a in wanted]

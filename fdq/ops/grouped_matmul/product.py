@@ -55,7 +55,6 @@ class GroupedImplementation(Implementation[GroupedProduct]):
 
     def joins(self, arguments: GroupedProduct) -> bool:
         """Whether it computes `beside` too; otherwise it is called without."""
-        del arguments
         return False
 
     def combine(self, sums: Sums, weights: jax.Array) -> jax.Array:

@@ -118,7 +118,6 @@ def _forward(run: Implementation[Product], activation, path, x, w, activation_sc
 
 
 def _backward(run, activation, path, residuals, cotangent):
-    del run, activation, path
     rows, w, activation_scale = residuals
     dx = product_cotangent(rows, w, cotangent)
     return dx, None, None if activation_scale is None else jnp.zeros_like(activation_scale)

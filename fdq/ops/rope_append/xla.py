@@ -102,14 +102,7 @@ def rotated_heads(
 
 
 def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTensor:
-    """The tensor with T new tokens of each sequence, in place where it is donated.
-
-    Args:
-      tensor: `[B, KH, S, D]`.
-      x: `[B, T, KH, D]`, keys after the rotation, or values.
-      start: first slot: a scalar for all sequences, or `[B]` int32. `start + T` must not exceed
-        S: the write would be moved back over older slots.
-    """
+    """`tensor [B, KH, S, D]` with the new tokens `x [B, T, KH, D]`; `start` as in `rope_append`."""
     new = tensor.encode(x.swapaxes(1, 2))
     fields = {"codes": _write(tensor.codes, new.codes, start)}
     if tensor.dynamic:
