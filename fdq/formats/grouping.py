@@ -7,6 +7,8 @@ block `[..., ceil(K / bk), bk * bn, ceil(N / bn)]` with zeros beyond the edges.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -39,13 +41,7 @@ def group_rows(spec: WeightSpec, k: int, n: int) -> int:
     """Elements that share one scale in a `[k, n]` weight."""
     if spec.granularity == "tensor":
         return k * n
-    if spec.granularity == "channel":
-        return k
-    if spec.granularity == "group":
-        assert spec.group_size is not None
-        return spec.group_size
-    assert spec.block_size is not None
-    return spec.block_size[0] * spec.block_size[1]
+    return math.prod(spec.block_size) if spec.block_size else spec.group_size or k
 
 
 def to_groups(w: Shaped[Array, "*m k n"], spec: WeightSpec) -> Shaped[Array, "*m groups g columns"]:
@@ -53,12 +49,9 @@ def to_groups(w: Shaped[Array, "*m k n"], spec: WeightSpec) -> Shaped[Array, "*m
     *lead, k, n = w.shape
     if spec.granularity == "tensor":
         return w.reshape(*lead, 1, k * n, 1)
-    if spec.granularity == "channel":
-        return w.reshape(*lead, 1, k, n)
-    if spec.granularity == "group":
-        assert spec.group_size is not None
-        return w.reshape(*lead, k // spec.group_size, spec.group_size, n)
-    assert spec.block_size is not None
+    if spec.block_size is None:
+        group = spec.group_size or k
+        return w.reshape(*lead, k // group, group, n)
     bk, bn = spec.block_size
     pad = [(0, 0)] * len(lead) + [(0, -k % bk), (0, -n % bn)]
     blocks = jnp.pad(w, pad)

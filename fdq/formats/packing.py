@@ -23,12 +23,6 @@ def padding_rows(k: int, bits: int) -> int:
     return -k % UNITS[bits][1]
 
 
-def packed_rows(k: int, bits: int) -> int:
-    """Bytes that a column of `k` codes takes."""
-    size, rows = UNITS[bits]
-    return -(-k // rows) * size
-
-
 def unpacked_rows(packed: int, bits: int, padding: int = 0) -> int:
     """Codes in a column of `packed` bytes of which the last `padding` codes are unused."""
     size, rows = UNITS[bits]

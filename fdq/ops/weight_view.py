@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats import FORMATS, grouping
-from fdq.formats.format import Format
+from fdq.formats.format import Format, Tables, Unit
 from fdq.formats.packing import unit_codes
 from fdq.formats.qtensor import QTensor
 from fdq.schemes.scheme import WeightSpec
@@ -34,7 +34,7 @@ class _Floats:
     unit = (1, 1)
     unit_factor = 1.0
 
-    def decode_unit(self, unit: list[jax.Array], spec: Any, tables: Any = ()) -> list[jax.Array]:
+    def decode_unit(self, unit: Unit, spec: Any, tables: Any = ()) -> Unit:
         return [unit[0].astype(jnp.float32)]
 
     def integer_offset(self, spec: Any) -> None:
@@ -61,7 +61,7 @@ class WeightView:
     codes: jax.Array
     scale: jax.Array
     zero: jax.Array | None
-    tables: tuple[jax.Array, ...]
+    tables: Tables
     format: Any = dataclasses.field(metadata={"static": True})
     spec: WeightSpec | None = dataclasses.field(metadata={"static": True})
 
@@ -105,13 +105,11 @@ class WeightView:
         """What to subtract from stored codes; None where values are not integers (and a half)."""
         return self.format.integer_offset(self.spec)
 
-    def decode_unit(
-        self, unit: list[jax.Array], tables: tuple[jax.Array, ...] | None = None
-    ) -> list[jax.Array]:
+    def decode_unit(self, unit: Unit, tables: Tables | None = None) -> Unit:
         """Values of the rows of a unit: `Format.decode_unit`, `tables` shaped like the unit."""
         return self.format.decode_unit(unit, self.spec, self.tables if tables is None else tables)
 
-    def unit_codes(self, unit: list[jax.Array]) -> list[jax.Array]:
+    def unit_codes(self, unit: Unit) -> Unit:
         """Stored codes of the rows of a unit of an integer format."""
         if isinstance(self.format, Format):
             return unit_codes(unit, self.format.bits)
@@ -120,25 +118,10 @@ class WeightView:
     def slice_columns(self, start: Any, width: int) -> WeightView:
         """The view of columns `start .. start + width`; `start` may be traced."""
 
-        def cut(a):
-            if a is None or a.shape[-1] == 1:
-                return a
-            return lax.dynamic_slice_in_dim(a, start, width, axis=-1)
+        def cut(a: jax.Array) -> jax.Array:
+            return a if a.shape[-1] == 1 else lax.dynamic_slice_in_dim(a, start, width, axis=-1)
 
-        return dataclasses.replace(
-            self,
-            codes=cut(self.codes),
-            scale=cut(self.scale),
-            zero=cut(self.zero),
-            tables=tuple(cut(a) for a in self.tables),
-        )
-
-
-def _as_bytes(codes: jax.Array) -> jax.Array:
-    """Float8 codes as the bytes that hold them."""
-    if codes.dtype.itemsize == 1 and not jnp.issubdtype(codes.dtype, jnp.integer):
-        return lax.bitcast_convert_type(codes, jnp.uint8)
-    return codes
+        return jax.tree.map(cut, self)
 
 
 def view_weight(q: QTensor) -> WeightView | None:
@@ -151,7 +134,9 @@ def view_weight(q: QTensor) -> WeightView | None:
     format = FORMATS[spec.format]
     if format.unit is None:
         return None
-    codes = _as_bytes(q.codes)
+    codes = q.codes
+    if codes.dtype.itemsize == 1 and not jnp.issubdtype(codes.dtype, jnp.integer):
+        codes = lax.bitcast_convert_type(codes, jnp.uint8)  # float8
     n = codes.shape[-1]
     unit_bytes, unit_rows = format.unit
     rows = codes.shape[-2] // unit_bytes * unit_rows
@@ -183,7 +168,7 @@ def view_array(w: jax.Array) -> WeightView:
     return WeightView(w, jnp.ones((1, 1), jnp.float32), None, (), _FLOATS, None)
 
 
-def decode_planes(view: WeightView, *, with_scale: bool = True) -> list[jax.Array]:
+def decode_planes(view: WeightView, *, with_scale: bool = True) -> Unit:
     """The weight as `unit_rows` float32 planes; plane `p` holds rows `p, p + unit_rows, ...`.
 
     Planes `[units, N]` instead of one matrix: interleaving rows costs a copy, taking every P-th
@@ -229,22 +214,21 @@ class Words:
         signed = self.bits == 8 and self.layout.zero_point != "integer"
         return self.layout.bias - (128.0 if signed else 0.0)
 
-    def unit_codes(self, unit: list[jax.Array]) -> list[jax.Array]:
+    def unit_codes(self, unit: Unit) -> Unit:
         """The rows of a unit of an integer format, as uint8."""
         return [row.astype(jnp.uint8) for row in self.codes(unit)]
 
-    def codes(self, unit: list[jax.Array], tables: tuple[jax.Array, ...] = ()) -> list[jax.Array]:
+    def codes(self, unit: Unit, tables: Tables = ()) -> Unit:
         """The float32 rows of a unit, as stored: integers unsigned."""
         words = self.layout.words
         constants = [jnp.broadcast_to(a, unit[0].shape) for a in tables]
         rows = words.decode(unit, constants, True)
         last = words.exponent(True)
-        return [
-            row if not exponent + last else row * jnp.float32(2.0 ** (exponent + last))
-            for row, exponent in zip(rows, words.exponents(True), strict=True)
-        ]
+        exponents = [exponent + last for exponent in words.exponents(True)]
+        pairs = zip(rows, exponents, strict=True)
+        return [row * jnp.float32(2.0**exponent) if exponent else row for row, exponent in pairs]
 
-    def decode_unit(self, unit: list[jax.Array], spec: Any, tables: Any = ()) -> list[jax.Array]:
+    def decode_unit(self, unit: Unit, spec: Any, tables: Any = ()) -> Unit:
         """The float32 rows of a unit, before zero point and scale."""
         bias = self.layout.bias
         return [row - bias if bias else row for row in self.codes(unit, tables)]

@@ -19,6 +19,10 @@ from fdq.ops.rows import as_array
 _SMALLEST_TILE, _LARGEST_TILE = 16, 256
 
 
+ExpertProduct = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(rows [M, K], expert) -> [M, N]` float32, independent row by row."""
+
+
 class Xla(GroupedImplementation):
     """A loop over rows, or over tiles of one expert's rows."""
 
@@ -36,9 +40,7 @@ class Xla(GroupedImplementation):
         return y.reshape(1, *a.index.shape, n)
 
 
-def _expert_product(a: GroupedProduct) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`(rows [M, K], expert) -> [M, N]` float32."""
-
+def _expert_product(a: GroupedProduct) -> ExpertProduct:
     def product(rows, expert):
         scale = a.activation_scale
         if scale is not None and scale.size != 1:
@@ -60,21 +62,9 @@ def pick_expert(w: QuantizedWeight | jax.Array, index: jax.Array) -> Any:
 
 
 def for_each_expert(
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    index: jax.Array,
-    experts: int,
-    n: int,
+    product: ExpertProduct, x: jax.Array, index: jax.Array, experts: int, n: int
 ) -> jax.Array:
-    """`y[t] = product(x[t:t + 1], index[t])`, a row or a tile of one expert's rows at a time.
-
-    Args:
-      product: `(rows [M, K], expert) -> [M, N]` float32, independent row by row.
-      x: `[T, K]`.
-      index: int32 `[T]`.
-      experts: E.
-      n: N.
-    """
+    """`y[t] = product(x[t:t + 1], index[t])`, a row or a tile of one expert's rows at a time."""
     t = x.shape[0]
     if t == 1:
         return product(x, index[0])

@@ -50,14 +50,9 @@ def transposed_matmul(
 ) -> Float[Array, "*m n"]:
     """`x @ w.T` for an array `w [N, K]` (a tied embedding), without forming `w.T`.
 
-    Args:
-      x: `[..., K]`, any float dtype.
-      w: `[N, K]`, any float dtype.
-      out_dtype: of the result; that of x by default.
-
-    Returns:
-      `[..., N]`, summed in float32. One row of 16-bit floats is padded to two on CPU, where XLA
-      would otherwise convert the whole weight to float32 first.
+    Operands of any float dtype are summed in float32; the result is of `out_dtype`, that of x by
+    default. One row of 16-bit floats is padded to two on CPU, where XLA would otherwise convert the
+    whole weight to float32 first.
     """
     dtype = jnp.promote_types(x.dtype, w.dtype)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)

@@ -24,6 +24,8 @@ from jax import lax
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.weight_view import WeightView, decode_planes, pad_rows
 
+Product = Callable[[jax.Array, WeightView], jax.Array]
+
 
 def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
     """`x [M, K]` times w over its `axis` of K, summed in float32; no float32 is rounded to TF32."""
@@ -66,10 +68,8 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
             unit = [codes[:, :, j, i] for i in range(view.unit_bytes)]
             for p, value in enumerate(view.decode_unit(unit, tables)):
                 total = total + weights[:, :, j, p] * (value if zero is None else value - zero)
-        if groups == 1:
-            partial = total.reshape(blocks, n)
-        else:
-            partial = (total * scale).reshape(groups * blocks, n)
+        total = total if groups == 1 else total * scale
+        partial = total.reshape(groups * blocks, n)
         if dot:
             y = exact_dot(jnp.ones((1, partial.shape[0]), jnp.float32), partial)
         else:
@@ -113,12 +113,7 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
     return y if row_scale is None else jnp.ldexp(y, row_scale)
 
 
-def tiled(
-    product: Callable[[jax.Array, WeightView], jax.Array],
-    x: jax.Array,
-    view: WeightView,
-    columns: int,
-) -> jax.Array:
+def tiled(product: Product, x: jax.Array, view: WeightView, columns: int) -> jax.Array:
     """`product` applied to tiles of `columns` output channels; only a tile is decoded at once.
 
     The last tile starts early enough to be a full one: it computes some columns again.
@@ -129,9 +124,8 @@ def tiled(
 
     def body(i, y):
         start = jnp.minimum(i * columns, n - columns)
-        return lax.dynamic_update_slice_in_dim(
-            y, product(x, view.slice_columns(start, columns)), start, axis=1
-        )
+        tile = product(x, view.slice_columns(start, columns))
+        return lax.dynamic_update_slice_in_dim(y, tile, start, axis=1)
 
     y = jnp.zeros((x.shape[0], n), jnp.float32)
     return lax.fori_loop(0, -(-n // columns), body, y)
@@ -169,9 +163,8 @@ def transposed_split_product(x: jax.Array, w: TransposedWeight) -> jax.Array:
     rest = x / largest * jnp.float32(127)
     parts = []
     for _ in range(_SPLITS):
-        part = jnp.round(rest)
-        parts.append(part)
-        rest = (rest - part) * jnp.float32(_STEP)
+        parts.append(jnp.round(rest))
+        rest = (rest - parts[-1]) * jnp.float32(_STEP)
     sums = transposed_dot(jnp.concatenate(parts, axis=0).astype(jnp.int8), w.data.codes)
     sums = sums.astype(jnp.float32)
     y = sums[2 * m :] / jnp.float32(_STEP)
