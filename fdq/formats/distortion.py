@@ -118,10 +118,8 @@ def _sample(spec: WeightSpec, k: int) -> jax.Array:
 def of_codebook(codebook: np.ndarray, group: int, unit: float) -> float:
     """The error of the nearest of `codebook` `[C, d]`, simulated.
 
-    Args:
-      codebook: codewords, in units of `unit` standard deviations.
-      group: weights that share a scale, which is the best of 13 around `unit`.
-      unit: the scale that suits a group of unit variance.
+    Codewords are in units of `unit` standard deviations; the `group` weights that share a scale
+    take the best of 13 around it.
     """
     count, d = codebook.shape
     x = np.random.default_rng(count).standard_normal((1024, group // d, d)).astype(np.float32)

@@ -35,8 +35,7 @@ def quantize_activation(
     Args:
       x: float `[..., K]`.
       spec: format, granularity and whether scales are dynamic.
-      scale: the calibrated scale, a scalar (or any array with one element); needed when
-        `spec.dynamic` is False and not allowed otherwise.
+      scale: the calibrated one, an array with one element; not allowed where `spec.dynamic`.
       path: name of the layer, used only in errors.
 
     Returns:
@@ -126,15 +125,12 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
         acc = jnp.asarray(acc)[None]
     else:
         units = view.units // groups
+        over_units = (((2,), (1,)), ((0,), (0,)))
 
         def grouped_dot(x_plane, w_plane):
             left = x_plane.reshape(m, groups, units).transpose(1, 0, 2)
-            return lax.dot_general(
-                left,
-                w_plane.reshape(groups, units, n),
-                (((2,), (1,)), ((0,), (0,))),
-                preferred_element_type=jnp.int32,
-            )
+            right = w_plane.reshape(groups, units, n)
+            return lax.dot_general(left, right, over_units, preferred_element_type=jnp.int32)
 
         acc = sum(grouped_dot(parts[..., p], w) for p, w in enumerate(planes))
     return _apply_offsets(acc, x, view, groups, shift)  # type: ignore[arg-type]

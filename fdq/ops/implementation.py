@@ -77,8 +77,7 @@ class Op[A]:
             )
         reasons = {}
         for one in known if name is None else (self.implementations[name],):
-            reason = None if name else one.skipped()
-            reason = reason or one.unsupported(arguments)
+            reason = (None if name else one.skipped()) or one.unsupported(arguments)
             reason = reason or (None if name else one.declined(arguments))
             if reason is None:
                 _log_once(self.name, one.name, "; ".join(reasons.values()) or "preferred")

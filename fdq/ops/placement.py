@@ -48,16 +48,18 @@ def spec_entry(array: Any, axis: int) -> Any:
     return spec[axis] if axis < len(spec) else None
 
 
+def spec_entries(array: Any) -> list[Any]:
+    """`spec_entry` of every axis."""
+    return [spec_entry(array, axis) for axis in range(array.ndim)]
+
+
 def in_auto_axes(
     function: Callable[..., jax.Array], *arguments: Any, result: Callable[[], list[Any]]
 ) -> jax.Array:
     """`function(*arguments)`, traced with Auto axes where the current mesh has Explicit ones.
 
-    Args:
-      function: of arrays and pytrees of arrays.
-      *arguments: passed to it.
-      result: called where it matters: the mesh axes of each axis of the result. An axis of the
-        mesh that comes twice is kept where it comes first.
+    `result` is called where it matters: the mesh axes of each axis of the result. An axis of the
+    mesh that comes twice is kept where it comes first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:

@@ -55,13 +55,11 @@ class MosaicGpu(Kernel[AttentionArguments]):
         def case() -> tuple[jax.Array, jax.Array]:
             keys = jax.random.split(jax.random.key(2), 3)
             query = jax.random.normal(keys[0], (2, 1, group, d)).astype(dtype)
-            sides, scales = [], sample_scales(spec, 1, d)
-            for key in keys[1:]:
-                values = jax.random.normal(key, (2, 1, 300, d))
-                if spec is None:
-                    values = values.astype(cache_dtype)
-                sides.append(quantize_cache(values, spec, **scales))
-            keys, values = sides
+            sides = [jax.random.normal(key, (2, 1, 300, d)) for key in keys[1:]]
+            if spec is None:
+                sides = [side.astype(cache_dtype) for side in sides]
+            scales = sample_scales(spec, 1, d)
+            keys, values = (quantize_cache(side, spec, **scales) for side in sides)
             lengths = jnp.asarray([300, 77], jnp.int32)
             arguments = AttentionArguments(query, keys, values, lengths, lengths - 1, None, d**-0.5)
             return self(arguments), attention_reference(query, keys, values, lengths=lengths)
@@ -70,9 +68,8 @@ class MosaicGpu(Kernel[AttentionArguments]):
             kind += f", {'dynamic' if spec.dynamic else 'static'} scales per {spec.granularity}"
         detail = f"{kind}, {group} heads of {d}, {dtype.name}"
         # Results are rounded to the dtype of q, probabilities on tensor cores too.
-        return self_check.failure(
-            "decode_attention", detail, default_device(), case, tolerance=0.02
-        )
+        device = default_device()
+        return self_check.failure("decode_attention", detail, device, case, tolerance=0.02)
 
 
 def _size(arguments: AttentionArguments) -> tuple[str, int, int]:

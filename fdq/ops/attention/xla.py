@@ -17,7 +17,7 @@ from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor, join_planes
 from fdq.ops.implementation import Implementation
-from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.placement import in_auto_axes, spec_entries
 from pallas_kernels.typing import Array, Float, Int
 
 DEFAULT_BLOCK = 256
@@ -81,8 +81,8 @@ class Xla(Implementation[AttentionArguments]):
             arrays = {"q": q, "k": k, "v": v, "lengths": lengths, "offset": offset}
             return _attend(dataclasses.replace(a, **arrays))
 
-        result = [spec_entry(a.q, axis) for axis in range(4)]
-        return in_auto_axes(attend, a.q, a.k, a.v, a.lengths, a.offset, result=lambda: result)
+        arrays = (a.q, a.k, a.v, a.lengths, a.offset)
+        return in_auto_axes(attend, *arrays, result=lambda: spec_entries(a.q))
 
 
 def _attend(a: AttentionArguments) -> jax.Array:

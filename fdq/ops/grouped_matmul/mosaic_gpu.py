@@ -96,7 +96,6 @@ def _case(spec: WeightSpec) -> tuple[Any, Any]:
     parts = jax.random.normal(jax.random.key(1), (2, 4, 2 * q.shape[0]), jnp.float32)
     picked, shared = Gated(Sums(parts)), Gated(Sums(parts[:, :2]))
     results = gathered_sums(picked, stack, index, (shared, weight))
-    wanted = gathered_matrix_vector_reference(
-        matmul.staged(picked), stack, index, (matmul.staged(shared), weight)
-    )
+    rows, more = matmul.staged(picked), matmul.staged(shared)
+    wanted = gathered_matrix_vector_reference(rows, stack, index, (more, weight))
     return [a.sum(0) for a in results], [a[0] for a in wanted]

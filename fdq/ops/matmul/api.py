@@ -14,7 +14,7 @@ from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.matmul.weight_only import exact_dot
 from fdq.ops.matmul.xla import Xla
-from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
@@ -150,9 +150,8 @@ def row_axes(x: Rows) -> list[Any]:
     """Mesh axes of the leading axes of rows."""
     if isinstance(x, Gated):
         x = x.sums
-    array: Any = x.x if isinstance(x, Normed) else x
-    array, first = (x.parts, 1) if isinstance(x, Sums) else (array, 0)
-    axes = [spec_entry(array, i) for i in range(first, array.ndim - 1)]
+    axes = spec_entries(x.x if isinstance(x, Normed) else x.parts if isinstance(x, Sums) else x)
+    axes = axes[1:-1] if isinstance(x, Sums) else axes[:-1]
     if len(x.shape) == 2 and len(axes) > 1:  # flattened where they are read
         names = [(a,) if isinstance(a, str) else a or () for a in axes]
         return [sum(names, ()) or None]

@@ -10,7 +10,7 @@ from jax import lax
 
 from fdq.ops.choice import choose_program, trace_target
 from fdq.ops.matmul.weight_only import exact_dot, fused_product
-from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.placement import in_auto_axes, spec_entries
 from fdq.ops.weight_view import view_array
 from pallas_kernels.typing import Array, Float
 
@@ -65,7 +65,4 @@ def transposed_matmul(
         y = exact_dot(rows, w.astype(dtype), axis=1)[:m].astype(out_dtype)
         return y.reshape(*x.shape[:-1], w.shape[0])
 
-    def result():
-        return [spec_entry(x, i) for i in range(x.ndim - 1)] + [spec_entry(w, 0)]
-
-    return in_auto_axes(product, x, w, result=result)
+    return in_auto_axes(product, x, w, result=lambda: spec_entries(x)[:-1] + spec_entries(w)[:1])

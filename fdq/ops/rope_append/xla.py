@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops.implementation import Implementation
-from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.placement import in_auto_axes, spec_entries
 from fdq.ops.rows import Normed, Rows, Sums, as_array
 from pallas_kernels.typing import Array, Float
 
@@ -83,11 +83,9 @@ def rotated_heads(
     k_norm: jax.Array | None = None,
     epsilon: float = 1e-6,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of each head, queries and keys normalized and rotated. See
-    `rope_append` for the arguments.
+    """Queries `[B, T, H, D]`, keys and values `[B, T, KH, D]`, the first two normed and rotated.
 
-    Returns:
-      `[B, T, H, D]`, and twice `[B, T, KH, D]`, in the dtype of qkv.
+    In the dtype of qkv; the arguments are those of `rope_append`.
     """
     x = as_array(qkv)
     x = x.reshape(*x.shape[:2], -1, 2 * angles[0].shape[-1])
@@ -127,6 +125,4 @@ def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         )
 
     # On Explicit mesh axes the cache stays as it is sharded, whatever the new slots are.
-    return in_auto_axes(
-        write, old, new, start, result=lambda: [spec_entry(old, i) for i in range(old.ndim)]
-    )
+    return in_auto_axes(write, old, new, start, result=lambda: spec_entries(old))
