@@ -14,9 +14,7 @@ import jax.numpy as jnp
 def product(small: jax.Array, x: jax.Array) -> jax.Array:
     """`small * x` rounded once to float32, whatever is added to it later.
 
-    Args:
-      small: float32 integers of magnitude at most 4096.
-      x: float32, broadcastable (or of the same rank with axes of size 1).
+    `small` holds float32 integers of magnitude at most 4096; x is float32 and broadcastable.
     """
     high, low = halves(x)
     # Both products are exact, so fused or not the sum is rounded once; and it is a sum, which

@@ -30,17 +30,11 @@ Tables = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Parameters to try in a search for the least squared error.
-
-    Attributes:
-      count: how many there are.
-      at: maps an int32 index to parameters as stored.
-      refit: whether the best scale may be replaced by the least-squares scale of its codes.
-    """
+    """Parameters to try in a search for the least squared error."""
 
     count: int
-    at: Callable[[jax.Array], Arrays]
-    refit: bool = True
+    at: Callable[[jax.Array], Arrays]  # maps an int32 index to parameters as stored
+    refit: bool = True  # the best scale may be replaced by the least-squares scale of its codes
 
     @classmethod
     def of_fractions(

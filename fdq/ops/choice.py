@@ -40,10 +40,8 @@ def trace_target() -> Target:
 class Program:
     """One XLA program for a product of `x [M, K]` with a weight.
 
-    Attributes:
-      name: `fused` (one element-wise fusion over blocks of packed rows and a small dot, M times),
-        `tiles` (decode `size` columns, dot, next), `whole` (decode everything, one dot).
-      size: packed units a block (`fused`) or columns a tile (`tiles`).
+    `fused` (one element-wise fusion over blocks of `size` packed units and a small dot, M times),
+    `tiles` (decode `size` columns, dot, next) or `whole` (decode everything, one dot).
     """
 
     name: str
@@ -73,12 +71,10 @@ def forced_program(name: str, size: int = 0) -> Iterator[Program]:
 
 
 def choose_program(path: str, rows: int, elements: int) -> Program:
-    """The measured choice on CPU: the first row of the table whose bounds hold.
+    """The measured choice on CPU for M `rows` of x and K * N `elements` of the weight.
 
-    Args:
-      path: a key of `cpu_choices.json`: a weight format, or `"default"` for the rest.
-      rows: rows M of x.
-      elements: K * N.
+    It is the first row of the table whose bounds hold; `path` is a key of `cpu_choices.json`: a
+    weight format, or `"default"` for the rest.
     """
     if _OVERRIDES:
         return _OVERRIDES[-1]

@@ -43,13 +43,10 @@ def failure(
 ) -> str | None:
     """Why a kernel is switched off on `device`; None if it is right there, or cannot be run.
 
-    Args:
-      kernel: its name in the tuning table.
-      format: of the weights or the cache.
-      device: that the trace is for. Devices of a topology are not checked.
-      case: makes inputs and returns the kernel's result and the reference's. It runs once per
-        kernel, format and kind of device, in a thread of its own: this one may be tracing.
-      tolerance: of the difference, relative to the largest reference value.
+    `case` makes inputs and returns the kernel's result and the reference's, which may differ by
+    `tolerance` of the largest reference value. It runs once per kernel, format (of the weights or
+    the cache) and kind of device, in a thread of its own: this one may be tracing. Devices of a
+    topology are not checked.
     """
     if not is_real(device):
         return None

@@ -78,14 +78,9 @@ def matmul(
       >>> fdq.matmul(jnp.ones((3, 256)), q).shape
       (3, 64)
     """
-    arguments = Product(
-        x,
-        w,
-        parse_activation(activation),
-        activation_scale,
-        dtype=x.dtype if out_dtype is None else out_dtype,
-        path=path,
-    )
+    dtype = x.dtype if out_dtype is None else out_dtype
+    spec = parse_activation(activation)
+    arguments = Product(x, w, spec, activation_scale, dtype=dtype, path=path)
     return product(arguments, implementation).value()
 
 

@@ -41,13 +41,9 @@ def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
 def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
     """float32 `[M, K]` -> `[M, N]`: one element-wise fusion a row over `[blocks, N]`, then a sum.
 
-    Args:
-      x: few rows, which are separate fusions that each read the codes.
-      view: of the weight.
-      block_units: packed units summed inside the fusion; the largest divisor of the units of a
-        group that is not larger is taken.
-      dot: sum the blocks by a product with ones (CPU, where XLA's reduction takes 4 to 17 times
-        longer) instead of a reduction (GPU, where it fuses).
+    Few rows: each of the fusions reads the codes. Inside, `block_units` packed units are summed, or
+    the largest number below that divides the units of a group. The blocks are summed by a `dot`
+    with ones on CPUs, where XLA's reduction takes 4 to 17 times longer; on GPUs that fuses.
     """
     # Without the barrier XLA fuses what made x (a quantization, a norm) into every product with it.
     x = lax.optimization_barrier(pad_rows(x, view))
