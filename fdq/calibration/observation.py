@@ -156,7 +156,7 @@ def _insert_observers(
         observer = _observer_of(node)
         if observer is not None and path:
             if hasattr(node, "observer"):
-                node.observer = observer
+                setattr(node, "observer", observer)  # noqa: B010, layers of several types
             else:
                 wrapped[id(node)] = _Observed(node, observer)
             observers[".".join(map(str, (*path, "kernel")))] = observer

@@ -203,7 +203,7 @@ def prefill(
             "make the cache with a larger max_length"
         )
     if not traced:
-        _check_vocabulary(tokens, np.asarray(lengths), model.config.vocab_size)
+        _check_vocabulary(np.asarray(tokens), np.asarray(lengths), model.config.vocab_size)
         tokens = tokens[:, :longest]
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = jnp.asarray(lengths, jnp.int32)

@@ -131,8 +131,8 @@ def _write_reference(shape: Row, cache: CacheArrays, x: jax.Array, slots: jax.Ar
 
         return jax.vmap(one)(old, row.astype(old.dtype), slots)
 
-    changes = {"codes": write(cache.codes, words.codes(x, scale, zero))}
-    if words.dynamic:
+    changes: dict[str, Any] = {"codes": write(cache.codes, words.codes(x, scale, zero))}  # pyright: ignore[reportArgumentType]
+    if words.dynamic and scale is not None:
         changes["scale"] = write(cache.scale, scale[..., 0])
         if zero is not None:
             changes["zero"] = write(cache.zero, zero[..., 0])

@@ -128,7 +128,7 @@ def launch_parts(
     )
     if parts == 1:
         return out[0].reshape(b, heads, d)
-    return join_parts(*out, static, side, shape.dtype)
+    return join_parts(out[0], out[1], out[2], static, side, shape.dtype)
 
 
 def exponent(x: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ class WeightRefs:
     def expert(self, index: Any) -> WeightRefs:
         """Of one of a stack."""
         refs = (self.words, self.scale, self.zero, self.column_scale)
-        picked = (None if ref is None else ref.at[index] for ref in refs)
+        picked: Any = (None if ref is None else ref.at[index] for ref in refs)
         return WeightRefs(*picked, tuple(ref.at[index] for ref in self.constants))
 
 

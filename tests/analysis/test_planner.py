@@ -11,6 +11,7 @@ from fdq.analysis.planner import cache_bytes, plan, weight_table
 from fdq.cache.kv_cache import KVCache
 from fdq.models import CONFIGS, Decoder
 from fdq.quantizers.quantization import quantize
+from fdq.schemes.scheme import CacheSpec
 from tests.fastdeploy_configs import WINT2
 
 ERNIE_300B = "ernie-4.5-300b-a47b"
@@ -71,7 +72,9 @@ def test_planned_bytes_are_those_of_arrays():
     assert held == planned.weights.bytes
     cache = KVCache.init(config, batch=3, max_length=10, format="C8")
     assert (
-        planned.cache_bytes == cache.nbytes == cache_bytes(config, cache.spec, batch=3, context=10)
+        planned.cache_bytes
+        == cache.nbytes
+        == cache_bytes(config, CacheSpec.parse("C8"), batch=3, context=10)
     )
 
 

@@ -96,7 +96,8 @@ def test_random_weights_are_as_quantized_ones(name):
 @pytest.mark.parametrize("name", ["C16", "C8", "Cfp8", "C4", "C8-kvchannel"])
 def test_random_caches_have_the_shapes_of_the_cache(name):
     spec = parse_format(name)
-    codes, scale, zero = random_cache(jax.random.key(0), (2, 3, 700, 64), spec, "bfloat16")
+    cache = random_cache(jax.random.key(0), (2, 3, 700, 64), spec, "bfloat16")
+    codes, scale, zero = cache.codes, cache.scale, cache.zero
     assert codes.shape == (2, 3, 700, 32 if name == "C4" else 64)
     assert (scale is None) == (spec is None) and (zero is None) == (name != "C4")
     if name in ("C8", "C4"):
@@ -208,7 +209,7 @@ def test_a_product_is_cut_as_the_tuning_table_says(monkeypatch):
     case = next(c for c in gpu_cases.matrix_cases() if c.format == "W4" and c.m == 8)
     report = measure_matrix(cut(case), SMOKE)["entries"]["kernel"]
     assert report["config"] == {"split": 2} and "error" not in report
-    w = prepare(random_weights(cut(case), 1)[0]).codes
+    w = prepare(random_weights(cut(case), 1)[0]).data
     x = jnp.ones((8, 256), jnp.bfloat16)
     for split in (1, 2):
         assert matrix_kernel(None, {"split": split})(x, w).shape[0] == split

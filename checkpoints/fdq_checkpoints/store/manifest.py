@@ -298,7 +298,8 @@ def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
         if ".." in pathlib.PurePosixPath(name).parts or name.startswith("/"):
             raise CheckpointError(f"{path}: {shown(name)} is not a path under {WEIGHTS}/.")
         _integer(size, f"{path}: {shown(name)}")
-    return Manifest(**{name: content[name] for name in _FIELDS} | {"tensors": tensors})
+    fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"tensors": tensors}
+    return Manifest(**fields)
 
 
 def _digest(content: dict[str, Any]) -> str:
