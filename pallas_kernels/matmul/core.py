@@ -53,8 +53,8 @@ class WeightRefs:
     def expert(self, index: Any) -> WeightRefs:
         """Of one of a stack."""
         refs = (self.words, self.scale, self.zero, self.column_scale)
-        picked: Any = (None if ref is None else ref.at[index] for ref in refs)
-        return WeightRefs(*picked, tuple(ref.at[index] for ref in self.constants))
+        a, b, c, d = (None if ref is None else ref.at[index] for ref in refs)
+        return WeightRefs(a, b, c, d, tuple(ref.at[index] for ref in self.constants))
 
 
 def kernel_operands(
