@@ -155,8 +155,8 @@ def _insert_observers(
             attentions.append(node.kv_observer)
         observer = _observer_of(node)
         if observer is not None and path:
-            if hasattr(node, "observer"):
-                setattr(node, "observer", observer)  # noqa: B010, layers of several types
+            if isinstance(node, nn.Linear | nn.ExpertLinear):
+                node.observer = observer
             else:
                 wrapped[id(node)] = _Observed(node, observer)
             observers[".".join(map(str, (*path, "kernel")))] = observer

@@ -119,6 +119,8 @@ def append_reference(qkv, cos, sin, slots, k: CacheArrays, v: CacheArrays, **opt
 def _write_reference(shape: Row, cache: CacheArrays, x: jax.Array, slots: jax.Array) -> CacheArrays:
     """The cache with tokens `x [B, KH, D]` in it."""
     words = shape.side
+    scale: Any
+    zero: Any
     if words.dynamic:
         scale, zero = words.parameters(x)
     else:
@@ -131,8 +133,8 @@ def _write_reference(shape: Row, cache: CacheArrays, x: jax.Array, slots: jax.Ar
 
         return jax.vmap(one)(old, row.astype(old.dtype), slots)
 
-    changes: dict[str, Any] = {"codes": write(cache.codes, words.codes(x, scale, zero))}  # pyright: ignore[reportArgumentType]
-    if words.dynamic and scale is not None:
+    changes: dict[str, Any] = {"codes": write(cache.codes, words.codes(x, scale, zero))}
+    if words.dynamic:
         changes["scale"] = write(cache.scale, scale[..., 0])
         if zero is not None:
             changes["zero"] = write(cache.zero, zero[..., 0])
