@@ -20,14 +20,9 @@ from fdq_checkpoints.tree_paths import dotted
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor.
+    """One tensor, by its dotted path: the shape that it stands for, and its stored bytes.
 
-    Attributes:
-      path: dotted.
-      format: the spec's short name (`W4`), or the dtype of a plain array.
-      quantized: whether it is a QTensor.
-      shape: of the weight that it stands for.
-      nbytes: stored bytes, packed, scales included.
+    `format` is the spec's short name (`W4`), or the dtype of a plain array.
     """
 
     path: str
@@ -49,17 +44,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's table; prints itself.
+    """A checkpoint's table, one row a tensor; prints itself.
 
-    Attributes:
-      path: of the checkpoint.
-      kind: `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the name
-        of another importer.
-      scheme: its name, if quantized.
-      rows: one a tensor.
-      disk_bytes: of all files, metadata and tokenizer included.
-      verified: whether all checksums were compared (and matched).
-      provenance: where the weights came from.
+    `kind` is `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the
+    name of another importer. `disk_bytes` counts all files, metadata and tokenizer included;
+    `verified` says that all checksums were compared (and matched).
     """
 
     path: str
@@ -129,13 +118,8 @@ class Inspection:
 def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection:
     """The table of an fdq checkpoint, or of a float model's directory.
 
-    Args:
-      path: the directory.
-      verify: read all data and compare the checksums.
-
-    Raises:
-      FileNotFoundError: no such directory.
-      CheckpointError: it is damaged, or no checkpoint.
+    `verify` reads all data and compares the checksums. FileNotFoundError where there is no such
+    directory, CheckpointError where it is damaged, or no checkpoint.
     """
     folder = pathlib.Path(path)
     if not os.path.lexists(folder / manifests.FILE_NAME):
@@ -156,9 +140,8 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
 def verify(path: str | os.PathLike[str]) -> None:
     """Compare every checksum of an fdq checkpoint, weights and files.
 
-    Raises:
-      FileNotFoundError: no such directory.
-      CheckpointError: something is missing or changed; the first such thing is named.
+    FileNotFoundError where there is no such directory; CheckpointError names the first thing that
+    is missing or changed.
     """
     folder = pathlib.Path(path)
     if not folder.exists():

@@ -141,9 +141,7 @@ def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:
     return (jnp.asarray(batch) for batch in tokens)
 
 
-def _insert_observers(
-    root: nnx.Module,
-) -> tuple[dict[str, _InputObserver], list[_CacheObserver]]:
+def _insert_observers(root: nnx.Module) -> tuple[dict[str, _InputObserver], list[_CacheObserver]]:
     """Gives, in place, each linear module an observer; wraps those of others that take none."""
     nodes = [(path, node) for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)]
     wrapped: dict[int, _Observed] = {}

@@ -26,16 +26,10 @@ from fdq.schemes.scheme import CacheSpec, Scheme
 
 @dataclasses.dataclass(frozen=True)
 class Assigned:
-    """What is to become of each tensor of a tree or module.
+    """What is to become of each tensor of a tree, or of a clone of a module: the `target`.
 
-    Attributes:
-      target: the tree, or a clone of the module (with its arrays in Variables of its own).
-      tensors: of a module; None for a tree.
-      leaves: what the recipe looked at.
-      recipe: its rules and cache.
-      table: what it says of each leaf.
-      method: the quantizer of those to which no rule gives another.
-      compat: FastDeploy's rounding, where it has one.
+    `tensors` are those of a module (None for a tree), `leaves` what the recipe looked at, `table`
+    what it says of each. `method` quantizes where no rule says how, `compat` where FastDeploy can.
     """
 
     target: Any

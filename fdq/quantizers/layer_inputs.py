@@ -20,12 +20,10 @@ _SMALLEST = 1e-10  # an input that was always 0 still needs a scale that can be 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """Statistics of one call of `quantize`.
+    """Statistics of one call of `quantize`; `calibration` is what they come from, if it was one.
 
-    Attributes:
-      by_name: name of a statistic -> path of a kernel or its module -> array `[..., K]`.
-      ranges: path -> absmax of the input, a number or by channel; None where nothing was given.
-      calibration: what they come from, if it was a `Calibration`.
+    `by_name`: name of a statistic -> path of a kernel or its module -> array `[..., K]`. `ranges`:
+    path -> absmax of the input, a number or by channel; None where nothing was given.
     """
 
     by_name: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)

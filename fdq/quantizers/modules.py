@@ -44,10 +44,8 @@ class Use:
 class Role:
     """What the owner of a tensor does with it, where it is a weight that can be quantized.
 
-    Attributes:
-      kind: as in `Leaf`.
-      fold: how the tensor becomes `[..., K, N]`.
-      stand_in: what replaces the owner; None where the owner itself can hold a QTensor.
+    `fold` is how the tensor becomes `[..., K, N]`; `stand_in` is what replaces the owner, None
+    where the owner itself can hold a QTensor.
     """
 
     kind: Literal["weight", "on_request"]

@@ -26,11 +26,9 @@ Statistics = Mapping[str, Any]
 
 
 class Distortion(NamedTuple):
-    """E|w - w'|^2 of a weight of variance 1.
+    """E|w - w'|^2 of a weight of variance 1, good to about 1%.
 
-    Attributes:
-      value: good to about 1%.
-      kind: `"integral"` (numeric) or `"simulated"` (a seeded sample).
+    `kind` is `"integral"` (numeric) or `"simulated"` (a seeded sample).
     """
 
     value: float
@@ -58,15 +56,9 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
-        """Quantizes one matrix; traced.
+        """Quantizes one matrix `[K, N]` in the checkpoint's dtype, with statistics `[K]`; traced.
 
-        Args:
-          w: `[K, N]` in the dtype of the checkpoint.
-          spec: how it is stored.
-          statistics: `[K]` each, by name.
-
-        Returns:
-          The arrays of the format, by field name of `QTensor`.
+        Returns the arrays of the format, by field name of `QTensor`.
         """
 
     def slabs(self, shape: tuple[int, ...], spec: WeightSpec) -> int:
@@ -79,10 +71,7 @@ class Quantizer(abc.ABC):
         raise NotImplementedError(f"Quantizer {self.name} does not know its distortion.")
 
     def __call__(self, w: Any, spec: WeightSpec, statistics: Statistics, path: str) -> Arrays:
-        """Quantizes a stack `[..., K, N]`, also an abstract one, `matrix` by `matrix`.
-
-        Statistics are `[..., K]`; `path` is that of the parameter, for errors.
-        """
+        """Quantizes a stack `[..., K, N]`, also an abstract one; `path` is for errors."""
         del path
         run = functools.partial(_run, quantizer=self, spec=spec)
         if isinstance(w, jax.ShapeDtypeStruct):
@@ -121,12 +110,9 @@ def pick(
 def expected_distortion(
     spec: WeightSpec, method: str | None = None, *, k: int = 4096
 ) -> Distortion:
-    """The squared error to expect, without quantizing a tensor.
+    """The squared error to expect of a weight `[k, N]` of independent N(0, 1) numbers, N large.
 
-    Args:
-      spec: how the weight is stored.
-      method: a quantizer's name; None is the spec's default.
-      k: rows of the weight, `[k, N]` independent N(0, 1) numbers with N large.
+    Nothing is quantized for it. `method` None is the spec's default.
     """
     return pick(spec, method).expected_distortion(spec, k)
 

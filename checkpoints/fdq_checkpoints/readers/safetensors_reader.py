@@ -76,10 +76,7 @@ class TensorInfo:
 class SafetensorsFile:
     """One open safetensors file whose header has been checked; a context manager.
 
-    Attributes:
-      path: the file.
-      tensors: `name -> TensorInfo`, in the order of the header.
-      metadata: the header's `__metadata__`, strings to strings.
+    `tensors` are in the order of the header; `metadata` is its `__metadata__`, strings to strings.
     """
 
     def __init__(self, path: str | os.PathLike[str]):

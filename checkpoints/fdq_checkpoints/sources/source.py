@@ -21,11 +21,8 @@ from fdq_checkpoints.tree_paths import Path
 class Source(abc.ABC):
     """An open checkpoint of somebody's; a context manager.
 
-    Attributes:
-      folder: where it is.
-      tree: an `fdq.models.Decoder` or nested dicts, of `jax.ShapeDtypeStruct` s (floats) and
-        abstract QTensors.
-      config: of the model, if it is one.
+    `tree` is an `fdq.models.Decoder` (then `config` is its config) or nested dicts, of
+    `jax.ShapeDtypeStruct` s (floats) and abstract QTensors.
     """
 
     folder: pathlib.Path
@@ -74,14 +71,9 @@ class Importer(Protocol):
         ...
 
     def open(self, folder: pathlib.Path, *, dtype: Any = None) -> Source:
-        """Opens a directory that it claims.
+        """Opens a directory that it claims; CheckpointError says what is wrong with it, and where.
 
-        Args:
-          folder: the directory.
-          dtype: of a model's tensors that are not quantized; by default that of the source.
-
-        Raises:
-          CheckpointError: something is wrong with it; says what and where.
+        `dtype` is that of a model's tensors that are not quantized; by default that of the source.
         """
         ...
 

@@ -2,8 +2,6 @@
 
 A family of checkpoints is a list of `Rule`s: a path of fdq's tree with `{i}` for the layer and
 `{e}` for the expert, the source tensors that are joined along N, and how they are laid out.
-`sources` resolves the rules for the tensors that a model has, and checks that every source
-tensor is there, has the shape and dtype that follow from the model, and that none is left over.
 """
 
 import dataclasses
@@ -29,14 +27,10 @@ _COMPARE_ROWS_BYTES = 32 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How to assemble one target from source tensors.
+    """How to assemble one target, a path in fdq's tree, from source tensors.
 
-    Attributes:
-      target: path in fdq's tree.
-      shape: of the whole target.
-      parts: for each expert (or only one, if not stacked), the names joined along the last axis.
-      stacked: whether the first axis goes over experts.
-      layout: as in `Rule`.
+    `parts` has for each expert (or only one, if not `stacked` over experts along the first axis)
+    the names joined along the last axis; `shape` is that of the whole target.
     """
 
     target: Path
@@ -46,10 +40,7 @@ class Source:
     layout: Layout
 
     def read(self, directory: SourceDirectory, expert: int | None = None) -> np.ndarray:
-        """The target, or one expert of a stacked one, in the stored dtype.
-
-        One source tensor is in memory besides the result.
-        """
+        """The target, or one expert of it, in the stored dtype; holds one source tensor besides."""
         if self.stacked and expert is None:
             result = None
             for index in range(len(self.parts)):

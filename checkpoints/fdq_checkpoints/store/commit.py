@@ -28,14 +28,11 @@ def pending_directory(
     keep_unfinished: bool = False,
     needed_bytes: int = 0,
 ) -> Iterator[pathlib.Path]:
-    """A context that yields the temporary sibling and renames it at the end.
+    """A context that yields the temporary sibling of `destination` and renames it at the end.
 
-    Args:
-      destination: the directory to make; parents are made too.
-      overwrite: replace an fdq checkpoint that is there (it stays until the new one is complete).
-      keep_unfinished: yield what a killed process left, instead of an empty directory, and leave
-        it when interrupted from the keyboard.
-      needed_bytes: estimate of what will be written.
+    `overwrite` replaces an fdq checkpoint that is there (it stays until the new one is complete).
+    `keep_unfinished` yields what a killed process left, instead of an empty directory, and leaves
+    it when interrupted from the keyboard. `needed_bytes` estimates what will be written.
     """
     final = pathlib.Path(destination).absolute()
     check_destination(final, overwrite=overwrite)

@@ -60,16 +60,11 @@ class ArrayEntry:
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of the tree.
+    """One tensor of the tree, with its arrays by field name of `QTensor` or under `"value"`.
 
-    Attributes:
-      path: where it is.
-      shape: of what it stands for, `(..., K, N)` for a quantized weight.
-      arrays: by field name of `QTensor`, or the only one under `"value"`.
-      spec: how a quantized weight is stored; None for a plain array.
-      padding: as in `QTensor`.
-      activation: how the module that holds the weight quantizes its input.
-      prng: name of the PRNG implementation if the array is the data of a key.
+    `shape` is that of what it stands for, `(..., K, N)` for a quantized weight; `activation` is how
+    the module that holds the weight quantizes its input; `prng` names the PRNG implementation if
+    the array is the data of a key.
     """
 
     path: Path
@@ -100,15 +95,10 @@ class TensorEntry:
 class Manifest:
     """The content of `fdq.json`, in its order.
 
-    Attributes:
-      fdq_version: of the fdq that wrote it.
-      kind: `"model"` (`config` builds it) or `"params"` (any tree).
-      scheme: name of the scheme, for people; the truth is in the tensors' specs.
-      config: of the model, as `DecoderConfig.to_dict` gives it.
-      provenance: where the weights came from and how they were quantized.
-      files: copied beside the weights (tokenizer): `name -> {"bytes": …, "sha256": …}`.
-      data: bytes of each file under `weights/`, by its path there; filled in by `write`.
-      tensors: all of them, in the tree's order.
+    `kind` is `"model"` (`config`, as of `DecoderConfig.to_dict`, builds it) or `"params"` (any
+    tree). `scheme` is a name for people; the truth is in the tensors' specs. `files` are those
+    copied beside the weights: `name -> {"bytes": …, "sha256": …}`. `data` has the bytes of each
+    file under `weights/`; `write` fills it in. `tensors` are in the tree's order.
     """
 
     fdq_version: str = "unknown"

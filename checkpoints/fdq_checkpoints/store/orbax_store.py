@@ -34,13 +34,10 @@ _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError,
 
 
 class TreeWriter:
-    """Writes a tree array by array; nothing is at `path` before `finalize`.
+    """Writes a tree of `total_bytes` array by array; nothing is at `path` before `finalize`.
 
-    Args:
-      path: the directory to make.
-      total_bytes: size of the whole tree, which sets the size of a batch.
-      on_batch: called after each batch is on disk, with the names of the directories (siblings of
-        `path`) that hold what was written so far.
+    `on_batch` is called after each batch is on disk, with the names of the directories (siblings of
+    `path`) that hold what was written so far.
     """
 
     def __init__(
@@ -49,10 +46,9 @@ class TreeWriter:
         *,
         total_bytes: int,
         on_batch: Callable[[list[str]], None] | None = None,
-        batch_bytes: int | None = None,
     ):
         self._path = path.absolute()
-        self._limit = batch_bytes or max(MIN_BATCH_BYTES, -(-total_bytes // MAX_BATCHES))
+        self._limit = max(MIN_BATCH_BYTES, -(-total_bytes // MAX_BATCHES))
         self._on_batch = on_batch
         self._batch: dict[tree_paths.Path, np.ndarray] = {}
         self._batch_bytes = 0
@@ -126,11 +122,7 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
 
 
 class TreeReader:
-    """Reads arrays of one tree, whose metadata it looks at once.
-
-    Attributes:
-      metadata: shape and dtype of each stored array.
-    """
+    """Reads arrays of one tree; shapes and dtypes (`metadata`) it looks at once."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path.absolute()
