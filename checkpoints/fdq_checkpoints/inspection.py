@@ -127,14 +127,13 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
     stored = StoredTensors(folder)
     if verify:
         stored.verify()
-    rows = []
-    for entry in stored.manifest.tensors:
-        format = str(entry.spec) if entry.spec is not None else entry.arrays["value"].dtype
+    rows, manifest = [], stored.manifest
+    for entry in manifest.tensors:
         is_quantized = entry.spec is not None
+        format = str(entry.spec) if is_quantized else entry.arrays["value"].dtype
         rows.append(Row(dotted(entry.path), format, is_quantized, entry.shape, entry.nbytes))
-    kind, scheme = stored.manifest.kind, stored.manifest.scheme
-    size, provenance = bytes_in(folder), stored.manifest.provenance
-    return Inspection(str(folder), kind, scheme, tuple(rows), size, verify, provenance)
+    kind, scheme, source = manifest.kind, manifest.scheme, manifest.provenance
+    return Inspection(str(folder), kind, scheme, tuple(rows), bytes_in(folder), verify, source)
 
 
 def verify(path: str | os.PathLike[str]) -> None:

@@ -1,7 +1,7 @@
 """Quantizing tensor by tensor while a source is read: what `load` and `convert` share.
 
-At any time one source tensor, one float32 copy of it inside the quantizer and one quantized result
-are in memory; a stack of experts is read and quantized one expert at a time.
+At any time one source tensor (of a stack of experts, one expert), one float32 copy of it inside the
+quantizer and one quantized result are in memory.
 """
 
 import dataclasses

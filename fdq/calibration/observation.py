@@ -62,10 +62,9 @@ class _CacheObserver(nnx.Module):
     """The range of keys and values, per KV head and channel."""
 
     def __init__(self, heads: int, head_dim: int):
-        for name in ("k_min", "v_min"):
-            setattr(self, name, Observed(jnp.full((heads, head_dim), jnp.inf, jnp.float32)))
-        for name in ("k_max", "v_max"):
-            setattr(self, name, Observed(jnp.full((heads, head_dim), -jnp.inf, jnp.float32)))
+        for name in ("k_min", "v_min", "k_max", "v_max"):
+            start = jnp.inf if name.endswith("min") else -jnp.inf
+            setattr(self, name, Observed(jnp.full((heads, head_dim), start, jnp.float32)))
 
     def __call__(self, k: jax.Array, v: jax.Array) -> None:
         for name, x in (("k", k), ("v", v)):

@@ -167,7 +167,8 @@ def _keep_cache_scales(model: Any, cache: CacheSpec | None, inputs: LayerInputs)
     """
     if cache is None or cache.dynamic or not hasattr(model, "set_cache_scales"):
         return
-    scales, config = inputs.cache_scales(cache), getattr(model, "config", None)
+    seen, config = inputs.calibration, getattr(model, "config", None)
+    scales = None if seen is None else seen.cache_scales(cache)
     leaves = jax.tree.leaves(nnx.state(model))
     if scales is None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         scales = None if config is None else abstract_scales(config, cache)

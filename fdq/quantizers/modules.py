@@ -1,10 +1,7 @@
 """`fdq.quantize` for anyone's Flax NNX module: which layers are replaced, and by what.
 
 The Variables of a clone of the module (which shares the arrays of the original) are collected with
-every path that leads to them, and those that the recipe picks are quantized one after the other.
-`fdq.nn.Linear` and `fdq.nn.ExpertLinear` hold a QTensor in place of their kernel;
-`nnx.Linear`, `LinearGeneral` and `Einsum` are replaced wherever they are referenced.
-A Variable used in two places is quantized once and stays shared.
+every path that leads to them, so one that is used in two places is quantized once and stays shared.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""What a quantizer is: it chooses the codes and scales of a weight, given how they are stored.
-
-A quantizer is an object with a name in `QUANTIZERS`. It says which specs it can serve and which
-statistics of the layer's input it wants; what it makes of one matrix is a pure function, which the
-base class runs over stacks of matrices.
-"""
+"""What a quantizer is: it chooses the codes and scales of a weight, given how they are stored."""
 
 from __future__ import annotations
 

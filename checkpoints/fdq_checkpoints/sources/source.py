@@ -1,8 +1,4 @@
-"""What a source of weights is: an importer says which directories are its own, and opens them.
-
-An open source is a tree of what it has, abstract, and reads one tensor of it at a time: floats, or
-a `QTensor` where its weights are quantized already. What becomes of them the recipe says.
-"""
+"""What a source of weights is: an importer says which directories are its own, and opens them."""
 
 import abc
 import os

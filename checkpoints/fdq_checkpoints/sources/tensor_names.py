@@ -1,8 +1,4 @@
-"""Where each tensor of fdq's tree comes from in somebody else's checkpoint, as data.
-
-A family of checkpoints is a list of `Rule`s: a path of fdq's tree with `{i}` for the layer and
-`{e}` for the expert, the source tensors that are joined along N, and how they are laid out.
-"""
+"""Where each tensor of fdq's tree comes from in somebody else's checkpoint, as data (`Rule`s)."""
 
 import dataclasses
 import fnmatch
@@ -84,8 +80,14 @@ def sources(
     result = {}
     used = set(also_used)
     for path, target in targets.items():
-        source = _resolve(path, tuple(target.shape), rules)
-        widths = qkv_widths if _rule(path, rules)[0].widths == "qkv" else None
+        rule, values = _rule(path, rules)
+        stacked = any("{e}" in name for name in rule.names)
+        parts = tuple(
+            tuple(name.format(e=expert, **values) for name in rule.names)
+            for expert in range(target.shape[0] if stacked else 1)
+        )
+        source = Source(path, tuple(target.shape), parts, stacked, rule.layout)
+        widths = qkv_widths if rule.widths == "qkv" else None
         for names in source.parts:
             _check_parts(directory, source, names, widths)
             used.update(names)
@@ -129,16 +131,6 @@ def _rule(path: Path, rules: tuple[Rule, ...]) -> tuple[Rule, dict[str, str]]:
         if match := re.fullmatch(pattern, name):
             return rule, match.groupdict()
     raise CheckpointError(f"{name}: checkpoints of this family have no such tensor.")
-
-
-def _resolve(path: Path, shape: tuple[int, ...], rules: tuple[Rule, ...]) -> Source:
-    rule, values = _rule(path, rules)
-    stacked = any("{e}" in name for name in rule.names)
-    parts = tuple(
-        tuple(name.format(e=expert, **values) for name in rule.names)
-        for expert in range(shape[0] if stacked else 1)
-    )
-    return Source(path, shape, parts, stacked, rule.layout)
 
 
 def _check_parts(

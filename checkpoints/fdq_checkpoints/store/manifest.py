@@ -119,11 +119,6 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def array_entry(array: np.ndarray) -> ArrayEntry:
-    """The entry of an array on the host."""
-    return ArrayEntry(array.dtype.name, tuple(array.shape), checksum(array))
-
-
 def write(manifest: Manifest, folder: pathlib.Path) -> None:
     """Write `fdq.json` beside the finished `weights/`, whose files it lists."""
     weights = folder / WEIGHTS
@@ -132,7 +127,9 @@ def write(manifest: Manifest, folder: pathlib.Path) -> None:
         for path in sorted(weights.rglob("*"))
         if path.is_file()
     }
-    content = to_json(dataclasses.replace(manifest, data=sizes))
+    tensors = [tensor_to_json(tensor) for tensor in manifest.tensors]
+    content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    content |= vars(manifest) | {"data": sizes, "tensors": tensors}
     content["sha256"] = _digest(content)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
@@ -167,13 +164,6 @@ def read(folder: pathlib.Path) -> Manifest:
         return _from_json(content, path)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: malformed ({type(error).__name__}: {error}).") from error
-
-
-def to_json(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as JSON values, without its hash."""
-    tensors = [tensor_to_json(tensor) for tensor in manifest.tensors]
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    return head | vars(manifest) | {"tensors": tensors}
 
 
 def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:

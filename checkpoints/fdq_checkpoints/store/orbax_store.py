@@ -1,11 +1,9 @@
 """Trees of arrays in Orbax's format; the only module of the project that knows Orbax.
 
 Arrays are written uncompressed (packed codes do not compress, and zstd is three to five times
-slower) and read back as NumPy arrays in exactly the stored dtype and shape, because Orbax casts
-silently to whatever the caller asks for. It does not notice flipped bits either: the manifest's
-checksums do.
-
-Trees are nested dicts only. A tree larger than memory is written in batches (`ocp.partial`).
+slower) and read back in exactly the stored dtype and shape, because Orbax casts silently to
+whatever the caller asks for. Trees are nested dicts only; one larger than memory is written in
+batches (`ocp.partial`).
 """
 
 import contextlib

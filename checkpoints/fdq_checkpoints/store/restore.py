@@ -1,8 +1,7 @@
 """Reading the tensors of an fdq checkpoint: compared with the manifest before and after.
 
-Arrays are read on the host in batches, in exactly the stored dtype and shape, checked, and then
-put on their devices, each of which takes its own part: the sharding need not be the one that the
-checkpoint was written with.
+Each device takes its own part of an array: the sharding need not be the one that the checkpoint was
+written with.
 """
 
 import pathlib
