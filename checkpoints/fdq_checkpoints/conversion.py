@@ -1,9 +1,8 @@
 """`convert`: a float checkpoint to a quantized fdq checkpoint, tensor by tensor.
 
-Peak memory is about the largest quantized tensor (the experts of a layer are one) plus one batch of
-what is to be written. A killed conversion leaves a directory `<destination>.fdq-tmp` that nothing
-loads; the same call goes on from there, and a different one (other source, scheme, options or
-version) starts anew.
+Peak memory is about the largest quantized tensor (the experts of a layer are one) plus a batch. A
+killed conversion leaves `<destination>.fdq-tmp`, which nothing loads; the same call goes on from
+there, and another one (other source, scheme, options or version) starts anew.
 """
 
 import hashlib

@@ -20,10 +20,7 @@ from fdq_checkpoints.tree_paths import dotted
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor, by its dotted path: the shape that it stands for, and its stored bytes.
-
-    `format` is the spec's short name (`W4`), or the dtype of a plain array.
-    """
+    """One tensor; `format` is the spec's short name (`W4`), or the dtype of a plain array."""
 
     path: str
     format: str
@@ -91,17 +88,11 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        header = ("tensor", "format", "shape", "bytes", "bits/weight")
-        cells = [
-            (
-                row.path,
-                row.format,
-                " × ".join(map(str, row.shape)) or "scalar",
-                f"{row.nbytes:,}",
-                f"{row.bits_per_weight:.3f}",
-            )
-            for row in self.rows
-        ]
+        cells = [("tensor", "format", "shape", "bytes", "bits/weight")]
+        for row in self.rows:
+            shape = " × ".join(map(str, row.shape)) or "scalar"
+            numbers = (f"{row.nbytes:,}", f"{row.bits_per_weight:.3f}")
+            cells.append((row.path, row.format, shape, *numbers))
         quantized = self.quantized_bits_per_weight
         total = (
             f"{self.kind}, {self.scheme or 'not quantized'}: {len(self.rows)} tensors, "
@@ -111,7 +102,7 @@ class Inspection:
         if quantized is not None:
             total += f" ({quantized:.3f} where quantized)"
         total += ", checksums verified" if self.verified else ", checksums not compared"
-        head, *lines = aligned([header, *cells], right={3, 4}).splitlines()
+        head, *lines = aligned(cells, right={3, 4}).splitlines()
         return "\n".join([self.path, "", head, "-" * len(head), *lines, "", total])
 
 
@@ -137,11 +128,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Compare every checksum of an fdq checkpoint, weights and files.
-
-    FileNotFoundError where there is no such directory; CheckpointError names the first thing that
-    is missing or changed.
-    """
+    """Compares all checksums; CheckpointError names the first thing that is missing or changed."""
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such directory.")

@@ -27,10 +27,7 @@ def dotted(path: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One named tensor: an array, a `jax.ShapeDtypeStruct`, or a `QTensor` of them.
-
-    `activation` is how the module that holds it quantizes its input, if it does.
-    """
+    """A named array, `jax.ShapeDtypeStruct` or `QTensor`; `activation` is that of its module."""
 
     path: Path
     value: Any

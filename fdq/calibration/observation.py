@@ -1,8 +1,4 @@
-"""Statistics of activations, keys and values over sample tokens, for static scales and searches.
-
-The model is cloned, its linear modules get observers, and the clone runs under `jax.jit`; the model
-that was passed in is not touched.
-"""
+"""Statistics of activations, keys and values over sample tokens, by observers in a clone."""
 
 from __future__ import annotations
 

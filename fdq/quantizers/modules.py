@@ -87,10 +87,7 @@ def collect(module: Any) -> list[Tensor]:
 
 
 def children(value: Any) -> list[tuple[str, Any]]:
-    """Attributes of a module, items of a container; nothing for other values.
-
-    Attributes in the order of `nnx.state`: a shared module has the path that it has there.
-    """
+    """Attributes of a module in the order of `nnx.state`, items of a container; else nothing."""
     if isinstance(value, nnx.Pytree):
         named = ((k, v) for k, v in vars(value).items() if not k.startswith("_pytree__"))
         return sorted(named, key=lambda item: _natural(item[0]))

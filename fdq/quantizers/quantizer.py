@@ -71,7 +71,8 @@ class Quantizer(abc.ABC):
         run = functools.partial(_run, quantizer=self, spec=spec)
         if isinstance(w, jax.ShapeDtypeStruct):
             return jax.eval_shape(run, w, dict(statistics))
-        return run(w, dict(statistics), sequential=_on_one_device(w))
+        on_one_device = not isinstance(w, Tracer) and len(w.sharding.device_set) == 1
+        return run(w, dict(statistics), sequential=on_one_device)
 
 
 def default_of(spec: WeightSpec, dtype: Any = jnp.float32) -> Quantizer:
@@ -105,10 +106,7 @@ def pick(
 def expected_distortion(
     spec: WeightSpec, method: str | None = None, *, k: int = 4096
 ) -> Distortion:
-    """The squared error to expect of a weight `[k, N]` of independent N(0, 1) numbers, N large.
-
-    Nothing is quantized for it. `method` None is the spec's default.
-    """
+    """The squared error to expect, without quantizing; `method` None is the spec's default."""
     return pick(spec, method).expected_distortion(spec, k)
 
 
@@ -168,7 +166,3 @@ def _by_slabs(w: jax.Array, slabs: int, quantize: Any) -> Arrays:
         return jnp.concatenate([first, a[-1, :, again:]], axis=1)
 
     return {name: joined(a) for name, a in parts.items()}
-
-
-def _on_one_device(w: Any) -> bool:
-    return not isinstance(w, Tracer) and len(w.sharding.device_set) == 1

@@ -34,17 +34,12 @@ def quantize_array(
     call on the stack. ValueError, naming `path`, where the weight is not a float matrix, has NaN or
     infinity (only looked for in concrete arrays), or does not fit the spec.
 
-    Args:
-      w: the weight.
-      spec: how it is stored.
-      method: the name of a quantizer. `"absmax"` maps the largest magnitude of a group to the
-        highest level; `"signed_max"` to the lowest, with a signed scale (integers);
-        `"four_over_six"` the better of two scales (`nvfp4`); `"search"` takes the scale of least
-        squared error. None: `"search"` for 4 bits and fewer, else `"absmax"`.
-      compat: as in `fdq.quantize`; excludes `method` and `importance`.
-      importance: as in `fdq.quantize`, `[..., K]`; only with `"search"`.
-      statistics: those of the weight's input, by name; the quantizer takes what it uses.
-      path: name of the parameter, used only in errors.
+    `method` names a quantizer: `"absmax"` maps the largest magnitude of a group to the highest
+    level; `"signed_max"` to the lowest, with a signed scale (integers); `"four_over_six"` the
+    better of two scales (`nvfp4`); `"search"` takes the scale of least squared error. None is
+    `"search"` for 4 bits and fewer, else `"absmax"`. `compat`, which excludes `method` and
+    `importance`, and `importance`, `[..., K]` and only with `"search"`, are as in `fdq.quantize`.
+    Of `statistics` (of the input, by name) the quantizer takes what it uses.
 
     Examples:
       >>> w = jnp.linspace(-1.0, 1.0, 256).reshape(128, 2)

@@ -1,7 +1,4 @@
-"""A directory with config.json and safetensors, as Hugging Face and Paddle publish models.
-
-Refuses what would be ambiguous or lead outside the directory.
-"""
+"""A directory with config.json and safetensors, as Hugging Face and Paddle publish models."""
 
 import os
 import pathlib

@@ -203,15 +203,8 @@ def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
         spec = _spec_from_json(WeightSpec, entry["spec"], where)
     if "activation" in entry:
         activation = _spec_from_json(ActivationSpec, entry["activation"], where)
-    tensor = TensorEntry(
-        path=path,
-        shape=_shape(entry["shape"], where),
-        arrays=arrays,
-        spec=spec,
-        padding=_integer(entry.get("padding", 0), where),
-        activation=activation,
-        prng=entry.get("prng"),
-    )
+    shape, padding = _shape(entry["shape"], where), _integer(entry.get("padding", 0), where)
+    tensor = TensorEntry(path, shape, arrays, spec, padding, activation, entry.get("prng"))
     _check_arrays(tensor, where)
     return tensor
 
@@ -287,8 +280,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
-    given = values.items()
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in given}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for flag in ("double_quantization", "dynamic"):
         if not isinstance(fields.get(flag, False), bool):
             raise CheckpointError(f"{where}: {flag} is {fields[flag]!r}, expected true or false.")

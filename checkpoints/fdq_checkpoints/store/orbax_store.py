@@ -34,8 +34,8 @@ _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError,
 class TreeWriter:
     """Writes a tree of `total_bytes` array by array; nothing is at `path` before `finalize`.
 
-    `on_batch` is called after each batch is on disk, with the names of the directories (siblings of
-    `path`) that hold what was written so far.
+    `on_batch` gets after each batch the names of the directories beside `path` that hold all so
+    far.
     """
 
     def __init__(
@@ -91,8 +91,7 @@ def pending_directories(path: pathlib.Path) -> list[str]:
 def keep_only(path: pathlib.Path, batches: list[str]) -> bool:
     """Prepare to go on after a killed writer: drop all that it left but `batches`.
 
-    False if a batch is missing (it was killed while putting them together), so that all must be
-    written anew; nothing is dropped then.
+    False, and nothing dropped, if one is missing (it was killed while putting them together).
     """
     folder = _partial(path)
     present = set(os.listdir(folder)) if folder.is_dir() else set()

@@ -1,7 +1,6 @@
 """Reading the tensors of an fdq checkpoint: compared with the manifest before and after.
 
-Each device takes its own part of an array: the sharding need not be the one that the checkpoint was
-written with.
+Each device takes its own part: the sharding need not be the one of writing.
 """
 
 import pathlib
