@@ -1,9 +1,8 @@
 """`convert`: a float checkpoint to a quantized fdq checkpoint, tensor by tensor.
 
-Peak memory is about the largest quantized tensor (the experts of a layer are one) plus one batch
-of what is to be written, whatever the model's size. A killed conversion leaves a directory
-`<destination>.fdq-tmp` that nothing loads; the same call goes on from there, and a different one
-(other source, scheme, options or version) starts anew.
+Peak memory is about the largest quantized tensor (the experts of a layer are one) plus a batch. A
+killed conversion leaves `<destination>.fdq-tmp`, which nothing loads; the same call goes on from
+there, and another one (other source, scheme, options or version) starts anew.
 """
 
 import hashlib
@@ -88,18 +87,14 @@ def _key(made: stream.Job, tensors: list[Tensor], options: dict[str, Any]) -> st
     """Equal for equal jobs: what is read, what is to be made of it, and by which versions."""
     described = []
     for tensor in tensors:
-        spec, arrays = getattr(tensor.value, "spec", None), tree_paths.arrays_of(tensor.value)
-        kinds = [[name, array.shape, array.dtype.name] for name, array in arrays.items()]
-        static = [tensor.path, repr(tensor.activation), repr(spec)]
-        described.append([*static, *kinds, _content(tensor.value)])
+        value, spec = tensor.value, getattr(tensor.value, "spec", None)
+        kinds = [[name, a.shape, a.dtype.name] for name, a in tree_paths.arrays_of(value).items()]
+        # Calibrated scales are known before anything is read.
+        known = isinstance(value, jax.Array)
+        digest = hashlib.sha256(np.asarray(value).tobytes()).hexdigest() if known else None
+        described.append([tensor.path, repr(tensor.activation), repr(spec), *kinds, digest])
     content = [made.source.state, described, options, saving.versions()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _content(value: Any) -> str | None:
-    """A hash of a tensor that is known before anything is read, as calibrated scales are."""
-    concrete = isinstance(value, jax.Array)
-    return hashlib.sha256(np.asarray(value).tobytes()).hexdigest() if concrete else None
 
 
 def _write(

@@ -20,15 +20,7 @@ from fdq_checkpoints.tree_paths import dotted
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor.
-
-    Attributes:
-      path: dotted.
-      format: the spec's short name (`W4`), or the dtype of a plain array.
-      quantized: whether it is a QTensor.
-      shape: of the weight that it stands for.
-      nbytes: stored bytes, packed, scales included.
-    """
+    """One tensor; `format` is the spec's short name (`W4`), or the dtype of a plain array."""
 
     path: str
     format: str
@@ -49,17 +41,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's table; prints itself.
+    """A checkpoint's table, one row a tensor; prints itself.
 
-    Attributes:
-      path: of the checkpoint.
-      kind: `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the name
-        of another importer.
-      scheme: its name, if quantized.
-      rows: one a tensor.
-      disk_bytes: of all files, metadata and tokenizer included.
-      verified: whether all checksums were compared (and matched).
-      provenance: where the weights came from.
+    `kind` is `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the
+    name of another importer. `disk_bytes` counts all files, metadata and tokenizer included;
+    `verified` says that all checksums were compared (and matched).
     """
 
     path: str
@@ -102,17 +88,11 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        header = ("tensor", "format", "shape", "bytes", "bits/weight")
-        cells = [
-            (
-                row.path,
-                row.format,
-                " × ".join(map(str, row.shape)) or "scalar",
-                f"{row.nbytes:,}",
-                f"{row.bits_per_weight:.3f}",
-            )
-            for row in self.rows
-        ]
+        cells = [("tensor", "format", "shape", "bytes", "bits/weight")]
+        for row in self.rows:
+            shape = " × ".join(map(str, row.shape)) or "scalar"
+            numbers = (f"{row.nbytes:,}", f"{row.bits_per_weight:.3f}")
+            cells.append((row.path, row.format, shape, *numbers))
         quantized = self.quantized_bits_per_weight
         total = (
             f"{self.kind}, {self.scheme or 'not quantized'}: {len(self.rows)} tensors, "
@@ -122,20 +102,15 @@ class Inspection:
         if quantized is not None:
             total += f" ({quantized:.3f} where quantized)"
         total += ", checksums verified" if self.verified else ", checksums not compared"
-        head, *lines = aligned([header, *cells], right={3, 4}).splitlines()
+        head, *lines = aligned(cells, right={3, 4}).splitlines()
         return "\n".join([self.path, "", head, "-" * len(head), *lines, "", total])
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection:
     """The table of an fdq checkpoint, or of a float model's directory.
 
-    Args:
-      path: the directory.
-      verify: read all data and compare the checksums.
-
-    Raises:
-      FileNotFoundError: no such directory.
-      CheckpointError: it is damaged, or no checkpoint.
+    `verify` reads all data and compares the checksums. FileNotFoundError where there is no such
+    directory, CheckpointError where it is damaged, or no checkpoint.
     """
     folder = pathlib.Path(path)
     if not os.path.lexists(folder / manifests.FILE_NAME):
@@ -143,23 +118,17 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
     stored = StoredTensors(folder)
     if verify:
         stored.verify()
-    rows = []
-    for entry in stored.manifest.tensors:
-        format = str(entry.spec) if entry.spec is not None else entry.arrays["value"].dtype
+    rows, manifest = [], stored.manifest
+    for entry in manifest.tensors:
         is_quantized = entry.spec is not None
+        format = str(entry.spec) if is_quantized else entry.arrays["value"].dtype
         rows.append(Row(dotted(entry.path), format, is_quantized, entry.shape, entry.nbytes))
-    kind, scheme = stored.manifest.kind, stored.manifest.scheme
-    size, provenance = bytes_in(folder), stored.manifest.provenance
-    return Inspection(str(folder), kind, scheme, tuple(rows), size, verify, provenance)
+    kind, scheme, source = manifest.kind, manifest.scheme, manifest.provenance
+    return Inspection(str(folder), kind, scheme, tuple(rows), bytes_in(folder), verify, source)
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Compare every checksum of an fdq checkpoint, weights and files.
-
-    Raises:
-      FileNotFoundError: no such directory.
-      CheckpointError: something is missing or changed; the first such thing is named.
-    """
+    """Compares all checksums; CheckpointError names the first thing that is missing or changed."""
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such directory.")

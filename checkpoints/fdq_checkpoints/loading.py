@@ -20,15 +20,9 @@ from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import open_source
 from fdq_checkpoints.store import manifest as manifests
-from fdq_checkpoints.store import orbax_store
+from fdq_checkpoints.store import orbax_store, restore
 from fdq_checkpoints.store.manifest import Manifest, TensorEntry
-from fdq_checkpoints.store.restore import (
-    Shardings,
-    StoredTensors,
-    check_shardings,
-    put,
-    sharding_of,
-)
+from fdq_checkpoints.store.restore import Shardings, StoredTensors
 from fdq_checkpoints.tree_paths import array_path, dotted
 
 
@@ -74,16 +68,19 @@ def load(
         )
 
     def place(tensor: tree_paths.Tensor) -> Any:
-        return tree_paths.map_arrays(
-            lambda path, array: put(array, sharding_of(sharding, path, array)), tensor
-        )
+        def put(path: tree_paths.Path, array: Any) -> Any:
+            return restore.put(array, restore.sharding_of(sharding, path, array))
+
+        return tree_paths.map_arrays(put, tensor)
 
     with open_source(folder, dtype=dtype) as source:
         job = stream.Job.of(source, scheme, progress=progress, place=place, **options)
         if verbose and job.assigned is not None:
             print(job.assigned.table.summary())
         tensors = tree_paths.flatten(job.tree)
-        check_shardings(sharding, ((t.path, tree_paths.arrays_of(t.value)) for t in tensors))
+        restore.check_shardings(
+            sharding, ((t.path, tree_paths.arrays_of(t.value)) for t in tensors)
+        )
         values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
         model = tree_paths.fill(job.tree, values)
     if isinstance(model, models.Decoder):
@@ -95,7 +92,7 @@ def _load_stored(
     stored: StoredTensors, sharding: Shardings, template: Any, dtype: Any, verify: bool
 ) -> Any:
     manifest = stored.manifest
-    check_shardings(sharding, ((entry.path, entry.arrays) for entry in manifest.tensors))
+    restore.check_shardings(sharding, ((entry.path, entry.arrays) for entry in manifest.tensors))
     if template is not None:
         target = _like_stored(template, manifest, stored.folder)
         values = stored.restore(sharding or _template_shardings(target), verify=verify)

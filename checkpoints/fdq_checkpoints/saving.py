@@ -88,20 +88,12 @@ def write_tensor(writer: orbax_store.TreeWriter, tensor: Tensor) -> TensorEntry:
             prng = str(jax.random.key_impl(array))
             array = jax.random.key_data(array)
         host = np.asarray(array)
-        arrays[name] = manifest.array_entry(host)
+        arrays[name] = ArrayEntry(host.dtype.name, host.shape, manifest.checksum(host))
         if host.size:  # Orbax has no empty arrays; the manifest's shape says all about them
             writer.add(tree_paths.array_path(tensor.path, name), host)
-    value = tensor.value
-    quantized = isinstance(value, QTensor)
-    return TensorEntry(
-        path=tensor.path,
-        shape=tuple(value.shape),
-        arrays=arrays,
-        spec=value.spec if quantized else None,
-        padding=value.padding if quantized else 0,
-        activation=tensor.activation,
-        prng=prng,
-    )
+    value, shape = tensor.value, tuple(tensor.value.shape)
+    spec, padding = (value.spec, value.padding) if isinstance(value, QTensor) else (None, 0)
+    return TensorEntry(tensor.path, shape, arrays, spec, padding, tensor.activation, prng)
 
 
 def nbytes(value: Any) -> int:

@@ -1,7 +1,7 @@
 """Quantizing tensor by tensor while a source is read: what `load` and `convert` share.
 
-At any time one source tensor, one float32 copy of it inside the quantizer and one quantized result
-are in memory; a stack of experts is read and quantized one expert at a time.
+At any time one source tensor (of a stack of experts, one expert), one float32 copy of it inside the
+quantizer and one quantized result are in memory.
 """
 
 import dataclasses
@@ -45,14 +45,10 @@ def check_dtype(dtype: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be made of a source.
+    """What is to be made of an open source; `assigned` is None where all stays as it is.
 
-    Attributes:
-      source: open.
-      tree: abstract, as the source's but with a QTensor where one is to be made. Scales that
-        calibration gave are there already.
-      assigned: what is quantized how; None where all stays as it is.
-      inputs: statistics for the quantizers.
+    `tree` is abstract, as the source's but with a QTensor where one is to be made. Scales that
+    calibration gave are there already.
     """
 
     source: Source

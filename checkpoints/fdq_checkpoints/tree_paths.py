@@ -27,13 +27,7 @@ def dotted(path: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One named tensor of a tree.
-
-    Attributes:
-      path: where it is.
-      value: an array, a `jax.ShapeDtypeStruct`, or a `QTensor` of them.
-      activation: how the module that holds it quantizes its input, if it does.
-    """
+    """A named array, `jax.ShapeDtypeStruct` or `QTensor`; `activation` is that of its module."""
 
     path: Path
     value: Any
@@ -133,17 +127,15 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, QuantizedWeight | nnx.Variable)
-
-
 def path_of(entries: Iterable[Any]) -> Path:
     """A JAX key path as a path of strings."""
     return tuple(map(str, path_keys(entries)))
 
 
 def _pytree_leaves(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_tensor)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, QuantizedWeight | nnx.Variable)
+    )
     return [(path_of(path), leaf) for path, leaf in leaves], structure
 
 

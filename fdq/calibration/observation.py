@@ -1,8 +1,4 @@
-"""Statistics of activations, keys and values over sample tokens, for static scales and searches.
-
-The model is cloned, its linear modules get observers, and the clone runs under `jax.jit`; the model
-that was passed in is not touched.
-"""
+"""Statistics of activations, keys and values over sample tokens, by observers in a clone."""
 
 from __future__ import annotations
 
@@ -62,10 +58,9 @@ class _CacheObserver(nnx.Module):
     """The range of keys and values, per KV head and channel."""
 
     def __init__(self, heads: int, head_dim: int):
-        for name in ("k_min", "v_min"):
-            setattr(self, name, Observed(jnp.full((heads, head_dim), jnp.inf, jnp.float32)))
-        for name in ("k_max", "v_max"):
-            setattr(self, name, Observed(jnp.full((heads, head_dim), -jnp.inf, jnp.float32)))
+        for name in ("k_min", "v_min", "k_max", "v_max"):
+            start = jnp.inf if name.endswith("min") else -jnp.inf
+            setattr(self, name, Observed(jnp.full((heads, head_dim), start, jnp.float32)))
 
     def __call__(self, k: jax.Array, v: jax.Array) -> None:
         for name, x in (("k", k), ("v", v)):
@@ -141,9 +136,7 @@ def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:
     return (jnp.asarray(batch) for batch in tokens)
 
 
-def _insert_observers(
-    root: nnx.Module,
-) -> tuple[dict[str, _InputObserver], list[_CacheObserver]]:
+def _insert_observers(root: nnx.Module) -> tuple[dict[str, _InputObserver], list[_CacheObserver]]:
     """Gives, in place, each linear module an observer; wraps those of others that take none."""
     nodes = [(path, node) for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)]
     wrapped: dict[int, _Observed] = {}

@@ -26,16 +26,10 @@ from fdq.schemes.scheme import CacheSpec, Scheme
 
 @dataclasses.dataclass(frozen=True)
 class Assigned:
-    """What is to become of each tensor of a tree or module.
+    """What is to become of each tensor of a tree, or of a clone of a module: the `target`.
 
-    Attributes:
-      target: the tree, or a clone of the module (with its arrays in Variables of its own).
-      tensors: of a module; None for a tree.
-      leaves: what the recipe looked at.
-      recipe: its rules and cache.
-      table: what it says of each leaf.
-      method: the quantizer of those to which no rule gives another.
-      compat: FastDeploy's rounding, where it has one.
+    `tensors` are those of a module (None for a tree), `leaves` what the recipe looked at, `table`
+    what it says of each. `method` quantizes where no rule says how, `compat` where FastDeploy can.
     """
 
     target: Any
@@ -173,7 +167,8 @@ def _keep_cache_scales(model: Any, cache: CacheSpec | None, inputs: LayerInputs)
     """
     if cache is None or cache.dynamic or not hasattr(model, "set_cache_scales"):
         return
-    scales, config = inputs.cache_scales(cache), getattr(model, "config", None)
+    seen, config = inputs.calibration, getattr(model, "config", None)
+    scales = None if seen is None else seen.cache_scales(cache)
     leaves = jax.tree.leaves(nnx.state(model))
     if scales is None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         scales = None if config is None else abstract_scales(config, cache)

@@ -63,10 +63,7 @@ class FastDeploy(Quantizer):
         format = format_of(spec)
         assert isinstance(format, ScaledFormat)
         codes = format.to_codes(levels, spec, None)
-        return {
-            "codes": packing.pack(codes, format.bits),
-            "scale": used.astype(spec.scale_dtype),
-        }
+        return {"codes": packing.pack(codes, format.bits), "scale": used.astype(spec.scale_dtype)}
 
 
 FASTDEPLOY = FastDeploy("fastdeploy", divides_by_rounded=False)

@@ -13,19 +13,17 @@ import numpy as np
 from fdq.calibration.statistics import Calibration
 from fdq.schemes import assignment
 from fdq.schemes.assignment import Leaf
-from fdq.schemes.scheme import CacheSpec, Scheme
+from fdq.schemes.scheme import Scheme
 
 _SMALLEST = 1e-10  # an input that was always 0 still needs a scale that can be divided by
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """Statistics of one call of `quantize`.
+    """Statistics of one call of `quantize`; `calibration` is what they come from, if it was one.
 
-    Attributes:
-      by_name: name of a statistic -> path of a kernel or its module -> array `[..., K]`.
-      ranges: path -> absmax of the input, a number or by channel; None where nothing was given.
-      calibration: what they come from, if it was a `Calibration`.
+    `by_name`: name of a statistic -> path of a kernel or its module -> array `[..., K]`. `ranges`:
+    path -> absmax of the input, a number or by channel; None where nothing was given.
     """
 
     by_name: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -91,10 +89,6 @@ class LayerInputs:
             raise ValueError(f"{path}: the absmax of its input is {absmax}; expected numbers >= 0.")
         scale = np.maximum(absmax, _SMALLEST) / np.float32(spec.bound)
         return jnp.asarray(np.broadcast_to(scale, lead), jnp.float32)
-
-    def cache_scales(self, spec: CacheSpec) -> Any:
-        """Scales of a static KV cache, by layer; None without a calibration."""
-        return None if self.calibration is None else self.calibration.cache_scales(spec)
 
 
 def _by_path(

@@ -1,10 +1,7 @@
 """`fdq.quantize` for anyone's Flax NNX module: which layers are replaced, and by what.
 
 The Variables of a clone of the module (which shares the arrays of the original) are collected with
-every path that leads to them, and those that the recipe picks are quantized one after the other.
-`fdq.nn.Linear` and `fdq.nn.ExpertLinear` hold a QTensor in place of their kernel;
-`nnx.Linear`, `LinearGeneral` and `Einsum` are replaced wherever they are referenced.
-A Variable used in two places is quantized once and stays shared.
+every path that leads to them, so one that is used in two places is quantized once and stays shared.
 """
 
 from __future__ import annotations
@@ -44,10 +41,8 @@ class Use:
 class Role:
     """What the owner of a tensor does with it, where it is a weight that can be quantized.
 
-    Attributes:
-      kind: as in `Leaf`.
-      fold: how the tensor becomes `[..., K, N]`.
-      stand_in: what replaces the owner; None where the owner itself can hold a QTensor.
+    `fold` is how the tensor becomes `[..., K, N]`; `stand_in` is what replaces the owner, None
+    where the owner itself can hold a QTensor.
     """
 
     kind: Literal["weight", "on_request"]
@@ -92,10 +87,7 @@ def collect(module: Any) -> list[Tensor]:
 
 
 def children(value: Any) -> list[tuple[str, Any]]:
-    """Attributes of a module, items of a container; nothing for other values.
-
-    Attributes in the order of `nnx.state`: a shared module has the path that it has there.
-    """
+    """Attributes of a module in the order of `nnx.state`, items of a container; else nothing."""
     if isinstance(value, nnx.Pytree):
         named = ((k, v) for k, v in vars(value).items() if not k.startswith("_pytree__"))
         return sorted(named, key=lambda item: _natural(item[0]))

@@ -85,15 +85,19 @@ def quantize(
     if isinstance(target, (nnx.Variable, QuantizedWeight)):
         kind = type(target).__name__
         raise TypeError(f"Cannot quantize a {kind}; pass the array, or the module that holds it.")
+    is_array = hasattr(target, "shape") and hasattr(target, "dtype")
     has_layers = isinstance(target, nnx.Pytree)
-    has_paths = isinstance(calibration, Calibration) and not _is_array(target)
+    has_paths = isinstance(calibration, Calibration) and not is_array
     if calibration is not None and not (has_layers or has_paths):
         raise ValueError(
             "calibration= gives the layers of an NNX module their static scales. An array or a "
             "pytree has no layers: pass activation_scale= to fdq.matmul."
         )
-    if _is_array(target):
-        return _quantize_array(target, scheme, method, compat, importance, rules, donate)
+    if is_array:
+        q = _quantize_array(target, scheme, method, compat, importance, rules)
+        if donate and isinstance(target, jax.Array):
+            target.delete()
+        return q
     assigned = Assigned.of(target, scheme, compat=compat, rules=rules, method=method)
     inputs = LayerInputs.of(assigned.leaves, importance=importance, calibration=calibration)
     result = assigned.quantize(inputs, donate=donate)
@@ -119,18 +123,8 @@ def match_table(
     return Assigned.of(target, scheme, compat=compat, rules=rules).table
 
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def _quantize_array(
-    array: Any,
-    scheme: Any,
-    method: str | None,
-    compat: str | None,
-    importance: Any,
-    rules: Any,
-    donate: bool,
+    array: Any, scheme: Any, method: str | None, compat: str | None, importance: Any, rules: Any
 ) -> QTensor:
     recipe = parse(scheme, rules, compat, has_experts=False)
     if recipe.default is None or recipe.default.weight is None or recipe.rules:
@@ -144,9 +138,6 @@ def _quantize_array(
     method = recipe.quantizer or method
     if recipe.quantizer is not None or not fastdeploy_has(recipe.default, array.dtype):
         compat = None
-    q = quantize_array(
+    return quantize_array(
         array, recipe.default.weight, method=method, compat=compat, importance=importance
     )
-    if donate and isinstance(array, jax.Array):
-        array.delete()
-    return q

@@ -1,9 +1,4 @@
-"""What a quantizer is: it chooses the codes and scales of a weight, given how they are stored.
-
-A quantizer is an object with a name in `QUANTIZERS`. It says which specs it can serve and which
-statistics of the layer's input it wants; what it makes of one matrix is a pure function, which the
-base class runs over stacks of matrices.
-"""
+"""What a quantizer is: it chooses the codes and scales of a weight, given how they are stored."""
 
 from __future__ import annotations
 
@@ -26,11 +21,9 @@ Statistics = Mapping[str, Any]
 
 
 class Distortion(NamedTuple):
-    """E|w - w'|^2 of a weight of variance 1.
+    """E|w - w'|^2 of a weight of variance 1, good to about 1%.
 
-    Attributes:
-      value: good to about 1%.
-      kind: `"integral"` (numeric) or `"simulated"` (a seeded sample).
+    `kind` is `"integral"` (numeric) or `"simulated"` (a seeded sample).
     """
 
     value: float
@@ -58,15 +51,9 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
-        """Quantizes one matrix; traced.
+        """Quantizes one matrix `[K, N]` in the checkpoint's dtype, with statistics `[K]`; traced.
 
-        Args:
-          w: `[K, N]` in the dtype of the checkpoint.
-          spec: how it is stored.
-          statistics: `[K]` each, by name.
-
-        Returns:
-          The arrays of the format, by field name of `QTensor`.
+        Returns the arrays of the format, by field name of `QTensor`.
         """
 
     def slabs(self, shape: tuple[int, ...], spec: WeightSpec) -> int:
@@ -79,15 +66,13 @@ class Quantizer(abc.ABC):
         raise NotImplementedError(f"Quantizer {self.name} does not know its distortion.")
 
     def __call__(self, w: Any, spec: WeightSpec, statistics: Statistics, path: str) -> Arrays:
-        """Quantizes a stack `[..., K, N]`, also an abstract one, `matrix` by `matrix`.
-
-        Statistics are `[..., K]`; `path` is that of the parameter, for errors.
-        """
+        """Quantizes a stack `[..., K, N]`, also an abstract one; `path` is for errors."""
         del path
         run = functools.partial(_run, quantizer=self, spec=spec)
         if isinstance(w, jax.ShapeDtypeStruct):
             return jax.eval_shape(run, w, dict(statistics))
-        return run(w, dict(statistics), sequential=_on_one_device(w))
+        on_one_device = not isinstance(w, Tracer) and len(w.sharding.device_set) == 1
+        return run(w, dict(statistics), sequential=on_one_device)
 
 
 def default_of(spec: WeightSpec, dtype: Any = jnp.float32) -> Quantizer:
@@ -121,13 +106,7 @@ def pick(
 def expected_distortion(
     spec: WeightSpec, method: str | None = None, *, k: int = 4096
 ) -> Distortion:
-    """The squared error to expect, without quantizing a tensor.
-
-    Args:
-      spec: how the weight is stored.
-      method: a quantizer's name; None is the spec's default.
-      k: rows of the weight, `[k, N]` independent N(0, 1) numbers with N large.
-    """
+    """The squared error to expect, without quantizing; `method` None is the spec's default."""
     return pick(spec, method).expected_distortion(spec, k)
 
 
@@ -187,7 +166,3 @@ def _by_slabs(w: jax.Array, slabs: int, quantize: Any) -> Arrays:
         return jnp.concatenate([first, a[-1, :, again:]], axis=1)
 
     return {name: joined(a) for name, a in parts.items()}
-
-
-def _on_one_device(w: Any) -> bool:
-    return not isinstance(w, Tracer) and len(w.sharding.device_set) == 1

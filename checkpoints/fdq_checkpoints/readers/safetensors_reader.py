@@ -1,10 +1,8 @@
 """A strict reader of safetensors files, by `pread`: no mmap, no pickle, nothing trusted.
 
 A file is an 8-byte little-endian header length, a JSON header `name -> {dtype, shape,
-data_offsets}`, and the tensors' bytes. Everything in the header is checked against the file's
-size before any memory is allocated. Pages of a memory map would count as this process's memory,
-which is why rows are read with `pread` instead.
-
+data_offsets}`, and the tensors' bytes. The header is checked against the file's size before any
+memory is allocated. Pages of a memory map would count as this process's memory.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -74,13 +72,7 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """One open safetensors file whose header has been checked; a context manager.
-
-    Attributes:
-      path: the file.
-      tensors: `name -> TensorInfo`, in the order of the header.
-      metadata: the header's `__metadata__`, strings to strings.
-    """
+    """One open safetensors file whose header has been checked; a context manager."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)

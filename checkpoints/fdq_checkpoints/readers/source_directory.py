@@ -1,8 +1,4 @@
-"""A directory with config.json and safetensors, as Hugging Face and Paddle publish models.
-
-Finds the shards (single file or index), refuses what would be ambiguous or lead outside the
-directory, and then reads tensors by name from whichever shard has them.
-"""
+"""A directory with config.json and safetensors, as Hugging Face and Paddle publish models."""
 
 import os
 import pathlib
@@ -53,13 +49,7 @@ _CONFIG_LIMITS = {
 
 
 class SourceDirectory:
-    """The tensors of a directory of safetensors; a context manager.
-
-    Attributes:
-      path: the directory.
-      config: config.json.
-      tensors: `name -> TensorInfo` over all shards.
-    """
+    """The tensors of all shards in a directory of safetensors; a context manager."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)

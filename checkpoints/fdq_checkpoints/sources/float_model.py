@@ -71,15 +71,13 @@ FLOAT_MODELS = FloatModels()
 
 
 def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
-    hf_config = directory.config
+    where, hf_config = directory.path / "config.json", directory.config
     try:
         config = models.from_huggingface(hf_config)
     except ValueError as error:
-        raise CheckpointError(f"{directory.path / 'config.json'}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
     except _WRONG_KIND as error:
-        raise CheckpointError(
-            f"{directory.path / 'config.json'}: a value of a wrong kind ({error})."
-        ) from error
+        raise CheckpointError(f"{where}: a value of a wrong kind ({error}).") from error
     is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
     names = published_names.PADDLE if is_paddle else published_names.HUGGING_FACE
     own = () if is_paddle else models.FAMILIES[config.model_type].tensor_names
@@ -89,9 +87,7 @@ def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
     try:
         model = models.abstract(config, dtype)
     except ArithmeticError as error:  # a width of zero
-        raise CheckpointError(
-            f"{directory.path / 'config.json'}: its sizes make no model ({error})."
-        ) from error
+        raise CheckpointError(f"{where}: its sizes make no model ({error}).") from error
     targets = {tensor.path: tensor.value for tensor in tree_paths.flatten(model)}
     head_dim = model.config.head_dim
     q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim

@@ -16,10 +16,7 @@ from fdq_checkpoints.tree_paths import Path
 
 
 class OrbaxTree(Source):
-    """An Orbax tree, below a prefix and without nnx.State's `value` keys.
-
-    With a config it is seen as the tensors of an fdq model.
-    """
+    """An Orbax tree, below a prefix, without nnx.State's `value` keys; with a config, a model's."""
 
     def __init__(
         self,

@@ -1,10 +1,8 @@
 """Tensor names of Hugging Face's and Paddle's checkpoints: ERNIE-4.5, Llama, Qwen2, Qwen3 (MoE).
 
 Hugging Face stores linear weights `[out, in]`, q, k, v and gate, up apart. Paddle's releases of
-ERNIE-4.5 (`-Paddle`) store them `[in, out]`, q|k|v and gate|up fused along out, and names begin
-with `ernie.`. In both an expert is one tensor. The families differ in which tensors they have, not
-in what they are called, so one list of rules serves all: a model asks only for the tensors that it
-has. Weights are never permuted for RoPE.
+ERNIE-4.5 (`-Paddle`) store them `[in, out]`, q|k|v and gate|up fused along out. A model asks only
+for the tensors that it has. Weights are never permuted for RoPE.
 """
 
 import dataclasses

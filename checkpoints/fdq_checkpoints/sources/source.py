@@ -1,8 +1,4 @@
-"""What a source of weights is: an importer says which directories are its own, and opens them.
-
-An open source is a tree of what it has, abstract, and reads one tensor of it at a time: floats, or
-a `QTensor` where its weights are quantized already. What becomes of them the recipe says.
-"""
+"""What a source of weights is: an importer says which directories are its own, and opens them."""
 
 import abc
 import os
@@ -21,11 +17,8 @@ from fdq_checkpoints.tree_paths import Path
 class Source(abc.ABC):
     """An open checkpoint of somebody's; a context manager.
 
-    Attributes:
-      folder: where it is.
-      tree: an `fdq.models.Decoder` or nested dicts, of `jax.ShapeDtypeStruct` s (floats) and
-        abstract QTensors.
-      config: of the model, if it is one.
+    `tree` is an `fdq.models.Decoder` (then `config` is its config) or nested dicts, of
+    `jax.ShapeDtypeStruct` s (floats) and abstract QTensors.
     """
 
     folder: pathlib.Path
@@ -74,14 +67,9 @@ class Importer(Protocol):
         ...
 
     def open(self, folder: pathlib.Path, *, dtype: Any = None) -> Source:
-        """Opens a directory that it claims.
+        """Opens a directory that it claims; CheckpointError says what is wrong with it, and where.
 
-        Args:
-          folder: the directory.
-          dtype: of a model's tensors that are not quantized; by default that of the source.
-
-        Raises:
-          CheckpointError: something is wrong with it; says what and where.
+        `dtype` is that of a model's tensors that are not quantized; by default that of the source.
         """
         ...
 

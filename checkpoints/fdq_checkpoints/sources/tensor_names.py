@@ -1,10 +1,4 @@
-"""Where each tensor of fdq's tree comes from in somebody else's checkpoint, as data.
-
-A family of checkpoints is a list of `Rule`s: a path of fdq's tree with `{i}` for the layer and
-`{e}` for the expert, the source tensors that are joined along N, and how they are laid out.
-`sources` resolves the rules for the tensors that a model has, and checks that every source
-tensor is there, has the shape and dtype that follow from the model, and that none is left over.
-"""
+"""Where each tensor of fdq's tree comes from in somebody else's checkpoint, as data (`Rule`s)."""
 
 import dataclasses
 import fnmatch
@@ -29,14 +23,10 @@ _COMPARE_ROWS_BYTES = 32 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How to assemble one target from source tensors.
+    """How to assemble one target, a path in fdq's tree, from source tensors.
 
-    Attributes:
-      target: path in fdq's tree.
-      shape: of the whole target.
-      parts: for each expert (or only one, if not stacked), the names joined along the last axis.
-      stacked: whether the first axis goes over experts.
-      layout: as in `Rule`.
+    `parts` has for each expert (or only one, if not `stacked` over experts along the first axis)
+    the names joined along the last axis; `shape` is that of the whole target.
     """
 
     target: Path
@@ -46,10 +36,7 @@ class Source:
     layout: Layout
 
     def read(self, directory: SourceDirectory, expert: int | None = None) -> np.ndarray:
-        """The target, or one expert of a stacked one, in the stored dtype.
-
-        One source tensor is in memory besides the result.
-        """
+        """The target, or one expert of it, in the stored dtype; holds one source tensor besides."""
         if self.stacked and expert is None:
             result = None
             for index in range(len(self.parts)):
@@ -93,8 +80,14 @@ def sources(
     result = {}
     used = set(also_used)
     for path, target in targets.items():
-        source = _resolve(path, tuple(target.shape), rules)
-        widths = qkv_widths if _rule(path, rules)[0].widths == "qkv" else None
+        rule, values = _rule(path, rules)
+        stacked = any("{e}" in name for name in rule.names)
+        parts = tuple(
+            tuple(name.format(e=expert, **values) for name in rule.names)
+            for expert in range(target.shape[0] if stacked else 1)
+        )
+        source = Source(path, tuple(target.shape), parts, stacked, rule.layout)
+        widths = qkv_widths if rule.widths == "qkv" else None
         for names in source.parts:
             _check_parts(directory, source, names, widths)
             used.update(names)
@@ -138,16 +131,6 @@ def _rule(path: Path, rules: tuple[Rule, ...]) -> tuple[Rule, dict[str, str]]:
         if match := re.fullmatch(pattern, name):
             return rule, match.groupdict()
     raise CheckpointError(f"{name}: checkpoints of this family have no such tensor.")
-
-
-def _resolve(path: Path, shape: tuple[int, ...], rules: tuple[Rule, ...]) -> Source:
-    rule, values = _rule(path, rules)
-    stacked = any("{e}" in name for name in rule.names)
-    parts = tuple(
-        tuple(name.format(e=expert, **values) for name in rule.names)
-        for expert in range(shape[0] if stacked else 1)
-    )
-    return Source(path, shape, parts, stacked, rule.layout)
 
 
 def _check_parts(

@@ -28,21 +28,23 @@ def pending_directory(
     keep_unfinished: bool = False,
     needed_bytes: int = 0,
 ) -> Iterator[pathlib.Path]:
-    """A context that yields the temporary sibling and renames it at the end.
+    """A context that yields the temporary sibling of `destination` and renames it at the end.
 
-    Args:
-      destination: the directory to make; parents are made too.
-      overwrite: replace an fdq checkpoint that is there (it stays until the new one is complete).
-      keep_unfinished: yield what a killed process left, instead of an empty directory, and leave
-        it when interrupted from the keyboard.
-      needed_bytes: estimate of what will be written.
+    `overwrite` replaces an fdq checkpoint that is there (it stays until the new one is complete).
+    `keep_unfinished` yields what a killed process left, instead of an empty directory, and leaves
+    it when interrupted from the keyboard. `needed_bytes` estimates what will be written.
     """
     final = pathlib.Path(destination).absolute()
     check_destination(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     pending = final.with_name(final.name + SUFFIX)
-    there = bytes_in(pending) if keep_unfinished else 0
-    check_disk(final.parent, needed_bytes - there)
+    needed_bytes -= bytes_in(pending) if keep_unfinished else 0
+    free = shutil.disk_usage(final.parent).free
+    if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
+        raise CheckpointError(
+            f"{final.parent}: about {needed_bytes / 1e9:.2f} GB are needed, "
+            f"{free / 1e9:.2f} GB are free. Free some space or choose another disk."
+        )
     if pending.is_symlink():
         raise CheckpointError(f"{pending}: a link; it would be emptied. Remove it.")
     pending.mkdir(exist_ok=True)
@@ -75,16 +77,6 @@ def check_destination(final: pathlib.Path, *, overwrite: bool) -> None:
         )
     if not (final / manifest.FILE_NAME).is_file():
         raise FileExistsError(f"{final}: exists and is not an fdq checkpoint; not overwritten.")
-
-
-def check_disk(folder: pathlib.Path, needed_bytes: int) -> None:
-    """Raise CheckpointError if the file system of `folder` has not `needed_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
-        raise CheckpointError(
-            f"{folder}: about {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
-            "free. Free some space or choose another disk."
-        )
 
 
 def empty(pending: pathlib.Path) -> None:

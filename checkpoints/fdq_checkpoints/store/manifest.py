@@ -60,16 +60,11 @@ class ArrayEntry:
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of the tree.
+    """One tensor of the tree, with its arrays by field name of `QTensor` or under `"value"`.
 
-    Attributes:
-      path: where it is.
-      shape: of what it stands for, `(..., K, N)` for a quantized weight.
-      arrays: by field name of `QTensor`, or the only one under `"value"`.
-      spec: how a quantized weight is stored; None for a plain array.
-      padding: as in `QTensor`.
-      activation: how the module that holds the weight quantizes its input.
-      prng: name of the PRNG implementation if the array is the data of a key.
+    `shape` is that of what it stands for, `(..., K, N)` for a quantized weight; `activation` is how
+    the module that holds the weight quantizes its input; `prng` names the PRNG implementation if
+    the array is the data of a key.
     """
 
     path: Path
@@ -100,15 +95,10 @@ class TensorEntry:
 class Manifest:
     """The content of `fdq.json`, in its order.
 
-    Attributes:
-      fdq_version: of the fdq that wrote it.
-      kind: `"model"` (`config` builds it) or `"params"` (any tree).
-      scheme: name of the scheme, for people; the truth is in the tensors' specs.
-      config: of the model, as `DecoderConfig.to_dict` gives it.
-      provenance: where the weights came from and how they were quantized.
-      files: copied beside the weights (tokenizer): `name -> {"bytes": …, "sha256": …}`.
-      data: bytes of each file under `weights/`, by its path there; filled in by `write`.
-      tensors: all of them, in the tree's order.
+    `kind` is `"model"` (`config`, as of `DecoderConfig.to_dict`, builds it) or `"params"` (any
+    tree). `scheme` is a name for people; the truth is in the tensors' specs. `files` are those
+    copied beside the weights: `name -> {"bytes": …, "sha256": …}`. `data` has the bytes of each
+    file under `weights/`; `write` fills it in. `tensors` are in the tree's order.
     """
 
     fdq_version: str = "unknown"
@@ -129,11 +119,6 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def array_entry(array: np.ndarray) -> ArrayEntry:
-    """The entry of an array on the host."""
-    return ArrayEntry(array.dtype.name, tuple(array.shape), checksum(array))
-
-
 def write(manifest: Manifest, folder: pathlib.Path) -> None:
     """Write `fdq.json` beside the finished `weights/`, whose files it lists."""
     weights = folder / WEIGHTS
@@ -142,7 +127,9 @@ def write(manifest: Manifest, folder: pathlib.Path) -> None:
         for path in sorted(weights.rglob("*"))
         if path.is_file()
     }
-    content = to_json(dataclasses.replace(manifest, data=sizes))
+    tensors = [tensor_to_json(tensor) for tensor in manifest.tensors]
+    content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    content |= vars(manifest) | {"data": sizes, "tensors": tensors}
     content["sha256"] = _digest(content)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
@@ -177,13 +164,6 @@ def read(folder: pathlib.Path) -> Manifest:
         return _from_json(content, path)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: malformed ({type(error).__name__}: {error}).") from error
-
-
-def to_json(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as JSON values, without its hash."""
-    tensors = [tensor_to_json(tensor) for tensor in manifest.tensors]
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    return head | vars(manifest) | {"tensors": tensors}
 
 
 def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
@@ -223,15 +203,8 @@ def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
         spec = _spec_from_json(WeightSpec, entry["spec"], where)
     if "activation" in entry:
         activation = _spec_from_json(ActivationSpec, entry["activation"], where)
-    tensor = TensorEntry(
-        path=path,
-        shape=_shape(entry["shape"], where),
-        arrays=arrays,
-        spec=spec,
-        padding=_integer(entry.get("padding", 0), where),
-        activation=activation,
-        prng=entry.get("prng"),
-    )
+    shape, padding = _shape(entry["shape"], where), _integer(entry.get("padding", 0), where)
+    tensor = TensorEntry(path, shape, arrays, spec, padding, activation, entry.get("prng"))
     _check_arrays(tensor, where)
     return tensor
 
@@ -308,8 +281,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
-    given = values.items()
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in given}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for flag in ("double_quantization", "dynamic"):
         if not isinstance(fields.get(flag, False), bool):
             raise CheckpointError(f"{where}: {flag} is {fields[flag]!r}, expected true or false.")

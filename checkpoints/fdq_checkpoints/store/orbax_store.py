@@ -1,11 +1,9 @@
 """Trees of arrays in Orbax's format; the only module of the project that knows Orbax.
 
 Arrays are written uncompressed (packed codes do not compress, and zstd is three to five times
-slower) and read back as NumPy arrays in exactly the stored dtype and shape, because Orbax casts
-silently to whatever the caller asks for. It does not notice flipped bits either: the manifest's
-checksums do.
-
-Trees are nested dicts only. A tree larger than memory is written in batches (`ocp.partial`).
+slower) and read back in exactly the stored dtype and shape, because Orbax casts silently to
+whatever the caller asks for. Trees are nested dicts only; one larger than memory is written in
+batches (`ocp.partial`).
 """
 
 import contextlib
@@ -34,13 +32,10 @@ _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError,
 
 
 class TreeWriter:
-    """Writes a tree array by array; nothing is at `path` before `finalize`.
+    """Writes a tree of `total_bytes` array by array; nothing is at `path` before `finalize`.
 
-    Args:
-      path: the directory to make.
-      total_bytes: size of the whole tree, which sets the size of a batch.
-      on_batch: called after each batch is on disk, with the names of the directories (siblings of
-        `path`) that hold what was written so far.
+    `on_batch` gets after each batch the names of the directories beside `path` that hold all so
+    far.
     """
 
     def __init__(
@@ -49,10 +44,9 @@ class TreeWriter:
         *,
         total_bytes: int,
         on_batch: Callable[[list[str]], None] | None = None,
-        batch_bytes: int | None = None,
     ):
         self._path = path.absolute()
-        self._limit = batch_bytes or max(MIN_BATCH_BYTES, -(-total_bytes // MAX_BATCHES))
+        self._limit = max(MIN_BATCH_BYTES, -(-total_bytes // MAX_BATCHES))
         self._on_batch = on_batch
         self._batch: dict[tree_paths.Path, np.ndarray] = {}
         self._batch_bytes = 0
@@ -97,8 +91,7 @@ def pending_directories(path: pathlib.Path) -> list[str]:
 def keep_only(path: pathlib.Path, batches: list[str]) -> bool:
     """Prepare to go on after a killed writer: drop all that it left but `batches`.
 
-    False if a batch is missing (it was killed while putting them together), so that all must be
-    written anew; nothing is dropped then.
+    False, and nothing dropped, if one is missing (it was killed while putting them together).
     """
     folder = _partial(path)
     present = set(os.listdir(folder)) if folder.is_dir() else set()
@@ -126,11 +119,7 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
 
 
 class TreeReader:
-    """Reads arrays of one tree, whose metadata it looks at once.
-
-    Attributes:
-      metadata: shape and dtype of each stored array.
-    """
+    """Reads arrays of one tree; shapes and dtypes (`metadata`) it looks at once."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path.absolute()

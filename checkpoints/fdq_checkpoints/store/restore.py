@@ -1,8 +1,6 @@
 """Reading the tensors of an fdq checkpoint: compared with the manifest before and after.
 
-Arrays are read on the host in batches, in exactly the stored dtype and shape, checked, and then
-put on their devices, each of which takes its own part: the sharding need not be the one that the
-checkpoint was written with.
+Each device takes its own part: the sharding need not be the one of writing.
 """
 
 import pathlib
@@ -35,12 +33,7 @@ Shardings = (
 
 
 class StoredTensors:
-    """The tensors of an fdq checkpoint on disk.
-
-    Attributes:
-      folder: the checkpoint.
-      manifest: checked in itself and against what Orbax says it has stored.
-    """
+    """The tensors of an fdq checkpoint, whose manifest is checked against what Orbax has stored."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -57,10 +50,7 @@ class StoredTensors:
             raise CheckpointError(f"{self.folder}: config in fdq.json: {error}") from error
 
     def read(self, *, verify: bool = True) -> Iterator[tuple[TensorEntry, dict[str, np.ndarray]]]:
-        """Each tensor's entry and arrays on the host.
-
-        With `verify` checksums are compared, which takes about a second per 1.4 GB.
-        """
+        """Each tensor's entry and arrays on the host; comparing checksums takes 1 s per 1.4 GB."""
         for batch in self._batches():
             stored = self._reader.read(_stored_arrays(batch))
             for entry in batch:
