@@ -53,15 +53,9 @@ def integer_matrix_vector_reference(x: Int[Array, "m k"], w: KernelWeight) -> Fl
 def integer_matrix_vector(
     x: jax.Array, w: KernelWeight, *, config: MatrixVectorConfig | None = None
 ) -> Float[Array, "split m n"]:
-    """Partial sums of int8 rows times an integer weight, before the rows' own scales.
+    """Partial sums of int8 rows times an integer weight that `has_kernel`, as `matrix_vector`'s.
 
-    Args:
-      x: int8 `[M, K]`, M at most 8.
-      w: `[K, N]` that `has_kernel`.
-      config: how to cut the product; None chooses by the device.
-
-    Returns:
-      float32 `[split, M, N]`; the sum over the first axis is the product.
+    The rows' own scales are not applied.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, more than 8 rows, or a format without a kernel.

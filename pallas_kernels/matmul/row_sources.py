@@ -27,12 +27,10 @@ from pallas_kernels.weights.layout import WeightLayout
 class Gated:
     """`silu(gate) * up`, still as the partial sums of the product that made gate and up.
 
-    Attributes:
-      partials: float32 `[split, M, 2 I]`, gate first.
-      dtype: that gate, up and the result are rounded to, as a model in that dtype does.
+    Gate, up and the result are rounded to `dtype`, as a model in that dtype does.
     """
 
-    partials: Any
+    partials: Any  # float32 [split, M, 2 I], gate first
     dtype: Any = dataclasses.field(default=jnp.bfloat16, metadata={"static": True})
 
     @property
@@ -52,16 +50,10 @@ jax.tree_util.register_dataclass(Gated, data_fields=["partials"], meta_fields=["
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Normed:
-    """Rows that are normalized on their way in: `x / sqrt(mean(x^2) + epsilon) * scale`.
+    """Rows that are normalized on their way in: `x / sqrt(mean(x^2) + epsilon) * scale`."""
 
-    Attributes:
-      x: `[M, K]`, any float dtype; results are rounded to it.
-      scale: `[K]`.
-      epsilon: added to the mean square.
-    """
-
-    x: Any
-    scale: Any
+    x: Any  # [M, K], any float dtype; results are rounded to it
+    scale: Any  # [K]
     epsilon: float = dataclasses.field(metadata={"static": True})
 
     @property
@@ -162,16 +154,10 @@ def row_reader(
     segment: Any,
     scratch_ref: Any,
 ) -> ReadX:
-    """`read_x` of `core.stage`.
+    """`read_x` of `core.stage` for a program: its `rows` and its first row and segment.
 
-    Args:
-      x: for its kind only.
-      refs: of `row_operands`.
-      layout: of the weight.
-      first_row: of x, of the program.
-      rows: how many, M.
-      segment: the first of the program.
-      scratch_ref: shared float32 `[1 or more, M]`, free until the first read.
+    Of x the kind counts; `refs` are of `row_operands`; `scratch_ref` is shared float32
+    `[1 or more, M]`, free until the first read.
     """
     some = pl.ds(first_row, rows)
 

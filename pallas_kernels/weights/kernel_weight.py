@@ -30,24 +30,14 @@ from pallas_kernels.weights.word_format import bytes_to_words, words_to_bytes
 
 @dataclasses.dataclass(frozen=True)
 class KernelWeight:
-    """A quantized weight `[..., K, N]` as the matrix kernels read it; a pytree.
-
-    Attributes:
-      words: int32 `[..., W, N']`.
-      scale: `[..., G, N']` float, or int32 words of packed scales; None if a column has but one.
-      zero: int32 `[..., ceil(groups / 4), N']`, or None.
-      column_scale: float32 `[..., 1, N']`, or None.
-      constants: float32 `[..., 1, N']` each, in the order of `WordFormat.columns`.
-      kept: canonical arrays that no kernel reads, for the way back.
-      layout: what they stand for.
-    """
+    """A quantized weight `[..., K, N]` as the matrix kernels read it (see above); a pytree."""
 
     words: Any
-    scale: Any
-    zero: Any
-    column_scale: Any
-    constants: tuple[Any, ...]
-    kept: dict[str, Any]
+    scale: Any  # None if a column has but one
+    zero: Any  # int32 [..., ceil(groups / 4), N'], or None
+    column_scale: Any  # or None
+    constants: tuple[Any, ...]  # float32 [..., 1, N'] each, in the order of `WordFormat.columns`
+    kept: dict[str, Any]  # canonical arrays that no kernel reads, for the way back
     layout: WeightLayout
 
     @property
@@ -102,18 +92,10 @@ def to_kernel(
     k: int,
     n: int,
 ) -> KernelWeight:
-    """Canonical arrays -> the kernel's.
+    """Canonical arrays of a `[k, n]` weight -> the kernel's; settings as in `Stored`.
 
-    Args:
-      arrays: `codes`, `scale` and, where the format has them, `zero`, `global_scale`,
-        `code_scale`, `code_offset`, `super_scale`, `scale_offset`, with any leading axes.
-      format: of the codes, a key of `WORD_FORMATS`.
-      granularity: `tensor`, `channel`, `group` or `block`.
-      group_size: rows that share a scale; with `group`.
-      block_size: rows and columns that share a scale; with `block`.
-      zero_point: `none`, `half` or `integer`.
-      k: rows.
-      n: columns.
+    Arrays are `codes`, `scale` and, where the format has them, `zero`, `global_scale`,
+    `code_scale`, `code_offset`, `super_scale`, `scale_offset`, with any leading axes.
 
     Raises:
       NotImplementedError: no kernel reads such a weight; `unsupported` says why.

@@ -16,14 +16,11 @@ from pallas_kernels.weights.word_format import shift_right
 class PackedScale:
     """One kind of such scales.
 
-    Attributes:
-      dtype: what a weight calls it: the canonical array's, or a format's `scale_dtype`.
-      bits: of a scale; below 8 a byte holds several, the first lowest.
-      decode: `(int32 codes, whether interpreted)` -> float32, in kernels element by element.
+    `decode`: `(int32 codes, whether interpreted)` -> float32, in kernels element by element.
     """
 
-    dtype: str
-    bits: int
+    dtype: str  # what a weight calls it: the canonical array's, or a format's `scale_dtype`
+    bits: int  # below 8 a byte holds several, the first lowest
     decode: Callable[[jax.Array, bool], jax.Array]
 
     @property
