@@ -142,16 +142,11 @@ def _wider_batch(kernel):
     def fold(axis_size, batched, *arrays):
         leaves, tree = jax.tree.flatten(arrays)
         flags = jax.tree.leaves(batched)
-        if any(
-            flag == (a.ndim - flag == 2) for a, flag in zip(leaves[1:-1], flags[1:-1], strict=True)
-        ):
+        pairs = list(zip(leaves, flags, strict=True))
+        mixed = any(flag == (a.ndim - flag == 2) for a, flag in pairs[1:-1])
+        if mixed or not (flags[0] and flags[-1]):
             return None
-        if not (flags[0] and flags[-1]):
-            return None
-        wide = [
-            a.reshape(-1, *a.shape[2:]) if flag else a
-            for a, flag in zip(leaves, flags, strict=True)
-        ]
+        wide = [a.reshape(-1, *a.shape[2:]) if flag else a for a, flag in pairs]
         out = kernel(*jax.tree.unflatten(tree, wide))
         return out.reshape(axis_size, -1, *out.shape[1:])
 

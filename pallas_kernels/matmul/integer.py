@@ -157,7 +157,6 @@ def _accumulate(
     fields, staged = products.reduce(1), products.reduce(2)  # [U, columns], [U, M]
     totals_layout = products.reduce(0)  # [M, columns]
     column = totals_layout.reduce(0)
-    whole_column = layout.group is None
     factor = jnp.float32(2.0 ** (bits - 8))
     with_sums = layout.zero_point != "none"
 
@@ -206,7 +205,7 @@ def _accumulate(
         zero = lax.broadcast_in_dim(zero.astype(jnp.float32), total.shape, (1,))
         return total - sums * zero
 
-    if whole_column:
+    if layout.group is None:
 
         def column_body(i, carry):
             for s in range(together):

@@ -165,11 +165,7 @@ def multiprocessors() -> int:
 
 
 def tile_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[Tile, int]:
-    """What one program computes, and how many share a column.
-
-    Raises:
-      ValueError: the block does not divide the columns, or the step not the segments.
-    """
+    """What one program computes, and how many share a column; or ValueError."""
     if config.block_columns not in (128, 256, 512) or layout.padded_n % config.block_columns:
         raise ValueError(
             f"matrix_vector: block_columns={config.block_columns} must be 128, 256 or 512 and "

@@ -92,11 +92,7 @@ def finished(x: Rows) -> jax.Array:
 
 
 def rows_shape(x: Rows, caller: str) -> tuple[int, int]:
-    """`(M, K)` of the rows that `caller` was given.
-
-    Raises:
-      ValueError: arrays that are no rows, or do not belong together.
-    """
+    """`(M, K)` of the rows that `caller` was given; or ValueError."""
     if isinstance(x, Gated):
         if x.partials.ndim != 3 or x.partials.shape[-1] % 2:
             raise ValueError(

@@ -46,11 +46,7 @@ def file_name(device_kind: str) -> str:
 
 
 def check(table: Any, name: str) -> list[dict[str, Any]]:
-    """The rows of a tuning table.
-
-    Raises:
-      ValueError: naming the row and field that are not as they should be.
-    """
+    """The rows of a tuning table; or ValueError, naming the row and field that are wrong."""
     rows = table.get("choices") if isinstance(table, dict) else None
     if not isinstance(rows, list):
         raise ValueError(f"{name}: expected an object with a list 'choices'")
@@ -85,9 +81,7 @@ def _problem(row: Any) -> str | None:
 @functools.cache
 def _rows(file: str) -> list[dict[str, Any]]:
     path = resources.files("pallas_kernels.tuning").joinpath(file)
-    if not path.is_file():
-        return []
-    return check(json.loads(path.read_text("utf-8")), file)
+    return check(json.loads(path.read_text("utf-8")), file) if path.is_file() else []
 
 
 def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: int) -> Choice:

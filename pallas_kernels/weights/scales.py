@@ -58,12 +58,8 @@ def _unsigned(code: jax.Array, interpreted: bool) -> jax.Array:
     return code.astype(jnp.float32)
 
 
-_ALL = (
-    PackedScale("float8_e8m0fnu", 8, _e8m0),
-    PackedScale("float8_e4m3fn", 8, _e4m3),
-    PackedScale("uint4", 4, _unsigned),
-)
-PACKED_SCALES = {scale.dtype: scale for scale in _ALL}
+_KINDS = ("float8_e8m0fnu", 8, _e8m0), ("float8_e4m3fn", 8, _e4m3), ("uint4", 4, _unsigned)
+PACKED_SCALES = {kind[0]: PackedScale(*kind) for kind in _KINDS}
 """By dtype; others are floats in a kernel as well."""
 
 
