@@ -66,11 +66,7 @@ def compile_cases(
     `build` of a case must be importable in another process: a function of a module or a
     `functools.partial` of one; cases of `kernel_cases.all_cases` are looked up by name. With `gpus`
     named, every case is compiled for all of them, else for those that it claims. `settings` are
-    those of `compile_jobs`.
-
-    Raises:
-      ModuleNotFoundError: the extra `fdq[aot]` is not installed.
-      ValueError: an unknown GPU.
+    those of `compile_jobs`. An unknown GPU is a ValueError.
     """
     named = None if gpus is None else [gpu_targets.find(name).name for name in gpus]
     jobs = [(case, gpu) for case in cases for gpu in (case.gpus if named is None else named)]
@@ -90,9 +86,7 @@ def compile_jobs(
     Each of the `processes` takes one core and about 1 GB. `thorough=False` saves a third of the
     time: dynamic shared memory is not reported, and machine code is only looked at where the case
     has an `instruction_limit`. `update` gets each report as it comes, in one thread at a time.
-
-    Raises:
-      ModuleNotFoundError: the extra `fdq[aot]` is not installed.
+    Without the extra `fdq[aot]`: ModuleNotFoundError.
     """
     from pallas_kernels.aot.pool import run_jobs
 

@@ -108,11 +108,7 @@ def of_device(device_kind: str) -> Gpu | None:
     Cards of the same model differ in their suffix ("NVIDIA A100-SXM4-80GB"): the model's name among
     the words decides.
     """
-    for gpu in GPUS.values():
-        if gpu.device_kind == device_kind:
-            return gpu
-    words = device_kind.replace("-", " ").split()
-    for name, gpu in GPUS.items():
-        if all(word in words for word in name.upper().split("_")):
-            return gpu
-    return None
+    words = set(device_kind.replace("-", " ").split())
+    same = [gpu for gpu in GPUS.values() if gpu.device_kind == device_kind]
+    alike = [gpu for name, gpu in GPUS.items() if words.issuperset(name.upper().split("_"))]
+    return next(iter(same + alike), None)

@@ -92,11 +92,9 @@ def activation_dtype() -> str:
 
 def all_cases() -> list[KernelCase]:
     """Every registered case; ValueError if two have the same name."""
-    cases: list[KernelCase] = []
-    for module in MODULES:
-        cases += importlib.import_module(module).kernel_cases()
+    modules = [importlib.import_module(name) for name in MODULES]
+    cases: list[KernelCase] = [case for module in modules for case in module.kernel_cases()]
     names = [case.name for case in cases]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"kernel cases must have different names; these occur twice: {twice}")
     return cases

@@ -67,10 +67,8 @@ def gathered_matrix_vector(
 
     Rows x are `[T, K]`, T a divisor of P: with `T = P` every pick has its own (the down product).
     `shared` are rows `[M, K']` (M at most 8) and a weight `[K', N']`: with it the result is a
-    pair, the second `[split', M, N']`. Configs are chosen by the device if None.
-
-    Raises:
-      ValueError: shapes that do not fit.
+    pair, the second `[split', M, N']`. Configs are chosen by the device if None. Shapes that do
+    not fit are a ValueError.
     """
     t, k = rows_shape(x, "gathered_matrix_vector")
     picks = index.size

@@ -55,10 +55,8 @@ def integer_matrix_vector(
 ) -> Float[Array, "split m n"]:
     """Partial sums of int8 rows times an integer weight that `has_kernel`, as `matrix_vector`'s.
 
-    The rows' own scales are not applied.
-
-    Raises:
-      ValueError: shapes or dtypes that do not fit, more than 8 rows, or a format without a kernel.
+    The rows' own scales are not applied. Shapes, dtypes and formats that do not fit are a
+    ValueError.
     """
     if x.ndim != 2 or x.dtype != jnp.int8 or not 1 <= x.shape[0] <= MOST_ROWS:
         raise ValueError(

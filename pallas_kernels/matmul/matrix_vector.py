@@ -75,10 +75,8 @@ def matrix_vector(
 
     x is `[M, K]` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or `Gated` or `Normed`,
     which are finished as they are staged. `split` and `block_columns` override the config, which
-    the device chooses if None. There is a gradient with respect to x, not to w.
-
-    Raises:
-      ValueError: shapes that do not fit, or more than 8 rows.
+    the device chooses if None. There is a gradient with respect to x, not to w. Shapes that do not
+    fit are a ValueError.
     """
     m, k = rows_shape(x, "matrix_vector")
     if w.words.ndim != 2 or k != w.layout.k:

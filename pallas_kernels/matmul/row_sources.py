@@ -23,6 +23,7 @@ from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.layout import WeightLayout
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gated:
     """`silu(gate) * up`, still as the partial sums of the product that made gate and up.
@@ -42,9 +43,6 @@ class Gated:
         """`[M, I]` in `dtype`."""
         gate, up = jnp.split(jnp.sum(self.partials, axis=0), 2, axis=-1)
         return gated(gate, up, self.dtype).astype(self.dtype)
-
-
-jax.tree_util.register_dataclass(Gated, data_fields=["partials"], meta_fields=["dtype"])
 
 
 @jax.tree_util.register_dataclass

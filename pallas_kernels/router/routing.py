@@ -48,10 +48,8 @@ def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> Float[Array, "spl
     """`x @ kernel` in float32, as partial sums that `top_k_experts` adds up, with its gradient.
 
     x is `[M, K]` float, or `Normed`; the kernel float32 `[K, E]`, E 64, 128 or 256. The result is
-    float32 `[split, M, max(E, 128)]`, of which columns from E on are not written.
-
-    Raises:
-      ValueError: shapes without a kernel, or that do not fit.
+    float32 `[split, M, max(E, 128)]`, of which columns from E on are not written. Other shapes are
+    a ValueError.
     """
     m, k = rows_shape(x, "router_logits")
     if kernel.ndim != 2 or kernel.shape[0] != k or not supports_router(kernel.shape[1], k):
@@ -205,10 +203,7 @@ def top_k_experts(
     Logits are float32 partial sums `[split, T, N]`, N a multiple of 128; columns from `experts` on
     are not read as experts. `correction_bias` is added to the probabilities that are compared;
     among equal ones the first expert is taken. `normalize` divides a token's weights by
-    `max(their sum, norm_min)`.
-
-    Raises:
-      ValueError: N is no multiple of 128 or below `experts`.
+    `max(their sum, norm_min)`. Shapes that do not fit are a ValueError.
     """
     width = logits.shape[-1]
     if logits.ndim != 3 or not all(logits.shape) or width % THREADS or width < experts:

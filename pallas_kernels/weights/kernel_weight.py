@@ -28,6 +28,7 @@ from pallas_kernels.weights.layout import WeightLayout
 from pallas_kernels.weights.word_format import bytes_to_words, words_to_bytes
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KernelWeight:
     """A quantized weight `[..., K, N]` as the matrix kernels read it (see above); a pytree."""
@@ -38,7 +39,7 @@ class KernelWeight:
     column_scale: Any  # or None
     constants: tuple[Any, ...]  # float32 [..., 1, N'] each, in the order of `WordFormat.columns`
     kept: dict[str, Any]  # canonical arrays that no kernel reads, for the way back
-    layout: WeightLayout
+    layout: WeightLayout = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,13 +50,6 @@ class KernelWeight:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
-
-
-jax.tree_util.register_dataclass(
-    KernelWeight,
-    data_fields=["words", "scale", "zero", "column_scale", "constants", "kept"],
-    meta_fields=["layout"],
-)
 
 
 def unsupported(
@@ -127,9 +121,8 @@ def to_kernel(
     )
     _check_shapes(arrays, layout)
     padded_rows = layout.segments * layout.segment // words.rows * 4 * words.words
-    zero = column_scale = None
-    if zero_point == "integer":
-        zero = _by_fours(arrays["zero"], layout)
+    zero = _by_fours(arrays["zero"], layout) if zero_point == "integer" else None
+    column_scale = None
     scale, kept = words.merged_scale(arrays, n)
     if words.column_scale is not None:
         column_scale = arrays[words.column_scale]
