@@ -52,11 +52,8 @@ def differentiable(
     def run(*arguments):
         return kernel(*arguments)
 
-    def forward(*arguments):
-        return run(*arguments), arguments
-
-    def backward(arguments, cotangent):
-        return gradient(cotangent, *arguments)
-
-    run.defvjp(forward, backward)
+    run.defvjp(
+        lambda *arguments: (run(*arguments), arguments),
+        lambda arguments, cotangent: gradient(cotangent, *arguments),
+    )
     return run

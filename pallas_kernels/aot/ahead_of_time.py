@@ -59,26 +59,14 @@ def unavailable() -> str | None:
 
 
 def compile_cases(
-    cases: Sequence[KernelCase],
-    gpus: Iterable[str] | None = None,
-    **settings: Any,
+    cases: Sequence[KernelCase], gpus: Iterable[str] | None = None, **settings: Any
 ) -> list[Report]:
-    """Compiles each case for each GPU, in child processes.
+    """Compiles each case for each GPU, in child processes: a report for each, in that order.
 
-    Args:
-      cases: `build` must be importable in another process: a function of a module, a
-        `functools.partial` of one, or a case of `kernel_cases.all_cases` (those are looked up by
-        name).
-      gpus: names; None for those that each case claims. With names given, every case is compiled
-        for all of them, claimed or not.
-      **settings: of `compile_jobs`.
-
-    Returns:
-      One report for each case and GPU, in that order.
-
-    Raises:
-      ModuleNotFoundError: the extra `fdq[aot]` is not installed.
-      ValueError: an unknown GPU.
+    `build` of a case must be importable in another process: a function of a module or a
+    `functools.partial` of one; cases of `kernel_cases.all_cases` are looked up by name. With `gpus`
+    named, every case is compiled for all of them, else for those that it claims. `settings` are
+    those of `compile_jobs`. An unknown GPU is a ValueError.
     """
     named = None if gpus is None else [gpu_targets.find(name).name for name in gpus]
     jobs = [(case, gpu) for case in cases for gpu in (case.gpus if named is None else named)]
@@ -95,16 +83,10 @@ def compile_jobs(
 ) -> list[Report]:
     """`compile_cases` for chosen pairs of a case and a GPU's name.
 
-    Args:
-      jobs: the pairs.
-      processes: compiles at a time; each takes one core and about 1 GB.
-      timeout: seconds that one compile may take.
-      thorough: False saves a third of the time: dynamic shared memory is not reported, and machine
-        code is only looked at where the case has an `instruction_limit`.
-      update: called with each report as it comes, from one thread at a time.
-
-    Raises:
-      ModuleNotFoundError: the extra `fdq[aot]` is not installed.
+    Each of the `processes` takes one core and about 1 GB. `thorough=False` saves a third of the
+    time: dynamic shared memory is not reported, and machine code is only looked at where the case
+    has an `instruction_limit`. `update` gets each report as it comes, in one thread at a time.
+    Without the extra `fdq[aot]`: ModuleNotFoundError.
     """
     from pallas_kernels.aot.pool import run_jobs
 
@@ -143,9 +125,8 @@ def compile_here(case: KernelCase, gpu: str, *, thorough: bool = True) -> Report
     target = gpu_targets.find(gpu)
     base = Report.failed(case.name, case.kernel, gpu)
     with tempfile.TemporaryDirectory(prefix="fdq-aot-") as scratch:
-        directory = pathlib.Path(scratch)
         try:
-            return _compile(case, target, base, directory, thorough)
+            return _compile(case, target, base, pathlib.Path(scratch), thorough)
         except Exception as error:  # the reason is the result, whatever the compiler raises
             text = traceback.format_exc()
             return dataclasses.replace(base, error=one_line(error), traceback=text)
@@ -325,10 +306,9 @@ def _dynamic_shared_memory(log: pathlib.Path) -> int:
 def one_line(error: BaseException | str) -> str:
     """An error's text in one line, without the parts that name no cause."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     # JAX appends where the primitive was bound; MLIR appends the whole module.
     kept = []
-    for line in lines:
+    for line in map(str.strip, text.splitlines()):
         if line.startswith(("-----", "The above exception", "module @", "#loc", "For simplicity")):
             break
         kept.append(line)

@@ -23,31 +23,19 @@ _TENSOR_CORE = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one kernel takes, as ptxas says; bytes of spills are static code, not traffic.
+    """What one kernel takes, of a thread, as ptxas says; spills are static code, not traffic."""
 
-    Attributes:
-      name: of the entry function.
-      registers: of a thread.
-      stack_bytes, spill_store_bytes, spill_load_bytes: of a thread.
-      shared_memory_bytes: static, of a block.
-      tensor_core: tensor-core instructions in the PTX, without repetition.
-    """
-
-    name: str
+    name: str  # of the entry function
     registers: int
     stack_bytes: int
     spill_store_bytes: int
     spill_load_bytes: int
-    shared_memory_bytes: int
-    tensor_core: tuple[str, ...]
+    shared_memory_bytes: int  # static, of a block
+    tensor_core: tuple[str, ...]  # instructions in the PTX, without repetition
 
 
 def find(tool: str) -> str:
-    """Path of ptxas, cuobjdump or nvdisasm: of the installed wheels, else of PATH.
-
-    Raises:
-      FileNotFoundError: it is not installed; says how to install it.
-    """
+    """Path of ptxas or cuobjdump: of the installed wheels, else of PATH; or FileNotFoundError."""
     package = importlib.util.find_spec("nvidia")
     for location in (package.submodule_search_locations or ()) if package else ():
         for directory in ("cu13/bin", "cuda_nvcc/bin"):
@@ -61,13 +49,9 @@ def find(tool: str) -> str:
 
 
 def assemble(ptx: pathlib.Path) -> tuple[list[Resources], pathlib.Path]:
-    """Runs ptxas on a file for the architecture that it names.
+    """Runs ptxas on a file for the architecture that it names, or raises RuntimeError.
 
-    Returns:
-      What each kernel takes, and the cubin, beside the PTX.
-
-    Raises:
-      RuntimeError: ptxas refuses the file.
+    The cubin lies beside the PTX.
     """
     text = ptx.read_text()
     target = _TARGET.search(text)
@@ -79,11 +63,7 @@ def assemble(ptx: pathlib.Path) -> tuple[list[Resources], pathlib.Path]:
 
 
 def disassemble(cubin: pathlib.Path) -> str:
-    """The machine code of a cubin as text.
-
-    Raises:
-      RuntimeError: cuobjdump cannot read it.
-    """
+    """The machine code of a cubin as text; RuntimeError if cuobjdump cannot read it."""
     return _run("cuobjdump", "-sass", str(cubin)).stdout
 
 

@@ -19,39 +19,22 @@ ISSUE_LANES = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU model.
+    """One GPU model; memory is in bytes, what was not measured None."""
 
-    Attributes:
-      name: what the command line and the reports call it.
-      device_kind: `jax.Device.device_kind` on such a machine.
-      compute_capability: (major, minor).
-      multiprocessors: streaming multiprocessors (SMs).
-      fp32_lanes: float32 multiply-adds that a multiprocessor starts in a cycle.
-      clock: boost clock, Hz.
-      bandwidth: of the memory, bytes a second, as published.
-      l2_bytes, memory_bytes: sizes, bytes.
-      shared_memory_per_multiprocessor: bytes.
-      shared_memory_per_block: the most that one block can have, bytes: a multiprocessor's less
-        1 KiB that the system keeps, except on T4.
-      threads_per_multiprocessor: the most that can be resident.
-      measured_clock: sustained under load, Hz; None where nobody measured.
-      measured_bandwidth: of a copy, bytes a second; None where nobody measured.
-    """
-
-    name: str
-    device_kind: str
-    compute_capability: tuple[int, int]
-    multiprocessors: int
-    fp32_lanes: int
-    clock: float
-    bandwidth: float
+    name: str  # what the command line and the reports call it
+    device_kind: str  # `jax.Device.device_kind` on such a machine
+    compute_capability: tuple[int, int]  # major, minor
+    multiprocessors: int  # streaming multiprocessors (SMs)
+    fp32_lanes: int  # float32 multiply-adds that a multiprocessor starts in a cycle
+    clock: float  # boost clock, Hz
+    bandwidth: float  # of the memory, bytes a second, as published
     l2_bytes: int
     memory_bytes: int
     shared_memory_per_multiprocessor: int
-    shared_memory_per_block: int
-    threads_per_multiprocessor: int
-    measured_clock: float | None = None
-    measured_bandwidth: float | None = None
+    shared_memory_per_block: int  # most of a block: 1 KiB, but on T4, is kept by the system
+    threads_per_multiprocessor: int  # the most that can be resident
+    measured_clock: float | None = None  # sustained under load, Hz
+    measured_bandwidth: float | None = None  # of a copy, bytes a second
 
     @property
     def arch(self) -> str:
@@ -94,13 +77,10 @@ def _beside(name: str) -> str:
     return pathlib.Path(__file__).with_name(name).read_text("utf-8")
 
 
-def _read() -> dict[str, Gpu]:
-    rows = json.loads(_beside("gpus.json"))
-    gpus = [Gpu(**row | {"compute_capability": tuple(row["compute_capability"])}) for row in rows]
-    return {gpu.name: gpu for gpu in gpus}
-
-
-GPUS: dict[str, Gpu] = _read()
+GPUS: dict[str, Gpu] = {
+    row["name"]: Gpu(**row | {"compute_capability": tuple(row["compute_capability"])})
+    for row in json.loads(_beside("gpus.json"))
+}
 """Every GPU that kernels are checked for, by name."""
 
 ALL = tuple(GPUS)
@@ -108,11 +88,7 @@ ALL = tuple(GPUS)
 
 
 def find(name: str) -> Gpu:
-    """The GPU of a name, in any case and with dashes or spaces for underscores.
-
-    Raises:
-      ValueError: an unknown name; lists the known ones and suggests the nearest.
-    """
+    """The GPU of a name, in any case and with dashes or spaces for underscores; or ValueError."""
     key = name.strip().lower().replace("-", "_").replace(" ", "_")
     if key in GPUS:
         return GPUS[key]
@@ -132,11 +108,7 @@ def of_device(device_kind: str) -> Gpu | None:
     Cards of the same model differ in their suffix ("NVIDIA A100-SXM4-80GB"): the model's name among
     the words decides.
     """
-    for gpu in GPUS.values():
-        if gpu.device_kind == device_kind:
-            return gpu
-    words = device_kind.replace("-", " ").split()
-    for name, gpu in GPUS.items():
-        if all(word in words for word in name.upper().split("_")):
-            return gpu
-    return None
+    words = set(device_kind.replace("-", " ").split())
+    same = [gpu for gpu in GPUS.values() if gpu.device_kind == device_kind]
+    alike = [gpu for name, gpu in GPUS.items() if words.issuperset(name.upper().split("_"))]
+    return next(iter(same + alike), None)

@@ -29,16 +29,10 @@ MODULES: tuple[str, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function and what to compile it for.
-
-    Attributes:
-      function: pure; compiled as `jax.jit(function, donate_argnums=donate)(*arguments)`.
-      arguments: pytrees of `jax.ShapeDtypeStruct` (arrays do as well).
-      donate: positions of the arguments whose buffers are given up.
-    """
+    """What to compile: `jax.jit(function, donate_argnums=donate)(*arguments)`."""
 
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # pytrees of `jax.ShapeDtypeStruct` (arrays do as well)
     donate: tuple[int, ...] = ()
 
 
@@ -46,34 +40,23 @@ class Program:
 class KernelCase:
     """One kernel at one shape.
 
-    Attributes:
-      name: unique: "matrix-vector int4 groups of 128, 1 x 4096 x 6144".
-      kernel: name of the kernel, which its cases share: "matrix-vector int4 groups of 128".
-      build: makes the program; called in the child process that compiles it, while the default
-        device is the GPU that it compiles for.
-      gpus: names of the GPUs (`gpu_targets.GPUS`) that the kernel promises to compile for.
-      representative: compiled by the test suite; one for each kernel and format.
-      weights_per_iteration: weights (of an attention kernel: elements of the cache) that one
-        thread uses up in one iteration of the hot loop as ptxas left it. ptxas unrolls, so better
-        than a number is a function of the loop that was found, such as a `functools.partial` of
-        `fma_weights` (which can be pickled). None where there is nothing to count.
-      bytes_per_weight: stored bytes, scales included (0.5156 for int4 in groups of 128); for the
-        instruction budget.
-      instruction_limit: more instructions per weight than this are a failure of the check.
-      xla_kernels: whether to report on the kernels that XLA adds to ours.
-      report: the Mosaic kernel whose loop is counted, as a part of its name; "" is the first one.
+    `build` is called in the child process that compiles the program, while the default device is
+    the GPU that it compiles for. `weights_per_iteration` are weights (of an attention kernel:
+    elements of the cache) that one thread uses up in one iteration of the hot loop as ptxas left
+    it. ptxas unrolls, so better than a number is a function of the loop that was found, such as a
+    `functools.partial` of `fma_weights` (which can be pickled). None: there is nothing to count.
     """
 
-    name: str
-    kernel: str
+    name: str  # unique: "matrix-vector int4 groups of 128, 1 x 4096 x 6144"
+    kernel: str  # which its cases share: "matrix-vector int4 groups of 128"
     build: Callable[[], Program]
-    gpus: tuple[str, ...] = ALL
-    representative: bool = False
+    gpus: tuple[str, ...] = ALL  # that the kernel promises to compile for
+    representative: bool = False  # compiled by the test suite; one for each kernel and format
     weights_per_iteration: float | Callable[[Loop], float] | None = None
-    bytes_per_weight: float | None = None
-    instruction_limit: float | None = None
-    xla_kernels: bool = True
-    report: str = ""
+    bytes_per_weight: float | None = None  # stored, scales included; for the instruction budget
+    instruction_limit: float | None = None  # more per weight are a failure of the check
+    xla_kernels: bool = True  # whether to report on the kernels that XLA adds to ours
+    report: str = ""  # part of the name of the Mosaic kernel that is counted; "": the first
 
 
 def fma_weights(rows: int, loop: Loop) -> float:
@@ -108,16 +91,10 @@ def activation_dtype() -> str:
 
 
 def all_cases() -> list[KernelCase]:
-    """Every registered case.
-
-    Raises:
-      ValueError: two cases have the same name.
-    """
-    cases: list[KernelCase] = []
-    for module in MODULES:
-        cases += importlib.import_module(module).kernel_cases()
+    """Every registered case; ValueError if two have the same name."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    cases: list[KernelCase] = [case for module in modules for case in module.kernel_cases()]
     names = [case.name for case in cases]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"kernel cases must have different names; these occur twice: {twice}")
     return cases

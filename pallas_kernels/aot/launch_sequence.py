@@ -59,44 +59,30 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class LargeResult:
-    """An instruction that writes a buffer of at least `LARGE` bytes, other than in place.
+    """An instruction that writes a buffer of at least `LARGE` bytes, other than in place."""
 
-    Attributes:
-      instruction: name in the HLO.
-      operation: "copy", "fusion", "custom-call" ...
-      shape: "bf16[2560,3584]"; of several results the largest.
-      bytes: of that, in one execution.
-      source: what the user wrote: JAX's name of the operation.
-    """
-
-    instruction: str
-    operation: str
-    shape: str
-    bytes: int
-    source: str
+    instruction: str  # name in the HLO
+    operation: str  # "copy", "fusion", "custom-call" ...
+    shape: str  # "bf16[2560,3584]"; of several results the largest
+    bytes: int  # of that, in one execution
+    source: str  # what the user wrote: JAX's name of the operation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launches:
     """What one execution of a program launches.
 
-    Attributes:
-      launches: how many, bodies of loops with a known trip count times that count.
-      launch_kinds: the same by kind: "mosaic", "kernel" (XLA's own), "copy", and names of thunks.
-      unknown_loops: loops whose trip count the compiler does not know; their bodies count once,
-        their condition (and a copy of it to the host) not at all.
-      copies: every copy thunk.
-      sequence: every launch in its order, a line each: kind, HLO instruction, and JAX's name of
-        what it computes.
-      large_results: where weights or caches are copied, converted or sliced, this says so.
+    Bodies of loops count times their trip count; where the compiler does not know it
+    (`unknown_loops`) once, and their condition (and a copy of it to the host) not at all. Kinds are
+    "mosaic", "kernel" (XLA's own), "copy", and names of thunks.
     """
 
     launches: int = 0
     launch_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     copies: tuple[Copy, ...] = ()
-    sequence: tuple[str, ...] = ()
-    large_results: tuple[LargeResult, ...] = ()
+    sequence: tuple[str, ...] = ()  # in order: kind, HLO instruction, JAX's name of what it does
+    large_results: tuple[LargeResult, ...] = ()  # copied, converted or sliced weights or caches
 
 
 def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
@@ -141,7 +127,8 @@ def count(thunk_sequence: str, thunk_metadata: str, hlo: str) -> Launches:
             continue
         if kind == "kCopy":
             shape = shapes.get(name, "")
-            copies.append(Copy(name, _plain(shape), array_bytes(shape), times))
+            plain = re.sub(r"\{[^{}]*\}", "", shape)
+            copies.append(Copy(name, plain, array_bytes(shape), times))
         word = _kind(kind, rest, name in mosaic)
         kinds[word] += times
         often = f" x {times}" if times > 1 else ""
@@ -187,8 +174,7 @@ def large_results(hlo: str, at_least: int = LARGE) -> tuple[LargeResult, ...]:
             if operation == "fusion":
                 in_place |= any(_updates_in_place(computations, c) for c in called)
             if not in_place:
-                match = _OP_NAME.search(rest)
-                source = match.group(1) if match else ""
+                source = match.group(1) if (match := _OP_NAME.search(rest)) else ""
                 found.append(LargeResult(instruction, operation, largest, size, source))
     return tuple(sorted(found, key=lambda result: -result.bytes))
 
@@ -232,10 +218,6 @@ def array_bytes(shape: str) -> int:
         width = 8 if dtype == "pred" or bits is None else int(bits.group(1))
         total += math.prod(int(n) for n in sizes.split(",") if n) * width // 8
     return total
-
-
-def _plain(shape: str) -> str:
-    return re.sub(r"\{[^{}]*\}", "", shape)
 
 
 def _kind(kind: str, rest: str, mosaic: bool) -> str:

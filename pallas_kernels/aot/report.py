@@ -14,14 +14,7 @@ from pallas_kernels.aot.launch_sequence import Copy, LargeResult, Launches
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HotLoop:
-    """The hot loop of a kernel, from its machine code.
-
-    Attributes:
-      instructions: of one iteration.
-      opcodes: how often each occurs.
-      global_bytes: bytes that a thread loads from global memory in an iteration.
-      whole_kernel: there is no loop; the figures are those of the kernel.
-    """
+    """An iteration of the hot loop of a kernel, as `sass.Loop` counts it."""
 
     instructions: int
     opcodes: dict[str, int]
@@ -31,14 +24,9 @@ class HotLoop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelReport(Resources):
-    """One kernel of a compiled program; its shared memory is static and dynamic.
+    """One kernel of a compiled program; its shared memory is static and dynamic."""
 
-    Attributes:
-      mosaic: whether it is ours, and goes by its `name`; the others are XLA's.
-      loop: of Mosaic kernels.
-    """
-
-    mosaic: bool
+    mosaic: bool  # whether it is ours, and goes by its `name`; the others are XLA's
     loop: HotLoop | None = None
 
     @property
@@ -49,41 +37,25 @@ class KernelReport(Resources):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Launches):
-    """What became of one case on one GPU.
-
-    Attributes:
-      case, kernel: names of the `KernelCase`.
-      gpu, arch: "l4", "sm_89".
-      jax: version that compiled it.
-      ok: it compiled.
-      error: why not, in one line; "" if it did.
-      traceback: of that error, where there is one.
-      lower_seconds, compile_seconds: tracing and lowering; XLA, LLVM and ptxas.
-      kernels: Mosaic's first.
-      argument_bytes, temp_bytes, alias_bytes: of the program; aliased are donated buffers that
-        results are written to in place.
-      instructions_per_weight: of the hot loop of the case's kernel; None where nothing was counted.
-      instruction_budget: above it, instructions and not memory limit the kernel on this GPU.
-      instruction_limit: what the case promises to stay within.
-    """
+    """What became of one case on one GPU."""
 
     case: str
     kernel: str
-    gpu: str
-    arch: str
-    jax: str
-    ok: bool
-    error: str = ""
+    gpu: str  # "l4"
+    arch: str  # "sm_89"
+    jax: str  # version that compiled it
+    ok: bool  # it compiled
+    error: str = ""  # why not, in one line
     traceback: str = ""
-    lower_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    kernels: tuple[KernelReport, ...] = ()
+    lower_seconds: float = 0.0  # tracing too
+    compile_seconds: float = 0.0  # XLA, LLVM and ptxas
+    kernels: tuple[KernelReport, ...] = ()  # Mosaic's first
     argument_bytes: int = 0
     temp_bytes: int = 0
-    alias_bytes: int = 0
-    instructions_per_weight: float | None = None
-    instruction_budget: float | None = None
-    instruction_limit: float | None = None
+    alias_bytes: int = 0  # of donated buffers that results are written to in place
+    instructions_per_weight: float | None = None  # of the hot loop of the case's kernel
+    instruction_budget: float | None = None  # above it, memory is no longer the limit
+    instruction_limit: float | None = None  # what the case promises to stay within
 
     @property
     def mosaic_kernels(self) -> tuple[KernelReport, ...]:
@@ -128,9 +100,7 @@ class Report(Launches):
     def from_dict(value: dict[str, Any]) -> Report:
         """The inverse of `to_dict`, also after a detour over JSON."""
 
-        def kernel(
-            tensor_core: list[str], loop: dict[str, Any] | None, **rest: Any
-        ) -> KernelReport:
+        def kernel(tensor_core: list[str], loop: Any, **rest: Any) -> KernelReport:
             found = HotLoop(**loop) if loop else None
             return KernelReport(tensor_core=tuple(tensor_core), loop=found, **rest)
 

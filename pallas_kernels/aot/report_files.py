@@ -34,11 +34,7 @@ def save(reports: Sequence[Report], path: pathlib.Path) -> None:
 
 
 def load(jax_version: str | None = None) -> list[Report]:
-    """The package's reports: of this version of jax if there are any, else of the newest.
-
-    Raises:
-      FileNotFoundError: the package has none.
-    """
+    """The package's reports: of this version of jax, else of the newest, or FileNotFoundError."""
     files = sorted(DIRECTORY.glob("jax-*.json"), key=_version)
     if not files:
         raise FileNotFoundError(
@@ -51,30 +47,20 @@ def load(jax_version: str | None = None) -> list[Report]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What became of one kernel on one GPU, over all its cases.
+    """What became of one kernel on one GPU, over all its cases: the most that one of them takes.
 
-    Attributes:
-      kernel, gpu: names.
-      cases: how many were compiled.
-      runs: all of them compiled, without spills.
-      reason: why not, in one line; "" if it runs.
-      registers: the most that one of its kernels takes, of a thread.
-      spill_bytes: the most that one spills, stores and loads.
-      shared_memory_bytes: the most that one takes, of a block.
-      tensor_core: whether one uses tensor cores.
-      instructions_per_weight: of the hot loop, of the first case that has any: the representative.
-      instruction_budget: where instructions begin to limit this GPU, likewise.
+    Instructions (see `Report`) are those of the first case that has any: the representative.
     """
 
     kernel: str
     gpu: str
-    cases: int
-    runs: bool
-    reason: str
+    cases: int  # how many were compiled
+    runs: bool  # all of them compiled, without spills
+    reason: str  # why not, in one line; "" if it runs
     registers: int
     spill_bytes: int
     shared_memory_bytes: int
-    tensor_core: bool
+    tensor_core: bool  # whether one uses tensor cores
     instructions_per_weight: float | None
     instruction_budget: float | None
 
@@ -101,9 +87,8 @@ def cell(row: Row) -> str:
         return "spills"
     if not row.runs:
         return "–"
-    if row.instructions_per_weight is None:
-        return "yes"
-    return f"{row.instructions_per_weight:.1f}"
+    count = row.instructions_per_weight
+    return "yes" if count is None else f"{count:.1f}"
 
 
 def _row(kernel: str, gpu: str, reports: list[Report]) -> Row:

@@ -37,22 +37,15 @@ class Instruction:
     @property
     def jump(self) -> int | None:
         """Address that a branch goes to; None for other instructions."""
-        if self.name != "BRA":
-            return None
-        target = _TARGET.search(self.operands)
+        target = _TARGET.search(self.operands) if self.name == "BRA" else None
         return int(target.group(1), 16) if target else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop's body, or a whole kernel without loops.
+    """A loop's body, or a whole kernel without loops."""
 
-    Attributes:
-      instructions: in the order of their addresses, the closing branch included.
-      whole_kernel: True where the kernel has no loop.
-    """
-
-    instructions: tuple[Instruction, ...]
+    instructions: tuple[Instruction, ...]  # by their addresses, the closing branch included
     whole_kernel: bool
 
     def __len__(self) -> int:

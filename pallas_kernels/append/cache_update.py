@@ -53,22 +53,13 @@ def append(
 ) -> Appended:
     """Rotates the queries and writes the keys and values of one token per sequence to the cache.
 
-    Args:
-      qkv: `[B, (H + 2 KH) D]`, queries, keys and values, or float32 partial sums
-        `[split, B, (H + 2 KH) D]` of a matrix kernel.
-      cos: float32 `[B, D / 2]`, of the token's position.
-      sin: as cos.
-      slots: int32 `[B]`, where to write; outside of the cache its nearest slot.
-      k: keys `[B, KH, S, D]`; codes, and what else belongs to tokens, are given up and written.
-      v: values, in the format of k.
-      heads: H.
-      interleaved: whether channels 2i and 2i + 1 are rotated together, or i and i + D / 2.
-      bias: `[(H + 2 KH) D]`, added to qkv.
-      q_norm: `[D]`, the scale of an RMS norm of each query before the rotation, or None.
-      k_norm: likewise of keys; both or neither.
-      epsilon: of the norms.
-      dtype: of activations: everything is rounded to it as if it were stored; qkv's by default,
-        and needed for partial sums.
+    qkv is `[B, (H + 2 KH) D]`, queries, keys and values, or float32 partial sums of them
+    `[split, B, (H + 2 KH) D]`; `bias` is added to it. `cos` and `sin` are float32 `[B, D / 2]`, of
+    the token's position; `interleaved` rotates channels 2i and 2i + 1 together, else i and
+    i + D / 2. `slots` outside of the cache mean its nearest slot. Codes, and what else belongs to
+    tokens, of k and v are given up and written. `q_norm` and `k_norm` `[D]`, both or neither, are
+    scales of an RMS norm before the rotation. Everything is rounded to `dtype`, of activations, as
+    if it were stored; it is qkv's by default, and needed for partial sums.
 
     Raises:
       NotImplementedError: a head_dim without a kernel, or a gradient is taken.

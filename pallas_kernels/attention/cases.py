@@ -1,7 +1,4 @@
-"""The shapes that decode attention is compiled for ahead of time.
-
-One representative case for each kind of cache, and other batches, contexts and groups besides.
-"""
+"""The shapes that decode attention is compiled for ahead of time."""
 
 from __future__ import annotations
 

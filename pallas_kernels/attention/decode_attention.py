@@ -97,22 +97,15 @@ def decode_attention(
     parts: int | None = None,
     tensor_cores: bool | None = None,
 ) -> Float[Array, "b h d"]:
-    """The newest token of each sequence attends to the slots `s < lengths[b]`.
+    """The newest token of each sequence attends to the slots `s < lengths[b]`; none gives zeros.
 
-    Args:
-      q: float `[B, H, D]` after the rotation; head h reads KV head `h // (H / KH)`.
-      k: keys `[B, KH, S, D]`; D is 64, 128 or 256.
-      v: values, in the format of k; on tensor cores with positive scales (per token, 0 counts as
-        2^-64).
-      lengths: int32 `[B]`, valid slots; a sequence of length 0 gets zeros.
-      sliding_window: slots that the token sees, its own included; None for all.
-      scale: multiplies the scores; `D ** -0.5` if None.
-      parts: programs that share a sequence; None chooses by the device's multiprocessors.
-      tensor_cores: whether to multiply on tensor cores; None does so from sm_80 on where a KV head
-        has 2 query heads or more, and not in the interpreter, which emulates them if True.
-
-    Returns:
-      `[B, H, D]` in the dtype of q; scores, softmax and sums are float32.
+    q is float `[B, H, D]` after the rotation, D 64, 128 or 256; head h reads KV head
+    `h // (H / KH)`. The result has its dtype; scores, softmax and sums are float32.
+    `sliding_window` counts the token's own slot; `scale` is `D ** -0.5` if None; `parts` are the
+    programs that share a sequence, None chooses by the device's multiprocessors. `tensor_cores`:
+    None uses them from sm_80 on where a KV head has 2 query heads or more, and not in the
+    interpreter, which emulates them if True; scales of values must be positive there (per token,
+    0 counts as 2^-64).
 
     Raises:
       NotImplementedError: a head_dim without a kernel, or tensor cores for what they have none.
@@ -149,16 +142,11 @@ def _wider_batch(kernel):
     def fold(axis_size, batched, *arrays):
         leaves, tree = jax.tree.flatten(arrays)
         flags = jax.tree.leaves(batched)
-        if any(
-            flag == (a.ndim - flag == 2) for a, flag in zip(leaves[1:-1], flags[1:-1], strict=True)
-        ):
+        pairs = list(zip(leaves, flags, strict=True))
+        mixed = any(flag == (a.ndim - flag == 2) for a, flag in pairs[1:-1])
+        if mixed or not (flags[0] and flags[-1]):
             return None
-        if not (flags[0] and flags[-1]):
-            return None
-        wide = [
-            a.reshape(-1, *a.shape[2:]) if flag else a
-            for a, flag in zip(leaves, flags, strict=True)
-        ]
+        wide = [a.reshape(-1, *a.shape[2:]) if flag else a for a, flag in pairs]
         out = kernel(*jax.tree.unflatten(tree, wide))
         return out.reshape(axis_size, -1, *out.shape[1:])
 

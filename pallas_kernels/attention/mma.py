@@ -227,8 +227,7 @@ def _program(
         return new_top, total, sums
 
     zero = mg.layout_cast(jnp.zeros((4, d, columns), jnp.float32), mma.sum_layout(codes))
-    state = lax.fori_loop(0, tiles, body, (splat(MASKED), splat(0.0), zero))
-    top, total, sums = state
+    top, total, sums = lax.fori_loop(0, tiles, body, (splat(MASKED), splat(0.0), zero))
 
     # The four warps' states become one.
     largest = jnp.max(exponent(top), axis=0)

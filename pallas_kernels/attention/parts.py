@@ -69,11 +69,8 @@ def by_plane(a: jax.Array, side: CacheWords) -> jax.Array:
 
 
 def cache_operands(side: CacheWords, k: CacheArrays, v: CacheArrays):
-    """The cache's arrays as kernels take them.
-
-    Returns:
-      `(arrays, static)`: by name, those that every kernel reads, and the static scale and zero
-      point of the values, which only the last step reads.
+    """The cache's arrays by name: those that every kernel reads, and the static scale and zero
+    point of the values, which only the last step reads.
     """
     arrays = {"k": side.view(k.codes), "v": side.view(v.codes)}
     small = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
@@ -163,16 +160,10 @@ def rows_of_threads(rows: int) -> Any:
 
 
 def write_output(out_ref, planes, total, kv, refs: dict[str, Any], side: CacheWords, dtype):
-    """Stores `planes / total` in the order of channels, with static scales and zero points.
+    """Stores `planes / total` as `[W, J]` (zeros if the total, of probabilities, is 0).
 
-    Args:
-      out_ref: `[W, J]`.
-      planes: the sums: J arrays `[W]` in `spread`, or shared memory `[J * W]`.
-      total: float32 scalar, the sum of the probabilities; 0 gives zeros.
-      kv: int32 scalar, the KV head.
-      refs: `v_scale` and `v_zero`, `[KH, W, J]` or `[KH, 1]`, are read where they are static.
-      side: the cache.
-      dtype: of the output.
+    `planes`, the sums, are J arrays `[W]` in `spread`, or shared memory `[J * W]`. Of `refs`,
+    `v_scale` and `v_zero`, `[KH, W, J]` or `[KH, 1]`, are applied for KV head `kv` where static.
     """
     width, layout = side.width, spread(side.width)
     static = {} if side.dynamic else refs
@@ -196,15 +187,11 @@ def write_output(out_ref, planes, total, kv, refs: dict[str, Any], side: CacheWo
 
 
 def join_parts(sums, top, total, static: dict[str, jax.Array], side: CacheWords, dtype):
-    """One softmax of the parts of each sequence; one launch.
+    """One softmax `[B, H, D]` of the parts of each sequence; one launch.
 
-    Args:
-      sums: float32 `[B, H, parts, J * W]`: sums of `2 ** (score - top) * value`, planes.
-      top: int32 `[B, H, parts]`, an `exponent`.
-      total: float32 `[B, H, parts]`, sum of `2 ** (score - top)`.
-      static: `v_scale` and `v_zero`, where they are static.
-      side: the cache.
-      dtype: of the result `[B, H, D]`.
+    Of each part, `sums` are float32 `[B, H, parts, J * W]`, planes of `2 ** (score - top) * value`,
+    `top` an int32 `exponent`, `total` the float32 sum of `2 ** (score - top)`, both
+    `[B, H, parts]`; `static` has `v_scale` and `v_zero` where they are static.
     """
     b, h, parts = top.shape
     d = side.head_dim

@@ -13,15 +13,11 @@ import jax
 class CacheArrays:
     """Keys or values of one layer, `[B, KH, S, D]`; `value = (code - zero) * scale`.
 
-    Attributes:
-      codes: `[B, KH, S, D]` bf16, f16, f32, int8, or uint8 bits of float8_e4m3; int4: uint8
-        `[B, KH, S, D / 2]`, the even channel in the low nibble.
-      scale: float32, `[B, KH, S]` per token, `[KH, D]` or `[KH, 1]` static; None for floats.
-      zero: uint8 zero points of the shape of `scale`; int4 only.
-      format: a name of `CACHE_WORDS`: `int8`, `float8_e4m3`, `int4`; None for floats.
+    Codes are bf16, f16, f32, int8, or uint8 bits of float8_e4m3; int4: uint8 `[B, KH, S, D / 2]`,
+    the even channel in the low nibble. The format is a name of `CACHE_WORDS`, None for floats.
     """
 
     codes: Any
-    scale: Any = None
-    zero: Any = None
+    scale: Any = None  # float32, [B, KH, S] per token, [KH, D] or [KH, 1] static; None for floats
+    zero: Any = None  # uint8, of the shape of `scale`; int4 only
     format: str | None = dataclasses.field(default=None, metadata={"static": True})

@@ -77,8 +77,5 @@ class Int4Words(CacheWords):
 def _nibble(words: jax.Array, j: int) -> jax.Array:
     """float32 `16 + nibble j`."""
     shift = 19 - 4 * j
-    if shift > 0:
-        moved = words << jnp.int32(shift)
-    else:
-        moved = words >> jnp.int32(-shift) if shift else words
+    moved = words << jnp.int32(shift) if shift > 0 else words >> jnp.int32(-shift)
     return as_float((moved & jnp.int32(0x780000)) | jnp.int32(_SIXTEEN))

@@ -38,31 +38,21 @@ SMALLEST_MAXIMUM = 1e-10
 class CacheWords:
     """How the codes of one cache are loaded, decoded and made; static. One subclass a format.
 
-    Attributes:
-      format: its name; None for floats.
-      dtypes: that codes may have in memory.
-      packed: channels of one of them.
-      has_zero: whether there are zero points.
-      bound: largest code: a scale is the largest magnitude (with zero points max - min) over this.
-      middle: subtracted from codes of static scales, so that sums stay small; undone with the zero
-        point.
-      dtype: of the array in memory.
-      dynamic: scales (and zero points) belong to a token; otherwise to a channel or head.
-      head_dim: D.
-      natural: one plane, channels in their order: for results that were never split into planes.
+    A scale is the largest magnitude (with zero points max - min) over `bound`. `middle` is
+    subtracted from codes of static scales, so that sums stay small; undone with the zero point.
     """
 
-    format: ClassVar[str | None]
-    dtypes: ClassVar[tuple[Any, ...]]
-    packed: ClassVar[int] = 1
+    format: ClassVar[str | None]  # None for floats
+    dtypes: ClassVar[tuple[Any, ...]]  # that codes may have in memory
+    packed: ClassVar[int] = 1  # channels of one of them
     has_zero: ClassVar[bool] = False
     bound: ClassVar[float] = 1.0
     middle: ClassVar[float] = 0.0
 
-    dtype: Any
-    dynamic: bool
+    dtype: Any  # of the array in memory
+    dynamic: bool  # scales (and zero points) belong to a token; otherwise to a channel or head
     head_dim: int
-    natural: bool = False
+    natural: bool = False  # one plane: for results that were never split into planes
 
     @property
     def per_word(self) -> int:
@@ -111,9 +101,8 @@ class CacheWords:
     def fit(
         self, x: list[jax.Array], largest: Callable[[list[jax.Array]], jax.Array]
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Scale and zero point (or None) of one token in pieces, as vectors.
-
-        `largest` finds that of non-negative numbers, as a vector.
+        """Scale and zero point (or None) of one token in pieces, as vectors; `largest` is of
+        non-negative numbers.
         """
         wide = at_least(largest([jnp.abs(one) for one in x]), SMALLEST_MAXIMUM)
         return quotient(wide, jnp.float32(self.bound)), None

@@ -78,23 +78,14 @@ def kernel_operands(
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What one program computes; static.
-
-    Attributes:
-      layout: of the weight.
-      rows: M, rows of x.
-      columns: of the block; a multiple of 128 that divides the padded N.
-      segments: of K in the slice.
-      units: of a column that a step decodes at once; a power of two.
-      prefetch: whether a step loads the words of the next one first.
-    """
+    """What one program computes; static."""
 
     layout: WeightLayout
-    rows: int
-    columns: int
-    segments: int
-    units: int
-    prefetch: bool = True
+    rows: int  # M
+    columns: int  # of the block; a multiple of 128 that divides the padded N
+    segments: int  # of K in the slice
+    units: int  # of a column that a step decodes at once; a power of two
+    prefetch: bool = True  # whether a step loads the words of the next one first
 
     @property
     def has_sums(self) -> bool:
@@ -150,15 +141,10 @@ def staged_layout(tile: Tile, segments: int) -> Any:
 
 
 def stage(tile: Tile, read_x: ReadX, factors_ref: Any, x_ref: Any, sums_ref: Any) -> None:
-    """Fills shared memory with a slice of x; a barrier must follow.
+    """Fills shared memory (see `Tile.scratch`) with a slice of x; a barrier must follow.
 
-    Args:
-      tile: what the program computes.
-      read_x: `(first segment in the slice, how many, array layout)` -> float32
-        `[segments, rows, units, M]`.
-      factors_ref: float32 `[rows]`, `staging_factors`.
-      x_ref: shared, `[segments, rows, units, M]`.
-      sums_ref: shared, `[segments, M]`: what bias and zero point are multiplied by.
+    `read_x`: `(first segment in the slice, how many, array layout)` -> float32
+    `[segments, rows, units, M]`. Bias and zero point are multiplied by the sums.
     """
     chunk = math.gcd(tile.segments, 4)
     if chunk == tile.rows == 1:

@@ -63,23 +63,12 @@ def gathered_matrix_vector(
     config: MatrixVectorConfig | None = None,
     shared_config: MatrixVectorConfig | None = None,
 ) -> Any:
-    """Partial sums of `x[p // picks] @ w[index[p]]`, in one launch.
+    """Partial sums of `x[p // picks] @ w[index[p]]`, float32 `[split, P, N]`, in one launch.
 
-    Args:
-      x: `[T, K]` bf16, f16 or f32, or `Gated` or `Normed` rows; T divides P. With `T = P` every
-        pick has a row of its own (the down product).
-      w: `[E, K, N]`.
-      index: int32 `[P]`, experts in `0 .. E - 1`.
-      shared: rows `[M, K']` (M at most 8) and a weight `[K', N']` that they are multiplied by
-        as well.
-      config: how to cut the products of the picks; None chooses by the device.
-      shared_config: how to cut the shared product.
-
-    Returns:
-      float32 `[split, P, N]`; with `shared` a pair, also its `[split', M, N']`.
-
-    Raises:
-      ValueError: shapes that do not fit.
+    Rows x are `[T, K]`, T a divisor of P: with `T = P` every pick has its own (the down product).
+    `shared` are rows `[M, K']` (M at most 8) and a weight `[K', N']`: with it the result is a
+    pair, the second `[split', M, N']`. Configs are chosen by the device if None. Shapes that do
+    not fit are a ValueError.
     """
     t, k = rows_shape(x, "gathered_matrix_vector")
     picks = index.size

@@ -53,18 +53,10 @@ def integer_matrix_vector_reference(x: Int[Array, "m k"], w: KernelWeight) -> Fl
 def integer_matrix_vector(
     x: jax.Array, w: KernelWeight, *, config: MatrixVectorConfig | None = None
 ) -> Float[Array, "split m n"]:
-    """Partial sums of int8 rows times an integer weight, before the rows' own scales.
+    """Partial sums of int8 rows times an integer weight that `has_kernel`, as `matrix_vector`'s.
 
-    Args:
-      x: int8 `[M, K]`, M at most 8.
-      w: `[K, N]` that `has_kernel`.
-      config: how to cut the product; None chooses by the device.
-
-    Returns:
-      float32 `[split, M, N]`; the sum over the first axis is the product.
-
-    Raises:
-      ValueError: shapes or dtypes that do not fit, more than 8 rows, or a format without a kernel.
+    The rows' own scales are not applied. Shapes, dtypes and formats that do not fit are a
+    ValueError.
     """
     if x.ndim != 2 or x.dtype != jnp.int8 or not 1 <= x.shape[0] <= MOST_ROWS:
         raise ValueError(
@@ -163,7 +155,6 @@ def _accumulate(
     fields, staged = products.reduce(1), products.reduce(2)  # [U, columns], [U, M]
     totals_layout = products.reduce(0)  # [M, columns]
     column = totals_layout.reduce(0)
-    whole_column = layout.group is None
     factor = jnp.float32(2.0 ** (bits - 8))
     with_sums = layout.zero_point != "none"
 
@@ -212,7 +203,7 @@ def _accumulate(
         zero = lax.broadcast_in_dim(zero.astype(jnp.float32), total.shape, (1,))
         return total - sums * zero
 
-    if whole_column:
+    if layout.group is None:
 
         def column_body(i, carry):
             for s in range(together):

@@ -49,26 +49,18 @@ _MOST_STAGED = 32 * 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixVectorConfig:
-    """How a product is cut into programs.
+    """How a product is cut into programs."""
 
-    Attributes:
-      block_columns: columns of a program: 128, 256 or 512 (1, 2 or 4 a thread).
-      split: slices of K; rounded down to a divisor of the segments of a column.
-      step_rows: rows of K that a step decodes: a power of two times the rows of the format's unit.
-      prefetch: whether a step loads the words of the next one before its own arithmetic.
-    """
-
-    block_columns: int
-    split: int
-    step_rows: int
-    prefetch: bool = True
+    block_columns: int  # of a program: 128, 256 or 512 (1, 2 or 4 a thread)
+    split: int  # slices of K; rounded down to a divisor of the segments of a column
+    step_rows: int  # rows of K that a step decodes: a power of two times the rows of a unit
+    prefetch: bool = True  # whether a step loads the next one's words before its own arithmetic
 
 
 def matrix_vector_reference(x: Rows, w: KernelWeight) -> Float[Array, "1 m n"]:
     """The meaning of `matrix_vector`: float32 `[1, M, N]` of the decoded weight."""
     x = finished(x).astype(jnp.float32)
-    product = lax.dot(x, decoded_weight(w), precision=lax.Precision.HIGHEST)
-    return product[None]
+    return lax.dot(x, decoded_weight(w), precision=lax.Precision.HIGHEST)[None]
 
 
 def matrix_vector(
@@ -79,22 +71,12 @@ def matrix_vector(
     block_columns: int | None = None,
     config: MatrixVectorConfig | None = None,
 ) -> Float[Array, "split m n"]:
-    """Partial sums of `x @ w`.
+    """Partial sums of `x @ w`, to be added up over the first axis: float32 `[split, M, N]`.
 
-    Args:
-      x: `[M, K]` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or a `Gated` or
-        `Normed`, which are finished as they are staged.
-      w: `[K, N]`, without leading axes.
-      split: slices of K, overriding the config.
-      block_columns: columns of a program, overriding the config.
-      config: how to cut the product; None chooses by the device.
-
-    Returns:
-      float32 `[split, M, N]`; the sum over the first axis is the product. It has a gradient with
-      respect to x, not to w.
-
-    Raises:
-      ValueError: shapes that do not fit, or more than 8 rows.
+    x is `[M, K]` bf16, f16 or f32, M at most 8, magnitudes below 2^60; or `Gated` or `Normed`,
+    which are finished as they are staged. `split` and `block_columns` override the config, which
+    the device chooses if None. There is a gradient with respect to x, not to w. Shapes that do not
+    fit are a ValueError.
     """
     m, k = rows_shape(x, "matrix_vector")
     if w.words.ndim != 2 or k != w.layout.k:
@@ -181,11 +163,7 @@ def multiprocessors() -> int:
 
 
 def tile_of(layout: WeightLayout, m: int, config: MatrixVectorConfig) -> tuple[Tile, int]:
-    """What one program computes, and how many share a column.
-
-    Raises:
-      ValueError: the block does not divide the columns, or the step not the segments.
-    """
+    """What one program computes, and how many share a column; or ValueError."""
     if config.block_columns not in (128, 256, 512) or layout.padded_n % config.block_columns:
         raise ValueError(
             f"matrix_vector: block_columns={config.block_columns} must be 128, 256 or 512 and "

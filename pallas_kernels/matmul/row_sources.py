@@ -23,16 +23,15 @@ from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.layout import WeightLayout
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gated:
     """`silu(gate) * up`, still as the partial sums of the product that made gate and up.
 
-    Attributes:
-      partials: float32 `[split, M, 2 I]`, gate first.
-      dtype: that gate, up and the result are rounded to, as a model in that dtype does.
+    Gate, up and the result are rounded to `dtype`, as a model in that dtype does.
     """
 
-    partials: Any
+    partials: Any  # float32 [split, M, 2 I], gate first
     dtype: Any = dataclasses.field(default=jnp.bfloat16, metadata={"static": True})
 
     @property
@@ -46,22 +45,13 @@ class Gated:
         return gated(gate, up, self.dtype).astype(self.dtype)
 
 
-jax.tree_util.register_dataclass(Gated, data_fields=["partials"], meta_fields=["dtype"])
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Normed:
-    """Rows that are normalized on their way in: `x / sqrt(mean(x^2) + epsilon) * scale`.
+    """Rows that are normalized on their way in: `x / sqrt(mean(x^2) + epsilon) * scale`."""
 
-    Attributes:
-      x: `[M, K]`, any float dtype; results are rounded to it.
-      scale: `[K]`.
-      epsilon: added to the mean square.
-    """
-
-    x: Any
-    scale: Any
+    x: Any  # [M, K], any float dtype; results are rounded to it
+    scale: Any  # [K]
     epsilon: float = dataclasses.field(metadata={"static": True})
 
     @property
@@ -100,11 +90,7 @@ def finished(x: Rows) -> jax.Array:
 
 
 def rows_shape(x: Rows, caller: str) -> tuple[int, int]:
-    """`(M, K)` of the rows that `caller` was given.
-
-    Raises:
-      ValueError: arrays that are no rows, or do not belong together.
-    """
+    """`(M, K)` of the rows that `caller` was given; or ValueError."""
     if isinstance(x, Gated):
         if x.partials.ndim != 3 or x.partials.shape[-1] % 2:
             raise ValueError(
@@ -162,16 +148,10 @@ def row_reader(
     segment: Any,
     scratch_ref: Any,
 ) -> ReadX:
-    """`read_x` of `core.stage`.
+    """`read_x` of `core.stage` for a program: its `rows` and its first row and segment.
 
-    Args:
-      x: for its kind only.
-      refs: of `row_operands`.
-      layout: of the weight.
-      first_row: of x, of the program.
-      rows: how many, M.
-      segment: the first of the program.
-      scratch_ref: shared float32 `[1 or more, M]`, free until the first read.
+    Of x the kind counts; `refs` are of `row_operands`; `scratch_ref` is shared float32
+    `[1 or more, M]`, free until the first read.
     """
     some = pl.ds(first_row, rows)
 

@@ -21,12 +21,9 @@ from pallas_kernels.mosaic.launch import THREADS
 
 
 def column_layout(columns: int) -> Any:
-    """How an array `[columns]` of 32-bit elements lies in a warp group.
+    """How an array `[columns]` of 32-bit elements, a multiple of 128, lies in a warp group.
 
     Four neighbours a thread (one 128-bit load) where there are enough of them.
-
-    Raises:
-      ValueError: columns is not a multiple of 128.
     """
     if columns % THREADS:
         raise ValueError(

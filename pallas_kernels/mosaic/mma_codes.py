@@ -23,19 +23,14 @@ _MIDDLE_OF_NIBBLES = 0xA400A400  # two float16: -8 * 2^-9
 class Codes:
     """How 32-bit words of a cache become 16-bit floats; static.
 
-    Attributes:
-      head_dim: D.
-      per_word: channels of a word.
-      shift: what the floats are too small by.
-      dtype: of what the tensor cores multiply.
-      interleave: byte numbers that deal the codes of two words out to registers of one channel (or
-        of several, for `registers` to take apart) of both.
+    `interleave` are byte numbers that deal the codes of two words out to registers of one channel
+    (or of several, for `registers` to take apart) of both.
     """
 
     head_dim: int
-    per_word: ClassVar[int]
-    shift: ClassVar[float] = 1.0
-    dtype: ClassVar[Any] = jnp.float16
+    per_word: ClassVar[int]  # channels
+    shift: ClassVar[float] = 1.0  # what the floats are too small by
+    dtype: ClassVar[Any] = jnp.float16  # of what the tensor cores multiply
     interleave: ClassVar[tuple[int, int]] = (0x5410, 0x7632)
 
     @property
@@ -54,11 +49,9 @@ class Codes:
         return min(4, self.width // 8)
 
     def registers(self, word: Any, zero: Any) -> list[Any]:
-        """MLIR values of a word: registers of two floats each, in the order of `query`.
+        """Registers (MLIR i32) of two floats each of a word, in the order of `query`.
 
-        Args:
-          word: i32.
-          zero: from `zero_points`; None without.
+        `zero` is of `zero_points`, or None.
         """
         raise NotImplementedError(type(self).__name__)
 

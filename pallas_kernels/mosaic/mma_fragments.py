@@ -87,11 +87,8 @@ def tile_scores(
 ) -> jax.Array:
     """float32 `[64, heads]`: products of a tile of keys, before scales, times `codes.shift`.
 
-    Args:
-      words: int32 `[64, W]` in `key_layout`.
-      queries: arrays `[heads, D]` of `codes.dtype` in `query_layout` whose sum is the query.
-      codes: what the words hold.
-      offset: float32 `[64]`, zero points of an int4 cache, in `score_layout().reduce(1)`.
+    Words are int32 in `key_layout`; `queries` (of `codes.dtype`, in `query_layout`) add up to the
+    query; `offset` is float32 `[64]` in `score_layout().reduce(1)`, zero points of an int4 cache.
     """
     heads = queries[0].shape[0]
     if runs_interpreted():
@@ -140,19 +137,12 @@ def add_values(
     codes: Codes,
     offsets: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
-    """float32 `[4, D, heads]`: `sums * shrink` and every tile's values times its weights.
+    """float32 `[4, D, heads]` in `sum_layout`: `sums * shrink` and, for every tile, its values
+    (`codes.shift` too small) times its weights.
 
-    Values are `codes.shift` too small.
-
-    Args:
-      sums: in `sum_layout`.
-      shrink: float32 `[64, heads]` in `score_layout`, the same in all 16 slots of a warp.
-      words: for each tile int32 `[64, W]` in `value_layout`.
-      weights: for each tile float32 `[64, heads]` in `score_layout`, as one of its 16-bit terms
-        after the other (`split_terms`).
-      codes: what the words hold.
-      offsets: for each tile float32 `[64]`, zero points of an int4 cache, in
-        `value_layout(codes).reduce(1)`.
+    `shrink` is the same in all 16 slots of a warp. Of each tile, words are int32 in `value_layout`,
+    weights the terms of `split_terms` in `score_layout`, as shrink is, and offsets float32 `[64]`
+    in `value_layout(codes).reduce(1)`, zero points of an int4 cache.
     """
     heads = sums.shape[2]
     if runs_interpreted():

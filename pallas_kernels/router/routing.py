@@ -45,18 +45,11 @@ def router_logits_reference(
 
 
 def router_logits(x: jax.Array | Normed, kernel: jax.Array) -> Float[Array, "split m width"]:
-    """`x @ kernel` in float32, as partial sums that `top_k_experts` adds up.
+    """`x @ kernel` in float32, as partial sums that `top_k_experts` adds up, with its gradient.
 
-    Args:
-      x: `[M, K]` float, or `Normed`.
-      kernel: float32 `[K, E]`; E is 64, 128 or 256 (`supports_router`).
-
-    Returns:
-      float32 `[split, M, max(E, 128)]`; columns from E on are not written. It has a gradient with
-      respect to both.
-
-    Raises:
-      ValueError: shapes without a kernel, or that do not fit.
+    x is `[M, K]` float, or `Normed`; the kernel float32 `[K, E]`, E 64, 128 or 256. The result is
+    float32 `[split, M, max(E, 128)]`, of which columns from E on are not written. Other shapes are
+    a ValueError.
     """
     m, k = rows_shape(x, "router_logits")
     if kernel.ndim != 2 or kernel.shape[0] != k or not supports_router(kernel.shape[1], k):
@@ -205,22 +198,12 @@ def top_k_experts(
     normalize: bool = True,
     norm_min: float = 0.0,
 ) -> tuple[Int[Array, "t {top_k}"], Float[Array, "t {top_k}"]]:
-    """Which experts each token goes to, and with what weights.
+    """Which experts each token goes to, and their weights, the unbiased probabilities.
 
-    Args:
-      logits: float32 `[split, T, N]` partial sums of the router's product, N a multiple of 128;
-        columns from `experts` on are not read as experts.
-      correction_bias: float32 `[experts]`, added to the probabilities that are compared; None.
-      experts: E.
-      top_k: experts of a token; among equal scores the first is taken.
-      normalize: whether a token's weights are divided by `max(their sum, norm_min)`.
-      norm_min: see there.
-
-    Returns:
-      int32 `[T, top_k]` and float32 `[T, top_k]`: the unbiased probabilities.
-
-    Raises:
-      ValueError: N is no multiple of 128 or below `experts`.
+    Logits are float32 partial sums `[split, T, N]`, N a multiple of 128; columns from `experts` on
+    are not read as experts. `correction_bias` is added to the probabilities that are compared;
+    among equal ones the first expert is taken. `normalize` divides a token's weights by
+    `max(their sum, norm_min)`. Shapes that do not fit are a ValueError.
     """
     width = logits.shape[-1]
     if logits.ndim != 3 or not all(logits.shape) or width % THREADS or width < experts:

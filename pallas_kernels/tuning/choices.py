@@ -33,17 +33,11 @@ _FIELDS = {"kernel", "formats", *_BOUNDS, "use", "config"}
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What to run.
+    """What to run."""
 
-    Attributes:
-      use: `mosaic_gpu` or `xla`.
-      config: settings of the kernel by name; those that are absent are the kernel's own choice.
-      source: where this comes from, for the log.
-    """
-
-    use: str
-    config: dict[str, int]
-    source: str
+    use: str  # of USES
+    config: dict[str, int]  # by name; settings that are absent are the kernel's own choice
+    source: str  # where this comes from, for the log
 
 
 def file_name(device_kind: str) -> str:
@@ -52,11 +46,7 @@ def file_name(device_kind: str) -> str:
 
 
 def check(table: Any, name: str) -> list[dict[str, Any]]:
-    """The rows of a tuning table.
-
-    Raises:
-      ValueError: naming the row and field that are not as they should be.
-    """
+    """The rows of a tuning table; or ValueError, naming the row and field that are wrong."""
     rows = table.get("choices") if isinstance(table, dict) else None
     if not isinstance(rows, list):
         raise ValueError(f"{name}: expected an object with a list 'choices'")
@@ -91,21 +81,15 @@ def _problem(row: Any) -> str | None:
 @functools.cache
 def _rows(file: str) -> list[dict[str, Any]]:
     path = resources.files("pallas_kernels.tuning").joinpath(file)
-    if not path.is_file():
-        return []
-    return check(json.loads(path.read_text("utf-8")), file)
+    return check(json.loads(path.read_text("utf-8")), file) if path.is_file() else []
 
 
 def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: int) -> Choice:
-    """The measured choice for a device, else the default.
+    """The measured choice for a device (its kind as `jax.Device` says it), else the default.
 
-    Args:
-      device_kind: as `jax.Device` says it.
-      kernel: one of `KERNELS`.
-      format: of the weight, or of the cache (its dtype for floats).
-      rows: M; of attention, sequences.
-      weights: K * N; of attention, numbers in the cache of keys (B * KH * S * D); of append, the
-        columns of qkv; of the router, experts.
+    `format` is of the weight, or of the cache (its dtype for floats); `rows` M, of attention
+    sequences; `weights` K * N, of attention numbers in the cache of keys (B * KH * S * D), of
+    append the columns of qkv, of the router experts.
     """
     for file in (file_name(device_kind), "defaults.json"):
         for i, row in enumerate(_rows(file)):
@@ -115,6 +99,5 @@ def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: in
                 and rows <= row.get("max_rows", rows)
                 and row.get("min_weights", 0) <= weights <= row.get("max_weights", weights)
             ):
-                source = f"tuning/{file}, row {i}"
-                return Choice(row["use"], dict(row.get("config", {})), source)
+                return Choice(row["use"], dict(row.get("config", {})), f"tuning/{file}, row {i}")
     return Choice("xla", {}, "no row of tuning/defaults.json fits")

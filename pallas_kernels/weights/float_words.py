@@ -38,15 +38,10 @@ class SmallFloatWords(WordFormat):
     """Rows that are small floats, each `((word << left) >> right) & mask` of the one word.
 
     The right shift copies the sign, which stays in bit 31 when the rest moves.
-
-    Attributes:
-      shifts: left and right, for each row.
-      exponent_bits: of the small float, whose exponents have IEEE's bias.
-      mantissa_bits: of the small float.
     """
 
-    shifts: tuple[tuple[int, int], ...] = ()
-    exponent_bits: int = 0
+    shifts: tuple[tuple[int, int], ...] = ()  # left and right, for each row
+    exponent_bits: int = 0  # of the small float, whose exponents have IEEE's bias
     mantissa_bits: int = 0
 
     @property

@@ -123,10 +123,8 @@ class ThreeBitWords(IntegerWords):
         for i, (word, start) in enumerate(zip(words, self._starts, strict=True)):
             shifted = shift_right(word, 8)
             for position in range(start, start + 30, 3):
-                if position <= 21:
-                    rows.append(linear_field(word, position, 3, interpreted))
-                else:
-                    rows.append(linear_field(shifted, position - 8, 3, interpreted))
+                source, at = (word, position) if position <= 21 else (shifted, position - 8)
+                rows.append(linear_field(source, at, 3, interpreted))
             if i < 2:
                 low = shift_right(word, 30 + i)
                 high = words[i + 1] << jnp.int32(2 - i)

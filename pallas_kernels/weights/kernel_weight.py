@@ -28,27 +28,18 @@ from pallas_kernels.weights.layout import WeightLayout
 from pallas_kernels.weights.word_format import bytes_to_words, words_to_bytes
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KernelWeight:
-    """A quantized weight `[..., K, N]` as the matrix kernels read it; a pytree.
-
-    Attributes:
-      words: int32 `[..., W, N']`.
-      scale: `[..., G, N']` float, or int32 words of packed scales; None if a column has but one.
-      zero: int32 `[..., ceil(groups / 4), N']`, or None.
-      column_scale: float32 `[..., 1, N']`, or None.
-      constants: float32 `[..., 1, N']` each, in the order of `WordFormat.columns`.
-      kept: canonical arrays that no kernel reads, for the way back.
-      layout: what they stand for.
-    """
+    """A quantized weight `[..., K, N]` as the matrix kernels read it (see above); a pytree."""
 
     words: Any
-    scale: Any
-    zero: Any
-    column_scale: Any
-    constants: tuple[Any, ...]
-    kept: dict[str, Any]
-    layout: WeightLayout
+    scale: Any  # None if a column has but one
+    zero: Any  # int32 [..., ceil(groups / 4), N'], or None
+    column_scale: Any  # or None
+    constants: tuple[Any, ...]  # float32 [..., 1, N'] each, in the order of `WordFormat.columns`
+    kept: dict[str, Any]  # canonical arrays that no kernel reads, for the way back
+    layout: WeightLayout = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,13 +50,6 @@ class KernelWeight:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
-
-
-jax.tree_util.register_dataclass(
-    KernelWeight,
-    data_fields=["words", "scale", "zero", "column_scale", "constants", "kept"],
-    meta_fields=["layout"],
-)
 
 
 def unsupported(
@@ -102,18 +86,10 @@ def to_kernel(
     k: int,
     n: int,
 ) -> KernelWeight:
-    """Canonical arrays -> the kernel's.
+    """Canonical arrays of a `[k, n]` weight -> the kernel's; settings as in `Stored`.
 
-    Args:
-      arrays: `codes`, `scale` and, where the format has them, `zero`, `global_scale`,
-        `code_scale`, `code_offset`, `super_scale`, `scale_offset`, with any leading axes.
-      format: of the codes, a key of `WORD_FORMATS`.
-      granularity: `tensor`, `channel`, `group` or `block`.
-      group_size: rows that share a scale; with `group`.
-      block_size: rows and columns that share a scale; with `block`.
-      zero_point: `none`, `half` or `integer`.
-      k: rows.
-      n: columns.
+    Arrays are `codes`, `scale` and, where the format has them, `zero`, `global_scale`,
+    `code_scale`, `code_offset`, `super_scale`, `scale_offset`, with any leading axes.
 
     Raises:
       NotImplementedError: no kernel reads such a weight; `unsupported` says why.
@@ -145,9 +121,8 @@ def to_kernel(
     )
     _check_shapes(arrays, layout)
     padded_rows = layout.segments * layout.segment // words.rows * 4 * words.words
-    zero = column_scale = None
-    if zero_point == "integer":
-        zero = _by_fours(arrays["zero"], layout)
+    zero = _by_fours(arrays["zero"], layout) if zero_point == "integer" else None
+    column_scale = None
     scale, kept = words.merged_scale(arrays, n)
     if words.column_scale is not None:
         column_scale = arrays[words.column_scale]

@@ -38,9 +38,7 @@ class WeightLayout(Stored):
     @property
     def segment(self) -> int:
         """Rows of K that are summed before bias, zero point and scale: a power of two."""
-        if self.group is None:
-            return SEGMENT
-        return min(self.group & -self.group, SEGMENT)
+        return SEGMENT if self.group is None else min(self.group & -self.group, SEGMENT)
 
     @property
     def segment_units(self) -> int:

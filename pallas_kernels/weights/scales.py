@@ -16,14 +16,11 @@ from pallas_kernels.weights.word_format import shift_right
 class PackedScale:
     """One kind of such scales.
 
-    Attributes:
-      dtype: what a weight calls it: the canonical array's, or a format's `scale_dtype`.
-      bits: of a scale; below 8 a byte holds several, the first lowest.
-      decode: `(int32 codes, whether interpreted)` -> float32, in kernels element by element.
+    `decode`: `(int32 codes, whether interpreted)` -> float32, in kernels element by element.
     """
 
-    dtype: str
-    bits: int
+    dtype: str  # what a weight calls it: the canonical array's, or a format's `scale_dtype`
+    bits: int  # below 8 a byte holds several, the first lowest
     decode: Callable[[jax.Array, bool], jax.Array]
 
     @property
@@ -61,12 +58,8 @@ def _unsigned(code: jax.Array, interpreted: bool) -> jax.Array:
     return code.astype(jnp.float32)
 
 
-_ALL = (
-    PackedScale("float8_e8m0fnu", 8, _e8m0),
-    PackedScale("float8_e4m3fn", 8, _e4m3),
-    PackedScale("uint4", 4, _unsigned),
-)
-PACKED_SCALES = {scale.dtype: scale for scale in _ALL}
+_KINDS = ("float8_e8m0fnu", 8, _e8m0), ("float8_e4m3fn", 8, _e4m3), ("uint4", 4, _unsigned)
+PACKED_SCALES = {kind[0]: PackedScale(*kind) for kind in _KINDS}
 """By dtype; others are floats in a kernel as well."""
 
 

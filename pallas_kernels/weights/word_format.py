@@ -47,32 +47,21 @@ STAGED_EXPONENT = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:
-    """How a weight is stored: what its arrays are besides the format; static.
+    """How a weight is stored: what its (canonical) arrays are besides the format; static."""
 
-    Attributes:
-      granularity: `tensor`, `channel`, `group` or `block`.
-      group_size: rows that share a scale; only with `group`.
-      block_size: rows and columns that share a scale; only with `block`.
-      zero_point: `none`, `half` or `integer`.
-      code_dtype: of the canonical codes.
-      scale_dtype: of the canonical scales; of those of `WordFormat.scale_dtype`, that.
-    """
-
-    granularity: str = "group"
-    group_size: int | None = None
-    block_size: tuple[int, int] | None = None
-    zero_point: str = "none"
+    granularity: str = "group"  # or "tensor", "channel", "block"
+    group_size: int | None = None  # rows that share a scale; only with "group"
+    block_size: tuple[int, int] | None = None  # likewise rows and columns; only with "block"
+    zero_point: str = "none"  # or "half", "integer"
     code_dtype: str = "uint8"
-    scale_dtype: str = "bfloat16"
+    scale_dtype: str = "bfloat16"  # `WordFormat.scale_dtype` where there is one
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage(Stored):
-    """A way to store weights that is compiled ahead of time.
+    """A way to store weights that is compiled ahead of time, and its title for people.
 
-    Attributes:
-      title: for people: "int4 groups of 128".
-      instruction_limit: more machine instructions a weight than this are a failure of the check.
+    More machine instructions a weight than `instruction_limit` are a failure of the check.
     """
 
     title: str
@@ -91,25 +80,18 @@ class WordFormat:
     A format is one object in a file of its own and a row in `pallas_kernels.weights.formats`;
     nothing else knows its name.
 
-    Attributes:
-      name: of the format, as in a QTensor's spec.
-      words: int32 words of a unit.
-      rows: rows of K of a unit; divides 128.
-      columns: names of the float32 constants `[..., 1, N]` of a column that decoding needs.
-      column_scale: name of the canonical array that multiplies whole columns besides `scale`, which
-        is of groups then.
-      scale_dtype: of the scales, where the canonical array's dtype does not say it (`uint4`, two
-        in a byte).
-      storages: ways to store a weight that are compiled ahead of time; kernels take others too.
+    `column_scale` names the canonical array that multiplies whole columns besides `scale`, which is
+    of groups then; `scale_dtype` is the scales' where the canonical array's dtype does not say it
+    (`uint4`, two in a byte).
     """
 
-    name: str
-    words: int
-    rows: int
-    columns: tuple[str, ...] = ()
+    name: str  # as in a QTensor's spec
+    words: int  # of a unit, int32
+    rows: int  # of K, of a unit; divides 128
+    columns: tuple[str, ...] = ()  # float32 constants [..., 1, N] that decoding needs
     column_scale: str | None = None
     scale_dtype: str | None = None
-    storages: tuple[Storage, ...] = ()
+    storages: tuple[Storage, ...] = ()  # compiled ahead of time; kernels take others too
 
     @property
     def bits(self) -> int:
@@ -131,12 +113,10 @@ class WordFormat:
     def decode(self, words: Arrays, columns: Arrays, interpreted: bool, layout: Any = None) -> Rows:
         """Words of a unit -> its `rows` float32 arrays, before bias and scale, element by element.
 
-        Args:
-          words: `words` int32 arrays of one shape (of columns).
-          columns: float32 arrays of that shape, in the order of `columns`.
-          interpreted: whether XLA on CPU runs this, rather than a GPU.
-          layout: of these arrays in a kernel, for formats that need instructions without a name in
-            `jax.numpy`; None: arrays `[columns]`, neighbours in one thread.
+        Words are int32 arrays of one shape (of columns), `columns` the constants in float32 arrays
+        of that shape; `interpreted`: XLA on CPU runs this, rather than a GPU. `layout` is that of
+        these arrays in a kernel, for formats that need instructions without a name in `jax.numpy`;
+        None: arrays `[columns]`, neighbours in one thread.
         """
         raise NotImplementedError(self.name)
 
