@@ -30,17 +30,10 @@ def quantize_activation(
     *,
     path: str = "<array>",
 ) -> tuple[Num[Array, "*m k"], Float[Array, "*scales"]]:
-    """Codes and scales of activations.
+    """Codes of activations, int8 or float8_e4m3fn `[..., K]`, and their float32 scales.
 
-    Args:
-      x: float `[..., K]`.
-      spec: format, granularity and whether scales are dynamic.
-      scale: the calibrated one, an array with one element; not allowed where `spec.dynamic`.
-      path: name of the layer, used only in errors.
-
-    Returns:
-      `(codes, scale)`: int8 or float8_e4m3fn `[..., K]`, float32 `[..., 1]` (token, tensor)
-      or `[..., ceil(K / group)]` (token_group).
+    Scales are `[..., 1]` (token, tensor) or `[..., ceil(K / group)]` (token_group); `scale` is the
+    calibrated one, with one element, not allowed where `spec.dynamic`. `path` is for errors only.
     """
     bound = spec.bound
     x = x.astype(jnp.float32)
@@ -105,10 +98,7 @@ def padded_integer_dot(x: Int[Array, "m k"], w: Int[Array, "k n"]) -> Int[Array,
 
 
 def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n"]:
-    """int8 rows times a weight with an `integer_offset`: exact int32 per group, then its scale.
-
-    float32 `[M, N]`: `sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])`.
-    """
+    """`sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])`, int32 in a group."""
     x = pad_rows(x, view)
     m, n = x.shape[0], view.columns
     groups = view.scale.shape[-2]
@@ -139,7 +129,7 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
 def _apply_offsets(acc, x, view: WeightView, groups: int, shift: int) -> jax.Array:
     """int32 `[G, M, N]` sums of codes -> `[M, N]`, scaled, float32."""
     m = x.shape[0]
-    twice = round(2 * (view.integer_offset or 0.0))
+    twice = round(2 * (view.format.integer_offset(view.spec) or 0.0))
     multiplier = 1.0
     if twice or view.zero is not None or shift:
         x_sum = jnp.sum(x.reshape(m, groups, -1).astype(jnp.int32), axis=-1).T[:, :, None]

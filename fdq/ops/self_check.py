@@ -43,10 +43,9 @@ def failure(
 ) -> str | None:
     """Why a kernel is switched off on `device`; None if it is right there, or cannot be run.
 
-    `case` makes inputs and returns the kernel's result and the reference's, which may differ by
-    `tolerance` of the largest reference value. It runs once per kernel, format (of the weights or
-    the cache) and kind of device, in a thread of its own: this one may be tracing. Devices of a
-    topology are not checked.
+    `case` returns the kernel's result and the reference's, which may differ by `tolerance` of the
+    largest reference value. It runs once per kernel, format (of the weights or the cache) and kind
+    of device, in a thread of its own: this one may be tracing.
     """
     if not is_real(device):
         return None

@@ -4,7 +4,7 @@ A packed unit is the smallest whole number of bytes that holds whole codes: one 
 rows of K, or three bytes with 8 rows. `Format.decode_unit` turns the bytes of a unit into one
 float32 array per row, so that XLA fuses it into whatever consumes the rows. Invariant:
 
-`dequantize(q)[k, n] = multiplier * (value[k, n] - zero[k // g, n]) * scale[k // g, n]`
+`dequantize(q)[k, n] = unit_factor * (value[k, n] - zero[k // g, n]) * scale[k // g, n]`
 """
 
 from __future__ import annotations
@@ -47,15 +47,10 @@ _FLOATS = _Floats()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightView:
-    """A quantized `[K, N]` weight as ops read it.
+    """A quantized `[K, N]` weight as ops read it; `spec` is None for the view of an array.
 
-    Attributes:
-      codes: `[units * unit_bytes, N]` uint8 (int8 for `int8`; floats of an array).
-      scale: float32 `[G, N]` or `[G, 1]`, everything that multiplies folded in.
-      zero: float32 of the shape of `scale`, or None.
-      tables: what the format needs besides to decode a unit, `[1, N]` each.
-      format: the `Format` that decodes units.
-      spec: how the weight is stored; None for the view of an array.
+    `codes` are `[units * unit_bytes, N]` uint8 (int8 for `int8`; floats of an array), `scale`, with
+    all that multiplies folded in, and `zero` float32 `[G, N]` or `[G, 1]`, `tables` `[1, N]` each.
     """
 
     codes: jax.Array
@@ -64,11 +59,6 @@ class WeightView:
     tables: Tables
     format: Any = dataclasses.field(metadata={"static": True})
     spec: WeightSpec | None = dataclasses.field(metadata={"static": True})
-
-    @property
-    def kind(self) -> str:
-        """Name of the format, or `array` for floats."""
-        return self.format.name
 
     @property
     def unit_bytes(self) -> int:
@@ -94,16 +84,6 @@ class WeightView:
     def columns(self) -> int:
         """Output channels N."""
         return self.codes.shape[-1]
-
-    @property
-    def multiplier(self) -> float:
-        """A constant power of two that multiplies every value."""
-        return self.format.unit_factor
-
-    @property
-    def integer_offset(self) -> float | None:
-        """What to subtract from stored codes; None where values are not integers (and a half)."""
-        return self.format.integer_offset(self.spec)
 
     def decode_unit(self, unit: Unit, tables: Tables | None = None) -> Unit:
         """Values of the rows of a unit: `Format.decode_unit`, `tables` shaped like the unit."""
@@ -169,13 +149,12 @@ def view_array(w: jax.Array) -> WeightView:
 
 
 def decode_planes(view: WeightView, *, with_scale: bool = True) -> Unit:
-    """The weight as `unit_rows` float32 planes; plane `p` holds rows `p, p + unit_rows, ...`.
+    """The weight as `unit_rows` float32 planes `[units, N]`, of rows `p, p + unit_rows, ...` each.
 
-    Planes `[units, N]` instead of one matrix: interleaving rows costs a copy, taking every P-th
-    column of x costs nothing. `with_scale=False` leaves out scale and multiplier, but not zero.
+    Not one matrix: interleaving rows costs a copy, taking every P-th column of x costs nothing.
+    `with_scale=False` leaves out scale and unit factor, but not zero.
     """
-    shape = (view.units, view.unit_bytes, view.columns)
-    codes = view.codes.reshape(shape)
+    codes = view.codes.reshape(view.units, view.unit_bytes, view.columns)
     planes = view.decode_unit([codes[:, i] for i in range(view.unit_bytes)])
     groups = view.scale.shape[-2]
     per_group = (groups, view.units // groups, view.columns)
@@ -185,7 +164,7 @@ def decode_planes(view: WeightView, *, with_scale: bool = True) -> Unit:
         if view.zero is not None:
             plane = plane - view.zero[:, None, :]
         if with_scale:
-            plane = plane * (view.scale * view.multiplier)[:, None, :]
+            plane = plane * (view.scale * view.format.unit_factor)[:, None, :]
         return plane.reshape(view.units, view.columns)
 
     return [finish(plane) for plane in planes]

@@ -16,11 +16,10 @@ from pallas_kernels.typing import Array, Float
 
 
 def dense_product(x: Float[Array, "m k"], w: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """`x [M, K] @ w [K, N]` for float arrays -> float32.
+    """`x [M, K] @ w [K, N]` for float arrays, in the wider dtype of the two -> float32.
 
-    Both operands take the wider dtype of the two. XLA's CPU backend converts a 16-bit weight to
-    float32 as a whole for one row of x, and for two rows and more does not: one row is a fusion
-    like that of quantized weights, which is faster still.
+    XLA's CPU backend converts a 16-bit weight to float32 as a whole for one row of x: that is a
+    fusion like that of quantized weights instead.
     """
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if x.shape[0] == 1 and dtype.itemsize == 2 and trace_target().platform == "cpu":

@@ -105,8 +105,8 @@ def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
     """int8 rows `[M, K]` times integer codes -> float32 `[split, M, N]` before the x scale."""
     from pallas_kernels.matmul.integer import integer_matrix_vector
 
-    config = _config("integer_matrix_vector", w, codes.shape[0])
-    return integer_matrix_vector(codes, w, config=config)
+    name = "integer_matrix_vector"
+    return integer_matrix_vector(codes, w, config=_config(name, w, codes.shape[0]))
 
 
 def _kernel_of(arguments: Product, weight: KernelWeight) -> str:

@@ -2,13 +2,10 @@
 
 All compute `x @ dequantize(q)` and differ in what reaches memory:
 
-- `fused_product`: every block of packed rows is unpacked, converted, multiplied and added in one
-  element-wise fusion, which XLA spreads over the cores of a CPU; nothing but one partial sum a
-  block is written. The fastest for one row, by far.
-- `plane_product`: decodes the weight (or a tile of columns of it) and calls a dot.
-- `tiled`: runs a product tile by tile, so that only a tile of the weight is ever decoded.
-- `transposed_split_product`: 8-bit dots with int8 codes that lie as `[N, K]`, for CPUs with matrix
-  units.
+- `fused_product`: all is done in one element-wise fusion, which XLA spreads over the cores of a
+  CPU, and one partial sum a block is written. The fastest for one row, by far.
+- `plane_product`: decodes the weight, or a tile of its columns under `tiled`, and calls a dot.
+- `transposed_split_product`: 8-bit dots, for CPUs with matrix units.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
     codes = view.codes.reshape(groups, blocks, block, view.unit_bytes, n)
     tables = tuple(a[:, None, :] for a in view.tables)
     zero = None if view.zero is None else view.zero[:, None, :]
-    scale = (view.scale * view.multiplier)[:, None, :]
+    scale = (view.scale * view.format.unit_factor)[:, None, :]
 
     def row(x_row):
         weights = x_row.reshape(groups, blocks, block, view.unit_rows, 1)
@@ -98,7 +95,8 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
         relative = dataclasses.replace(view, scale=view.scale / largest)
         decoded, after = decode_planes(relative), largest
     elif per_channel:
-        decoded, after = decode_planes(view, with_scale=False), view.scale * view.multiplier
+        decoded = decode_planes(view, with_scale=False)
+        after = view.scale * view.format.unit_factor
     else:
         decoded, after = decode_planes(view), None
     parts = x.reshape(x.shape[0], view.units, planes)
@@ -110,10 +108,7 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
 
 
 def tiled(product: Product, x: jax.Array, view: WeightView, columns: int) -> jax.Array:
-    """`product` applied to tiles of `columns` output channels; only a tile is decoded at once.
-
-    The last tile starts early enough to be a full one: it computes some columns again.
-    """
+    """`product` of tiles of `columns` output channels; the last computes some columns again."""
     n = view.columns
     if n <= columns:
         return product(x, view)
@@ -133,11 +128,8 @@ _STEP = 254.0
 
 
 def transposed_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """int8 `x [M, K]` times `w [N, K]` over K -> int32 `[M, N]`.
-
-    The weight is the left operand: the right one is repacked by the CPU's matrix kernels, and x is
-    the small one. Rows are padded to two (see `padded_integer_dot`).
-    """
+    """int8 `x [M, K]` times `w [N, K]` -> int32 `[M, N]`, padded as in `padded_integer_dot`."""
+    # The weight is on the left: the right operand is repacked by the CPU's matrix kernels.
     m = x.shape[0]
     if m == 1:
         x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)

@@ -59,10 +59,7 @@ def quantized_product(
     *,
     path: str = "<array>",
 ) -> jax.Array:
-    """`[M, K]` times a quantized weight `[K, N]` -> float32 `[M, N]`; the program is chosen here.
-
-    Not differentiable by itself where a loop is chosen; `matmul` and `grouped_matmul` are.
-    """
+    """`[M, K]` times a weight `[K, N]` -> float32 `[M, N]`; no gradient where a loop is chosen."""
     if x.shape[0] == 0:
         return jnp.zeros((0, q.shape[-1]), jnp.float32)
     target, n = trace_target(), q.shape[-1]
@@ -96,7 +93,7 @@ def _integer_rows(codes: jax.Array, q: QuantizedWeight, target: Target) -> jax.A
         return _product(codes.astype(jnp.float32), q, target)
     if target.platform != "cpu":
         return integer_product(codes, view)
-    return _chosen_program(f"{view.kind} x int8", integer_product, codes, view)
+    return _chosen_program(f"{view.format.name} x int8", integer_product, codes, view)
 
 
 # Beyond this many rows a fusion per row reads the codes too often.
@@ -113,7 +110,7 @@ def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     if view is None:
         return exact_dot(x.astype(jnp.float32), dequantize(q))
     if target.platform == "cpu":
-        return _chosen_program(view.kind, plane_product, x.astype(jnp.float32), view)
+        return _chosen_program(view.format.name, plane_product, x.astype(jnp.float32), view)
     if x.shape[0] <= _FUSED_ROWS:
         return fused_product(x.astype(jnp.float32), view, _REDUCED_UNITS, dot=False)
     return plane_product(x, view, _compute_dtype(x.dtype, target))
