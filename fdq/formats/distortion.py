@@ -118,8 +118,7 @@ def _sample(spec: WeightSpec, k: int) -> jax.Array:
 def of_codebook(codebook: np.ndarray, group: int, unit: float) -> float:
     """The error of the nearest of `codebook` `[C, d]`, simulated.
 
-    Codewords are in units of `unit` standard deviations; the `group` weights that share a scale
-    take the best of 13 around it.
+    The `group` weights that share a scale take the best of 13 around `unit` standard deviations.
     """
     count, d = codebook.shape
     x = np.random.default_rng(count).standard_normal((1024, group // d, d)).astype(np.float32)

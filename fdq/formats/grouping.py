@@ -53,18 +53,16 @@ def to_groups(w: Shaped[Array, "*m k n"], spec: WeightSpec) -> Shaped[Array, "*m
         group = spec.group_size or k
         return w.reshape(*lead, k // group, group, n)
     bk, bn = spec.block_size
-    pad = [(0, 0)] * len(lead) + [(0, -k % bk), (0, -n % bn)]
-    blocks = jnp.pad(w, pad)
+    blocks = jnp.pad(w, [(0, 0)] * len(lead) + [(0, -k % bk), (0, -n % bn)])
     kb, nb = blocks.shape[-2] // bk, blocks.shape[-1] // bn
     blocks = jnp.moveaxis(blocks.reshape(*lead, kb, bk, nb, bn), -1, -2)
     return blocks.reshape(*lead, kb, bk * bn, nb)
 
 
 def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
-    """Broadcasts `scale` so that it multiplies a `[..., k, n]` weight.
+    """`scale` as it multiplies a `[..., k, n]` weight: of that shape per group and per block.
 
-    Per tensor and per channel the scale already does (axes of size 1); per group and per block it
-    becomes `[..., k, n]`. Written without `jnp.repeat`, which explicit mesh axes refuse.
+    Written without `jnp.repeat`, which explicit mesh axes refuse.
     """
     if spec.granularity in ("tensor", "channel"):
         return scale

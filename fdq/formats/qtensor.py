@@ -20,12 +20,8 @@ from fdq.schemes.scheme import WeightSpec
 class QuantizedWeight:
     """What stands for a weight `[..., K, N]`, used as `x @ w`; leading axes are experts or layers.
 
-    A `QTensor` is one, and so is what `fdq.prepare` makes of it for a device.
-
-    Attributes:
-      spec: how the weight is stored in a checkpoint.
-      padding: unused rows of K in the last packed unit.
-      layout: where the arrays' layout has a name: `"canonical"` is what checkpoints hold.
+    A `QTensor` is one, and so is what `fdq.prepare` makes of it for a device. `padding` counts
+    unused rows of K in the last packed unit; the layout `"canonical"` is that of checkpoints.
     """
 
     spec: WeightSpec

@@ -32,14 +32,8 @@ def causal_attention(
 ) -> Float[Array, "b t heads d"]:
     """Softmax attention of every position to itself and those before it; differentiable.
 
-    Args:
-      q: [B, T, heads, D].
-      k: [B, T, kv_heads, D]; head `h` attends to KV head `h // (heads / kv_heads)`.
-      v: as `k`.
-      sliding_window: positions that each sees, its own included; None for all.
-
-    Returns:
-      [B, T, heads, D] in the dtype of `q`; scores and softmax are float32.
+    Head `h` attends to KV head `h // (heads / kv_heads)`. The dtype is that of `q`; scores and
+    softmax are float32. `sliding_window` counts the positions that each sees, its own included.
     """
     b, t, heads, d = q.shape
     kv_heads = k.shape[2]

@@ -93,12 +93,11 @@ class Experts(nnx.Module):
         `x [T, H]`, `experts [T, top_k]` int32 and `weights [T, top_k]` float32 -> `[T, H]` in the
         dtype of `x`, summed in float32. The products of `shared`, an `MLP` or None, come along.
         """
-        up = down = rows = None
+        up = down = None
         if shared is not None:
             up, down = shared.gate_up_proj, shared.down_proj
         picked, beside = _products(self.gate_up_proj, x, experts, up, x)
-        if beside is not None:
-            rows = Gated(beside)
+        rows = None if beside is None else Gated(beside)
         y, z = _products(self.down_proj, Gated(picked), experts, down, rows, weights)
         return y.value() if z is None else y.value() + z.value()
 

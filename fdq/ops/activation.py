@@ -111,8 +111,8 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
     planes = [r.astype(jnp.int8) for r in rows]
     parts = x.reshape(m, view.units, view.unit_rows)
     if groups == 1:
-        acc = sum(padded_integer_dot(parts[..., p], w) for p, w in enumerate(planes))
-        acc = jnp.asarray(acc)[None]
+        acc: Any = sum(padded_integer_dot(parts[..., p], w) for p, w in enumerate(planes))
+        acc = acc[None]
     else:
         units = view.units // groups
         over_units = (((2,), (1,)), ((0,), (0,)))
@@ -123,12 +123,7 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
             return lax.dot_general(left, right, over_units, preferred_element_type=jnp.int32)
 
         acc = sum(grouped_dot(parts[..., p], w) for p, w in enumerate(planes))
-    return _apply_offsets(acc, x, view, groups, shift)  # type: ignore[arg-type]
-
-
-def _apply_offsets(acc, x, view: WeightView, groups: int, shift: int) -> jax.Array:
-    """int32 `[G, M, N]` sums of codes -> `[M, N]`, scaled, float32."""
-    m = x.shape[0]
+    # The sums of codes, int32 [G, M, N], less what codes are offset by.
     twice = round(2 * (view.format.integer_offset(view.spec) or 0.0))
     multiplier = 1.0
     if twice or view.zero is not None or shift:

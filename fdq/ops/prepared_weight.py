@@ -91,11 +91,7 @@ class WordsWeight(PreparedWeight):
     def _convert(arrays: dict[str, Any], *, spec: WeightSpec, shape: tuple[int, int]) -> Any:
         from pallas_kernels.weights.kernel_weight import to_kernel
 
-        settings: dict[str, Any] = {
-            "format": spec.format,
-            "zero_point": spec.zero_point,
-            **_scaling(spec),
-        }
+        settings: Any = {"format": spec.format, "zero_point": spec.zero_point, **_scaling(spec)}
         return to_kernel(arrays, k=shape[0], n=shape[1], **settings)
 
     @staticmethod

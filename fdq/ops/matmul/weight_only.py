@@ -85,8 +85,6 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
         x = x.astype(jnp.float32)
         exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1, keepdims=True))[1]
         x, row_scale = jnp.ldexp(x, -exponent), exponent
-    x = x.astype(dtype)
-    planes = view.unit_rows
     per_channel = view.scale.shape[-2] == 1
     if dtype == jnp.float16 and not per_channel:
         # Scales relative to the largest of their channel keep weights inside float16's range.
@@ -99,9 +97,9 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
         after = view.scale * view.format.unit_factor
     else:
         decoded, after = decode_planes(view), None
-    parts = x.reshape(x.shape[0], view.units, planes)
+    parts = x.astype(dtype).reshape(x.shape[0], view.units, view.unit_rows)
     y = exact_dot(parts[..., 0], decoded[0].astype(dtype))
-    for p in range(1, planes):
+    for p in range(1, view.unit_rows):
         y = y + exact_dot(parts[..., p], decoded[p].astype(dtype))
     y = y if after is None else y * after
     return y if row_scale is None else jnp.ldexp(y, row_scale)

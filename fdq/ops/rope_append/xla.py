@@ -83,10 +83,7 @@ def rotated_heads(
     k_norm: jax.Array | None = None,
     epsilon: float = 1e-6,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[B, T, H, D]`, keys and values `[B, T, KH, D]`, the first two normed and rotated.
-
-    In the dtype of qkv; the arguments are those of `rope_append`.
-    """
+    """Queries `[B, T, H, D]`, keys and values `[B, T, KH, D]`, as `rope_append` makes them."""
     x = as_array(qkv)
     x = x.reshape(*x.shape[:2], -1, 2 * angles[0].shape[-1])
     heads = x.shape[2] - 2 * kv_heads
@@ -102,12 +99,9 @@ def rotated_heads(
 def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTensor:
     """`tensor [B, KH, S, D]` with the new tokens `x [B, T, KH, D]`; `start` as in `rope_append`."""
     new = tensor.encode(x.swapaxes(1, 2))
-    fields = {"codes": _write(tensor.codes, new.codes, start)}
     if tensor.dynamic:
-        fields["scale"] = _write(tensor.scale, new.scale, start)
-        if tensor.zero is not None:
-            fields["zero"] = _write(tensor.zero, new.zero, start)
-    return tensor.replace(**fields)
+        return jax.tree.map(lambda old, new: _write(old, new, start), tensor, new)
+    return tensor.replace(codes=_write(tensor.codes, new.codes, start))
 
 
 def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
