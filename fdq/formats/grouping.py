@@ -85,10 +85,9 @@ def repeat_last(a: Float[Array, "*m g"], times: int, size: int) -> Float[Array, 
 
 
 def round_scale(scale: jax.Array, dtype: str, *, empty: float | None = 1.0) -> jax.Array:
-    """Rounds a float32 scale to what `dtype` can store; the result is float32.
+    """Rounds a float32 scale to what `dtype` can store, at most the largest finite; float32.
 
-    Scales too small to divide by (all-zero groups) become `empty` (None: the smallest that is
-    not), too large ones the largest finite.
+    One too small to divide by (all-zero groups) becomes `empty` (None: the smallest that is not).
     """
     storage = jnp.dtype(dtype)
     if storage == jnp.dtype("float8_e8m0fnu"):
@@ -123,8 +122,6 @@ def floor_log2(x: Float[Array, "*m"]) -> Int[Array, "*m"]:
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 
-def absolute_maximum(
-    groups: Float[Array, "*m groups g columns"],
-) -> Float[Array, "*m groups columns"]:
+def absolute_maximum(groups: Float[Array, "*m count g n"]) -> Float[Array, "*m count n"]:
     """`[..., G, g, M]` -> `[..., G, M]`."""
     return jnp.max(jnp.abs(groups), axis=-2)

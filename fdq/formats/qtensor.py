@@ -161,12 +161,9 @@ class QScale(nnx.Variable):
 
 def boxed[W: QuantizedWeight](q: W) -> W:
     """`q` with each array in a Variable of its own, as modules hold it."""
-    fields = {}
-    for name, array in q.arrays().items():
-        if not isinstance(array, nnx.Variable):
-            array = QCodes(array) if name in ("codes", "data") else QScale(array)
-        fields[name] = array
-    return q.replace(**fields)
+    bare = {n: a for n, a in q.arrays().items() if not isinstance(a, nnx.Variable)}
+    kinds = {name: QCodes if name in ("codes", "data") else QScale for name in bare}
+    return q.replace(**{name: kinds[name](array) for name, array in bare.items()})
 
 
 def materialize[W: QuantizedWeight](q: W) -> W:

@@ -164,11 +164,8 @@ class Attention(nnx.Module):
         qkv, window = sums_of(self.qkv_proj, x), self.sliding_window
         settings: dict[str, Any] = {"interleaved": self.interleaved}
         if self.q_norm is not None:
-            settings |= {
-                "q_norm": value(self.q_norm.scale),
-                "k_norm": value(self.k_norm.scale),
-                "epsilon": self.q_norm.epsilon,
-            }
+            settings["epsilon"] = self.q_norm.epsilon
+            settings |= {"q_norm": value(self.q_norm.scale), "k_norm": value(self.k_norm.scale)}
         if cache is None or self.kv_observer is not None:
             q, k, v = rotated_heads(qkv, angles, self.num_kv_heads, **settings)
             if self.kv_observer is not None:

@@ -203,11 +203,8 @@ def _expanded(names: tuple[str, ...], ndim: int) -> list[str]:
 
 
 def fold_of(module: Any) -> tuple[Fold, type[Quantized]] | str:
-    """How a Flax layer's kernel folds and what replaces the layer, or why nothing does.
-
-    Only the exact classes are replaced: a subclass may use its kernel in other ways.
-    """
-    kind = type(module)
+    """How a Flax layer's kernel folds and what replaces the layer, or why nothing does."""
+    kind = type(module)  # exact: a subclass may use its kernel in other ways
     if kind is nnx.Linear:
         if module.dot_general is not lax.dot_general:
             return "nnx.Linear: has a dot_general of its own"

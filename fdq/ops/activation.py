@@ -86,13 +86,9 @@ def activation_values(codes: jax.Array, scale: jax.Array, group: int | None, dty
 
 
 def padded_integer_dot(x: Int[Array, "m k"], w: Int[Array, "k n"]) -> Int[Array, "m n"]:
-    """int8 `x [M, K] @ w [K, N]` -> int32, with a second row where there is one.
-
-    XLA's CPU backend sends two rows and more to vector instructions for int8, one row to a loop
-    that is ten times slower.
-    """
+    """int8 `x [M, K] @ w [K, N]` -> int32, with a second row where there is one."""
     m = x.shape[0]
-    if m == 1:
+    if m == 1:  # XLA's CPU backend has vector instructions for two rows, ten times faster
         x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
     return lax.dot(x, w, preferred_element_type=jnp.int32)[:m]
 

@@ -1,9 +1,8 @@
 """Rows that whoever reads them finishes: one forward pass, and nothing to launch between products.
 
-A decode step is a chain of small products. What stands between two of them (adding up the parts of
-a product, its bias, a norm, a gate) would each be a launch of its own, so a layer hands it on
-undone: ops accept these where they accept an array, plain XLA calls `value`, kernels do it as they
-stage their rows.
+What stands between the products of a decode step (adding up parts, a bias, a norm, a gate) would
+each be a launch of its own, so a layer hands it on undone: ops accept these where they accept an
+array, plain XLA calls `value`, kernels do it as they stage their rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Kernels prove themselves on the user's device once, on a small case, before they are used.
 
-Whatever a kernel was compiled and tested on, the device at hand is another: a kernel that does not
-compile there, or disagrees with its reference, is switched off with one line in the log, and XLA
-goes on in its place.
+One that does not compile there, or disagrees with its reference, is switched off with one line in
+the log, and XLA goes on in its place.
 """
 
 from __future__ import annotations

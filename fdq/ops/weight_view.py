@@ -1,8 +1,7 @@
 """How ops read a quantized weight without decoding it first: element-wise, a packed unit at a time.
 
-A packed unit is the smallest whole number of bytes that holds whole codes: one byte with 1, 2 or 4
-rows of K, or three bytes with 8 rows. `Format.decode_unit` turns the bytes of a unit into one
-float32 array per row, so that XLA fuses it into whatever consumes the rows. Invariant:
+`Format.decode_unit` turns the bytes of a unit (one with 1, 2 or 4 rows of K, or three with 8) into
+a float32 array per row, so that XLA fuses it into whatever consumes the rows. Invariant:
 
 `dequantize(q)[k, n] = unit_factor * (value[k, n] - zero[k // g, n]) * scale[k // g, n]`
 """
@@ -105,10 +104,9 @@ class WeightView:
 
 
 def view_weight(q: QTensor) -> WeightView | None:
-    """The element-wise view of a canonical `[K, N]` QTensor.
+    """The view of a canonical `[K, N]` QTensor.
 
-    None where the format has no packed units, or one holds rows of two groups (a group of 6 rows of
-    3-bit codes); such weights are decoded by `fdq.dequantize`.
+    None where the format has no packed units, or one holds rows of two groups (6 of 3-bit codes).
     """
     spec, arrays = q.spec, q.arrays()
     format = FORMATS[spec.format]

@@ -38,9 +38,8 @@ def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
 def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
     """float32 `[M, K]` -> `[M, N]`: one element-wise fusion a row over `[blocks, N]`, then a sum.
 
-    Few rows: each of the fusions reads the codes. Inside, `block_units` packed units are summed, or
-    the largest number below that divides the units of a group. The blocks are summed by a `dot`
-    with ones on CPUs, where XLA's reduction takes 4 to 17 times longer; on GPUs that fuses.
+    A block has `block_units` packed units, or the most below that divide a group. Blocks are summed
+    by a `dot` with ones on CPUs, where XLA's reduction takes 4 to 17 times longer.
     """
     # Without the barrier XLA fuses what made x (a quantization, a norm) into every product with it.
     x = lax.optimization_barrier(pad_rows(x, view))
@@ -75,9 +74,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
 def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> jax.Array:
     """Float `[M, K]` -> float32 `[M, N]`: decodes the planes of the weight, sums one dot a plane.
 
-    The operands of the dot are of `dtype`. float32 is exact; with bfloat16 or float16 the decoded
-    weights are rounded to it, except that a scale per channel is applied after the dot. With
-    float16, rows of another dtype are divided by a power of two that keeps them in its range.
+    Operands of the dots are rounded to `dtype`; a scale per channel is applied after them.
     """
     x, row_scale = pad_rows(x, view), None
     if dtype == jnp.float16 and x.dtype != jnp.float16:
@@ -136,11 +133,10 @@ def transposed_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def transposed_split_product(x: jax.Array, w: TransposedWeight) -> jax.Array:
-    """Float rows `[M, K]` times a transposed int8 weight -> float32 `[M, N]`.
+    """Float rows `[M, K]` times a transposed int8 weight -> float32 `[M, N]`, by exact 8-bit dots.
 
     A row of x is split into three int8 rows, `x = step * (a + b / 254 + c / 254^2)` with
-    `step = max|x| / 127`, so that 8-bit dots do the work and the sums are exact. What is cut off
-    is at most `max|x| * 2^-24`, half a unit in the last place of the row's largest element.
+    `step = max|x| / 127`; what is cut off is at most `max|x| * 2^-24`.
     """
     m = x.shape[0]
     x = x.astype(jnp.float32)

@@ -109,10 +109,9 @@ def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     rest = (0,) * (old.ndim - 3)
 
     def write(old, new, start):
-        if start.ndim == 0:
-            return jax.lax.dynamic_update_slice(old, new, (0, 0, start, *rest))
-        if old.shape[0] == 1:
-            return jax.lax.dynamic_update_slice(old, new, (0, 0, start[0], *rest))
+        if start.ndim == 0 or old.shape[0] == 1:
+            slot = start[0] if start.ndim else start
+            return jax.lax.dynamic_update_slice(old, new, (0, 0, slot, *rest))
         # One scatter with a window per sequence: in place, whatever the batch.
         return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, (0, s, *rest)))(
             old, new, start
