@@ -168,8 +168,7 @@ def boxed[W: QuantizedWeight](q: W) -> W:
 
 def materialize[W: QuantizedWeight](q: W) -> W:
     """A weight whose fields are `nnx.Variable`s -> the same with the arrays they hold."""
-    boxes = {n: box for n, box in q.arrays().items() if isinstance(box, nnx.Variable)}
-    changes = {name: box.get_value() for name, box in boxes.items()}
+    changes = {n: a.get_value() for n, a in q.arrays().items() if isinstance(a, nnx.Variable)}
     return q.replace(**changes) if changes else q
 
 

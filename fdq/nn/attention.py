@@ -121,12 +121,9 @@ class Attention(nnx.Module):
         """The calibrated scales of what this layer stores; None without calibration."""
         if self.k_cache_scale is None:
             return None
-        return LayerScales(
-            k=value(self.k_cache_scale),
-            v=value(self.v_cache_scale),
-            k_zero=value(self.k_cache_zero),
-            v_zero=value(self.v_cache_zero),
-        )
+        held = (self.k_cache_scale, self.v_cache_scale, self.k_cache_zero, self.v_cache_zero)
+        k, v, k_zero, v_zero = map(value, held)
+        return LayerScales(k=k, v=v, k_zero=k_zero, v_zero=v_zero)
 
     def set_cache_scales(self, scales: LayerScales | None) -> None:
         """Keeps the scales of a static cache format, or abstract ones; None takes them away."""

@@ -38,10 +38,9 @@ def trace_target() -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """How `x [M, K]` is multiplied with a weight.
+    """How `x [M, K]` is multiplied with a weight: as `fused`, `tiles` or `whole`.
 
-    `fused` (one element-wise fusion over blocks of `size` packed units and a small dot, M times),
-    `tiles` (decode `size` columns, dot, next) or `whole` (decode everything, one dot).
+    That is M fusions over blocks of `size` packed units, tiles of `size` columns, or one dot.
     """
 
     name: str

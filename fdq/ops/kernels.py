@@ -48,8 +48,7 @@ def cache_unsupported(k: CacheTensor, v: CacheTensor) -> str | None:
     if k.spec is not None and k.format.kernel is None:
         return f"no kernel reads a {k.format.name} cache"
     if k.head_dim not in HEAD_DIMS:
-        sizes = ", ".join(map(str, HEAD_DIMS))
-        return f"the kernels take head_dim {sizes}, found {k.head_dim}"
+        return f"the kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, found {k.head_dim}"
     return None
 
 

@@ -115,7 +115,8 @@ def _attend(a: AttentionArguments) -> jax.Array:
         visible &= slot[None, None, :] < lengths[:, None, None]
         if sliding_window is not None:
             visible &= slot[None, None, :] > position[:, :, None] - sliding_window
-        scores = _sum_dots(query_planes, key.block(start, block))
+        planes = zip(query_planes, key.block(start, block), strict=True)
+        scores = functools.reduce(jnp.add, [_batched_dot(a, b, 3) for a, b in planes])
         scores = key.finish_scores(scores, query_sum, start, block)
         scores = jnp.where(visible[:, None], scores, jnp.float32(_MASKED))
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
@@ -150,12 +151,6 @@ def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def _sum_dots(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
-    """`[B, KH, R, S]`: queries times keys, over the channels of every plane."""
-    dots = [_batched_dot(a, b, 3) for a, b in zip(x, y, strict=True)]
-    return functools.reduce(jnp.add, dots)
 
 
 class _Side:
