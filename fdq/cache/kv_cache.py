@@ -26,11 +26,7 @@ def parse_format(name: str | CacheSpec | None) -> CacheSpec | None:
 def layer_specs(
     format: str | CacheSpec | Sequence[str | CacheSpec | None] | None, count: int
 ) -> list[CacheSpec | None]:
-    """The spec of each of `count` layers, of a format for all or of one for each.
-
-    Raises:
-      ValueError: an unknown name, or formats for another number of layers.
-    """
+    """The spec of each of `count` layers, of a format for all or of one for each."""
     if isinstance(format, str | CacheSpec | None):
         format = [format] * count
     if len(format) != count:

@@ -83,9 +83,8 @@ class Convolutional(Format):
         # v * local is an exact small integer: one rounding, as in any order of the two products.
         wide = (*local.shape[:-1], GROUP // ROWS_PER_CODE, ROWS_PER_CODE, n)
         local = jnp.broadcast_to(local[..., :, None, None, :], wide)
-        scaled = values.reshape(local.shape) * local
-        w = scaled.reshape(*lead, rows * ROWS_PER_CODE, n) * arrays["super_scale"]
-        return w.astype(dtype)
+        scaled = (values.reshape(local.shape) * local).reshape(*lead, rows * ROWS_PER_CODE, n)
+        return (scaled * arrays["super_scale"]).astype(dtype)
 
     @property
     def unit(self) -> tuple[int, int]:

@@ -45,12 +45,11 @@ def integral(format: Any, spec: WeightSpec, fit: Fit, k: int) -> float:
         levels = (np.arange(ABSMAX_NODES) + 0.5) / ABSMAX_NODES
         high = np.array([_absmax_quantile(size, p) for p in levels])
         low = -high
-    nodes = len(high)
     rows = spec.group_size if spec.granularity == "group" and spec.group_size else 2
     # Only the extremes matter to a closed form. Where columns are other groups there is a second
     # one with the largest weight of the matrix, which a scale of the whole matrix follows.
     columns = 2 if spec.granularity in ("group", "channel") else 1
-    example = np.zeros((nodes, rows, columns), np.float32)
+    example = np.zeros((len(high), rows, columns), np.float32)
     example[:, 0, 1:] = _absmax_quantile(MATRIX_WEIGHTS, 0.5)
     example[:, 0, 0] = high
     if extremes == 2:
@@ -118,8 +117,7 @@ def _sample(spec: WeightSpec, k: int) -> jax.Array:
 def of_codebook(codebook: np.ndarray, group: int, unit: float) -> float:
     """The error of the nearest of `codebook` `[C, d]`, simulated.
 
-    Codewords are in units of `unit` standard deviations; the `group` weights that share a scale
-    take the best of 13 around it.
+    The `group` weights that share a scale take the best of 13 around `unit` standard deviations.
     """
     count, d = codebook.shape
     x = np.random.default_rng(count).standard_normal((1024, group // d, d)).astype(np.float32)

@@ -12,10 +12,7 @@ import jax.numpy as jnp
 
 
 def product(small: jax.Array, x: jax.Array) -> jax.Array:
-    """`small * x` rounded once to float32, whatever is added to it later.
-
-    `small` holds float32 integers of magnitude at most 4096; x is float32 and broadcastable.
-    """
+    """`small` float32 integers up to 4096 times x, rounded once, whatever is added to it later."""
     high, low = halves(x)
     # Both products are exact, so fused or not the sum is rounded once; and it is a sum, which
     # cannot be fused into a following sum.

@@ -1,7 +1,6 @@
 """8-bit floats: `w ~= code * scale` with float8 codes, e4m3 (to 448) or e5m2 (to 57344).
 
-The scale is absmax / 448 (57344), 1 for all-zero groups; `float8_e8m0fnu` scales are rounded up
-to a power of two, so that nothing saturates.
+The scale of all-zero groups is 1; `float8_e8m0fnu` scales are rounded up, so nothing saturates.
 """
 
 from __future__ import annotations

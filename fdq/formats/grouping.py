@@ -53,18 +53,16 @@ def to_groups(w: Shaped[Array, "*m k n"], spec: WeightSpec) -> Shaped[Array, "*m
         group = spec.group_size or k
         return w.reshape(*lead, k // group, group, n)
     bk, bn = spec.block_size
-    pad = [(0, 0)] * len(lead) + [(0, -k % bk), (0, -n % bn)]
-    blocks = jnp.pad(w, pad)
+    blocks = jnp.pad(w, [(0, 0)] * len(lead) + [(0, -k % bk), (0, -n % bn)])
     kb, nb = blocks.shape[-2] // bk, blocks.shape[-1] // bn
     blocks = jnp.moveaxis(blocks.reshape(*lead, kb, bk, nb, bn), -1, -2)
     return blocks.reshape(*lead, kb, bk * bn, nb)
 
 
 def expand(scale: jax.Array, spec: WeightSpec, k: int, n: int) -> jax.Array:
-    """Broadcasts `scale` so that it multiplies a `[..., k, n]` weight.
+    """`scale` as it multiplies a `[..., k, n]` weight: of that shape per group and per block.
 
-    Per tensor and per channel the scale already does (axes of size 1); per group and per block it
-    becomes `[..., k, n]`. Written without `jnp.repeat`, which explicit mesh axes refuse.
+    Written without `jnp.repeat`, which explicit mesh axes refuse.
     """
     if spec.granularity in ("tensor", "channel"):
         return scale
@@ -87,10 +85,9 @@ def repeat_last(a: Float[Array, "*m g"], times: int, size: int) -> Float[Array, 
 
 
 def round_scale(scale: jax.Array, dtype: str, *, empty: float | None = 1.0) -> jax.Array:
-    """Rounds a float32 scale to what `dtype` can store; the result is float32.
+    """Rounds a float32 scale to what `dtype` can store, at most the largest finite; float32.
 
-    Scales too small to divide by (all-zero groups) become `empty` (None: the smallest that is
-    not), too large ones the largest finite.
+    One too small to divide by (all-zero groups) becomes `empty` (None: the smallest that is not).
     """
     storage = jnp.dtype(dtype)
     if storage == jnp.dtype("float8_e8m0fnu"):
@@ -125,8 +122,6 @@ def floor_log2(x: Float[Array, "*m"]) -> Int[Array, "*m"]:
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 
-def absolute_maximum(
-    groups: Float[Array, "*m groups g columns"],
-) -> Float[Array, "*m groups columns"]:
+def absolute_maximum(groups: Float[Array, "*m count g n"]) -> Float[Array, "*m count n"]:
     """`[..., G, g, M]` -> `[..., G, M]`."""
     return jnp.max(jnp.abs(groups), axis=-2)

@@ -75,10 +75,7 @@ class Integer(ScaledFormat):
         return (2.0 ** (self.bits - 1) if unsigned else 0.0) - half
 
     def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
-        """The largest magnitude of a group is the highest level.
-
-        With an integer zero point `max - min` spans all codes.
-        """
+        """The largest magnitude is the highest level; with zero points the range is all codes."""
         groups = grouping.to_groups(w, spec)
         if spec.zero_point == "integer":
             half_range, low = _range(groups)
@@ -94,15 +91,14 @@ class Integer(ScaledFormat):
         if spec.zero_point == "integer":
             half_range, low = _range(groups)
             full = half_range / jnp.float32((2**self.bits - 1) / 2)
-
-            def at(fraction: jax.Array) -> Arrays:
-                return self._asymmetric(fraction * full, fraction * low, spec)
-
         else:
+            low = None
             full = grouping.absolute_maximum(groups) / jnp.float32(2 ** (self.bits - 1) - 0.5)
 
-            def at(fraction: jax.Array) -> Arrays:
+        def at(fraction: jax.Array) -> Arrays:
+            if low is None:
                 return self.with_multiplier({}, fraction * full, spec)
+            return self._asymmetric(fraction * full, fraction * low, spec)
 
         return Candidates.of_fractions(SEARCH_FRACTIONS, SEARCH_POINTS, at)
 

@@ -71,10 +71,7 @@ def unpack(
 
 
 def unit_codes(unit: list[jax.Array], bits: int) -> list[jax.Array]:
-    """The bytes of a packed unit -> the uint8 codes of its rows, by shifts and masks alone.
-
-    8-bit codes of any dtype are returned as they are.
-    """
+    """The bytes of a unit -> the uint8 codes of its rows; 8-bit codes of any dtype as they are."""
     if bits == 8:
         return unit
     count, rows = UNITS[bits]

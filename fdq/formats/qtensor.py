@@ -20,12 +20,8 @@ from fdq.schemes.scheme import WeightSpec
 class QuantizedWeight:
     """What stands for a weight `[..., K, N]`, used as `x @ w`; leading axes are experts or layers.
 
-    A `QTensor` is one, and so is what `fdq.prepare` makes of it for a device.
-
-    Attributes:
-      spec: how the weight is stored in a checkpoint.
-      padding: unused rows of K in the last packed unit.
-      layout: where the arrays' layout has a name: `"canonical"` is what checkpoints hold.
+    A `QTensor` is one, and so is what `fdq.prepare` makes of it for a device. `padding` counts
+    unused rows of K in the last packed unit; the layout `"canonical"` is that of checkpoints.
     """
 
     spec: WeightSpec
@@ -165,18 +161,14 @@ class QScale(nnx.Variable):
 
 def boxed[W: QuantizedWeight](q: W) -> W:
     """`q` with each array in a Variable of its own, as modules hold it."""
-    fields = {}
-    for name, array in q.arrays().items():
-        if not isinstance(array, nnx.Variable):
-            array = QCodes(array) if name in ("codes", "data") else QScale(array)
-        fields[name] = array
-    return q.replace(**fields)
+    bare = {n: a for n, a in q.arrays().items() if not isinstance(a, nnx.Variable)}
+    kinds = {name: QCodes if name in ("codes", "data") else QScale for name in bare}
+    return q.replace(**{name: kinds[name](array) for name, array in bare.items()})
 
 
 def materialize[W: QuantizedWeight](q: W) -> W:
     """A weight whose fields are `nnx.Variable`s -> the same with the arrays they hold."""
-    boxes = {n: box for n, box in q.arrays().items() if isinstance(box, nnx.Variable)}
-    changes = {name: box.get_value() for name, box in boxes.items()}
+    changes = {n: a.get_value() for n, a in q.arrays().items() if isinstance(a, nnx.Variable)}
     return q.replace(**changes) if changes else q
 
 

@@ -32,14 +32,8 @@ def causal_attention(
 ) -> Float[Array, "b t heads d"]:
     """Softmax attention of every position to itself and those before it; differentiable.
 
-    Args:
-      q: [B, T, heads, D].
-      k: [B, T, kv_heads, D]; head `h` attends to KV head `h // (heads / kv_heads)`.
-      v: as `k`.
-      sliding_window: positions that each sees, its own included; None for all.
-
-    Returns:
-      [B, T, heads, D] in the dtype of `q`; scores and softmax are float32.
+    Head `h` attends to KV head `h // (heads / kv_heads)`. The dtype is that of `q`; scores and
+    softmax are float32. `sliding_window` counts the positions that each sees, its own included.
     """
     b, t, heads, d = q.shape
     kv_heads = k.shape[2]
@@ -127,12 +121,9 @@ class Attention(nnx.Module):
         """The calibrated scales of what this layer stores; None without calibration."""
         if self.k_cache_scale is None:
             return None
-        return LayerScales(
-            k=value(self.k_cache_scale),
-            v=value(self.v_cache_scale),
-            k_zero=value(self.k_cache_zero),
-            v_zero=value(self.v_cache_zero),
-        )
+        held = (self.k_cache_scale, self.v_cache_scale, self.k_cache_zero, self.v_cache_zero)
+        k, v, k_zero, v_zero = map(value, held)
+        return LayerScales(k=k, v=v, k_zero=k_zero, v_zero=v_zero)
 
     def set_cache_scales(self, scales: LayerScales | None) -> None:
         """Keeps the scales of a static cache format, or abstract ones; None takes them away."""
@@ -170,11 +161,8 @@ class Attention(nnx.Module):
         qkv, window = sums_of(self.qkv_proj, x), self.sliding_window
         settings: dict[str, Any] = {"interleaved": self.interleaved}
         if self.q_norm is not None:
-            settings |= {
-                "q_norm": value(self.q_norm.scale),
-                "k_norm": value(self.k_norm.scale),
-                "epsilon": self.q_norm.epsilon,
-            }
+            settings["epsilon"] = self.q_norm.epsilon
+            settings |= {"q_norm": value(self.q_norm.scale), "k_norm": value(self.k_norm.scale)}
         if cache is None or self.kv_observer is not None:
             q, k, v = rotated_heads(qkv, angles, self.num_kv_heads, **settings)
             if self.kv_observer is not None:

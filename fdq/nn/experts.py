@@ -51,14 +51,9 @@ class ExpertLinear(nnx.Module):
         self, x: Rows, expert_index: jax.Array, beside: Product | None = None
     ) -> GroupedProduct:
         """Of the op that computes the layer, with another product `beside` it."""
+        w, scale = value(self.kernel), value(self.activation_scale)
         arguments = GroupedProduct(
-            x,
-            value(self.kernel),
-            index=expert_index,
-            activation=self.activation,
-            activation_scale=value(self.activation_scale),
-            beside=beside,
-            dtype=x.dtype,
+            x, w, self.activation, scale, index=expert_index, beside=beside, dtype=x.dtype
         )
         if self.observer is not None:
             self.observer(_row_a_pick(x, arguments.index))
@@ -93,12 +88,11 @@ class Experts(nnx.Module):
         `x [T, H]`, `experts [T, top_k]` int32 and `weights [T, top_k]` float32 -> `[T, H]` in the
         dtype of `x`, summed in float32. The products of `shared`, an `MLP` or None, come along.
         """
-        up = down = rows = None
+        up = down = None
         if shared is not None:
             up, down = shared.gate_up_proj, shared.down_proj
         picked, beside = _products(self.gate_up_proj, x, experts, up, x)
-        if beside is not None:
-            rows = Gated(beside)
+        rows = None if beside is None else Gated(beside)
         y, z = _products(self.down_proj, Gated(picked), experts, down, rows, weights)
         return y.value() if z is None else y.value() + z.value()
 
@@ -108,8 +102,7 @@ def _products(
 ) -> tuple[Sums, Sums | None]:
     """`layer(x, index)` and `shared(rows)`, together where both are fdq's own.
 
-    `x` is `[T, K]` or `[T, top_k, K]`, `index` and `weights` are `[T, top_k]`; with weights the
-    picks of a row are added up. `shared` is None without shared experts.
+    x is `[T, K]` or `[T, top_k, K]`; with `weights` `[T, top_k]` the picks of a row are added up.
     """
     if not reads_rows(layer):
         y = layer(_row_a_pick(x, index), index.reshape(-1))

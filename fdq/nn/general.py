@@ -26,12 +26,7 @@ from fdq.schemes.scheme import ActivationSpec
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """How the last axes of a kernel become ``[K, N]``.
-
-    Attributes:
-      order: permutation of the last ``len(order)`` axes: contracted ones first.
-      contracted: how many of them are contracted.
-    """
+    """How the last ``len(order)`` axes of a kernel become ``[K, N]``: first the contracted ones."""
 
     order: tuple[int, ...]
     contracted: int
@@ -59,10 +54,7 @@ class Fold:
 class Equation:
     """An einsum of an input and a kernel as one matrix product.
 
-    Attributes:
-      inputs, output: the axes of the input and the result, one letter or ``...`` each.
-      contracted, features: letters of the kernel that are summed over and that are new.
-      fold: how the kernel becomes ``[K, N]``.
+    Axes are one letter or ``...`` each; those of the kernel are contracted or new: features.
     """
 
     inputs: tuple[str, ...]
@@ -93,12 +85,8 @@ class Equation:
 class Quantized(nnx.Module):
     """What the three have in common: promotion, the product, and the source's attributes.
 
-    Attributes:
-      kernel: QTensor of ``[..., K, N]``, its fields in Variables.
-      kernel_dtype: dtype of the kernel that it stands for, which takes part in promotion.
-      bias: ``nnx.Param`` or None.
-      activation: how the input is quantized before the product; None leaves it in its dtype.
-      activation_scale: the calibrated scale where ``activation`` is static.
+    ``kernel`` is a QTensor of ``[..., K, N]`` in Variables; ``kernel_dtype``, that of the kernel
+    it stands for, takes part in promotion. Activations are quantized as in ``fdq.nn.Linear``.
     """
 
     # Copied from the source: what promotion and the axes depend on.
@@ -107,7 +95,6 @@ class Quantized(nnx.Module):
     preferred_element_type: Any
 
     def __init__(self, source: Any, kernel: Any, activation: Any, activation_scale: Any):
-        """Takes the place of ``source``; other arguments as in the class."""
         skipped = ("kernel", "bias", "dot_general", "dot_general_cls", "einsum_op")
         for name, attribute in vars(source).items():
             if not name.startswith("_pytree__") and name not in skipped:
@@ -216,11 +203,8 @@ def _expanded(names: tuple[str, ...], ndim: int) -> list[str]:
 
 
 def fold_of(module: Any) -> tuple[Fold, type[Quantized]] | str:
-    """How a Flax layer's kernel folds and what replaces the layer, or why nothing does.
-
-    Only the exact classes are replaced: a subclass may use its kernel in other ways.
-    """
-    kind = type(module)
+    """How a Flax layer's kernel folds and what replaces the layer, or why nothing does."""
+    kind = type(module)  # exact: a subclass may use its kernel in other ways
     if kind is nnx.Linear:
         if module.dot_general is not lax.dot_general:
             return "nnx.Linear: has a dot_general of its own"

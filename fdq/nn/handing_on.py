@@ -30,6 +30,5 @@ def hand_on(module: Any, rows: Rows, *arguments: Any, **settings: Any) -> Any:
 
 def sums_of(module: Any, rows: Rows) -> Sums:
     """`module(rows)` of a `Linear`, its sum left to whoever reads it; see `hand_on`."""
-    if reads_rows(module):
-        return module(rows, summed=False)
-    return Sums.of(module(as_array(rows)))
+    fused = reads_rows(module)
+    return module(rows, summed=False) if fused else Sums.of(module(as_array(rows)))

@@ -66,11 +66,6 @@ class Linear(nnx.Module):
         """Of the op that computes the layer."""
         if self.observer is not None:
             self.observer(as_array(x))
-        return Product(
-            x,
-            value(self.kernel),
-            activation=self.activation,
-            activation_scale=value(self.activation_scale),
-            bias=value(self.bias),
-            dtype=x.dtype if out_dtype is None else out_dtype,
-        )
+        w, scale, bias = value(self.kernel), value(self.activation_scale), value(self.bias)
+        dtype = x.dtype if out_dtype is None else out_dtype
+        return Product(x, w, self.activation, scale, bias, dtype)

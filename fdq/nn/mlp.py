@@ -65,13 +65,9 @@ class Router(nnx.Module):
     @takes_rows
     def __call__(self, x: Rows) -> tuple[jax.Array, jax.Array]:
         """`x [T, H]` -> experts [T, top_k] int32 and weights [T, top_k] float32."""
+        kernel, bias = value(self.kernel), value(self.correction_bias)
         return route(
-            x,
-            value(self.kernel),
-            value(self.correction_bias),
-            top_k=self.top_k,
-            normalize=self.normalize,
-            norm_min=self.norm_min,
+            x, kernel, bias, top_k=self.top_k, normalize=self.normalize, norm_min=self.norm_min
         )
 
 

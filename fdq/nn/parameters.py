@@ -39,12 +39,8 @@ class Template:
     """A module without its arrays: hashable, so that `jax.jit` can take it as a static argument.
 
     Two modules with the same attributes and the same tree have equal templates, and whatever was
-    compiled for the one serves the other.
-
-    Attributes:
-      treedef: the module as a pytree whose leaves are Variables and whole QTensors.
-      paths: for each leaf the keys that lead to it.
-      kinds: for each leaf the type of its Variable, None for a QTensor or a bare array.
+    compiled for the one serves the other. Leaves are Variables and whole QTensors: `paths` are the
+    keys that lead to them, `kinds` types of Variables, None for a QTensor or a bare array.
     """
 
     treedef: Any

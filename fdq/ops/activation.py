@@ -30,17 +30,10 @@ def quantize_activation(
     *,
     path: str = "<array>",
 ) -> tuple[Num[Array, "*m k"], Float[Array, "*scales"]]:
-    """Codes and scales of activations.
+    """Codes of activations, int8 or float8_e4m3fn `[..., K]`, and their float32 scales.
 
-    Args:
-      x: float `[..., K]`.
-      spec: format, granularity and whether scales are dynamic.
-      scale: the calibrated one, an array with one element; not allowed where `spec.dynamic`.
-      path: name of the layer, used only in errors.
-
-    Returns:
-      `(codes, scale)`: int8 or float8_e4m3fn `[..., K]`, float32 `[..., 1]` (token, tensor)
-      or `[..., ceil(K / group)]` (token_group).
+    Scales are `[..., 1]` (token, tensor) or `[..., ceil(K / group)]` (token_group); `scale` is the
+    calibrated one, with one element, not allowed where `spec.dynamic`. `path` is for errors only.
     """
     bound = spec.bound
     x = x.astype(jnp.float32)
@@ -93,22 +86,15 @@ def activation_values(codes: jax.Array, scale: jax.Array, group: int | None, dty
 
 
 def padded_integer_dot(x: Int[Array, "m k"], w: Int[Array, "k n"]) -> Int[Array, "m n"]:
-    """int8 `x [M, K] @ w [K, N]` -> int32, with a second row where there is one.
-
-    XLA's CPU backend sends two rows and more to vector instructions for int8, one row to a loop
-    that is ten times slower.
-    """
+    """int8 `x [M, K] @ w [K, N]` -> int32, with a second row where there is one."""
     m = x.shape[0]
-    if m == 1:
+    if m == 1:  # XLA's CPU backend has vector instructions for two rows, ten times faster
         x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
     return lax.dot(x, w, preferred_element_type=jnp.int32)[:m]
 
 
 def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n"]:
-    """int8 rows times a weight with an `integer_offset`: exact int32 per group, then its scale.
-
-    float32 `[M, N]`: `sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])`.
-    """
+    """`sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])`, int32 in a group."""
     x = pad_rows(x, view)
     m, n = x.shape[0], view.columns
     groups = view.scale.shape[-2]
@@ -121,8 +107,8 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
     planes = [r.astype(jnp.int8) for r in rows]
     parts = x.reshape(m, view.units, view.unit_rows)
     if groups == 1:
-        acc = sum(padded_integer_dot(parts[..., p], w) for p, w in enumerate(planes))
-        acc = jnp.asarray(acc)[None]
+        acc: Any = sum(padded_integer_dot(parts[..., p], w) for p, w in enumerate(planes))
+        acc = acc[None]
     else:
         units = view.units // groups
         over_units = (((2,), (1,)), ((0,), (0,)))
@@ -133,13 +119,8 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
             return lax.dot_general(left, right, over_units, preferred_element_type=jnp.int32)
 
         acc = sum(grouped_dot(parts[..., p], w) for p, w in enumerate(planes))
-    return _apply_offsets(acc, x, view, groups, shift)  # type: ignore[arg-type]
-
-
-def _apply_offsets(acc, x, view: WeightView, groups: int, shift: int) -> jax.Array:
-    """int32 `[G, M, N]` sums of codes -> `[M, N]`, scaled, float32."""
-    m = x.shape[0]
-    twice = round(2 * (view.integer_offset or 0.0))
+    # The sums of codes, int32 [G, M, N], less what codes are offset by.
+    twice = round(2 * (view.format.integer_offset(view.spec) or 0.0))
     multiplier = 1.0
     if twice or view.zero is not None or shift:
         x_sum = jnp.sum(x.reshape(m, groups, -1).astype(jnp.int32), axis=-1).T[:, :, None]

@@ -38,10 +38,9 @@ def trace_target() -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One XLA program for a product of `x [M, K]` with a weight.
+    """How `x [M, K]` is multiplied with a weight: as `fused`, `tiles` or `whole`.
 
-    `fused` (one element-wise fusion over blocks of `size` packed units and a small dot, M times),
-    `tiles` (decode `size` columns, dot, next) or `whole` (decode everything, one dot).
+    That is M fusions over blocks of `size` packed units, tiles of `size` columns, or one dot.
     """
 
     name: str
@@ -59,10 +58,7 @@ _OVERRIDES: list[Program] = []
 
 @contextlib.contextmanager
 def forced_program(name: str, size: int = 0) -> Iterator[Program]:
-    """Context manager that forces a program for everything traced inside (benchmarks, tests).
-
-    Functions already compiled are not traced again: use fresh `jax.jit` objects inside.
-    """
+    """Forces a program for what is traced inside: fresh `jax.jit` objects (benchmarks, tests)."""
     _OVERRIDES.append(Program(name, size))
     try:
         yield _OVERRIDES[-1]
@@ -71,10 +67,9 @@ def forced_program(name: str, size: int = 0) -> Iterator[Program]:
 
 
 def choose_program(path: str, rows: int, elements: int) -> Program:
-    """The measured choice on CPU for M `rows` of x and K * N `elements` of the weight.
+    """The first row of `cpu_choices.json` under `path` (or `default`) whose bounds hold.
 
-    It is the first row of the table whose bounds hold; `path` is a key of `cpu_choices.json`: a
-    weight format, or `"default"` for the rest.
+    `rows` are those of x, M; `elements` those of the weight, K * N.
     """
     if _OVERRIDES:
         return _OVERRIDES[-1]

@@ -18,11 +18,7 @@ _LOGGER = logging.getLogger("fdq")
 
 
 class Implementation[A](abc.ABC):
-    """One way to compute an op, from a dataclass `A` of the op's arguments.
-
-    Attributes:
-      name: what `implementation=` and FDQ_IMPLEMENTATION call it.
-    """
+    """One way to compute an op from a dataclass of its arguments; `name` is for users to ask."""
 
     name: str
 
@@ -47,25 +43,17 @@ class Op[A]:
     """The implementations of one op, and its name for messages."""
 
     def __init__(self, name: str, *implementations: Implementation[A]):
-        """The preferred implementation comes first, the one that can do everything last."""
         self.name = name
         self.implementations: Registry[Implementation[A]] = Registry(f"{name} implementation")
         for one in implementations:
             self.implementations.register(one)
 
     def choose(self, arguments: A, implementation: str | None = None) -> Implementation[A]:
-        """Which implementation computes this.
+        """Which implementation computes this: one by name, or what suits the device.
 
-        Args:
-          arguments: of the op.
-          implementation: a name forces one; None leaves it to FDQ_IMPLEMENTATION in the
-            environment, which is read while tracing, and otherwise to what suits the device.
-
-        Raises:
-          ValueError: an unknown name.
-          NotImplementedError: the argument names one that cannot compute this; says why, and what
-            each of the others says. FDQ_IMPLEMENTATION stands for a whole program: what its choice
-            cannot do, another does.
+        Where None is named FDQ_IMPLEMENTATION in the environment is read, while tracing. It stands
+        for a whole program: what its choice cannot do, another does. An unknown name is a
+        ValueError, a named one that cannot compute this a NotImplementedError with all reasons.
         """
         name = implementation or requested()
         known = tuple(self.implementations.values())

@@ -1,8 +1,7 @@
 """What the implementations that are kernels of `pallas_kernels` have in common.
 
-A kernel is traced where the user asks for it (`implementation`, FDQ_IMPLEMENTATION), and on GPUs
-wherever it can run, the tuning table prefers it, and it has proven itself on the device
-(`fdq.ops.self_check`). Kernels are imported when the first is looked at.
+A kernel is traced where the user asks for it, and on GPUs wherever it can run, is preferred by the
+tuning table and passes its self-check. Kernels are imported when the first is looked at.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ def cache_unsupported(k: CacheTensor, v: CacheTensor) -> str | None:
     if k.spec is not None and k.format.kernel is None:
         return f"no kernel reads a {k.format.name} cache"
     if k.head_dim not in HEAD_DIMS:
-        sizes = ", ".join(map(str, HEAD_DIMS))
-        return f"the kernels take head_dim {sizes}, found {k.head_dim}"
+        return f"the kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, found {k.head_dim}"
     return None
 
 

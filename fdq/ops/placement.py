@@ -16,11 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def sharded(*trees: Any) -> str | None:
-    """Why arrays may lie on several devices; None where they lie on one, and in `jax.shard_map`.
-
-    Arrays and tracers say which mesh they belong to, so that other devices of the machine, and
-    other meshes, do not matter.
-    """
+    """Why arrays may lie on several devices; None where they lie on one, and in `jax.shard_map`."""
+    # Arrays say which mesh they belong to: other devices and other meshes do not matter.
     current = jax.sharding.get_abstract_mesh()
     meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves(trees)]
     for mesh in (current, *meshes):
@@ -58,8 +55,7 @@ def in_auto_axes(
 ) -> jax.Array:
     """`function(*arguments)`, traced with Auto axes where the current mesh has Explicit ones.
 
-    `result` is called where it matters: the mesh axes of each axis of the result. An axis of the
-    mesh that comes twice is kept where it comes first.
+    Then `result` gives the mesh axes of each axis; one that comes twice is kept where it is first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:

@@ -21,9 +21,8 @@ from fdq.ops.prepared_weight import PreparedWeight, TransposedWeight, WordsWeigh
 def best_layout(w: QuantizedWeight, platform: str) -> type[PreparedWeight] | None:
     """What `matmul` multiplies fastest with on `platform`; None for the weight as it is.
 
-    FDQ_IMPLEMENTATION counts here as it does in ops: with `mosaic_gpu` the kernels' layout is the
-    best on every platform, with `xla` on none. A weight that lies on several devices stays: kernels
-    read those of one.
+    FDQ_IMPLEMENTATION counts as it does in ops: with `mosaic_gpu` the kernels' layout is the best
+    on every platform, with `xla` on none. Kernels read weights of one device: others stay.
     """
     wanted = requested()
     if wanted is None and platform in ("gpu", "cuda") and devices(w) <= 1:
@@ -66,11 +65,7 @@ def prepare_in_place(module: nnx.Module) -> None:
     So a model whose weights fill more than half of the device's memory can be prepared.
     """
     platform = jax.devices()[0].platform
-
-    def change(q: QuantizedWeight) -> QuantizedWeight:
-        return jax.block_until_ready(_changed(q, best_layout(q, platform)))
-
-    _change_module(module, change)
+    _change_module(module, lambda q: jax.block_until_ready(_changed(q, best_layout(q, platform))))
 
 
 def unprepare(tree: Any) -> Any:

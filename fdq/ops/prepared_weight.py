@@ -1,9 +1,8 @@
 """Weights as a device reads them fastest: types of their own, made of QTensors and turned back.
 
-GPUs want `WordsWeight`, the words that the kernels of `pallas_kernels` read. CPUs with matrix units
-(AMX) want `TransposedWeight`, int8 codes as `[N, K]`: 0.7 ms at 4096 x 4096 against 1.1 ms for the
-element-wise fusion over `[K, N]`. On CPUs without them it is the slower of the two (AMD Zen 4: 3.0
-ms against 2.4 ms).
+GPUs want `WordsWeight`. CPUs with matrix units (AMX) want `TransposedWeight`, int8 codes `[N, K]`:
+0.7 ms at 4096 x 4096 against 1.1 ms for the element-wise fusion over `[K, N]`; without them it is
+the slower of the two (AMD Zen 4: 3.0 ms against 2.4 ms).
 """
 
 from __future__ import annotations
@@ -25,11 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PreparedWeight(QuantizedWeight):
-    """A weight in the layout of a device; a pytree like a QTensor.
-
-    Attributes:
-      data: the arrays, as a pytree; inside a module an `nnx.Variable` of it.
-    """
+    """A weight in the layout of a device; `data` is a pytree, in a module a Variable of it."""
 
     data: Any
     spec: WeightSpec = dataclasses.field(kw_only=True, metadata={"static": True})
@@ -50,8 +45,7 @@ class PreparedWeight(QuantizedWeight):
 
     def canonical(self) -> QTensor:
         """The inverse of `of`, bit for bit."""
-        data = materialize(self).data
-        convert = self._restore
+        data, convert = materialize(self).data, self._restore
         arrays = jax.eval_shape(convert, data) if self.is_abstract else convert(data)
         return QTensor(spec=self.spec, padding=self.padding, **arrays)
 
@@ -79,10 +73,7 @@ class PreparedWeight(QuantizedWeight):
 
 @jax.tree_util.register_dataclass
 class WordsWeight(PreparedWeight):
-    """The words that matrix kernels read: `data` is a `KernelWeight`.
-
-    Kernels are imported when the first is asked for: Mosaic takes a third of a second.
-    """
+    """A `KernelWeight`; kernels are imported at the first, as Mosaic takes a third of a second."""
 
     layout = "mosaic_gpu"
 
@@ -99,14 +90,8 @@ class WordsWeight(PreparedWeight):
     def _convert(arrays: dict[str, Any], *, spec: WeightSpec, shape: tuple[int, int]) -> Any:
         from pallas_kernels.weights.kernel_weight import to_kernel
 
-        return to_kernel(
-            arrays,
-            format=spec.format,
-            zero_point=spec.zero_point,
-            k=shape[0],
-            n=shape[1],
-            **_scaling(spec),
-        )
+        settings: Any = {"format": spec.format, "zero_point": spec.zero_point, **_scaling(spec)}
+        return to_kernel(arrays, k=shape[0], n=shape[1], **settings)
 
     @staticmethod
     def _restore(data: KernelWeight) -> dict[str, Any]:

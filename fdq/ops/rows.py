@@ -1,9 +1,8 @@
 """Rows that whoever reads them finishes: one forward pass, and nothing to launch between products.
 
-A decode step is a chain of small products. What stands between two of them (adding up the parts of
-a product, its bias, a norm, a gate) would each be a launch of its own, so a layer hands it on
-undone: ops accept these where they accept an array, plain XLA calls `value`, kernels do it as they
-stage their rows.
+What stands between the products of a decode step (adding up parts, a bias, a norm, a gate) would
+each be a launch of its own, so a layer hands it on undone: ops accept these where they accept an
+array, plain XLA calls `value`, kernels do it as they stage their rows.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ from jax import lax
 class Normed:
     """Rows with an RMS norm to come: `x / sqrt(mean(x^2) + epsilon) * scale` over the last axis.
 
-    Attributes:
-      x: `[..., K]`, any float dtype.
-      scale: `[K]`.
-      epsilon: added to the mean square.
-      lead: leading axes of the rows where they are not those of x. The norm is rounded first and
-        reshaped then: between a rounding and a conversion to float32 that touch, XLA drops both.
+    `x` is `[..., K]`, `scale` `[K]`; `lead` are the leading axes of the rows where they are not
+    those of x. The norm is rounded first and reshaped then: between a rounding and a conversion to
+    float32 that touch, XLA drops both.
     """
 
     x: Any
@@ -65,10 +61,8 @@ class Normed:
 class Sums:
     """A product as the parts of its sum over K, which its reader adds up.
 
-    Attributes:
-      parts: `[split, ..., N]`, float32 where a product made them.
-      bias: `[N]`, added after the sum is rounded; None without one.
-      dtype: that the sum is rounded to, and of the rows.
+    `parts` are `[split, ..., N]`, float32 where a product made them; the sum is rounded to `dtype`,
+    then the bias `[N]` is added, if there is one.
     """
 
     parts: Any
@@ -86,11 +80,8 @@ class Sums:
         return tuple(self.parts.shape[1:])
 
     def value(self) -> jax.Array:
-        """The sum, rounded to `dtype`, plus the bias in `dtype`.
-
-        Spelled out term by term: a reduction would be a launch of its own, while XLA joins
-        additions to whatever reads them.
-        """
+        """The sum, rounded to `dtype`, plus the bias in `dtype`."""
+        # Term by term: a reduction would be a launch of its own, additions join their reader.
         split = self.parts.shape[0]
         terms = [lax.index_in_dim(self.parts, i, keepdims=False) for i in range(split)]
         y = functools.reduce(jnp.add, terms).astype(self.dtype)

@@ -1,8 +1,7 @@
 """Kernels prove themselves on the user's device once, on a small case, before they are used.
 
-Whatever a kernel was compiled and tested on, the device at hand is another: a kernel that does not
-compile there, or disagrees with its reference, is switched off with one line in the log, and XLA
-goes on in its place.
+One that does not compile there, or disagrees with its reference, is switched off with one line in
+the log, and XLA goes on in its place.
 """
 
 from __future__ import annotations
@@ -43,10 +42,9 @@ def failure(
 ) -> str | None:
     """Why a kernel is switched off on `device`; None if it is right there, or cannot be run.
 
-    `case` makes inputs and returns the kernel's result and the reference's, which may differ by
-    `tolerance` of the largest reference value. It runs once per kernel, format (of the weights or
-    the cache) and kind of device, in a thread of its own: this one may be tracing. Devices of a
-    topology are not checked.
+    `case` returns the kernel's result and the reference's, which may differ by `tolerance` of the
+    largest reference value. It runs once per kernel, format (of the weights or the cache) and kind
+    of device, in a thread of its own: this one may be tracing.
     """
     if not is_real(device):
         return None

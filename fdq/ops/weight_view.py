@@ -1,10 +1,9 @@
 """How ops read a quantized weight without decoding it first: element-wise, a packed unit at a time.
 
-A packed unit is the smallest whole number of bytes that holds whole codes: one byte with 1, 2 or 4
-rows of K, or three bytes with 8 rows. `Format.decode_unit` turns the bytes of a unit into one
-float32 array per row, so that XLA fuses it into whatever consumes the rows. Invariant:
+`Format.decode_unit` turns the bytes of a unit (one with 1, 2 or 4 rows of K, or three with 8) into
+a float32 array per row, so that XLA fuses it into whatever consumes the rows. Invariant:
 
-`dequantize(q)[k, n] = multiplier * (value[k, n] - zero[k // g, n]) * scale[k // g, n]`
+`dequantize(q)[k, n] = unit_factor * (value[k, n] - zero[k // g, n]) * scale[k // g, n]`
 """
 
 from __future__ import annotations
@@ -47,15 +46,10 @@ _FLOATS = _Floats()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightView:
-    """A quantized `[K, N]` weight as ops read it.
+    """A quantized `[K, N]` weight as ops read it; `spec` is None for the view of an array.
 
-    Attributes:
-      codes: `[units * unit_bytes, N]` uint8 (int8 for `int8`; floats of an array).
-      scale: float32 `[G, N]` or `[G, 1]`, everything that multiplies folded in.
-      zero: float32 of the shape of `scale`, or None.
-      tables: what the format needs besides to decode a unit, `[1, N]` each.
-      format: the `Format` that decodes units.
-      spec: how the weight is stored; None for the view of an array.
+    `codes` are `[units * unit_bytes, N]` uint8 (int8 for `int8`; floats of an array), `scale`, with
+    all that multiplies folded in, and `zero` float32 `[G, N]` or `[G, 1]`, `tables` `[1, N]` each.
     """
 
     codes: jax.Array
@@ -64,11 +58,6 @@ class WeightView:
     tables: Tables
     format: Any = dataclasses.field(metadata={"static": True})
     spec: WeightSpec | None = dataclasses.field(metadata={"static": True})
-
-    @property
-    def kind(self) -> str:
-        """Name of the format, or `array` for floats."""
-        return self.format.name
 
     @property
     def unit_bytes(self) -> int:
@@ -95,16 +84,6 @@ class WeightView:
         """Output channels N."""
         return self.codes.shape[-1]
 
-    @property
-    def multiplier(self) -> float:
-        """A constant power of two that multiplies every value."""
-        return self.format.unit_factor
-
-    @property
-    def integer_offset(self) -> float | None:
-        """What to subtract from stored codes; None where values are not integers (and a half)."""
-        return self.format.integer_offset(self.spec)
-
     def decode_unit(self, unit: Unit, tables: Tables | None = None) -> Unit:
         """Values of the rows of a unit: `Format.decode_unit`, `tables` shaped like the unit."""
         return self.format.decode_unit(unit, self.spec, self.tables if tables is None else tables)
@@ -125,10 +104,9 @@ class WeightView:
 
 
 def view_weight(q: QTensor) -> WeightView | None:
-    """The element-wise view of a canonical `[K, N]` QTensor.
+    """The view of a canonical `[K, N]` QTensor.
 
-    None where the format has no packed units, or one holds rows of two groups (a group of 6 rows of
-    3-bit codes); such weights are decoded by `fdq.dequantize`.
+    None where the format has no packed units, or one holds rows of two groups (6 of 3-bit codes).
     """
     spec, arrays = q.spec, q.arrays()
     format = FORMATS[spec.format]
@@ -169,13 +147,12 @@ def view_array(w: jax.Array) -> WeightView:
 
 
 def decode_planes(view: WeightView, *, with_scale: bool = True) -> Unit:
-    """The weight as `unit_rows` float32 planes; plane `p` holds rows `p, p + unit_rows, ...`.
+    """The weight as `unit_rows` float32 planes `[units, N]`, of rows `p, p + unit_rows, ...` each.
 
-    Planes `[units, N]` instead of one matrix: interleaving rows costs a copy, taking every P-th
-    column of x costs nothing. `with_scale=False` leaves out scale and multiplier, but not zero.
+    Not one matrix: interleaving rows costs a copy, taking every P-th column of x costs nothing.
+    `with_scale=False` leaves out scale and unit factor, but not zero.
     """
-    shape = (view.units, view.unit_bytes, view.columns)
-    codes = view.codes.reshape(shape)
+    codes = view.codes.reshape(view.units, view.unit_bytes, view.columns)
     planes = view.decode_unit([codes[:, i] for i in range(view.unit_bytes)])
     groups = view.scale.shape[-2]
     per_group = (groups, view.units // groups, view.columns)
@@ -185,7 +162,7 @@ def decode_planes(view: WeightView, *, with_scale: bool = True) -> Unit:
         if view.zero is not None:
             plane = plane - view.zero[:, None, :]
         if with_scale:
-            plane = plane * (view.scale * view.multiplier)[:, None, :]
+            plane = plane * (view.scale * view.format.unit_factor)[:, None, :]
         return plane.reshape(view.units, view.columns)
 
     return [finish(plane) for plane in planes]

@@ -36,14 +36,10 @@ class MosaicGpu(Kernel[AttentionArguments]):
 
         a = arguments
         settings: Any = tuned("decode_attention", *_size(a)).config
+        q, k, v = a.q[:, 0], kernel_arrays(a.k), kernel_arrays(a.v)
+        lengths = jnp.minimum(a.lengths, a.offset + 1)
         out = decode_attention(
-            a.q[:, 0],
-            kernel_arrays(a.k),
-            kernel_arrays(a.v),
-            lengths=jnp.minimum(a.lengths, a.offset + 1),
-            sliding_window=a.sliding_window,
-            scale=a.scale,
-            **settings,
+            q, k, v, lengths=lengths, sliding_window=a.sliding_window, scale=a.scale, **settings
         )
         return out[:, None]
 

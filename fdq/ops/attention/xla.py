@@ -78,8 +78,7 @@ class Xla(Implementation[AttentionArguments]):
         a = arguments
 
         def attend(q, k, v, lengths, offset):
-            arrays = {"q": q, "k": k, "v": v, "lengths": lengths, "offset": offset}
-            return _attend(dataclasses.replace(a, **arrays))
+            return _attend(dataclasses.replace(a, q=q, k=k, v=v, lengths=lengths, offset=offset))
 
         arrays = (a.q, a.k, a.v, a.lengths, a.offset)
         return in_auto_axes(attend, *arrays, result=lambda: spec_entries(a.q))
@@ -98,7 +97,7 @@ def _attend(a: AttentionArguments) -> jax.Array:
     queries = queries.reshape(b, kh, t * group, d)
     position = offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
     position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
-    queries = key.scale_queries(queries)
+    queries = key.scaled(queries)
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
     query_planes = [queries[..., p :: key.planes] for p in range(key.planes)]
 
@@ -116,7 +115,8 @@ def _attend(a: AttentionArguments) -> jax.Array:
         visible &= slot[None, None, :] < lengths[:, None, None]
         if sliding_window is not None:
             visible &= slot[None, None, :] > position[:, :, None] - sliding_window
-        scores = _sum_dots(query_planes, key.block(start, block))
+        planes = zip(query_planes, key.block(start, block), strict=True)
+        scores = functools.reduce(jnp.add, [_batched_dot(a, b, 3) for a, b in planes])
         scores = key.finish_scores(scores, query_sum, start, block)
         scores = jnp.where(visible[:, None], scores, jnp.float32(_MASKED))
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
@@ -134,7 +134,7 @@ def _attend(a: AttentionArguments) -> jax.Array:
         [jnp.zeros((*rows, d // value.planes), jnp.float32) for _ in range(value.planes)],
     )
     _, total, out = lax.fori_loop(first, last, body, start_state)
-    out = value.scale_output(join_planes(out) / jnp.where(total == 0, jnp.float32(1), total))
+    out = value.scaled(join_planes(out) / jnp.where(total == 0, jnp.float32(1), total))
     if value.static_zero is not None:
         seen = (total > 0).astype(jnp.float32)
         out = out - seen * value.static_zero_output()
@@ -151,12 +151,6 @@ def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def _sum_dots(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
-    """`[B, KH, R, S]`: queries times keys, over the channels of every plane."""
-    dots = [_batched_dot(a, b, 3) for a, b in zip(x, y, strict=True)]
-    return functools.reduce(jnp.add, dots)
 
 
 class _Side:
@@ -176,34 +170,28 @@ class _Side:
         """float32 `[B, KH, size, D / planes]` code values of a block of slots."""
         return self.tensor.format.decode_planes(_cut(self.tensor.codes, start, size))
 
-    def scale_queries(self, queries: jax.Array) -> jax.Array:
-        return queries if self.static_scale is None else queries * self.static_scale
+    def scaled(self, x: jax.Array) -> jax.Array:
+        """Queries or the output, times static scales."""
+        return x if self.static_scale is None else x * self.static_scale
 
     def finish_scores(self, scores, query_sum, start, size) -> jax.Array:
-        if self.token_scale is not None:
-            if self.token_zero is not None:
-                zero = _cut(self.token_zero, start, size).astype(jnp.float32)
-                scores = scores - query_sum * zero[:, :, None, :]
-            return scores * _cut(self.token_scale, start, size).astype(jnp.float32)[:, :, None, :]
-        # A static zero point adds the same to all scores of a query: the softmax removes it.
-        return scores
+        if self.token_scale is None:
+            # A static zero point adds the same to all scores of a query: the softmax removes it.
+            return scores
+        if self.token_zero is not None:
+            scores = scores - query_sum * _of_slots(self.token_zero, start, size)
+        return scores * _of_slots(self.token_scale, start, size)
 
     def weighted_sum(self, weights, start, size) -> list[jax.Array]:
         """`[B, KH, R, D / planes]` sums of values over a block of slots."""
-        block = self.block(start, size)
-        if self.token_scale is None:
-            return [_batched_dot(weights, plane, 2) for plane in block]
-        scale = _cut(self.token_scale, start, size).astype(jnp.float32)
-        weights = weights * scale[:, :, None, :]
-        sums = [_batched_dot(weights, plane, 2) for plane in block]
-        if self.token_zero is not None:
-            zero = _cut(self.token_zero, start, size).astype(jnp.float32)
-            shift = jnp.sum(weights * zero[:, :, None, :], axis=-1, keepdims=True)
-            sums = [s - shift for s in sums]
-        return sums
-
-    def scale_output(self, out: jax.Array) -> jax.Array:
-        return out if self.static_scale is None else out * self.static_scale
+        if self.token_scale is not None:
+            weights = weights * _of_slots(self.token_scale, start, size)
+        sums = [_batched_dot(weights, plane, 2) for plane in self.block(start, size)]
+        if self.token_zero is None:
+            return sums
+        zero = _of_slots(self.token_zero, start, size)
+        shift = jnp.sum(weights * zero, axis=-1, keepdims=True)
+        return [s - shift for s in sums]
 
     def static_zero_output(self) -> jax.Array:
         """`[1, KH, 1, D or 1]`: what zero points add to an output whose weights sum to one."""
@@ -213,3 +201,8 @@ class _Side:
 
 def _cut(a: jax.Array, start: Any, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(a, start, size, axis=2)
+
+
+def _of_slots(a: jax.Array, start: Any, size: int) -> jax.Array:
+    """Scales or zero points of a block of slots, float32 `[B, KH, 1, size]`."""
+    return _cut(a, start, size).astype(jnp.float32)[:, :, None, :]

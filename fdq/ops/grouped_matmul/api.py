@@ -23,7 +23,6 @@ from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Int
 
 GROUPED_MATMUL: Op[GroupedProduct] = Op("grouped_matmul", MosaicGpu(), Xla())
-"""Implementations are `GroupedImplementation` s."""
 
 
 def grouped_matmul(
@@ -73,15 +72,10 @@ def grouped_product(
     a, beside = arguments, arguments.beside
     run: Any = GROUPED_MATMUL.choose(a, implementation)
     joined = beside is not None and run.joins(a)
-    found = in_auto_axes(
-        functools.partial(_parts, run, a.activation, a.picks, a.path),
-        a.x,
-        a.w,
-        a.index,
-        a.activation_scale,
-        (beside.x, beside.w) if beside is not None and joined else None,
-        result=lambda: _axes(a),
-    )
+    other = (beside.x, beside.w) if beside is not None and joined else None
+    call = functools.partial(_parts, run, a.activation, a.picks, a.path)
+    arrays = (a.x, a.w, a.index, a.activation_scale, other)
+    found = in_auto_axes(call, *arrays, result=lambda: _axes(a))
     parts, more = found if joined else (found, None)
     sums = Sums(parts, dtype=a.dtype)
     if weights is not None:
@@ -92,9 +86,8 @@ def grouped_product(
 
 
 def _axes(a: GroupedProduct) -> list[Any]:
-    codes = jax.tree.leaves(a.w)[0]
-    rows = matmul.row_axes(a.x)
-    return [None, *rows, *[None] * (a.index.ndim - len(rows)), spec_entry(codes, -1)]
+    rows, columns = matmul.row_axes(a.x), spec_entry(jax.tree.leaves(a.w)[0], -1)
+    return [None, *rows, *[None] * (a.index.ndim - len(rows)), columns]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

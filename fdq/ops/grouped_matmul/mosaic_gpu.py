@@ -42,12 +42,7 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
     def joins(self, arguments: GroupedProduct) -> bool:
         """Where `beside` is a product that the launch could be of by itself."""
         b = arguments.beside
-        if (
-            b is None
-            or b.activation is not None
-            or not b.rows
-            or matmul.unsupported_weight(b.w, b.rows)
-        ):
+        if b is None or b.activation is not None or matmul.unsupported_weight(b.w, b.rows):
             return False
         return matmul.unprepared(b.w) is None or matmul.unprepared(arguments.w) is not None
 
@@ -71,10 +66,7 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
 def gathered_sums(
     x: Rows, w: KernelWeight, index: jax.Array, shared: tuple[Rows, KernelWeight] | None
 ) -> tuple[jax.Array, Any]:
-    """Float32 partial sums `[split, P, N]` of `x[p // picks] @ w[index[p]]`, P a multiple of T.
-
-    One launch with those of `shared`, rows and a weight `[K', N']` that is not picked.
-    """
+    """Float32 parts `[split, P, N]` of `x[p // picks] @ w[index[p]]`, and those of `shared`."""
     from pallas_kernels.matmul.gathered import gathered_config, gathered_matrix_vector
 
     rows = matmul.staged(x)

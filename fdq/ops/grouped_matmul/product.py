@@ -16,10 +16,7 @@ from fdq.ops.rows import Sums
 class GroupedProduct(Product):
     """`x[t] @ w[index[t, p]]` of each row and pick, without a bias: see `fdq.grouped_matmul`.
 
-    Attributes:
-      index: int32 `[...]`, the expert of each row, or `[..., picks]`, all of a row.
-      beside: another product, of a weight that is not picked (shared experts), which one launch
-        may take along.
+    One launch may take along the product `beside`, of a weight that is not picked.
     """
 
     index: jax.Array
@@ -33,9 +30,9 @@ class GroupedProduct(Product):
             )
         lead, index = x[:-1], tuple(self.index.shape)
         if lead not in (index, index[:-1]):
+            rows = ", ".join(map(str, lead))
             raise ValueError(
-                f"{self.path}: expected one expert a row, [{', '.join(map(str, lead))}], or "
-                f"several, found {index}."
+                f"{self.path}: expected one expert a row, [{rows}], or several, found {index}."
             )
         vars(self).update(index=self.index.astype(jnp.int32))
 

@@ -36,24 +36,20 @@ class Xla(GroupedImplementation):
         if a.picks > 1:
             rows = jnp.repeat(rows, a.picks, axis=0, total_repeat_length=index.shape[0])
         experts, _, n = a.w.shape
-        y = for_each_expert(_expert_product(a), rows, index, experts, n)
-        return y.reshape(1, *a.index.shape, n)
 
+        def product(rows, expert):
+            scale = a.activation_scale
+            if scale is not None and scale.size != 1:
+                scale = scale.reshape(-1)[expert]
+            one = pick_expert(a.w, expert)
+            if isinstance(one, QuantizedWeight):
+                return quantized_product(rows, one, a.activation, scale, path=a.path)
+            if a.activation is not None:
+                codes, scale = quantize_activation(rows, a.activation, scale, path=a.path)
+                rows = activation_values(codes, scale, a.activation.group_size, rows.dtype)
+            return dense_product(rows, one)
 
-def _expert_product(a: GroupedProduct) -> ExpertProduct:
-    def product(rows, expert):
-        scale = a.activation_scale
-        if scale is not None and scale.size != 1:
-            scale = scale.reshape(-1)[expert]
-        one = pick_expert(a.w, expert)
-        if isinstance(one, QuantizedWeight):
-            return quantized_product(rows, one, a.activation, scale, path=a.path)
-        if a.activation is not None:
-            codes, scale = quantize_activation(rows, a.activation, scale, path=a.path)
-            rows = activation_values(codes, scale, a.activation.group_size, rows.dtype)
-        return dense_product(rows, one)
-
-    return product
+        return for_each_expert(product, rows, index, experts, n).reshape(1, *a.index.shape, n)
 
 
 def pick_expert(w: QuantizedWeight | jax.Array, index: jax.Array) -> Any:

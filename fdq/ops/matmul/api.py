@@ -86,17 +86,14 @@ def matmul(
 
 def product(arguments: Product, implementation: str | None = None) -> Sums:
     """The product with its sum left to whoever reads it; see `matmul`."""
-    run = MATMUL.choose(arguments, implementation)
-    a = arguments
-    compute = _of_quantized if a.quantized else _parts
-    parts = in_auto_axes(
-        functools.partial(compute, run, a.activation, a.path),
-        a.x,
-        a.w,
-        a.activation_scale,
-        result=lambda: [None, *row_axes(a.x), weight_axis(a.w)],
-    )
-    return Sums(parts, a.bias, a.dtype)
+    run, a = MATMUL.choose(arguments, implementation), arguments
+    call = functools.partial(_of_quantized if a.quantized else _parts, run, a.activation, a.path)
+
+    def axes() -> list[Any]:
+        columns = -2 if isinstance(a.w, TransposedWeight) else -1
+        return [None, *row_axes(a.x), spec_entry(jax.tree.leaves(a.w)[0], columns)]
+
+    return Sums(in_auto_axes(call, a.x, a.w, a.activation_scale, result=axes), a.bias, a.dtype)
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
@@ -113,9 +110,9 @@ def _forward(run: Implementation[Product], activation, path, x, w, activation_sc
 
 
 def _backward(run, activation, path, residuals, cotangent):
-    rows, w, activation_scale = residuals
+    rows, w, scale = residuals
     dx = product_cotangent(rows, w, cotangent)
-    return dx, None, None if activation_scale is None else jnp.zeros_like(activation_scale)
+    return dx, None, None if scale is None else jnp.zeros_like(scale)
 
 
 _of_quantized.defvjp(_forward, _backward)
@@ -151,8 +148,3 @@ def row_axes(x: Rows) -> list[Any]:
         names = [(a,) if isinstance(a, str) else a or () for a in axes]
         return [sum(names, ()) or None]
     return axes
-
-
-def weight_axis(w: Any) -> Any:
-    """Mesh axes of the output channels of a weight."""
-    return spec_entry(jax.tree.leaves(w)[0], -2 if isinstance(w, TransposedWeight) else -1)

@@ -16,11 +16,10 @@ from pallas_kernels.typing import Array, Float
 
 
 def dense_product(x: Float[Array, "m k"], w: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """`x [M, K] @ w [K, N]` for float arrays -> float32.
+    """`x [M, K] @ w [K, N]` for float arrays, in the wider dtype of the two -> float32.
 
-    Both operands take the wider dtype of the two. XLA's CPU backend converts a 16-bit weight to
-    float32 as a whole for one row of x, and for two rows and more does not: one row is a fusion
-    like that of quantized weights, which is faster still.
+    XLA's CPU backend converts a 16-bit weight to float32 as a whole for one row of x: that is a
+    fusion like that of quantized weights instead.
     """
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if x.shape[0] == 1 and dtype.itemsize == 2 and trace_target().platform == "cpu":
@@ -48,11 +47,10 @@ _sixteen_bit_row.defvjp(lambda x, w: (_sixteen_bit_row(x, w), (x, w)), _sixteen_
 def transposed_matmul(
     x: Float[Array, "*m k"], w: Float[Array, "n k"], *, out_dtype: Any = None
 ) -> Float[Array, "*m n"]:
-    """`x @ w.T` for an array `w [N, K]` (a tied embedding), without forming `w.T`.
+    """`x @ w.T` for an array `w [N, K]`, summed in float32, without forming `w.T`.
 
-    Operands of any float dtype are summed in float32; the result is of `out_dtype`, that of x by
-    default. One row of 16-bit floats is padded to two on CPU, where XLA would otherwise convert the
-    whole weight to float32 first.
+    One row of 16-bit floats is padded to two on CPU, where XLA would otherwise convert the whole
+    weight to float32 first. `out_dtype` is that of x by default.
     """
     dtype = jnp.promote_types(x.dtype, w.dtype)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)

@@ -69,15 +69,13 @@ def unsupported_weight(w: Any, rows: int) -> str | None:
 
 def unprepared(w: QuantizedWeight) -> str | None:
     """Why a weight is left to XLA unless the kernel is asked for."""
-    if isinstance(w, WordsWeight):
-        return None
-    return "the weight is not in the kernels' layout (fdq.prepare puts it there)"
+    reason = "the weight is not in the kernels' layout (fdq.prepare puts it there)"
+    return None if isinstance(w, WordsWeight) else reason
 
 
 def preferred(kernel: str, w: QuantizedWeight, rows: int, case: Any = None) -> str | None:
     """Why XLA is preferred to a kernel: it is faster, or the kernel is wrong; see `check`."""
-    k, n = w.shape[-2:]
-    reason = slower(kernel, w.spec.format, rows, k * n)
+    reason = slower(kernel, w.spec.format, rows, math.prod(w.shape[-2:]))
     return reason or check(kernel, w.spec, default_device(), case)
 
 
@@ -105,8 +103,8 @@ def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
     """int8 rows `[M, K]` times integer codes -> float32 `[split, M, N]` before the x scale."""
     from pallas_kernels.matmul.integer import integer_matrix_vector
 
-    config = _config("integer_matrix_vector", w, codes.shape[0])
-    return integer_matrix_vector(codes, w, config=config)
+    name = "integer_matrix_vector"
+    return integer_matrix_vector(codes, w, config=_config(name, w, codes.shape[0]))
 
 
 def _kernel_of(arguments: Product, weight: KernelWeight) -> str:

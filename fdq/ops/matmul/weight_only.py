@@ -2,13 +2,10 @@
 
 All compute `x @ dequantize(q)` and differ in what reaches memory:
 
-- `fused_product`: every block of packed rows is unpacked, converted, multiplied and added in one
-  element-wise fusion, which XLA spreads over the cores of a CPU; nothing but one partial sum a
-  block is written. The fastest for one row, by far.
-- `plane_product`: decodes the weight (or a tile of columns of it) and calls a dot.
-- `tiled`: runs a product tile by tile, so that only a tile of the weight is ever decoded.
-- `transposed_split_product`: 8-bit dots with int8 codes that lie as `[N, K]`, for CPUs with matrix
-  units.
+- `fused_product`: all is done in one element-wise fusion, which XLA spreads over the cores of a
+  CPU, and one partial sum a block is written. The fastest for one row, by far.
+- `plane_product`: decodes the weight, or a tile of its columns under `tiled`, and calls a dot.
+- `transposed_split_product`: 8-bit dots, for CPUs with matrix units.
 """
 
 from __future__ import annotations
@@ -41,9 +38,8 @@ def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
 def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
     """float32 `[M, K]` -> `[M, N]`: one element-wise fusion a row over `[blocks, N]`, then a sum.
 
-    Few rows: each of the fusions reads the codes. Inside, `block_units` packed units are summed, or
-    the largest number below that divides the units of a group. The blocks are summed by a `dot`
-    with ones on CPUs, where XLA's reduction takes 4 to 17 times longer; on GPUs that fuses.
+    A block has `block_units` packed units, or the most below that divide a group. Blocks are summed
+    by a `dot` with ones on CPUs, where XLA's reduction takes 4 to 17 times longer.
     """
     # Without the barrier XLA fuses what made x (a quantization, a norm) into every product with it.
     x = lax.optimization_barrier(pad_rows(x, view))
@@ -55,7 +51,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
     codes = view.codes.reshape(groups, blocks, block, view.unit_bytes, n)
     tables = tuple(a[:, None, :] for a in view.tables)
     zero = None if view.zero is None else view.zero[:, None, :]
-    scale = (view.scale * view.multiplier)[:, None, :]
+    scale = (view.scale * view.format.unit_factor)[:, None, :]
 
     def row(x_row):
         weights = x_row.reshape(groups, blocks, block, view.unit_rows, 1)
@@ -78,9 +74,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
 def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> jax.Array:
     """Float `[M, K]` -> float32 `[M, N]`: decodes the planes of the weight, sums one dot a plane.
 
-    The operands of the dot are of `dtype`. float32 is exact; with bfloat16 or float16 the decoded
-    weights are rounded to it, except that a scale per channel is applied after the dot. With
-    float16, rows of another dtype are divided by a power of two that keeps them in its range.
+    Operands of the dots are rounded to `dtype`; a scale per channel is applied after them.
     """
     x, row_scale = pad_rows(x, view), None
     if dtype == jnp.float16 and x.dtype != jnp.float16:
@@ -88,8 +82,6 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
         x = x.astype(jnp.float32)
         exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1, keepdims=True))[1]
         x, row_scale = jnp.ldexp(x, -exponent), exponent
-    x = x.astype(dtype)
-    planes = view.unit_rows
     per_channel = view.scale.shape[-2] == 1
     if dtype == jnp.float16 and not per_channel:
         # Scales relative to the largest of their channel keep weights inside float16's range.
@@ -98,22 +90,20 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
         relative = dataclasses.replace(view, scale=view.scale / largest)
         decoded, after = decode_planes(relative), largest
     elif per_channel:
-        decoded, after = decode_planes(view, with_scale=False), view.scale * view.multiplier
+        decoded = decode_planes(view, with_scale=False)
+        after = view.scale * view.format.unit_factor
     else:
         decoded, after = decode_planes(view), None
-    parts = x.reshape(x.shape[0], view.units, planes)
+    parts = x.astype(dtype).reshape(x.shape[0], view.units, view.unit_rows)
     y = exact_dot(parts[..., 0], decoded[0].astype(dtype))
-    for p in range(1, planes):
+    for p in range(1, view.unit_rows):
         y = y + exact_dot(parts[..., p], decoded[p].astype(dtype))
     y = y if after is None else y * after
     return y if row_scale is None else jnp.ldexp(y, row_scale)
 
 
 def tiled(product: Product, x: jax.Array, view: WeightView, columns: int) -> jax.Array:
-    """`product` applied to tiles of `columns` output channels; only a tile is decoded at once.
-
-    The last tile starts early enough to be a full one: it computes some columns again.
-    """
+    """`product` of tiles of `columns` output channels; the last computes some columns again."""
     n = view.columns
     if n <= columns:
         return product(x, view)
@@ -133,11 +123,8 @@ _STEP = 254.0
 
 
 def transposed_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """int8 `x [M, K]` times `w [N, K]` over K -> int32 `[M, N]`.
-
-    The weight is the left operand: the right one is repacked by the CPU's matrix kernels, and x is
-    the small one. Rows are padded to two (see `padded_integer_dot`).
-    """
+    """int8 `x [M, K]` times `w [N, K]` -> int32 `[M, N]`, padded as in `padded_integer_dot`."""
+    # The weight is on the left: the right operand is repacked by the CPU's matrix kernels.
     m = x.shape[0]
     if m == 1:
         x = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
@@ -146,11 +133,10 @@ def transposed_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def transposed_split_product(x: jax.Array, w: TransposedWeight) -> jax.Array:
-    """Float rows `[M, K]` times a transposed int8 weight -> float32 `[M, N]`.
+    """Float rows `[M, K]` times a transposed int8 weight -> float32 `[M, N]`, by exact 8-bit dots.
 
     A row of x is split into three int8 rows, `x = step * (a + b / 254 + c / 254^2)` with
-    `step = max|x| / 127`, so that 8-bit dots do the work and the sums are exact. What is cut off
-    is at most `max|x| * 2^-24`, half a unit in the last place of the row's largest element.
+    `step = max|x| / 127`; what is cut off is at most `max|x| * 2^-24`.
     """
     m = x.shape[0]
     x = x.astype(jnp.float32)

@@ -59,10 +59,7 @@ def quantized_product(
     *,
     path: str = "<array>",
 ) -> jax.Array:
-    """`[M, K]` times a quantized weight `[K, N]` -> float32 `[M, N]`; the program is chosen here.
-
-    Not differentiable by itself where a loop is chosen; `matmul` and `grouped_matmul` are.
-    """
+    """`[M, K]` times a weight `[K, N]` -> float32 `[M, N]`; no gradient where a loop is chosen."""
     if x.shape[0] == 0:
         return jnp.zeros((0, q.shape[-1]), jnp.float32)
     target, n = trace_target(), q.shape[-1]
@@ -96,13 +93,11 @@ def _integer_rows(codes: jax.Array, q: QuantizedWeight, target: Target) -> jax.A
         return _product(codes.astype(jnp.float32), q, target)
     if target.platform != "cpu":
         return integer_product(codes, view)
-    return _chosen_program(f"{view.kind} x int8", integer_product, codes, view)
+    return _chosen_program(f"{view.format.name} x int8", integer_product, codes, view)
 
 
 # Beyond this many rows a fusion per row reads the codes too often.
 _FUSED_ROWS = 4
-# On GPUs the reduction is part of the fusion and is spread over threads by XLA: nothing to unroll.
-_REDUCED_UNITS = 1
 
 
 def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
@@ -113,10 +108,17 @@ def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     if view is None:
         return exact_dot(x.astype(jnp.float32), dequantize(q))
     if target.platform == "cpu":
-        return _chosen_program(view.kind, plane_product, x.astype(jnp.float32), view)
+        return _chosen_program(view.format.name, plane_product, x.astype(jnp.float32), view)
     if x.shape[0] <= _FUSED_ROWS:
-        return fused_product(x.astype(jnp.float32), view, _REDUCED_UNITS, dot=False)
+        # XLA spreads the reduction in the fusion over threads: nothing to unroll.
+        return fused_product(x.astype(jnp.float32), view, 1, dot=False)
     return plane_product(x, view, _compute_dtype(x.dtype, target))
+
+
+def _compute_dtype(dtype: Any, target: Target) -> Any:
+    """What a dot computes in: the dtype of x, but float16 where bfloat16 is emulated."""
+    emulated = dtype == jnp.bfloat16 and not target.has_bfloat16
+    return jnp.float16 if emulated else dtype
 
 
 def _chosen_program(path: str, product: Any, x: jax.Array, view: WeightView) -> jax.Array:
@@ -127,10 +129,3 @@ def _chosen_program(path: str, product: Any, x: jax.Array, view: WeightView) -> 
     if choice.name == "tiles":
         return tiled(product, x, view, choice.size)
     return product(x, view)
-
-
-def _compute_dtype(dtype: Any, target: Target) -> Any:
-    """What a dot computes in: the dtype of x, but float16 where bfloat16 is emulated."""
-    if dtype == jnp.bfloat16 and not target.has_bfloat16:
-        return jnp.float16
-    return dtype

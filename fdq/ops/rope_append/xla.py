@@ -83,10 +83,7 @@ def rotated_heads(
     k_norm: jax.Array | None = None,
     epsilon: float = 1e-6,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[B, T, H, D]`, keys and values `[B, T, KH, D]`, the first two normed and rotated.
-
-    In the dtype of qkv; the arguments are those of `rope_append`.
-    """
+    """Queries `[B, T, H, D]`, keys and values `[B, T, KH, D]`, as `rope_append` makes them."""
     x = as_array(qkv)
     x = x.reshape(*x.shape[:2], -1, 2 * angles[0].shape[-1])
     heads = x.shape[2] - 2 * kv_heads
@@ -102,12 +99,9 @@ def rotated_heads(
 def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTensor:
     """`tensor [B, KH, S, D]` with the new tokens `x [B, T, KH, D]`; `start` as in `rope_append`."""
     new = tensor.encode(x.swapaxes(1, 2))
-    fields = {"codes": _write(tensor.codes, new.codes, start)}
     if tensor.dynamic:
-        fields["scale"] = _write(tensor.scale, new.scale, start)
-        if tensor.zero is not None:
-            fields["zero"] = _write(tensor.zero, new.zero, start)
-    return tensor.replace(**fields)
+        return jax.tree.map(lambda old, new: _write(old, new, start), tensor, new)
+    return tensor.replace(codes=_write(tensor.codes, new.codes, start))
 
 
 def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
@@ -115,10 +109,9 @@ def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     rest = (0,) * (old.ndim - 3)
 
     def write(old, new, start):
-        if start.ndim == 0:
-            return jax.lax.dynamic_update_slice(old, new, (0, 0, start, *rest))
-        if old.shape[0] == 1:
-            return jax.lax.dynamic_update_slice(old, new, (0, 0, start[0], *rest))
+        if start.ndim == 0 or old.shape[0] == 1:
+            slot = start[0] if start.ndim else start
+            return jax.lax.dynamic_update_slice(old, new, (0, 0, slot, *rest))
         # One scatter with a window per sequence: in place, whatever the batch.
         return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, (0, s, *rest)))(
             old, new, start

@@ -40,14 +40,9 @@ class MosaicGpu(Kernel[Routing]):
         from pallas_kernels.router.routing import router_logits, top_k_experts
 
         a = arguments
-        return top_k_experts(
-            router_logits(staged(a.x), a.kernel),
-            a.correction_bias,
-            experts=a.kernel.shape[1],
-            top_k=a.top_k,
-            normalize=a.normalize,
-            norm_min=a.norm_min,
-        )
+        logits, experts = router_logits(staged(a.x), a.kernel), a.kernel.shape[1]
+        shared: Any = {"top_k": a.top_k, "normalize": a.normalize, "norm_min": a.norm_min}
+        return top_k_experts(logits, a.correction_bias, experts=experts, **shared)
 
 
 def check(experts: int, top_k: int, device: Any) -> str | None:

@@ -40,11 +40,7 @@ class Xla(Implementation[Routing]):
         # A token's scores are needed together, also where the kernel is sharded over experts.
         logits = in_auto_axes(product, x, a.kernel, result=lambda: [spec_entry(x, 0), None])
         return choose_experts(
-            logits,
-            a.correction_bias,
-            top_k=a.top_k,
-            normalize=a.normalize,
-            norm_min=a.norm_min,
+            logits, a.correction_bias, top_k=a.top_k, normalize=a.normalize, norm_min=a.norm_min
         )
 
 
