@@ -267,11 +267,7 @@ def decode(
 
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
-    """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up.
-
-    Raises:
-      ValueError: lists for another number of sequences.
-    """
+    """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up."""
     if isinstance(stop_tokens, int | np.integer):
         stop_tokens = (stop_tokens,)
     rows = list(stop_tokens)

@@ -16,10 +16,7 @@ from typing import Any
 class Tokenizer:
     """A checkpoint's tokenizer: `encode`, `decode`, and the tokens that begin and end a text.
 
-    Attributes:
-      vocab_size: number of tokens, added ones included.
-      bos_token_id: token that begins a text, or None.
-      stop_token_ids: tokens after which generation ends; may be empty.
+    `vocab_size` counts added tokens as well.
     """
 
     def __init__(
@@ -32,14 +29,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer of the checkpoint in `directory`, or whose tokenizer.json it is.
-
-        Raises:
-          FileNotFoundError: there is no tokenizer.json.
-          ValueError: tokenizer.json or the files beside it cannot be read.
-          ModuleNotFoundError: the `tokenizers` package is not installed; the message names the
-            extra that has it.
-        """
+        """The tokenizer of the checkpoint in `directory`, or whose tokenizer.json it is."""
         folder = pathlib.Path(directory)
         folder = folder.parent if folder.name == "tokenizer.json" else folder
         path = folder / "tokenizer.json"
@@ -112,10 +102,8 @@ class TextStream:
 
     def _texts(self) -> tuple[str, str]:
         decode = self._tokenizer.decode
-        return (
-            decode(self._tokens[self._context : self._shown]),
-            decode(self._tokens[self._context :]),
-        )
+        again = self._tokens[self._context :]
+        return decode(again[: self._shown - self._context]), decode(again)
 
 
 def _backend_class() -> Any:

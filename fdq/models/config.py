@@ -154,13 +154,9 @@ def _construct(cls: Any, name: str, fields: Any) -> Any:
             part = dict(fields[key])
             kind = kinds[part.pop("name", usual.name)]
             fields[key] = _construct(kind, key, part)
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(fields) - set(known))
-    missing = sorted(
-        key
-        for key, field in known.items()
-        if field.default is dataclasses.MISSING and key not in fields
-    )
+    known = {field.name: field.default for field in dataclasses.fields(cls)}
+    needed = {key for key, default in known.items() if default is dataclasses.MISSING}
+    unknown, missing = sorted(set(fields) - set(known)), sorted(needed - set(fields))
     if unknown or missing:
         raise ValueError(f"model {name}: unknown fields {unknown}, missing fields {missing}")
     return cls(**fields)

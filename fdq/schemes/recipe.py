@@ -35,14 +35,10 @@ _PROTECTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What one pattern of paths gets.
+    """What one pattern of paths gets; a `required` rule that quantizes nothing is an error.
 
-    Attributes:
-      pattern: a glob, see `fdq.schemes.path_pattern`.
-      scheme: `None` leaves what matches as it is. Its name is accepted. The cache is no matter
-        of single tensors, so the scheme has none.
-      required: True makes a rule that quantizes nothing an error.
-      quantizer: the name of what chooses the codes; None leaves it to `method=`, or by bits.
+    `scheme`, or its name, has no cache, which is no matter of single tensors; None leaves what
+    matches as it is. `quantizer` chooses the codes; None leaves it to `method=`, or by bits.
     """
 
     pattern: str
@@ -64,13 +60,9 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """What a recipe says about one path.
+    """What a recipe says about one path; a `scheme` of None leaves the tensor as it is.
 
-    Attributes:
-      scheme: `None` leaves the tensor as it is.
-      rule: the rule that decided; `None` for the default or a protection.
-      reason: the same in words.
-      quantizer: the one that the rule, or the recipe for its default, names.
+    `rule` decided, None for the default or a protection; `reason` is the same in words.
     """
 
     scheme: Scheme | None
