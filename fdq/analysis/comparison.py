@@ -3,12 +3,10 @@
 Shared by `fdq demo` and `python -m benchmarks.schemes`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 import time
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -64,9 +62,7 @@ class Comparison:
     _recorded: RecordedLogits | None = None
 
     @classmethod
-    def of_shipped_model(
-        cls, *, text_bytes: int, prompt: str, dtype: str | None = None
-    ) -> Comparison:
+    def of_shipped_model(cls, *, text_bytes: int, prompt: str, dtype: str | None = None) -> Self:
         """The model that ships with fdq, on held-out text of the standard library."""
         from fdq.analysis import sample_text
         from fdq.analysis.shipped_model import shipped_model_path

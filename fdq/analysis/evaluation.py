@@ -8,15 +8,13 @@ The distance to the original is KL(reference || model) in nats per token. It is 
 models see the same tokens), so it separates formats that the loss cannot tell apart.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +102,7 @@ class Windows:
     @classmethod
     def of(
         cls, tokens: Any, window: int, stride: int | None, batch: int | None, model: Any
-    ) -> Windows:
+    ) -> Self:
         """Checked arguments of `evaluate`, and what is meant where they are None."""
         tokens = _check_tokens(tokens)
         vocab = _check_vocabulary(model, tokens, "model")

@@ -9,9 +9,6 @@ the PSF licence. A file is held out when
 so the split depends on names only and is the same on every machine; the contents differ a little
 between Python versions, which is why each `SampleText` carries the hash of its text.
 `REFERENCE_SHA256` is the hash of `heldout_text()` with which this project's figures were made.
-
-Left out: tests, installed packages, byte code, character tables (`encodings`), files written at
-build time (`_sysconfigdata*`, `config-*`) and the few files that are not valid UTF-8.
 """
 
 import contextlib

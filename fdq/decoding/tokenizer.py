@@ -4,13 +4,11 @@ Only a checkpoint's tokenizer.json is read: it says everything, and running it n
 the checkpoint's author.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 
 class Tokenizer:
@@ -28,7 +26,7 @@ class Tokenizer:
         self.stop_token_ids = tuple(stop_token_ids)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
+    def load(cls, directory: str | os.PathLike[str]) -> Self:
         """The tokenizer of the checkpoint in `directory`, or whose tokenizer.json it is."""
         folder = pathlib.Path(directory)
         folder = folder.parent if folder.name == "tokenizer.json" else folder
@@ -66,7 +64,7 @@ class Tokenizer:
         """Text of `tokens`; special tokens are left out."""
         return self._backend.decode([int(t) for t in tokens], skip_special_tokens=True)
 
-    def stream(self) -> TextStream:
+    def stream(self) -> "TextStream":
         """A decoder that is fed tokens as they come and returns text as soon as it is certain."""
         return TextStream(self)
 

@@ -320,16 +320,13 @@ def _read_rule(rule: Any) -> tuple[str, Scheme | None, bool, str | None]:
     if isinstance(rule, Rule):
         return rule.pattern, rule.scheme, rule.required, rule.quantizer
     fields = list(rule) if isinstance(rule, (tuple, list)) else []
-    if len(fields) == 2:
-        fields.append({})
-    options = fields[2] if len(fields) == 3 else None
+    options = {} if len(fields) == 2 else fields[2] if len(fields) == 3 else None
     if not isinstance(options, Mapping) or set(options) - {"quantizer"}:
         raise ValueError(
             "A rule is a pair (pattern, scheme), such as ('*.experts', 'W4A16'), and may have "
             f"dict(quantizer=name) after it; got {rule!r}."
         )
-    pattern, scheme, _ = fields
-    return pattern, _scheme_or_none(scheme), True, options.get("quantizer")
+    return fields[0], _scheme_or_none(fields[1]), True, options.get("quantizer")
 
 
 def _entry(pattern: str, value: Any, compat: str | None) -> tuple[Any, ...]:
