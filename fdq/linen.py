@@ -6,8 +6,6 @@ that of the quantized parameters; the bandwidth of a step is that of the decoded
 one token is no faster than with the float parameters. For speed use an NNX module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

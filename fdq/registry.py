@@ -1,7 +1,5 @@
 """Things of one kind by name: formats, quantizers, cache formats, families, importers."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 from collections.abc import Iterator, Mapping
@@ -41,14 +39,9 @@ class Registry[T: Named](Mapping[str, T]):
             self.register(member)
 
     def register(self, member: T, *, first: bool = False) -> T:
-        """Adds an object and returns it.
+        """Adds an object and returns it; ValueError where its `name` is taken.
 
-        Args:
-          member: has a `name` that nobody else has.
-          first: asked before those that are there, where order matters.
-
-        Raises:
-          ValueError: the name is taken.
+        With `first` it is asked before those that are there, where order matters.
         """
         if member.name in self._members:
             raise ValueError(f"{self.kind} {member.name!r} exists already. Choose another name.")

@@ -1,17 +1,13 @@
 """Tables as text: aligned for people, Markdown for pages."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = (), indent: str = "") -> str:
     """Columns as wide as their widest cell, two spaces apart; a heading is a row like the others.
 
-    Args:
-      rows: cells; one that is shorter than others lacks the columns at its end.
-      right: columns of figures, counted from 0, which end at the same place.
-      indent: before each line.
+    A row shorter than others lacks the columns at its end; `right` are columns, counted from 0, of
+    figures, which end at the same place.
     """
     columns = range(max(map(len, rows), default=0))
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in columns]
@@ -27,7 +23,6 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = (), inden
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: names on the left, figures on the right; no line end after the last row."""
-    lines = [columns, *rows]
-    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text = ["| " + " | ".join(line) + " |" for line in (columns, *rows)]
     text.insert(1, "|---|" + "---:|" * (len(columns) - 1))
     return "\n".join(text)

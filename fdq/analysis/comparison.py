@@ -3,12 +3,10 @@
 Shared by `fdq demo` and `python -m benchmarks.schemes`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 import time
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -29,13 +27,8 @@ CACHE_SLOTS = 256
 class Row:
     """What one scheme costs and gives.
 
-    Attributes:
-      name: of the scheme.
-      report: measured through the cache.
-      disk_bytes: of the checkpoint, metadata and tokenizer included.
-      tokens_per_second: one sequence, greedy, compiled before.
-      text: the greedy continuation of the prompt.
-      convert_seconds: wall time of the conversion.
+    The report is measured through the cache, `disk_bytes` has metadata and tokenizer in it, and
+    `text` continues the prompt greedily, at `tokens_per_second` of one sequence, compiled before.
     """
 
     name: str
@@ -52,16 +45,10 @@ class Row:
 
 @dataclasses.dataclass(kw_only=True)
 class Comparison:
-    """A model, a text and the original's logits over it.
+    """A float model in the directory `source`, a text and the original's logits over it.
 
-    Attributes:
-      source: directory of the float model.
-      tokenizer: its tokenizer.
-      tokens: [length] int32, the text after the token that begins a text.
-      text_bytes: bytes of the text.
-      text_sha256, is_reference_text: which text, and whether it is the one of the README.
-      prompt: what each scheme continues.
-      dtype: of activations.
+    `tokens` [length] int32 is the text after the token that begins a text, `text_bytes` its size;
+    `is_reference_text` says whether it is the one of the README. `dtype` is that of activations.
     """
 
     source: pathlib.Path
@@ -75,15 +62,8 @@ class Comparison:
     _recorded: RecordedLogits | None = None
 
     @classmethod
-    def of_shipped_model(
-        cls, *, text_bytes: int, prompt: str, dtype: str | None = None
-    ) -> Comparison:
-        """The model that ships with fdq, on held-out text of the standard library.
-
-        Raises:
-          FileNotFoundError: the model or the library's sources are missing.
-          ModuleNotFoundError: the `tokenizers` package is missing.
-        """
+    def of_shipped_model(cls, *, text_bytes: int, prompt: str, dtype: str | None = None) -> Self:
+        """The model that ships with fdq, on held-out text of the standard library."""
         from fdq.analysis import sample_text
         from fdq.analysis.shipped_model import shipped_model_path
         from fdq.decoding.tokenizer import Tokenizer
@@ -113,11 +93,7 @@ class Comparison:
         return self._row("original", model, inspect(self.source).disk_bytes, 0.0)
 
     def measure(self, scheme: Any, directory: pathlib.Path, *, name: str | None = None) -> Row:
-        """Converts to `directory`, loads that, evaluates and decodes.
-
-        Raises:
-          ValueError: an unknown scheme; FileExistsError: the directory exists.
-        """
+        """Converts to `directory`, which must not exist, loads that, evaluates and decodes."""
         from fdq.storage import load
         from fdq_checkpoints import convert
 
@@ -127,8 +103,7 @@ class Comparison:
             self.source, directory, scheme, calibration=calibration, dtype=self.dtype
         )
         seconds = time.perf_counter() - start
-        model = load(directory)
-        return self._row(name or str(scheme), model, inspection.disk_bytes, seconds)
+        return self._row(name or str(scheme), load(directory), inspection.disk_bytes, seconds)
 
     def _calibration(self) -> Calibration:
         """Statistics over 8192 tokens of text that is not evaluated on."""

@@ -5,8 +5,6 @@ the new state; cache and state are donated. The weights are shapes only, quantiz
 the code that does it to arrays, so that a model of 300 billion parameters needs no memory.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools
@@ -30,10 +28,7 @@ from pallas_kernels.device import default_device
 
 @dataclasses.dataclass(frozen=True)
 class LargeResult:
-    """A result of the size of a weight or of the cache that a step writes outside its inputs.
-
-    As `pallas_kernels.aot.launch_sequence.LargeResult`, for `count` instructions that are alike.
-    """
+    """As `pallas_kernels.aot.launch_sequence.LargeResult`, for `count` instructions alike."""
 
     operation: str
     shape: str
@@ -44,25 +39,18 @@ class LargeResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeStepReport:
-    """What a decode step launches, holds and copies on one GPU.
+    """What a decode step launches, holds and copies on one GPU; `layers` of `of_layers` compiled.
 
     Attributes:
-      model, scheme, gpu, jax: what was compiled, for what, by which version.
-      layers, of_layers: compiled, and of the model.
-      context, batch: slots of the cache, and sequences.
-      ok, error, traceback: whether it compiled, and why not.
       launches, launch_kinds: of one step, loops with a known trip count in full.
       unknown_loops: loops whose trip count depends on data; counted as one trip each.
       launches_per_layer: of the last layer: the difference between three and two layers.
       layer_sequence: the launches of the second layer, in their order (see `Launches.sequence`).
       weight_bytes, cache_bytes: of what is compiled (`layers`).
-      temp_bytes: temporaries of one step.
       alias_bytes: written in place; the whole cache if nothing copies it.
       large_results: copies of weights or of the cache, what stands for one, and what kernels write
         (partial sums).
       copies: copy thunks: (count, bytes of all).
-      kernels: ours.
-      seconds: of the compile.
     """
 
     model: str
@@ -107,11 +95,7 @@ class DecodeStepReport:
 
 
 def config_for(model: str, gpu: str, layers: int | None = None) -> Any:
-    """A model's configuration as it would run on a GPU: float16 before sm_80, else bfloat16.
-
-    Raises:
-      ValueError: an unknown model, or `layers` outside 1 ... layers of the model.
-    """
+    """A model's configuration as it would run on a GPU: float16 before sm_80, else bfloat16."""
     _, config = find_config(model)
     native = find(gpu).compute_capability >= (8, 0)
     config = config.replace(dtype="bfloat16" if native else "float16")
@@ -164,18 +148,9 @@ def report(
 ) -> DecodeStepReport:
     """Compiles a model's decode step, and two and three layers of it for the count a layer.
 
-    Args:
-      model: a name in `fdq.models.CONFIGS`, or a directory with a config.json.
-      scheme: scheme name, or what else `fdq.quantize` takes and pickle can carry.
-      gpu: a name in `pallas_kernels.aot.gpu_targets.GPUS`.
-      layers: the first so many layers only; None for the whole model.
-      context: slots of the cache of each sequence.
-      batch: sequences.
-      update: called after each of the compiles, up to three.
-
-    Raises:
-      ValueError: an unknown model, scheme or GPU; too many layers.
-      ModuleNotFoundError: the extra `fdq[aot]` is not installed.
+    `model` is what `fdq.plan` takes, `scheme` what `fdq.quantize` takes and pickle can carry,
+    `gpu` a name in `pallas_kernels.aot.gpu_targets.GPUS`; None of `layers` is the whole model.
+    `update` is called after each of the compiles, up to three. Needs the extra `fdq[aot]`.
     """
     gpu = find(gpu).name
     of_layers = config_for(model, gpu).num_layers

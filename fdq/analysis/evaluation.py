@@ -8,15 +8,13 @@ The distance to the original is KL(reference || model) in nats per token. It is 
 models see the same tokens), so it separates formats that the loss cannot tell apart.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +34,19 @@ _MAX_BATCH = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `evaluate` measured.
+    """What `evaluate` measured; `seconds` of wall time include compilation.
 
     Attributes:
       tokens: tokens scored.
       nats_per_token: mean negative log likelihood.
-      perplexity: exp(nats_per_token).
       bits_per_byte: bits that the model needs per byte of text; None if the bytes are not known.
       kl_nats_per_token: mean KL(reference || model); None without a reference.
       top1_agreement: share of tokens, 0 to 1, on which the reference's most likely next token is
         also the model's; None without a reference.
       weight_bytes: bytes of all weights as they are held, scales and unquantized ones included.
-      bits_per_weight: 8 * bytes / elements of the quantized weights, scales included; of all
-        weights if none is quantized.
+      bits_per_weight: of the quantized weights, scales included; of all if none is quantized.
       cache: name of the format in which the cache was held; None if no cache was used.
       cache_bytes_per_token: bytes that one token adds to the cache of one sequence; None as above.
-      seconds: wall time, compilation included.
     """
 
     tokens: int
@@ -107,7 +102,7 @@ class Windows:
     @classmethod
     def of(
         cls, tokens: Any, window: int, stride: int | None, batch: int | None, model: Any
-    ) -> Windows:
+    ) -> Self:
         """Checked arguments of `evaluate`, and what is meant where they are None."""
         tokens = _check_tokens(tokens)
         vocab = _check_vocabulary(model, tokens, "model")
@@ -162,9 +157,7 @@ class Windows:
 class RecordedLogits:
     """A reference's logits over one text, in host memory; made by `record_logits`.
 
-    Attributes:
-      cut: the text and its windows.
-      logits: per batch of windows, float32 [batch, window, vocab].
+    Of each batch of windows of `cut` one float32 [batch, window, vocab].
     """
 
     cut: Windows
@@ -281,9 +274,7 @@ def record_logits(
     """The logits of `model` over `tokens`, to compare several models with without running it again.
 
     Takes 4 * vocab * window / stride bytes a token of host memory: for small vocabularies.
-
-    `model`, `tokens`, `window`, `stride` and `batch` are those of `evaluate`, which must get the
-    same tokens and windows.
+    `evaluate` must get the same tokens and windows.
     """
     cut = Windows.of(tokens, window, stride, batch, model)
     logits_of = _logits_function(model)

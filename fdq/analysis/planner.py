@@ -4,8 +4,6 @@
 quantizes arrays, and adds up what the result holds, by kind of layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
@@ -30,16 +28,9 @@ from fdq.text_table import aligned
 
 # The order of the printed table.
 KINDS = (
-    "embeddings",
-    "attention",
-    "dense mlp",
-    "shared experts",
-    "routed experts",
-    "router",
-    "norms",
-    "head",
-    "other",
-)
+    "embeddings", "attention", "dense mlp", "shared experts", "routed experts", "router", "norms",
+    "head", "other",
+)  # fmt: skip
 # First match wins; the fragments are those of the paths in `fdq.models`.
 _KIND_OF_FRAGMENT = (
     ("embed_tokens", "embeddings"),
@@ -55,15 +46,10 @@ _KIND_OF_FRAGMENT = (
 
 @dataclasses.dataclass(frozen=True)
 class WeightEntry:
-    """One weight of a model.
+    """One weight of a model, its `kind` one of `KINDS`; `bytes` are held, scales included.
 
-    Attributes:
-      path: "layers.0.mlp.down_proj.kernel".
-      kind: one of `KINDS`.
-      format: format of the codes ("int4"), or the dtype of a weight that is not quantized.
-      quantized: whether it is a QTensor.
-      shape: shape of the weight that it stands for.
-      bytes: bytes held, scales included.
+    `format` is that of the codes ("int4"), or the dtype of a weight that is not quantized; `shape`
+    is that of the weight that it stands for.
     """
 
     path: str
@@ -129,10 +115,9 @@ def weight_table(tree: Any) -> WeightTable:
             if isinstance(leaf, nnx.RngState) or not hasattr(arrays[0], "dtype"):
                 continue
             shape, kind_of_format = tuple(arrays[0].shape), str(arrays[0].dtype)
-        identity = id(arrays[0])
-        if identity in seen:
+        if id(arrays[0]) in seen:
             continue
-        seen.add(identity)
+        seen.add(id(arrays[0]))
         entries.append(
             WeightEntry(
                 path=path,
@@ -148,15 +133,9 @@ def weight_table(tree: Any) -> WeightTable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a model takes under a scheme; made by `plan`.
+    """What a model takes under a scheme, for `batch` sequences of `context` tokens in the cache.
 
-    Attributes:
-      model: name of the model or of its configuration's directory.
-      scheme: name of the scheme or recipe.
-      weights: every weight.
-      context, batch: tokens in the cache of each sequence, and sequences.
-      cache: name of the cache's format.
-      cache_bytes: bytes of the whole cache, scales included.
+    `cache` is the name of the cache's format, `cache_bytes` those of the whole, scales included.
     """
 
     model: str

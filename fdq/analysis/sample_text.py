@@ -9,9 +9,6 @@ the PSF licence. A file is held out when
 so the split depends on names only and is the same on every machine; the contents differ a little
 between Python versions, which is why each `SampleText` carries the hash of its text.
 `REFERENCE_SHA256` is the hash of `heldout_text()` with which this project's figures were made.
-
-Left out: tests, installed packages, byte code, character tables (`encodings`), files written at
-build time (`_sysconfigdata*`, `config-*`) and the few files that are not valid UTF-8.
 """
 
 import contextlib
@@ -36,13 +33,10 @@ _EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
 
 @dataclasses.dataclass(frozen=True)
 class SampleText:
-    """Text and what is needed to say which text it was.
+    """Files' contents joined by newlines, and which text that was.
 
-    Attributes:
-      text: the files' contents, joined by newlines.
-      sha256: hexadecimal hash of `text` encoded as UTF-8.
-      python: version of the Python whose sources these are, as "3.12.1".
-      files: paths relative to the standard library, in the order of `text`; the last may be cut.
+    `sha256` is the hexadecimal hash of `text` in UTF-8, `python` a version such as "3.12.1";
+    `files` are relative to the standard library, in the order of `text`, the last perhaps cut.
     """
 
     text: str
@@ -62,13 +56,8 @@ def source_files(
 ) -> tuple[tuple[str, str], ...]:
     """The files of one split as (relative path, contents), sorted by path.
 
-    Args:
-      held_out: the held-out split if true, else the training split.
-      root: the folder to read; None means the running Python's standard library.
-
-    Raises:
-      FileNotFoundError: there are no sources under `root` (some embedded and frozen Pythons ship
-        byte code or a zip file only).
+    None of `root` means the running Python's standard library. FileNotFoundError where there are no
+    sources (some embedded and frozen Pythons ship byte code or a zip file only).
     """
     folder = pathlib.Path(sysconfig.get_path("stdlib") if root is None else root)
     if not folder.is_dir():

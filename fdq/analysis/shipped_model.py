@@ -4,19 +4,13 @@ In a wheel it is package data (`fdq/tiny_ernie`), in a clone of the repository i
 `examples/tiny_ernie`.
 """
 
-from __future__ import annotations
-
 import pathlib
 
 NAME = "tiny_ernie"
 
 
 def shipped_model_path() -> pathlib.Path:
-    """The directory of the shipped model, in Hugging Face format with its tokenizer.
-
-    Raises:
-      FileNotFoundError: neither place has it.
-    """
+    """The directory of the shipped model, in Hugging Face format with its tokenizer."""
     package = pathlib.Path(__file__).resolve().parent.parent
     places = (package / NAME, package.parent / "examples" / NAME)
     for place in places:

@@ -4,16 +4,12 @@
 `fdq.cli.console` holds what they share: output, errors, exit codes.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import sys
 
 # Modules of the extra: their absence is explained, that of any other is a defect and is shown.
 _EXTRA = ("typer", "rich", "tokenizers")
-
-
 # What the kernel shows of an NVIDIA GPU: a card, one of a Windows host, one of a Jetson.
 _GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-*")
 

@@ -1,7 +1,5 @@
 """The `fdq` command: its sub-commands and their order in the help."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """What the commands share: output, errors and exit codes, options, sizes, progress."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -153,10 +151,6 @@ def read_scheme(text: str) -> Any:
     """What `--scheme` names: the scheme name itself, or the `Recipe` of a JSON file.
 
     The file holds FastDeploy's `quantization_config`, a config.json that has one, or rules.
-
-    Raises:
-      ValueError: not JSON, or not a configuration that FastDeploy writes.
-      FileNotFoundError: `text` ends in .json and there is no such file.
     """
     if not text.lower().endswith(".json"):
         Recipe.parse(text)  # a wrong name is found before a model is read
@@ -171,11 +165,7 @@ def read_scheme(text: str) -> Any:
 
 
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
-    """`path`, if it is a directory.
-
-    Raises:
-      FileNotFoundError, NotADirectoryError: it is none; names what a checkpoint is.
-    """
+    """`path`, if it is a directory; else an error that says what a checkpoint is."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist. Expected the directory of a checkpoint: a Hugging Face one "

@@ -1,7 +1,5 @@
 """`fdq convert`: a float checkpoint to a quantized one."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """`fdq demo`: the main job on the shipped model, in one table."""
 
-from __future__ import annotations
-
 import contextlib
 import pathlib
 import tempfile

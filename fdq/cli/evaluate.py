@@ -1,7 +1,5 @@
 """`fdq evaluate`: how well a checkpoint predicts a text, and how far it is from another."""
 
-from __future__ import annotations
-
 import hashlib
 import pathlib
 from typing import Annotated
@@ -53,9 +51,7 @@ def run(
     scored = content if tokenizer.bos_token_id is not None else tokenizer.decode(tokens[1:])
     with console.progress("Loading", quiet=json) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
-        reference = None
-        if against is not None:
-            reference = load(against, dtype=dtype, progress=update)
+        reference = None if against is None else load(against, dtype=dtype, progress=update)
     with console.progress("Evaluating", quiet=json) as update:
         report = evaluate(
             model,
@@ -72,24 +68,18 @@ def run(
         extra = {"checkpoint": str(directory), "against": against and str(against)}
         console.print_json(extra | {"text_sha256": digest} | report.to_dict())
         return
-    rows = report.rows()
-    console.out.print(console.table(str(directory), ["", "value"], rows))
+    console.out.print(console.table(str(directory), ["", "value"], report.rows()))
     if text is None:
         console.out.print(f"Text: Python's standard library, sha256 {digest[:16]}", style="dim")
 
 
 def read_text(path: pathlib.Path | None, max_bytes: int | None) -> str:
-    """The text of a file; of None the held-out part of the standard library.
-
-    Raises:
-      ValueError: the file is empty or not UTF-8.
-    """
+    """The text of a file; of None the held-out part of the standard library."""
     from fdq.analysis import sample_text
 
     if path is None:
-        return sample_text.heldout_text(
-            max_bytes=max_bytes or sample_text.DEFAULT_HELDOUT_BYTES
-        ).text
+        most = max_bytes or sample_text.DEFAULT_HELDOUT_BYTES
+        return sample_text.heldout_text(max_bytes=most).text
     data = path.read_bytes()[:max_bytes]
     try:
         # Only a cut may split a character.

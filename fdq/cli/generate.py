@@ -1,7 +1,5 @@
 """`fdq generate`: text from a checkpoint, as it is decoded."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -1,7 +1,5 @@
 """`fdq inspect`: what is in a checkpoint."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

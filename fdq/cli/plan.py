@@ -1,7 +1,5 @@
 """`fdq plan`: bytes of a model under a scheme, before anything is loaded."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Annotated
 

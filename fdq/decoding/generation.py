@@ -1,7 +1,5 @@
 """From prompts to continuations: `fdq.generate`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

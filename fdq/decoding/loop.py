@@ -13,12 +13,10 @@ arguments of the compiled function, never constants, a second call with equal sh
 compile again, and whatever was changed in the model counts from the next call on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +68,7 @@ class DecodeState:
 
         return jax.vmap(one)(jnp.arange(self.tokens.shape[0]), self.length)
 
-    def push(self, next_token: jax.Array, stop_tokens: jax.Array | None = None) -> DecodeState:
+    def push(self, next_token: jax.Array, stop_tokens: jax.Array | None = None) -> Self:
         """The state with one more token per sequence; finished sequences stay as they are.
 
         Args:
@@ -215,12 +213,11 @@ def prefill(
         piece = tokens[:, start : start + padded]
         piece = jnp.pad(piece, ((0, 0), (0, padded - piece.shape[1])))
         cache = _extend(template, params, piece, cache, jnp.int32(start))
-    buffer = jnp.zeros((b, capacity), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
     key = jax.random.key(0) if key is None else key
     # Every array is a buffer of its own, for the state is donated: nothing of the caller's, and
     # nothing twice.
     return DecodeState(
-        tokens=buffer,
+        tokens=jnp.zeros((b, capacity), jnp.int32).at[:, : tokens.shape[1]].set(tokens),
         length=jnp.array(lengths, copy=True),
         prompt_length=jnp.array(lengths, copy=True),
         finished=lengths >= capacity,
@@ -267,11 +264,7 @@ def decode(
 
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
-    """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up.
-
-    Raises:
-      ValueError: lists for another number of sequences.
-    """
+    """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up."""
     if isinstance(stop_tokens, int | np.integer):
         stop_tokens = (stop_tokens,)
     rows = list(stop_tokens)

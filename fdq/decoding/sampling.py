@@ -70,16 +70,10 @@ def candidates(
 def sample(
     logits: Float[Array, "b vocab"], keys: jax.Array | None, sampling: Sampling | None
 ) -> Int[Array, " b"]:
-    """The next token of each sequence.
+    """The next token of each sequence, int32; greedy where `sampling` is None.
 
-    Args:
-      logits: [B, V] float.
-      keys: [B] PRNG keys, one a sequence, so that a sequence draws the same alone and in a batch;
-        unused (and may be None) when greedy.
-      sampling: None is greedy.
-
-    Returns:
-      [B] int32.
+    Each sequence has a PRNG key of its own, so that it draws the same alone and in a batch; `keys`
+    may be None when greedy.
     """
     if sampling is None or sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

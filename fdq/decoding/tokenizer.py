@@ -4,22 +4,17 @@ Only a checkpoint's tokenizer.json is read: it says everything, and running it n
 the checkpoint's author.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 
 class Tokenizer:
     """A checkpoint's tokenizer: `encode`, `decode`, and the tokens that begin and end a text.
 
-    Attributes:
-      vocab_size: number of tokens, added ones included.
-      bos_token_id: token that begins a text, or None.
-      stop_token_ids: tokens after which generation ends; may be empty.
+    `vocab_size` counts added tokens as well.
     """
 
     def __init__(
@@ -31,15 +26,8 @@ class Tokenizer:
         self.stop_token_ids = tuple(stop_token_ids)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer of the checkpoint in `directory`, or whose tokenizer.json it is.
-
-        Raises:
-          FileNotFoundError: there is no tokenizer.json.
-          ValueError: tokenizer.json or the files beside it cannot be read.
-          ModuleNotFoundError: the `tokenizers` package is not installed; the message names the
-            extra that has it.
-        """
+    def load(cls, directory: str | os.PathLike[str]) -> Self:
+        """The tokenizer of the checkpoint in `directory`, or whose tokenizer.json it is."""
         folder = pathlib.Path(directory)
         folder = folder.parent if folder.name == "tokenizer.json" else folder
         path = folder / "tokenizer.json"
@@ -76,7 +64,7 @@ class Tokenizer:
         """Text of `tokens`; special tokens are left out."""
         return self._backend.decode([int(t) for t in tokens], skip_special_tokens=True)
 
-    def stream(self) -> TextStream:
+    def stream(self) -> "TextStream":
         """A decoder that is fed tokens as they come and returns text as soon as it is certain."""
         return TextStream(self)
 
@@ -112,10 +100,8 @@ class TextStream:
 
     def _texts(self) -> tuple[str, str]:
         decode = self._tokenizer.decode
-        return (
-            decode(self._tokens[self._context : self._shown]),
-            decode(self._tokens[self._context :]),
-        )
+        again = self._tokens[self._context :]
+        return decode(again[: self._shown - self._context]), decode(again)
 
 
 def _backend_class() -> Any:

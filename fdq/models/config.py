@@ -1,10 +1,8 @@
 """What a decoder is built from: sizes, rotary positions, and the parts of its layers."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from fdq.models.parts import (
     ATTENTIONS,
@@ -100,7 +98,7 @@ class DecoderConfig:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r}: expected float32, bfloat16 or float16")
 
-    def replace(self, **changes: Any) -> DecoderConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -120,7 +118,7 @@ class DecoderConfig:
         return _stored(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> DecoderConfig:
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """The config that `to_dict` was called on.
 
         Raises:
@@ -154,13 +152,9 @@ def _construct(cls: Any, name: str, fields: Any) -> Any:
             part = dict(fields[key])
             kind = kinds[part.pop("name", usual.name)]
             fields[key] = _construct(kind, key, part)
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(fields) - set(known))
-    missing = sorted(
-        key
-        for key, field in known.items()
-        if field.default is dataclasses.MISSING and key not in fields
-    )
+    known = {field.name: field.default for field in dataclasses.fields(cls)}
+    needed = {key for key, default in known.items() if default is dataclasses.MISSING}
+    unknown, missing = sorted(set(fields) - set(known)), sorted(needed - set(fields))
     if unknown or missing:
         raise ValueError(f"model {name}: unknown fields {unknown}, missing fields {missing}")
     return cls(**fields)

@@ -1,7 +1,5 @@
 """Reads a Hugging Face config.json key by key, and complains about what nobody read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,11 +171,7 @@ class ConfigReader:
         }
 
     def finish(self) -> None:
-        """Refuses keys that nobody read: they may change what the model computes.
-
-        Raises:
-          ValueError: the names of the keys and their values.
-        """
+        """Refuses keys that nobody read: they may change what the model computes."""
         unknown = {
             key: found
             for key, found in self.config.items()

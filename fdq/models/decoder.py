@@ -1,7 +1,5 @@
 """The decoder: embeddings, pre-norm layers, a final norm and the output head."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

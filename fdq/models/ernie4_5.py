@@ -1,7 +1,5 @@
 """ERNIE-4.5, dense: interleaved rotary positions, one switch for all biases."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fdq.models.config import DecoderConfig

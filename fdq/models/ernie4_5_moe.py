@@ -1,7 +1,5 @@
 """ERNIE-4.5 with experts: a correction bias that only selects, and shared experts."""
 
-from __future__ import annotations
-
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.ernie4_5 import read_base

@@ -1,7 +1,5 @@
 """A model family: how its config.json is read, its published models, its tensors' names."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -20,15 +18,11 @@ Widths = Literal["qkv", "equal"]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where a kind of tensor is in somebody else's checkpoint, as data.
+    """Where a kind of tensor, by its path in fdq's tree, is in somebody else's checkpoint, as data.
 
-    Attributes:
-      target: path in fdq's tree; `{i}` is a layer.
-      names: source names, joined along the last axis of the target; `{i}` is the layer, and
-        `{e}` an expert, over which the target's first axis goes.
-      layout: how each source tensor is stored.
-      widths: the sources' shares of the target's last axis: `qkv` by the model's heads, `equal`
-        parts.
+    The source `names` are joined along the target's last axis, with shares by `widths`: `qkv` by
+    the model's heads, or `equal` parts. `{i}` is the layer, and `{e}` an expert, over which the
+    target's first axis goes.
     """
 
     target: str

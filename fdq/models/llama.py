@@ -1,7 +1,5 @@
 """Llama 3, 3.1, 3.2 and everything that calls itself `llama`."""
 
-from __future__ import annotations
-
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family

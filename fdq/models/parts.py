@@ -7,8 +7,6 @@ router or order of norms is a class of its own in the table of its kind, and a f
 holds one: `ATTENTIONS.register(Latent)`, `DecoderConfig(..., attention=Latent(rank=512))`.
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from typing import Any, ClassVar, override

@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5: biases on q, k and v only."""
 
-from __future__ import annotations
-
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family

@@ -1,7 +1,5 @@
 """Qwen3, dense: norms of queries and keys per head."""
 
-from __future__ import annotations
-
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family

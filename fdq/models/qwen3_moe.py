@@ -1,7 +1,5 @@
 """Qwen3-MoE: Qwen3 attention, experts without shared ones and without a correction bias."""
 
-from __future__ import annotations
-
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family

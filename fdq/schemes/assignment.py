@@ -1,7 +1,5 @@
 """Which tensor gets what: leaves of a tree, matched with a recipe, as a table."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools
@@ -33,15 +31,10 @@ _EXPERT_KERNEL = re.compile(r"(?:.*\.)?mlp\.experts\.(?:gate_up_proj|down_proj)\
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One tensor of a tree, before any recipe looked at it.
+    """One tensor of a tree, before any recipe looked at it; shape `()` for what is no array.
 
-    Attributes:
-      path: components joined by dots.
-      shape, dtype: of the array; `()` and None for other things.
-      kind: `weight` is quantized by default, `on_request` only by a rule that names it,
-        `fixed` never.
-      why: for the last two, the reason.
-      aliases: other paths that lead to the same tensor.
+    Of `kind`, `weight` is quantized by default, `on_request` only by a rule that names it and
+    `fixed` never; `why` is the reason. `aliases` are other paths to the same tensor.
     """
 
     path: str
@@ -54,15 +47,10 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a recipe does with one tensor.
+    """What a recipe does with one tensor; `scheme` is None where it is left as it is.
 
-    Attributes:
-      path, shape, dtype: of the tensor.
-      scheme: what it is quantized to; None where it is left as it is.
-      reason: which rule, default or protection decided, or why it cannot be quantized.
-      rule: pattern of the rule that decided, if one did.
-      quantizer: name of the one that the rule or the recipe asks for.
-      nbytes, nbytes_after: bytes before and after.
+    `reason` says which rule, default or protection decided, or why it cannot be quantized; `rule`
+    is the pattern of the rule that decided, and `quantizer` the one that it or the recipe names.
     """
 
     path: str
@@ -122,9 +110,6 @@ class MatchTable:
         return aligned([head, *_folded(self.rows)], indent="  ")
 
 
-# --- From trees to leaves ------------------------------------------------------------------------
-
-
 def is_leaf(x: Any) -> bool:
     """Stops at quantized weights and Variables, which are pytrees themselves."""
     return isinstance(x, nnx.Variable) or is_quantized(x)
@@ -143,9 +128,7 @@ def is_float(dtype: Any) -> bool:
 def path_string(entries: Sequence[Any]) -> str:
     """Keys of a pytree path joined by dots, without Linen's outer `params`."""
     parts = [str(key) for key in path_pattern.path_keys(entries)]
-    if len(parts) > 1 and parts[0] == "params":
-        parts = parts[1:]
-    return ".".join(parts)
+    return ".".join(parts[1:] if len(parts) > 1 and parts[0] == "params" else parts)
 
 
 def leaves_of(tree: Any) -> list[Leaf]:
@@ -200,9 +183,6 @@ def leaf_at(path: str, value: Any) -> Leaf:
     else:
         kind = "weight"
     return Leaf(path, shape, dtype, kind, why)
-
-
-# --- Matching ------------------------------------------------------------------------------------
 
 
 def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES) -> MatchTable:
@@ -301,9 +281,6 @@ def _quantized_bytes(spec: WeightSpec, shape: tuple[int, ...]) -> int:
     *lead, k, n = shape
     arrays = WEIGHT_FORMATS[spec.format].abstract((k, n), spec)
     return math.prod(lead) * sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays.values())
-
-
-# --- Printing ------------------------------------------------------------------------------------
 
 
 def _folded(rows: Sequence[Row], *, schemes: bool = True) -> list[tuple[str, ...]]:

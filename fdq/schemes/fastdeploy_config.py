@@ -10,8 +10,6 @@ the config says that the checkpoint is quantized (`is_quantized` or `is_moe_quan
 `tensor_wise_fp8` and dense `w4afp8` are always static.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -67,15 +65,11 @@ _MIXTURES = {
     "wint2": ("wint2", "wint8"),
 }
 
-_FLAGS = {
-    "is_quantized": bool,
-    "is_moe_quantized": bool,
-    "is_permuted": bool,
-    "is_channel_wise": bool,
-    "has_zero_point": bool,
-    "moe_dynamic_quant": bool,
-    "hadamard_block_size": int,
-}
+_SWITCHES = (
+    "is_quantized", "is_moe_quantized", "is_permuted", "is_channel_wise", "has_zero_point",
+    "moe_dynamic_quant",
+)  # fmt: skip
+_FLAGS = {**dict.fromkeys(_SWITCHES, bool), "hadamard_block_size": int}
 _TYPES = ("dense_quant_type", "moe_quant_type", "kv_cache_quant_type")
 _KEYS = (*_FLAGS, *_TYPES, "quantization", "moe_quant_config", "image_moe_quant_type")
 _HUGGING_FACE = "quant_method"

@@ -5,8 +5,6 @@
 called and what it means unless a suffix says otherwise, its format knows (`schemes.kinds`).
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -57,9 +55,6 @@ class Unreadable(ValueError):
     """A part of a name that the grammar does not know; the message says which."""
 
 
-# --- What the formats are called -----------------------------------------------------------------
-
-
 def formats(part: str) -> Mapping[str, Any]:
     """The formats of the part `w`, `a` or `c`, by name; types are their names in the grammar."""
     if part == "a":
@@ -91,9 +86,6 @@ def _type() -> str:
     others = sorted((w for w in known if not _NUMBERED.fullmatch(w)), key=len, reverse=True)
     prefixes = "|".join(map(re.escape, sorted(numbered)))
     return "(?:" + "|".join([*map(re.escape, others), rf"(?:{prefixes})\d+(?:e\dm\d)?"]) + ")"
-
-
-# --- From fields to names ------------------------------------------------------------------------
 
 
 def weight_suffixes(spec) -> list[str]:
@@ -133,9 +125,6 @@ def cache_suffixes(spec) -> list[str]:
     """Suffixes of a CacheSpec."""
     names = {granularity: name for name, granularity in CACHE_SUFFIXES.items()}
     return [] if spec.granularity == "token_head" else [names[spec.granularity]]
-
-
-# --- From names to fields ------------------------------------------------------------------------
 
 
 def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:
@@ -227,9 +216,6 @@ def _suffix(word: str) -> tuple[str, str, Fields]:
     elif found["kind"] == "x":
         fields["granularity"] = "token_group"
     return ("a" if found["kind"] == "x" else "w"), "what shares a scale", fields
-
-
-# --- The nearest valid name ----------------------------------------------------------------------
 
 
 def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:

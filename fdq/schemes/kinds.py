@@ -4,8 +4,6 @@ Names are read here, below the formats that they name, so each format brings its
 name in a scheme, its default spec and what a spec of it may say.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from fdq.registry import Registry

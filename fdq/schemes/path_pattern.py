@@ -6,8 +6,6 @@ matches and everything below: `layers.0` covers `layers.0.mlp.down_proj.kernel` 
 `layers.01` or `layers.0x`.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterable

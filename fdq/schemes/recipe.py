@@ -35,14 +35,10 @@ _PROTECTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What one pattern of paths gets.
+    """What one pattern of paths gets; a `required` rule that quantizes nothing is an error.
 
-    Attributes:
-      pattern: a glob, see `fdq.schemes.path_pattern`.
-      scheme: `None` leaves what matches as it is. Its name is accepted. The cache is no matter
-        of single tensors, so the scheme has none.
-      required: True makes a rule that quantizes nothing an error.
-      quantizer: the name of what chooses the codes; None leaves it to `method=`, or by bits.
+    `scheme`, or its name, has no cache, which is no matter of single tensors; None leaves what
+    matches as it is. `quantizer` chooses the codes; None leaves it to `method=`, or by bits.
     """
 
     pattern: str
@@ -64,13 +60,9 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """What a recipe says about one path.
+    """What a recipe says about one path; a `scheme` of None leaves the tensor as it is.
 
-    Attributes:
-      scheme: `None` leaves the tensor as it is.
-      rule: the rule that decided; `None` for the default or a protection.
-      reason: the same in words.
-      quantizer: the one that the rule, or the recipe for its default, names.
+    `rule` decided, None for the default or a protection; `reason` is the same in words.
     """
 
     scheme: Scheme | None
@@ -328,16 +320,13 @@ def _read_rule(rule: Any) -> tuple[str, Scheme | None, bool, str | None]:
     if isinstance(rule, Rule):
         return rule.pattern, rule.scheme, rule.required, rule.quantizer
     fields = list(rule) if isinstance(rule, (tuple, list)) else []
-    if len(fields) == 2:
-        fields.append({})
-    options = fields[2] if len(fields) == 3 else None
+    options = {} if len(fields) == 2 else fields[2] if len(fields) == 3 else None
     if not isinstance(options, Mapping) or set(options) - {"quantizer"}:
         raise ValueError(
             "A rule is a pair (pattern, scheme), such as ('*.experts', 'W4A16'), and may have "
             f"dict(quantizer=name) after it; got {rule!r}."
         )
-    pattern, scheme, _ = fields
-    return pattern, _scheme_or_none(scheme), True, options.get("quantizer")
+    return fields[0], _scheme_or_none(fields[1]), True, options.get("quantizer")
 
 
 def _entry(pattern: str, value: Any, compat: str | None) -> tuple[Any, ...]:
