@@ -41,11 +41,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's table, one row a tensor; prints itself.
+    """A checkpoint's table; prints itself.
 
-    `kind` is `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the
-    name of another importer. `disk_bytes` counts all files, metadata and tokenizer included;
-    `verified` says that all checksums were compared (and matched).
+    Attributes:
+      path: of the checkpoint.
+      kind: `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the name
+        of another importer.
+      scheme: its name, if quantized.
+      rows: one a tensor.
+      disk_bytes: of all files, metadata and tokenizer included.
+      verified: whether all checksums were compared (and matched).
+      provenance: where the weights came from.
     """
 
     path: str
@@ -109,8 +115,13 @@ class Inspection:
 def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection:
     """The table of an fdq checkpoint, or of a float model's directory.
 
-    `verify` reads all data and compares the checksums. FileNotFoundError where there is no such
-    directory, CheckpointError where it is damaged, or no checkpoint.
+    Args:
+      path: the directory.
+      verify: read all data and compare the checksums.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      CheckpointError: it is damaged, or no checkpoint.
     """
     folder = pathlib.Path(path)
     if not os.path.lexists(folder / manifests.FILE_NAME):
@@ -128,7 +139,12 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Compares all checksums; CheckpointError names the first thing that is missing or changed."""
+    """Compare every checksum of an fdq checkpoint, weights and files.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      CheckpointError: something is missing or changed; the first such thing is named.
+    """
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such directory.")

@@ -30,10 +30,17 @@ def quantize_activation(
     *,
     path: str = "<array>",
 ) -> tuple[Num[Array, "*m k"], Float[Array, "*scales"]]:
-    """Codes of activations, int8 or float8_e4m3fn `[..., K]`, and their float32 scales.
+    """Codes and scales of activations.
 
-    Scales are `[..., 1]` (token, tensor) or `[..., ceil(K / group)]` (token_group); `scale` is the
-    calibrated one, with one element, not allowed where `spec.dynamic`. `path` is for errors only.
+    Args:
+      x: float `[..., K]`.
+      spec: format, granularity and whether scales are dynamic.
+      scale: the calibrated one, an array with one element; not allowed where `spec.dynamic`.
+      path: name of the layer, used only in errors.
+
+    Returns:
+      `(codes, scale)`: int8 or float8_e4m3fn `[..., K]`, float32 `[..., 1]` (token, tensor)
+      or `[..., ceil(K / group)]` (token_group).
     """
     bound = spec.bound
     x = x.astype(jnp.float32)

@@ -51,9 +51,15 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
-        """Quantizes one matrix `[K, N]` in the checkpoint's dtype, with statistics `[K]`; traced.
+        """Quantizes one matrix; traced.
 
-        Returns the arrays of the format, by field name of `QTensor`.
+        Args:
+          w: `[K, N]` in the dtype of the checkpoint.
+          spec: how it is stored.
+          statistics: `[K]` each, by name.
+
+        Returns:
+          The arrays of the format, by field name of `QTensor`.
         """
 
     def slabs(self, shape: tuple[int, ...], spec: WeightSpec) -> int:
@@ -106,7 +112,13 @@ def pick(
 def expected_distortion(
     spec: WeightSpec, method: str | None = None, *, k: int = 4096
 ) -> Distortion:
-    """The squared error to expect, without quantizing; `method` None is the spec's default."""
+    """The squared error to expect, without quantizing a tensor.
+
+    Args:
+      spec: how the weight is stored.
+      method: a quantizer's name; None is the spec's default.
+      k: rows of the weight, `[k, N]` independent N(0, 1) numbers with N large.
+    """
     return pick(spec, method).expected_distortion(spec, k)
 
 

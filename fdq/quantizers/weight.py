@@ -27,19 +27,30 @@ def quantize_array(
     statistics: Statistics | None = None,
     path: str = "<array>",
 ) -> QTensor:
-    """Quantizes one weight `[..., K, N]` of any float dtype; leading axes are experts or layers.
+    """Quantizes one weight.
 
-    It may be a tracer, or a `jax.ShapeDtypeStruct` (the result then holds those). The QTensor has
-    the canonical layout; `jax.vmap(quantize_array)` over leading axes gives the same tree as one
-    call on the stack. ValueError, naming `path`, where the weight is not a float matrix, has NaN or
-    infinity (only looked for in concrete arrays), or does not fit the spec.
+    Args:
+      w: `[..., K, N]` of any float dtype; leading axes are experts or layers. Also a tracer, or a
+        `jax.ShapeDtypeStruct` (the result then holds those).
+      spec: how the weight is stored.
+      method: the name of a quantizer. `"absmax"` maps the largest magnitude of a group to the
+        highest level; `"signed_max"` to the lowest, with a signed scale (integers);
+        `"four_over_six"` the better of two scales (`nvfp4`); `"search"` takes the scale of least
+        squared error. None: `"search"` for 4 bits and fewer, else `"absmax"`.
+      compat: `"fastdeploy"` (its GPU kernel) or `"fastdeploy-cpu"` reproduces FastDeploy's WINT8
+        and WINT4 bit for bit. Excludes `method` and `importance`.
+      importance: `[..., K]` nonnegative weight of the squared error of each input channel, such as
+        the mean square of what multiplies it (statistic `mean_square`); only with `"search"`.
+      statistics: those of the weight's input, by name; the quantizer takes what it uses.
+      path: name of the parameter, used only in errors.
 
-    `method` names a quantizer: `"absmax"` maps the largest magnitude of a group to the highest
-    level; `"signed_max"` to the lowest, with a signed scale (integers); `"four_over_six"` the
-    better of two scales (`nvfp4`); `"search"` takes the scale of least squared error. None is
-    `"search"` for 4 bits and fewer, else `"absmax"`. `compat`, which excludes `method` and
-    `importance`, and `importance`, `[..., K]` and only with `"search"`, are as in `fdq.quantize`.
-    Of `statistics` (of the input, by name) the quantizer takes what it uses.
+    Returns:
+      A QTensor in the canonical layout. `jax.vmap(quantize_array)` over leading axes gives the
+      same tree as one call on the stack.
+
+    Raises:
+      ValueError: the weight is not a float matrix, has NaN or infinity (only looked for in
+        concrete arrays), or does not fit the spec; the message names `path`.
 
     Examples:
       >>> w = jnp.linspace(-1.0, 1.0, 256).reshape(128, 2)
