@@ -10,6 +10,7 @@ import pytest
 
 from docs.import_graph import ROOT
 from fdq.analysis.shipped_model import shipped_model_path
+from tests.covering import slow
 
 # What the README leaves to its reader.
 BEFORE = """
@@ -23,7 +24,7 @@ tokens = jnp.arange(24).reshape(1, 24)
 """
 
 
-@pytest.mark.parametrize("scripts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scripts", [1, slow(2)])
 def test_readme_scripts_run_beside_files_of_the_same_names(tmp_path, scripts):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     assert len(blocks) == 3

@@ -124,6 +124,7 @@ def test_forbidden_tokens_of_the_reference_do_not_spoil_the_divergence(rng):
     assert math.isfinite(report.kl_nats_per_token)
 
 
+@pytest.mark.slow
 def test_through_a_16_bit_cache_nothing_changes_and_through_8_bits_little(decoder, rng):
     tokens = rng.integers(0, 64, 40)
     plain = evaluate(decoder, tokens, reference=decoder, window=16, batch=2)

@@ -12,6 +12,7 @@ from fdq.cache.kv_cache import KVCache
 from fdq.models import CONFIGS, Decoder
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.scheme import CacheSpec
+from tests.covering import slow
 from tests.fastdeploy_configs import WINT2
 
 ERNIE_300B = "ernie-4.5-300b-a47b"
@@ -34,7 +35,7 @@ def test_wint2_takes_what_fastdeploy_publishes():
     assert kinds["embeddings"] == kinds["norms"] == "bfloat16"
 
 
-@pytest.mark.parametrize("model", ["ernie-4.5-21b-a3b", ERNIE_300B])
+@pytest.mark.parametrize("model", [slow("ernie-4.5-21b-a3b"), ERNIE_300B])
 @pytest.mark.parametrize(
     ("scheme", "bits"),
     [("WINT8", 8.0), ("WINT4", 4.125), ("block_wise_fp8", 8.0019), ("WINT2", 2.0625)],

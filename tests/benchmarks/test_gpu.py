@@ -42,6 +42,7 @@ from fdq.quantizers import quantize_array
 from pallas_kernels.aot import report_files as reports
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.tuning import choices
+from tests.covering import slow
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -81,7 +82,9 @@ def test_layer_shapes():
     assert ernie["shared gate_up"] == (2560, 6144)
 
 
-@pytest.mark.parametrize("name", ["W4", "W8", "WCC2", "WNVFP4", "Wfp8", "W4-asym"])
+@pytest.mark.parametrize(
+    "name", ["W4", slow("W8"), slow("WCC2"), "WNVFP4", slow("Wfp8"), slow("W4-asym")]
+)
 def test_random_weights_are_as_quantized_ones(name):
     spec = weight_spec(name)
     made = random_weight(jax.random.key(3), (256, 1280), spec)
@@ -93,7 +96,7 @@ def test_random_weights_are_as_quantized_ones(name):
     assert stack.shape == (5, 256, 384)
 
 
-@pytest.mark.parametrize("name", ["C16", "C8", "Cfp8", "C4", "C8-kvchannel"])
+@pytest.mark.parametrize("name", ["C16", "C8", slow("Cfp8"), "C4", slow("C8-kvchannel")])
 def test_random_caches_have_the_shapes_of_the_cache(name):
     spec = parse_format(name)
     cache = random_cache(jax.random.key(0), (2, 3, 700, 64), spec, "bfloat16")
@@ -189,6 +192,7 @@ def test_cublas_is_what_it_says():
     assert found == "ValueError: XLA compiled it without a call of __cublas$"  # on a CPU
 
 
+@pytest.mark.slow
 def test_a_matrix_case_runs_interpreted():
     case = next(c for c in gpu_cases.matrix_cases() if c.format == "W4" and c.m == 2)
     report = measure_matrix(cut(case), SMOKE)
@@ -203,6 +207,7 @@ def table_with(monkeypatch, *rows):
     monkeypatch.setattr(choices, "_rows", lambda file: list(rows))
 
 
+@pytest.mark.slow
 def test_a_product_is_cut_as_the_tuning_table_says(monkeypatch):
     row = {"kernel": "matrix_vector", "formats": ["int4"], "use": "mosaic_gpu"}
     table_with(monkeypatch, {**row, "config": {"split": 2}})
@@ -225,6 +230,7 @@ def test_experts_are_cut_as_the_tuning_table_says(monkeypatch):
     assert report["experts"] == 4  # tokamax makes as many
 
 
+@pytest.mark.slow
 def test_an_attention_case_runs_interpreted():
     case = next(c for c in gpu_cases.attention_cases() if c.format == "C8")
     report = measure_attention(small(case), SMOKE)

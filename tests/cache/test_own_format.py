@@ -64,6 +64,7 @@ def test_a_format_of_ones_own_generates(int6, model):
     assert [len(tokens) for tokens in out] == [6, 6]
 
 
+@pytest.mark.slow
 def test_it_is_calibrated_and_planned(int6, model):
     spec = fdq.CacheSpec.parse("C6-kvhead")
     tokens = np.arange(10).reshape(1, 10)

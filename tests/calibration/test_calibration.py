@@ -63,6 +63,7 @@ def test_decoder_is_observed_and_left_alone(decoder, tokens, calibration):
         calibration.activation_scale("lm_head.missing", spec)
 
 
+@pytest.mark.slow
 def test_cache_ranges_are_those_of_the_cache(decoder, tokens, calibration):
     cache = KVCache.init(CONFIG, 3, 10)
     _, cache = decoder.extend(jnp.asarray(tokens), cache, jnp.int32(0))

@@ -18,11 +18,12 @@ from fdq_checkpoints import CheckpointError, convert, load, save
 from fdq_checkpoints.store import orbax_store
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
+from tests.covering import slow
 
 SOURCE = builders.MODELS / "ernie4_5_moe"
 
 
-@pytest.mark.parametrize("scheme", ["W8A16C8", {"*.experts": "W4A8-g16", "*": "W8A16"}])
+@pytest.mark.parametrize("scheme", [slow("W8A16C8"), {"*.experts": "W4A8-g16", "*": "W8A16"}])
 def test_converting_loading_and_quantizing_agree(tmp_path, scheme):
     convert(SOURCE, tmp_path / "a", scheme)
     converted = load(tmp_path / "a")
@@ -37,7 +38,9 @@ def test_converting_loading_and_quantizing_agree(tmp_path, scheme):
         convert(tmp_path / "a", tmp_path / "b", "W8A16")
 
 
-@pytest.mark.parametrize("point", ["tensor:1", "tensor:9", "unrecorded", "finalized"])
+@pytest.mark.parametrize(
+    "point", [slow("tensor:1"), "tensor:9", slow("unrecorded"), slow("finalized")]
+)
 def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(tmp_path, point, monkeypatch):
     root = pathlib.Path(__file__).parents[2]
     script = pathlib.Path(__file__).with_name("interrupted_conversion.py")
@@ -67,6 +70,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(tmp_path, poi
     ]
 
 
+@pytest.mark.slow
 def test_static_scales_come_from_sample_tokens(tmp_path):
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
     options = {"calibration": tokens}

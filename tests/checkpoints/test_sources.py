@@ -109,6 +109,7 @@ class Models(Importer):
         return PartlyPacked(folder)
 
 
+@pytest.mark.slow
 def test_what_a_model_has_in_codes_stays_and_the_rest_follows_the_recipe(tmp_path):
     folder = tmp_path / "toy"
     folder.mkdir()
@@ -130,6 +131,7 @@ def test_what_no_importer_claims_is_refused_as_ever(tmp_path):
         load(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_statistics_reach_quantize_load_and_convert(tmp_path):
     source = builders.MODELS / "ernie4_5_moe"
     floats = load(source)

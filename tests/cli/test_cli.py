@@ -294,6 +294,7 @@ def test_sizes_have_three_digits(count, text):
     assert size(count) == text
 
 
+@pytest.mark.slow
 def test_demo_converts_decodes_and_compares(tmp_path):
     out = tmp_path / "kept"
     arguments = ("demo", "-s", "W8A16C8", "--text-bytes", 2048, "--out", out, "--json")

@@ -77,6 +77,7 @@ def test_help_has_an_example():
     assert "fdq kernels --gpu l4" in run("--help").stdout
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_one_gpu(cases):
     """A kernel that is not promised to run there is no failure, and the table says why not."""
@@ -88,6 +89,7 @@ def test_one_gpu(cases):
     assert "another shape" not in output
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_all_shapes_of_one_gpu_as_json(cases, tmp_path):
     file = tmp_path / "new" / "report.json"
@@ -184,6 +186,7 @@ def small_model(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_decode_step(small_model, tmp_path):
     file = tmp_path / "steps.json"

@@ -19,6 +19,7 @@ from fdq.decoding.loop import DecodeState, _decode, _extend, decode, functional,
 from fdq.decoding.sampling import Sampling
 from fdq.nn import split
 from fdq.schemes.scheme import CacheSpec
+from tests.covering import slow
 from tests.models import oracles
 
 SLOTS = 48
@@ -72,9 +73,10 @@ STATIC = [
 # Root mean square of what a format adds to the logits, relative to their standard deviation:
 # 1.5 times what was measured (this model's attention is sharp: a trained one's logits move less).
 ADDED = {"int8": 0.018, "float8_e4m3": 0.085, "int4": 0.25}
+CACHES = ["C8", slow("Cfp8"), slow("C4"), slow(STATIC[0]), slow(STATIC[1]), STATIC[2]]
 
 
-@pytest.mark.parametrize("format", ["C8", "Cfp8", "C4", *STATIC], ids=str)
+@pytest.mark.parametrize("format", CACHES, ids=str)
 def test_every_cache_format_chooses_the_same_tokens(model, format):
     """Where the gap between the two best logits exceeds four times what the format adds."""
     expected = oracles.oracle(ORACLE)[1]
@@ -242,7 +244,7 @@ def abstract_state(batch, slots, format, config=CONFIG):
     return jax.eval_shape(init)
 
 
-@pytest.mark.parametrize(("format", "batch"), [("C16", 1), ("C8", 3), ("C4", 1)])
+@pytest.mark.parametrize(("format", "batch"), [slow("C16", 1), ("C8", 3), slow("C4", 1)])
 def test_the_loop_works_in_the_donated_cache(format, batch):
     """No temporary and no copy grows with the slots; the cache comes back where it was."""
     config = CONFIG.replace(num_layers=1)
@@ -459,7 +461,7 @@ def mixture_of_experts(experts, scheme):
     return lowered.compile(), params["layers"][0]["mlp"]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16-g32", "W8A8"])
+@pytest.mark.parametrize("scheme", ["W4A16-g32", slow("W8A8")])
 def test_decoding_with_experts_reads_only_those_picked(scheme):
     """Nothing has an axis of all experts, and ten times the experts cost no more bytes."""
     few, many = 37, 370

@@ -13,6 +13,7 @@ from fdq.models import Decoder, DecoderConfig, MoEConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import implementation
 from fdq.ops.kernels import MOSAIC_GPU
+from tests.covering import slow
 
 STEPS = 4
 PROMPTS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -20,9 +21,9 @@ LENGTHS = [8, 5]
 
 
 def config(family):
-    """Two layers, 128 wide, heads of 64."""
-    moe = None
-    if family == "experts":
+    """Two layers, or one; 128 wide, heads of 64."""
+    moe, layers, experts = None, 1 if family == "layer" else 2, family == "experts"
+    if experts:
         moe = MoEConfig(
             num_experts=64,
             top_k=2,
@@ -37,15 +38,15 @@ def config(family):
         vocab_size=256,
         hidden_size=128,
         intermediate_size=256,
-        num_layers=2,
+        num_layers=layers,
         num_heads=4,
         num_kv_heads=2,
         head_dim=64,
         rms_norm_epsilon=1e-6,
-        rotary=RotaryConfig(interleaved=family == "experts"),
+        rotary=RotaryConfig(interleaved=experts),
         qk_norm=family == "dense",
         qkv_bias=family == "dense",
-        tie_word_embeddings=family == "experts",
+        tie_word_embeddings=experts,
         moe=moe,
         dtype="float32",
     )
@@ -71,9 +72,10 @@ def decode(model, scheme):
 @pytest.mark.parametrize(
     ("family", "scheme"),
     [
-        ("experts", "W4A16C8-g64"),
-        ("dense", "W8A8C4"),
-        pytest.param("dense", "W4A16C8-g64", marks=pytest.mark.slow),
+        ("layer", "W4A16C8-g64"),
+        slow("experts", "W4A16C8-g64"),
+        slow("dense", "W8A8C4"),
+        slow("dense", "W4A16C8-g64"),
     ],
 )
 def test_tokens_are_those_of_xla(family, scheme, monkeypatch, caplog):

@@ -12,9 +12,14 @@ from jax.sharding import PartitionSpec as P
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import pick, quantize_array
+from tests.covering import covering, slow
 from tests.formats.cases import CASES, defined_value, levels_of, scale_of, spec, spread, stack
 
-every_format = pytest.mark.parametrize("case", CASES, ids=str)
+every_format = pytest.mark.parametrize(
+    "case",
+    covering(CASES, lambda c: (c.spec.format, c.spec.granularity, c.spec.zero_point)),
+    ids=str,
+)
 decode = jax.jit(dequantize)
 
 
@@ -67,7 +72,15 @@ def test_every_weight_has_its_nearest_level(case):
             assert np.all(found <= half + excess)
 
 
-@every_format
+# Integers, floats, a codebook, small floats and the trellis: quantizers that are alike.
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case.name in ("int4-g128", "fp8", "nf4-g64", "nvfp4", "cc2") else slow(case)
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_vmap_stack_and_abstract_quantization_agree(case):
     w = stack(case)
     if case.n > 16:
@@ -117,8 +130,16 @@ def test_decodes_inside_vmap_and_scan(case):
     np.testing.assert_array_equal(np.asarray(both[1]), expected)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda a: a.name)
-@pytest.mark.parametrize("axis", ["K", "N"])
+@pytest.mark.parametrize(
+    ("axis", "axis_type"),
+    [
+        ("K", AxisType.Explicit),
+        ("N", AxisType.Auto),
+        slow("K", AxisType.Auto),
+        slow("N", AxisType.Explicit),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 @every_format
 def test_decodes_sharded(case, axis, axis_type):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))

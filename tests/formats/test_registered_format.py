@@ -120,6 +120,7 @@ def test_modules_of_others(format, name):
     assert_close(quantized(jnp.asarray(x)), expected, of_largest=1e-5)
 
 
+@pytest.mark.slow  # by default one of test_additions.py goes all the way
 def test_models_are_saved_restored_and_generate(name, tmp_path):
     model = fdq.load(shipped_model_path(), name)
     fdq.save(model, tmp_path / "model")

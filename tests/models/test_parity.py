@@ -8,10 +8,19 @@ import pytest
 import fdq.models
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.loop import decode, prefill
+from tests.covering import covering, slow
 from tests.models import oracles
 
+one_of_each_family = pytest.mark.parametrize(
+    "name",
+    covering(
+        oracles.NAMES,
+        lambda name: (oracles.read_config(name)["model_type"], name.endswith("window")),
+    ),
+)
 
-@pytest.mark.parametrize("name", oracles.NAMES)
+
+@one_of_each_family
 def test_logits(name):
     model, expected = oracles.oracle(name)
     logits = jax.jit(lambda model, tokens: model(tokens))(model, expected["input_ids"])
@@ -20,7 +29,10 @@ def test_logits(name):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", oracles.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("ernie4_5_moe", "qwen2_window") else slow(name) for name in oracles.NAMES],
+)
 def test_greedy_tokens_through_the_cache(name):
     """Four prompts of three lengths in one batch, each as transformers continues it alone."""
     model, expected = oracles.oracle(name)

@@ -6,10 +6,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fdq
+from tests.covering import slow
 from tests.models import oracles
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "axis_type",
+    [AxisType.Explicit, slow(AxisType.Auto)],
+    ids=str,
+)
 def test_weights_sharded_over_output_channels(axis_type):
     model, expected = oracles.oracle("ernie4_5_moe")
     mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))

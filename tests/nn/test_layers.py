@@ -13,6 +13,7 @@ from fdq import nn
 from fdq.cache import CacheTensor, LayerCache
 from fdq.nn.attention import QUERY_BLOCK, causal_attention
 from fdq.schemes.scheme import ActivationSpec
+from tests.covering import slow
 
 
 def rngs():
@@ -65,8 +66,9 @@ def test_quantized_variables_are_no_params():
     np.testing.assert_allclose(gradient["bias"].get_value(), 2.0)
 
 
-@pytest.mark.parametrize("scheme", [None, "W4A16-g16"])
-@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize(
+    ("tokens", "scheme"), [(2, "W4A16-g16"), (9, None), slow(2, None), slow(9, "W4A16-g16")]
+)
 def test_experts(scheme, tokens, rng):
     layer = nn.Experts(4, 32, 16, rngs=rngs())
     gate_up, down = (np.asarray(nn.value(p.kernel)) for p in (layer.gate_up_proj, layer.down_proj))

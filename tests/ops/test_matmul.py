@@ -17,10 +17,18 @@ from fdq.ops.choice import Target
 from fdq.ops.matmul import xla
 from fdq.ops.matmul.xla import _compute_dtype
 from tests.closeness import error
+from tests.covering import covering
 from tests.formats.cases import PRODUCTS, quantized
 
 TOLERANCE = 5e-6
 FORMULATIONS = (("fused", 4), ("tiles", 200), ("whole", 0))
+
+every_product = pytest.mark.parametrize(
+    "name",
+    covering(
+        PRODUCTS, lambda n: (PRODUCTS[n].format, PRODUCTS[n].granularity, PRODUCTS[n].zero_point)
+    ),
+)
 
 
 @functools.cache
@@ -43,7 +51,7 @@ def rows(rng, m, k=256):
     return jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@every_product
 def test_equals_the_decoded_product(name, rng):
     q = quantized(name)
     for program, m in zip(FORMULATIONS, (1, 3, 3), strict=True):
@@ -53,7 +61,7 @@ def test_equals_the_decoded_product(name, rng):
         assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@every_product
 def test_transformations(name, rng):
     """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program.
 
@@ -90,7 +98,7 @@ def _partition(q):
     )
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@every_product
 def test_sharded_over_eight_devices(name, rng):
     q, x = quantized(name), rows(rng, 3)
     expected = np.asarray(x, np.float64) @ decoded(name)

@@ -19,6 +19,7 @@ from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.preparation import prepare_in_place
 from tests.closeness import error
+from tests.covering import slow
 
 TOLERANCE = 5e-6
 SCHEMES = ["W8A16", "W4A16", "W4A16-g64", "W2A16"]
@@ -51,8 +52,17 @@ def test_prepared_weights_give_the_same_products(scheme, rng, kernels):
         np.testing.assert_array_equal(getattr(back, name), array)
 
 
-@pytest.mark.parametrize("activation", ["int8", "fp8", "fp8-x128"])
-@pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
+@pytest.mark.parametrize(
+    ("scheme", "activation"),
+    [
+        ("W8A16", "int8"),
+        ("W4A16", "fp8"),
+        ("W4A16", "fp8-x128"),
+        slow("W4A16", "int8"),
+        slow("W8A16", "fp8"),
+        slow("W8A16", "fp8-x128"),
+    ],
+)
 def test_quantized_activations(scheme, activation, rng, kernels):
     q = ops.prepare(weight(scheme))
     x = jnp.asarray(rng.standard_normal((2, 256)), jnp.float32)
@@ -153,7 +163,7 @@ def test_a_kernel_that_disagrees_is_switched_off_once(monkeypatch, caplog):
     assert nothing is not None  # zeros prove nothing
 
 
-@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("activation", [slow(None), "int8"])
 def test_experts_in_the_kernels_layout(activation, rng, kernels):
     """Up to 8 rows are gathered by the kernel; XLA takes one expert at a time out of the layout."""
     stack = fdq.quantize(jnp.asarray(rng.standard_normal((4, 256, 128)), jnp.float32), "W4A16")
@@ -218,6 +228,7 @@ def test_a_loaded_model_is_prepared_a_weight_at_a_time(kernels):
     np.testing.assert_array_equal(first.data.get_value().words, words)
 
 
+@pytest.mark.slow
 def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(self_check, "is_real", lambda device: True)
     monkeypatch.setattr(self_check, "_RESULTS", {})

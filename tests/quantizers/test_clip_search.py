@@ -8,6 +8,7 @@ import pytest
 
 from fdq.formats.qtensor import dequantize
 from fdq.quantizers import clip_search, quantize_array
+from tests.covering import slow
 from tests.formats.cases import levels_of, spec
 
 
@@ -20,10 +21,10 @@ def errors(w, s, method, importance=None):
     ("s", "closed"),
     [
         (spec("int4", 128), ("absmax", "signed_max")),
-        (spec("int4", 128, zero_point="integer"), ("absmax",)),
+        slow(spec("int4", 128, zero_point="integer"), ("absmax",)),
         (spec("int2", 64, zero_point="half"), ("absmax",)),
         (spec("nf4", 64), ("absmax",)),
-        (spec("mxfp4", 32, "float8_e8m0fnu"), ("absmax",)),
+        slow(spec("mxfp4", 32, "float8_e8m0fnu"), ("absmax",)),
         (spec("nvfp4", 16, "float8_e4m3fn"), ("absmax", "four_over_six")),
     ],
     ids=str,

@@ -14,6 +14,8 @@ from fdq.nn.general import Equation
 from fdq.quantizers import quantize_array
 from fdq.quantizers.modules import collect
 from fdq.quantizers.quantization import match_table, quantize
+from fdq.schemes.scheme import Scheme
+from tests.covering import covering, slow
 
 WIDTH, HEADS, LAYERS = 64, 4, 3
 
@@ -110,7 +112,7 @@ def relative_error(x, reference):
     return np.linalg.norm(x - reference) / np.linalg.norm(reference)
 
 
-@pytest.mark.parametrize(("scheme", "error"), [("W8A16", 0.02), ("W4A16-g32", 0.25)])
+@pytest.mark.parametrize(("scheme", "error"), [("W8A16", 0.02), slow("W4A16-g32", 0.25)])
 def test_outputs_are_those_of_the_decoded_weights(scheme, error):
     y = output(quantized(scheme))
     assert relative_error(y, output(decoded(quantized(scheme)))) < 2e-6
@@ -480,7 +482,12 @@ FASTDEPLOY = (
 )
 
 
-@pytest.mark.parametrize("name", [*MISSION.split(), *FASTDEPLOY.split()])
+def _kinds(name):
+    scheme = Scheme.parse(name)
+    return scheme.weight.format, scheme.activation
+
+
+@pytest.mark.parametrize("name", covering([*MISSION.split(), *FASTDEPLOY.split()], _kinds))
 def test_every_scheme_works_in_a_users_layer(name, rng):
     layer = nnx.Linear(128, 16, rngs=nnx.Rngs(0))
     x = rng.standard_normal((4, 128)).astype(np.float32)

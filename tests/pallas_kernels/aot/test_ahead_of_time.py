@@ -9,6 +9,7 @@ import time
 
 import aot_programs as programs
 import pytest
+from covering import slow
 
 from pallas_kernels.aot import cuda_tools
 from pallas_kernels.aot.ahead_of_time import (
@@ -45,7 +46,7 @@ JOBS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[slow(None)], ids=[""])
 def reports():
     """The report of each job, by the name of its case and its GPU."""
     compiled = compile_jobs(JOBS, processes=PROCESSES)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from covering import covering, slow
 
 import fdq
 from fdq.cache import CacheTensor, quantize_cache
@@ -111,7 +112,12 @@ TENSOR_CORES = {
 }
 
 
-@pytest.mark.parametrize("name", CUDA_CORES)
+def _kinds(name):
+    spec = SPECS[name]
+    return (None, None) if spec is None else (spec.format, spec.dynamic)
+
+
+@pytest.mark.parametrize("name", covering(CUDA_CORES, _kinds))
 def test_formats_on_cuda_cores(rng, name):
     sizes, parts = CUDA_CORES[name]
     slots = sizes.slots
@@ -123,7 +129,7 @@ def test_formats_on_cuda_cores(rng, name):
         assert_close(out, xla[:, 0], of_largest=BOUND)
 
 
-@pytest.mark.parametrize("name", TENSOR_CORES)
+@pytest.mark.parametrize("name", covering(TENSOR_CORES, _kinds))
 def test_formats_on_tensor_cores(rng, name):
     sizes, parts = TENSOR_CORES[name]
     slots = sizes.slots
@@ -148,7 +154,7 @@ def test_lengths_and_windows(rng, tensor_cores):
     assert not out[0].any()
 
 
-@pytest.mark.parametrize("tensor_cores", [False, True])
+@pytest.mark.parametrize("tensor_cores", [slow(False), True])
 def test_what_counts(rng, tensor_cores):
     """Hidden slots do not, not even scales of zero as in a fresh cache; to the bit.
 
@@ -190,7 +196,8 @@ def test_large_scores(rng, tensor_cores):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("int8", 3e5), ("int4", 1e-6), ("float16", 3e5), ("int8 channel", 1e-6)]
+    ("name", "size"),
+    [("int8", 3e5), ("int4", 1e-6), slow("float16", 3e5), slow("int8 channel", 1e-6)],
 )
 def test_queries_beyond_float16_on_tensor_cores(rng, name, size):
     """Codes meet queries as float16, which ends at 65504 and has few bits below 2^-14."""

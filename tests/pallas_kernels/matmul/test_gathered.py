@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from canonical_weights import Case, generator, random_weight
 from closeness import error
+from covering import slow
 
 from pallas_kernels.matmul.gathered import (
     gathered_matrix_vector,
@@ -41,7 +42,7 @@ def expected(x, values, index):
 
 @pytest.mark.parametrize(
     ("case", "t", "top_k", "k", "n"),
-    [(INT4, 1, 2, 256, 128), (INT4, 3, 2, 128, 200), (INT8, 8, 1, 128, 128)],
+    [slow(INT4, 1, 2, 256, 128), (INT4, 3, 2, 128, 200), slow(INT8, 8, 1, 128, 128)],
     ids=str,
 )
 def test_each_pick_reads_its_expert(case, t, top_k, k, n):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import slow
 
 import fdq
 from fdq.ops.prepared_weight import kernel_weight
@@ -40,12 +41,12 @@ def weight(rng, k, n, kind):
 @pytest.mark.parametrize(
     ("kind", "k", "n", "m"),
     [
-        (spec("int8"), 200, 100, 3),
+        slow(spec("int8"), 200, 100, 3),
         (spec("int8"), 512, 256, 1),
-        (spec("int4"), 328, 128, 2),
+        slow(spec("int4"), 328, 128, 2),
         (spec("int4", 128), 512, 200, 8),
         (spec("int4", 64, "integer"), 256, 128, 4),
-        (spec("int4", 128, "half"), 256, 128, 1),
+        slow(spec("int4", 128, "half"), 256, 128, 1),
         (spec("int2", 64), 256, 128, 5),
     ],
     ids=str,

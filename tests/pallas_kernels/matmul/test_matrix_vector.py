@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from canonical_weights import CASES, Case, generator, random_weight
 from closeness import error
+from covering import covering, slow
 
 from pallas_kernels.aot.gpu_targets import GPUS
 from pallas_kernels.matmul.matrix_vector import (
@@ -35,18 +36,13 @@ def product(x, values):
     return np.asarray(x, np.float64) @ values
 
 
-def again(index):
-    """A mark for all but the first granularity of a format."""
-    earlier = {str(case).split("-")[0] for case in CASES[:index]}
-    return pytest.mark.slow if str(CASES[index]).split("-")[0] in earlier else ()
-
-
 @pytest.mark.parametrize(
     ("case", "m", "dtype"),
-    [
-        pytest.param(case, (1, 2, 5)[i % 3], DTYPES[i % 3], id=str(case), marks=again(i))
-        for i, case in enumerate(CASES)
-    ],
+    covering(
+        [(case, (1, 2, 5)[i % 3], DTYPES[i % 3]) for i, case in enumerate(CASES)],
+        lambda values: (values[0].format,),
+    ),
+    ids=lambda value: str(value) if isinstance(value, Case) else "",
 )
 def test_every_format(case, m, dtype):
     k, n = 256, 256
@@ -59,9 +55,7 @@ def test_every_format(case, m, dtype):
     assert error(matrix_vector_reference(x, w)[0], product(x, values)) < BOUND
 
 
-@pytest.mark.parametrize(
-    "m", [m if m in (1, 8) else pytest.param(m, marks=pytest.mark.slow) for m in range(1, 9)]
-)
+@pytest.mark.parametrize("m", [1, *map(slow, range(2, 8)), 8])
 def test_every_number_of_rows(m):
     w, values = random_weight(INT4, 256, 256)
     x = rows(m, 256)
@@ -71,15 +65,15 @@ def test_every_number_of_rows(m):
 @pytest.mark.parametrize(
     ("case", "k", "n", "m"),
     [
-        (INT4, 128, 128, 1),
+        slow(INT4, 128, 128, 1),
         (INT4, 1408, 128, 1),
         (INT4, 384, 100, 3),
-        (INT4, 640, 200, 2),
-        (INT8, 100, 100, 1),
+        slow(INT4, 640, 200, 2),
+        slow(INT8, 100, 100, 1),
         (INT8, 130, 72, 8),
         (Case("int4", "channel", scale_dtype=np.float32), 300, 128, 6),
         (Case("int4", "group", 96), 192, 128, 2),
-        (Case("int4", "group", 256), 512, 128, 1),
+        slow(Case("int4", "group", 256), 512, 128, 1),
     ],
     ids=str,
 )

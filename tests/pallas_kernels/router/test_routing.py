@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import slow
 
 from pallas_kernels.matmul.row_sources import Normed
 from pallas_kernels.router.routing import (
@@ -24,9 +25,9 @@ def random_logits(seed, split, tokens, width):
     ("experts", "top_k", "tokens", "split", "bias", "normalize"),
     [
         (64, 6, 3, 2, True, True),
-        (128, 8, 2, 1, False, True),
+        slow(128, 8, 2, 1, False, True),
         (5, 2, 2, 3, True, False),
-        (160, 6, 1, 2, True, True),
+        slow(160, 6, 1, 2, True, True),
     ],
 )
 def test_experts_and_weights_are_those_of_the_reference(
@@ -91,6 +92,7 @@ def test_wrong_inputs_are_named():
         router_logits(jnp.ones((1, 128)), jnp.ones((128, 64), jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_gradients_and_vmap_are_those_of_the_references():
     rng = np.random.default_rng(7)
     x = jnp.asarray(rng.standard_normal((3, 2, 256)), jnp.float32)

@@ -10,6 +10,7 @@ import decode_programs
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import slow
 from jax import lax
 from ptx_machine import Machine
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 COLUMNS = decode_programs.COLUMNS
 
 
-@pytest.fixture(scope="module", params=["t4", pytest.param("h200", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[slow("t4"), slow("h200")])
 def ptx(request, tmp_path_factory) -> dict[str, str]:
     """PTX of the decoding kernel of each format."""
     directory = tmp_path_factory.mktemp(request.param)
