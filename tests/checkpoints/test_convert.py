@@ -154,8 +154,8 @@ def as_dict(tree):
     return tree
 
 
-@pytest.mark.parametrize("write", [write_v0, write_v0_pytree, write_v1])
-@pytest.mark.parametrize("make", [nnx_state, nnx_dict, linen_params, with_lists])
+@pytest.mark.parametrize("write", [write_v0, slow(write_v0_pytree), write_v1])
+@pytest.mark.parametrize("make", [nnx_state, slow(nnx_dict), linen_params, with_lists])
 def test_a_float_orbax_checkpoint_of_any_api(tmp_path, make, write):
     tree = make()
     write(tree, tmp_path / "float")

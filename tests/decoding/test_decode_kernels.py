@@ -13,7 +13,6 @@ from fdq.models import Decoder, DecoderConfig, MoEConfig
 from fdq.nn.rotary import RotaryConfig
 from fdq.ops import implementation
 from fdq.ops.kernels import MOSAIC_GPU
-from tests.covering import slow
 
 STEPS = 4
 PROMPTS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -21,8 +20,8 @@ LENGTHS = [8, 5]
 
 
 def config(family):
-    """Two layers, or one; 128 wide, heads of 64."""
-    moe, layers, experts = None, 1 if family == "layer" else 2, family == "experts"
+    """Two layers, 128 wide, heads of 64."""
+    moe, experts = None, family == "experts"
     if experts:
         moe = MoEConfig(
             num_experts=64,
@@ -38,7 +37,7 @@ def config(family):
         vocab_size=256,
         hidden_size=128,
         intermediate_size=256,
-        num_layers=layers,
+        num_layers=2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=64,
@@ -69,14 +68,10 @@ def decode(model, scheme):
     return state.generated(), np.asarray(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [
-        ("layer", "W4A16C8-g64"),
-        slow("experts", "W4A16C8-g64"),
-        slow("dense", "W8A8C4"),
-        slow("dense", "W4A16C8-g64"),
-    ],
+    [("experts", "W4A16C8-g64"), ("dense", "W8A8C4"), ("dense", "W4A16C8-g64")],
 )
 def test_tokens_are_those_of_xla(family, scheme, monkeypatch, caplog):
     model = Decoder(config(family), rngs=nnx.Rngs(params=0))

@@ -94,6 +94,8 @@ CASES = (
     Case("nvfp4", spec("nvfp4", 16, "float8_e4m3fn")),
     Case("cc2", spec("cc2", 64, "uint4")),
 )
+VARIED = ("int4-g64", "fp8", "nf4-g64", "nvfp4", "cc2")
+"""An integer, a float, a codebook, a small float and the trellis, as few as show what is alike."""
 PRODUCTS = {case.name: case.spec for case in CASES if case.product}
 
 

@@ -13,12 +13,24 @@ from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import pick, quantize_array
 from tests.covering import covering, slow
-from tests.formats.cases import CASES, defined_value, levels_of, scale_of, spec, spread, stack
+from tests.formats.cases import (
+    CASES,
+    VARIED,
+    defined_value,
+    levels_of,
+    scale_of,
+    spec,
+    spread,
+    stack,
+)
 
 every_format = pytest.mark.parametrize(
     "case",
     covering(CASES, lambda c: (c.spec.format, c.spec.granularity, c.spec.zero_point)),
     ids=str,
+)
+varied_formats = pytest.mark.parametrize(
+    "case", [case if case.name in VARIED else slow(case) for case in CASES], ids=str
 )
 decode = jax.jit(dequantize)
 
@@ -72,15 +84,7 @@ def test_every_weight_has_its_nearest_level(case):
             assert np.all(found <= half + excess)
 
 
-# Integers, floats, a codebook, small floats and the trellis: quantizers that are alike.
-@pytest.mark.parametrize(
-    "case",
-    [
-        case if case.name in ("int4-g128", "fp8", "nf4-g64", "nvfp4", "cc2") else slow(case)
-        for case in CASES
-    ],
-    ids=str,
-)
+@varied_formats
 def test_vmap_stack_and_abstract_quantization_agree(case):
     w = stack(case)
     if case.n > 16:
@@ -110,7 +114,7 @@ def test_vmap_stack_and_abstract_quantization_agree(case):
     assert dequantize(abstract) == jax.ShapeDtypeStruct(w.shape, jnp.float32)
 
 
-@every_format
+@varied_formats
 def test_decodes_inside_vmap_and_scan(case):
     q = case.quantized
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), q)
@@ -140,7 +144,7 @@ def test_decodes_inside_vmap_and_scan(case):
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-@every_format
+@varied_formats
 def test_decodes_sharded(case, axis, axis_type):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
     q = case.quantized

@@ -12,6 +12,7 @@ from fdq.formats.qtensor import dequantize
 from fdq.ops import preparation
 from fdq.schemes.scheme import ActivationSpec
 from tests.closeness import error
+from tests.covering import slow
 from tests.formats.cases import quantized
 
 INT8 = ActivationSpec(format="int8")
@@ -66,7 +67,7 @@ def test_w8a8_is_an_integer_product(m, rng, monkeypatch):
         np.testing.assert_allclose(y, expected, rtol=3e-7)
 
 
-@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("m", [1, slow(4)])
 @pytest.mark.parametrize(
     "name", ["int4-channel", "int4-g64", "int4-g32-asym", "int3-g64", "int2-g32-half"]
 )
@@ -88,7 +89,7 @@ def _levels(q):
     return rounded
 
 
-@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("m", [slow(1), 4])
 @pytest.mark.parametrize(
     "name, spec",
     [

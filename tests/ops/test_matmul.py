@@ -17,8 +17,8 @@ from fdq.ops.choice import Target
 from fdq.ops.matmul import xla
 from fdq.ops.matmul.xla import _compute_dtype
 from tests.closeness import error
-from tests.covering import covering
-from tests.formats.cases import PRODUCTS, quantized
+from tests.covering import covering, slow
+from tests.formats.cases import PRODUCTS, VARIED, quantized
 
 TOLERANCE = 5e-6
 FORMULATIONS = (("fused", 4), ("tiles", 200), ("whole", 0))
@@ -28,6 +28,10 @@ every_product = pytest.mark.parametrize(
     covering(
         PRODUCTS, lambda n: (PRODUCTS[n].format, PRODUCTS[n].granularity, PRODUCTS[n].zero_point)
     ),
+)
+
+varied_products = pytest.mark.parametrize(
+    "name", [name if name in VARIED else slow(name) for name in PRODUCTS]
 )
 
 
@@ -61,7 +65,7 @@ def test_equals_the_decoded_product(name, rng):
         assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
 
-@every_product
+@varied_products
 def test_transformations(name, rng):
     """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program.
 
@@ -98,7 +102,7 @@ def _partition(q):
     )
 
 
-@every_product
+@varied_products
 def test_sharded_over_eight_devices(name, rng):
     q, x = quantized(name), rows(rng, 3)
     expected = np.asarray(x, np.float64) @ decoded(name)
@@ -273,7 +277,7 @@ def test_compute_dtype_of_old_gpus():
     assert _compute_dtype(jnp.float32, old) == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "int8", "int3-g64", "fp8-block"])
+@pytest.mark.parametrize("name", ["int4-g64", slow("int8"), slow("int3-g64"), "fp8-block"])
 def test_programs_of_other_devices(name, rng, monkeypatch):
     """What GPUs run, run here: a reduction for few rows, dots in the dtype of x for more."""
     gpu = Target("gpu", has_bfloat16=True)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from covering import slow
 
 from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.cache.cache_tensor import sample_scales
@@ -31,7 +32,7 @@ def make(rng, name, *, tokens=1, batch=2):
     return (qkv, (jnp.cos(angle), jnp.sin(angle)), side, side), norms
 
 
-@pytest.mark.parametrize("name", ["C16", "C4", "C8-kvhead"])
+@pytest.mark.parametrize("name", [slow("C16"), "C4", slow("C8-kvhead")])
 def test_one_token_in_one_launch(rng, name):
     arguments, norms = make(rng, name)
     start = jnp.asarray([5, SLOTS - 1], jnp.int32)
@@ -80,6 +81,7 @@ def test_what_is_refused(rng):
         rope_append(*one, k, other, start, **forced)
 
 
+@pytest.mark.slow
 def test_the_self_checks_case_passes_in_the_interpreter(rng, monkeypatch):
     monkeypatch.setattr(self_check, "is_real", lambda device: True)
     monkeypatch.setattr(self_check, "_RESULTS", {})

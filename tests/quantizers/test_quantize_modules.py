@@ -484,7 +484,7 @@ FASTDEPLOY = (
 
 def _kinds(name):
     scheme = Scheme.parse(name)
-    return scheme.weight.format, scheme.activation
+    return (scheme.weight.format,)
 
 
 @pytest.mark.parametrize("name", covering([*MISSION.split(), *FASTDEPLOY.split()], _kinds))

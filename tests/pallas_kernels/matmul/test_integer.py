@@ -42,9 +42,9 @@ def weight(rng, k, n, kind):
     ("kind", "k", "n", "m"),
     [
         slow(spec("int8"), 200, 100, 3),
-        (spec("int8"), 512, 256, 1),
+        slow(spec("int8"), 512, 256, 1),
         slow(spec("int4"), 328, 128, 2),
-        (spec("int4", 128), 512, 200, 8),
+        slow(spec("int4", 128), 512, 200, 8),
         (spec("int4", 64, "integer"), 256, 128, 4),
         slow(spec("int4", 128, "half"), 256, 128, 1),
         (spec("int2", 64), 256, 128, 5),
