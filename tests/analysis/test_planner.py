@@ -38,7 +38,7 @@ def test_wint2_takes_what_fastdeploy_publishes():
 @pytest.mark.parametrize("model", [slow("ernie-4.5-21b-a3b"), ERNIE_300B])
 @pytest.mark.parametrize(
     ("scheme", "bits"),
-    [slow("WINT8", 8.0), ("WINT4", 4.125), slow("block_wise_fp8", 8.0019), ("WINT2", 2.0625)],
+    [slow("WINT8", 8.0), slow("WINT4", 4.125), slow("block_wise_fp8", 8.0019), ("WINT2", 2.0625)],
 )
 def test_bits_per_weight_of_whole_models(model, scheme, bits):
     result = plan(model, scheme)

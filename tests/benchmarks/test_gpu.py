@@ -253,6 +253,7 @@ def test_attention_is_cut_as_the_tuning_table_says(monkeypatch):
     assert not [e for e in report["entries"].values() if "error" in e]
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_loses_layers():
     config = CONFIGS["llama-3-8b"]
     assert gpu_model.fit(config, "W4A16C8", 80 << 30) == (config, "")

@@ -8,7 +8,6 @@ import fdq
 from fdq_checkpoints import inspect, load
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
-from tests.covering import covering
 
 # Scheme, and the ends of the paths of what a checkpoint holds for it beside the weights.
 SCHEMES = {
@@ -34,7 +33,8 @@ def generated(model):
     return fdq.generate(model, prompts, max_new_tokens=8)
 
 
-@pytest.mark.parametrize("scheme", covering(SCHEMES, lambda name: ("static",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_calibrated_scales_are_saved_and_restored(tmp_path, floats, calibration, scheme):
     model = fdq.quantize(floats, scheme, calibration=calibration)
     fdq.save(model, tmp_path / "saved")

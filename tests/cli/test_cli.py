@@ -256,6 +256,7 @@ def test_missing_extra_is_named(monkeypatch, capsys):
     assert "pip install 'fdq[cli]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(converted):
     environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "200"}
 

@@ -28,7 +28,7 @@ def weights():
 
 @pytest.mark.parametrize(
     "row",
-    covering(ROWS, lambda row: (row.spec.format,)),
+    covering(ROWS, lambda row: (row.name[:3],)),
     ids=lambda row: f"{row.name} {row.method}",
 )
 def test_within_three_percent(row, weights):

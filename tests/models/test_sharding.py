@@ -6,13 +6,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fdq
-from tests.covering import slow
 from tests.models import oracles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type",
-    [AxisType.Explicit, slow(AxisType.Auto)],
+    [AxisType.Explicit, AxisType.Auto],
     ids=str,
 )
 def test_weights_sharded_over_output_channels(axis_type):

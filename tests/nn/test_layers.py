@@ -67,7 +67,7 @@ def test_quantized_variables_are_no_params():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "scheme"), [(2, "W4A16-g16"), (9, None), slow(2, None), slow(9, "W4A16-g16")]
+    ("tokens", "scheme"), [(2, "W4A16-g16"), slow(9, None), slow(2, None), slow(9, "W4A16-g16")]
 )
 def test_experts(scheme, tokens, rng):
     layer = nn.Experts(4, 32, 16, rngs=rngs())

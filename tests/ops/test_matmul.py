@@ -277,7 +277,7 @@ def test_compute_dtype_of_old_gpus():
     assert _compute_dtype(jnp.float32, old) == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["int4-g64", slow("int8"), slow("int3-g64"), "fp8-block"])
+@pytest.mark.parametrize("name", ["int4-g64", *map(slow, ("int8", "int3-g64", "fp8-block"))])
 def test_programs_of_other_devices(name, rng, monkeypatch):
     """What GPUs run, run here: a reduction for few rows, dots in the dtype of x for more."""
     gpu = Target("gpu", has_bfloat16=True)

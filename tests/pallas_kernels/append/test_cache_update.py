@@ -146,6 +146,7 @@ def test_float32_activations(rng):
     np.testing.assert_array_equal(result.v.scale, expected.v.scale)
 
 
+@pytest.mark.slow
 def test_vmap(rng):
     one = make(rng, "int8", jnp.bfloat16)
     stacked = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), one)

@@ -140,7 +140,7 @@ def test_fewer_slots_than_a_tile(rng):
     check(rng, "int8", Sizes(group=1, slots=9), [9, 4], parts=1)
 
 
-@pytest.mark.parametrize("tensor_cores", [False, True])
+@pytest.mark.parametrize("tensor_cores", [slow(False), True])
 def test_lengths_and_windows(rng, tensor_cores):
     out, *_ = check(
         rng,

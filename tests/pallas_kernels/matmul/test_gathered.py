@@ -108,6 +108,7 @@ def test_the_wrong_expert_is_seen():
     assert error(found[1:], wrong[1:]) > 0.1
 
 
+@pytest.mark.slow
 def test_vmap_and_gradient():
     w, values = random_weight(INT4, 256, 128, (EXPERTS,))
     x, index = rows(1, 256, jnp.float32), picks(2)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import slow
 from jax import lax
 from warp_emulator import emulated_gpu
 
@@ -38,7 +39,7 @@ def zero(values, points):
     return values if points is None else values - points[:, None]
 
 
-@pytest.mark.parametrize("heads, head_dim", [(8, 128), (16, 64), (8, 256)])
+@pytest.mark.parametrize("heads, head_dim", [(8, 128), slow(16, 64), slow(8, 256)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores(rng, monkeypatch, kind, heads, head_dim):
     codes = CODES[kind](head_dim)
@@ -57,7 +58,7 @@ def test_scores(rng, monkeypatch, kind, heads, head_dim):
     assert np.abs(emulated - expected).max() < 1e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("heads, head_dim", [(8, 128), (16, 64), (8, 256)])
+@pytest.mark.parametrize("heads, head_dim", [(8, 128), slow(16, 64), slow(8, 256)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums(rng, monkeypatch, kind, heads, head_dim):
     codes = CODES[kind](head_dim)
