@@ -22,7 +22,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what takes longer")
 
 
+# Minutes each: whoever is handed one of these files last works on while the others are done.
+LONGEST = ("tests/test_notebooks.py", "tests/benchmarks/", "tests/pallas_kernels/aot/")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     has_gpu = any(device.platform == "gpu" for device in jax.devices())
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
