@@ -4,7 +4,7 @@ The others are `slow`: `pytest --slow` runs the table whole, as `.ci/run` does.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -26,3 +26,8 @@ def covering(cases: Iterable[Any], facets: Callable[[Any], Sequence[Any]]) -> li
         values = case if isinstance(case, tuple) else (case,)
         parameters.append(pytest.param(*values, marks=() if new else pytest.mark.slow))
     return parameters
+
+
+def slow_but(kept: Collection[str], cases: Iterable[Any]) -> list[Any]:
+    """All cases for `parametrize`; slow are those whose `str` is not among `kept`."""
+    return [case if str(case) in kept else slow(case) for case in cases]

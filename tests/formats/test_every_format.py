@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers import pick, quantize_array
-from tests.covering import covering, slow
+from tests.covering import covering, slow, slow_but
 from tests.formats.cases import (
     CASES,
     VARIED,
@@ -29,9 +29,7 @@ every_format = pytest.mark.parametrize(
     covering(CASES, lambda c: (c.spec.format, c.spec.granularity, c.spec.zero_point)),
     ids=str,
 )
-varied_formats = pytest.mark.parametrize(
-    "case", [case if case.name in VARIED else slow(case) for case in CASES], ids=str
-)
+varied_formats = pytest.mark.parametrize("case", slow_but(VARIED, CASES), ids=str)
 decode = jax.jit(dequantize)
 
 

@@ -8,7 +8,7 @@ import pytest
 import fdq.models
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.loop import decode, prefill
-from tests.covering import covering, slow
+from tests.covering import covering, slow_but
 from tests.models import oracles
 
 one_of_each_family = pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_logits(name):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("ernie4_5_moe", "qwen2_window") else slow(name) for name in oracles.NAMES],
+    slow_but(("ernie4_5_moe", "qwen2_window"), oracles.NAMES),
 )
 def test_greedy_tokens_through_the_cache(name):
     """Four prompts of three lengths in one batch, each as transformers continues it alone."""

@@ -17,7 +17,7 @@ from fdq.ops.choice import Target
 from fdq.ops.matmul import xla
 from fdq.ops.matmul.xla import _compute_dtype
 from tests.closeness import error
-from tests.covering import covering, slow
+from tests.covering import covering, slow, slow_but
 from tests.formats.cases import PRODUCTS, VARIED, quantized
 
 TOLERANCE = 5e-6
@@ -30,9 +30,7 @@ every_product = pytest.mark.parametrize(
     ),
 )
 
-varied_products = pytest.mark.parametrize(
-    "name", [name if name in VARIED else slow(name) for name in PRODUCTS]
-)
+varied_products = pytest.mark.parametrize("name", slow_but(VARIED, PRODUCTS))
 
 
 @functools.cache

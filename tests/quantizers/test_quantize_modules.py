@@ -14,7 +14,7 @@ from fdq.nn.general import Equation
 from fdq.quantizers import quantize_array
 from fdq.quantizers.modules import collect
 from fdq.quantizers.quantization import match_table, quantize
-from tests.covering import slow
+from tests.covering import slow, slow_but
 
 WIDTH, HEADS, LAYERS = 64, 4, 3
 
@@ -483,10 +483,10 @@ FASTDEPLOY = (
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("W8A8C8", "W4A16C16", "WNF4A8C8", "Wfp8Afp8", "wint2") else slow(name)
-        for name in (*MISSION.split(), *FASTDEPLOY.split())
-    ],
+    slow_but(
+        ("W8A8C8", "W4A16C16", "WNF4A8C8", "Wfp8Afp8", "wint2"),
+        (*MISSION.split(), *FASTDEPLOY.split()),
+    ),
 )
 def test_every_scheme_works_in_a_users_layer(name, rng):
     layer = nnx.Linear(128, 16, rngs=nnx.Rngs(0))

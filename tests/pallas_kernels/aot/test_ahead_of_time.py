@@ -46,6 +46,7 @@ JOBS = [
 ]
 
 
+# Its parameter makes every test that asks for it slow.
 @pytest.fixture(scope="module", params=[slow(None)], ids=[""])
 def reports():
     """The report of each job, by the name of its case and its GPU."""
