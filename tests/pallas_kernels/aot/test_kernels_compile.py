@@ -1,7 +1,8 @@
-"""Every kernel and format, compiled for each GPU generation that it claims: no spills.
+"""Every kernel and format, compiled for GPU generations that it claims: no spills.
 
-With --slow one representative shape of each, and of a format's other granularities on the oldest
-GPU and on Hopper; without it two kernels on Hopper. `fdq kernels --all` compiles the rest.
+With --slow one representative shape of each on the oldest GPU and on Hopper, and on the generations
+between and after them what differs there: one kernel of each kind, and all of attention. Without
+--slow two kernels on Hopper. `fdq kernels --all` compiles the rest.
 """
 
 import os
@@ -15,14 +16,27 @@ from pallas_kernels.aot.kernel_cases import all_cases
 # One GPU of each architecture: sm_75, sm_80, sm_89, sm_90a, sm_120a.
 GENERATIONS = ("t4", "a100", "l4", "h100", "rtx_pro_6000")
 CASES = all_cases()
-VARIANTS = ("int8 groups of 128", "zero points", "int4 per channel", "fp8 blocks of 128")
+ONE_OF_A_KIND = (
+    "matrix-vector int8 per channel",
+    "matrix-vector int4 groups of 128",
+    "matrix-vector WINT2's code",
+    "matrix-vector fp8 per channel",
+    "int8 x int4 groups of 128",
+    "MLP int4 groups of 128",
+    "experts int4 groups of 128",
+    "append C8",
+    "router",
+    "top-k experts",
+)
 JOBS = [
     (case, gpu)
     for gpu in GENERATIONS
     for case in CASES
     if case.representative
     and gpu in case.gpus
-    and (gpu in ("t4", "h100") or not case.kernel.endswith(VARIANTS))
+    and (
+        gpu in ("t4", "h100") or case.kernel.startswith("attention") or case.kernel in ONE_OF_A_KIND
+    )
 ]
 ALWAYS = ("matrix-vector int4 groups of 128", "attention C8")
 QUICK = [job for job in JOBS if job[0].kernel in ALWAYS and job[1] == "h100"]
@@ -54,6 +68,11 @@ def test_compiles_without_spills(reports, case, gpu):
 
 def test_some_are_compiled_without_slow_too():
     assert len(QUICK) == len(ALWAYS)
+
+
+def test_every_generation_has_one_of_each_kind():
+    compiled = {(case.kernel, gpu) for case, gpu in JOBS}
+    assert {(kernel, gpu) for kernel in ONE_OF_A_KIND for gpu in GENERATIONS} <= compiled
 
 
 def test_every_kernel_has_one_representative():
