@@ -1,5 +1,6 @@
 """Reads a Hugging Face config.json key by key, and complains about what nobody read."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,29 +8,59 @@ from fdq.nn.rotary import ROPE_TYPES, RotaryConfig
 
 _REQUIRED = object()
 # By the type of the rotation: the config's keys, and the fields of `RotaryConfig` that they fill.
-_FACTORS = {"factor": ("factor", float)}
 _ROPE_FIELDS = {
-    "linear": _FACTORS,
-    "llama3": _FACTORS
-    | {f"{side}_freq_factor": (f"{side}_freq_factor", float) for side in ("low", "high")}
-    | {"original_max_position_embeddings": ("original_max_position", int)},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_position",
+    },
 }
+# What a config may still say of a rotation that nothing is done to; transformers warns of it.
+_UNUSED_BY_DEFAULT = (
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor",
+    "low_freq_factor", "original_max_position_embeddings", "short_factor",
+)  # fmt: skip
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-# Keys of any model that say how it was trained, stored or is to be run, never what it computes.
+# Keys of any model that say how it was trained, stored or is to be run, never what it computes:
+# also what older programs wrote of generation, which has a file of its own.
 # num_nextn_predict_layers: extra layers for multi-token prediction, which decoding can skip;
 # quantization_config: the checkpoint reader consumes it; sliding_window, max_window_layers: mean
 # nothing unless use_sliding_window is true.
 _NEUTRAL = (
-    "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
-    "attn_implementation", "auto_map", "chunk_size_feed_forward", "dtype", "embd_pdrop",
-    "hidden_dropout_prob", "id2label", "initializer_range", "label2id", "max_window_layers",
-    "model_type", "name_or_path", "num_nextn_predict_layers", "output_attentions",
-    "output_hidden_states", "output_router_logits", "pretraining_tp", "quantization_config",
-    "return_dict", "router_aux_loss_coef", "sep_token_id", "sliding_window", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_commit_hash", "_flash_attn_2_enabled", "_name_or_path", "architectures",
+    "attention_dropout", "attention_implementation", "attention_probs_dropout_prob",
+    "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token",
+    "chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
+    "encoder_no_repeat_ngram_size", "eos_token", "eot_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
+    "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id", "language",
+    "length_penalty", "license", "mask_token_id", "max_length", "max_new_tokens",
+    "max_window_layers", "min_length", "model_max_length", "model_type", "name_or_path",
+    "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "num_nextn_predict_layers", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "prefix", "pretraining_tp",
+    "problem_type", "quantization_config", "remove_invalid_values",
+    "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
+    "router_aux_loss_coef", "sep_token_id", "sliding_window", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache", "use_flash_attention_2", "use_flash_attn",
 )  # fmt: skip
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class ConfigReader:
@@ -41,26 +72,60 @@ class ConfigReader:
         self._read: set[str] = set(_NEUTRAL)
 
     def get(self, *keys: str, default: Any = _REQUIRED) -> Any:
-        """The value of the first of `keys` (spellings of one thing) that is there and not null."""
+        """The value of `keys`, spellings of one thing, where one is there and not null.
+
+        Spellings that disagree are refused: which of them counts differs from program to program.
+        """
         self._read.update(keys)
-        for key in keys:
-            if self.config.get(key) is not None:
-                return self.config[key]
+        found = {key: self.config[key] for key in keys if self.config.get(key) is not None}
+        values = list(found.values())
+        if any(value != values[0] for value in values):
+            both = " and ".join(f"{key}={value!r}" for key, value in found.items())
+            raise ValueError(
+                f"{self.family} config: {both} are spellings of one thing; remove the wrong one"
+            )
+        if values:
+            return values[0]
         if default is _REQUIRED:
             raise ValueError(f"{self.family} config lacks {' or '.join(keys)}")
         return default
 
-    def integer(self, *keys: str, default: Any = _REQUIRED) -> int:
-        """As `get`, for a whole number that is not negative."""
+    def integer(self, *keys: str, default: Any = _REQUIRED, least: int = 0) -> int:
+        """As `get`, for a whole number of at least `least`."""
         number = self.get(*keys, default=default)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"{self.family} config: {keys[0]} must be an integer, got {number!r}")
+        if not _is_integer(number) or number < least:
+            raise self._wrong(keys, f"an integer of at least {least}", number)
         return number
+
+    def number(self, *keys: str, default: Any = _REQUIRED) -> float:
+        """As `get`, for a finite number that is not negative."""
+        number = self.get(*keys, default=default)
+        if not _is_number(number) or number < 0:
+            raise self._wrong(keys, "a number of at least 0", number)
+        return float(number)
+
+    def flag(self, *keys: str, default: Any = _REQUIRED) -> bool:
+        """As `get`, for true or false."""
+        found = self.get(*keys, default=default)
+        if not isinstance(found, bool):
+            raise self._wrong(keys, "true or false", found)
+        return found
+
+    def integers(self, *keys: str, default: Any = _REQUIRED) -> tuple[int, ...]:
+        """As `get`, for a list of whole numbers that are not negative."""
+        found = self.get(*keys, default=default)
+        if not isinstance(found, list | tuple) or not all(_is_integer(i) and i >= 0 for i in found):
+            raise self._wrong(keys, "a list of integers", found)
+        return tuple(found)
+
+    def _wrong(self, keys: tuple[str, ...], expected: str, found: Any) -> ValueError:
+        name = next((key for key in keys if self.config.get(key) is not None), keys[0])
+        return ValueError(f"{self.family} config: {name} must be {expected}, got {found!r}")
 
     def must_be(self, key: str, *allowed: Any) -> None:
         """Refuses a value of `key` other than `allowed`; a missing key is taken as allowed."""
         found = self.get(key, default=allowed[0])
-        if found not in allowed:
+        if found not in allowed or isinstance(found, bool) is not isinstance(allowed[0], bool):
             raise ValueError(
                 f"{self.family} config: {key}={found!r} is not supported; "
                 f"expected {' or '.join(map(repr, allowed))}"
@@ -71,13 +136,27 @@ class ConfigReader:
         self._read.update(keys)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One or several token numbers as a tuple."""
+        """One or several token numbers as a tuple; -1 stands for none, as in old configs."""
         found = self.get(key, default=())
-        return tuple(found) if isinstance(found, list | tuple) else (found,)
+        found = tuple(found) if isinstance(found, list | tuple) else (found,)
+        if not all(_is_integer(token) and token >= -1 for token in found):
+            raise self._wrong((key,), "a token number or a list of them", self.config[key])
+        return tuple(token for token in found if token >= 0)
+
+    def token_id(self, key: str) -> int | None:
+        """A single token number, or None."""
+        found = self.token_ids(key)
+        if len(found) > 1:
+            raise self._wrong((key,), "a token number", self.config[key])
+        return found[0] if found else None
 
     def dtype(self) -> str:
-        """The dtype the checkpoint was saved in, bfloat16 where it does not say."""
-        return str(self.get("dtype", "torch_dtype", default="bfloat16")).removeprefix("torch.")
+        """The dtype the checkpoint was saved in, bfloat16 where it does not say.
+
+        `dtype` counts where an older `torch_dtype` says something else, as in transformers.
+        """
+        older = self.get("torch_dtype", default="bfloat16")
+        return str(self.get("dtype", default=older)).removeprefix("torch.")
 
     def sliding_windows(self, layers: int) -> tuple[int | None, ...]:
         """The window of each layer; () where all layers see everything.
@@ -85,28 +164,36 @@ class ConfigReader:
         Layers have one where `layer_types` says so, or else from `max_window_layers` on, and only
         with `use_sliding_window`.
         """
-        if not self.get("use_sliding_window", default=False):
+        if not self.flag("use_sliding_window", default=False):
             self.full_attention()
             return ()
-        window = self.integer("sliding_window")
         kinds = self.get("layer_types", default=None)
         if kinds is None:
+            if self.get("sliding_window", default=None) is None:
+                return ()
             first = self.integer("max_window_layers")
             kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
-        unknown = sorted(set(kinds) - {_FULL, _SLIDING})
+        if not isinstance(kinds, list | tuple):
+            raise self._wrong(("layer_types",), "a list of names", kinds)
+        unknown = sorted(set(map(str, kinds)) - {_FULL, _SLIDING})
         if unknown or len(kinds) != layers:
             raise ValueError(
                 f"{self.family} config: layer_types has {len(kinds)} entries"
                 f"{f', {unknown} among them' if unknown else ''}; expected {_FULL!r} or "
                 f"{_SLIDING!r} for each of {layers} layers"
             )
-        windows = tuple(window if kind == _SLIDING else None for kind in kinds)
-        return windows if set(windows) != {None} else ()
+        if _SLIDING not in kinds:
+            return ()
+        window = self.integer("sliding_window", least=1)
+        return tuple(window if kind == _SLIDING else None for kind in kinds)
 
     def full_attention(self) -> None:
         """Refuses sliding windows, where the family has none."""
         self.must_be("use_sliding_window", False)
-        kinds = set(self.get("layer_types", default=())) - {_FULL}
+        kinds = self.get("layer_types", default=())
+        if not isinstance(kinds, list | tuple):
+            raise self._wrong(("layer_types",), "a list of names", kinds)
+        kinds = set(map(str, kinds)) - {_FULL}
         if kinds:
             raise ValueError(
                 f"{self.family} config: layer_types {sorted(kinds)} are not supported; "
@@ -116,11 +203,15 @@ class ConfigReader:
     def rotary(self, *, theta: float, interleaved: bool = False) -> RotaryConfig:
         """Rotary positions, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
-        `theta` is meant where the config has none; `interleaved` is the family's convention.
+        `theta` is meant where the config has none; `interleaved` is the family's convention. Where
+        both are there, `rope_scaling` is in place of all of `rope_parameters`, as in transformers:
+        it is what people add to a config to reach long contexts.
         """
-        top_theta = self.get("rope_theta", default=theta)
-        given = dict(self.get("rope_parameters", "rope_scaling", default={}))
-        given.setdefault("rope_theta", top_theta)
+        top_theta = self.number("rope_theta", default=theta)
+        parameters, scaling = (self._mapping(key) for key in ("rope_parameters", "rope_scaling"))
+        given = dict(scaling or parameters)
+        if given.get("rope_theta") is None:
+            given["rope_theta"] = top_theta
         new_type, old_type = given.pop("rope_type", None), given.pop("type", None)
         rope_type = new_type or old_type or "default"
         if rope_type not in ROPE_TYPES:
@@ -128,14 +219,27 @@ class ConfigReader:
                 f"{self.family} config: rope_type {rope_type!r} is not supported; supported are "
                 + ", ".join(map(repr, ROPE_TYPES))
             )
-        partial = given.pop("partial_rotary_factor", self.get("partial_rotary_factor", default=1))
+        top_partial = self.get("partial_rotary_factor", default=1)
+        partial = given.pop("partial_rotary_factor", top_partial)
         if partial != 1:
             raise ValueError(f"{self.family} config: partial_rotary_factor={partial} is not 1")
-        fields: dict[str, Any] = {"theta": float(given.pop("rope_theta"))}
-        for key, (field, kind) in _ROPE_FIELDS.get(rope_type, {}).items():
+        fields: dict[str, Any] = {"theta": given.pop("rope_theta")}
+        if rope_type == "default":
+            for key in _UNUSED_BY_DEFAULT:
+                given.pop(key, None)
+        elif "original_max_position_embeddings" in _ROPE_FIELDS[rope_type]:
+            longest = self.get("max_position_embeddings", default=None)
+            inside = given.get("original_max_position_embeddings", longest)
+            outside = self.get("original_max_position_embeddings", default=inside)
+            given["original_max_position_embeddings"] = outside
+        for key, field in _ROPE_FIELDS.get(rope_type, {}).items():
             if given.get(key) is None:
                 raise ValueError(f"{self.family} config: rope parameters lack {key}")
-            fields[field] = kind(given.pop(key))
+            fields[field] = given.pop(key)
+        for field, found in fields.items():
+            if not _is_number(found) or found <= 0:
+                raise self._wrong((f"{field} of the rope parameters",), "a positive number", found)
+            fields[field] = int(found) if field == "original_max_position" else float(found)
         unknown = sorted(key for key, found in given.items() if found is not None)
         if unknown:
             raise ValueError(
@@ -144,38 +248,47 @@ class ConfigReader:
             )
         return RotaryConfig(rope_type=rope_type, interleaved=interleaved, **fields)
 
-    def base(self, *, epsilon: float, tie: bool) -> dict[str, Any]:
+    def _mapping(self, key: str) -> Mapping[str, Any]:
+        found = self.get(key, default={})
+        if not isinstance(found, Mapping):
+            raise self._wrong((key,), "an object", found)
+        return found
+
+    def base(self, *, epsilon: float, tie: bool, head_dim: int | None = None) -> dict[str, Any]:
         """The fields that every family spells alike.
 
-        `epsilon` of the norms and `tie` (tied embeddings) are meant where the config has neither.
+        `epsilon` of the norms, `tie` (tied embeddings) and `head_dim` (None: the hidden size
+        divided by the heads) are meant where the config says nothing.
         """
         self.must_be("hidden_act", "silu", "swish")
-        heads = self.integer("num_attention_heads")
-        hidden_size = self.integer("hidden_size")
+        heads = self.integer("num_attention_heads", least=1)
+        hidden_size = self.integer("hidden_size", least=1)
+        if head_dim is None or "head_dim" in self.config:
+            head_dim = hidden_size // heads
         return {
             "model_type": self.family,
-            "vocab_size": self.integer("vocab_size"),
+            "vocab_size": self.integer("vocab_size", least=1),
             "hidden_size": hidden_size,
-            "intermediate_size": self.integer("intermediate_size"),
-            "num_layers": self.integer("num_hidden_layers"),
+            "intermediate_size": self.integer("intermediate_size", least=1),
+            "num_layers": self.integer("num_hidden_layers", least=1),
             "num_heads": heads,
-            "num_kv_heads": self.integer("num_key_value_heads", default=heads),
-            "head_dim": self.integer("head_dim", default=hidden_size // heads),
-            "rms_norm_epsilon": float(self.get("rms_norm_eps", default=epsilon)),
-            "max_position": self.integer("max_position_embeddings", default=131072),
-            "tie_word_embeddings": bool(self.get("tie_word_embeddings", default=tie)),
-            "bos_token_id": self.get("bos_token_id", default=None),
+            "num_kv_heads": self.integer("num_key_value_heads", default=heads, least=1),
+            "head_dim": self.integer("head_dim", default=head_dim, least=1),
+            "rms_norm_epsilon": self.number("rms_norm_eps", default=epsilon),
+            "max_position": self.integer("max_position_embeddings", default=131072, least=1),
+            "tie_word_embeddings": self.flag("tie_word_embeddings", default=tie),
+            "bos_token_id": self.token_id("bos_token_id"),
             "eos_token_ids": self.token_ids("eos_token_id"),
-            "pad_token_id": self.get("pad_token_id", default=None),
+            "pad_token_id": self.token_id("pad_token_id"),
             "dtype": self.dtype(),
         }
 
     def finish(self) -> None:
-        """Refuses keys that nobody read: they may change what the model computes."""
+        """Refuses keys that nobody read and that are not off: they may change the result."""
         unknown = {
             key: found
             for key, found in self.config.items()
-            if key not in self._read and found is not None and found is not False
+            if key not in self._read and not (found is None or found is False or found in ({}, []))
         }
         if unknown:
             raise ValueError(

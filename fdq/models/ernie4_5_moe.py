@@ -25,9 +25,9 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     reader.neutral(*_NEUTRAL)
     width = reader.integer("moe_intermediate_size")
     start = reader.integer("moe_layer_start_index", default=0)
-    end = reader.get("moe_layer_end_index", default=-1)
+    end = reader.integer("moe_layer_end_index", default=-1, least=-1)
     end = fields["num_layers"] - 1 if end == -1 else end
-    interval = reader.integer("moe_layer_interval", default=1)
+    interval = reader.integer("moe_layer_interval", default=1, least=1)
     layers = range(start, min(end, fields["num_layers"] - 1) + 1)
     moe = MoEConfig(
         num_experts=reader.integer("moe_num_experts"),
@@ -35,9 +35,9 @@ def _read(reader: ConfigReader) -> DecoderConfig:
         intermediate_size=width,
         layers=tuple(layer for layer in layers if (layer + 1) % interval == 0),
         shared_intermediate_size=reader.integer("moe_num_shared_experts", default=0) * width,
-        normalize=bool(reader.get("moe_norm_gate_logits", default=True)),
-        norm_min=float(reader.get("moe_norm_min", default=1e-12)),
-        correction_bias=bool(reader.get("moe_use_aux_free", default=True)),
+        normalize=reader.flag("moe_norm_gate_logits", default=True),
+        norm_min=reader.number("moe_norm_min", default=1e-12),
+        correction_bias=reader.flag("moe_use_aux_free", default=True),
     )
     return DecoderConfig(**fields, moe=moe)
 

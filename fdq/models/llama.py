@@ -7,8 +7,8 @@ from fdq.models.family import Family
 
 def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-6, tie=False)
-    bias = bool(reader.get("attention_bias", default=False))
-    mlp_bias = bool(reader.get("mlp_bias", default=False))
+    bias = reader.flag("attention_bias", default=False)
+    mlp_bias = reader.flag("mlp_bias", default=False)
     rotary = reader.rotary(theta=10000.0)
     reader.full_attention()
     return DecoderConfig(

@@ -127,6 +127,13 @@ class MoEConfig(Part):
     correction_bias: bool = False
     router: Part = SoftmaxRouter()
 
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"experts of a token: expected 1 to {self.num_experts}, the number of experts, "
+                f"found {self.top_k}"
+            )
+
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.MoE:
         hidden, width = config.hidden_size, self.shared_intermediate_size

@@ -9,6 +9,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-6, tie=False)
     rotary = reader.rotary(theta=10000.0)
     windows = reader.sliding_windows(fields["num_layers"])
+    reader.must_be("qkv_bias", True)
     return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows, qkv_bias=True)
 
 

@@ -6,10 +6,11 @@ from fdq.models.family import Family
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
-    fields = reader.base(epsilon=1e-6, tie=False)
+    fields = reader.base(epsilon=1e-6, tie=False, head_dim=128)
     rotary = reader.rotary(theta=10000.0)
     windows = reader.sliding_windows(fields["num_layers"])
-    bias = bool(reader.get("attention_bias", default=False))
+    bias = reader.flag("attention_bias", default=False)
+    reader.must_be("use_qk_norm", True)
     fields |= {"qkv_bias": bias, "output_bias": bias, "qk_norm": True}
     return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows)
 

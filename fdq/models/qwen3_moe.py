@@ -11,9 +11,9 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     is not 0.
     """
     fields = reader.base(epsilon=1e-6, tie=False)
-    bias = bool(reader.get("attention_bias", default=False))
-    dense = reader.get("mlp_only_layers", default=())
-    step = reader.integer("decoder_sparse_step", default=1)
+    bias = reader.flag("attention_bias", default=False)
+    dense = reader.integers("mlp_only_layers", default=())
+    step = reader.integer("decoder_sparse_step", default=1, least=1)
     moe = MoEConfig(
         num_experts=reader.integer("num_experts", "num_local_experts"),
         top_k=reader.integer("num_experts_per_tok"),
@@ -21,8 +21,9 @@ def _read(reader: ConfigReader) -> DecoderConfig:
         layers=tuple(
             i for i in range(fields["num_layers"]) if i not in dense and (i + 1) % step == 0
         ),
-        normalize=bool(reader.get("norm_topk_prob", default=False)),
+        normalize=reader.flag("norm_topk_prob", default=False),
     )
+    reader.must_be("use_qk_norm", True)
     rotary = reader.rotary(theta=10000.0)
     reader.full_attention()
     return DecoderConfig(

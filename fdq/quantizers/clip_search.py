@@ -64,6 +64,9 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
     it does (as in "importance matrices"); None weighs all rows equally.
     """
     format = format_of(spec)
+    if importance is not None:
+        apart = isinstance(format, ScaledFormat)
+        importance = _comparable(importance.astype(jnp.float32), spec, apart=apart)
     if not isinstance(format, ScaledFormat):
         return format.search(w, spec, importance)
     candidates = format.candidates(w, spec)
@@ -74,7 +77,7 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
     relative = groups / largest[..., None, :]
     h = None
     if importance is not None:
-        rows = jnp.broadcast_to(importance.astype(jnp.float32)[:, None], w.shape)
+        rows = jnp.broadcast_to(importance[:, None], w.shape)
         h = grouping.to_groups(rows, spec)
 
     def levels(parameters: Arrays, sign: float) -> tuple[jax.Array, jax.Array]:
@@ -125,3 +128,21 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
             parameters = format.with_multiplier(best[1], fitted, spec)
             best = better(best, parameters, error(parameters, 1.0) * REAL_GAIN)
     return format.encode(w, spec, format.finish(best[1], spec))
+
+
+def _comparable(importance: jax.Array, spec: WeightSpec, *, apart: bool) -> jax.Array:
+    """`[K]` relative to a power of two near the largest; of a group of zeros all alike.
+
+    Weighted as they come, errors might be too small or too large for float32, or all be zero: then
+    any scale would do. Where groups are searched `apart` the largest is that of the group; else a
+    group of zeros hardly counts beside the others.
+    """
+    k = importance.shape[0]
+    rows = {"group": spec.group_size or k, "block": (spec.block_size or (k,))[0]}
+    size = min(rows.get(spec.granularity, k), k)
+    groups = jnp.pad(importance, (0, -k % size)).reshape(-1, size)
+    largest = jnp.max(groups, axis=-1, keepdims=True)
+    top = largest if apart else jnp.max(largest)
+    relative = jnp.ldexp(groups, -jnp.frexp(top)[1])
+    alike = jnp.float32(1.0) if apart else jnp.where(top > 0, jnp.float32(2.0**-24), jnp.float32(1))
+    return jnp.where(largest > 0, relative, alike).reshape(-1)[:k]

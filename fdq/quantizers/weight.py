@@ -40,7 +40,8 @@ def quantize_array(
       compat: `"fastdeploy"` (its GPU kernel) or `"fastdeploy-cpu"` reproduces FastDeploy's WINT8
         and WINT4 bit for bit. Excludes `method` and `importance`.
       importance: `[..., K]` nonnegative weight of the squared error of each input channel, such as
-        the mean square of what multiplies it (statistic `mean_square`); only with `"search"`.
+        the mean square of what multiplies it (statistic `mean_square`); only with `"search"`. In a
+        group where all are zero the channels count alike.
       statistics: those of the weight's input, by name; the quantizer takes what it uses.
       path: name of the parameter, used only in errors.
 
@@ -49,8 +50,9 @@ def quantize_array(
       same tree as one call on the stack.
 
     Raises:
-      ValueError: the weight is not a float matrix, has NaN or infinity (only looked for in
-        concrete arrays), or does not fit the spec; the message names `path`.
+      ValueError: the weight is not a float matrix, it or a statistic has NaN or infinity, or a
+        statistic negative numbers (both only looked for in concrete arrays), or the weight does
+        not fit the spec; the message names `path`.
 
     Examples:
       >>> w = jnp.linspace(-1.0, 1.0, 256).reshape(128, 2)
@@ -129,8 +131,9 @@ def _wanted(
         found = tuple(value.shape)
         if found not in (expected, (shape[-2],)):
             options = " or ".join(str(option) for option in dict.fromkeys((expected, (shape[-2],))))
-            word = "importance" if name == "mean_square" else name
-            raise ValueError(f"{path}: expected {word} of shape {options}, found {found}.")
+            raise ValueError(f"{path}: expected {_word(name)} of shape {options}, found {found}.")
+        if not isinstance(value, jax.ShapeDtypeStruct | Tracer):
+            _check_statistic(np.asarray(value), name, path)
         if isinstance(value, jax.ShapeDtypeStruct):
             wanted[name] = jax.ShapeDtypeStruct(expected, jnp.float32)
         else:
@@ -153,3 +156,19 @@ def check_finite(w: jax.Array, path: str = "<array>") -> None:
 @jax.jit
 def _all_finite(w: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(w))
+
+
+def _word(statistic: str) -> str:
+    return "importance" if statistic == "mean_square" else statistic
+
+
+def _check_statistic(value: np.ndarray, name: str, path: str) -> None:
+    """Refuses what no mean or maximum of magnitudes can be."""
+    value = value.astype(np.float64)
+    wrong = ~np.isfinite(value) | (value < 0)
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{path}: expected {_word(name)} of finite numbers >= 0, found {value[at]} at "
+            f"{list(at)} ({int(wrong.sum())} such in all)."
+        )

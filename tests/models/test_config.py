@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fdq import models
+from fdq.models import config_reader, ernie4_5, ernie4_5_moe
 from tests.models import oracles
 
 
@@ -84,7 +85,7 @@ def test_unsupported_model_type():
         ("llama", {"logit_scale": 0.5}, r"does not know: \{'logit_scale': 0.5\}"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; expected 'silu'"),
         ("llama", {"vocab_size": None}, "llama config lacks vocab_size"),
-        ("llama", {"vocab_size": "96"}, "vocab_size must be an integer, got '96'"),
+        ("llama", {"vocab_size": "96"}, "vocab_size must be an integer of at least 1, got '96'"),
         ("llama", {"num_key_value_heads": 3}, r"\(=4\) must be divisible by num_kv_heads \(=3\)"),
         ("llama", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
@@ -94,7 +95,7 @@ def test_unsupported_model_type():
             r"layer_types \['sliding_attention'\] are not supported",
         ),
         ("qwen2_window", {"sliding_window": None}, "qwen2 config lacks sliding_window"),
-        ("qwen2_window", {"sliding_window": 0}, "must be positive or None"),
+        ("qwen2_window", {"sliding_window": 0}, "sliding_window must be an integer of at least 1"),
         ("qwen2_window", {"layer_types": None, "max_window_layers": None}, "lacks max_window_lay"),
         (
             "qwen2_window",
@@ -120,6 +121,30 @@ def test_unsupported_model_type():
             "llama",
             {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}},
             "rope parameters lack low_freq_factor",
+        ),
+        ("qwen3_moe", {"num_experts": 3, "num_local_experts": 2}, "num_experts=3 and num_local"),
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": 99},
+            "expected 1 to .*, the number of experts, fo",
+        ),
+        ("ernie4_5_moe", {"moe_k": 0}, "expected 1 to .*, the number of experts, found 0"),
+        # What a config says of long contexts counts, beside the spelling of transformers 5 too.
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "'yarn' is not supported",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'dynamic' is not supported",
+        ),
+        ("qwen2", {"rope_scaling": {"type": "garbage"}}, "'garbage' is not supported"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": "4"}},
+            "factor of the rope parameters must be a positive number, got '4'",
         ),
         (
             "llama",
@@ -153,3 +178,113 @@ def test_dicts_with_wrong_fields():
         models.DecoderConfig.from_dict(fields)
     with pytest.raises(ValueError, match="model rotary: expected a mapping, got NoneType"):
         models.DecoderConfig.from_dict({**fields, "moe": None, "rotary": None})
+
+
+WRONG = {
+    bool: ("false", 2, [True]),
+    int: ("7", [[2]], 1.5, True, -7),
+    float: ("500000", True, float("nan"), [1.0]),
+    str: (5, ["silu"]),
+    list: ("layers", [["full_attention"]], [1.5], 3),
+    dict: ("default", [1], 4),
+}
+
+
+NEUTRAL = {*config_reader._NEUTRAL, *ernie4_5._NEUTRAL, *ernie4_5_moe._NEUTRAL}
+
+
+@pytest.mark.parametrize("name", oracles.NAMES)
+@pytest.mark.parametrize("file", ["config.json", "config_v4.json"])
+def test_every_key_has_a_type(name, file):
+    """A value of another type is refused by its key, where anything depends on the key."""
+    config, read = oracles.read_config(name, file), models.from_huggingface
+    expected, refused = read(config), 0
+    for key, value in config.items():
+        for wrong in WRONG.get(type(value), ()) if key != "model_type" else ():
+            try:
+                found = read({**config, key: wrong})
+            except ValueError as error:
+                assert key.removeprefix("torch_") in str(error)
+                refused += 1
+            else:
+                assert key in NEUTRAL and found == expected, (key, wrong)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("name", oracles.NAMES)
+def test_what_real_configs_carry_besides_is_let_through(name):
+    config, read = oracles.read_config(name), models.from_huggingface
+    more = {
+        "is_llama_config": True,
+        "transformers.js_config": {"dtype": "q4"},
+        "_attn_implementation_autoset": True,
+        "neftune_noise_alpha": 5.0,
+        "max_length": 4096,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "repetition_penalty": 1.1,
+        "bad_words_ids": [[1]],
+        "num_labels": 2,
+        "problem_type": "single_label_classification",
+        "is_decoder": True,
+        "gradient_checkpointing": True,
+        "pruned_heads": {},
+        "pad_token_id": -1,
+    }
+    assert read({**config, **more}) == read({**config, "pad_token_id": None})
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "default":
+        longer = {**config, "rope_parameters": {**rope, "factor": 4.0}}
+        assert read(longer) == read(config)
+
+
+def test_what_a_family_always_has_may_be_said():
+    read = models.from_huggingface
+    for name, key in (("qwen2", "qkv_bias"), ("qwen3", "use_qk_norm")):
+        config = oracles.read_config(name)
+        assert read({**config, key: True}) == read(config)
+        with pytest.raises(ValueError, match=f"{key}=False is not supported; expected True"):
+            read({**config, key: False})
+
+
+def test_what_is_meant_where_a_config_is_silent():
+    read = models.from_huggingface
+    for name in ("qwen3", "ernie4_5"):
+        config = {**oracles.read_config(name)}
+        del config["head_dim"]
+        assert read(config).head_dim == 128  # as in transformers, whatever the hidden size
+    config = oracles.read_config("qwen2_window")
+    del config["layer_types"]
+    assert read({**config, "sliding_window": None}).sliding_windows == ()
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def test_rope_scaling_counts_beside_rope_parameters():
+    """As in transformers, where it is in place of all of them; theta is then that of the top."""
+    read, config = models.from_huggingface, oracles.read_config("llama")
+    both = {**config, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    rotary = read(both).rotary
+    assert (rotary.rope_type, rotary.factor, rotary.theta) == ("linear", 4.0, 10000.0)
+    assert read({**both, "rope_theta": 5e5}).rotary.theta == 5e5
+    inside = {**both["rope_scaling"], "rope_theta": 7e4}
+    assert read({**both, "rope_theta": 5e5, "rope_scaling": inside}).rotary.theta == 7e4
+    assert read({**config, "rope_scaling": {}}) == read({**config, "rope_scaling": None})
+
+
+def test_the_original_length_of_llama3_is_that_of_the_model_where_nothing_else_is_said():
+    read, config = models.from_huggingface, oracles.read_config("llama")
+    config |= {"max_position_embeddings": 777, "rope_parameters": LLAMA3}
+    assert read(config).rotary.original_max_position == 777
+    config["original_max_position_embeddings"] = 99
+    assert read(config).rotary.original_max_position == 99
+    del config["max_position_embeddings"], config["original_max_position_embeddings"]
+    with pytest.raises(ValueError, match="rope parameters lack original_max_position_embeddings"):
+        read(config)
+
+
+def test_dtype_counts_where_torch_dtype_says_something_else():
+    config = {**oracles.read_config("llama"), "dtype": "float32", "torch_dtype": "bfloat16"}
+    assert models.from_huggingface(config).dtype == "float32"

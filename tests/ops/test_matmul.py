@@ -183,6 +183,40 @@ def test_sixteen_bit_activations_are_summed_in_float32(dtype, rng):
     assert error(fdq.matmul(x, q, out_dtype=jnp.float32), expected) < TOLERANCE
 
 
+ODD_DTYPES = ["int8", "uint8", "int32", "bool", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("dtype", ODD_DTYPES)
+@pytest.mark.parametrize("kind", ["int4-g64", "fp8-block", "array"])
+def test_rows_that_are_no_wide_floats_count_as_float32(kind, dtype, rng):
+    w = rows(rng, 256, 24) if kind == "array" else quantized(kind)
+    x = jnp.asarray(rng.integers(-3, 4, (2, 256)), jnp.float32).astype(dtype)
+    expected = np.asarray(x, np.float64) @ (np.asarray(w) if kind == "array" else decoded(kind))
+    assert np.abs(expected).max() > 1
+    for function in (fdq.matmul, jax.jit(fdq.matmul)):
+        y = function(x, w)
+        assert y.dtype == jnp.float32 and error(y, expected) < TOLERANCE
+    assert fdq.matmul(x, w, out_dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ODD_DTYPES)
+def test_rows_of_experts_that_are_no_wide_floats_count_as_float32(dtype, rng):
+    q = jax.tree.map(lambda a: jnp.stack([a, a]), quantized("int8"))
+    x = jnp.asarray(rng.integers(-3, 4, (2, 256)), jnp.float32).astype(dtype)
+    y = fdq.grouped_matmul(x, q, jnp.asarray([1, 0]))
+    expected = np.asarray(x, np.float64) @ decoded("int8")
+    assert y.dtype == jnp.float32 and error(y, expected) < TOLERANCE
+
+
+def test_dtypes_without_a_product_are_refused(rng):
+    q, x = quantized("int4-g64"), rows(rng, 2)
+    with pytest.raises(TypeError, match="expected x of real numbers, found complex64"):
+        fdq.matmul(x.astype(jnp.complex64), q)
+    for dtype in (jnp.int8, jnp.complex64, jnp.bool_):
+        with pytest.raises(TypeError, match=f"or a float array w, found {jnp.dtype(dtype)}"):
+            fdq.matmul(x, jnp.ones((256, 3), dtype))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("m", [1, 3])
 def test_array_weights(dtype, m, rng):

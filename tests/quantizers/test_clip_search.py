@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
+import fdq
 from fdq.formats.qtensor import dequantize
 from fdq.quantizers import clip_search, quantize_array
 from tests.covering import slow
@@ -125,3 +127,54 @@ def test_columns_that_no_slabs_divide(rng, monkeypatch):
     whole = jax.jit(lambda w: quantize_array(w, s))(w)
     for x, y in zip(jax.tree.leaves(slabs), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A16-channel", "WNVFP4", "WNF4A16", "WCC2"])
+@pytest.mark.parametrize("nothing", [0.0, 1e-40, 1e-30, 1e30])
+def test_importance_that_tells_nothing_apart_changes_nothing(name, nothing, rng):
+    """All zero (an input that was always 0), or as small or large as float32 gets."""
+    w = rng.standard_normal((256, 32)).astype(np.float32)
+
+    def relative_error(**settings):
+        back = np.asarray(fdq.dequantize(fdq.quantize(w, name, **settings)), np.float64)
+        return np.linalg.norm(back - w) / np.linalg.norm(w)
+
+    plain = relative_error()
+    guided = relative_error(importance=np.full(256, nothing, np.float32))
+    assert guided == pytest.approx(plain, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["W4A16", "WCC2"])
+def test_a_group_without_importance_is_not_given_up(name, rng):
+    """The other groups have theirs; the one of zeros counts its channels alike."""
+    w = rng.standard_normal((256, 32)).astype(np.float32)
+    h = np.exp(rng.standard_normal(256)).astype(np.float32)
+    h[:128] = 0.0
+    back = np.asarray(fdq.dequantize(fdq.quantize(w, name, importance=h)), np.float64)
+    plain = np.asarray(fdq.dequantize(fdq.quantize(w, name)), np.float64)
+    error, least = (np.square(x - w)[:128].sum() for x in (back, plain))
+    assert error < 1.3 * least
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"), [(np.nan, "nan"), (np.inf, "inf"), (-1.0, "-1.0"), (-np.inf, "-inf")]
+)
+def test_importance_that_is_none_is_refused(wrong, found, rng):
+    w = rng.standard_normal((256, 4)).astype(np.float32)
+    h = np.ones(256, np.float32)
+    h[7] = wrong
+    message = rf"importance of finite numbers >= 0, found {found} at \[7\] \(1 such in all\)"
+    for given in (h, jnp.asarray(h)):
+        with pytest.raises(ValueError, match=message):
+            fdq.quantize(w, "W4A16", importance=given)
+    with pytest.raises(ValueError, match=f"kernel: expected {message}"):
+        fdq.quantize({"kernel": jnp.asarray(w)}, "W4A16", importance={"kernel": h})
+
+
+def test_a_layer_that_saw_only_zeros_is_quantized_as_without_statistics(rng):
+    layer = nnx.Linear(256, 32, rngs=nnx.Rngs(0))
+    seen = fdq.calibrate(nnx.Sequential(layer), jnp.zeros((4, 256)))
+    guided = fdq.quantize(nnx.Sequential(layer), "W4A16", calibration=seen).layers[0].kernel
+    plain = fdq.quantize(nnx.Sequential(layer), "W4A16").layers[0].kernel
+    for x, y in zip(jax.tree.leaves(guided), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

@@ -56,7 +56,7 @@ def grouped_matmul(
     Returns:
       `[T, N]`, or `[T, picks, N]`. The gradient with respect to x is that of the decoded weights.
     """
-    settings = {"dtype": x.dtype if out_dtype is None else out_dtype, "path": path}
+    settings = {"dtype": out_dtype, "path": path}
     spec = parse_activation(activation)
     arguments = GroupedProduct(x, w, spec, activation_scale, index=expert_index, **settings)
     return grouped_product(arguments, implementation=implementation)[0].value()

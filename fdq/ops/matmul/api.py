@@ -56,14 +56,15 @@ def matmul(
     of activations. Quantized weights get no gradient.
 
     Args:
-      x: `[..., K]`, any float dtype.
+      x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
+        float32.
       w: `[K, N]`: an array, a QTensor or a prepared weight (map over leading axes with `jax.vmap`).
       activation: an ActivationSpec or its name (`"int8"`, `"fp8"`, `"fp8-x128"`); None leaves x
         alone.
       activation_scale: calibrated scale (one number) of a static ActivationSpec.
       implementation: `"xla"`, `"mosaic_gpu"` or None for the best; FDQ_IMPLEMENTATION in the
         environment is read while tracing where it is None.
-      out_dtype: dtype of the result; that of x by default.
+      out_dtype: dtype of the result; that of x, as it counts, by default.
       path: name of the layer, used only in errors.
 
     Returns:
@@ -71,6 +72,7 @@ def matmul(
 
     Raises:
       ValueError: shapes that do not match, an unknown name, a missing or superfluous scale.
+      TypeError: x is complex, or the array w not of floats.
       NotImplementedError: the implementation that was asked for cannot compute this.
 
     Examples:
@@ -78,9 +80,8 @@ def matmul(
       >>> fdq.matmul(jnp.ones((3, 256)), q).shape
       (3, 64)
     """
-    dtype = x.dtype if out_dtype is None else out_dtype
     spec = parse_activation(activation)
-    arguments = Product(x, w, spec, activation_scale, dtype=dtype, path=path)
+    arguments = Product(x, w, spec, activation_scale, dtype=out_dtype, path=path)
     return product(arguments, implementation).value()
 
 

@@ -11,29 +11,39 @@ import jax.numpy as jnp
 
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import QuantizedWeight, materialize
-from fdq.ops.rows import Rows
+from fdq.ops.rows import Gated, Normed, Rows, Sums
 from fdq.schemes.scheme import ActivationSpec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-    """`x @ w + bias`: see `fdq.matmul`; the bias `[N]` is added to the product in `dtype`."""
+    """`x @ w + bias`: see `fdq.matmul`; the bias `[N]` is added to the product in `dtype`.
+
+    Rows of integers, truth values and 8-bit floats count as float32; None is the dtype of x.
+    """
 
     x: Rows
     w: Any
     activation: ActivationSpec | None = None
     activation_scale: jax.Array | None = None
     bias: jax.Array | None = None
-    dtype: Any = jnp.float32
+    dtype: Any = None
     path: str = "<array>"
 
     def __post_init__(self):
-        """Checks shapes; takes the arrays out of Variables."""
-        scale = self.activation_scale
+        """Checks shapes and dtypes; takes the arrays out of Variables."""
+        scale, x = self.activation_scale, self.x
+        if not isinstance(x, Normed | Sums | Gated):
+            x = _as_rows(x, self.path)
+        if not self.quantized and not _is_float(self.w):
+            raise TypeError(
+                f"{self.path}: expected a QTensor or a float array w, found {self.w.dtype}."
+            )
         vars(self).update(
+            x=x,
             w=materialize(self.w) if self.quantized else self.w,
             activation_scale=None if scale is None else jnp.asarray(scale),
-            dtype=jnp.dtype(self.dtype),
+            dtype=jnp.dtype(x.dtype if self.dtype is None else self.dtype),
         )
         self._check(tuple(self.x.shape), tuple(self.w.shape))
 
@@ -53,6 +63,19 @@ class Product:
     def quantized(self) -> bool:
         """Whether the weight is quantized."""
         return isinstance(self.w, QuantizedWeight)
+
+
+def _is_float(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _as_rows(x: Any, path: str) -> jax.Array:
+    """An array as rows: floats of 16 bits and more as they are, what else is real in float32."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"{path}: expected x of real numbers, found {x.dtype}.")
+    if _is_float(x) and x.dtype.itemsize > 1:
+        return x
+    return jnp.asarray(x).astype(jnp.float32)
 
 
 def takes_integers(w: QuantizedWeight, activation: ActivationSpec | None) -> bool:

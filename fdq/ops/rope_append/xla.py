@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -106,16 +107,14 @@ def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTen
 
 def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """`old [B, KH, S, ...]` with `new [B, KH, T, ...]` at slots `start` (scalar or [B])."""
-    rest = (0,) * (old.ndim - 3)
+    into = jax.lax.dynamic_update_slice_in_dim
 
     def write(old, new, start):
         if start.ndim == 0 or old.shape[0] == 1:
             slot = start[0] if start.ndim else start
-            return jax.lax.dynamic_update_slice(old, new, (0, 0, slot, *rest))
+            return into(old, new, slot, axis=2)
         # One scatter with a window per sequence: in place, whatever the batch.
-        return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, (0, s, *rest)))(
-            old, new, start
-        )
+        return jax.vmap(functools.partial(into, axis=1))(old, new, start)
 
     # On Explicit mesh axes the cache stays as it is sharded, whatever the new slots are.
     return in_auto_axes(write, old, new, start, result=lambda: spec_entries(old))
