@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdq.decoding import checks
 from fdq.decoding.loop import DecodeState, decode, prefill, stop_table
 from fdq.decoding.sampling import Sampling
 from fdq.schemes.scheme import CacheSpec
@@ -56,13 +57,12 @@ def generate(
     Raises:
       ValueError: no prompts, mixed kinds, an empty prompt, more tokens than `max_length`, a
         negative `max_new_tokens`, or `stream_steps` below 1.
+      TypeError: a number or a token that is no integer, or a key that is none.
       ModuleNotFoundError: text prompts without the `tokenizers` package; names the extra.
     """
-    if max_new_tokens < 0 or stream_steps < 1:
-        raise ValueError(
-            f"max_new_tokens (={max_new_tokens}) must be 0 or more and stream_steps "
-            f"(={stream_steps}) 1 or more"
-        )
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens)
+    stream_steps = checks.integer("stream_steps", stream_steps, least=1)
+    key = checks.prng_key(key)
     texts, lists = _sort_prompts(prompts)
     text = _tokenizer(model, tokenizer) if texts else None
     rows = [text.encode(prompt, bos=True) for prompt in texts] if text else lists
@@ -147,7 +147,10 @@ def _sort_prompts(prompts: Any) -> tuple[list[str], list[list[int]]]:
         return prompts, []
     if any(isinstance(prompt, str | int | np.integer) for prompt in prompts):
         raise ValueError("prompts must be all strings or all lists of tokens")
-    return [], [[int(token) for token in prompt] for prompt in prompts]
+    return [], [
+        [checks.token(f"prompt {index}", token) for token in prompt]
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def _tokenizer(model: Any, tokenizer: Any) -> Any:

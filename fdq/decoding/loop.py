@@ -24,6 +24,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
+from fdq.decoding import checks
 from fdq.decoding.sampling import Sampling, sample
 from fdq.nn.parameters import Template, bind, split
 
@@ -177,6 +178,7 @@ def prefill(
       ValueError: before anything runs: prompts that are empty, longer than the cache or than L, a
         batch other than the cache's, or tokens outside the vocabulary.
     """
+    key = checks.prng_key(key)
     template, params = split(model)
     traced = isinstance(tokens, Tracer) or isinstance(lengths, Tracer)
     if not isinstance(tokens, Tracer):
@@ -188,10 +190,11 @@ def prefill(
         )
     b, width = tokens.shape
     capacity = cache.max_length
+    if 0 in tokens.shape:
+        raise ValueError(f"prompt tokens: got shape {tokens.shape}; there is nothing to read")
     if b != cache.batch:
         raise ValueError(f"got {b} prompts for a cache of {cache.batch} sequences")
-    if chunk < 1:
-        raise ValueError(f"chunk (={chunk}) must be 1 or more")
+    chunk = checks.integer("chunk", chunk, least=1)
     if lengths is None:
         lengths = np.full((b,), width, np.int32)
     longest = width if traced else _longest(np.asarray(lengths), b, width)
@@ -213,7 +216,6 @@ def prefill(
         piece = tokens[:, start : start + padded]
         piece = jnp.pad(piece, ((0, 0), (0, padded - piece.shape[1])))
         cache = _extend(template, params, piece, cache, jnp.int32(start))
-    key = jax.random.key(0) if key is None else key
     # Every array is a buffer of its own, for the state is donated: nothing of the caller's, and
     # nothing twice.
     return DecodeState(
@@ -249,6 +251,7 @@ def decode(
     Raises:
       ValueError: `steps` more tokens do not fit in the cache of a sequence that is not finished.
     """
+    steps = checks.integer("steps", steps)
     template, params = split(model)
     b, capacity = state.tokens.shape
     if not isinstance(state.length, Tracer):
@@ -265,7 +268,7 @@ def decode(
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
     """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up."""
-    if isinstance(stop_tokens, int | np.integer):
+    if np.ndim(stop_tokens) == 0:
         stop_tokens = (stop_tokens,)
     rows = list(stop_tokens)
     if not any(isinstance(row, Sequence | np.ndarray) for row in rows):
@@ -274,7 +277,7 @@ def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
         raise ValueError(f"got stop tokens for {len(rows)} sequences, expected {batch}")
     table = np.full((batch, max(map(len, rows), default=0)), -1, np.int32)
     for row, stops in zip(table, rows, strict=True):
-        row[: len(stops)] = stops
+        row[: len(stops)] = [checks.token("stop token", stop, least=-1) for stop in stops]
     return table
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 
+from fdq.decoding import checks
 from fdq.ops.placement import in_auto_axes, spec_entry
 from pallas_kernels.typing import Array, Float, Int
 
@@ -27,6 +29,7 @@ class Sampling:
 
     Raises:
       ValueError: a value outside its range.
+      TypeError: a value that is no number.
     """
 
     temperature: float = 1.0
@@ -35,10 +38,15 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self):
+        for name in ("temperature", "top_p", "min_p"):
+            number = getattr(self, name)
+            wrong = isinstance(number, bool) or not isinstance(number, numbers.Real | None)
+            if wrong or (number is None and name == "temperature"):
+                raise TypeError(f"{name}: expected a number, found {number!r}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+        if self.top_k is not None:
+            checks.integer("top_k", self.top_k, least=1)
         for name in ("top_p", "min_p"):
             p = getattr(self, name)
             if p is not None and not 0 < p <= 1:

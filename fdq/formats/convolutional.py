@@ -198,7 +198,7 @@ def _choose(
     middle = jnp.clip(middle, 1 - SWEEP[0], LARGEST_LOCAL_SCALE - SWEEP[1])
 
     def attempt(i: jax.Array, best):
-        local = middle + (i + SWEEP[0]).astype(jnp.float32)
+        local = middle + jnp.asarray(i + SWEEP[0], jnp.float32)
         scale = jnp.broadcast_to((local * super_scale)[:, None, :], (groups, GROUP, n))
         codes, score = _nearest(w / scale.reshape(w.shape), h)
         total = jnp.sum(score.reshape(groups, GROUP // ROWS_PER_CODE, n), axis=1)
@@ -229,6 +229,7 @@ def _nearest(y: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def compare(i: jax.Array, best):
         index, score = best
+        i = jnp.asarray(i, jnp.int32)  # a Python number under jax.disable_jit, 64 bits under x64
         words = jax.lax.dynamic_slice_in_dim(book, i * UNROLL, UNROLL)
         for j in range(UNROLL):
             found = jnp.zeros_like(score)

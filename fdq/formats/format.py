@@ -42,9 +42,12 @@ class Candidates:
     ) -> Candidates:
         """Parameters `at` evenly spaced float32 fractions (of some largest scale)."""
         start, step = ends[0], (ends[1] - ends[0]) / (count - 1)
-        return cls(
-            count, lambda i: at(jnp.float32(start) + jnp.float32(step) * i.astype(jnp.float32))
-        )
+
+        def fraction(i: jax.Array) -> jax.Array:
+            # Under jax.disable_jit the index of a loop is a Python number.
+            return jnp.float32(start) + jnp.float32(step) * jnp.asarray(i, jnp.float32)
+
+        return cls(count, lambda i: at(fraction(i)))
 
 
 class Format(abc.ABC):

@@ -67,8 +67,8 @@ class QuantizedWeight:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits, scales included, by weight."""
-        return 8 * self.nbytes / self.size
+        """Stored bits, scales included, by weight; of no weights 0."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
 
     @property
     def is_abstract(self) -> bool:

@@ -62,7 +62,9 @@ class Decoder(nnx.Module):
 
         Without a cache; differentiable.
         """
-        b, length = tokens.shape
+        b, length = self._shape(tokens)
+        if not b * length:
+            return jnp.zeros((b, length, self.config.vocab_size), jnp.float32)
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
         hidden, _ = self._layers(tokens, positions)
         return self.head(hidden)
@@ -81,7 +83,7 @@ class Decoder(nnx.Module):
         Returns:
           [B, T, H] final hidden states (see `head`), and the updated cache.
         """
-        b, t = tokens.shape
+        b, t = self._shape(tokens)
         first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         positions = first[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
         hidden, updated = self._layers(tokens, positions, cache, start)
@@ -140,6 +142,14 @@ class Decoder(nnx.Module):
         static = any(spec is not None and not spec.dynamic for spec in specs)
         scales = self.cache_scales if static else None
         return KVCache.init(self.config, batch, max_length, specs, scales=scales)
+
+    @staticmethod
+    def _shape(tokens: jax.Array) -> tuple[int, int]:
+        if len(tokens.shape) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: expected integers [B, L], found {tokens.dtype} of shape {tokens.shape}."
+            )
+        return tokens.shape[0], tokens.shape[1]
 
     def _layers(
         self,

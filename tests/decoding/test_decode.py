@@ -383,10 +383,52 @@ def test_generate_refuses(model, prompts, message):
         generate(model, prompts, 4)
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": -1}, {"stream_steps": 0}])
-def test_generate_refuses_to_go_back_or_stand_still(model, wrong):
-    with pytest.raises(ValueError, match=r"max_new_tokens \(=.* and stream_steps"):
-        generate(model, [[3]], **wrong)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more, found -1"),
+        ({"stream_steps": 0}, "stream_steps: expected 1 or more, found 0"),
+        ({"stop_tokens": [2**40]}, "stop token: expected -1 to 2147483647, found 1099511627776"),
+        ({"stop_tokens": -2}, "stop token: expected -1 to"),
+        ({"prompts": [[3, 2**40]]}, "prompt 0: expected 0 to 2147483647, found 1099511627776"),
+    ],
+)
+def test_generate_refuses_numbers_out_of_range(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompts": [[3]], **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_new_tokens": 3.0}, "max_new_tokens: expected an integer, found 3.0"),
+        ({"stream_steps": "8"}, "stream_steps: expected an integer, found '8'"),
+        ({"prompts": [[3], [5.9]]}, "prompt 1: expected an integer, found 5.9"),
+        ({"prompts": [np.array([1.0, 2.0])]}, "prompt 0: expected an integer, found .*1.0"),
+        ({"stop_tokens": [[2.5]]}, "stop token: expected an integer, found 2.5"),
+        ({"key": 7}, r"key: expected one PRNG key, such as jax.random.key\(7\), found 7"),
+        ({"key": jnp.ones(2)}, r"key: expected one PRNG key.* found float32 of shape \(2,\)"),
+        ({"key": jax.random.split(jax.random.key(0))}, "found key<.*> of shape"),
+    ],
+)
+def test_generate_refuses_what_is_no_integer_and_no_key(model, wrong, message):
+    with pytest.raises(TypeError, match=message):
+        generate(model, **{"prompts": [[3]], **wrong})
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+def test_no_tokens_have_no_logits(model, shape):
+    logits = model(jnp.zeros(shape, jnp.int32))
+    assert logits.shape == (*shape, model.config.vocab_size) and logits.dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"prompt tokens: got shape .*; there is nothing to read"):
+        prefill(model, np.zeros(shape, np.int32), KVCache.init(model.config, 1, SLOTS))
+
+
+def test_tokens_of_another_shape_or_kind_are_refused(model):
+    with pytest.raises(ValueError, match=r"tokens: expected integers \[B, L\], found int32 "):
+        model(jnp.zeros((3,), jnp.int32))
+    with pytest.raises(ValueError, match="tokens: expected integers .* found float32"):
+        model(jnp.zeros((1, 3)))
 
 
 def test_generate_refuses_more_than_max_length(model):

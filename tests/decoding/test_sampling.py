@@ -102,7 +102,7 @@ def test_random_draws_need_keys(rng):
     [
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
         ({"temperature": float("nan")}, "temperature must be 0 or more"),
-        ({"top_k": 0}, "top_k must be 1 or more, got 0"),
+        ({"top_k": 0}, "top_k: expected 1 or more, found 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
         ({"min_p": 1.5}, r"min_p must be in \(0, 1\], got 1.5"),
     ],
@@ -110,3 +110,23 @@ def test_random_draws_need_keys(rng):
 def test_out_of_range(fields, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 2.5}, "top_k: expected an integer, found 2.5"),
+        ({"top_k": "5"}, "top_k: expected an integer, found '5'"),
+        ({"temperature": "0.7"}, "temperature: expected a number, found '0.7'"),
+        ({"temperature": None}, "temperature: expected a number, found None"),
+        ({"top_p": [0.9]}, r"top_p: expected a number, found \[0.9\]"),
+        ({"min_p": True}, "min_p: expected a number, found True"),
+    ],
+)
+def test_no_numbers(fields, message):
+    with pytest.raises(TypeError, match=message):
+        Sampling(**fields)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Sampling(temperature=np.float32(0.5), top_k=np.int64(3)).top_k == 3

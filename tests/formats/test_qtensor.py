@@ -155,3 +155,10 @@ def test_placement_of_the_result_follows_the_arrays(q):
     device = jax.devices()[3]
     moved = jax.device_put(q, device)
     assert dequantize(moved).devices() == {device}
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_no_matrices_have_no_bits(q, lead):
+    none = jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), q)
+    assert none.shape == (*lead, *q.shape)
+    assert none.bits_per_weight == 0 and "int4" in repr(none)

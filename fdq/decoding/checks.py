@@ -1,0 +1,37 @@
+"""Arguments of decoding that people get wrong, refused by name before anything runs."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def integer(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """`value` as an int, also of NumPy and JAX; TypeError or ValueError otherwise."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, found {value!r}.") from None
+    if number < least or (most is not None and number > most):
+        limits = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {limits}, found {number}.")
+    return number
+
+
+def token(name: str, value: Any, least: int = 0) -> int:
+    """`value` as a token number, which an int32 can hold."""
+    return integer(name, value, least, np.iinfo(np.int32).max)
+
+
+def prng_key(key: Any) -> jax.Array:
+    """A PRNG key, typed or of the older kind; None stands for `jax.random.key(0)`."""
+    if key is None:
+        return jax.random.key(0)
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
+        found = repr(key) if dtype is None else f"{dtype} of shape {key.shape}"
+        raise TypeError(f"key: expected one PRNG key, such as jax.random.key(7), found {found}.")
+    return key
