@@ -177,15 +177,8 @@ def random_state(config: DecoderConfig, spec: Any, slots: int, context: int) -> 
     sides = [random_cache(key, shape, parse_format(spec), config.dtype) for key in keys]
     layers = tuple(LayerCache(*pair) for pair in zip(sides[::2], sides[1::2], strict=True))
     length = jnp.full((1,), context, jnp.int32)
-    cache = KVCache(layers, length - 1)
-    return fdq.DecodeState(
-        tokens=jax.random.randint(jax.random.key(2), (1, slots), 0, config.vocab_size, jnp.int32),
-        length=length,
-        prompt_length=jnp.array(length, copy=True),
-        finished=jnp.zeros((1,), bool),
-        key=jax.random.key(3),
-        cache=cache,
-    )
+    tokens = jax.random.randint(jax.random.key(2), (1, slots), 0, config.vocab_size, jnp.int32)
+    return fdq.DecodeState.start(tokens, length, KVCache(layers, length - 1), key=jax.random.key(3))
 
 
 def bytes_a_step(config: DecoderConfig, params: dict, state: fdq.DecodeState) -> int:

@@ -14,12 +14,12 @@ from fdq.cache.cache_tensor import CacheTensor as CacheTensor
 from fdq.cache.kv_cache import KVCache as KVCache
 from fdq.calibration.observation import calibrate as calibrate
 from fdq.calibration.statistics import Calibration as Calibration
+from fdq.decoding.functional import functional as functional
 from fdq.decoding.generation import generate as generate
-from fdq.decoding.loop import DecodeState as DecodeState
 from fdq.decoding.loop import decode as decode
-from fdq.decoding.loop import functional as functional
 from fdq.decoding.loop import prefill as prefill
 from fdq.decoding.sampling import Sampling as Sampling
+from fdq.decoding.state import DecodeState as DecodeState
 from fdq.formats.qtensor import QTensor as QTensor
 from fdq.formats.qtensor import dequantize as dequantize
 from fdq.ops import prepare as prepare

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from fdq.analysis.planner import find_config, plan
 from fdq.cache.kv_cache import KVCache
-from fdq.decoding.loop import DecodeState, functional
+from fdq.decoding.functional import functional
+from fdq.decoding.state import DecodeState
 from fdq.models import abstract
 from fdq.ops import prepare
 from fdq.quantizers.quantization import quantize
@@ -119,15 +120,9 @@ def program(
     step, params = functional(prepared)
 
     def start() -> DecodeState:
-        one = jnp.ones((batch,), jnp.int32)
-        return DecodeState(
-            tokens=jnp.zeros((batch, context), jnp.int32),
-            length=one,
-            prompt_length=one,
-            finished=jnp.zeros((batch,), bool),
-            key=jax.random.key(0),
-            cache=KVCache.init(config, batch, context, cache_spec),
-        )
+        cache = KVCache.init(config, batch, context, cache_spec)
+        first = jnp.zeros((batch, 1), jnp.int32)
+        return DecodeState.start(first, jnp.ones((batch,), jnp.int32), cache)
 
     def decode_step(params: Any, state: DecodeState) -> DecodeState:
         logits, state = step(params, state)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from fdq.cache.floating import FLOATING
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE, CacheFormat
@@ -92,6 +94,42 @@ class CacheTensor:
         static = {} if self.dynamic else {"scale": self.scale, "zero": self.zero}
         one = quantize_cache(x, self.spec, **static)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), one, self)
+
+    def take(self, rows: jax.Array) -> CacheTensor:
+        """The sequences `rows`, [N] int32; static scales belong to all of them."""
+        taken = jax.tree.map(lambda a: a[rows], self._of_sequences())
+        # A copy: either cache may be donated.
+        static = {name: jnp.array(a, copy=True) for name, a in self._static().items()}
+        return taken.replace(**static)
+
+    def insert(self, rows: jax.Array, other: CacheTensor) -> CacheTensor:
+        """With the sequences of `other`, of at most as many slots, in place of `rows`."""
+        mine, theirs = self._of_sequences(), other._of_sequences()
+        like = jax.tree.map(lambda a: (a.shape[1:2], a.shape[3:], a.dtype), mine)
+        if self.spec != other.spec or like != jax.tree.map(
+            lambda a: (a.shape[1:2], a.shape[3:], a.dtype), theirs
+        ):
+            raise ValueError(f"insert: expected a {self._kind()}, found a {other._kind()}.")
+        for name, scale in self._static().items():
+            pair = (scale, getattr(other, name))
+            known = not any(isinstance(a, Tracer) for a in pair)
+            if known and not np.array_equal(*map(np.asarray, pair)):
+                raise ValueError(f"insert: the static {name} of the two caches differs.")
+        slots = other.codes.shape[2]
+        put = jax.tree.map(lambda old, new: old.at[rows, :, :slots].set(new), mine, theirs)
+        return put.replace(**self._static())
+
+    def _static(self) -> dict[str, Any]:
+        """What belongs to no sequence: calibrated scales and zero points."""
+        held = {} if self.dynamic else {"scale": self.scale, "zero": self.zero}
+        return {name: array for name, array in held.items() if array is not None}
+
+    def _of_sequences(self) -> CacheTensor:
+        return self.replace(**dict.fromkeys(self._static()))
+
+    def _kind(self) -> str:
+        heads, width = self.codes.shape[1], self.codes.shape[-1]
+        return f"{self.spec or 'C16'} cache of {heads} heads, {self.codes.dtype} x {width}"
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The values `[B, KH, S, D]`."""

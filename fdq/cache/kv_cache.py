@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE
@@ -124,6 +126,54 @@ class KVCache:
         )
         return cls(layers, jnp.zeros((batch,), jnp.int32))
 
+    def take(self, rows: Any) -> KVCache:
+        """The sequences `rows`, [N] int, in this order; any may come twice, or not at all.
+
+        Raises:
+          ValueError: a row outside 0 ... B - 1, as far as values are known.
+        """
+        rows = batch_rows(rows, self.batch)
+        layers = tuple(LayerCache(*(t.take(rows) for t in layer)) for layer in self.layers)
+        return KVCache(layers, self.length[rows])
+
+    def repeat(self, count: int) -> KVCache:
+        """Each sequence `count` times, side by side: rows 0, 0, 1, 1 for a count of 2."""
+        return self.take(np.repeat(np.arange(self.batch), count))
+
+    def insert(self, row: Any, other: KVCache) -> KVCache:
+        """The cache with the sequences of `other` in place of those at `row`.
+
+        Args:
+          row: int, or [N] int where `other` has N sequences.
+          other: of the same layers, formats and static scales, with at most as many slots.
+
+        Raises:
+          ValueError: rows outside of the batch or of another number than `other` has, another
+            format, other static scales (as far as values are known), or more slots.
+        """
+        rows = jnp.atleast_1d(batch_rows(row, self.batch))
+        if rows.shape != (other.batch,):
+            raise ValueError(
+                f"insert: got {rows.size} rows for a cache of {other.batch} sequences."
+            )
+        if other.num_layers != self.num_layers or other.max_length > self.max_length:
+            raise ValueError(
+                f"insert: expected a cache of {self.num_layers} layers and at most "
+                f"{self.max_length} slots, found {other.num_layers} layers, {other.max_length}."
+            )
+        layers = tuple(
+            LayerCache(*(a.insert(rows, b) for a, b in zip(mine, theirs, strict=True)))
+            for mine, theirs in zip(self.layers, other.layers, strict=True)
+        )
+        return KVCache(layers, self.length.at[rows].set(other.length))
+
+    def rollback(self, length: Any) -> KVCache:
+        """The cache when it held `length` tokens, an int for all or [B]; nothing is copied.
+
+        Slots at and after a sequence's length are overwritten before anybody reads them.
+        """
+        return KVCache(self.layers, jnp.minimum(jnp.asarray(length, jnp.int32), self.length))
+
     @property
     def max_length(self) -> int:
         """Slots per sequence."""
@@ -143,6 +193,18 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points; also of an abstract cache."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+def batch_rows(rows: Any, batch: int) -> jax.Array:
+    """Indices of sequences as int32; ValueError where values are known and none of the batch."""
+    if isinstance(rows, Tracer):
+        return rows.astype(jnp.int32)
+    found = np.asarray(rows)
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"rows: expected integers, found {found.dtype}.")
+    if found.size and (found.min() < 0 or found.max() >= batch):
+        raise ValueError(f"rows: expected 0 to {batch - 1}, found {found.tolist()}.")
+    return jnp.asarray(found, jnp.int32)
 
 
 def _empty_layer(

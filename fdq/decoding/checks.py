@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def integer(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
@@ -35,3 +36,32 @@ def prng_key(key: Any) -> jax.Array:
         found = repr(key) if dtype is None else f"{dtype} of shape {key.shape}"
         raise TypeError(f"key: expected one PRNG key, such as jax.random.key(7), found {found}.")
     return key
+
+
+def empty(cache: Any) -> None:
+    """Refuses a KV cache that holds tokens, as far as values are known."""
+    if isinstance(cache.length, Tracer):
+        return
+    held = np.asarray(cache.length)
+    if held.any():
+        raise ValueError(
+            f"the cache holds {held.tolist()} tokens: expected an empty one. To go on, pass the "
+            "state: prefill(model, tokens, state=state); to start again, make a new cache."
+        )
+
+
+def rollback_length(length: Any, known: jax.Array, least: int = 0) -> None:
+    """Refuses lengths to go back to that are below `least` or above `known`, [B]."""
+    if isinstance(length, Tracer) or isinstance(known, Tracer):
+        return  # values are not known here: what uses them clips them
+    wanted, known_now = np.asarray(length), np.asarray(known)
+    if not np.issubdtype(wanted.dtype, np.integer) or wanted.shape not in ((), known_now.shape):
+        raise ValueError(
+            f"rollback: expected an integer or integers of shape {known_now.shape}, found "
+            f"{wanted.dtype} of shape {wanted.shape}."
+        )
+    if (wanted < least).any() or (wanted > known_now).any():
+        raise ValueError(
+            f"rollback to {wanted.tolist()} tokens: expected {least} to {known_now.tolist()}, "
+            "which are known."
+        )

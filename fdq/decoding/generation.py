@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from fdq.decoding import checks
-from fdq.decoding.loop import DecodeState, decode, prefill, stop_table
+from fdq.decoding.loop import LogitsProcessor, prefill, run, stop_table
 from fdq.decoding.sampling import Sampling
+from fdq.decoding.state import DecodeState
 from fdq.schemes.scheme import CacheSpec
 
 # Tokens between two looks at the state: what a stop token costs at most, and the delay of a stream.
@@ -32,7 +33,9 @@ def generate(
     stream: Callable[[int, Any], None] | None = None,
     stream_steps: int = CHUNK_STEPS,
     tokenizer: Any = None,
-) -> list[Any]:
+    logits_processor: LogitsProcessor | None = None,
+    return_logprobs: bool = False,
+) -> Any:
     """Continues each prompt.
 
     Args:
@@ -50,9 +53,13 @@ def generate(
       stream_steps: tokens generated between two looks at the result.
       tokenizer: for strings: a `Tokenizer`, or a tokenizer.json or its directory; by default the
         one of the checkpoint that the model was loaded from.
+      logits_processor: `(logits [B, V], state) -> logits`, pure; see `decode`.
+      return_logprobs: also return what the model thought of each token.
 
     Returns:
-      A list with the continuation of each prompt, text or tokens as the prompts were.
+      A list with the continuation of each prompt, text or tokens as the prompts were. With
+      `return_logprobs` a pair: this list, and for each prompt a list of the log-probabilities of
+      its generated tokens (natural logarithm, before sampling and processors changed them).
 
     Raises:
       ValueError: no prompts, mixed kinds, an empty prompt, more tokens than `max_length`, a
@@ -84,15 +91,30 @@ def generate(
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
     empty = model.init_cache(len(rows), max_length, cache)
-    state = prefill(model, tokens, empty, lengths=[len(row) for row in rows], key=key)
-    outputs = _Outputs(stop_table(stop_tokens, len(rows)), text, stream)
+    lengths = [len(row) for row in rows]
+    state = prefill(model, tokens, empty, lengths=lengths, key=key, return_logprobs=return_logprobs)
+    stops = stop_table(stop_tokens, len(rows))
+    outputs = _Outputs(stops, text, stream)
+    on_cpu = jax.default_backend() == "cpu"
     left = max_new_tokens
     while left > 0 and not all(outputs.ended):
         steps = min(left, stream_steps)
-        state = decode(model, state, steps, sampling=sampling, stop_tokens=stop_tokens)
+        state = run(
+            model,
+            state,
+            steps,
+            sampling=sampling,
+            stop_tokens=stops,
+            logits_processor=logits_processor,
+            # One program for all chunks, and one for whatever is left at the end.
+            counted=on_cpu or steps != stream_steps,
+        )
         left -= steps
         outputs.take(state)
-    return outputs.finish()
+    if not return_logprobs:
+        return outputs.finish()
+    logprobs = zip(state.generated_logprobs(), outputs.tokens, strict=True)
+    return outputs.finish(), [each[: len(tokens)] for each, tokens in logprobs]
 
 
 class _Outputs:

@@ -2,76 +2,175 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from fdq.decoding import checks
 from fdq.ops.placement import in_auto_axes, spec_entry
 from pallas_kernels.typing import Array, Float, Int
 
 _SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are flushed to zero
+_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn; each restriction applies to what the one before left.
+
+    A pytree: numbers are arguments of what is compiled, so another temperature compiles nothing.
+    Each may also be an array, `[B]` for a value a sequence, and may be traced.
 
     Attributes:
       temperature: logits are divided by it; 0 takes the largest logit (greedy), lowest token
         first among equals.
-      top_k: only the `top_k` most likely tokens.
+      top_k: only the `top_k` most likely tokens; None for all. One that is known is rounded up to
+        a power of two for the number of candidates, so that few programs are compiled.
       top_p: only the fewest most likely tokens whose probabilities add up to `top_p` or more.
       min_p: only tokens at least `min_p` times as likely as the most likely one.
 
     Raises:
-      ValueError: a value outside its range.
-      TypeError: a value that is no number.
+      ValueError: a value outside its range, as far as values are known.
+      TypeError: a value that is neither a number nor an array of them.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
 
-    def __post_init__(self):
-        for name in ("temperature", "top_p", "min_p"):
-            number = getattr(self, name)
-            wrong = isinstance(number, bool) or not isinstance(number, numbers.Real | None)
-            if wrong or (number is None and name == "temperature"):
-                raise TypeError(f"{name}: expected a number, found {number!r}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None:
-            checks.integer("top_k", self.top_k, least=1)
-        for name in ("top_p", "min_p"):
-            p = getattr(self, name)
-            if p is not None and not 0 < p <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {p}")
+    def __init__(
+        self,
+        *,
+        temperature: Any = 1.0,
+        top_k: Any = None,
+        top_p: Any = None,
+        min_p: Any = None,
+    ):
+        if temperature is None:
+            raise TypeError("temperature: expected a number, found None.")
+        _check("temperature", temperature, "0 or more", lambda t: (t >= 0) & np.isfinite(t))
+        for name, p in (("top_p", top_p), ("min_p", min_p)):
+            _check(name, p, "above 0 and at most 1", lambda p: (p > 0) & (p <= 1))
+        if top_k is not None and not _is_array(top_k):
+            top_k = checks.integer("top_k", top_k, least=1)
+        elif top_k is not None and not jnp.issubdtype(top_k.dtype, jnp.integer):
+            raise TypeError(f"top_k: expected integers, found {top_k.dtype}.")
+        else:
+            _check("top_k", top_k, "1 or more", lambda k: k >= 1)
+        self._set(_candidate_count(top_k), (temperature, top_k, top_p, min_p))
+
+    def _set(self, count: int | None, values: tuple[Any, ...]) -> None:
+        vars(self).update(zip(_FIELDS, values, strict=True), _count=count)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses: a Sampling is immutable."""
+        raise AttributeError(f"A Sampling is immutable; make one with {name}={value!r}.")
+
+    def __repr__(self) -> str:
+        """The fields that say something."""
+        fields = [f"{n}={getattr(self, n)!r}" for n in _FIELDS if getattr(self, n) is not None]
+        return f"Sampling({', '.join(fields)})"
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the temperature is known to be 0 for every sequence."""
+        return not isinstance(self.temperature, Tracer) and not np.any(self.temperature)
+
+    def for_batch(self, batch: int) -> Sampling | None:
+        """One value a sequence in each field, or None where every one is greedy.
+
+        Raises:
+          ValueError: an array that is neither one number nor `[batch]`.
+        """
+        if self.greedy:
+            return None
+
+        def rows(name: str, dtype: Any) -> Any:
+            value = getattr(self, name)
+            if value is None:
+                return None
+            library: Any = jnp if isinstance(value, jax.Array) else np
+            value = library.asarray(value, dtype)
+            if value.shape not in ((), (batch,)):
+                raise ValueError(
+                    f"{name}: expected one number or [{batch}], one a sequence, "
+                    f"found shape {value.shape}."
+                )
+            return library.broadcast_to(value, (batch,))
+
+        dtypes = {"top_k": np.int32}
+        made = object.__new__(Sampling)
+        made._set(self._count, tuple(rows(n, dtypes.get(n, np.float32)) for n in _FIELDS))
+        return made
+
+
+def _flatten(sampling: Sampling) -> tuple[tuple[Any, ...], int | None]:
+    return tuple(getattr(sampling, name) for name in _FIELDS), sampling._count
+
+
+def _unflatten(count: int | None, values: tuple[Any, ...]) -> Sampling:
+    # Skips __init__: tree transformations fill the leaves with None, objects and tracers.
+    sampling = object.__new__(Sampling)
+    sampling._set(count, tuple(values))
+    return sampling
+
+
+jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def _check(name: str, value: Any, expected: str, holds: Any) -> None:
+    if value is None or isinstance(value, Tracer):
+        return
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool)
+    if not is_number and not (_is_array(value) and value.dtype.kind not in "bOSUV"):
+        raise TypeError(f"{name}: expected a number, found {value!r}.")
+    if not np.all(holds(np.asarray(value))):
+        raise ValueError(f"{name}: expected {expected}, found {value}.")
+
+
+def _candidate_count(top_k: Any) -> int | None:
+    """How many tokens are looked at: a power of two of at least `top_k`, None for all."""
+    if top_k is None or isinstance(top_k, Tracer):
+        return None
+    return 1 << max(0, int(np.max(top_k)) - 1).bit_length()
 
 
 def candidates(
-    logits: Float[Array, "*b vocab"], sampling: Sampling
-) -> tuple[Int[Array, "*b c"], Float[Array, "*b c"]]:
-    """The tokens that may be drawn, most likely first, at a temperature above 0.
+    logits: Float[Array, " vocab"], sampling: Sampling
+) -> tuple[Int[Array, " c"], Float[Array, " c"]]:
+    """The tokens that may be drawn at a temperature above 0.
 
     `logits [V]` -> tokens [C] int32 and their logits [C] float32 after temperature, relative to
-    the largest, -inf for those ruled out; C is `top_k` or V.
+    the largest, -inf for those ruled out. The most likely come first where `top_k` or `top_p` need
+    to know; else they are all tokens in order.
     """
-    count = min(sampling.top_k or logits.size, logits.size)
-    scaled, tokens = jax.lax.top_k(logits.astype(jnp.float32), count)
+    logits = logits.astype(jnp.float32)
+    if sampling.top_k is None and sampling.top_p is None:
+        tokens, scaled = jnp.arange(logits.size, dtype=jnp.int32), logits
+        largest = logits.max()
+    else:
+        count = min(sampling._count or logits.size, logits.size)
+        scaled, tokens = jax.lax.top_k(logits, count)
+        largest = scaled[0]
     # Relative to the largest, which a temperature near 0 must not divide to infinity.
-    scaled = (scaled - scaled[0]) / max(sampling.temperature, _SMALLEST_TEMPERATURE)
+    scaled = (scaled - largest) / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
+    if sampling.top_k is not None:
+        scaled = jnp.where(jnp.arange(scaled.size) < sampling.top_k, scaled, -jnp.inf)
     if sampling.top_p is not None:
         probabilities = jax.nn.softmax(scaled)
         before = jnp.cumsum(probabilities) - probabilities
         # The first is always kept: nothing comes before it.
         scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
     if sampling.min_p is not None:
-        scaled = jnp.where(scaled >= math.log(sampling.min_p), scaled, -jnp.inf)
+        scaled = jnp.where(scaled >= jnp.log(sampling.min_p), scaled, -jnp.inf)
     return tokens, scaled
 
 
@@ -82,15 +181,23 @@ def sample(
 
     Each sequence has a PRNG key of its own, so that it draws the same alone and in a batch; `keys`
     may be None when greedy.
+
+    Raises:
+      ValueError: a temperature above 0 without keys, or an array of `sampling` that is neither one
+        number nor `[B]`.
     """
-    if sampling is None or sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    each = None if sampling is None else sampling.for_batch(logits.shape[0])
+    if each is None:
+        return best
     if keys is None:
         raise ValueError("sampling with a temperature above 0 needs PRNG keys")
 
-    def draw(row: jax.Array, key: jax.Array) -> jax.Array:
+    def draw(row: jax.Array, key: jax.Array, best: jax.Array, sampling: Sampling) -> jax.Array:
         tokens, scaled = candidates(row, sampling)
-        return tokens[jax.random.categorical(key, scaled)].astype(jnp.int32)
+        drawn = tokens[jax.random.categorical(key, scaled)].astype(jnp.int32)
+        return jnp.where(sampling.temperature == 0, best, drawn)
 
     # Logits may be sharded over the vocabulary, which a sort does not take on Explicit mesh axes.
-    return in_auto_axes(jax.vmap(draw), logits, keys, result=lambda: [spec_entry(logits, 0)])
+    arguments = (logits, keys, best, each)
+    return in_auto_axes(jax.vmap(draw), *arguments, result=lambda: [spec_entry(logits, 0)])

@@ -14,9 +14,11 @@ import fdq
 import fdq.models
 from fdq.cache.kv_cache import KVCache
 from fdq.calibration.observation import calibrate
+from fdq.decoding.functional import functional
 from fdq.decoding.generation import generate
-from fdq.decoding.loop import DecodeState, _decode, _extend, decode, functional, prefill, stop_table
+from fdq.decoding.loop import _decode, _extend, decode, prefill, stop_table
 from fdq.decoding.sampling import Sampling
+from fdq.decoding.state import DecodeState
 from fdq.nn import split
 from fdq.schemes.scheme import CacheSpec
 from tests.covering import slow
@@ -231,15 +233,8 @@ def test_nothing_is_compiled_twice(model, prompts):
 def abstract_state(batch, slots, format, config=CONFIG):
     def init():
         cache = KVCache.init(config, batch, slots, format)
-        ints = jnp.zeros((batch,), jnp.int32)
-        return DecodeState(
-            tokens=jnp.zeros((batch, slots), jnp.int32),
-            length=ints,
-            prompt_length=ints,
-            finished=jnp.zeros((batch,), bool),
-            key=jax.random.key(0),
-            cache=cache,
-        )
+        first = jnp.zeros((batch, 1), jnp.int32)
+        return DecodeState.start(first, jnp.ones((batch,), jnp.int32), cache)
 
     return jax.eval_shape(init)
 
@@ -253,7 +248,7 @@ def test_the_loop_works_in_the_donated_cache(format, batch):
     temporary = {}
     for slots in (256, 16384):
         state = abstract_state(batch, slots, format, config)
-        lowered = _decode.lower(template, params, state, stops, steps=2, sampling=None)
+        lowered = _decode.lower(template, params, state, stops, steps=2)
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= state.cache.nbytes
@@ -283,7 +278,7 @@ def test_dtypes_of_a_bfloat16_model():
     logits, state = jax.eval_shape(step, params, abstract_state(2, 16, "C16", config))
     assert logits.shape == (2, 96) and logits.dtype == jnp.float32
     assert state.cache.layers[1].v.codes.dtype == jnp.bfloat16
-    mlp = params["layers"][1]["mlp"]
+    mlp = params["layers"]["1"]["mlp"]
     assert mlp["router"]["kernel"].dtype == mlp["router"]["correction_bias"].dtype == jnp.float32
     assert mlp["experts"]["down_proj"]["kernel"].dtype == jnp.bfloat16
 
@@ -499,8 +494,8 @@ def mixture_of_experts(experts, scheme):
     template, params = split(fdq.quantize(fdq.models.abstract(config), scheme))
     state = abstract_state(1, 64, "C8", config)
     stops = jax.ShapeDtypeStruct((1, 0), jnp.int32)
-    lowered = _decode.lower(template, params, state, stops, steps=2, sampling=None)
-    return lowered.compile(), params["layers"][0]["mlp"]
+    lowered = _decode.lower(template, params, state, stops, steps=2)
+    return lowered.compile(), params["layers"]["0"]["mlp"]
 
 
 @pytest.mark.parametrize("scheme", ["W4A16-g32", slow("W8A8")])

@@ -100,11 +100,11 @@ def test_random_draws_need_keys(rng):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"temperature": -1.0}, "temperature: expected 0 or more, found -1"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more"),
         ({"top_k": 0}, "top_k: expected 1 or more, found 0"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
-        ({"min_p": 1.5}, r"min_p must be in \(0, 1\], got 1.5"),
+        ({"top_p": 0.0}, "top_p: expected above 0 and at most 1, found 0"),
+        ({"min_p": 1.5}, "min_p: expected above 0 and at most 1, found 1.5"),
     ],
 )
 def test_out_of_range(fields, message):
@@ -130,3 +130,51 @@ def test_no_numbers(fields, message):
 
 def test_numbers_of_numpy_are_numbers():
     assert Sampling(temperature=np.float32(0.5), top_k=np.int64(3)).top_k == 3
+
+
+def test_arrays_say_a_value_a_sequence(rng):
+    """Each row draws as it would with its own numbers; 0 is greedy among others that are not."""
+    logits = jnp.asarray(rng.standard_normal((4, VOCAB)) * 2, jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 4)
+    temperature, top_k = np.float32([0, 0.5, 1.0, 3.0]), np.int32([3, 5, 2, 12])
+    together = sample(logits, keys, Sampling(temperature=temperature, top_k=top_k, top_p=0.9))
+    for i in range(4):
+        own = Sampling(temperature=float(temperature[i]), top_k=int(top_k[i]), top_p=0.9)
+        assert together[i] == sample(logits[i : i + 1], keys[i : i + 1], own)[0]
+    assert together[0] == logits[0].argmax()
+
+
+def test_another_number_compiles_nothing(rng):
+    logits = jnp.asarray(rng.standard_normal((2, VOCAB)), jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 2)
+    run = jax.jit(sample)
+    for sampling in (
+        Sampling(temperature=0.7, top_k=5, top_p=0.9),
+        Sampling(temperature=1.3, top_k=8, top_p=0.5),
+    ):
+        assert (run(logits, keys, sampling) == sample(logits, keys, sampling)).all()
+    assert run._cache_size() == 1
+    # Traced as well, also where nothing is known of it.
+    traced = jax.jit(lambda t, k: sample(logits, keys, Sampling(temperature=t, top_k=k)))
+    expected = sample(logits, keys, Sampling(temperature=0.8, top_k=3))
+    assert (traced(0.8, 3) == expected).all()
+
+
+def test_arrays_of_another_batch_are_refused():
+    sampling = Sampling(temperature=np.ones(3, np.float32))
+    with pytest.raises(ValueError, match=r"temperature: expected one number or \[2\]"):
+        sample(jnp.zeros((2, VOCAB)), jax.random.split(jax.random.key(0), 2), sampling)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"temperature": np.float32([1, -1])}, ValueError, "temperature: expected 0 or more"),
+        ({"top_k": np.float32([1, 2])}, TypeError, "top_k: expected integers, found float32"),
+        ({"top_p": jnp.float32([0.5, 0.0])}, ValueError, "top_p: expected above 0"),
+        ({"min_p": np.array(["a"])}, TypeError, "min_p: expected a number"),
+    ],
+)
+def test_arrays_out_of_range(fields, error, message):
+    with pytest.raises(error, match=message):
+        Sampling(**fields)

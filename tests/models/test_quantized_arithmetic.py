@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import fdq
-from fdq.decoding.loop import functional, prefill
+from fdq.decoding.functional import functional
+from fdq.decoding.loop import prefill
 from tests.closeness import assert_close
 from tests.models import oracles
 from tests.models.emulation import emulated

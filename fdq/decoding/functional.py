@@ -1,0 +1,187 @@
+"""A model as pure functions over a pytree of its arrays: for calls in your own jit."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.cache.kv_cache import KVCache
+from fdq.decoding.state import DecodeState
+from fdq.nn.parameters import Template, bind, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Functional:
+    """What `fdq.functional` returns; `step, params = fdq.functional(model)` takes it apart.
+
+    The functions are pure, hold none of the arrays, and are meant for `jax.jit`: each call outside
+    of one runs operation by operation. Other params of this structure serve as well, of another
+    `fdq.prepare` layout too.
+
+    Attributes:
+      params: nested dicts of arrays and QTensors; all keys are strings.
+      template: what is static about the model; hashable.
+    """
+
+    template: Template
+    params: dict
+
+    def __iter__(self) -> Iterator[Any]:
+        """`step`, then `params`."""
+        return iter((self.step, self.params))
+
+    @property
+    def step(self) -> Callable[[Any, DecodeState], tuple[jax.Array, DecodeState]]:
+        """`step(params, state) -> (logits [B, V] float32, state)`: feeds each last token.
+
+        Follow it with `state.push(next_token)`.
+        """
+        return functools.partial(step, self.template)
+
+    @property
+    def extend(self) -> Callable[..., tuple[jax.Array, DecodeState]]:
+        """`extend(params, tokens [B, T], state) -> (logits [B, T, V] float32, state)`.
+
+        The same as T times `step` and a `push` of the given tokens, in one pass: `logits[:, i]` are
+        those that `tokens[:, i]` is drawn from, so they verify a draft and score a continuation as
+        they stand. Tokens for which a sequence has no room are not taken, and logits after the
+        last slot are NaN.
+        `state.rollback(length)` forgets tokens again.
+        """
+        return functools.partial(extend, self.template)
+
+    @property
+    def init(self) -> Callable[..., DecodeState]:
+        """`init(params, tokens [B, L], max_length, *, lengths=None, format=None, key=None)`.
+
+        `fdq.prefill` in one pass, into a new cache of `max_length` slots: the state that `step`
+        takes. `format` is of the cache, by default that of the model's scheme.
+        """
+        return functools.partial(init, self.template)
+
+
+def functional(model: Any) -> Functional:
+    """The model as pure functions, and its arrays as a plain pytree.
+
+    Args:
+      model: a `fdq.models.Decoder`, concrete, abstract, or traced (an argument of your own jit).
+
+    Returns:
+      `fns` with `fns.step`, `fns.extend`, `fns.init` and `fns.params`; `step, params = fns` works
+      as well.
+    """
+    return Functional(*split(model))
+
+
+def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    """See `Functional.step`."""
+    model = bind(template, params)
+    start = state.length - 1
+    hidden, cache = model.extend(state.last_tokens(), state.cache, start)
+    cache = dataclasses.replace(cache, length=state.length)
+    return model.head(hidden[:, 0]), dataclasses.replace(state, cache=cache)
+
+
+def extend(
+    template: Template, params: Any, tokens: jax.Array, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
+    """See `Functional.extend`."""
+    b, t = tokens.shape
+    capacity = state.capacity
+    if b != state.batch:
+        raise ValueError(f"extend: got tokens of {b} sequences, expected {state.batch}.")
+    if not 0 < t < capacity:
+        raise ValueError(f"extend: got {t} tokens, expected 1 to {capacity - 1}.")
+    state, known = taken(state, tokens), state.length
+    model = bind(template, params)
+    first = window_start(known - 1, t, capacity)
+    hidden, cache = feed(model, state.tokens, state.cache, first, t)
+    # The window begins earlier than the first token where it would reach beyond the cache.
+    at = known[:, None] - 1 - first[:, None] + jnp.arange(t)[None]
+    inside = jnp.minimum(at, t - 1)[..., None]
+    logits = model.head(jnp.take_along_axis(hidden, inside, axis=1))
+    logits = jnp.where((at < t)[..., None], logits, jnp.nan)
+    cache = dataclasses.replace(cache, length=state.length - 1)
+    if state.logprobs is not None:
+        state = with_logprobs(state, tokens, logits, known)
+    return logits, dataclasses.replace(state, cache=cache)
+
+
+def init(
+    template: Template,
+    params: Any,
+    tokens: jax.Array,
+    max_length: int,
+    *,
+    lengths: Any = None,
+    format: Any = None,
+    key: jax.Array | None = None,
+    return_logprobs: bool = False,
+) -> DecodeState:
+    """See `Functional.init`."""
+    b, width = tokens.shape
+    if not 0 < width <= max_length:
+        raise ValueError(f"init: got prompts of {width} tokens, expected 1 to {max_length}.")
+    model = bind(template, params)
+    cache: KVCache = model.init_cache(b, max_length, format)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    lengths = jnp.full((b,), width, jnp.int32) if lengths is None else jnp.asarray(lengths)
+    if width > 1:
+        cache = model.extend(tokens[:, :-1], cache, jnp.int32(0))[1]
+    return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
+
+
+def taken(state: DecodeState, tokens: jax.Array, count: jax.Array | None = None) -> DecodeState:
+    """The state that knows `tokens [B, T]` as well, `count [B]` of each (all), as far as they fit.
+
+    Its cache is as it was; finished sequences take nothing.
+    """
+    b, t = tokens.shape
+    new = jnp.arange(t)[None]
+    count = jnp.full((b,), t) if count is None else count
+    at = state.length[:, None] + new
+    goes_in = (new < count[:, None]) & ~state.finished[:, None] & (at < state.capacity)
+    rows = jnp.arange(b)[:, None]
+    # What does not go in is written beyond the end, where it is dropped.
+    at = jnp.where(goes_in, at, state.capacity)
+    length = state.length + goes_in.sum(axis=1, dtype=jnp.int32)
+    return dataclasses.replace(
+        state,
+        tokens=state.tokens.at[rows, at].set(tokens.astype(jnp.int32), mode="drop"),
+        length=length,
+        finished=state.finished | (length >= state.capacity),
+    )
+
+
+def with_logprobs(
+    state: DecodeState, tokens: jax.Array, logits: jax.Array, known: jax.Array
+) -> DecodeState:
+    """The state with the log-probabilities of `tokens [B, T]`, which follow the `known [B]`."""
+    b, t = tokens.shape
+    every = jax.nn.log_softmax(logits, axis=-1)
+    each = jnp.take_along_axis(every, tokens[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    at = known[:, None] + jnp.arange(t)[None]
+    at = jnp.where(at < state.length[:, None], at, state.capacity)
+    assert state.logprobs is not None
+    written = state.logprobs.at[jnp.arange(b)[:, None], at].set(each, mode="drop")
+    return dataclasses.replace(state, logprobs=written)
+
+
+def window_start(first: jax.Array, count: int, capacity: int) -> jax.Array:
+    """Where `count` slots from `first [B]` on begin, moved back where they would not fit."""
+    return jnp.clip(first, 0, capacity - count)
+
+
+def feed(
+    model: Any, tokens: jax.Array, cache: KVCache, start: jax.Array, count: int
+) -> tuple[jax.Array, KVCache]:
+    """Runs the model over `count` tokens of `tokens [B, capacity]` from `start [B]` on.
+
+    Slots that were known before are written again with what they held; what is not known yet is
+    written and overwritten later, before anybody reads it.
+    """
+    at = start[:, None] + jnp.arange(count)[None]
+    return model.extend(jnp.take_along_axis(tokens, at, axis=1), cache, start)
