@@ -98,7 +98,7 @@ def extend(
     state, known = taken(state, tokens), state.length
     model = bind(template, params)
     first = window_start(known - 1, t, capacity)
-    hidden, cache = feed(model, state.tokens, state.cache, first, t)
+    hidden, cache = feed(model, state.tokens, state.cache, first, t, state.length)
     # The window begins earlier than the first token where it would reach beyond the cache.
     at = known[:, None] - 1 - first[:, None] + jnp.arange(t)[None]
     inside = jnp.minimum(at, t - 1)[..., None]
@@ -130,7 +130,7 @@ def init(
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = jnp.full((b,), width, jnp.int32) if lengths is None else jnp.asarray(lengths)
     if width > 1:
-        cache = model.extend(tokens[:, :-1], cache, jnp.int32(0))[1]
+        cache = model.extend(tokens[:, :-1], cache, jnp.int32(0), lengths=lengths)[1]
     return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
 
 
@@ -176,12 +176,18 @@ def window_start(first: jax.Array, count: int, capacity: int) -> jax.Array:
 
 
 def feed(
-    model: Any, tokens: jax.Array, cache: KVCache, start: jax.Array, count: int
+    model: Any,
+    tokens: jax.Array,
+    cache: KVCache,
+    start: jax.Array,
+    count: int,
+    lengths: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     """Runs the model over `count` tokens of `tokens [B, capacity]` from `start [B]` on.
 
+    `lengths [B]` are the tokens that each sequence has when all of what is being read is.
     Slots that were known before are written again with what they held; what is not known yet is
     written and overwritten later, before anybody reads it.
     """
     at = start[:, None] + jnp.arange(count)[None]
-    return model.extend(jnp.take_along_axis(tokens, at, axis=1), cache, start)
+    return model.extend(jnp.take_along_axis(tokens, at, axis=1), cache, start, lengths=lengths)

@@ -36,8 +36,15 @@ LogitsProcessor = Callable[[jax.Array, DecodeState], jax.Array]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _extend(template: Template, params: Any, tokens: jax.Array, cache: KVCache, start: jax.Array):
-    return bind(template, params).extend(tokens, cache, start)[1]
+def _extend(
+    template: Template,
+    params: Any,
+    tokens: jax.Array,
+    cache: KVCache,
+    start: jax.Array,
+    lengths: jax.Array | None = None,
+):
+    return bind(template, params).extend(tokens, cache, start, lengths=lengths)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)
@@ -48,10 +55,11 @@ def _extend_from(
     cache: KVCache,
     start: jax.Array,
     count: int,
+    lengths: jax.Array,
 ):
     """Writes `count` slots of each sequence, from `start [B]` on, from `tokens [B, capacity]`."""
     start = window_start(start, count, tokens.shape[1])
-    return feed(bind(template, params), tokens, cache, start, count)[1]
+    return feed(bind(template, params), tokens, cache, start, count, lengths)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnums=2)
@@ -142,7 +150,7 @@ def prefill(
         padded = _chunk_length(count, chunk, capacity - start)
         piece = prompts.tokens[:, start : start + padded]
         piece = jnp.pad(piece, ((0, 0), (0, padded - piece.shape[1])))
-        held = _extend(template, params, piece, held, jnp.int32(start))
+        held = _extend(template, params, piece, held, jnp.int32(start), prompts.lengths)
     return DecodeState.start(
         prompts.tokens, prompts.lengths, held, key=key, logprobs=return_logprobs
     )
@@ -161,7 +169,9 @@ def _go_on(
         count = min(chunk, prompts.longest - start)
         padded = _chunk_length(count, chunk, capacity)
         first = known - 1 + start
-        cache = _extend_from(template, params, state.tokens, cache, first, padded)
+        cache = _extend_from(
+            template, params, state.tokens, cache, first, padded, state.length
+        )
     return dataclasses.replace(
         state,
         prompt_length=jnp.where(more, state.length, state.prompt_length),

@@ -28,6 +28,12 @@ _PARTS: dict[str, tuple[Registry[type[Part]], type[Part]]] = {
     "router": (ROUTERS, SoftmaxRouter),
 }
 
+# What few rotations have: stored only where it is not the usual.
+_STRETCHES = (
+    "partial_factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor",
+    "long_factor",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -88,6 +94,7 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim (={self.head_dim}) must be even")
+        self.rotary.rotated(self.head_dim)
         if self.sliding_windows and len(self.sliding_windows) < self.num_layers:
             raise ValueError(
                 f"sliding_windows has {len(self.sliding_windows)} entries, expected one for each "
@@ -113,7 +120,8 @@ class DecoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, numbers and strings: what a manifest stores.
 
-        Parts and windows are left out where they are the usual ones (no `moe`, no windows).
+        Parts, windows and what stretches a context are left out where they are the usual ones (no
+        `moe`, no windows).
         """
         return _stored(self)
 
@@ -135,7 +143,8 @@ def _stored(obj: Any) -> Any:
     fields = {}
     for field in dataclasses.fields(obj):
         found = getattr(obj, field.name)
-        if field.name in (*_PARTS, "sliding_windows") and found == field.default:
+        new = isinstance(obj, RotaryConfig) and field.name in _STRETCHES
+        if (new or field.name in (*_PARTS, "sliding_windows")) and found == field.default:
             continue
         fields[field.name] = _stored(found)
         if field.name in _PARTS and found.name != _PARTS[field.name][1].name:

@@ -4,24 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fdq.nn.rotary import ROPE_TYPES, RotaryConfig
+from fdq.models.rotary_reader import read_rotary
+from fdq.nn.rotary import RotaryConfig
 
 _REQUIRED = object()
-# By the type of the rotation: the config's keys, and the fields of `RotaryConfig` that they fill.
-_ROPE_FIELDS = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_position",
-    },
-}
-# What a config may still say of a rotation that nothing is done to; transformers warns of it.
-_UNUSED_BY_DEFAULT = (
-    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor",
-    "low_freq_factor", "original_max_position_embeddings", "short_factor",
-)  # fmt: skip
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # Keys of any model that say how it was trained, stored or is to be run, never what it computes:
@@ -94,31 +80,32 @@ class ConfigReader:
         """As `get`, for a whole number of at least `least`."""
         number = self.get(*keys, default=default)
         if not _is_integer(number) or number < least:
-            raise self._wrong(keys, f"an integer of at least {least}", number)
+            raise self.wrong(keys, f"an integer of at least {least}", number)
         return number
 
     def number(self, *keys: str, default: Any = _REQUIRED) -> float:
         """As `get`, for a finite number that is not negative."""
         number = self.get(*keys, default=default)
         if not _is_number(number) or number < 0:
-            raise self._wrong(keys, "a number of at least 0", number)
+            raise self.wrong(keys, "a number of at least 0", number)
         return float(number)
 
     def flag(self, *keys: str, default: Any = _REQUIRED) -> bool:
         """As `get`, for true or false."""
         found = self.get(*keys, default=default)
         if not isinstance(found, bool):
-            raise self._wrong(keys, "true or false", found)
+            raise self.wrong(keys, "true or false", found)
         return found
 
     def integers(self, *keys: str, default: Any = _REQUIRED) -> tuple[int, ...]:
         """As `get`, for a list of whole numbers that are not negative."""
         found = self.get(*keys, default=default)
         if not isinstance(found, list | tuple) or not all(_is_integer(i) and i >= 0 for i in found):
-            raise self._wrong(keys, "a list of integers", found)
+            raise self.wrong(keys, "a list of integers", found)
         return tuple(found)
 
-    def _wrong(self, keys: tuple[str, ...], expected: str, found: Any) -> ValueError:
+    def wrong(self, keys: tuple[str, ...], expected: str, found: Any) -> ValueError:
+        """The error for a value of `keys` that is not what was expected."""
         name = next((key for key in keys if self.config.get(key) is not None), keys[0])
         return ValueError(f"{self.family} config: {name} must be {expected}, got {found!r}")
 
@@ -140,14 +127,14 @@ class ConfigReader:
         found = self.get(key, default=())
         found = tuple(found) if isinstance(found, list | tuple) else (found,)
         if not all(_is_integer(token) and token >= -1 for token in found):
-            raise self._wrong((key,), "a token number or a list of them", self.config[key])
+            raise self.wrong((key,), "a token number or a list of them", self.config[key])
         return tuple(token for token in found if token >= 0)
 
     def token_id(self, key: str) -> int | None:
         """A single token number, or None."""
         found = self.token_ids(key)
         if len(found) > 1:
-            raise self._wrong((key,), "a token number", self.config[key])
+            raise self.wrong((key,), "a token number", self.config[key])
         return found[0] if found else None
 
     def dtype(self) -> str:
@@ -169,12 +156,39 @@ class ConfigReader:
             return ()
         kinds = self.get("layer_types", default=None)
         if kinds is None:
-            if self.get("sliding_window", default=None) is None:
-                return ()
-            first = self.integer("max_window_layers")
+            first = layers
+            if self._window(default=4096) is not None:
+                known = "max_window_layers" in self.config
+                first = self.integer("max_window_layers") if known else 28
             kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
+        return self._windows(kinds, layers)
+
+    def window_of_all(
+        self, layers: int, *, default: int | None = None, by_layer: bool = False
+    ) -> tuple[int | None, ...]:
+        """As `sliding_windows`, where `sliding_window` alone says that there is one, in all layers.
+
+        `default` is meant where the config is silent, and none where it says null. With `by_layer`
+        the family lets `layer_types` say which layers have it.
+        """
+        window = self._window(default)
+        usual = [_FULL if window is None else _SLIDING] * layers
+        kinds = self.get("layer_types", default=usual)
+        if kinds != usual and not by_layer:
+            raise ValueError(
+                f"{self.family} config: layer_types={kinds} is not supported: with "
+                f"sliding_window={window} this family has {usual[0]!r} in all {layers} layers"
+            )
+        return self._windows(kinds, layers)
+
+    def _window(self, default: int | None) -> int | None:
+        if self.config.get("sliding_window", default) is None:
+            return None
+        return self.integer("sliding_window", default=default, least=1)
+
+    def _windows(self, kinds: Any, layers: int) -> tuple[int | None, ...]:
         if not isinstance(kinds, list | tuple):
-            raise self._wrong(("layer_types",), "a list of names", kinds)
+            raise self.wrong(("layer_types",), "a list of names", kinds)
         unknown = sorted(set(map(str, kinds)) - {_FULL, _SLIDING})
         if unknown or len(kinds) != layers:
             raise ValueError(
@@ -184,7 +198,8 @@ class ConfigReader:
             )
         if _SLIDING not in kinds:
             return ()
-        window = self.integer("sliding_window", least=1)
+        silent = "sliding_window" not in self.config
+        window = self.integer("sliding_window", default=4096 if silent else _REQUIRED, least=1)
         return tuple(window if kind == _SLIDING else None for kind in kinds)
 
     def full_attention(self) -> None:
@@ -192,7 +207,7 @@ class ConfigReader:
         self.must_be("use_sliding_window", False)
         kinds = self.get("layer_types", default=())
         if not isinstance(kinds, list | tuple):
-            raise self._wrong(("layer_types",), "a list of names", kinds)
+            raise self.wrong(("layer_types",), "a list of names", kinds)
         kinds = set(map(str, kinds)) - {_FULL}
         if kinds:
             raise ValueError(
@@ -200,71 +215,61 @@ class ConfigReader:
                 "expected 'full_attention' in every layer"
             )
 
-    def rotary(self, *, theta: float, interleaved: bool = False) -> RotaryConfig:
+    def rotary(
+        self,
+        *,
+        theta: float,
+        interleaved: bool = False,
+        partial: bool = False,
+        types: Mapping[str, str] | None = None,
+        original: int | None = None,
+    ) -> RotaryConfig:
         """Rotary positions, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
-        `theta` is meant where the config has none; `interleaved` is the family's convention. Where
-        both are there, `rope_scaling` is in place of all of `rope_parameters`, as in transformers:
-        it is what people add to a config to reach long contexts.
-        """
-        top_theta = self.number("rope_theta", default=theta)
-        parameters, scaling = (self._mapping(key) for key in ("rope_parameters", "rope_scaling"))
-        given = dict(scaling or parameters)
-        if given.get("rope_theta") is None:
-            given["rope_theta"] = top_theta
-        new_type, old_type = given.pop("rope_type", None), given.pop("type", None)
-        rope_type = new_type or old_type or "default"
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(
-                f"{self.family} config: rope_type {rope_type!r} is not supported; supported are "
-                + ", ".join(map(repr, ROPE_TYPES))
-            )
-        top_partial = self.get("partial_rotary_factor", default=1)
-        partial = given.pop("partial_rotary_factor", top_partial)
-        if partial != 1:
-            raise ValueError(f"{self.family} config: partial_rotary_factor={partial} is not 1")
-        fields: dict[str, Any] = {"theta": given.pop("rope_theta")}
-        if rope_type == "default":
-            for key in _UNUSED_BY_DEFAULT:
-                given.pop(key, None)
-        elif "original_max_position_embeddings" in _ROPE_FIELDS[rope_type]:
-            longest = self.get("max_position_embeddings", default=None)
-            inside = given.get("original_max_position_embeddings", longest)
-            outside = self.get("original_max_position_embeddings", default=inside)
-            given["original_max_position_embeddings"] = outside
-        for key, field in _ROPE_FIELDS.get(rope_type, {}).items():
-            if given.get(key) is None:
-                raise ValueError(f"{self.family} config: rope parameters lack {key}")
-            fields[field] = given.pop(key)
-        for field, found in fields.items():
-            if not _is_number(found) or found <= 0:
-                raise self._wrong((f"{field} of the rope parameters",), "a positive number", found)
-            fields[field] = int(found) if field == "original_max_position" else float(found)
-        unknown = sorted(key for key, found in given.items() if found is not None)
-        if unknown:
-            raise ValueError(
-                f"{self.family} config: rope parameters {unknown} are unknown for "
-                f"rope_type {rope_type!r}"
-            )
-        return RotaryConfig(rope_type=rope_type, interleaved=interleaved, **fields)
+        Where both are there, `rope_scaling` is in place of all of `rope_parameters`, as in
+        transformers: it is what people add to a config to reach long contexts.
 
-    def _mapping(self, key: str) -> Mapping[str, Any]:
+        Args:
+          theta: what is meant where the config has none.
+          interleaved: the family's convention.
+          partial: whether the family reads `partial_rotary_factor`; otherwise only 1 is taken.
+          types: of what the config may call a type, and what is meant; all of
+            `fdq.nn.rotary.ROPE_TYPES` by their names where not given.
+          original: the original context where the config says none beside its rope parameters;
+            None: what they say themselves, or else `max_position_embeddings`.
+        """
+        return read_rotary(
+            self,
+            theta=theta,
+            interleaved=interleaved,
+            partial=partial,
+            types=types,
+            original=original,
+        )
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """As `get`, for an object; an empty one where there is none."""
         found = self.get(key, default={})
         if not isinstance(found, Mapping):
-            raise self._wrong((key,), "an object", found)
+            raise self.wrong((key,), "an object", found)
         return found
 
-    def base(self, *, epsilon: float, tie: bool, head_dim: int | None = None) -> dict[str, Any]:
+    def base(
+        self, *, epsilon: float, tie: bool, head_dim: int | None = None, kv_heads: int | None = None
+    ) -> dict[str, Any]:
         """The fields that every family spells alike.
 
-        `epsilon` of the norms, `tie` (tied embeddings) and `head_dim` (None: the hidden size
-        divided by the heads) are meant where the config says nothing.
+        `epsilon` of the norms, `tie` (tied embeddings), `head_dim` (None: the hidden size divided
+        by the heads) and `kv_heads` (None: as many as heads) are meant where the config says
+        nothing.
         """
         self.must_be("hidden_act", "silu", "swish")
         heads = self.integer("num_attention_heads", least=1)
         hidden_size = self.integer("hidden_size", least=1)
         if head_dim is None or "head_dim" in self.config:
             head_dim = hidden_size // heads
+        if kv_heads is None or "num_key_value_heads" in self.config:
+            kv_heads = heads
         return {
             "model_type": self.family,
             "vocab_size": self.integer("vocab_size", least=1),
@@ -272,7 +277,7 @@ class ConfigReader:
             "intermediate_size": self.integer("intermediate_size", least=1),
             "num_layers": self.integer("num_hidden_layers", least=1),
             "num_heads": heads,
-            "num_kv_heads": self.integer("num_key_value_heads", default=heads, least=1),
+            "num_kv_heads": self.integer("num_key_value_heads", default=kv_heads, least=1),
             "head_dim": self.integer("head_dim", default=head_dim, least=1),
             "rms_norm_epsilon": self.number("rms_norm_eps", default=epsilon),
             "max_position": self.integer("max_position_embeddings", default=131072, least=1),

@@ -70,7 +70,12 @@ class Decoder(nnx.Module):
         return self.head(hidden)
 
     def extend(
-        self, tokens: jax.Array, cache: KVCache, start: jax.Array
+        self,
+        tokens: jax.Array,
+        cache: KVCache,
+        start: jax.Array,
+        *,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of each sequence and writes their keys and values to the cache.
 
@@ -79,6 +84,8 @@ class Decoder(nnx.Module):
           cache: holds everything before `start`; its `length` is neither read nor changed.
           start: position of `tokens[:, 0]`: a scalar, or [B] int32. `start + T` must not exceed
             the slots of the cache.
+          lengths: [B] int32, tokens that each sequence has when all of what is being read is, where
+            its rotation depends on that (see `fdq.nn.rotary`); by default up to these tokens.
 
         Returns:
           [B, T, H] final hidden states (see `head`), and the updated cache.
@@ -86,7 +93,7 @@ class Decoder(nnx.Module):
         b, t = self._shape(tokens)
         first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         positions = first[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-        hidden, updated = self._layers(tokens, positions, cache, start)
+        hidden, updated = self._layers(tokens, positions, cache, start, lengths)
         assert updated is not None
         return hidden, updated
 
@@ -157,10 +164,11 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         cache: KVCache | None = None,
         start: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         x = self.embed_tokens(tokens, jnp.dtype(config.dtype))
-        angles = nn.rotary_angles(positions, config.rotary, config.head_dim)
+        angles = nn.rotary_angles(positions, config.rotary, config.head_dim, lengths=lengths)
         # Unrolled: each weight is an argument of its own, and slicing stacked weights copies.
         stored = []
         for index, layer in enumerate(self.layers):

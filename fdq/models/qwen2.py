@@ -6,7 +6,7 @@ from fdq.models.family import Family
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
-    fields = reader.base(epsilon=1e-6, tie=False)
+    fields = reader.base(epsilon=1e-6, tie=False, kv_heads=32)
     rotary = reader.rotary(theta=10000.0)
     windows = reader.sliding_windows(fields["num_layers"])
     reader.must_be("qkv_bias", True)

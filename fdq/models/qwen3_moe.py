@@ -10,7 +10,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     """Layer `l` has experts unless `mlp_only_layers` names it or `(l + 1) % decoder_sparse_step`
     is not 0.
     """
-    fields = reader.base(epsilon=1e-6, tie=False)
+    fields = reader.base(epsilon=1e-6, tie=False, kv_heads=4)
     bias = reader.flag("attention_bias", default=False)
     dense = reader.integers("mlp_only_layers", default=())
     step = reader.integer("decoder_sparse_step", default=1, least=1)
@@ -25,10 +25,13 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     )
     reader.must_be("use_qk_norm", True)
     rotary = reader.rotary(theta=10000.0)
-    reader.full_attention()
-    return DecoderConfig(
-        **fields, rotary=rotary, qkv_bias=bias, output_bias=bias, qk_norm=True, moe=moe
-    )
+    windows = ()
+    if reader.flag("use_sliding_window", default=False):
+        windows = reader.window_of_all(fields["num_layers"], default=4096)
+    else:
+        reader.full_attention()
+    fields |= {"qkv_bias": bias, "output_bias": bias, "qk_norm": True, "sliding_windows": windows}
+    return DecoderConfig(**fields, rotary=rotary, moe=moe)
 
 
 FAMILY = Family(name="qwen3_moe", read=_read)

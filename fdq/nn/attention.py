@@ -164,7 +164,9 @@ class Attention(nnx.Module):
             settings["epsilon"] = self.q_norm.epsilon
             settings |= {"q_norm": value(self.q_norm.scale), "k_norm": value(self.k_norm.scale)}
         if cache is None or self.kv_observer is not None:
-            q, k, v = rotated_heads(qkv, angles, self.num_kv_heads, **settings)
+            q, k, v = rotated_heads(
+                qkv, angles, self.num_kv_heads, head_dim=self.head_dim, **settings
+            )
             if self.kv_observer is not None:
                 self.kv_observer(k, v)
             if cache is None:

@@ -88,7 +88,15 @@ def test_unsupported_model_type():
         ("llama", {"vocab_size": "96"}, "vocab_size must be an integer of at least 1, got '96'"),
         ("llama", {"num_key_value_heads": 3}, r"\(=4\) must be divisible by num_kv_heads \(=3\)"),
         ("llama", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        (
+            "qwen3_moe",  # all layers have the window, in transformers too
+            {
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "layer_types": ["full_attention"] * 3,
+            },
+            "sliding_window=6 this family has 'sliding_attention' in all 3 layers",
+        ),
         (
             "qwen3",  # without use_sliding_window
             {"layer_types": ["full_attention", "sliding_attention"]},
@@ -114,8 +122,8 @@ def test_unsupported_model_type():
         ("llama", {"dtype": "int8"}, "expected float32, bfloat16 or float16"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            "'yarn' is not supported; supported are 'default', 'linear', 'llama3'",
+            {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}},
+            "'ntk' is not supported; supported are 'default', 'linear', 'dynamic', 'yarn', 'longr",
         ),
         (
             "llama",
@@ -132,13 +140,13 @@ def test_unsupported_model_type():
         # What a config says of long contexts counts, beside the spelling of transformers 5 too.
         (
             "llama",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "'yarn' is not supported",
+            {"rope_scaling": {"rope_type": "su", "factor": 4.0}},
+            "'su' is not supported",
         ),
         (
             "llama",
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "'dynamic' is not supported",
+            {"rope_scaling": {"type": ["dynamic"], "factor": 2.0}},
+            r"\['dynamic'\] is not supported",
         ),
         ("qwen2", {"rope_scaling": {"type": "garbage"}}, "'garbage' is not supported"),
         (
@@ -154,7 +162,7 @@ def test_unsupported_model_type():
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor=0.5 is not 1",
+            "partial_rotary_factor=0.5 is not supported: this family rotates whole heads",
         ),
     ],
 )

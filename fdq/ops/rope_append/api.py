@@ -34,12 +34,13 @@ def rope_append(
     Args:
       qkv: `[B, T, (H + 2 KH) D]`, queries, keys and values in this order; the `Sums` of a product
         are added up here.
-      angles: cosines and sines of the positions, float32 `[B, T, D / 2]` each.
+      angles: cosines and sines of the positions, float32 `[B, T, R / 2]` each, where the first R
+        of a head's D channels are rotated.
       k: what the layer has stored, `[B, KH, S, D]`; written in place where it is donated.
       v: as k.
       start: slot that the first of the T tokens goes to: a scalar for all sequences, or `[B]`.
         `start + T` must not exceed S: the write would be moved back over older slots.
-      interleaved: whether channels 2i and 2i + 1 are rotated together, or i and i + D / 2.
+      interleaved: whether channels 2i and 2i + 1 are rotated together, or i and i + R / 2.
       q_norm: `[D]`, the scale of an RMS norm of each query before the rotation, or None.
       k_norm: likewise of keys; both or neither.
       epsilon: of the norms.
@@ -59,6 +60,10 @@ def rope_append(
         raise ValueError(
             f"rope_append: qkv {qkv.shape} beside a cache {k.shape}: expected "
             f"[{b}, T, (heads + {2 * kv_heads}) {d}]."
+        )
+    if 2 * angles[0].shape[-1] > d:
+        raise ValueError(
+            f"rope_append: angles {angles[0].shape} of more than the {d} channels of a head."
         )
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_append: q_norm and k_norm go together; found one of them.")

@@ -18,10 +18,14 @@ class MosaicGpu(Kernel[RopeAppendArguments]):
     """`pallas_kernels.append`."""
 
     def unsupported(self, arguments: RopeAppendArguments) -> str | None:
-        """Several tokens, caches that kernels do not write, sharded arrays."""
+        """Several tokens, partial rotations, caches that kernels do not write, sharded arrays."""
         a = arguments
         if a.qkv.shape[1] != 1:
             return f"the kernel takes one token per sequence, found {a.qkv.shape[1]}"
+        if 2 * a.angles[0].shape[-1] != a.k.head_dim:
+            return (
+                f"the kernel rotates whole heads, found {a.angles[0].shape[-1]} pairs of channels"
+            )
         return cache_unsupported(a.k, a.v) or sharded(a.qkv, a.k, a.v)
 
     def declined(self, arguments: RopeAppendArguments) -> str | None:

@@ -51,14 +51,22 @@ class Xla(Implementation[RopeAppendArguments]):
         """Rotation, quantization and the write, in steps."""
         a = arguments
         norms = {"q_norm": a.q_norm, "k_norm": a.k_norm, "epsilon": a.epsilon}
-        q, k, v = rotated_heads(a.qkv, a.angles, a.kv_heads, interleaved=a.interleaved, **norms)
+        settings = {"interleaved": a.interleaved, "head_dim": a.k.head_dim, **norms}
+        q, k, v = rotated_heads(a.qkv, a.angles, a.kv_heads, **settings)
         return q, write_slots(a.k, k, a.start), write_slots(a.v, v, a.start)
 
 
 def apply_rotary(
     x: Float[Array, "b t h d"], angles: tuple[jax.Array, jax.Array], *, interleaved: bool
 ) -> Float[Array, "b t h d"]:
-    """Rotates `x [B, T, heads, head_dim]` by `angles`, in float32; same shape and dtype."""
+    """Rotates `x [B, T, heads, head_dim]` by `angles`, in float32; same shape and dtype.
+
+    Angles of fewer than `head_dim / 2` pairs rotate as many of the first channels.
+    """
+    turned = 2 * angles[0].shape[-1]
+    if turned < x.shape[-1]:
+        first = apply_rotary(x[..., :turned], angles, interleaved=interleaved)
+        return jnp.concatenate([first, x[..., turned:]], axis=-1)
     cos, sin = (a[:, :, None, :] for a in angles)
     y = x.astype(jnp.float32)
     if interleaved:
@@ -80,13 +88,17 @@ def rotated_heads(
     kv_heads: int,
     *,
     interleaved: bool,
+    head_dim: int | None = None,
     q_norm: jax.Array | None = None,
     k_norm: jax.Array | None = None,
     epsilon: float = 1e-6,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[B, T, H, D]`, keys and values `[B, T, KH, D]`, as `rope_append` makes them."""
+    """Queries `[B, T, H, D]`, keys and values `[B, T, KH, D]`, as `rope_append` makes them.
+
+    Without `head_dim` whole heads are rotated, and the angles say how wide they are.
+    """
     x = as_array(qkv)
-    x = x.reshape(*x.shape[:2], -1, 2 * angles[0].shape[-1])
+    x = x.reshape(*x.shape[:2], -1, head_dim or 2 * angles[0].shape[-1])
     heads = x.shape[2] - 2 * kv_heads
     q, k, v = jnp.split(x, (heads, heads + kv_heads), axis=2)
     if q_norm is not None:

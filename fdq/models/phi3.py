@@ -1,0 +1,35 @@
+"""Phi-3 and Phi-4-mini: queries, keys and values in one tensor, heads that may turn in part."""
+
+from fdq.models.config import DecoderConfig
+from fdq.models.config_reader import ConfigReader
+from fdq.models.family import Family, Rule
+
+# What older configs call its one way to stretch a context.
+_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
+
+
+def _read(reader: ConfigReader) -> DecoderConfig:
+    fields = reader.base(epsilon=1e-5, tie=False)
+    rotary = reader.rotary(theta=10000.0, partial=True, types=_TYPES, original=4096)
+    windows = reader.window_of_all(fields["num_layers"])
+    reader.must_be("full_attn_mod", 1)
+    reader.must_be("interpolate_factor", 1)
+    return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows)
+
+
+FAMILY = Family(
+    name="phi3",
+    read=_read,
+    tensor_names=(
+        Rule(
+            "layers.{i}.self_attn.qkv_proj.kernel",
+            ("model.layers.{i}.self_attn.qkv_proj.weight",),
+            "transposed",
+        ),
+        Rule(
+            "layers.{i}.mlp.gate_up_proj.kernel",
+            ("model.layers.{i}.mlp.gate_up_proj.weight",),
+            "transposed",
+        ),
+    ),
+)
