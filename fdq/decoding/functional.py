@@ -13,21 +13,26 @@ from fdq.decoding.state import DecodeState
 from fdq.nn.parameters import Template, bind, split
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Functional:
     """What `fdq.functional` returns; `step, params = fdq.functional(model)` takes it apart.
 
     The functions are pure, hold none of the arrays, and are meant for `jax.jit`: each call outside
     of one runs operation by operation. Other params of this structure serve as well, of another
-    `fdq.prepare` layout too.
+    `fdq.prepare` layout too. All of it is a pytree, and so may be one argument of your own jit.
 
     Attributes:
       params: nested dicts of arrays and QTensors; all keys are strings.
       template: what is static about the model; hashable.
     """
 
-    template: Template
     params: dict
+    template: Template = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """Without the arrays."""
+        return f"Functional({len(self.template.paths)} arrays: step, extend, init, params)"
 
     def __iter__(self) -> Iterator[Any]:
         """`step`, then `params`."""
@@ -73,7 +78,8 @@ def functional(model: Any) -> Functional:
       `fns` with `fns.step`, `fns.extend`, `fns.init` and `fns.params`; `step, params = fns` works
       as well.
     """
-    return Functional(*split(model))
+    template, params = split(model)
+    return Functional(params, template)
 
 
 def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array, DecodeState]:

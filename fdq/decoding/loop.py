@@ -169,9 +169,7 @@ def _go_on(
         count = min(chunk, prompts.longest - start)
         padded = _chunk_length(count, chunk, capacity)
         first = known - 1 + start
-        cache = _extend_from(
-            template, params, state.tokens, cache, first, padded, state.length
-        )
+        cache = _extend_from(template, params, state.tokens, cache, first, padded, state.length)
     return dataclasses.replace(
         state,
         prompt_length=jnp.where(more, state.length, state.prompt_length),

@@ -57,25 +57,47 @@ class Decoder(nnx.Module):
             head = nn.Linear(config.hidden_size, config.vocab_size, dtype=kind, rngs=rngs)
         self.lm_head: Any = nnx.data(head)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        return_hidden_states: bool = False,
+    ) -> Any:
         """`tokens [B, L] int` -> logits of each next token, `[B, L, vocab]` float32.
 
         Without a cache; differentiable.
+
+        Args:
+          tokens: [B, L] int.
+          inputs_embeds: [B, L, H] float, instead of tokens: what the first layer reads.
+          return_hidden_states: also return what the layers read and made, `[B, L, H]` each:
+            `embed_tokens`, `layers.{i}` (its output), `layers.{i}.self_attn` (what attention reads,
+            after its norm) and `norm`. In `jax.jit` what nobody uses is not computed.
+
+        Returns:
+          The logits, or the pair of them and a dict of hidden states.
+
+        Raises:
+          ValueError: neither or both of tokens and embeddings, or one of another shape or dtype.
         """
-        b, length = self._shape(tokens)
-        if not b * length:
+        x = self._embedded(tokens, inputs_embeds)
+        b, length, _ = x.shape
+        if not b * length and not return_hidden_states:
             return jnp.zeros((b, length, self.config.vocab_size), jnp.float32)
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
-        hidden, _ = self._layers(tokens, positions)
-        return self.head(hidden)
+        states: dict[str, jax.Array] | None = {} if return_hidden_states else None
+        hidden, _ = self._layers(x, positions, states=states)
+        return (self.head(hidden), states) if return_hidden_states else self.head(hidden)
 
     def extend(
         self,
-        tokens: jax.Array,
+        tokens: jax.Array | None,
         cache: KVCache,
         start: jax.Array,
         *,
         lengths: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of each sequence and writes their keys and values to the cache.
 
@@ -86,22 +108,25 @@ class Decoder(nnx.Module):
             the slots of the cache.
           lengths: [B] int32, tokens that each sequence has when all of what is being read is, where
             its rotation depends on that (see `fdq.nn.rotary`); by default up to these tokens.
+          inputs_embeds: [B, T, H] float in place of the embeddings of `tokens`, which may be None.
 
         Returns:
           [B, T, H] final hidden states (see `head`), and the updated cache.
         """
-        b, t = self._shape(tokens)
+        x = self._embedded(tokens if inputs_embeds is None else None, inputs_embeds)
+        b, t, _ = x.shape
         first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         positions = first[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-        hidden, updated = self._layers(tokens, positions, cache, start, lengths)
+        hidden, updated = self._layers(x, positions, cache, start, lengths)
         assert updated is not None
         return hidden, updated
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """`hidden [..., H]` from `extend` -> logits `[..., vocab]` float32."""
-        if self.lm_head is None:
-            return self.embed_tokens.attend(hidden, out_dtype=jnp.float32)
-        return self.lm_head(hidden, out_dtype=jnp.float32)
+        with jax.named_scope("lm_head"):
+            if self.lm_head is None:
+                return self.embed_tokens.attend(hidden, out_dtype=jnp.float32)
+            return self.lm_head(hidden, out_dtype=jnp.float32)
 
     @property
     def cache_spec(self) -> CacheSpec | None:
@@ -151,33 +176,62 @@ class Decoder(nnx.Module):
         return KVCache.init(self.config, batch, max_length, specs, scales=scales)
 
     @staticmethod
-    def _shape(tokens: jax.Array) -> tuple[int, int]:
+    def _shape(tokens: Any) -> tuple[int, int]:
         if len(tokens.shape) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"tokens: expected integers [B, L], found {tokens.dtype} of shape {tokens.shape}."
             )
         return tokens.shape[0], tokens.shape[1]
 
+    def _embedded(self, tokens: Any, inputs_embeds: Any) -> jax.Array:
+        if (tokens is None) == (inputs_embeds is None):
+            raise ValueError("expected tokens or inputs_embeds, one of the two.")
+        dtype = jnp.dtype(self.config.dtype)
+        if inputs_embeds is None:
+            self._shape(tokens)
+            with jax.named_scope("embed_tokens"):
+                return self.embed_tokens(tokens, dtype)
+        shape, width = jnp.shape(inputs_embeds), self.config.hidden_size
+        if (
+            len(shape) != 3
+            or shape[-1] != width
+            or not jnp.issubdtype(inputs_embeds.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"inputs_embeds: expected floats [B, L, {width}], found {inputs_embeds.dtype} of "
+                f"shape {shape}."
+            )
+        return inputs_embeds.astype(dtype)
+
     def _layers(
         self,
-        tokens: jax.Array,
+        x: jax.Array,
         positions: jax.Array,
         cache: KVCache | None = None,
         start: jax.Array | None = None,
         lengths: jax.Array | None = None,
+        states: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
-        x = self.embed_tokens(tokens, jnp.dtype(config.dtype))
+        kept: dict[str, jax.Array] = {} if states is None else states
         angles = nn.rotary_angles(positions, config.rotary, config.head_dim, lengths=lengths)
+        kept["embed_tokens"] = x
         # Unrolled: each weight is an argument of its own, and slicing stacked weights copies.
         stored = []
         for index, layer in enumerate(self.layers):
             one = None if cache is None else cache.layers[index]
-            x, one = layer(x, angles, one, start=start)
+            norm = getattr(layer, "input_layernorm", None)
+            if states is not None and norm is not None:
+                states[f"layers.{index}.self_attn"] = norm(x)
+            with jax.named_scope(f"layers.{index}"):
+                x, one = layer(x, angles, one, start=start)
+            kept[f"layers.{index}"] = x
             stored.append(one)
         if cache is not None:
             cache = KVCache(tuple(stored), cache.length)
-        return self.norm(x), cache
+        with jax.named_scope("norm"):
+            x = kept["norm"] = self.norm(x)
+        return x, cache
 
 
 def abstract(config: DecoderConfig, dtype: Any = None) -> Decoder:

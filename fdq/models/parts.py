@@ -175,10 +175,12 @@ class DecoderLayer(nnx.Module):
         start: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
-        rows = normed(self.input_layernorm, x)
-        y, cache = hand_on(self.self_attn, rows, angles, cache, start=start)
-        x = x + y
-        return x + hand_on(self.mlp, normed(self.post_attention_layernorm, x)), cache
+        with jax.named_scope("self_attn"):
+            rows = normed(self.input_layernorm, x)
+            y, cache = hand_on(self.self_attn, rows, angles, cache, start=start)
+            x = x + y
+        with jax.named_scope("mlp"):
+            return x + hand_on(self.mlp, normed(self.post_attention_layernorm, x)), cache
 
 
 @dataclasses.dataclass(frozen=True)

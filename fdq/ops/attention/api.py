@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
@@ -66,4 +67,5 @@ def attention(
     offset = lengths - t if offset is None else offset.astype(jnp.int32)
     factor = d**-0.5 if scale is None else scale
     arguments = AttentionArguments(q, k, v, lengths, offset, sliding_window, factor, block_size)
-    return ATTENTION.choose(arguments, implementation)(arguments)
+    with jax.named_scope("attention"):
+        return ATTENTION.choose(arguments, implementation)(arguments)

@@ -70,4 +70,5 @@ def rope_append(
     arguments = RopeAppendArguments(
         qkv, angles, k, v, jnp.asarray(start), interleaved, q_norm, k_norm, epsilon
     )
-    return ROPE_APPEND.choose(arguments, implementation)(arguments)
+    with jax.named_scope("rope_append"):
+        return ROPE_APPEND.choose(arguments, implementation)(arguments)

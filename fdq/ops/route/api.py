@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+
 from fdq.ops.implementation import Op
 from fdq.ops.route.mosaic_gpu import MosaicGpu
 from fdq.ops.route.xla import Routing, Xla
@@ -41,4 +43,5 @@ def route(
       experts `[T, top_k]` int32, weights `[T, top_k]` float32.
     """
     arguments = Routing(x, kernel, correction_bias, top_k, normalize, norm_min)
-    return ROUTE.choose(arguments, implementation)(arguments)
+    with jax.named_scope("route"):
+        return ROUTE.choose(arguments, implementation)(arguments)
