@@ -456,6 +456,7 @@ def write_model(
     write_json(
         "tokenizer_config.json",
         {
+            "add_bos_token": True,
             "bos_token": BOS,
             "clean_up_tokenization_spaces": False,
             "eos_token": EOS,

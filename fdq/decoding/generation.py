@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fdq.decoding import checks
+from fdq.decoding import checks, special_tokens
+from fdq.decoding.continuation import Continuation
 from fdq.decoding.loop import LogitsProcessor, prefill, run, stop_table
 from fdq.decoding.sampling import Sampling
 from fdq.decoding.state import DecodeState
@@ -43,8 +44,9 @@ def generate(
       prompts: strings or lists of tokens, all of one kind; one prompt alone is a batch of one.
       max_new_tokens: at most so many tokens each.
       sampling: None is greedy.
-      stop_tokens: a list of tokens that end a sequence, or one list per prompt; by default
-        `model.config.eos_token_ids`, and () for none. They are not part of what is returned.
+      stop_tokens: a list of tokens that end a sequence, or one list per prompt; by default all
+        that config.json, generation_config.json or the tokenizer name (`model.config.eos_token_ids`
+        and those of `tokenizer`), and () for none. They are not part of what is returned.
       key: PRNG key for sampling.
       cache: format of the KV cache, by default that of the model's scheme.
       max_length: slots of the cache; by default what is needed.
@@ -57,7 +59,9 @@ def generate(
       return_logprobs: also return what the model thought of each token.
 
     Returns:
-      A list with the continuation of each prompt, text or tokens as the prompts were. With
+      A list with the continuation of each prompt, text or tokens as the prompts were. A prompt and
+      its continuation together are the decoding of the tokens of both; `Continuation` says what is
+      returned where the tokenizer does not give the prompt back (lower case, special tokens). With
       `return_logprobs` a pair: this list, and for each prompt a list of the log-probabilities of
       its generated tokens (natural logarithm, before sampling and processors changed them).
 
@@ -86,7 +90,8 @@ def generate(
             f"max_length={max_length}"
         )
     if stop_tokens is None:
-        stop_tokens = getattr(text, "stop_token_ids", ()) or model.config.eos_token_ids
+        of_text = getattr(text, "stop_token_ids", ())
+        stop_tokens = special_tokens.union(model.config.eos_token_ids, of_text)
     tokens = np.zeros((len(rows), longest), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
@@ -94,7 +99,8 @@ def generate(
     lengths = [len(row) for row in rows]
     state = prefill(model, tokens, empty, lengths=lengths, key=key, return_logprobs=return_logprobs)
     stops = stop_table(stop_tokens, len(rows))
-    outputs = _Outputs(stops, text, stream)
+    decoders = [Continuation(text, *of) for of in zip(texts, rows, strict=True)] if text else []
+    outputs = _Outputs(stops, decoders, stream)
     on_cpu = jax.default_backend() == "cpu"
     left = max_new_tokens
     while left > 0 and not all(outputs.ended):
@@ -118,16 +124,19 @@ def generate(
 
 
 class _Outputs:
-    """What has been generated so far, and what of it the callback has seen."""
+    """What has been generated so far, and what of it the callback has seen.
 
-    def __init__(self, stops: np.ndarray, text: Any, stream: Any):
+    `decoders` make text of tokens, one a sequence; without them tokens are passed on and returned.
+    """
+
+    def __init__(self, stops: np.ndarray, decoders: Sequence[Continuation], stream: Any):
         count = len(stops)
         self._stops = stops
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.ended = [False] * count
-        self._text = text
+        self._decoders = decoders
+        self._pieces: list[list[str]] = [[] for _ in range(count)]
         self._stream = stream
-        self._decoders = [text.stream() for _ in range(count)] if text and stream else []
 
     def take(self, state: DecodeState) -> None:
         """Reads new tokens, without the stop token that ends a sequence."""
@@ -140,20 +149,19 @@ class _Outputs:
                 generated = generated[:-1]
             new = generated[len(self.tokens[index]) :]
             self.tokens[index] += new
-            if self._stream and new:
-                piece = self._decoders[index].feed(new) if self._decoders else new
-                if piece:
-                    self._stream(index, piece)
+            self._pass_on(index, self._decoders[index].feed(new) if self._decoders else new)
 
     def finish(self) -> list[Any]:
         """The continuations; passes on text that was held back."""
         for index, decoder in enumerate(self._decoders):
-            rest = decoder.finish()
-            if rest:
-                self._stream(index, rest)
-        if self._text:
-            return [self._text.decode(tokens) for tokens in self.tokens]
-        return self.tokens
+            self._pass_on(index, decoder.finish())
+        return ["".join(p) for p in self._pieces] if self._decoders else self.tokens
+
+    def _pass_on(self, index: int, piece: Any) -> None:
+        if isinstance(piece, str):
+            self._pieces[index].append(piece)
+        if piece and self._stream:
+            self._stream(index, piece)
 
 
 def _sort_prompts(prompts: Any) -> tuple[list[str], list[list[int]]]:

@@ -4,17 +4,24 @@ Only a checkpoint's tokenizer.json is read: it says everything, and running it n
 the checkpoint's author.
 """
 
-import json
+import operator
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
+
+from fdq.decoding import detokenizer, special_tokens
+from fdq.decoding.text_stages import Stage
 
 
 class Tokenizer:
     """A checkpoint's tokenizer: `encode`, `decode`, and the tokens that begin and end a text.
 
-    `vocab_size` counts added tokens as well.
+    Attributes:
+      vocab_size: counts added tokens as well.
+      first_token_ids: what `encode` puts before a text with `bos=True`: one BOS, nothing, or what
+        else the tokenizer has there.
+      stop_token_ids: tokens that end a text, by any of the checkpoint's files.
     """
 
     def __init__(
@@ -22,12 +29,20 @@ class Tokenizer:
     ):
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.bos_token_id = bos_token_id
+        self.first_token_ids: tuple[int, ...] = () if bos_token_id is None else (bos_token_id,)
         self.stop_token_ids = tuple(stop_token_ids)
+        added = backend.get_added_tokens_decoder().values()
+        self._special = {token.content for token in added if token.special}
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Self:
-        """The tokenizer of the checkpoint in `directory`, or whose tokenizer.json it is."""
+        """The tokenizer of the checkpoint in `directory`, or whose tokenizer.json it is.
+
+        Raises:
+          FileNotFoundError: there is no tokenizer.json.
+          ValueError: it cannot be read, or the files beside it name special tokens in a way that
+            cannot be meant.
+        """
         folder = pathlib.Path(directory)
         folder = folder.parent if folder.name == "tokenizer.json" else folder
         path = folder / "tokenizer.json"
@@ -38,70 +53,70 @@ class Tokenizer:
             backend = backend_class.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise ValueError(f"{path}: `tokenizers` cannot read it: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        generation = _read_json(folder / "generation_config.json")
-        model_config = _read_json(folder / "config.json")
+        find = backend.token_to_id
+        made = cls(backend, stop_token_ids=special_tokens.stop_token_ids(folder, find))
+        post_processor = detokenizer.settings(backend.post_processor)
+        made.first_token_ids = special_tokens.first_token_ids(folder, post_processor, find)
+        return made
 
-        def token_id(key: str) -> Any:
-            token = config.get(key)
-            content = token.get("content") if isinstance(token, dict) else token
-            found = backend.token_to_id(content) if isinstance(content, str) else None
-            return model_config.get(f"{key}_id") if found is None else found
-
-        stops = generation.get("eos_token_id", token_id("eos_token"))
-        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-        return cls(backend, bos_token_id=token_id("bos_token"), stop_token_ids=stops)
+    @property
+    def bos_token_id(self) -> int | None:
+        """The first token of every text, None where the tokenizer puts none in front."""
+        return self.first_token_ids[0] if self.first_token_ids else None
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Tokens of `text`; with `bos` the token that begins a text comes first, if there is one.
+        """Tokens of `text`; with `bos` the tokens that begin a text come first, once.
 
-        Whatever the tokenizer itself would add around the text is left out.
+        A text that already begins with one of them, such as one from a chat template, gets no
+        more. What the tokenizer would add after the text is left out.
         """
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
-        return [self.bos_token_id, *ids] if bos and self.bos_token_id is not None else ids
+        begun = bool(ids) and ids[0] in self.first_token_ids
+        return [*self.first_token_ids, *ids] if bos and not begun else ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of `tokens`; special tokens are left out."""
-        return self._backend.decode([int(t) for t in tokens], skip_special_tokens=True)
+        stream = self.stream()
+        return stream.feed(tokens) + stream.finish()
 
     def stream(self) -> "TextStream":
         """A decoder that is fed tokens as they come and returns text as soon as it is certain."""
-        return TextStream(self)
+        return TextStream(self._strings, detokenizer.stages(self._backend.decoder))
+
+    def _strings(self, tokens: Iterable[int]) -> list[str]:
+        """What the decoder is given: strings of tokens, without special and unknown ones."""
+        strings = map(self._backend.id_to_token, map(operator.index, tokens))
+        return [s for s in strings if s is not None and s not in self._special]
 
 
 class TextStream:
-    """Decodes a growing list of tokens into pieces whose concatenation is the whole text.
+    """Decodes tokens that come one after the other; made by `Tokenizer.stream`.
 
-    A character may take several tokens (bytes of UTF-8): text that ends in a replacement character
-    is held back until it is complete. Only the tokens since the last certain piece are decoded
-    again, so the cost of a token does not grow with the text.
+    The pieces, joined, are `Tokenizer.decode` of all tokens, whatever the decoder and the special
+    tokens among them; the cost of a token does not grow with the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._context = 0  # first token that is decoded again: it may decide about a space
-        self._shown = 0  # tokens whose text has been returned
+    def __init__(self, strings: Callable[[Iterable[int]], list[str]], stages: list[Stage]):
+        self._strings = strings
+        self._stages = stages
+        self._finished = False
 
     def feed(self, tokens: Iterable[int]) -> str:
-        """Appends `tokens`; returns the text that became certain, perhaps none."""
-        self._tokens.extend(int(t) for t in tokens)
-        known, text = self._texts()
-        if text.endswith("\ufffd"):
-            return ""
-        self._context, self._shown = self._shown, len(self._tokens)
-        return text[len(known) :]
+        """Takes the next tokens; returns the text that no token to come can change, perhaps none.
+
+        Raises:
+          ValueError: the stream is finished.
+        """
+        if self._finished:
+            raise ValueError("This stream is finished; Tokenizer.stream() makes another.")
+        return detokenizer.run(self._stages, self._strings(tokens))
 
     def finish(self) -> str:
-        """The text held back, replacement characters included."""
-        known, text = self._texts()
-        self._shown = len(self._tokens)
-        return text[len(known) :]
-
-    def _texts(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        again = self._tokens[self._context :]
-        return decode(again[: self._shown - self._context]), decode(again)
+        """The text held back; replacement characters stand for bytes that are no character."""
+        if self._finished:
+            return ""
+        self._finished = True
+        return detokenizer.run(self._stages, [], last=True)
 
 
 def _backend_class() -> Any:
@@ -114,19 +129,6 @@ def _backend_class() -> Any:
             name=error.name,
         ) from error
     return tokenizers.Tokenizer
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in `path`, empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}.")
-    return value
 
 
 def _no_tokenizer(folder: pathlib.Path) -> str:
