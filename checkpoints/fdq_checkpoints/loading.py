@@ -12,6 +12,7 @@ from flax import nnx
 from fdq import models
 from fdq.cache.kv_cache import abstract_scales
 from fdq.calibration.observation import calibrate
+from fdq.decoding import special_tokens
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
@@ -84,7 +85,7 @@ def load(
         values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
         model = tree_paths.fill(job.tree, values)
     if isinstance(model, models.Decoder):
-        _set_tokenizer(model, folder)
+        _set_text(model, folder)
     return model
 
 
@@ -118,7 +119,7 @@ def _load_stored(
     model = tree_paths.fill(target, values)
     model.scheme = manifest.scheme
     model.recipe_record = manifest.provenance.get("recipe")
-    _set_tokenizer(model, stored.folder)
+    _set_text(model, stored.folder)
     return model
 
 
@@ -183,7 +184,10 @@ def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], 
     return lambda path, _: found.get(path)
 
 
-def _set_tokenizer(model: models.Decoder, folder: pathlib.Path) -> None:
+def _set_text(model: models.Decoder, folder: pathlib.Path) -> None:
+    """What the files beside the weights say: the tokenizer, and where a text ends."""
     path = folder / "tokenizer.json"
     if path.is_file():
         model.tokenizer_path = str(path.absolute())
+    stops = special_tokens.union(model.config.eos_token_ids, special_tokens.stop_token_ids(folder))
+    model.config = model.config.replace(eos_token_ids=stops)
