@@ -75,6 +75,7 @@ def load(
         return tree_paths.map_arrays(put, tensor)
 
     with open_source(folder, dtype=dtype) as source:
+        stops = _stop_tokens(folder)
         job = stream.Job.of(source, scheme, progress=progress, place=place, **options)
         if verbose and job.assigned is not None:
             print(job.assigned.table.summary())
@@ -85,7 +86,7 @@ def load(
         values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
         model = tree_paths.fill(job.tree, values)
     if isinstance(model, models.Decoder):
-        _set_text(model, folder)
+        _set_text(model, folder, stops)
     return model
 
 
@@ -103,6 +104,7 @@ def _load_stored(
             raise CheckpointError(f"{stored.folder}: dtype= is for models, this is a pytree.")
         return tree_paths.nested(stored.restore(sharding, verify=verify))
     config = stored.config()
+    stops = _stop_tokens(stored.folder)
     try:
         template = models.abstract(config, dtype)
         recipe = manifest.provenance.get("recipe")
@@ -119,7 +121,7 @@ def _load_stored(
     model = tree_paths.fill(target, values)
     model.scheme = manifest.scheme
     model.recipe_record = manifest.provenance.get("recipe")
-    _set_text(model, stored.folder)
+    _set_text(model, stored.folder, stops)
     return model
 
 
@@ -184,10 +186,17 @@ def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], 
     return lambda path, _: found.get(path)
 
 
-def _set_text(model: models.Decoder, folder: pathlib.Path) -> None:
-    """What the files beside the weights say: the tokenizer, and where a text ends."""
+def _stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
+    """What the files beside the weights say about where a text ends; read before the weights."""
+    try:
+        return special_tokens.stop_token_ids(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _set_text(model: models.Decoder, folder: pathlib.Path, stops: tuple[int, ...]) -> None:
     path = folder / "tokenizer.json"
     if path.is_file():
         model.tokenizer_path = str(path.absolute())
-    stops = special_tokens.union(model.config.eos_token_ids, special_tokens.stop_token_ids(folder))
+    stops = special_tokens.union(model.config.eos_token_ids, stops)
     model.config = model.config.replace(eos_token_ids=stops)

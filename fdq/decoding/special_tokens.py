@@ -14,9 +14,10 @@ from typing import Any
 
 # Tokenizer classes that put a BOS in front unless `add_bos_token` is false, without "Fast".
 _CLASSES_WITH_BOS = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"}
-
 # The files that give special tokens by number.
 _NUMBERED = ("config.json", "generation_config.json")
+
+_MAX_BYTES = 2**28  # the largest tokenizer.json have some 2**25
 
 TokenToId = Callable[[str], int | None]
 
@@ -91,6 +92,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in `path`, empty if there is no such file."""
     if not path.is_file():
         return {}
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path}: larger than {_MAX_BYTES >> 20} MiB.")
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -152,17 +155,23 @@ def _files_token_to_id(folder: pathlib.Path) -> TokenToId:
         for number, token in added.items() if isinstance(added, dict) else ():
             if isinstance(token, dict) and token.get("content") == text and number.isdecimal():
                 return int(number)
-        whole = read_json(folder / "tokenizer.json")
-        for token in whole.get("added_tokens") or ():
-            if token.get("content") == text:
-                return token.get("id")
-        model = whole.get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocabulary, dict):
-            return vocabulary.get(text)
-        for number, piece in enumerate(vocabulary or ()):  # Unigram: [piece, score]
-            if piece[0] == text:
-                return number
-        return None
+        found = _in_tokenizer(read_json(folder / "tokenizer.json"), text)
+        return found if isinstance(found, int) else None
 
     return token_to_id
+
+
+def _in_tokenizer(tokenizer: Mapping[str, Any], text: str) -> Any:
+    """What tokenizer.json gives as the number of a token."""
+    match tokenizer:
+        case {"added_tokens": [*tokens]}:
+            for token in tokens:
+                if isinstance(token, dict) and token.get("content") == text:
+                    return token.get("id")
+    match tokenizer:
+        case {"model": {"vocab": {**numbers}}}:
+            return numbers.get(text)
+        case {"model": {"vocab": [*pieces]}}:  # Unigram: [piece, score]
+            named = (i for i, p in enumerate(pieces) if isinstance(p, list) and p[:1] == [text])
+            return next(named, None)
+    return None

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import fdq
+import fdq_checkpoints
 from fdq.decoding.tokenizer import Tokenizer
 from tests.models import oracles
 
@@ -131,3 +132,11 @@ def test_every_file_alone_ends_a_text_of_tokens(tmp_path, name):
     (tmp_path / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     tokens = () if name == "tokenizer_config" else (7,)  # which spells it for a tokenizer
     assert fdq.load(tmp_path).config.eos_token_ids == tokens
+
+
+@pytest.mark.parametrize("name", ["generation_config", "tokenizer_config"])
+def test_a_stop_token_of_another_kind_is_refused_when_a_model_is_loaded(tmp_path, name):
+    said = {"eos_token": 7, "eos_token_id": "7"}
+    write(tmp_path, tokenizers.decoders.Metaspace(), **{name: said})
+    with pytest.raises(fdq_checkpoints.CheckpointError, match=rf"{name}\.json: eos_token"):
+        fdq.load(tmp_path)
