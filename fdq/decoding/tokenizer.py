@@ -53,6 +53,9 @@ class Tokenizer:
             backend = backend_class.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise ValueError(f"{path}: `tokenizers` cannot read it: {error}") from error
+        # Settings of whoever saved it, which would cut prompts or fill them up.
+        backend.no_truncation()
+        backend.no_padding()
         find = backend.token_to_id
         made = cls(backend, stop_token_ids=special_tokens.stop_token_ids(folder, find))
         post_processor = detokenizer.settings(backend.post_processor)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from fdq.analysis.shipped_model import shipped_model_path
 from fdq.decoding.tokenizer import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -60,6 +61,20 @@ def test_special_tokens_come_from_the_files_beside(folder):
     assert tokenizer.encode("a", bos=True)[0] == 0
     assert tokenizer.encode("a", bos=False)[0] != 0
     assert tokenizer.decode([0, *tokenizer.encode("a"), 1]) == "a"
+
+
+def test_a_text_is_neither_cut_nor_filled_up(folder, tmp_path):
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(max_length=3)
+    backend.enable_padding(length=64, pad_id=0)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for text in ("a", TEXTS[1]):
+        assert Tokenizer.load(tmp_path).encode(text) == Tokenizer.load(folder).encode(text)
+
+
+def test_the_shipped_model_begins_a_text_with_its_bos():
+    tokenizer = Tokenizer.load(shipped_model_path())
+    assert (tokenizer.first_token_ids, tokenizer.stop_token_ids) == ((1,), (2,))
 
 
 def test_what_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
