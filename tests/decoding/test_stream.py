@@ -84,10 +84,10 @@ KINDS["sequence_of_one_string"] = st.lists(ONE, min_size=1, max_size=3).map(
 KINDS["sequence_of_sequences"] = st.builds(
     lambda *parts: decoders.Sequence(list(parts)), KINDS["sequence"], ONE
 )
-# Runs of one token are what CTC is about.
-TOKENS = st.lists(
-    st.tuples(st.integers(0, UNKNOWN), st.sampled_from([1, 1, 1, 2])), max_size=24
-).map(lambda runs: [token for token, count in runs for _ in range(count)])
+# Few different tokens, so that they meet: runs are what CTC is about, neighbours what Replace is.
+TOKENS = st.lists(st.integers(0, UNKNOWN), min_size=1, max_size=4).flatmap(
+    lambda pool: st.lists(st.sampled_from(pool), max_size=20)
+)
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 
 
@@ -167,6 +167,31 @@ def test_the_space_before_a_continuation_is_there(kind):
 )
 def test_bytes_that_are_no_text_are_the_same_in_stream_and_result(decoder, strings, text):
     ours, backend = tokenizer(decoder)
+    tokens = ids(*strings)
+    assert decoded(backend, tokens) == text
+    for size in (1, 2, 3):
+        assert "".join(pieces(ours.stream(), tokens, [size])) == text
+
+
+FUSED = [
+    (decoders.Replace("the the", "X"), ["the", " ", "the", " ", "the", "x"], "X thex"),
+    (decoders.Replace("aa", "a"), ["a", "a", "aa", "a", "x", "a"], "aaaxa"),
+    (decoders.Replace(tokenizers.Regex(r"a+x"), "#"), ["x", "a", "aa", "x", "a"], "x#a"),
+    (decoders.WordPiece(), ["a", " do", " not", " ", ".", " ", "'", " ", "x"], "a don't.'x"),
+    (decoders.CTC("<pad>", "|"), ["a", "a", "|", "<pad>", " ", "."], "aa ."),
+    (decoders.BPEDecoder("the"), ["x", "the", "a", "the"], "xa"),
+    (decoders.Metaspace(), ["▁", "▁the", "▁cat"], "thecat"),
+    (decoders.Strip(" ", 3, 2), ["  ", " ", " ", "a", " ", "x", "  ", " "], " a x "),
+    (decoders.ByteLevel(), ["Ġhi", "ðŁ", "ĺ", "Ģ", "Ã"], " hi😀\ufffd"),
+    (decoders.ByteLevel(), ["Ġhi", "ðŁ", " ", "ĺ"], "ĠhiðŁ ĺ"),
+    (decoders.ByteFallback(), ["<0x", "41>"], "A"),
+    (decoders.ByteFallback(), ["<0x", "41>", "a"], "<0x41>a"),
+]
+
+
+@pytest.mark.parametrize(("decoder", "strings", "text"), FUSED)
+def test_a_decoder_behind_fuse_sees_one_string(decoder, strings, text):
+    ours, backend = tokenizer(decoders.Sequence([decoders.Fuse(), decoder]))
     tokens = ids(*strings)
     assert decoded(backend, tokens) == text
     for size in (1, 2, 3):
