@@ -137,3 +137,73 @@ def test_wrong_scales():
         KVCache.init(CONFIG, 1, SLOTS, "C8", scales=scales)
     with pytest.raises(ValueError, match="scales of 1 layers, expected 2"):
         KVCache.init(CONFIG, 1, SLOTS, SPECS["C8-kvchannel"], scales=scales[:1])
+
+
+def filled(name, batch, rng, slots=SLOTS):
+    """One of random keys and values, and these."""
+    k, v = np.clip(rng.standard_normal((2, batch, 2, HEADS, DIM)), -3.9, 3.9).astype(np.float32)
+    cache = make(name, batch, slots)
+    layers = tuple(
+        type(pair)(write_slots(pair.k, k + i, jnp.int32(0)), write_slots(pair.v, v, jnp.int32(0)))
+        for i, pair in enumerate(cache.layers)
+    )
+    return KVCache(layers, jnp.arange(1, batch + 1, dtype=jnp.int32))
+
+
+def read(cache):
+    return [np.asarray(tensor.dequantize()) for layer in cache.layers for tensor in layer]
+
+
+# The batch is that of the KV heads: what belongs to heads must not be taken for sequences.
+@pytest.mark.parametrize("name", SPECS)
+def test_rows_are_taken_and_repeated(name, rng):
+    cache = filled(name, HEADS, rng)
+    before = read(cache)
+    for rows, taken in (
+        ([1, 0], cache.take([1, 0])),
+        ([1, 1, 0], jax.jit(lambda c, r: c.take(r))(cache, np.array([1, 1, 0]))),
+        ([0, 0, 1, 1], cache.repeat(2)),
+    ):
+        assert taken.length.tolist() == [row + 1 for row in rows]
+        for found, whole in zip(read(taken), before, strict=True):
+            np.testing.assert_array_equal(found, whole[rows])
+        assert jax.tree.structure(taken) == jax.tree.structure(cache)
+    # Either may be donated: nothing is shared.
+    mine = {a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache)}
+    others = {a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache.take([0, 1]))}
+    assert not mine & others
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_sequences_are_put_in_place_of_others(name, rng):
+    cache, other = filled(name, 3, rng), filled(name, 2, rng, slots=5)
+    put = cache.insert([2, 0], other)
+    assert put.length.tolist() == [2, 2, 1]
+    for found, whole, new in zip(read(put), read(cache), read(other), strict=True):
+        np.testing.assert_array_equal(found[1], whole[1])
+        np.testing.assert_array_equal(found[[2, 0], :, :5], new)
+
+
+def test_what_cannot_be_put_in_place_is_named(rng):
+    cache = filled("C8", 2, rng)
+    for row, other, message in (
+        (0, filled("C4", 1, rng), r"expected a C8 cache of 2 heads, int8 x 8, found a C4"),
+        (0, filled("C8", 1, rng, slots=20), "at most 12 slots, found 2 layers, 20"),
+        ([0, 1], filled("C8", 1, rng), "got 2 rows for a cache of 1 sequences"),
+        (2, filled("C8", 1, rng), r"rows: expected 0 to 1, found \[?2"),
+        (0.5, filled("C8", 1, rng), "rows: expected integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.insert(row, other)
+    static = filled("C8-kvchannel", 2, rng)
+    layers = tuple(
+        type(pair)(*(t.replace(scale=t.scale * 2) for t in pair)) for pair in static.layers
+    )
+    with pytest.raises(ValueError, match="the static scale of the two caches differs"):
+        static.insert(0, KVCache(layers, static.length).take([0]))
+
+
+def test_rollback_of_a_cache(rng):
+    cache = filled("C8", 3, rng)
+    assert cache.rollback(2).length.tolist() == [1, 2, 2]
+    assert cache.rollback(np.array([0, 1, 9])).length.tolist() == [0, 1, 3]

@@ -120,6 +120,7 @@ def test_rollback_to_what_was_never_there(model, batch, length, message):
         state.rollback(length)
 
 
+@pytest.mark.slow
 def test_extend_at_the_end_of_the_cache(model, batch, fns):
     """What fits is taken and right; the rest is neither taken nor judged."""
     prompts, tokens = batch
@@ -147,6 +148,7 @@ def test_a_prompt_in_two_pieces_is_one_prompt(model, batch):
     assert decode(model, state, NEW).generated() == [row[:NEW] for row in tokens]
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_after_its_end(model, batch):
     """Finished sequences take more of a prompt; the answer is that to all of it."""
     prompts, tokens = batch
@@ -195,7 +197,7 @@ def test_init_is_a_prefill_in_your_own_jit(model, batch):
 def test_rows_are_taken_with_all_that_is_theirs(model, batch):
     prompts, tokens = batch
     state = decode(model, start(model, prompts), 3)
-    rows = [2, 0, 0, 3, 1]
+    rows = [2, 0, 0, 3]
     state = state.take(rows)
     assert state.generated() == [tokens[row][:3] for row in rows]
     assert decode(model, state, 4).generated() == [tokens[row][:7] for row in rows]
@@ -203,25 +205,11 @@ def test_rows_are_taken_with_all_that_is_theirs(model, batch):
         state.take([5])
 
 
-def test_static_scales_belong_to_no_row(model, batch):
-    """The batch equals the number of KV heads: taking rows must not take scales."""
-    prompts, _ = batch
-    scales = fdq.calibrate(model, prompts).cache_scales("C8-kvchannel")
-    heads = model.config.num_kv_heads
-    cache = KVCache.init(model.config, heads, SLOTS, "C8-kvchannel", scales=scales)
-    state = prefill(model, prompts[:heads, :5], cache)
-    swapped = state.take(np.arange(heads)[::-1])
-    before = [layer.k.scale for layer in state.cache.layers]
-    assert all((a == l.k.scale).all() for a, l in zip(before, swapped.cache.layers, strict=True))
-    expected = decode(model, state, 4).generated()[::-1]
-    assert decode(model, swapped, 4).generated() == expected
-
-
 def test_draws_belong_to_a_sequence_not_to_its_row(model, batch):
     prompts, _ = batch
     warm = Sampling(temperature=1.2)
     state = start(model, prompts, key=jax.random.key(4))
-    rows = [3, 1]
+    rows = [3, 1, 0, 2]
     apart = decode(model, state.take(rows), 6, sampling=warm)
     whole = decode(model, state, 6, sampling=warm).generated()
     assert apart.generated() == [whole[row] for row in rows]
@@ -230,28 +218,27 @@ def test_draws_belong_to_a_sequence_not_to_its_row(model, batch):
 def test_copies_draw_apart(model, batch):
     prompts, _ = batch
     warm = Sampling(temperature=1.5)
-    state = start(model, prompts, key=jax.random.key(4)).take([0, 1])
-    copies = decode(model, state.repeat(3), 6, sampling=warm).generated()
-    same = decode(model, state.take([0, 0, 1]), 6, sampling=warm).generated()
+    state = start(model, prompts, key=jax.random.key(4))
+    copies = decode(model, state.take([0, 1]).repeat(2), 6, sampling=warm).generated()
+    same = decode(model, state.take([0, 0, 1, 2]), 6, sampling=warm).generated()
     assert same[0] == same[1] == copies[0]
-    assert same[2] == copies[3]
-    assert len({tuple(row) for row in copies}) == 6
-    again = decode(model, state.take([0, 0]).reseed(jax.random.key(8)), 6, sampling=warm)
-    assert again.generated()[0] != again.generated()[1]
+    assert same[2] == copies[2]
+    assert len({tuple(row) for row in copies}) == 4
+    again = state.take([0, 0, 0, 0]).reseed(jax.random.key(8))
+    assert len({tuple(row) for row in decode(model, again, 6, sampling=warm).generated()}) == 4
 
 
 def test_a_sequence_is_put_into_a_batch(model, batch):
     prompts, tokens = batch
     state = decode(model, start(model, prompts), 3)
-    other = prefill(model, prompts[1:2, :8], KVCache.init(model.config, 1, 24))
-    state = decode(model, state.insert(2, other), 4)
+    other = start(model, prompts).take([1])
     expected = [row[:7] for row in tokens]
     expected[2] = tokens[1][:4]
-    assert state.generated() == expected
+    assert decode(model, state.insert(2, other), 4).generated() == expected
     with pytest.raises(ValueError, match="got 2 rows for a cache of 1 sequences"):
-        state.insert([0, 1], state.take([0]))
-    with pytest.raises(ValueError, match="at most 24 slots, found"):
-        prefill(model, prompts[:1], KVCache.init(model.config, 1, 24)).insert(0, state.take([0]))
+        start(model, prompts).insert([0, 1], other)
+    with pytest.raises(ValueError, match="keeps no log-probabilities"):
+        start(model, prompts, return_logprobs=True).insert(0, other)
 
 
 def test_another_temperature_compiles_nothing(model, batch):
