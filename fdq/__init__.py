@@ -27,6 +27,8 @@ from fdq.ops import unprepare as unprepare
 from fdq.ops.attention.api import attention as attention
 from fdq.ops.grouped_matmul.api import grouped_matmul as grouped_matmul
 from fdq.ops.matmul.api import matmul as matmul
+from fdq.ops.matmul.einsum import einsum as einsum
+from fdq.ops.matmul.transposed import take as take
 from fdq.quantizers.quantization import match_table as match_table
 from fdq.quantizers.quantization import quantize as quantize
 from fdq.schemes.recipe import Recipe as Recipe

@@ -59,6 +59,10 @@ class Convolutional(Format):
     scale_dtypes = ("uint4",)
     fixed = True
 
+    def reach(self, spec: WeightSpec) -> float:
+        """Of the super scale; most of a column's local scales are near a typical one."""
+        return TYPICAL_LOCAL_SCALE * 32.0
+
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """All but `codes` and `scale` (local scales) are float32 `[..., 1, N]`."""
         return ("codes", "scale", "code_scale", "code_offset", "super_scale")

@@ -119,6 +119,21 @@ class Format(abc.ABC):
             return f"double_quantization is for {', '.join(able)} only"
         return None
 
+    def reach(self, spec: WeightSpec) -> float:
+        """The largest magnitude of a level: how often the scale a weight may be."""
+        return 1.0
+
+    def magnitudes(self, spec: WeightSpec) -> tuple[float, float]:
+        """Between which the largest magnitude of a weight must be for its scales to hold it.
+
+        Smaller scales would be flushed to zero (or have less than 7 bits), with a thousandth for
+        groups of smaller weights; larger ones, or sums of weights, would overflow. A weight of
+        zeros needs no scale.
+        """
+        if spec.scale_dtype == "float16":
+            return self.reach(spec) * 2.0**-17, self.reach(spec) * 65504.0
+        return self.reach(spec) * 2.0**-115, 2.0**126
+
     def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
         """Raises ValueError if a `[k, n]` weight cannot be grouped as `spec` says."""
         grouping.check_shape(spec, k, n, path)

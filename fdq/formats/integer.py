@@ -44,6 +44,10 @@ class Integer(ScaledFormat):
         self.group_size, self.zero_points, self.aliases = group_size, zero_points, aliases
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
+    def reach(self, spec: WeightSpec) -> float:
+        """The highest level; with zero points half of all, as weights may have either sign."""
+        return self.highest + (0.0 if spec.zero_point == "none" else 0.5)
+
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
         """The level nearest to `u = w / scale`."""
         if spec.zero_point == "half":

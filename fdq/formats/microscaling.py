@@ -77,6 +77,10 @@ class NvidiaFloat4(FloatLevels):
     fixed = True
     searchable = True
 
+    def reach(self, spec: WeightSpec) -> float:
+        """How often the global scale, with both of the codes and of their scales the largest."""
+        return self.element.largest * small_float.E4M3.largest
+
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """`global_scale` `[..., 1, 1]` float32 multiplies the whole matrix."""
         return ("codes", "scale", "global_scale")

@@ -38,6 +38,11 @@ class NormalFloat(ScaledFormat):
     double_quantization = True
     searchable = True
 
+    def magnitudes(self, spec: WeightSpec) -> tuple[float, float]:
+        """With double quantization scales have 7 bits more."""
+        low, high = super().magnitudes(spec)
+        return (low * 127.0, high) if spec.double_quantization else (low, high)
+
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """Double quantization adds the scales of the scales, and their mean."""
         second = ("super_scale", "scale_offset") if spec.double_quantization else ()
@@ -98,7 +103,10 @@ class NormalFloat(ScaledFormat):
             return parameters
         scale = parameters["scale"].astype(jnp.float32)
         *lead, rows, n = scale.shape
-        mean = jnp.mean(scale, axis=(-2, -1), keepdims=True)
+        # Divided by a power of two first, which rounds nothing: sums of huge scales overflow.
+        largest = jnp.max(jnp.abs(scale), axis=(-2, -1), keepdims=True)
+        size = grouping.power_of_two(jnp.clip(grouping.floor_log2(largest), -126, 126))
+        mean = jnp.mean(scale / size, axis=(-2, -1), keepdims=True) * size
         # Ten bits: the rest of a long sum depends on how XLA orders it.
         offset = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=10)
         shifted = scale - offset

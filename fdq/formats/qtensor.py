@@ -6,12 +6,15 @@ Invariant: `dequantize(q)[k, n] = (code[k, n] - zero[k // g, n]) * scale[k // g,
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from fdq.formats import FORMATS
 from fdq.schemes.scheme import WeightSpec
@@ -22,11 +25,18 @@ class QuantizedWeight:
 
     A `QTensor` is one, and so is what `fdq.prepare` makes of it for a device. `padding` counts
     unused rows of K in the last packed unit; the layout `"canonical"` is that of checkpoints.
+
+    It acts like the array where that is cheap: `x @ q` is `fdq.matmul`, `q[i]` picks from leading
+    axes, `len` and iteration go over them; `astype` decodes it.
     """
 
     spec: WeightSpec
     padding: int
     layout: str = "canonical"
+
+    __array_ufunc__ = None  # NumPy leaves `x @ q` to `__rmatmul__`
+    # Set by the op: formats know none.
+    _matmul: ClassVar[Callable[[Any, Any], Any]]
 
     def arrays(self) -> dict[str, Any]:
         """The arrays (or pytrees of them) by name, in pytree order."""
@@ -59,6 +69,90 @@ class QuantizedWeight:
     def size(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """float32, in which values are formed; codes have the `code_dtype`."""
+        return jnp.dtype(jnp.float32)
+
+    def astype(self, dtype: Any) -> Any:
+        """The decoded weight, as `dequantize` gives it."""
+        return dequantize(self, dtype)
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """`x [..., K] @ q`, an `fdq.matmul`; leading axes of q are those of x, or all take x.
+
+        Raises:
+          ValueError: the shapes do not match.
+        """
+        lead = self.shape[:-2]
+        own = tuple(x.shape[:-2])
+        if own and lead and own != lead:
+            raise ValueError(
+                f"x @ q: expected x [K], [M, K] or [{', '.join(map(str, lead))}, M, K] for "
+                f"{self!r}, found {list(x.shape)}."
+            )
+        product = self._matmul
+        for _ in lead:
+            product = jax.vmap(product, in_axes=(0 if own else None, 0))
+        return product(x, self)
+
+    def __matmul__(self, other: Any) -> Any:
+        """Refused: a quantized weight is the right operand."""
+        raise TypeError(
+            f"{self!r} @ {type(other).__name__}: a quantized weight [K, N] is the right operand, "
+            "x @ q. To multiply from the left, decode it: fdq.dequantize(q) @ x."
+        )
+
+    @property
+    def T(self) -> Any:
+        """Refused: codes are packed along K."""
+        raise TypeError(
+            f"{self!r} has no transpose: its codes are packed along K. Use "
+            'fdq.einsum("...n,kn->...k", x, q) for x @ q.T, or fdq.dequantize(q).T.'
+        )
+
+    mT = T
+
+    def __getitem__(self, index: Any) -> Any:
+        """The weights at an index of the leading axes: experts or layers.
+
+        Raises:
+          IndexError: out of range, or an index of the rows and columns of a matrix.
+        """
+        lead = self.shape[:-2]
+        indices = index if isinstance(index, tuple) else (index,)
+        if indices and indices[-1] is Ellipsis:
+            indices = indices[:-1]
+        if len(indices) > len(lead) or any(i is None or i is Ellipsis for i in indices):
+            raise IndexError(
+                f"{self!r} is indexed along its {len(lead)} leading axes only, found "
+                f"[{', '.join(map(str, indices))}]. Rows of K are decoded by fdq.take(q, ids), "
+                "everything by fdq.dequantize(q)."
+            )
+        for i, size in zip(indices, lead, strict=False):
+            if isinstance(i, int) and not -size <= i < size:
+                raise IndexError(f"{self!r}: index {i} is out of range for an axis of {size}.")
+        q = materialize(self)
+        return jax.tree.map(lambda a: a[indices], q) if indices else q
+
+    def __len__(self) -> int:
+        """Of the first leading axis.
+
+        Raises:
+          TypeError: one matrix.
+        """
+        if self.ndim < 3:
+            raise TypeError(f"{self!r} is one matrix: it has no length, and rows are packed.")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        """True, as objects are; `len` does not count."""
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        """Over the first leading axis."""
+        return (self[i] for i in range(len(self)))
 
     @property
     def nbytes(self) -> int:
@@ -182,12 +276,41 @@ def dequantize(q: QuantizedWeight, dtype: Any = jnp.float32) -> Any:
 
     Returns:
       `[..., K, N]`; a `ShapeDtypeStruct` if `q` holds those.
+
+    Raises:
+      TypeError: a derivative by codes or scales that are 8-bit floats is asked for.
     """
     q = materialize(q)
     if q.is_abstract:
         return jax.eval_shape(lambda q: dequantize(q, dtype), q)
     q = q.canonical()
-    return FORMATS[q.spec.format].decode(q.arrays(), q.spec, padding=q.padding, dtype=dtype)
+    arrays = {name: _without_derivative(array, name) for name, array in q.arrays().items()}
+    return FORMATS[q.spec.format].decode(arrays, q.spec, padding=q.padding, dtype=dtype)
+
+
+def _without_derivative(array: Any, name: str) -> Any:
+    """An array of 8-bit floats such that differentiating by it raises; others as they are.
+
+    Their cotangents would be 8-bit floats too: mostly NaN, or rounded to nothing.
+    """
+    is_float8 = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize == 1
+    return _constant(array, name) if is_float8 and isinstance(array, Tracer) else array
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _constant(array: jax.Array, name: str) -> jax.Array:
+    return array
+
+
+@functools.partial(_constant.defjvp, symbolic_zeros=True)
+def _constant_tangent(name, primals, tangents):
+    if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
+        raise TypeError(
+            f"The {name} of this QTensor, {primals[0].dtype}, has no usable derivative: it would "
+            "be of the same dtype. Differentiate by arrays of wider floats only, as in "
+            "lambda scale: fdq.matmul(x, q.replace(scale=scale)), or by the decoded weight."
+        )
+    return primals[0], tangents[0]
 
 
 def _flatten_with_keys(q: QTensor):

@@ -92,6 +92,10 @@ class FloatLevels(ScaledFormat):
         self.element = element
         self.bits, self.unit_factor = element.bits, element.factor
 
+    def reach(self, spec: WeightSpec) -> float:
+        """The largest number of the small float."""
+        return self.element.largest
+
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
         """The level nearest to `u = w / scale`."""
         return self.element.nearest(u)

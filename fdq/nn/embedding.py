@@ -8,30 +8,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.formats.qtensor import QuantizedWeight, dequantize
+from fdq.formats.qtensor import QuantizedWeight
 from fdq.nn.parameters import value
 from fdq.ops.matmul.dense import transposed_matmul
+from fdq.ops.matmul.transposed import take, transposed_product
 
 
 class Embedding(nnx.Module):
     """A table `embedding [vocab, features]`, looked up by token.
 
-    A quantized table works and is decoded whole at each use, so it saves memory at rest and no
-    bandwidth; recipes leave embeddings as they are unless a rule names them.
+    Of a quantized table the rows of the tokens are decoded, and as an output head a tile of rows at
+    a time; recipes leave embeddings as they are unless a rule names them.
     """
 
     def __init__(self, vocab_size: int, features: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (vocab_size, features), dtype) * 0.02
         self.embedding: Any = nnx.data(nnx.Param(table))
 
-    def _table(self, dtype: Any) -> jax.Array:
-        table = value(self.embedding)
-        return dequantize(table, dtype) if isinstance(table, QuantizedWeight) else table
-
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """`tokens [...] int -> [..., features]` in `dtype`."""
-        return jnp.take(self._table(dtype), tokens, axis=0, mode="clip").astype(dtype)
+        return take(value(self.embedding), tokens, mode="clip", dtype=dtype).astype(dtype)
 
     def attend(self, x: jax.Array, *, out_dtype: Any = jnp.float32) -> jax.Array:
         """`x [..., features] -> x @ embedding.T [..., vocab]` in `out_dtype`."""
-        return transposed_matmul(x, self._table(x.dtype), out_dtype=out_dtype)
+        table = value(self.embedding)
+        quantized = isinstance(table, QuantizedWeight)
+        return (transposed_product if quantized else transposed_matmul)(
+            x, table, out_dtype=out_dtype
+        )

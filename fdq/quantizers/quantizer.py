@@ -77,8 +77,9 @@ class Quantizer(abc.ABC):
         run = functools.partial(_run, quantizer=self, spec=spec)
         if isinstance(w, jax.ShapeDtypeStruct):
             return jax.eval_shape(run, w, dict(statistics))
-        on_one_device = not isinstance(w, Tracer) and len(w.sharding.device_set) == 1
-        return run(w, dict(statistics), sequential=on_one_device)
+        if any(isinstance(leaf, Tracer) for leaf in (w, *statistics.values())):
+            return _traced(self, spec, w, dict(statistics))
+        return run(w, dict(statistics), sequential=len(w.sharding.device_set) == 1)
 
 
 def default_of(spec: WeightSpec, dtype: Any = jnp.float32) -> Quantizer:
@@ -125,6 +126,23 @@ def expected_distortion(
 def format_of(spec: WeightSpec) -> Format:
     """The format that a spec names."""
     return FORMATS[spec.format]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _traced(quantizer: Quantizer, spec: WeightSpec, w: jax.Array, statistics: Any) -> Arrays:
+    return _run(w, statistics, quantizer=quantizer, spec=spec)
+
+
+def _no_gradient(quantizer: Quantizer, spec: WeightSpec, residuals: Any, cotangents: Any) -> Any:
+    raise TypeError(
+        f"The gradient through quantizing to {spec} was asked for: codes are rounded, so it is "
+        "zero almost everywhere and says nothing. To train through it, use the straight-through "
+        "estimator, w + jax.lax.stop_gradient(fdq.dequantize(fdq.quantize(w, scheme)) - w); for "
+        "the gradient by scales, differentiate by those of the QTensor."
+    )
+
+
+_traced.defvjp(lambda *arguments: (_traced(*arguments), None), _no_gradient)
 
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "spec", "sequential"))

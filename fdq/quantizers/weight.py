@@ -51,8 +51,9 @@ def quantize_array(
 
     Raises:
       ValueError: the weight is not a float matrix, it or a statistic has NaN or infinity, or a
-        statistic negative numbers (both only looked for in concrete arrays), or the weight does
-        not fit the spec; the message names `path`.
+        statistic negative numbers, the weight is too large or too small for the scales of the
+        spec, or its shape does not fit; the message names `path`. Values are looked at in concrete
+        arrays only: traced ones (under `jax.jit`) give a matrix of NaN instead.
 
     Examples:
       >>> w = jnp.linspace(-1.0, 1.0, 256).reshape(128, 2)
@@ -96,11 +97,15 @@ def quantize_array(
             )
         given["mean_square"] = importance
     given = _wanted(quantizer, given, w.shape, path)
+    bounds = format.magnitudes(spec)
     if not isinstance(w, jax.ShapeDtypeStruct | Tracer):
         if isinstance(w, np.ndarray):
             w = jnp.asarray(w)
-        check_finite(w, path)
-    return QTensor(**quantizer(w, spec, given, path), spec=spec, padding=format.padding(k))
+        check_magnitudes(w, bounds, spec, path)
+    arrays = quantizer(w, spec, given, path)
+    if isinstance(w, Tracer):
+        arrays = _poisoned(arrays, w, bounds)
+    return QTensor(**arrays, spec=spec, padding=format.padding(k))
 
 
 def _compatible(spec: WeightSpec, compat: str, dtype: Any, path: str) -> Quantizer:
@@ -143,19 +148,64 @@ def _wanted(
 
 def check_finite(w: jax.Array, path: str = "<array>") -> None:
     """Raises ValueError with count and first position if a concrete array has NaN or infinity."""
-    if bool(_all_finite(w)):
+    if bool(np.isfinite(_largest(w)).all()):
         return
     bad = ~np.isfinite(np.asarray(w).astype(np.float32))
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     raise ValueError(
-        f"{path}: {int(bad.sum())} of {bad.size} values are NaN or infinite, the first at "
-        f"{list(first)}. Expected finite weights; check the checkpoint that they come from."
+        f"{path}: {int(bad.sum())} of {bad.size} values are NaN or infinite in float32, the first "
+        f"at {list(first)}. Expected finite weights; check the checkpoint that they come from."
+    )
+
+
+def check_magnitudes(
+    w: jax.Array, bounds: tuple[float, float], spec: WeightSpec, path: str = "<array>"
+) -> None:
+    """`check_finite`, and that the largest magnitude of each matrix is within `bounds`, or zero."""
+    largest = np.asarray(_largest(w)).astype(np.float64)
+    if not np.isfinite(largest).all():
+        check_finite(w, path)
+    wrong = (largest > bounds[1]) | ((largest > 0) & (largest < bounds[0]))
+    if not wrong.any():
+        return
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    where = f"[{', '.join(map(str, at))}]" if at else ""
+    dtype = (
+        ", or a wider dtype of its scales (-bf16, -f32)" if spec.scale_dtype == "float16" else ""
+    )
+    raise ValueError(
+        f"{path}{where}: the largest magnitude is {largest[at]:.4g}; {spec} holds weights whose "
+        f"largest is between {bounds[0]:.2g} and {bounds[1]:.2g} (or all are zero). Rescale the "
+        f"weight, or leave it as it is by a rule{dtype}."
     )
 
 
 @jax.jit
-def _all_finite(w: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(w))
+def _largest(w: jax.Array) -> jax.Array:
+    """The largest magnitude of each matrix, float32 `[...]`; NaN where there is one.
+
+    By bits, whose order is that of magnitudes: comparing floats would take tiny ones for zero.
+    """
+    bits = jax.lax.bitcast_convert_type(w.astype(jnp.float32), jnp.int32) & jnp.int32(0x7FFFFFFF)
+    largest = jnp.max(bits, axis=(-2, -1), initial=0)
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def _poisoned(arrays: dict[str, Any], w: jax.Array, bounds: tuple[float, float]) -> dict[str, Any]:
+    """Traced arrays that decode to NaN where `check_magnitudes` would have raised.
+
+    Values are not known while tracing; codes have no NaN, and would pass for weights.
+    """
+    bits = jax.lax.bitcast_convert_type(_largest(jax.lax.stop_gradient(w)), jnp.int32)
+    low, high = (jax.lax.bitcast_convert_type(jnp.float32(b), jnp.int32) for b in bounds)
+    wrong = ((bits > high) | ((bits > 0) & (bits < low)))[..., None, None]
+
+    def poison(name: str, a: jax.Array) -> jax.Array:
+        if name == "codes" or not jnp.issubdtype(a.dtype, jnp.floating):
+            return a
+        return jnp.where(wrong, jnp.asarray(jnp.nan, a.dtype), a)
+
+    return {name: poison(name, a) for name, a in arrays.items()}
 
 
 def _word(statistic: str) -> str:

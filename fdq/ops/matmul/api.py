@@ -8,24 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats.qtensor import QuantizedWeight, dequantize
-from fdq.ops.implementation import Implementation, Op
+from fdq.formats.qtensor import QuantizedWeight
+from fdq.ops.implementation import Op
+from fdq.ops.matmul import derivative
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
-from fdq.ops.matmul.weight_only import exact_dot
 from fdq.ops.matmul.xla import Xla
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
-from pallas_kernels.typing import Array, Float
+from pallas_kernels.typing import Array, Float, Shaped
 
 MATMUL: Op[Product] = Op("matmul", MosaicGpu(), Xla())
 """Implementations return the parts of the product, float32 `[split, ..., N]`."""
 
 
 def matmul(
-    x: Float[Array, "*m k"],
+    x: Shaped[Array, "*m k"],
     w: QuantizedWeight | Float[Array, "k n"],
     *,
     activation: ActivationSpec | str | None = None,
@@ -52,8 +52,8 @@ def matmul(
       are exact in float32 and summed in float32; scales per token and 128 channels are multiplied
       in per slice of K.
 
-    The gradient with respect to x is that of `x @ dequantize(w)`: straight through the rounding
-    of activations. Quantized weights get no gradient.
+    Derivatives, forward and reverse, are those of `x @ dequantize(w)`: straight through the
+    rounding of activations; of a QTensor with respect to its scales (its integer codes have none).
 
     Args:
       x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
@@ -73,7 +73,8 @@ def matmul(
     Raises:
       ValueError: shapes that do not match, an unknown name, a missing or superfluous scale.
       TypeError: x is complex, or the array w not of floats.
-      NotImplementedError: the implementation that was asked for cannot compute this.
+      NotImplementedError: the implementation that was asked for cannot compute this; a derivative
+        with respect to `activation_scale`, or to a weight that `prepare` laid out.
 
     Examples:
       >>> q = fdq.quantize(jnp.ones((256, 64)), "W4A16")
@@ -83,6 +84,9 @@ def matmul(
     spec = parse_activation(activation)
     arguments = Product(x, w, spec, activation_scale, dtype=out_dtype, path=path)
     return product(arguments, implementation).value()
+
+
+QuantizedWeight._matmul = staticmethod(matmul)
 
 
 def product(arguments: Product, implementation: str | None = None) -> Sums:
@@ -101,42 +105,29 @@ def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
     return run(Product(x, w, activation, activation_scale, path=path))
 
 
-# The gradient of every implementation, where the weight is quantized; that of arrays is JAX's own.
-_of_quantized = jax.custom_vjp(_parts, nondiff_argnums=(0, 1, 2))
+# Derivatives of every implementation, where the weight is quantized; of arrays they are JAX's own.
+_of_quantized = jax.custom_jvp(_parts, nondiff_argnums=(0, 1, 2))
 
 
-def _forward(run: Implementation[Product], activation, path, x, w, activation_scale):
-    parts = _parts(run, activation, path, x, w, activation_scale)
-    return parts, (kept_rows(x), w, activation_scale)
+def _tangent(run, activation, path, primals, tangents):
+    x, w, scale = primals
+    dx, dw, dscale = tangents
+    parts = _of_quantized(run, activation, path, x, w, scale)
+    moving = derivative.moving(dw)
+    derivative.check(w, bool(moving), bool(derivative.moving(dscale)), path)
+    terms = [jnp.zeros_like(parts[0])]
+    if derivative.moving(dx):
+        change = jax.jvp(as_array, (x,), (derivative.instantiated(dx, x),))[1]
+        terms = [derivative.decoded_product(change, w)]
+    if moving:
+        rows = derivative.multiplied_rows(as_array(x), activation, scale, path)
+        terms.append(derivative.changed_product(rows, w, moving))
+    total = functools.reduce(jnp.add, [term.reshape(parts.shape[1:]) for term in terms])
+    # Whoever reads the parts adds them up: the first takes all.
+    return parts, jnp.concatenate([total[None], jnp.zeros_like(parts[1:])])
 
 
-def _backward(run, activation, path, residuals, cotangent):
-    rows, w, scale = residuals
-    dx = product_cotangent(rows, w, cotangent)
-    return dx, None, None if scale is None else jnp.zeros_like(scale)
-
-
-_of_quantized.defvjp(_forward, _backward)
-
-
-def product_cotangent(kept: Rows, w: Any, cotangent: jax.Array) -> Rows:
-    """The cotangent of the rows of a product with a quantized weight from that of its parts."""
-    # A sum's parts have one reader, which adds them up: their cotangents are equal.
-    g = cotangent[0]
-    dx = exact_dot(g.reshape(-1, g.shape[-1]), dequantize(w), axis=1)
-    return rows_cotangent(kept, dx.reshape(*g.shape[:-1], dx.shape[-1]))
-
-
-def kept_rows(x: Rows) -> Rows:
-    """What a gradient needs to know of its rows: all of unfinished ones, of arrays the dtype."""
-    return x if isinstance(x, Normed | Sums | Gated) else jnp.zeros((0,), x.dtype)
-
-
-def rows_cotangent(kept: Rows, dx: jax.Array) -> Rows:
-    """The cotangent of rows from that of their float32 values."""
-    if not isinstance(kept, Normed | Sums | Gated):
-        return dx.astype(kept.dtype)
-    return jax.vjp(as_array, kept)[1](dx.astype(kept.dtype))[0]
+_of_quantized.defjvp(_tangent, symbolic_zeros=True)
 
 
 def row_axes(x: Rows) -> list[Any]:

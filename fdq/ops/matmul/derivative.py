@@ -1,0 +1,101 @@
+"""Derivatives of products with quantized weights, the same for every implementation.
+
+They are those of `rows @ dequantize(w)`, where quantized rows count as the values of their codes
+and their rounding as the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from fdq.formats.qtensor import QuantizedWeight, dequantize
+from fdq.ops.activation import activation_values, quantize_activation
+from fdq.ops.matmul.weight_only import exact_dot
+from fdq.schemes.scheme import ActivationSpec
+
+
+def check(w: Any, weight_moves: bool, scale_moves: bool, path: str) -> None:
+    """Refuses derivatives by what has none: scales of activations, weights laid out for a device.
+
+    Raises:
+      NotImplementedError: one of them moves.
+    """
+    if scale_moves:
+        raise NotImplementedError(
+            f"{path}: activation_scale is calibrated and has no derivative here; pass "
+            "jax.lax.stop_gradient(activation_scale), or differentiate by other arguments only."
+        )
+    if weight_moves and isinstance(w, QuantizedWeight) and w.layout != "canonical":
+        raise NotImplementedError(
+            f"{path}: a weight in the layout {w.layout!r} has no derivative; use fdq.unprepare, or "
+            "differentiate by other arguments only."
+        )
+
+
+def moving(tangents: Any) -> dict[int, jax.Array]:
+    """Those leaves of symbolic tangents that are not zero, by number."""
+    leaves = jax.tree.leaves(tangents, is_leaf=is_zero)
+    return {i: leaf for i, leaf in enumerate(leaves) if not is_zero(leaf)}
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent is zero whatever the values are, or that of an integer."""
+    no_float = getattr(tangent, "dtype", None) == jax.dtypes.float0
+    return isinstance(tangent, SymbolicZero) or no_float
+
+
+def instantiated(tangents: Any, primals: Any) -> Any:
+    """Symbolic tangents of floats as arrays."""
+    return jax.tree.map(lambda p, t: jnp.zeros_like(p) if is_zero(t) else t, primals, tangents)
+
+
+def decoding(w: QuantizedWeight, numbers: tuple[int, ...]) -> Callable[..., jax.Array]:
+    """`dequantize(w)` as a function of its leaves of these numbers."""
+    leaves, structure = jax.tree.flatten(w)
+
+    def decoded(*given: jax.Array) -> jax.Array:
+        changed = dict(enumerate(leaves)) | dict(zip(numbers, given, strict=True))
+        return dequantize(jax.tree.unflatten(structure, list(changed.values())))
+
+    return decoded
+
+
+def multiplied_rows(
+    x: jax.Array, activation: ActivationSpec | None, scale: jax.Array | None, path: str
+) -> jax.Array:
+    """The rows that a product multiplies: quantized ones as the values of their codes; float32."""
+    if activation is None:
+        return x.astype(jnp.float32)
+    codes, scale = quantize_activation(x, activation, scale, path=path)
+    return activation_values(codes, scale, activation.group_size, jnp.float32)
+
+
+# Checkpointed: what is kept until the backward pass are the codes, not the decoded weight.
+
+
+def decoded_product(rows: jax.Array, w: QuantizedWeight) -> jax.Array:
+    """Rows `[..., K]` times the decoded weight -> float32 `[M, N]`."""
+    return jax.checkpoint(lambda rows, w: _flat_dot(rows, dequantize(w)))(rows, w)
+
+
+def changed_product(
+    rows: jax.Array, w: QuantizedWeight, tangents: dict[int, jax.Array]
+) -> jax.Array:
+    """Rows times the change of the decoded weight for tangents of its leaves, by number."""
+    numbers = tuple(tangents)
+
+    def product(rows, w, *tangents):
+        leaves = jax.tree.leaves(w)
+        decoded, at = decoding(w, numbers), tuple(leaves[i] for i in numbers)
+        return _flat_dot(rows, jax.jvp(decoded, at, tangents)[1])
+
+    return jax.checkpoint(product)(rows, w, *tangents.values())
+
+
+def _flat_dot(rows: jax.Array, w: jax.Array) -> jax.Array:
+    return exact_dot(rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), w)

@@ -1,0 +1,83 @@
+"""`einsum` of an array and a quantized weight with one contracted axis."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.formats.qtensor import QuantizedWeight
+from fdq.ops.matmul.api import matmul
+from fdq.ops.matmul.transposed import transposed_product
+
+
+def einsum(equation: str, x: jax.Array, w: Any, **options: Any) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` for a quantized `w [..., K, N]`, without decoding it whole.
+
+    Args:
+      equation: of two operands and a result, such as `"btk,kn->btn"` or, with experts,
+        `"etk,ekn->etn"`. The contracted axis is K, or N (`"btn,kn->btk"`, as with tied embeddings);
+        leading axes of `w` are those of the result. `...` stands for axes of x.
+      x: floats.
+      w: a QTensor or a prepared weight; with an array it is `jnp.einsum`.
+      options: `activation`, `activation_scale`, `implementation`, `out_dtype` and `path` of
+        `matmul`; over N there is `out_dtype` only.
+
+    Raises:
+      ValueError: another equation, or shapes that do not match it.
+
+    Examples:
+      >>> q = fdq.quantize(jnp.ones((256, 64)), "W4A16")
+      >>> fdq.einsum("btk,kn->btn", jnp.ones((2, 3, 256)), q).shape
+      (2, 3, 64)
+    """
+    if not isinstance(w, QuantizedWeight):
+        return jnp.einsum(equation, x, w, **options)
+    inputs, weight, output = _axes(equation, x.ndim, w.ndim)
+    lead, (k, n) = weight[:-2], weight[-2:]
+    contracted, made = (k, n) if k in inputs else (n, k)
+    batch = [axis for axis in lead if axis in inputs]
+    rows = [axis for axis in inputs if axis not in (contracted, *batch)]
+    wrong = made in inputs or contracted not in inputs or contracted in output
+    if wrong or sorted(output) != sorted([*lead, *rows, made]):
+        raise ValueError(
+            f"fdq.einsum: {equation!r} is no product with a quantized weight: of its axes [..., "
+            f"{k}, {n}] one of the last two is contracted and all others are in the result, once."
+        )
+    x = jnp.transpose(x, [inputs.index(axis) for axis in (*batch, *rows, contracted)])
+
+    def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+        run: Any = matmul if contracted == k else transposed_product
+        return run(x, w, **options)
+
+    for axis in reversed(lead):
+        # Those that x has are its first ones, in this order.
+        product = jax.vmap(product, in_axes=(0 if axis in batch else None, 0))
+    found = [*lead, *rows, made]
+    return jnp.transpose(product(x, w), [found.index(axis) for axis in output])
+
+
+def _axes(equation: str, x_ndim: int, w_ndim: int) -> tuple[list[str], list[str], list[str]]:
+    """Axes of x, of the weight and of the result, `...` written out."""
+    sides = re.fullmatch(r"([\w.]+),(\w+)->([\w.]+)", equation.replace(" ", ""))
+    if sides is None or any(side.replace("...", "", 1).count(".") for side in sides.groups()):
+        raise ValueError(
+            f"fdq.einsum: cannot read {equation!r}; expected two operands and a result, such as "
+            "'btk,kn->btn'."
+        )
+    inputs, weight, output = (re.findall(r"\.\.\.|\w", side) for side in sides.groups())
+    more = [f"...{i}" for i in range(x_ndim - len(inputs) + 1)] if "..." in inputs else []
+
+    def written_out(axes: list[str]) -> list[str]:
+        return [one for axis in axes for one in (more if axis == "..." else [axis])]
+
+    inputs, output = written_out(inputs), written_out(output)
+    for name, axes, ndim in (("x", inputs, x_ndim), ("the weight", weight, w_ndim)):
+        if len(axes) != ndim or len(set(axes)) != ndim or (name != "x" and ndim < 2):
+            raise ValueError(
+                f"fdq.einsum: {equation!r} gives {name} the axes {', '.join(axes)}, each once; it "
+                f"has {ndim}."
+            )
+    return inputs, weight, output

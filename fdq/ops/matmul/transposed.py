@@ -1,0 +1,152 @@
+"""Rows of a quantized weight: `take` decodes the ones asked for, `transposed_product` all in turn.
+
+That is what an embedding does with its table `[vocab, features]`: a row for each token, and, where
+the output head is tied, the product with the transpose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.formats.qtensor import QuantizedWeight, dequantize, materialize
+from fdq.ops.matmul.weight_only import exact_dot
+from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
+from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
+from fdq.ops.weight_view import WeightView, decode_planes, view_weight, view_words
+
+TILE_WEIGHTS = 1 << 20
+"""Weights decoded at a time: 4 MB in float32, which a CPU's cache holds."""
+
+
+def take(
+    w: Any, ids: Any, *, mode: Literal["fill", "clip"] = "fill", dtype: Any = jnp.float32
+) -> jax.Array:
+    """Rows of a weight `[K, N]`, as `jnp.take(dequantize(w), ids, axis=0)`; only these are decoded.
+
+    Args:
+      w: a QTensor, a prepared weight, or an array.
+      ids: integers of any shape; negative ones count from the end.
+      mode: rows out of range are NaN (`"fill"`) or the nearest there is (`"clip"`).
+      dtype: of the result; of an array its own.
+
+    Returns:
+      `[*ids.shape, N]`.
+
+    Raises:
+      ValueError: a stack of weights, or an unknown mode.
+      TypeError: ids that are no integers.
+
+    Examples:
+      >>> q = fdq.quantize(jnp.ones((256, 64)), "W8A16")
+      >>> fdq.take(q, jnp.array([[3, 1]])).shape
+      (1, 2, 64)
+    """
+    if mode not in ("fill", "clip"):
+        raise ValueError(f"take: mode={mode!r}; use 'fill' or 'clip'.")
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"take: expected integer ids, found {ids.dtype}.")
+    if w.ndim != 2:
+        raise ValueError(
+            f"take: expected a weight [K, N], found {tuple(w.shape)}; pick from leading axes first "
+            "(q[i]), or map over them with jax.vmap."
+        )
+    if not isinstance(w, QuantizedWeight):
+        return jnp.take(w, ids, axis=0, mode=mode)
+    w, (k, n) = materialize(w), w.shape
+
+    def rows(ids: jax.Array, w: QuantizedWeight) -> jax.Array:
+        row = jnp.clip(jnp.where(ids < 0, ids + k, ids), 0, k - 1)
+        found = _rows(w, row.reshape(-1).astype(jnp.int32)).astype(dtype)
+        found = found.reshape(*ids.shape, n)
+        if mode == "fill":
+            inside = ((ids >= -k) & (ids < k))[..., None]
+            found = jnp.where(inside, found, jnp.asarray(jnp.nan, found.dtype))
+        return found
+
+    def axes() -> list[Any]:
+        return [*spec_entries(ids), spec_entry(jax.tree.leaves(w)[0], -1)]
+
+    return in_auto_axes(rows, ids, w, result=axes)
+
+
+def _rows(w: QuantizedWeight, row: jax.Array) -> jax.Array:
+    """Rows `[R]` of a weight -> float32 `[R, N]`."""
+    if isinstance(w, TransposedWeight):
+        codes = jnp.take(w.data.codes, row, axis=1).T
+        return codes.astype(jnp.float32) * w.data.scale.astype(jnp.float32)
+    view = _view(w)
+    if view is None:
+        return jnp.take(dequantize(w), row, axis=0)
+    codes = view.codes.reshape(view.units, view.unit_bytes, view.columns)
+    codes = jnp.take(codes, row // view.unit_rows, axis=0)
+    values = view.decode_unit([codes[:, i] for i in range(view.unit_bytes)])
+    place = jnp.broadcast_to((row % view.unit_rows)[:, None], values[0].shape)
+    found = values[0] if len(values) == 1 else lax.select_n(place, *values)
+    groups = view.scale.shape[-2]
+    group = jnp.zeros_like(row) if groups == 1 else row // (view.rows // groups)
+    if view.zero is not None:
+        found = found - jnp.take(view.zero, group, axis=0)
+    factor = jnp.float32(view.format.unit_factor)
+    return (found * (jnp.take(view.scale, group, axis=0) * factor))[:, : w.shape[-1]]
+
+
+def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = None) -> jax.Array:
+    """`x [..., N] @ dequantize(w).T [..., K]`, decoded a tile of rows at a time, summed in float32.
+
+    `out_dtype` is that of x by default.
+    """
+    w, k = materialize(w), w.shape[-2]
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+
+    def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        view = None if isinstance(w, TransposedWeight) else _view(w)
+        if view is None or view.columns != rows.shape[-1]:
+            y = exact_dot(rows, dequantize(w), axis=1)
+        else:
+            y = _by_tiles(rows, view)[:, :k]
+        return y.reshape(*x.shape[:-1], k).astype(out_dtype)
+
+    return in_auto_axes(
+        product, x, w, result=lambda: [*spec_entries(x)[:-1], spec_entry(jax.tree.leaves(w)[0], -2)]
+    )
+
+
+def _by_tiles(x: jax.Array, view: WeightView) -> jax.Array:
+    """`[M, N]` times the transpose of a weight -> `[M, view.rows]`."""
+    groups, m = view.scale.shape[-2], x.shape[0]
+    # A tile is some whole groups, or units of the only one.
+    pieces = view.units if groups == 1 else groups
+    size = view.rows // pieces
+    wanted = max(1, min(pieces, TILE_WEIGHTS // (size * view.columns)))
+    count = -(-pieces // wanted)
+
+    @jax.checkpoint
+    def tile(start: jax.Array) -> jax.Array:
+        def cut(a: jax.Array, rows: int) -> jax.Array:
+            return lax.dynamic_slice_in_dim(a, start * rows, wanted * rows, axis=0)
+
+        part = dataclasses.replace(view, codes=cut(view.codes, view.codes.shape[0] // pieces))
+        if groups > 1:
+            zero = None if view.zero is None else cut(view.zero, 1)
+            part = dataclasses.replace(part, scale=cut(view.scale, 1), zero=zero)
+        planes = [exact_dot(x, plane, axis=1) for plane in decode_planes(part)]
+        return jnp.stack(planes, axis=-1).reshape(m, wanted * size)
+
+    def body(i: jax.Array, y: jax.Array) -> jax.Array:
+        # The last tile starts earlier where it would be shorter, and does some rows again.
+        start = jnp.minimum(jnp.asarray(i, jnp.int32) * wanted, pieces - wanted)
+        return lax.dynamic_update_slice_in_dim(y, tile(start), start * size, axis=1)
+
+    return lax.fori_loop(0, count, body, jnp.zeros((m, view.rows), jnp.float32))
+
+
+def _view(w: QuantizedWeight) -> WeightView | None:
+    """How packed units are read where they lie, a checkpoint's or a kernel's."""
+    return view_words(w.data) if isinstance(w, WordsWeight) else view_weight(w.canonical())

@@ -1,0 +1,156 @@
+"""Derivatives of products are those of `x @ dequantize(w)`, in both modes, or are refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fdq
+from fdq.formats.qtensor import dequantize
+from fdq.ops.prepared_weight import TransposedWeight
+from tests.closeness import error
+from tests.covering import slow, slow_but
+from tests.formats.cases import quantized
+from tests.ops.test_matmul import decoded, rows
+
+SCALES = {
+    "int8": ("scale",),
+    "int4-g64": ("scale",),
+    "int8-g32-asym": ("scale",),
+    "int2-g32-half": ("scale",),
+    "fp8": ("scale",),
+    "fp8-block": ("scale",),
+    "nf4-g64-dq": ("super_scale", "scale_offset"),
+    "nvfp4": ("global_scale",),
+    "cc2": ("super_scale",),
+}
+varied = pytest.mark.parametrize("name", slow_but(("int8", "int4-g64", "nvfp4", "cc2"), SCALES))
+
+
+@varied
+@pytest.mark.parametrize("m", [3, slow(1)])
+def test_the_gradient_by_scales_is_that_through_the_decoded_weight(name, m, rng):
+    q = quantized(name)
+    x, g = rows(rng, m), rows(rng, m, 512)
+
+    @functools.partial(jax.grad, argnums=2)
+    def gradient(product, x, arrays):
+        return jnp.sum(product(x, q.replace(**arrays)) * g)
+
+    arrays = {array: getattr(q, array) for array in SCALES[name]}
+    found = gradient(fdq.matmul, x, arrays)
+    expected = gradient(lambda x, q: jnp.matmul(x, dequantize(q), precision="highest"), x, arrays)
+    for array in arrays:
+        assert found[array].dtype == arrays[array].dtype and np.any(np.asarray(expected[array]))
+        assert error(found[array], np.asarray(expected[array], np.float64)) < 1e-5
+
+
+def test_the_gradient_by_scales_under_quantized_rows_is_that_of_their_values(rng):
+    q, x = quantized("int4-g64"), rows(rng, 3)
+    codes, scale = fdq.ops.quantize_activation(x, fdq.ops.parse_activation("int8"))
+    values = codes.astype(jnp.float32) * scale
+    by = jax.grad(lambda s: fdq.matmul(x, q.replace(scale=s), activation="int8").sum())
+    plain = jax.grad(lambda s: fdq.matmul(values, q.replace(scale=s)).sum())
+    assert error(by(q.scale), np.asarray(plain(q.scale), np.float64)) < 1e-5
+
+
+@pytest.mark.parametrize(("t", "picks"), [(3, 1), (40, 2)])
+def test_the_gradient_by_scales_of_experts(t, picks, rng):
+    q = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1]]), quantized("int4-g64"))
+    x = rows(rng, t)
+    index = jnp.asarray(rng.integers(0, 2, (t, picks)), jnp.int32)
+    g = jnp.asarray(rng.standard_normal((t, picks, 512)), jnp.float32)
+
+    def loss(scale):
+        return jnp.sum(fdq.grouped_matmul(x, q.replace(scale=scale), index) * g)
+
+    def plain(scale):
+        w = dequantize(q.replace(scale=scale))[index]
+        return jnp.sum(jnp.einsum("tk,tpkn->tpn", x, w, precision="highest") * g)
+
+    found, expected = jax.jit(jax.grad(loss))(q.scale), jax.grad(plain)(q.scale)
+    assert np.any(np.asarray(expected)) and found.dtype == q.scale.dtype
+    assert error(found, np.asarray(expected, np.float64)) < 1e-5
+    # What is not asked for is not refused: the rows alone, where codes and scales are small floats.
+    small = jax.tree.map(lambda a: jnp.stack([a, a]), quantized("nvfp4"))
+    dx = jax.grad(lambda x: fdq.grouped_matmul(x, small, index).sum())(x)
+    assert error(dx, np.broadcast_to(picks * decoded("nvfp4").sum(1), x.shape)) < 1e-5
+
+
+@varied
+def test_forward_mode(name, rng):
+    q, x, dx = quantized(name), rows(rng, 2), rows(rng, 2)
+    y, dy = jax.jvp(lambda x: fdq.matmul(x, q), (x,), (dx,))
+    assert error(y, np.asarray(x, np.float64) @ decoded(name)) < 5e-6
+    assert error(dy, np.asarray(dx, np.float64) @ decoded(name)) < 5e-6
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        found = jacobian(lambda x: fdq.matmul(x, q))(x[0])
+        assert error(found, decoded(name).T) < 5e-6
+    _, linear = jax.linearize(lambda x: fdq.matmul(x, q), x)
+    back = jax.linear_transpose(linear, x)(y)[0]
+    assert error(back, np.asarray(y, np.float64) @ decoded(name).T) < 5e-6
+
+
+def test_forward_mode_over_scales_activations_and_layers(rng):
+    q, x = quantized("int4-g64", 256, 256), rows(rng, 2)
+    change = jax.tree.map(lambda a: jnp.full_like(a, 0.5), q.scale)
+    dy = jax.jvp(lambda s: fdq.matmul(x, q.replace(scale=s)), (q.scale,), (change,))[1]
+    levels = q.replace(scale=change)
+    assert error(dy, np.asarray(fdq.matmul(x, levels), np.float64)) < 5e-6
+    dy = jax.jvp(lambda x: fdq.matmul(x, q, activation="int8"), (x,), (x,))[1]
+    assert error(dy, np.asarray(fdq.matmul(x, q), np.float64)) < 5e-6
+
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), q)
+
+    def network(x):
+        step = jax.checkpoint(lambda x, q: (jnp.tanh(fdq.matmul(x, q)), None))
+        return jax.lax.scan(step, x, stack)[0].sum()
+
+    found = jax.jvp(network, (x,), (x,))[1]
+    assert found == pytest.approx(float(jnp.vdot(jax.grad(network)(x), x)), rel=1e-4)
+    # Both modes at once.
+    assert jax.jit(jax.hessian(lambda x: jnp.tanh(fdq.matmul(x, q)).sum()))(x[0]).any()
+
+
+def test_what_has_no_derivative_is_refused(rng):
+    q, x = quantized("int8"), rows(rng, 2)
+
+    def loss(x, q, scale):
+        spec = fdq.ActivationSpec(format="int8", granularity="tensor", dynamic=False)
+        return fdq.matmul(x, q, activation=spec, activation_scale=scale, path="a.b").sum()
+
+    scale = jnp.float32(0.1)
+    assert jax.grad(loss)(x, q, scale).shape == x.shape
+    with pytest.raises(NotImplementedError, match=r"a\.b: activation_scale is calibrated"):
+        jax.grad(loss, 2)(x, q, scale)
+    laid_out = TransposedWeight.of(q)
+    assert jax.grad(loss)(x, laid_out, scale).shape == x.shape
+    with pytest.raises(NotImplementedError, match="layout 'transposed' has no derivative"):
+        jax.grad(loss, 1, allow_int=True)(x, laid_out, scale)
+    for name, array in (("nvfp4", "scale"), ("mxfp4", "scale"), ("fp8", "codes")):
+        small = quantized(name)
+        for product in (fdq.matmul, lambda x, q: x @ dequantize(q)):
+            with pytest.raises(TypeError, match=f"The {array} of this QTensor, float8_.*no usable"):
+                jax.grad(lambda q: product(x, q).sum(), allow_int=True)(small)  # noqa: B023
+
+
+def test_a_gradient_keeps_the_codes_and_not_the_decoded_weight(rng):
+    q, x = quantized("int4-g64"), rows(rng, 3)
+    kept = jax.make_jaxpr(lambda x, q: jax.vjp(lambda x: fdq.matmul(x, q), x)[1])(x, q)
+    assert sum(v.aval.size * v.aval.dtype.itemsize for v in kept.jaxpr.outvars) < 2 * q.nbytes
+
+
+@pytest.mark.parametrize("name", ["W4A16", slow("WCC2")])
+def test_the_gradient_through_quantizing_raises(name, rng):
+    w = jnp.asarray(rng.standard_normal((256, 8)), jnp.float32)
+
+    def decoded(w):
+        return dequantize(fdq.quantize(w, name))
+
+    for run in (lambda f: f, jax.jit):
+        with pytest.raises(TypeError, match="through quantizing to W.*straight-through"):
+            jax.grad(run(lambda w: decoded(w).sum()))(w)
+    through = jax.grad(lambda w: jnp.square(w + jax.lax.stop_gradient(decoded(w) - w)).sum())(w)
+    np.testing.assert_allclose(through, 2 * decoded(w), rtol=1e-6)
