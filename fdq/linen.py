@@ -15,16 +15,20 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
+from fdq.formats.folded import FoldedWeight
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 
 
 def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:
     """The tree with each QTensor decoded to ``dtype``; other leaves as they are."""
-    return jax.tree.map(
-        lambda x: dequantize(x, dtype) if isinstance(x, QuantizedWeight) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, QuantizedWeight),
-    )
+
+    def decoded(x: Any) -> Any:
+        if isinstance(x, FoldedWeight):
+            return x.dequantize(dtype)
+        return dequantize(x, dtype) if isinstance(x, QuantizedWeight) else x
+
+    is_leaf = (QuantizedWeight, FoldedWeight)
+    return jax.tree.map(decoded, tree, is_leaf=lambda x: isinstance(x, is_leaf))
 
 
 def apply(module: Any, qparams: Any, *args: Any, weight_dtype: Any = jnp.float32, **kwargs: Any):

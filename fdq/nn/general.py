@@ -21,33 +21,8 @@ from jax import lax
 
 from fdq.nn.parameters import value
 from fdq.ops.matmul.api import matmul
+from fdq.schemes.fold import Fold
 from fdq.schemes.scheme import ActivationSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class Fold:
-    """How the last ``len(order)`` axes of a kernel become ``[K, N]``: first the contracted ones."""
-
-    order: tuple[int, ...]
-    contracted: int
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a kernel -> shape of the folded one."""
-        lead = len(shape) - len(self.order)
-        sizes = [shape[lead + axis] for axis in self.order]
-        k, n = math.prod(sizes[: self.contracted]), math.prod(sizes[self.contracted :])
-        return (*shape[:lead], k, n)
-
-    def __call__(self, kernel: Any) -> Any:
-        """The folded kernel; a ShapeDtypeStruct gives one."""
-        folded = self.shape(tuple(kernel.shape))
-        if isinstance(kernel, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(folded, kernel.dtype)
-        lead = kernel.ndim - len(self.order)
-        axes = (*range(lead), *(lead + axis for axis in self.order))
-        if axes != tuple(range(kernel.ndim)):
-            kernel = jnp.transpose(kernel, axes)
-        return kernel.reshape(folded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +81,24 @@ class Quantized(nnx.Module):
         self.activation_scale: Any = nnx.data(activation_scale)
 
     def _product(self, x: jax.Array, fold_input: Any) -> tuple[jax.Array, jax.Array | None]:
-        """``fold_input(promoted x) @ kernel`` and the promoted bias."""
-        like = jnp.zeros((), self.kernel_dtype)
-        x, like, bias = self.promote_dtype((x, like, value(self.bias)), dtype=self.dtype)
-        y = matmul(
-            fold_input(x),
-            value(self.kernel),
-            activation=self.activation,
-            activation_scale=value(self.activation_scale),
-            out_dtype=self.preferred_element_type or like.dtype,
-        )
-        return y, bias
+        return product_of(self, x, fold_input)
 
 
-def _finish(y: jax.Array, bias: jax.Array | None, shape: Any, out_sharding: Any) -> jax.Array:
+def product_of(layer: Any, x: jax.Array, fold_input: Any) -> tuple[jax.Array, jax.Array | None]:
+    """``fold_input(promoted x) @ kernel`` of a layer as `Quantized` is, and the promoted bias."""
+    like = jnp.zeros((), layer.kernel_dtype)
+    x, like, bias = layer.promote_dtype((x, like, value(layer.bias)), dtype=layer.dtype)
+    y = matmul(
+        fold_input(x),
+        value(layer.kernel),
+        activation=layer.activation,
+        activation_scale=value(layer.activation_scale),
+        out_dtype=layer.preferred_element_type or like.dtype,
+    )
+    return y, bias
+
+
+def finish(y: jax.Array, bias: jax.Array | None, shape: Any, out_sharding: Any) -> jax.Array:
     """Adds the bias, reshaped to ``shape``, and places the result where the caller asked."""
     if out_sharding is not None:
         y = jax.sharding.reshard(y, out_sharding)
@@ -135,7 +114,7 @@ class QuantizedLinear(Quantized):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """As ``nnx.Linear``."""
         y, bias = self._product(inputs, lambda x: x)
-        return _finish(y, bias, (1,) * (y.ndim - 1) + (-1,), out_sharding)
+        return finish(y, bias, (1,) * (y.ndim - 1) + (-1,), out_sharding)
 
 
 class QuantizedLinearGeneral(Quantized):
@@ -157,7 +136,7 @@ class QuantizedLinearGeneral(Quantized):
 
         y, bias = self._product(inputs, fold_input)
         y = y.reshape(*y.shape[:-1], *self.out_features)
-        return _finish(y, bias, (1,) * kept + tuple(self.out_features), out_sharding)
+        return finish(y, bias, (1,) * kept + tuple(self.out_features), out_sharding)
 
 
 class QuantizedEinsum(Quantized):
@@ -191,7 +170,7 @@ class QuantizedEinsum(Quantized):
         y = y.reshape(*y.shape[:-1], *(sizes[name] for name in equation.features))
         result = _expanded(equation.output, y.ndim)
         y = lax.transpose(y, [(*kept, *equation.features).index(name) for name in result])
-        return _finish(y, bias, tuple(sizes.get(name, 1) for name in result), out_sharding)
+        return finish(y, bias, tuple(sizes.get(name, 1) for name in result), out_sharding)
 
 
 def _expanded(names: tuple[str, ...], ndim: int) -> list[str]:
@@ -204,7 +183,7 @@ def _expanded(names: tuple[str, ...], ndim: int) -> list[str]:
 
 def fold_of(module: Any) -> tuple[Fold, type[Quantized]] | str:
     """How a Flax layer's kernel folds and what replaces the layer, or why nothing does."""
-    kind = type(module)  # exact: a subclass may use its kernel in other ways
+    kind = type(module)  # exact: a subclass may use its kernel in other ways, and is not replaced
     if kind is nnx.Linear:
         if module.dot_general is not lax.dot_general:
             return "nnx.Linear: has a dot_general of its own"

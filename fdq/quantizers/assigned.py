@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from fdq.cache.kv_cache import abstract_scales
+from fdq.formats.folded import FoldedWeight
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers import modules
 from fdq.quantizers.fastdeploy_rounding import FASTDEPLOY
@@ -60,7 +62,14 @@ class Assigned:
             leaves = assignment.leaves_of(target)
         has_experts = any("experts" in leaf.path.split(".") for leaf in leaves)
         recipe = parse(scheme, rules, compat, has_experts=has_experts)
-        table = assignment.assign(recipe, leaves, hint=hint)
+        axes = [rule.pattern for rule in recipe.rules if rule.contract is not None]
+        if tensors is not None and axes:
+            raise ValueError(
+                f"Rule {axes[0]!r}: contract= is for plain trees. Layers of a module know their "
+                "axes, and raw params that a rule names are read as [..., K, N]."
+            )
+        note = activation_note(recipe) if tensors is None else ""
+        table = assignment.assign(recipe, leaves, hint=hint, note=note)
         for row in table.quantized:
             if compat is None or row.quantizer is not None:
                 assert row.scheme is not None and row.scheme.weight is not None
@@ -118,23 +127,45 @@ class Assigned:
             path=row.path,
         )
 
+    def _matrix(self, array: Any, row: Row, inputs: LayerInputs) -> Any:
+        """A leaf as a QTensor, or as a `FoldedWeight` where its axes are others."""
+        if row.fold is None:
+            return self.tensor(array, row, [row.path], inputs=inputs)
+        sizes = tuple(array.shape[array.ndim - len(row.fold.order) :])
+        array = array if hasattr(array, "dtype") else np.asarray(array)
+        q = self.tensor(row.fold(array), row, [row.path], inputs=inputs)
+        return FoldedWeight(q, row.fold, sizes)
+
     def _quantize_tree(self, inputs: LayerInputs, donate: bool) -> Any:
         """A leaf used twice is quantized once."""
         leaves, treedef = jax.tree_util.tree_flatten(self.target, is_leaf=assignment.is_leaf)
         uses = collections.Counter(id(x) for x in leaves)
-        made: dict[tuple[Any, ...], QTensor] = {}
+        made: dict[tuple[Any, ...], Any] = {}
         for i, (source, row) in enumerate(zip(list(leaves), self.table.rows, strict=True)):
             if row.scheme is None:
                 continue
             array = source.get_value() if isinstance(source, nnx.Variable) else source
-            key = (id(source), row.scheme.weight, row.quantizer)
+            key = (id(source), row.scheme.weight, row.quantizer, row.fold)
             if key not in made:
-                made[key] = self.tensor(array, row, [row.path], inputs=inputs)
+                made[key] = self._matrix(array, row, inputs)
             leaves[i] = made[key]
             uses[id(source)] -= 1
             if donate and not uses[id(source)] and isinstance(array, jax.Array):
                 array.delete()
         return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def activation_note(recipe: Recipe) -> str:
+    """What to say where quantized activations have no layer to be part of."""
+    schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
+    found = {s.activation for s in schemes if s is not None and s.activation is not None}
+    if not found:
+        return ""
+    names = ", ".join(sorted(map(str, found)))
+    return (
+        f"A tree has no layers: activations ({names}) are not quantized by it; pass "
+        "fdq.matmul(x, q, activation=...)."
+    )
 
 
 def parse(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> Recipe:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
+from jax import lax
 
 from fdq import nn
 from fdq.formats.qtensor import QCodes, QScale, QTensor, QuantizedWeight
-from fdq.nn import general
+from fdq.nn import general, subclasses
 from fdq.schemes.assignment import Leaf, MatchTable, Row, is_float
 from fdq.schemes.scheme import Scheme
 
@@ -30,11 +31,12 @@ _PLAIN = general.Fold((0, 1), 1)
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One reference to a tensor: `owner.attribute` at `path`."""
+    """One reference to a tensor: `owner.attribute` at `path`, inside `module` (often the owner)."""
 
     path: str
     owner: Any
     attribute: str
+    module: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +44,27 @@ class Role:
     """What the owner of a tensor does with it, where it is a weight that can be quantized.
 
     `fold` is how the tensor becomes `[..., K, N]`; `stand_in` is what replaces the owner, None
-    where the owner itself can hold a QTensor.
+    where the owner itself can hold a QTensor, for which its class may have to derive from `base`.
+    `activations` says whether its input can be quantized.
     """
 
     kind: Literal["weight", "on_request"]
     fold: general.Fold
     stand_in: type[general.Quantized] | None = None
+    base: type | None = None
+    activations: bool = True
 
 
 _IN_PLACE = {
     (nn.Linear, "kernel"): Role("weight", _PLAIN),
     (nn.ExpertLinear, "kernel"): Role("weight", _PLAIN),
-    (nn.Embedding, "embedding"): Role("on_request", _PLAIN),
+    (nn.Embedding, "embedding"): Role("on_request", _PLAIN, activations=False),
+    (nnx.LoRALinear, "kernel"): Role("weight", _PLAIN, base=subclasses.LinearBase),
 }
+_EMBED = Role("on_request", _PLAIN, base=subclasses.EmbedBase, activations=False)
+_SUBCLASS = Role("on_request", _PLAIN, base=subclasses.LinearBase)
+_RAW = Role("on_request", _PLAIN, activations=False)
+_LINEN = Role("on_request", _PLAIN, base=subclasses.ToNNXBase, activations=False)
 
 
 @dataclasses.dataclass
@@ -70,19 +80,20 @@ def collect(module: Any) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     active: set[int] = set()
 
-    def visit(value: Any, path: str, owner: Any, attribute: str) -> None:
+    def visit(value: Any, path: str, owner: Any, attribute: str, module: Any) -> None:
         if isinstance(value, nnx.RngState) or id(value) in active:
             return
         if isinstance(value, (nnx.Variable, QuantizedWeight, jax.Array)):
-            use = Use(path, owner, attribute)
+            use = Use(path, owner, attribute, module)
             found.setdefault(id(value), Tensor(value, [])).uses.append(use)
             return
         active.add(id(value))
         for name, child in children(value):
-            visit(child, f"{path}.{name}" if path else name, value, name)
+            inner = value if isinstance(value, nnx.Pytree) else module
+            visit(child, f"{path}.{name}" if path else name, value, name, inner)
         active.discard(id(value))
 
-    visit(module, "", None, "")
+    visit(module, "", None, "", module)
     return list(found.values())
 
 
@@ -129,12 +140,20 @@ def describe(tensor: Tensor) -> Leaf:
         elif len(shape) < 2:
             why = "vector" if shape else "scalar"
         return fixed(shape, dtype, why)
+    if len(shape) < 2:
+        return fixed(shape, dtype, "vector" if shape else "scalar")
+    if roles[0].fold == _PLAIN and roles[0].kind == "on_request":
+        *lead, k, n = shape
+        if math.prod(lead) > k:
+            return fixed(shape, dtype, f"would be {math.prod(lead)} matrices [{k}, {n}]")
     if len({role.fold for role in roles}) > 1:
         return fixed(shape, dtype, f"shared with {others[0].path}, which contracts other axes")
     folded = roles[0].fold.shape(shape)
     if any(role.kind == "weight" for role in roles):
         return Leaf(first.path, folded, dtype, "weight", "", aliases)
-    why = f"{general.name_of(type(first.owner))}: needs a rule that names it"
+    why = f"{general.name_of(type(first.module))}: needs a rule that names it"
+    if roles[0] == _RAW:
+        why = f"{why}, used as x @ {first.attribute}"
     return Leaf(first.path, folded, dtype, "on_request", why, aliases)
 
 
@@ -144,8 +163,20 @@ def role_of(use: Use) -> Role | str:
         return _IN_PLACE[type(use.owner), use.attribute]
     if use.attribute == "bias":
         return "bias"
+    if isinstance(use.module, nnx.bridge.ToNNX):
+        return _LINEN
+    if isinstance(use.owner, nnx.Embed) and use.attribute == "embedding":
+        return _EMBED
     found = general.fold_of(use.owner)
     if isinstance(found, str):
+        kind, held = type(use.owner), getattr(use.owner, use.attribute, None)
+        own = kind.__module__.split(".")[0] not in ("flax", "fdq")
+        if own and isinstance(use.owner, nnx.Linear) and use.attribute == "kernel":
+            if use.owner.dot_general is not lax.dot_general:
+                return f"{kind.__name__}: has a dot_general of its own"
+            return _SUBCLASS
+        if own and isinstance(use.owner, nnx.Module) and isinstance(held, nnx.Param):
+            return _RAW
         return found
     if use.attribute != "kernel":
         return f"{use.attribute}: not quantized"
@@ -183,7 +214,7 @@ def quantize_module(
             uses = [use for use in tensor.uses if use.owner is owner]
             role, scale = role_of(uses[0]), None
             assert isinstance(role, Role)
-            if scheme.activation is not None and role.kind == "weight":
+            if scheme.activation is not None and role.activations:
                 # One scale serves all experts; stacked layers have one each.
                 shape = row.shape[-2:] if isinstance(owner, nn.ExpertLinear) else row.shape
                 number = activation_scale(scheme, [use.path for use in uses], shape, abstract)
@@ -191,8 +222,17 @@ def quantize_module(
             if role.stand_in is not None:
                 stand_ins[id(owner)] = role.stand_in(owner, box, scheme.activation, scale)
                 continue
-            setattr(owner, uses[0].attribute, box)
-            if role.kind == "weight":
+            if isinstance(owner, dict):
+                owner[uses[0].attribute] = box
+            else:
+                setattr(owner, uses[0].attribute, box)
+            if role.base is not None:
+                holder = uses[0].module
+                if not isinstance(holder, role.base):
+                    holder.__class__ = subclasses.holding(type(holder), role.base)
+                if role.base is not subclasses.ToNNXBase:
+                    owner.kernel_dtype = str(row.dtype)
+            if role.activations:
                 owner.activation, owner.activation_scale = scheme.activation, nnx.data(scale)
         tensor.content = None
         if donate and isinstance(array, jax.Array) and id(array) not in kept:

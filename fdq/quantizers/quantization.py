@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from fdq.quantizers.assigned import Assigned, fastdeploy_has, parse
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.quantizers.weight import quantize_array
 from fdq.schemes.assignment import MatchTable
+
+_LOGGER = logging.getLogger("fdq")
 
 
 def quantize(
@@ -39,7 +42,11 @@ def quantize(
       replaced by `fdq.nn.QuantizedLinear` and its kin. Modules and Variables that were shared stay
       shared. The module passed in is not changed;
     - any other pytree (Linen's params, dicts, `nnx.State`): the same tree with QTensors in place
-      of the 2-D float leaves named kernel, weight or w, and of whatever a rule names.
+      of the 2-D float leaves `[in, out]` named kernel or w, and of whatever a rule names. Where a
+      product contracts other axes than the last but one, as with weights `[out, in]` of torch and
+      Equinox and attention kernels `[D, H, d]` of Linen, the rule says which, as in
+      `("*.weight", "W4A16", dict(contract=1))`: such leaves become a
+      `fdq.formats.folded.FoldedWeight`, which decodes to their own shape.
 
     Which tensors: see `fdq.Recipe`. What is left as it is, and why, says `fdq.match_table`.
 
@@ -103,6 +110,8 @@ def quantize(
     result = assigned.quantize(inputs, donate=donate)
     if verbose:
         print(assigned.table.summary())
+    elif assigned.table.note:
+        _LOGGER.warning("%s", assigned.table.note)
     return result
 
 

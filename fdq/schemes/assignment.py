@@ -6,43 +6,23 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from fdq.schemes import path_pattern
+from fdq.schemes.fold import PLAIN, Fold
 from fdq.schemes.kinds import WEIGHT_FORMATS
+from fdq.schemes.leaves import DEFAULTS_OF_TREES as DEFAULTS_OF_TREES
+from fdq.schemes.leaves import Leaf as Leaf
+from fdq.schemes.leaves import is_float as is_float
+from fdq.schemes.leaves import is_leaf as is_leaf
+from fdq.schemes.leaves import is_quantized as is_quantized
+from fdq.schemes.leaves import leaf_at as leaf_at
+from fdq.schemes.leaves import leaves_of as leaves_of
+from fdq.schemes.leaves import path_string as path_string
 from fdq.schemes.scheme import Scheme, WeightSpec
 from fdq.text_table import aligned
-
-WEIGHT_NAMES = ("kernel", "weight", "w")
-"""Names of the 2-D leaves that are quantized without a rule of their own."""
-
-DEFAULTS_OF_TREES = (
-    f"By default that is every 2-D float leaf named {', '.join(WEIGHT_NAMES)}; rules can name "
-    "others."
-)
-
-# Routed experts of fdq's own models, [E, K, N]: the one 3-D weight that fdq knows by its path.
-_EXPERT_KERNEL = re.compile(r"(?:.*\.)?mlp\.experts\.(?:gate_up_proj|down_proj)\.kernel")
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One tensor of a tree, before any recipe looked at it; shape `()` for what is no array.
-
-    Of `kind`, `weight` is quantized by default, `on_request` only by a rule that names it and
-    `fixed` never; `why` is the reason. `aliases` are other paths to the same tensor.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
-    kind: Literal["weight", "on_request", "fixed"]
-    why: str = ""
-    aliases: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +31,7 @@ class Row:
 
     `reason` says which rule, default or protection decided, or why it cannot be quantized; `rule`
     is the pattern of the rule that decided, and `quantizer` the one that it or the recipe names.
+    The shape is that of the matrix that `fold`, if there is one, makes of the tensor.
     """
 
     path: str
@@ -62,13 +43,18 @@ class Row:
     nbytes: int
     nbytes_after: int
     quantizer: str | None = None
+    fold: Fold | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchTable:
-    """The rows of all tensors, in the order of the tree; `print` shows them aligned."""
+    """The rows of all tensors, in the order of the tree; `print` shows them aligned.
+
+    `note` says what of the recipe has no place in the tree.
+    """
 
     rows: tuple[Row, ...]
+    note: str = ""
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -100,6 +86,7 @@ class MatchTable:
             f"Quantized {len(self.quantized)} of {len(self.rows)} tensors "
             f"({_bytes(before)} -> {_bytes(after)}{bits})."
         )
+        head = f"{head} {self.note}" if self.note else head
         if not self.left:
             return head
         left = aligned(_folded(self.left, schemes=False), indent="  ")
@@ -110,82 +97,9 @@ class MatchTable:
         return aligned([head, *_folded(self.rows)], indent="  ")
 
 
-def is_leaf(x: Any) -> bool:
-    """Stops at quantized weights and Variables, which are pytrees themselves."""
-    return isinstance(x, nnx.Variable) or is_quantized(x)
-
-
-def is_quantized(x: Any) -> bool:
-    """Whether something is a quantized weight, in whatever layout."""
-    return isinstance(getattr(x, "spec", None), WeightSpec)
-
-
-def is_float(dtype: Any) -> bool:
-    """Whether arrays of this dtype can be quantized: floats of 16 bits or more."""
-    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize >= 2
-
-
-def path_string(entries: Sequence[Any]) -> str:
-    """Keys of a pytree path joined by dots, without Linen's outer `params`."""
-    parts = [str(key) for key in path_pattern.path_keys(entries)]
-    return ".".join(parts[1:] if len(parts) > 1 and parts[0] == "params" else parts)
-
-
-def leaves_of(tree: Any) -> list[Leaf]:
-    """Leaves of any pytree, in the order of `jax.tree_util.tree_flatten_with_path`."""
-    if isinstance(tree, nnx.Pytree):
-        raise TypeError(
-            "This is an NNX module: use fdq.match_table(module, recipe), which knows its layers, "
-            "or pass nnx.state(module)."
-        )
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: is_leaf(x) or isinstance(x, nnx.Pytree)
-    )
-    leaves = []
-    for entries, value in flat:
-        path = path_string(entries)
-        if isinstance(value, nnx.Pytree):
-            raise TypeError(
-                f"{path}: an NNX module ({type(value).__name__}) inside a {type(tree).__name__}. "
-                "Quantize the module itself, or hold modules in nnx.Dict or nnx.List."
-            )
-        if not entries and not hasattr(value, "shape"):
-            raise TypeError(
-                f"Expected an array, a pytree of arrays (of a Linen module: its params), or an NNX "
-                f"module; found {value!r:.80}. Checkpoints are read by fdq.load(path, scheme)."
-            )
-        leaves.append(leaf_at(path, value))
-    return leaves
-
-
-def leaf_at(path: str, value: Any) -> Leaf:
-    """What a leaf is, from its name, shape and dtype."""
-    if isinstance(value, nnx.Variable):
-        value = value.get_value()
-    if is_quantized(value):
-        return Leaf(path, value.shape, value.code_dtype, "fixed", f"is quantized ({value.spec})")
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        return Leaf(path, (), None, "fixed", f"{type(value).__name__}, not an array")
-    shape, dtype, ndim = tuple(value.shape), value.dtype, len(value.shape)
-    name = path.rsplit(".", 1)[-1]
-    kind, why = "fixed", ""
-    if not is_float(dtype):
-        why = f"dtype {dtype}"
-    elif ndim < 2:
-        why = "vector" if ndim else "scalar"
-    elif name == "bias":  # that of attention heads is [heads, head_dim]
-        why = "bias"
-    elif ndim > 2 and not (ndim == 3 and _EXPERT_KERNEL.fullmatch(path)):
-        kind, why = "on_request", f"{ndim}-D: needs a rule that names it, read as [..., K, N]"
-    elif ndim == 2 and name not in WEIGHT_NAMES:
-        kind = "on_request"
-        why = f"not named {', '.join(WEIGHT_NAMES)}: needs a rule that names it"
-    else:
-        kind = "weight"
-    return Leaf(path, shape, dtype, kind, why)
-
-
-def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES) -> MatchTable:
+def assign(
+    recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES, note: str = ""
+) -> MatchTable:
     """Matches the leaves of a whole tree with a `Recipe`.
 
     ValueError where a required rule quantizes nothing (lists the nearest paths), nothing at all
@@ -200,7 +114,7 @@ def assign(recipe: Any, leaves: Sequence[Leaf], *, hint: str = DEFAULTS_OF_TREES
         )
         if rule.required and not used:
             raise ValueError(_unused(rule, leaves, rows, matches))
-    table = MatchTable(tuple(rows))
+    table = MatchTable(tuple(rows), note)
     if recipe.default is not None and not recipe.rules and not table.quantized:
         left = aligned(_folded(table.left, schemes=False), indent="  ") or "  (no tensors)"
         raise ValueError(f"Nothing to quantize to {recipe.default}. {hint} Found only:\n{left}")
@@ -218,29 +132,53 @@ def _match(recipe: Any, leaf: Leaf) -> Any:
 def _row(leaf: Leaf, match: Any) -> Row:
     """What becomes of a tensor; ValueError where its shape does not fit its scheme."""
     scheme, reason = match.scheme, match.reason
-    asked = match.rule is not None and any(
-        path_pattern.names(match.rule.pattern, path) for path in (leaf.path, *leaf.aliases)
+    paths = (leaf.path, *leaf.aliases)
+    asked = match.rule is not None and (
+        match.rule.contract is not None
+        or any(path_pattern.names(match.rule.pattern, path) for path in paths)
     )
     if leaf.kind == "fixed" or (leaf.kind == "on_request" and not asked):
         # Prefer the reason that the user can do something about.
         protected = leaf.kind == "on_request" and match.rule is None and scheme is None
         by_rule = asked and scheme is None
         scheme, reason = None, reason if by_rule or protected else leaf.why
+    shape, fold = leaf.shape, None
     size = after = math.prod(leaf.shape) * (jnp.dtype(leaf.dtype).itemsize if leaf.dtype else 0)
     if scheme is not None:
-        k, n = leaf.shape[-2:]
+        fold = _fold(leaf, match.rule if asked else None)
+        shape = shape if fold is None else fold.shape(shape)
+        k, n = shape[-2:]
         try:
             WEIGHT_FORMATS[scheme.weight.format].check(scheme.weight, k, n, leaf.path)
         except ValueError as error:
             raise ValueError(
                 f"{error} To leave this tensor as it is, add the rule ({leaf.path!r}, None)."
             ) from None
-        after = _quantized_bytes(scheme.weight, leaf.shape)
+        after = _quantized_bytes(scheme.weight, shape)
     pattern = None if match.rule is None else match.rule.pattern
     quantizer = None if scheme is None else match.quantizer
     if quantizer is not None:
         reason = f"{reason}, by {quantizer}"
-    return Row(leaf.path, leaf.shape, leaf.dtype, scheme, reason, pattern, size, after, quantizer)
+    fields = (scheme, reason, pattern, size, after, quantizer, fold)
+    return Row(leaf.path, shape, leaf.dtype, *fields)
+
+
+def _fold(leaf: Leaf, rule: Any) -> Fold | None:
+    """How a leaf becomes `[..., K, N]`, None where it is; ValueError where nobody says."""
+    if rule is not None and rule.contract is not None:
+        try:
+            fold = Fold.of(len(leaf.shape), rule.contract, rule.stacked)
+        except ValueError as error:
+            raise ValueError(f"Rule {rule.pattern!r}, {leaf.path} {leaf.shape}: {error}") from None
+        return None if fold == PLAIN else fold
+    if leaf.unknown:
+        raise ValueError(
+            f"{leaf.path} {list(leaf.shape)}: {leaf.unknown}. Say in its rule which axes a product "
+            f"contracts: ({leaf.path!r}, scheme, dict(contract=1)) for [out, in], contract=0 for "
+            "[in, out] and [D, H, d], contract=(0, 1) for [H, d, D]; with stacked=1 after an axis "
+            "of layers or experts."
+        )
+    return leaf.fold
 
 
 def _unused(rule: Any, leaves: Sequence[Leaf], rows: list[Row], matches: list[Any]) -> str:

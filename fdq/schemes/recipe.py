@@ -18,7 +18,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fdq.schemes import assignment, fastdeploy_config, path_pattern
-from fdq.schemes.kinds import QUANTIZERS
+from fdq.schemes.rule import (
+    Rule,
+    check_quantizer,
+    options_of,
+    quantizer_field,
+    read_rule,
+    scheme_or_none,
+)
 from fdq.schemes.scheme import CacheSpec, Scheme
 
 EXPERTS = fastdeploy_config.EXPERTS
@@ -31,31 +38,6 @@ _PROTECTED = {
     "embed": re.compile(r"embed"),
     "lm_head": re.compile(r"^lm_head$"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What one pattern of paths gets; a `required` rule that quantizes nothing is an error.
-
-    `scheme`, or its name, has no cache, which is no matter of single tensors; None leaves what
-    matches as it is. `quantizer` chooses the codes; None leaves it to `method=`, or by bits.
-    """
-
-    pattern: str
-    scheme: Scheme | None = None
-    required: bool = True
-    quantizer: str | None = None
-
-    def __post_init__(self):
-        path_pattern.compiled(self.pattern)
-        scheme = _scheme_or_none(self.scheme)
-        if scheme is not None and scheme.cache is not None:
-            raise ValueError(
-                f"Rule {self.pattern!r}: {scheme} has a cache format, but there is one cache for "
-                "the whole model. Put it into the scheme of '*', or pass Recipe(..., cache='C8')."
-            )
-        object.__setattr__(self, "scheme", None if scheme == Scheme() else scheme)
-        _check_quantizer(f"Rule {self.pattern!r}", self.scheme, self.quantizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +107,8 @@ class Recipe:
 
         Args:
           rules: `Rule` s, pairs `(pattern, scheme or its name or None)`, or triples whose last
-            member is `dict(quantizer=name)`. A last pattern `"*"` is the default, and does not
+            member is a dict of other fields of a `Rule`, such as `dict(quantizer=name)` or
+            `dict(contract=axes)`. A last pattern `"*"` is the default, and does not
             touch protected tensors.
           default: scheme of all else; its cache becomes the recipe's.
           cache: format of the KV cache, or its name (`"C8"`).
@@ -135,12 +118,14 @@ class Recipe:
         Raises:
           ValueError: a bad pattern or scheme name, a rule after `"*"`, two defaults or caches.
         """
-        given = [_read_rule(rule) for rule in rules]
-        default = _scheme_or_none(default)
+        given = [read_rule(rule) for rule in rules]
+        default = scheme_or_none(default)
         if given and given[-1][0] == "*":
             if default is not None:
                 raise ValueError(f"Two defaults: the rule '*' and default={default}. Drop one.")
-            _, default, _, quantizer = given.pop()
+            _, default, _, quantizer, *axes = given.pop()
+            if axes != [None, 0]:
+                raise ValueError("The rule '*' has no contract: name the kernels that it is about.")
         patterns = [pattern for pattern, *_ in given]
         if "*" in patterns:
             after = [*patterns, "*"][patterns.index("*") + 1]
@@ -155,7 +140,7 @@ class Recipe:
                 raise ValueError(f"Two cache formats: {cache} and that of {default}. Drop one.")
             default, cache = dataclasses.replace(default, cache=None), default.cache
         default = None if default == Scheme() else default
-        _check_quantizer("The default", default, quantizer)
+        check_quantizer("The default", default, quantizer)
         fields = {"rules": made, "default": default, "cache": cache, "quantizer": quantizer}
         for name, value in (fields | {"record": dict(record or {})}).items():
             object.__setattr__(self, name, value)
@@ -224,6 +209,8 @@ class Recipe:
                 raise ValueError(
                     f"FastDeploy's quantization_config cannot say quantizer={one.quantizer!r}."
                 )
+            if getattr(one, "contract", None) is not None:
+                raise ValueError("FastDeploy's quantization_config cannot say contract=.")
         return fastdeploy_config.write(self.rules, self.default, self.cache, self.record)
 
     @classmethod
@@ -273,13 +260,13 @@ class Recipe:
                 "pattern": rule.pattern,
                 "scheme": None if rule.scheme is None else str(rule.scheme),
                 "required": rule.required,
-                **_quantizer_field(rule.quantizer),
+                **options_of(rule),
             }
             for rule in self.rules
         ]
         default, cache = (None if x is None else str(x) for x in (self.default, self.cache))
         fields = {"rules": rules, "default": default, "cache": cache, "record": dict(self.record)}
-        return fields | _quantizer_field(self.quantizer)
+        return fields | quantizer_field(self.quantizer)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
@@ -303,11 +290,12 @@ class Recipe:
         default = dataclasses.replace(self.default or Scheme(), cache=self.cache)
         if not self.rules and self.quantizer is None:
             return str(default)
-        rules = [(rule.pattern, rule.scheme, rule.quantizer) for rule in self.rules]
+        rules = [(rule.pattern, rule.scheme, options_of(rule)) for rule in self.rules]
+        last = ("*", default, quantizer_field(self.quantizer))
         return json.dumps(
             {
-                pattern: [str(scheme), _quantizer_field(name)] if name else scheme and str(scheme)
-                for pattern, scheme, name in (*rules, ("*", default, self.quantizer))
+                pattern: [str(scheme), options] if options else scheme and str(scheme)
+                for pattern, scheme, options in (*rules, last)
             }
         )
 
@@ -315,45 +303,10 @@ class Recipe:
         return hash((self.rules, self.default, self.cache, self.quantizer))
 
 
-def _read_rule(rule: Any) -> tuple[str, Scheme | None, bool, str | None]:
-    """The fields of a `Rule`, from one or from a pair or triple."""
-    if isinstance(rule, Rule):
-        return rule.pattern, rule.scheme, rule.required, rule.quantizer
-    fields = list(rule) if isinstance(rule, (tuple, list)) else []
-    options = {} if len(fields) == 2 else fields[2] if len(fields) == 3 else None
-    if not isinstance(options, Mapping) or set(options) - {"quantizer"}:
-        raise ValueError(
-            "A rule is a pair (pattern, scheme), such as ('*.experts', 'W4A16'), and may have "
-            f"dict(quantizer=name) after it; got {rule!r}."
-        )
-    return fields[0], _scheme_or_none(fields[1]), True, options.get("quantizer")
-
-
 def _entry(pattern: str, value: Any, compat: str | None) -> tuple[Any, ...]:
-    """A rule from an entry of a mapping: a scheme, or a pair of it and `dict(quantizer=name)`."""
+    """A rule from an entry of a mapping: a scheme, or a pair of it and a dict of options."""
     scheme, *options = value if isinstance(value, (tuple, list)) else (value,)
-    return (pattern, _scheme_or_none(scheme, compat), *options)
-
-
-def _check_quantizer(what: str, scheme: Scheme | None, name: str | None) -> None:
-    """Raises ValueError where nothing is quantized, or by a quantizer that there is not."""
-    if name is None:
-        return
-    try:
-        QUANTIZERS[name]
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    if scheme is None or scheme.weight is None:
-        raise ValueError(f"{what}: quantizer={name!r}, but no weight is quantized.")
-
-
-def _quantizer_field(name: str | None) -> dict[str, str]:
-    """Left out where there is none, so that recipes without one read as they always did."""
-    return {} if name is None else {"quantizer": name}
-
-
-def _scheme_or_none(name: Any, compat: str | None = None) -> Scheme | None:
-    return None if name is None else Scheme.parse(name, compat=compat)
+    return (pattern, scheme_or_none(scheme, compat), *options)
 
 
 def _read_json(text: str) -> Any:

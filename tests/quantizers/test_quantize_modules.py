@@ -162,7 +162,7 @@ def test_says_what_was_left(capsys):
     assert printed.startswith("Quantized 9 of ")
     assert "bits per weight" in printed.splitlines()[0]
     assert "nnx.Conv: not quantized" in lines["conv.kernel"]
-    assert "nnx.Embed: not quantized" in lines["embed.embedding"]
+    assert "embed: left unless a rule" in lines["embed.embedding"]
     assert "vector" in lines["again.bias"]
     assert not any("rngs" in line or "again.kernel" in line for line in lines)
     quantize(model(), "W4A16-g32")
@@ -335,13 +335,13 @@ def test_layers_that_only_look_like_linear_are_left():
     table = match_table(owner, "W8")
     assert [row.path for row in table.quantized] == ["plain.kernel"]
     reasons = {row.path: row.reason for row in table.left}
-    assert reasons["special.kernel"] == "Special: not quantized"
+    assert reasons["special.kernel"] == "Special: needs a rule that names it"
     assert "dot_general of its own" in reasons["dot.kernel"]
     assert "batch axes" in reasons["batched.kernel"]
     assert "(a batch)" in reasons["experts.kernel"]
     assert "only known when it is called" in reasons["late.kernel"]
-    assert reasons["head.kernel"].startswith("shared with tied.embedding (nnx.Embed")
-    assert reasons["table"] == "Owner: not quantized"
+    assert reasons["head.kernel"].startswith("embed: left unless a rule")
+    assert reasons["table"] == "Owner: needs a rule that names it, used as x @ table"
     assert "constant" in reasons
     q = quantize(owner, "W8")
     assert q.head.kernel is q.tied.embedding

@@ -215,17 +215,19 @@ def test_only_matrices_named_like_weights_unless_a_rule_names_others():
         "note": "text",
     }
     table = Recipe.parse("W8").table(params)
-    assert {row.path for row in table.quantized} == {"a.kernel", "b.weight", "w"}
+    assert {row.path for row in table.quantized} == {"a.kernel", "w"}
     reasons = {row.path: row.reason for row in table.left}
     assert reasons["conv.kernel"] == "3-D: needs a rule that names it, read as [..., K, N]"
-    assert reasons["b.table"].startswith("not named kernel, weight, w")
+    assert reasons["b.table"].startswith("not named kernel, w")
+    assert reasons["b.weight"].startswith("named weight: may be [in, out], or [out, in]")
     assert reasons["b.index"] == "dtype int8"
     assert reasons["a.bias"] == "vector"
     assert reasons["note"] == "str, not an array"
     for pattern in ("conv", "conv.kernel", "c*v"):
         assert "conv.kernel" in schemes_by_path(Recipe([(pattern, "W4"), ("*", "W8")]), params)
     assert "b.table" in schemes_by_path(Recipe([("*.table", "W4")]), params)
-    assert set(schemes_by_path(Recipe([("b.*", "W4")]), params)) == {"b.weight"}
+    oriented = Recipe([("b.weight", "W4", {"contract": 0})])
+    assert set(schemes_by_path(oriented, params)) == {"b.weight"}
 
 
 def test_state_and_linen_paths():
