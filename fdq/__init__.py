@@ -20,6 +20,7 @@ from fdq.decoding.loop import decode as decode
 from fdq.decoding.loop import prefill as prefill
 from fdq.decoding.sampling import Sampling as Sampling
 from fdq.decoding.state import DecodeState as DecodeState
+from fdq.formats import exporting as _exporting  # noqa: F401
 from fdq.formats.qtensor import QTensor as QTensor
 from fdq.formats.qtensor import dequantize as dequantize
 from fdq.ops import prepare as prepare

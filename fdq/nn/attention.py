@@ -19,6 +19,8 @@ from fdq.ops.rope_append.xla import rotated_heads
 from fdq.ops.rows import Rows
 from pallas_kernels.typing import Array, Float
 
+_MASKED = -1e30  # as a score: its weight is exactly 0, as each position sees itself
+
 # Rows of queries whose scores are in memory at once, in attention over a whole sequence.
 QUERY_BLOCK = 1024
 
@@ -49,7 +51,8 @@ def causal_attention(
         visible = jnp.arange(t)[None, :] <= position[:, None]
         if sliding_window is not None:
             visible &= jnp.arange(t)[None, :] > position[:, None] - sliding_window
-        scores = jnp.where(visible[None, None, None], scores * d**-0.5, -jnp.inf)
+        # Finite, as jax_debug_infs would stop at an infinity that is meant.
+        scores = jnp.where(visible[None, None, None], scores * d**-0.5, jnp.float32(_MASKED))
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum(
             "bhgrs,bshd->brhgd", weights, v, precision=highest, preferred_element_type=jnp.float32

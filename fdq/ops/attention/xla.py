@@ -62,7 +62,7 @@ def attention_reference(
         visible &= slot > position - sliding_window
     highest = lax.Precision.HIGHEST
     scores = jnp.einsum("bthd,bhsd->bhts", q.astype(jnp.float32), keys, precision=highest)
-    scores = jnp.where(visible, scores * (d**-0.5 if scale is None else scale), -jnp.inf)
+    scores = jnp.where(visible, scores * (d**-0.5 if scale is None else scale), _MASKED)
     weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0.0)
     out = jnp.einsum("bhts,bhsd->bthd", weights, values, precision=highest)
     return out.astype(q.dtype)

@@ -62,7 +62,7 @@ def unsupported_weight(w: Any, rows: int) -> str | None:
     """Why no kernel multiplies `rows` rows with a weight `[..., K, N]`."""
     if not isinstance(w, QuantizedWeight):
         return "the weight is an array, and the kernels read quantized ones"
-    if not 1 <= rows <= MOST_ROWS:
+    if not isinstance(rows, int) or not 1 <= rows <= MOST_ROWS:
         return f"the kernels take 1 to {MOST_ROWS} rows of x, found {rows}"
     return WordsWeight.unsupported(w)
 

@@ -109,7 +109,7 @@ def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
         return exact_dot(x.astype(jnp.float32), dequantize(q))
     if target.platform == "cpu":
         return _chosen_program(view.format.name, plane_product, x.astype(jnp.float32), view)
-    if x.shape[0] <= _FUSED_ROWS:
+    if number_of_rows(x) <= _FUSED_ROWS:
         # XLA spreads the reduction in the fusion over threads: nothing to unroll.
         return fused_product(x.astype(jnp.float32), view, 1, dot=False)
     return plane_product(x, view, _compute_dtype(x.dtype, target))
@@ -121,9 +121,17 @@ def _compute_dtype(dtype: Any, target: Target) -> Any:
     return jnp.float16 if emulated else dtype
 
 
+_MANY_ROWS = 1 << 30
+
+
+def number_of_rows(x: Any) -> int:
+    """M of `[M, K]`; many where it is a symbol, as in an export for any batch."""
+    return x.shape[0] if isinstance(x.shape[0], int) else _MANY_ROWS
+
+
 def _chosen_program(path: str, product: Any, x: jax.Array, view: WeightView) -> jax.Array:
     """`product(x, view)` on CPU: as it is, a tile of columns at a time, or as one fusion."""
-    choice = choose_program(path, x.shape[0], view.rows * view.columns)
+    choice = choose_program(path, number_of_rows(x), view.rows * view.columns)
     if choice.name == "fused":
         return fused_product(x.astype(jnp.float32), view, choice.size, dot=True)
     if choice.name == "tiles":
