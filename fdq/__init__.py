@@ -14,6 +14,7 @@ from fdq.cache.cache_tensor import CacheTensor as CacheTensor
 from fdq.cache.kv_cache import KVCache as KVCache
 from fdq.calibration.observation import calibrate as calibrate
 from fdq.calibration.statistics import Calibration as Calibration
+from fdq.decoding import exporting as _exporting_states  # noqa: F401
 from fdq.decoding.functional import functional as functional
 from fdq.decoding.generation import generate as generate
 from fdq.decoding.loop import decode as decode

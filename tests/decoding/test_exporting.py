@@ -1,0 +1,53 @@
+"""A decode step is exported once, for any batch, and run where the model is not."""
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+import fdq
+from fdq.cache.kv_cache import KVCache
+from fdq.decoding.functional import functional
+from fdq.decoding.loop import prefill
+from tests.covering import slow
+from tests.models import oracles
+
+
+def of_any_batch(state):
+    """The shapes of a state of b sequences, its static scales as they are."""
+    (b,) = jax.export.symbolic_shape("b")
+
+    def shape(path, array):
+        name = jax.tree_util.keystr(path)
+        lead = array.shape[:1] if "scale" in name and array.ndim == 2 else (b,)
+        return jax.ShapeDtypeStruct((*lead, *array.shape[1:]), array.dtype)
+
+    return jax.tree_util.tree_map_with_path(shape, state)
+
+
+@pytest.mark.parametrize(("scheme", "format"), [("W4A16-g32", "C8"), slow("W8A8", "C8-kvchannel")])
+def test_a_step_is_exported_for_any_batch(scheme, format):
+    model = oracles.oracle("qwen3")[0]
+    prompts = np.random.default_rng(0).integers(0, 96, (3, 5))
+    static = format == "C8-kvchannel"
+    scales = fdq.calibrate(model, prompts).cache_scales(format) if static else None
+    model = fdq.quantize(model, scheme)
+    fns = functional(model)
+
+    def step(params, state):
+        logits, state = fns.step(params, state)
+        return logits, state.push(logits.argmax(-1))
+
+    def start(batch):
+        cache = KVCache.init(model.config, batch, 16, format, scales=scales)
+        return prefill(model, prompts[:batch], cache)
+
+    exported = jax.export.export(jax.jit(step))(fns.params, of_any_batch(start(2)))
+    restored = jax.export.deserialize(exported.serialize())
+    for batch in (1, 3):
+        logits, state = restored.call(fns.params, start(batch))
+        assert isinstance(state, fdq.DecodeState) and isinstance(state.cache, KVCache)
+        expected, like = jax.jit(step)(fns.params, start(batch))
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        assert jax.tree.structure(state) == jax.tree.structure(like)
+        assert (state.tokens == like.tokens).all()
