@@ -13,7 +13,7 @@ not compile again, and whatever was changed in the model counts from the next ca
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -292,7 +292,7 @@ def run(
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
     """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up."""
-    single = isinstance(stop_tokens, int) or getattr(stop_tokens, "ndim", 1) == 0
+    single = not isinstance(stop_tokens, Iterable) or getattr(stop_tokens, "ndim", 1) == 0
     rows = [stop_tokens] if single else list(stop_tokens)
     if not any(isinstance(row, Sequence | np.ndarray) for row in rows):
         rows = [rows] * batch
