@@ -137,7 +137,7 @@ def prefill(
     chunk = checks.integer("chunk", chunk, least=1)
     held = cache if state is None else state.cache
     assert held is not None
-    prompts = _Prompts(tokens, lengths, held, model.config.vocab_size, state)
+    prompts = _Prompts(tokens, lengths, held, model.config, state)
     template, params = current_split(model)
     if state is not None:
         return _go_on(template, params, prompts, state, chunk)
@@ -181,7 +181,7 @@ class _Prompts:
     """Prompts that were checked: `tokens [B, L]`, `lengths [B]`, and the longest length."""
 
     def __init__(
-        self, tokens: Any, lengths: Any, cache: KVCache, vocab: int, state: DecodeState | None
+        self, tokens: Any, lengths: Any, cache: KVCache, config: Any, state: DecodeState | None
     ):
         traced = isinstance(tokens, Tracer) or isinstance(lengths, Tracer)
         if not isinstance(tokens, Tracer):
@@ -210,7 +210,9 @@ class _Prompts:
                 "make the cache with a larger max_length"
             )
         if not traced:
-            _check_vocabulary(np.asarray(tokens), np.asarray(lengths), vocab)
+            _check_vocabulary(np.asarray(tokens), np.asarray(lengths), config.vocab_size)
+            if state is None:
+                config.rotary.warn_of_growth(int(np.min(lengths)), cache.max_length)
             tokens = tokens[:, : max(longest, 1)]
         self.tokens = jnp.asarray(tokens, jnp.int32)
         self.lengths = jnp.asarray(lengths, jnp.int32)

@@ -63,11 +63,10 @@ class DecodeState:
         """
         b, capacity = tokens.shape[0], cache.max_length
         length = jnp.asarray(length, jnp.int32)
-        buffer = jnp.zeros((b, capacity), jnp.int32)
         # Every array is a buffer of its own, for the state is donated: nothing of the caller's, and
         # nothing twice.
         return cls(
-            tokens=jax.lax.dynamic_update_slice_in_dim(buffer, tokens.astype(jnp.int32), 0, axis=1),
+            tokens=jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, capacity - tokens.shape[1]))),
             length=jnp.array(length, copy=True),
             prompt_length=jnp.array(length, copy=True),
             finished=length >= capacity,

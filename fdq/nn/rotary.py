@@ -11,12 +11,16 @@ the same tokens is: exact are one pass without a cache, and decoding as transfor
 does. Two differences remain there. Rows of a batch count for themselves, where transformers takes
 the longest row for all; and of a long run nothing is remembered, where its `dynamic` keeps the
 frequencies of the longest sequence of the past until one comes that fits the original context.
+Its Phi-3 alone reads everything anew where decoding takes a sequence past the original context;
+here its keys stay as they are too, with a warning. One set of frequencies for all lengths, as some
+servers take, is `dataclasses.replace(rotary, short_factor=rotary.long_factor)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +112,18 @@ class RotaryConfig:
             return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position))
         return 1.0
 
+    def warn_of_growth(self, known: int, capacity: int) -> None:
+        """Warns where a sequence of `known` tokens may get other frequencies before it is full."""
+        original = self.original_max_position
+        if self.rope_type == "longrope" and known <= original < capacity:
+            warnings.warn(
+                f"longrope: a sequence of {known} tokens in a cache of {capacity} slots may grow "
+                f"past {original} tokens. Tokens from there on are rotated by long_factor, keys "
+                "that are stored already stay rotated by short_factor, and the text may suffer. "
+                "Make a shorter cache, or give long_factor as short_factor too.",
+                stacklevel=3,
+            )
+
     def rotated(self, head_dim: int) -> int:
         """Channels of a head that are rotated.
 
@@ -186,7 +202,7 @@ def rotary_angles(
     if config.by_length:
         if lengths is None:
             lengths = positions.max(axis=1) + 1
-        frequencies = _by_length(frequencies, lengths.reshape(-1, 1, 1), config, head_dim)
+        frequencies = _by_length(frequencies, lengths[:, None, None], config, head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if config.scale == 1 else (cos * config.scale, sin * config.scale)

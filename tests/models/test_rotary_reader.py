@@ -94,6 +94,7 @@ def test_rope_scaling_counts_beside_rope_parameters_in_every_family(name, kind):
     alone = {key: found for key, found in both.items() if key != "rope_parameters"}
     assert read(both) == read(alone)
     assert (read(both).rotary.rope_type, read(both).rotary.theta) == (kind, 7e4)
+    assert read({**both, "rope_scaling": {}}).rotary.theta == PLAIN["rope_theta"]
     inside = read({**both, "rope_scaling": {**scaling, "rope_theta": 3e4}})
     assert inside.rotary.theta == 3e4  # as in transformers
 
