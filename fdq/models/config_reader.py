@@ -57,6 +57,14 @@ class ConfigReader:
         self.family = config.get("model_type")
         self._read: set[str] = set(_NEUTRAL)
 
+    def usual(self, **values: Any) -> None:
+        """Declares what is meant where a config lacks a key; one that is null is not lacking.
+
+        These are the defaults of transformers' config classes. They come before all else, for they
+        are what every other method then finds.
+        """
+        self.config = {**values, **self.config}
+
     def get(self, *keys: str, default: Any = _REQUIRED) -> Any:
         """The value of `keys`, spellings of one thing, where one is there and not null.
 
@@ -157,21 +165,18 @@ class ConfigReader:
         kinds = self.get("layer_types", default=None)
         if kinds is None:
             first = layers
-            if self._window(default=4096) is not None:
-                known = "max_window_layers" in self.config
-                first = self.integer("max_window_layers") if known else 28
+            if self._window() is not None:
+                first = self.integer("max_window_layers")
             kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
         return self._windows(kinds, layers)
 
-    def window_of_all(
-        self, layers: int, *, default: int | None = None, by_layer: bool = False
-    ) -> tuple[int | None, ...]:
+    def window_of_all(self, layers: int, *, by_layer: bool = False) -> tuple[int | None, ...]:
         """As `sliding_windows`, where `sliding_window` alone says that there is one, in all layers.
 
-        `default` is meant where the config is silent, and none where it says null. With `by_layer`
-        the family lets `layer_types` say which layers have it.
+        With `by_layer` the family lets `layer_types` say which layers have it.
         """
-        window = self._window(default)
+        self.neutral("use_sliding_window")
+        window = self._window()
         usual = [_FULL if window is None else _SLIDING] * layers
         kinds = self.get("layer_types", default=usual)
         if kinds != usual and not by_layer:
@@ -181,10 +186,10 @@ class ConfigReader:
             )
         return self._windows(kinds, layers)
 
-    def _window(self, default: int | None) -> int | None:
-        if self.config.get("sliding_window", default) is None:
+    def _window(self) -> int | None:
+        if self.get("sliding_window", default=None) is None:
             return None
-        return self.integer("sliding_window", default=default, least=1)
+        return self.integer("sliding_window", least=1)
 
     def _windows(self, kinds: Any, layers: int) -> tuple[int | None, ...]:
         if not isinstance(kinds, list | tuple):
@@ -198,8 +203,7 @@ class ConfigReader:
             )
         if _SLIDING not in kinds:
             return ()
-        silent = "sliding_window" not in self.config
-        window = self.integer("sliding_window", default=4096 if silent else _REQUIRED, least=1)
+        window = self.integer("sliding_window", least=1)
         return tuple(window if kind == _SLIDING else None for kind in kinds)
 
     def full_attention(self) -> None:
@@ -222,7 +226,6 @@ class ConfigReader:
         interleaved: bool = False,
         partial: bool = False,
         types: Mapping[str, str] | None = None,
-        original: int | None = None,
     ) -> RotaryConfig:
         """Rotary positions, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
@@ -235,8 +238,6 @@ class ConfigReader:
           partial: whether the family reads `partial_rotary_factor`; otherwise only 1 is taken.
           types: of what the config may call a type, and what is meant; all of
             `fdq.nn.rotary.ROPE_TYPES` by their names where not given.
-          original: the original context where the config says none beside its rope parameters;
-            None: what they say themselves, or else `max_position_embeddings`.
         """
         return read_rotary(
             self,
@@ -244,7 +245,6 @@ class ConfigReader:
             interleaved=interleaved,
             partial=partial,
             types=types,
-            original=original,
         )
 
     def mapping(self, key: str) -> Mapping[str, Any]:
@@ -254,22 +254,14 @@ class ConfigReader:
             raise self.wrong((key,), "an object", found)
         return found
 
-    def base(
-        self, *, epsilon: float, tie: bool, head_dim: int | None = None, kv_heads: int | None = None
-    ) -> dict[str, Any]:
+    def base(self, *, epsilon: float, tie: bool) -> dict[str, Any]:
         """The fields that every family spells alike.
 
-        `epsilon` of the norms, `tie` (tied embeddings), `head_dim` (None: the hidden size divided
-        by the heads) and `kv_heads` (None: as many as heads) are meant where the config says
-        nothing.
+        `epsilon` of the norms and `tie` (tied embeddings) are meant where the config says nothing.
         """
         self.must_be("hidden_act", "silu", "swish")
         heads = self.integer("num_attention_heads", least=1)
         hidden_size = self.integer("hidden_size", least=1)
-        if head_dim is None or "head_dim" in self.config:
-            head_dim = hidden_size // heads
-        if kv_heads is None or "num_key_value_heads" in self.config:
-            kv_heads = heads
         return {
             "model_type": self.family,
             "vocab_size": self.integer("vocab_size", least=1),
@@ -277,8 +269,8 @@ class ConfigReader:
             "intermediate_size": self.integer("intermediate_size", least=1),
             "num_layers": self.integer("num_hidden_layers", least=1),
             "num_heads": heads,
-            "num_kv_heads": self.integer("num_key_value_heads", default=kv_heads, least=1),
-            "head_dim": self.integer("head_dim", default=head_dim, least=1),
+            "num_kv_heads": self.integer("num_key_value_heads", default=heads, least=1),
+            "head_dim": self.integer("head_dim", default=hidden_size // heads, least=1),
             "rms_norm_epsilon": self.number("rms_norm_eps", default=epsilon),
             "max_position": self.integer("max_position_embeddings", default=131072, least=1),
             "tie_word_embeddings": self.flag("tie_word_embeddings", default=tie),

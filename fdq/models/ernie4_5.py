@@ -15,23 +15,23 @@ _NEUTRAL = (
 )  # fmt: skip
 
 
-def read_base(
-    reader: ConfigReader, *, kv_heads: int, head_dim: int | None = None
-) -> dict[str, Any]:
+def read_base(reader: ConfigReader) -> dict[str, Any]:
     """The fields that the dense models share with those that have experts."""
+    reader.usual(max_position_embeddings=131072)
     reader.must_be("use_rmsnorm", True)
     reader.must_be("compression_ratio", 1.0)
     reader.neutral(*_NEUTRAL)
     reader.full_attention()
     rotary = reader.rotary(theta=500000.0, interleaved=True)
-    fields = reader.base(epsilon=1e-5, tie=True, head_dim=head_dim, kv_heads=kv_heads)
+    fields = reader.base(epsilon=1e-5, tie=True)
     return {**fields, "rotary": rotary}
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
+    reader.usual(num_key_value_heads=2, head_dim=128)
     bias = reader.flag("use_bias", default=False)
     return DecoderConfig(
-        **read_base(reader, head_dim=128, kv_heads=2),
+        **read_base(reader),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bias,

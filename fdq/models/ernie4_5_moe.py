@@ -18,7 +18,8 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     """Layer `l` has experts when `moe_layer_start_index <= l <= moe_layer_end_index` (-1 is the
     last layer) and `(l + 1) % moe_layer_interval == 0`.
     """
-    fields = read_base(reader, kv_heads=4)
+    reader.usual(num_key_value_heads=4)
+    fields = read_base(reader)
     reader.must_be("use_bias", False)
     reader.must_be("moe_gate", "topk", "top2_fused")
     reader.must_be("moe_gate_act", "softmax")

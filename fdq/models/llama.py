@@ -6,6 +6,7 @@ from fdq.models.family import Family
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
+    reader.usual(max_position_embeddings=2048)
     fields = reader.base(epsilon=1e-6, tie=False)
     bias = reader.flag("attention_bias", default=False)
     mlp_bias = reader.flag("mlp_bias", default=False)

@@ -6,10 +6,10 @@ from fdq.models.family import Family
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
-    """A window of 4096 where the config is silent, and `layer_types`, as transformers does."""
-    fields = reader.base(epsilon=1e-6, tie=False, kv_heads=8)
+    reader.usual(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+    fields = reader.base(epsilon=1e-6, tie=False)
     rotary = reader.rotary(theta=10000.0)
-    windows = reader.window_of_all(fields["num_layers"], default=4096, by_layer=True)
+    windows = reader.window_of_all(fields["num_layers"], by_layer=True)
     return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows)
 
 

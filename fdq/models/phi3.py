@@ -9,8 +9,9 @@ _TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn"
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
+    reader.usual(max_position_embeddings=4096, original_max_position_embeddings=4096)
     fields = reader.base(epsilon=1e-5, tie=False)
-    rotary = reader.rotary(theta=10000.0, partial=True, types=_TYPES, original=4096)
+    rotary = reader.rotary(theta=10000.0, partial=True, types=_TYPES)
     windows = reader.window_of_all(fields["num_layers"])
     reader.must_be("full_attn_mod", 1)
     reader.must_be("interpolate_factor", 1)

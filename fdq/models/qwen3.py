@@ -6,7 +6,9 @@ from fdq.models.family import Family
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
-    fields = reader.base(epsilon=1e-6, tie=False, kv_heads=32, head_dim=128)
+    reader.usual(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768)
+    reader.usual(sliding_window=4096, max_window_layers=28)
+    fields = reader.base(epsilon=1e-6, tie=False)
     rotary = reader.rotary(theta=10000.0)
     windows = reader.sliding_windows(fields["num_layers"])
     bias = reader.flag("attention_bias", default=False)

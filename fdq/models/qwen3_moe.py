@@ -10,7 +10,8 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     """Layer `l` has experts unless `mlp_only_layers` names it or `(l + 1) % decoder_sparse_step`
     is not 0.
     """
-    fields = reader.base(epsilon=1e-6, tie=False, kv_heads=4)
+    reader.usual(num_key_value_heads=4, max_position_embeddings=32768, sliding_window=4096)
+    fields = reader.base(epsilon=1e-6, tie=False)
     bias = reader.flag("attention_bias", default=False)
     dense = reader.integers("mlp_only_layers", default=())
     step = reader.integer("decoder_sparse_step", default=1, least=1)
@@ -27,7 +28,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     rotary = reader.rotary(theta=10000.0)
     windows = ()
     if reader.flag("use_sliding_window", default=False):
-        windows = reader.window_of_all(fields["num_layers"], default=4096)
+        windows = reader.window_of_all(fields["num_layers"])
     else:
         reader.full_attention()
     fields |= {"qkv_bias": bias, "output_bias": bias, "qk_norm": True, "sliding_windows": windows}

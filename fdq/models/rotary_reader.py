@@ -21,11 +21,10 @@ _KNOWN = (
 class _Parameters:
     """The rope parameters of a config: those of `rope_scaling` where it is there and not empty."""
 
-    def __init__(self, reader: "ConfigReader", original: int | None):
+    def __init__(self, reader: "ConfigReader"):
         parameters, scaling = map(reader.mapping, ("rope_parameters", "rope_scaling"))
         self.reader = reader
         self.values = dict(scaling or parameters)
-        self._usual_original = original
 
     def number(self, key: str, *, default: float | None = None) -> float:
         """A positive number, which must be there where there is no default."""
@@ -60,8 +59,6 @@ class _Parameters:
         """The original context: said beside the parameters or among them, or else `longest`."""
         if self.reader.get(_ORIGINAL, default=None) is not None:
             return self.reader.integer(_ORIGINAL, least=1)
-        if self._usual_original is not None:
-            return self._usual_original
         if self.values.get(_ORIGINAL) is None and self.reader.get(_LONGEST, default=None):
             return self.longest()
         found = self._present(_ORIGINAL)
@@ -153,10 +150,9 @@ def read_rotary(
     interleaved: bool,
     partial: bool,
     types: Mapping[str, str] | None,
-    original: int | None,
 ) -> RotaryConfig:
     """See `ConfigReader.rotary`."""
-    given = _Parameters(reader, original)
+    given = _Parameters(reader)
     spelled = given.values.get("rope_type") or given.values.get("type") or "default"
     types = {name: name for name in ROPE_TYPES} if types is None else types
     if not isinstance(spelled, str) or spelled not in types:

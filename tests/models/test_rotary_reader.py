@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fdq import models
+from fdq.models.config_reader import ConfigReader
 from tests.models import oracles
 from tests.models.test_config import WRONG
 
@@ -150,12 +151,40 @@ def test_what_is_wrong_with_a_scaling_is_said(changes, message):
 
 
 def test_a_context_that_the_config_does_not_say_is_not_guessed():
-    config = oracles.read_config("llama")
-    del config["max_position_embeddings"]
+    """Of a family that has none of its own."""
     for scaling in (SCALINGS["dynamic"], {**YARN, "factor": None}, {**LONGROPE, "factor": None}):
+        reader = ConfigReader({"model_type": "goose", "rope_scaling": scaling})
         with pytest.raises(ValueError, match=r"lacks max_position_emb|lack original_max_position"):
-            read({**config, "rope_scaling": scaling})
-    assert read({**config, "rope_scaling": YARN}).rotary.factor == 4.0
+            reader.rotary(theta=1e4)
+    reader = ConfigReader({"model_type": "goose", "rope_scaling": YARN})
+    assert reader.rotary(theta=1e4).factor == 4.0
+
+
+SILENT = {  # of transformers' config classes: key-value heads of 32, head_dim, longest context
+    "llama": (32, 16, 2048),
+    "mistral": (8, 16, 131072),
+    "phi3": (32, 16, 4096),
+    "qwen2": (32, 16, 32768),
+    "qwen3": (32, 128, 32768),
+    "qwen3_moe": (4, 16, 32768),
+    "ernie4_5": (2, 128, 131072),
+    "ernie4_5_moe": (4, 16, 131072),
+}
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
+    "ernie4_5_moe": {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8},
+}
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_what_each_family_means_where_its_config_is_silent(family):
+    sizes = {"vocab_size": 8, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = {"model_type": family, "num_attention_heads": 32, **sizes, **EXPERTS.get(family, {})}
+    factors = {key: [1.0] * (SILENT[family][1] // 2) for key in ("short_factor", "long_factor")}
+    found = read({**config, "rope_scaling": {"rope_type": "longrope", **factors}})
+    assert (found.num_kv_heads, found.head_dim, found.max_position) == SILENT[family]
+    assert found.rotary.original_max_position == found.max_position
+    assert read({**config, "num_key_value_heads": None}).num_kv_heads == 32  # null is an answer
 
 
 def test_original_contexts_and_factors_that_disagree():
