@@ -59,7 +59,7 @@ def test_planned_bytes_are_those_of_arrays():
     config = CONFIGS["ernie-4.5-21b-a3b"]
     assert config.moe is not None
     moe = dataclasses.replace(
-        config.moe, num_experts=4, intermediate_size=128, shared_intermediate_size=128
+        config.moe, num_experts=4, top_k=2, intermediate_size=128, shared_intermediate_size=128
     )
     config = config.replace(
         vocab_size=64, hidden_size=128, intermediate_size=128, num_layers=2, moe=moe

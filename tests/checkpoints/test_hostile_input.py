@@ -288,7 +288,7 @@ DIRECTORIES = [
     (config_huge, "more than the 1000000"),
     (config_layers, "num_hidden_layers = 1000000000"),
     (config_layers_text, "num_hidden_layers = 'two'"),
-    (config_rope_list, "a value of a wrong kind"),
+    (config_rope_list, "rope_parameters must be an object"),
     (config_no_heads, "num_attention_heads = 0 is not a whole number in 1…65536"),
     (config_width_zero, "config.json: "),
     (unknown_family, "'mamba' is not supported; supported are ernie4_5"),
