@@ -1,5 +1,7 @@
 """Rotary positions against complex multiplication, and scalings against their papers' formulas."""
 
+import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,6 +144,42 @@ def test_longrope_has_two_sets_of_factors():
     found = of_two(config, [[1], [1]], lengths=jnp.asarray([64, 65], jnp.int32))
     np.testing.assert_allclose(found[0, 0], plain / short, rtol=1e-5)
     np.testing.assert_allclose(found[1, 0], plain / long, rtol=1e-5)
+
+
+BY_LENGTH = [
+    RotaryConfig(rope_type="dynamic", factor=4.0, original_max_position=64),
+    RotaryConfig(
+        rope_type="longrope",
+        original_max_position=64,
+        factor=2.0,
+        short_factor=(1.0,) * 8,
+        long_factor=(3.0,) * 8,
+    ),
+]
+
+
+@pytest.mark.parametrize("config", BY_LENGTH, ids=lambda config: config.rope_type)
+def test_lengths_under_every_flag(config):
+    """With 64-bit numbers, on a mesh of Explicit axes, and for a symbolic batch."""
+
+    def angles(positions):
+        return rotary_angles(positions, config, DIM)
+
+    positions = np.array([[0, 9]] * 4 + [[50, 99]] * 4, np.int32)
+    wanted = angles(jnp.asarray(positions))
+    assert np.abs(wanted[0][4] - np.cos(50.0)).max() > 0.1
+    with jax.enable_x64(True):
+        wide = angles(jnp.asarray(positions))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    apart = jax.jit(angles)(jax.device_put(positions, rows))
+    assert apart[0].sharding.is_equivalent_to(rows, 3)
+    (b,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(jax.jit(angles))(jax.ShapeDtypeStruct((b, 2), jnp.int32))
+    for found in (wide, apart, exported.call(positions)):
+        for one, other in zip(found, wanted, strict=True):
+            assert one.dtype == jnp.float32
+            np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
