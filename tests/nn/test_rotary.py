@@ -205,14 +205,17 @@ def test_partial_rotation_turns_the_first_channels_only(interleaved, rng):
 
 
 def test_kernels_leave_partial_rotations_to_xla():
-    angles = (jnp.zeros((1, 1, 32)),) * 2
     side = CacheTensor.empty((1, 1, 5, 128), None, dtype=jnp.bfloat16)
-    arguments = (jnp.zeros((1, 1, 384), jnp.bfloat16), angles, side, side, jnp.int32(0))
+
+    def call(pairs, **options):
+        qkv, turns = jnp.zeros((1, 1, 384), jnp.bfloat16), jnp.zeros((1, 1, pairs))
+        start = jnp.int32(0)
+        return rope_append(qkv, (turns, turns), side, side, start, interleaved=False, **options)
+
     with pytest.raises(NotImplementedError, match="rotates whole heads, found 32 pairs"):
-        rope_append(*arguments, interleaved=False, implementation="mosaic_gpu")
-    wide = (arguments[0], (jnp.zeros((1, 1, 65)),) * 2, *arguments[2:])
+        call(32, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="of more than the 128 channels of a head"):
-        rope_append(*wide, interleaved=False)
+        call(65)
 
 
 @pytest.mark.parametrize(
