@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fdq
-from tests.covering import slow
+from tests.covering import slow, slow_but
 from tests.models import oracles
 
 FLAGS = {
@@ -18,6 +18,7 @@ FLAGS = {
     "debug_infs": lambda: jax.debug_infs(True),
     "highest": lambda: jax.default_matmul_precision("highest"),
     "bfloat16": lambda: jax.default_matmul_precision("bfloat16"),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
 }
 NAMES = ["W8A16", "W4A16", "W4A16-asym-g32", "W3A16", "W2A16", "WNF4A16", "WNVFP4", "WMXFP4"]
 
@@ -28,7 +29,7 @@ def weight():
 
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize(
-    "name", [*(n if n in ("W4A16", "WNVFP4") else slow(n) for n in NAMES), "WCC2", "Wfp8"]
+    "name", [*(n if n in ("W4A16", "WNVFP4") else slow(n) for n in NAMES), slow("WCC2"), "Wfp8"]
 )
 def test_quantizing_and_multiplying(name, flag):
     w = weight()
@@ -43,6 +44,48 @@ def test_quantizing_and_multiplying(name, flag):
         assert found.dtype == like.dtype
         np.testing.assert_array_equal(np.asarray(found), np.asarray(like))
     np.testing.assert_allclose(np.asarray(y), product, rtol=0, atol=2e-6 * np.abs(product).max())
+
+
+@pytest.mark.parametrize("flag", slow_but(("x64", "disable_jit", "debug_infs"), FLAGS))
+def test_transformations(flag):
+    """jvp, jacfwd, grad, vmap, checkpoint and a scan over layers, by one product's definition."""
+    rng = np.random.default_rng(0)
+    layers = fdq.quantize(rng.standard_normal((2, 32, 32)).astype(np.float32) / 6, "W4A16-g32")
+    x, dx = (jnp.asarray(rng.standard_normal((2, 32)), jnp.float32) for _ in range(2))
+    w = np.asarray(fdq.dequantize(layers), np.float64)
+
+    def network(x, layers):
+        step = jax.checkpoint(lambda x, q: (jnp.sin(fdq.matmul(x, q)), None))
+        return jax.lax.scan(step, x, layers)[0]
+
+    def by_hand(x):
+        first = np.sin(np.asarray(x, np.float64) @ w[0])
+        return first, np.sin(first @ w[1]), np.cos(np.asarray(x, np.float64) @ w[0])
+
+    first, y, inner = by_hand(x)
+    outer = np.cos(first @ w[1])
+    change = ((np.asarray(dx, np.float64) @ w[0] * inner) @ w[1]) * outer
+    gradient = ((outer @ w[1].T) * inner) @ w[0].T
+    with FLAGS[flag]():
+        found, tangent = jax.jvp(lambda x: network(x, layers), (x,), (dx,))
+        checks = [
+            (found, y),
+            (tangent, change),
+            (jax.grad(lambda x: network(x, layers).sum())(x), gradient),
+            (jax.vmap(network, in_axes=(0, None))(x, layers), y),
+            (jax.vmap(fdq.matmul, in_axes=(None, 0))(x, layers), np.asarray(x, np.float64) @ w),
+            (jax.jacfwd(lambda x: fdq.matmul(x, layers[0]))(x[0]), w[0].T),
+            (
+                jax.grad(lambda s: fdq.matmul(x, layers[0].replace(scale=s)).sum())(
+                    layers[0].scale
+                ),
+                np.asarray(x, np.float64).sum(0) @ (w[0] / np.asarray(layers[0].scale, np.float64)),
+            ),
+        ]
+    for a, b in checks:
+        a, b = np.asarray(a, np.float64), np.asarray(b).reshape(a.shape)
+        limit = 5e-3 if a.dtype == jnp.bfloat16 or a.shape == layers[0].scale.shape else 1e-5
+        np.testing.assert_allclose(a, b, rtol=0, atol=limit * np.abs(b).max())
 
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag not in ("disable_jit",)])

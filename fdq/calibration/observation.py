@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,9 +16,28 @@ from fdq import nn
 from fdq.calibration.statistics import RANGE_FIELDS, Calibration, KeyValueRange
 from fdq.nn.parameters import value
 
+_REAL: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("real", default=None)
+"""Of the batch that runs which positions `[B, L]` are no padding; None: all of them."""
+
 
 class Observed(nnx.Variable):
     """A running statistic; float32."""
+
+
+def _real_rows(x: jax.Array, leading: int) -> jax.Array | None:
+    """Which of the first `leading` axes of x, as one, are of real positions: bool `[rows]`."""
+    real = _REAL.get()
+    if real is None:
+        return None
+    rows = math.prod(x.shape[:leading])
+    if rows % real.size:
+        raise ValueError(
+            f"calibrate: a layer is fed {list(x.shape)}, which has no rows for each position of "
+            f"{list(real.shape)} tokens, so lengths= cannot leave padding out. Leave out lengths, "
+            "or pass batches without padding."
+        )
+    # Rows of a position follow each other: picks of experts, heads.
+    return jnp.repeat(real.reshape(-1), rows // real.size)
 
 
 class _InputObserver(nnx.Module):
@@ -31,10 +52,14 @@ class _InputObserver(nnx.Module):
     def __call__(self, x: jax.Array) -> None:
         rows = x.reshape(-1, int(np.prod(x.shape[x.ndim - self.contracted :])))
         rows = jax.lax.stop_gradient(rows).astype(jnp.float32)
+        real, seen = _real_rows(x, x.ndim - self.contracted), jnp.float32(rows.shape[0])
+        if real is not None:
+            rows = jnp.where(real[:, None], rows, jnp.float32(0))
+            seen = real.sum().astype(jnp.float32)
         absmax, total, count = (v.get_value() for v in (self.absmax, self.total, self.count))
         self.absmax.set_value(jnp.maximum(absmax, jnp.abs(rows).max(axis=0)))
         self.total.set_value(total + jnp.square(rows).sum(axis=0))
-        self.count.set_value(count + rows.shape[0])
+        self.count.set_value(count + seen)
 
 
 class _Observed(nnx.Module):
@@ -63,17 +88,23 @@ class _CacheObserver(nnx.Module):
             setattr(self, name, Observed(jnp.full((heads, head_dim), start, jnp.float32)))
 
     def __call__(self, k: jax.Array, v: jax.Array) -> None:
+        real = _real_rows(k, 2)
         for name, x in (("k", k), ("v", v)):
-            x = x.astype(jnp.float32)
+            x = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
+            least = most = x
+            if real is not None:
+                least = jnp.where(real[:, None, None], x, jnp.float32(jnp.inf))
+                most = jnp.where(real[:, None, None], x, jnp.float32(-jnp.inf))
             low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
-            low.set_value(jnp.minimum(low.get_value(), x.min(axis=(0, 1))))
-            high.set_value(jnp.maximum(high.get_value(), x.max(axis=(0, 1))))
+            low.set_value(jnp.minimum(low.get_value(), least.min(axis=0)))
+            high.set_value(jnp.maximum(high.get_value(), most.max(axis=0)))
 
 
 def calibrate(
     model: nnx.Module,
     tokens: Any,
     *,
+    lengths: Any = None,
     batch_size: int = 8,
     forward: Callable[[Any, jax.Array], Any] | None = None,
 ) -> Calibration:
@@ -87,11 +118,14 @@ def calibrate(
       model: any NNX module.
       tokens: `[N, L]` inputs, run `batch_size` rows at a time, or an iterable of batches. For a
         model that takes something else than tokens, batches of that.
+      lengths: `[N]` tokens of each row before its padding, which does not count then; for batches
+        an iterable of those of each. By default nothing is padding.
       batch_size: rows per call.
       forward: `(model, batch) -> anything`; `model(batch)` where not given.
 
     Raises:
-      ValueError: no tokens, or a model that calls no linear layer.
+      ValueError: no tokens, a model that calls no linear layer, or `lengths` that are not one a
+        row, from 0 to L, or that a layer's input has no rows for.
     """
     run = forward or (lambda module, batch: module(batch))  # pyright: ignore[reportCallIssue]
     clone = nnx.clone(model)
@@ -99,15 +133,19 @@ def calibrate(
     graphdef, observed, rest = nnx.split(clone, Observed, ...)
 
     @jax.jit
-    def step(observed, rest, batch):
+    def step(observed, rest, batch, real):
         module = nnx.merge(graphdef, observed, rest)
-        run(module, batch)
+        token = _REAL.set(real)
+        try:
+            run(module, batch)
+        finally:
+            _REAL.reset(token)
         return nnx.state(module, Observed)
 
     seen = 0
-    for batch in _batches(tokens, batch_size):
-        observed = step(observed, rest, batch)
-        seen += int(np.prod(batch.shape[:2]))
+    for batch, real in _with_lengths(tokens, lengths, batch_size):
+        observed = step(observed, rest, batch, None if real is None else jnp.asarray(real))
+        seen += int(np.prod(batch.shape[:2]) if real is None else real.sum())
     if not seen:
         raise ValueError("calibration needs sample tokens, got none")
     nnx.update(clone, observed)
@@ -125,6 +163,34 @@ def calibrate(
         for observer in attentions
     )
     return Calibration(absmax=absmax, mean_square=mean_square, cache=ranges, tokens=seen)
+
+
+def _with_lengths(
+    tokens: Any, lengths: Any, batch_size: int
+) -> Iterable[tuple[jax.Array, np.ndarray | None]]:
+    """Batches, and which positions of each are no padding."""
+    batches = _batches(tokens, batch_size)
+    if lengths is None:
+        yield from ((batch, None) for batch in batches)
+        return
+    if hasattr(tokens, "shape"):
+        whole = np.asarray(lengths)
+        if whole.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"calibrate: expected lengths [{tokens.shape[0]}], one a row, found shape "
+                f"{list(whole.shape)}."
+            )
+        lengths = (whole[i : i + batch_size] for i in range(0, len(whole), batch_size))
+    for batch, given in zip(batches, lengths, strict=True):
+        given = np.asarray(given)
+        rows, longest = batch.shape[:2]
+        fits = np.issubdtype(given.dtype, np.integer) and given.shape == (rows,)
+        if not fits or (given < 0).any() or (given > longest).any():
+            raise ValueError(
+                f"calibrate: expected lengths of {rows} whole numbers from 0 to {longest}, found "
+                f"{given.dtype} {given.tolist()}."
+            )
+        yield batch, np.arange(longest)[None, :] < given[:, None]
 
 
 def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:

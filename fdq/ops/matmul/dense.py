@@ -15,13 +15,19 @@ from fdq.ops.weight_view import view_array
 from pallas_kernels.typing import Array, Float
 
 
+def _wider(x: Any, w: Any) -> Any:
+    """The dtype of a product, whatever the user's code is allowed to promote."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(x.dtype, w.dtype)
+
+
 def dense_product(x: Float[Array, "m k"], w: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """`x [M, K] @ w [K, N]` for float arrays, in the wider dtype of the two -> float32.
 
     XLA's CPU backend converts a 16-bit weight to float32 as a whole for one row of x: that is a
     fusion like that of quantized weights instead.
     """
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    dtype = _wider(x, w)
     if x.shape[0] == 1 and dtype.itemsize == 2 and trace_target().platform == "cpu":
         return _sixteen_bit_row(x.astype(dtype), w.astype(dtype))
     return exact_dot(x.astype(dtype), w.astype(dtype))
@@ -52,7 +58,7 @@ def transposed_matmul(
     One row of 16-bit floats is padded to two on CPU, where XLA would otherwise convert the whole
     weight to float32 first. `out_dtype` is that of x by default.
     """
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    dtype = _wider(x, w)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
 
     def product(x, w):

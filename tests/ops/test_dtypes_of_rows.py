@@ -1,0 +1,51 @@
+"""Rows of every dtype times weights of every format: what is computed, and what comes out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fdq
+from fdq import ops
+from fdq.formats.qtensor import dequantize
+from tests.closeness import error
+from tests.formats.cases import PRODUCTS, quantized
+
+WIDE = ("float32", "bfloat16", "float16")
+COUNTED = ("int8", "uint8", "int32", "bool", "float8_e4m3fn", "float8_e5m2")
+
+
+def rows(dtype, rng):
+    values = rng.standard_normal((2, 256)) * 3
+    if dtype in ("uint8", "bool"):
+        values = np.abs(values)
+    return values.astype(getattr(ml_dtypes, dtype, dtype))
+
+
+@functools.cache
+def products():
+    def run(xs, q):
+        with ops.forced_program("whole"):
+            return {dtype: fdq.matmul(x, q) for dtype, x in xs.items()}
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, "array"])
+def test_every_dtype_of_rows(name, rng):
+    q = dequantize(quantized("int8")) if name == "array" else quantized(name)
+    w = np.asarray(q if name == "array" else dequantize(q), np.float64)
+    xs = {dtype: rows(dtype, rng) for dtype in (*WIDE, *COUNTED)}
+    for dtype, y in products()(xs, q).items():
+        expected = xs[dtype].astype(np.float64) @ w
+        assert np.abs(expected).max() > 0
+        if name == "array":  # of an array the wider dtype of the two
+            assert y.dtype == (dtype if dtype in WIDE else "float32")
+        assert y.dtype == (jnp.dtype(dtype) if dtype in WIDE else jnp.float32)
+        limit = {"bfloat16": 4e-3, "float16": 5e-4}.get(dtype, 1e-6)
+        assert error(y, expected) < limit, dtype
+    with pytest.raises(TypeError, match="complex"):
+        fdq.matmul(jnp.ones((2, 256), jnp.complex64), q)
