@@ -120,7 +120,7 @@ class Job:
                 return self._quantized(tensor, *found)
         value = self.source.read(tensor.path)
         if not isinstance(tensor.value, QTensor):
-            return _cast(np.asarray(value), tensor)
+            return _cast(np.asarray(value), tensor.value.dtype, tensor.path)
         if not isinstance(value, QTensor) or value.spec != tensor.value.spec:
             raise CheckpointError(
                 f"{dotted(tensor.path)}: read as {value!r:.80}, expected {tensor.value!r:.80}."
@@ -133,6 +133,8 @@ class Job:
 
         def quantized(index: int | None) -> QTensor:
             array = np.asarray(self.source.read(tensor.path, index))
+            if array.dtype == np.float64:  # JAX would cut it to 32 bits, and make infinity of 1e39
+                array = _cast(array, np.float32, tensor.path)
             return assigned.tensor(array, row, paths, inputs=self.inputs, index=index)
 
         if target.ndim == 2:
@@ -157,23 +159,39 @@ def _on_default_device(tensor: Tensor) -> Any:
     return tree_paths.map_arrays(lambda _, array: restore.put(array, None), tensor)
 
 
-def _cast(array: np.ndarray, tensor: Tensor) -> np.ndarray:
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, _FINITE_CHECK_ELEMENTS):
-        piece = flat[start : start + _FINITE_CHECK_ELEMENTS]
-        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(piece).all():
-            position = start + int(np.argmin(np.isfinite(piece)))
-            raise CheckpointError(
-                f"{dotted(tensor.path)}: NaN or infinity, first at "
-                f"{list(map(int, np.unravel_index(position, array.shape)))}. Expected finite "
-                "weights; check the checkpoint that they come from."
-            )
-    result = array.astype(tensor.value.dtype, copy=False)
-    if tensor.value.dtype == jnp.float16 and not np.isfinite(result).all():
+def _cast(array: np.ndarray, dtype: Any, path: Path) -> np.ndarray:
+    """The array in another dtype; CheckpointError unless it is finite before and after."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return array.astype(dtype, copy=False)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
         raise CheckpointError(
-            f"{dotted(tensor.path)}: values beyond the range of float16. Use dtype='bfloat16'."
+            f"{dotted(path)}: stored as {array.dtype}, expected floats. Integers are codes whose "
+            "scales are elsewhere; use the float original."
+        )
+    if (position := _not_finite(array)) is not None:
+        raise CheckpointError(
+            f"{dotted(path)}: NaN or infinity, first at {position}. Expected finite weights; "
+            "check the checkpoint that they come from."
+        )
+    with np.errstate(over="ignore"):  # looked for below
+        result = array.astype(dtype, copy=False)
+    if result is not array and (position := _not_finite(result)) is not None:
+        wider = "bfloat16" if dtype == jnp.float16 else "float32"
+        raise CheckpointError(
+            f"{dotted(path)}: {array[tuple(position)]} at {position} is beyond the range of "
+            f"{jnp.dtype(dtype).name}. Use dtype='{wider}'."
         )
     return result
+
+
+def _not_finite(array: np.ndarray) -> list[int] | None:
+    """Where the first NaN or infinity is; looks at a piece at a time, for its memory."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _FINITE_CHECK_ELEMENTS):
+        finite = np.isfinite(flat[start : start + _FINITE_CHECK_ELEMENTS])
+        if not finite.all():
+            return list(map(int, np.unravel_index(start + int(np.argmin(finite)), array.shape)))
+    return None
 
 
 def _float_bytes(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 MODELS = pathlib.Path(__file__).parent.parent / "oracles" / "models"
 
 NAMES = {
+    np.dtype(np.float64): "F64",
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",

@@ -2,8 +2,9 @@
 
 import dataclasses
 import fnmatch
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,20 +37,19 @@ class Source:
     layout: Layout
 
     def read(self, directory: SourceDirectory, expert: int | None = None) -> np.ndarray:
-        """The target, or one expert of it, in the stored dtype; holds one source tensor besides."""
+        """The target, or one expert of it, exactly as stored; holds one source tensor besides.
+
+        Parts may be stored in several dtypes: the result's holds every value of all of them.
+        """
+        dtype = _exact_dtype(directory.tensors[name].dtype for part in self.parts for name in part)
         if self.stacked and expert is None:
-            result = None
+            result = np.empty(self.shape, dtype)
             for index in range(len(self.parts)):
-                one = self.read(directory, index)
-                if result is None:
-                    result = np.empty((len(self.parts), *one.shape), one.dtype)
-                result[index] = one
-            assert result is not None
+                result[index] = self.read(directory, index)
             return result
         names = self.parts[expert or 0]
         if len(names) == 1:
-            return _laid_out(directory.read(names[0]), self.layout)
-        dtype = directory.tensors[names[0]].dtype
+            return _laid_out(directory.read(names[0]), self.layout).astype(dtype, copy=False)
         result = np.empty(self.shape[1:] if self.stacked else self.shape, dtype)
         start = 0
         for name in names:
@@ -57,6 +57,18 @@ class Source:
             result[..., start : start + part.shape[-1]] = part
             start += part.shape[-1]
         return result
+
+
+def _exact_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds every value of some float dtypes: float32 of two of 16 bits.
+
+    By NumPy and in pairs: JAX has no float64 unless `jax_enable_x64` is on, and NumPy no pair of
+    bfloat16 and float16.
+    """
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return kinds.pop()
+    return functools.reduce(np.promote_types, kinds, np.dtype(np.float32))
 
 
 def _laid_out(array: np.ndarray, layout: Layout) -> np.ndarray:
@@ -110,12 +122,16 @@ def sources(
 def check_tied_head(directory: SourceDirectory, head: str, embedding: str) -> None:
     """A head in the file of a model that ties it to the embedding must be equal to it."""
     a, b = directory.tensors[head], directory.tensors[embedding]
-    same = a.shape == b.shape and a.dtype == b.dtype
+    same = a.shape == b.shape
     if same:
+        dtype = _exact_dtype((a.dtype, b.dtype))
         rows = max(1, _COMPARE_ROWS_BYTES // max(1, a.nbytes // a.shape[0]))
         for start in range(0, a.shape[0], rows):
             stop = min(start + rows, a.shape[0])
-            one, other = (directory.read_rows(x, start, stop) for x in (head, embedding))
+            one, other = (
+                directory.read_rows(x, start, stop).astype(dtype, copy=False)
+                for x in (head, embedding)
+            )
             same &= np.array_equal(one.view(np.uint8), other.view(np.uint8))
     if not same:
         raise CheckpointError(
@@ -159,6 +175,6 @@ def _check_parts(
         if not jnp.issubdtype(info.dtype, jnp.floating) or info.dtype.itemsize < 2:
             raise CheckpointError(
                 f"{directory.file_name(name)}: tensor {shown(name)} is {info.dtype}, expected "
-                "16- or 32-bit floats. Already quantized checkpoints are not read here; use the "
-                "original release."
+                "floats of 16 bits or more. Already quantized checkpoints are not read here; use "
+                "the original release."
             )
