@@ -30,6 +30,8 @@ def load(
     calibration: Any = None,
     method: str | None = None,
     compat: str | None = None,
+    config: Any = None,
+    subtree: str | None = None,
     verify: bool = True,
     verbose: bool = False,
     prepare: bool = True,
@@ -38,21 +40,25 @@ def load(
     """Loads a checkpoint, quantizing it on the way if a scheme is given.
 
     Args:
-      path: a directory: a float model as Hugging Face or Paddle publish it, or an fdq checkpoint.
-      scheme: anything that `fdq.quantize` takes. From a float directory each tensor is
-        quantized as it is read, so that the float model is never in memory as a whole.
+      path: a directory: a float model as Hugging Face or Paddle publish it, an fdq checkpoint, or
+        an Orbax checkpoint of yours (see `convert`).
+      scheme: anything that `fdq.quantize` takes. Each tensor is quantized as it is read, so that
+        the float model is never in memory as a whole.
       dtype: `"float32"`, `"bfloat16"` or `"float16"` of a model's activations and of its
         parameters that are not quantized; by default the checkpoint's.
       sharding: where arrays go: one `jax.sharding.Sharding`, a mapping from dotted array paths
         (`layers.0.mlp.down_proj.kernel.codes`), or a function of that path and a
         `jax.ShapeDtypeStruct`. By default the default device.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
-        (abstract or not, quantized or not). Without one these come back as nested dicts.
+        (abstract or not, in an fdq checkpoint quantized or not). Without one these come back as
+        nested dicts.
       calibration: statistics for quantizers that use them and for static scales: what
         `fdq.calibrate` returned, or sample tokens `[batch, length]` to calibrate with; with tokens
         the float model is in memory as a whole while it runs over them.
       method: what chooses the codes, as in `fdq.quantize`.
       compat: as in `fdq.quantize`.
+      config: as in `convert`.
+      subtree: as in `convert`.
       verify: compare checksums of fdq checkpoints.
       verbose: prints what was quantized, and what was left and why.
       prepare: put quantized weights of a model into the layout that its device wants
@@ -60,8 +66,8 @@ def load(
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:
-      An `fdq.models.Decoder`; or for an fdq checkpoint of something else, the template filled,
-      or nested dicts of arrays and QTensors.
+      An `fdq.models.Decoder`; or for a checkpoint of something else, the template filled, or
+      nested dicts of arrays and QTensors.
 
     Raises:
       FileNotFoundError: `path` does not exist.
@@ -84,6 +90,8 @@ def load(
         calibration=calibration,
         method=method,
         compat=compat,
+        config=config,
+        subtree=subtree,
         verify=verify,
         verbose=verbose,
         progress=progress,
@@ -116,15 +124,19 @@ def convert(
     Args:
       src: a directory: Hugging Face or Paddle (a model comes out), an fdq checkpoint of floats, or
         an Orbax checkpoint of yours, written by either of its APIs from an NNX state, Linen
-        params or any tree (a tree comes out, in which lists have become dicts).
+        params or any tree (a tree comes out, in which lists have become dicts). Of the directory
+        of a CheckpointManager, the last step is taken; the trees of a step that has several are
+        below their names.
       dst: the directory to make.
       scheme: anything that `fdq.quantize` takes; None keeps the floats.
       dtype: of a model's tensors that are not quantized; by default that of the source.
       method: what chooses the codes, as in `fdq.quantize`.
       compat: as in `fdq.quantize`.
       calibration: as in `load`.
-      config: a `fdq.models.DecoderConfig`: makes a model of an Orbax checkpoint of its tree.
-      subtree: of an Orbax checkpoint, convert only what is below this dotted path (`params`).
+      config: makes a model of an Orbax checkpoint of an fdq model's tree: its
+        `fdq.models.DecoderConfig`, what its config.json holds, or the path of config.json or of
+        its directory, whose tokenizer is then copied.
+      subtree: of an Orbax checkpoint, only what is below this dotted path (`params`).
       overwrite: replace an fdq checkpoint at `dst`.
       verbose: prints what was quantized, and what was left and why.
       progress: called after each tensor with (bytes done, bytes in all, path).

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from fdq import models
 from fdq.schemes.recipe import Recipe
 from fdq_checkpoints import saving, stream, tree_paths
 from fdq_checkpoints.inspection import Inspection, inspect
@@ -36,7 +35,7 @@ def convert(
     method: str | None = None,
     compat: str | None = None,
     calibration: Any = None,
-    config: models.DecoderConfig | None = None,
+    config: Any = None,
     subtree: str | None = None,
     overwrite: bool = False,
     verbose: bool = False,
@@ -68,14 +67,13 @@ def convert(
             written, resumed = _write(made, folder, key, total, progress)
             # A model keeps its own record, also of what was quantized before.
             record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
-            source_name = pathlib.Path(src).resolve().name
             saving.write_manifest(
                 folder,
                 [written[tensor.path] for tensor in tensors],
                 scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
                 config=source.config,
                 files=source.companions(),
-                provenance={"source": source_name, "recipe": record, **options},
+                provenance={"source": source.name, "recipe": record, **options},
             )
             if resumed:
                 # What the killed process wrote was never looked at again.

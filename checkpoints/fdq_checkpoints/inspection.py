@@ -10,7 +10,7 @@ from fdq.formats.qtensor import QTensor
 from fdq.text_table import aligned
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.readers.source_directory import SourceDirectory
-from fdq_checkpoints.sources import importer_of
+from fdq_checkpoints.sources import importer_of, open_source
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import bytes_in
@@ -112,20 +112,23 @@ class Inspection:
         return "\n".join([self.path, "", head, "-" * len(head), *lines, "", total])
 
 
-def inspect(path: str | os.PathLike[str], *, verify: bool = False) -> Inspection:
-    """The table of an fdq checkpoint, or of a float model's directory.
+def inspect(
+    path: str | os.PathLike[str], *, verify: bool = False, subtree: str | None = None
+) -> Inspection:
+    """The table of an fdq checkpoint, or of any other that fdq reads.
 
     Args:
       path: the directory.
       verify: read all data and compare the checksums.
+      subtree: of an Orbax checkpoint, only what is below this dotted path.
 
     Raises:
       FileNotFoundError: no such directory.
       CheckpointError: it is damaged, or no checkpoint.
     """
     folder = pathlib.Path(path)
-    if not os.path.lexists(folder / manifests.FILE_NAME):
-        return _inspect_floats(folder)
+    if subtree is not None or not os.path.lexists(folder / manifests.FILE_NAME):
+        return _inspect_source(folder, subtree)
     stored = StoredTensors(folder)
     if verify:
         stored.verify()
@@ -151,12 +154,13 @@ def verify(path: str | os.PathLike[str]) -> None:
     StoredTensors(folder).verify()
 
 
-def _inspect_floats(folder: pathlib.Path) -> Inspection:
+def _inspect_source(folder: pathlib.Path, subtree: str | None) -> Inspection:
     importer = importer_of(folder)
-    if importer is not FLOAT_MODELS:
-        with importer.open(folder) as source:
+    if importer is not FLOAT_MODELS or subtree is not None:
+        with open_source(folder, subtree=subtree) as source:
             rows = tuple(_row(tensor) for tensor in tree_paths.flatten(source.tree))
-        return Inspection(str(folder), importer.name, None, rows, bytes_in(folder))
+            path = source.folder
+        return Inspection(str(path), importer.name, None, rows, bytes_in(path))
     with SourceDirectory(folder) as directory:
         rows = tuple(
             Row(info.name, info.dtype.name, False, info.shape, info.nbytes)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq import models
-from fdq.cache.kv_cache import abstract_scales
 from fdq.calibration.observation import calibrate
 from fdq.decoding import special_tokens
 from fdq.formats.qtensor import QTensor
@@ -19,11 +18,13 @@ from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
 from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
-from fdq_checkpoints.sources import open_source
+from fdq_checkpoints.sources import open_source, tree_view
+from fdq_checkpoints.sources.stored_tree import StoredTree
 from fdq_checkpoints.store import manifest as manifests
-from fdq_checkpoints.store import orbax_store, restore
+from fdq_checkpoints.store import restore
 from fdq_checkpoints.store.manifest import Manifest, TensorEntry
 from fdq_checkpoints.store.restore import Shardings, StoredTensors
+from fdq_checkpoints.store.stored_model import abstract_model
 from fdq_checkpoints.tree_paths import array_path, dotted
 
 
@@ -37,6 +38,8 @@ def load(
     calibration: Any = None,
     method: str | None = None,
     compat: str | None = None,
+    config: Any = None,
+    subtree: str | None = None,
     verify: bool = True,
     verbose: bool = False,
     progress: stream.Progress | None = None,
@@ -45,28 +48,20 @@ def load(
     stream.check_dtype(dtype)
     folder = pathlib.Path(path)
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
-    if os.path.lexists(folder / manifests.FILE_NAME):
-        stored = StoredTensors(folder)
-        obj = _load_stored(stored, sharding, template, dtype, verify)
+    is_stored = os.path.lexists(folder / manifests.FILE_NAME)
+    if is_stored and config is None and subtree is None:
+        sharded = None if template is None else _template_shardings(template)
         if scheme is None:
-            return obj
-        if any(entry.spec is not None for entry in stored.manifest.tensors):
-            raise CheckpointError(
-                f"{folder}: quantized already ({stored.manifest.scheme}). Load it without a "
-                "scheme, or convert the original again."
-            )
-        if calibration is not None and not stream.is_statistics(calibration):
-            options["calibration"] = calibrate(obj, calibration)
-        return quantize(obj, scheme, verbose=verbose, **options)
-    if template is not None:
-        raise CheckpointError(f"{folder}: a template is for fdq checkpoints; there is no fdq.json.")
+            return _load_stored(StoredTensors(folder), sharding, template, dtype, verify)
+        if sharding is None and sharded is not None:
+            # Quantized on the devices of the template's shards, of which none holds it as a whole.
+            stored = StoredTree(folder, verify=verify)  # refuses what is quantized
+            loaded = _load_stored(stored.tensors, None, template, dtype, verify)
+            if calibration is not None and not stream.is_statistics(calibration):
+                options["calibration"] = calibrate(loaded, calibration)
+            return quantize(loaded, scheme, verbose=verbose, **options)
     if folder.name.endswith(".fdq-tmp"):
         raise CheckpointError(f"{folder}: unfinished; convert or save again.")
-    if orbax_store.is_orbax(folder):
-        raise CheckpointError(
-            f"{folder}: an Orbax checkpoint without fdq.json. Restore it with Orbax, or make an "
-            "fdq checkpoint of it with `fdq convert`."
-        )
 
     def place(tensor: tree_paths.Tensor) -> Any:
         def put(path: tree_paths.Path, array: Any) -> Any:
@@ -74,8 +69,13 @@ def load(
 
         return tree_paths.map_arrays(put, tensor)
 
-    with open_source(folder, dtype=dtype) as source:
-        stops = _stop_tokens(folder)
+    with open_source(folder, dtype=dtype, config=config, subtree=subtree) as source:
+        text_folder = next((file.parent for file in source.companions()), folder)
+        stops = _stop_tokens(text_folder)
+        if isinstance(source, StoredTree):
+            source.verify = verify
+        if template is not None:
+            source.tree = tree_view.as_template(source.tree, template, folder)
         job = stream.Job.of(source, scheme, progress=progress, place=place, **options)
         if verbose and job.assigned is not None:
             print(job.assigned.table.summary())
@@ -84,10 +84,10 @@ def load(
             sharding, ((t.path, tree_paths.arrays_of(t.value)) for t in tensors)
         )
         values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
-        model = tree_paths.fill(job.tree, values)
-    if isinstance(model, models.Decoder):
-        _set_text(model, folder, stops)
-    return model
+        loaded = tree_paths.fill(job.tree, values)
+    if isinstance(loaded, models.Decoder):
+        _set_text(loaded, text_folder, stops)
+    return loaded
 
 
 def _load_stored(
@@ -103,16 +103,8 @@ def _load_stored(
         if dtype is not None:
             raise CheckpointError(f"{stored.folder}: dtype= is for models, this is a pytree.")
         return tree_paths.nested(stored.restore(sharding, verify=verify))
-    config = stored.config()
     stops = _stop_tokens(stored.folder)
-    try:
-        template = models.abstract(config, dtype)
-        recipe = manifest.provenance.get("recipe")
-        cache = Recipe.from_json(recipe).cache if recipe else None
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{stored.folder}: config or recipe in fdq.json: {error}") from error
-    if any(str(entry.path[-1]).endswith("_cache_scale") for entry in manifest.tensors) and cache:
-        template.set_cache_scales(abstract_scales(template.config, cache))
+    template = abstract_model(stored, dtype)
     target = _like_stored(template, manifest, stored.folder, cast=True)
     values = stored.restore(sharding, verify=verify)
     for tensor in tree_paths.flatten(target):
@@ -174,8 +166,8 @@ def _difference(value: Any, entry: TensorEntry, cast: bool) -> str | None:
     return None
 
 
-def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], Any]:
-    """The shardings that the template's own leaves carry."""
+def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], Any] | None:
+    """The shardings that the template's own leaves carry; None if they carry none."""
     found = {}
     for tensor in tree_paths.flatten(template):
         for name, array in tree_paths.arrays_of(tensor.value).items():
@@ -183,7 +175,7 @@ def _template_shardings(template: Any) -> Callable[[str, jax.ShapeDtypeStruct], 
             mesh = getattr(sharding, "mesh", None)
             if isinstance(mesh, jax.sharding.Mesh):
                 found[dotted(array_path(tensor.path, name))] = sharding
-    return lambda path, _: found.get(path)
+    return (lambda path, _: found.get(path)) if found else None
 
 
 def _stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:

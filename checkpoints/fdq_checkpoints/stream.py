@@ -5,16 +5,20 @@ quantizer and one quantized result are in memory.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from fdq.calibration.observation import calibrate
 from fdq.calibration.statistics import Calibration
 from fdq.formats.qtensor import QTensor
+from fdq.nn.general import Fold
+from fdq.quantizers import modules
 from fdq.quantizers.assigned import Assigned
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.schemes.assignment import Row, path_string
@@ -92,7 +96,7 @@ class Job:
         CheckpointError if one holds NaN or infinity, or needs calibration.
         """
         tensors = tree_paths.flatten(self.tree)
-        stored = {tensor.path for tensor in tree_paths.flatten(self.source.tree)}
+        stored = self._stored
         total, done = sum(map(_float_bytes, tensors)), 0
         for tensor in tensors:
             done += _float_bytes(tensor)
@@ -113,6 +117,22 @@ class Job:
             if progress is not None:
                 progress(done, total, dotted(tensor.path))
 
+    @functools.cached_property
+    def _stored(self) -> dict[Path, Any]:
+        return {tensor.path: tensor.value for tensor in tree_paths.flatten(self.source.tree)}
+
+    @functools.cached_property
+    def _folds(self) -> dict[str, Fold]:
+        """How layers of somebody's module see their kernels as matrices."""
+        if not isinstance(self.source.tree, nnx.Module):
+            return {}
+        return {
+            use.path: role.fold
+            for tensor in modules.collect(self.source.tree)
+            for use in tensor.uses
+            if isinstance(role := modules.role_of(use), modules.Role)
+        }
+
     def _made(self, tensor: Tensor) -> Any:
         if self.assigned is not None and isinstance(tensor.value, QTensor):
             found = self.assigned.rows.get(path_string(tensor.path))
@@ -120,6 +140,8 @@ class Job:
                 return self._quantized(tensor, *found)
         value = self.source.read(tensor.path)
         if not isinstance(tensor.value, QTensor):
+            if jnp.issubdtype(tensor.value.dtype, jax.dtypes.extended):
+                return value  # a PRNG key
             return _cast(np.asarray(value), tensor.value.dtype, tensor.path)
         if not isinstance(value, QTensor) or value.spec != tensor.value.spec:
             raise CheckpointError(
@@ -137,6 +159,12 @@ class Job:
                 array = _cast(array, np.float32, tensor.path)
             return assigned.tensor(array, row, paths, inputs=self.inputs, index=index)
 
+        if tuple(self._stored[tensor.path].shape) != tuple(target.shape):
+            # What multiplies it sees it with its axes folded, so it has no slices to go by.
+            whole = self.source.read(tensor.path)
+            fold = self._folds.get(path_string(tensor.path))
+            folded = whole if fold is None else fold(whole)
+            return assigned.tensor(folded, row, paths, inputs=self.inputs)
         if target.ndim == 2:
             return quantized(None)
         arrays: dict[str, np.ndarray] = {}

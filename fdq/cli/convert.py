@@ -41,6 +41,14 @@ def run(
         typer.Option("--calibration", help="Statistics that Calibration.save wrote, in its place."),
     ] = None,
     dtype: console.Dtype = None,
+    subtree: Annotated[
+        str | None,
+        typer.Option(help="Of an Orbax checkpoint, only what is below this path, such as params."),
+    ] = None,
+    config: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="config.json (or its directory) of the model whose tree Orbax holds."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an fdq checkpoint at DST.")
     ] = False,
@@ -73,7 +81,7 @@ def run(
     if calibration_text is not None:
         with console.err.status("Calibrating ..."):
             calibration = calibrated(source, calibration_text)
-    before = inspect(source)
+    before = inspect(source, subtree=subtree)
     start = time.perf_counter()
     printed = io.StringIO()
     with console.progress("Converting", quiet=json) as update, contextlib.redirect_stdout(printed):
@@ -85,6 +93,8 @@ def run(
             method=method,
             compat=compat,
             calibration=calibration,
+            config=config,
+            subtree=subtree,
             overwrite=overwrite,
             verbose=True,
             progress=update,

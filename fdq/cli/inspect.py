@@ -16,6 +16,10 @@ def run(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all data and compare every checksum.")
     ] = False,
+    subtree: Annotated[
+        str | None,
+        typer.Option(help="Of an Orbax checkpoint, only what is below this path, such as params."),
+    ] = None,
     json: console.Json = False,
     debug: console.Debug = False,
 ) -> None:
@@ -23,7 +27,7 @@ def run(
     from fdq_checkpoints import CheckpointError, inspect
 
     console.checkpoint_directory(directory)
-    result = inspect(directory)
+    result = inspect(directory, subtree=subtree)
     problem = None
     if verify:
         try:

@@ -8,10 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp0
 import pytest
-from flax import linen, nnx
-from orbax.checkpoint import v1 as ocp1
 
 from fdq.quantizers.quantization import quantize
 from fdq_checkpoints import CheckpointError, convert, load, save
@@ -102,97 +99,6 @@ def test_errors_leave_nothing(tmp_path):
     with pytest.raises(FileExistsError):
         convert(SOURCE, tmp_path / "there", "W8A16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.up = nnx.Linear(16, 32, rngs=rngs)
-        self.norm = nnx.RMSNorm(32, rngs=rngs)
-        self.steps = nnx.Variable(jnp.int32(3))
-
-
-class Dense(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        return linen.Dense(8)(linen.relu(linen.Dense(32)(x)))
-
-
-def nnx_state():
-    return nnx.state(Block(nnx.Rngs(0)))
-
-
-def nnx_dict():
-    return nnx.to_pure_dict(nnx_state())
-
-
-def linen_params():
-    return Dense().init(jax.random.key(0), jnp.zeros((1, 16)))
-
-
-def with_lists():
-    return {"layers": [{"w": jnp.ones((4, 2))}, {"w": jnp.full((4, 2), 3.0)}], "n": np.arange(3)}
-
-
-def write_v0(tree, path):
-    with ocp0.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-
-
-def write_v0_pytree(tree, path):
-    ocp0.PyTreeCheckpointer().save(path, tree)
-
-
-def write_v1(tree, path):
-    ocp1.save(path, tree)
-
-
-def as_dict(tree):
-    if isinstance(tree, nnx.State):
-        return nnx.to_pure_dict(tree)
-    if isinstance(tree.get("layers"), list):
-        return tree | {"layers": dict(zip("01", tree["layers"], strict=True))}
-    return tree
-
-
-@pytest.mark.parametrize("write", [write_v0, slow(write_v0_pytree), write_v1])
-@pytest.mark.parametrize("make", [nnx_state, slow(nnx_dict), linen_params, with_lists])
-def test_a_float_orbax_checkpoint_of_any_api(tmp_path, make, write):
-    tree = make()
-    write(tree, tmp_path / "float")
-    table = convert(tmp_path / "float", tmp_path / "out", "W8A16")
-    assert any(row.quantized for row in table.rows)
-    assert_same(quantize(as_dict(tree), "W8A16"), load(tmp_path / "out"))
-    with pytest.raises(CheckpointError, match="an Orbax checkpoint without"):
-        load(tmp_path / "float")
-
-
-def test_steps_and_subtrees(tmp_path):
-    state = {"params": linen_params()["params"], "opt_state": {"kernel": jnp.ones((4, 4))}}
-    with ocp0.CheckpointManager(tmp_path / "run") as manager:
-        manager.save(7, args=ocp0.args.StandardSave(state))
-    with pytest.raises(CheckpointError, match="holds steps 7"):
-        convert(tmp_path / "run", tmp_path / "out", "W8A16")
-    source = tmp_path / "run" / "7"
-    convert(source, tmp_path / "out", "W8A16", subtree="params")
-    assert_same(quantize(state["params"], "W8A16"), load(tmp_path / "out"))
-    with pytest.raises(
-        CheckpointError, match="nothing below 'parms'; the tree has opt_state, para"
-    ):
-        convert(source, tmp_path / "b", "W8A16", subtree="parms")
-
-
-def test_a_decoder_trained_in_jax_becomes_a_model(tmp_path):
-    model = load(builders.MODELS / "qwen3")
-    ocp1.save(tmp_path / "float", nnx.to_pure_dict(nnx.state(model)))
-    convert(tmp_path / "float", tmp_path / "out", "W8A16", config=model.config)
-    assert_same(load(builders.MODELS / "qwen3", "W8A16"), load(tmp_path / "out"))
-    with pytest.raises(CheckpointError, match=r"has no tensor layers\.2"):
-        convert(
-            tmp_path / "float",
-            tmp_path / "b",
-            "W8A16",
-            config=model.config.replace(num_layers=3),
-        )
 
 
 def test_a_saved_float_model_can_be_converted_or_quantized_while_loading(tmp_path):

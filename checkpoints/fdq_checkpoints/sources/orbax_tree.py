@@ -1,18 +1,16 @@
-"""Orbax checkpoints of floats: trees of yours, and what `fdq.save` wrote of floats."""
+"""Orbax checkpoints of floats: trees of yours, written by either of its APIs."""
 
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from fdq import models
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.sources import tree_view
 from fdq_checkpoints.sources.source import Source
-from fdq_checkpoints.store import manifest, orbax_store
-from fdq_checkpoints.store.restore import StoredTensors
-from fdq_checkpoints.tree_paths import Path
+from fdq_checkpoints.store import orbax_store
+from fdq_checkpoints.tree_paths import Path, dotted
 
 
 class OrbaxTree(Source):
@@ -23,59 +21,63 @@ class OrbaxTree(Source):
         folder: pathlib.Path,
         *,
         subtree: str | None = None,
-        config: models.DecoderConfig | None = None,
+        config: Any = None,
         dtype: Any = None,
-        files: tuple[pathlib.Path, ...] = (),
+        name: str | None = None,
     ):
-        self.folder, self._subtree, self._files = folder, subtree, list(files)
+        self.folder, self._subtree, self._name = folder, subtree, name
+        self._files: list[pathlib.Path] = []
         self._reader = orbax_store.TreeReader(folder)
-        prefix = tuple(subtree.split(".")) if subtree else ()
-        stored = {
-            path[len(prefix) :]: path
-            for path in self._reader.metadata
-            if path[: len(prefix)] == prefix and len(path) > len(prefix)
-        }
-        if not stored:
-            tops = sorted({path[0] for path in self._reader.metadata})
-            raise CheckpointError(
-                f"{folder}: nothing below {subtree!r}; the tree has {', '.join(tops)}."
-            )
-        if all(path[-1] == "value" and len(path) > 1 for path in stored):
-            stored = {path[:-1]: full for path, full in stored.items()}
-        self._stored = stored
-        self.tree = tree_paths.nested(
-            {path: self._reader.metadata[full] for path, full in stored.items()}
-        )
+        self._stored = self._arrays_below(subtree)
+        found = {path: self._reader.metadata[full] for path, full in self._stored.items()}
         self._last: tuple[Path, np.ndarray] | None = None
         if config is not None:
-            self._see_as_model(config, dtype)
-        elif dtype is not None:
-            raise CheckpointError(f"{folder}: dtype= is for models; a tree keeps its dtypes.")
+            known, self._files = tree_view.read_config(config)
+            self.tree = tree_view.as_model(found, known, dtype, folder)
+            self.config = self.tree.config
+            return
+        if dtype is not None:
+            raise CheckpointError(
+                f"{folder}: dtype= is for models, and a tree keeps its dtypes. Give the model's "
+                "config, or leave dtype out."
+            )
+        self.tree = tree_paths.nested(found)
 
-    def _see_as_model(self, config: models.DecoderConfig, dtype: Any) -> None:
-        model = models.abstract(config, dtype)
-        found = {tensor.path: tensor.value.shape for tensor in tree_paths.flatten(self.tree)}
-        expected = {tensor.path: tensor.value.shape for tensor in tree_paths.flatten(model)}
-        tree_paths.check_same_paths(expected=expected, found=found, what=str(self.folder))
-        for path, shape in expected.items():
-            if found[path] != shape:
-                raise CheckpointError(
-                    f"{self.folder}: {tree_paths.dotted(path)} has shape {found[path]}, expected "
-                    f"{shape} from the config."
-                )
-        self.tree, self.config = model, model.config
+    def _arrays_below(self, subtree: str | None) -> dict[Path, Path]:
+        metadata, others = self._reader.metadata, self._reader.others
+        found = tree_view.below([*metadata, *others], subtree, self.folder)
+        if strange := [path for path in found.values() if path in others]:
+            tops = ", ".join(sorted({path[0] for path in metadata}))
+            raise CheckpointError(
+                f"{self.folder}: {dotted(strange[0])} is a {others[strange[0]]}, no array. Choose "
+                f"a part of the tree with subtree= (--subtree): {tops}."
+            )
+        if all(path[-1] == "value" and len(path) > 1 for path in found):
+            return {path[:-1]: full for path, full in found.items()}
+        return found
 
     def read(self, path: Path, index: int | None = None) -> np.ndarray:
         """The tensor at `path`, or `tensor[index]` (the tensor is kept for the next index)."""
+        if index is None:
+            self._last = None
+            return self._read(path)
         if self._last is None or self._last[0] != path:
             self._last = None
-            full = self._stored[path]
-            self._last = (path, self._reader.read([full])[full])
-        return self._last[1] if index is None else self._last[1][index]
+            self._last = (path, self._read(path))
+        return self._last[1][index]
+
+    def _read(self, path: Path) -> np.ndarray:
+        full = self._stored[path]
+        return self._reader.read([full])[full]
 
     def companions(self) -> list[pathlib.Path]:
-        """The files of an fdq checkpoint."""
+        """What is beside the config that was given as a file."""
         return self._files
+
+    @property
+    def name(self) -> str:
+        """With its run, where it is a step of one."""
+        return self._name or super().name
 
     @property
     def state(self) -> list[Any]:
@@ -94,36 +96,11 @@ class OrbaxTrees:
         return orbax_store.is_orbax(folder) or bool(orbax_store.steps(folder))
 
     def open(self, folder: pathlib.Path, **options: Any) -> OrbaxTree:
-        """Reads the metadata; options as of `OrbaxTree`."""
-        if not orbax_store.is_orbax(folder):
-            raise CheckpointError(
-                f"{folder}: holds steps {', '.join(orbax_store.steps(folder)[-5:])}. Give the "
-                "directory of one of them."
-            )
-        return OrbaxTree(folder, **options)
+        """Reads the metadata, of the last step where there are several; options of `OrbaxTree`."""
+        if orbax_store.is_orbax(folder):
+            return OrbaxTree(folder, **options)
+        last = folder / orbax_store.steps(folder)[-1]
+        return OrbaxTree(last, name=f"{folder.resolve().name}/{last.name}", **options)
 
 
-class StoredFloats:
-    """What `fdq.save` wrote, where it is not quantized."""
-
-    name = "fdq checkpoint"
-    takes_trees = True
-
-    def claims(self, folder: pathlib.Path) -> bool:
-        """Has fdq.json."""
-        return os.path.lexists(folder / manifest.FILE_NAME)
-
-    def open(self, folder: pathlib.Path, **options: Any) -> OrbaxTree:
-        """Reads the manifest; CheckpointError if anything is quantized."""
-        stored = StoredTensors(folder)
-        if any(entry.spec is not None for entry in stored.manifest.tensors):
-            raise CheckpointError(
-                f"{folder}: quantized already ({stored.manifest.scheme}). Convert the original."
-            )
-        if stored.manifest.config is not None:
-            options["config"] = stored.config()
-        files = tuple(folder / name for name in stored.manifest.files)
-        return OrbaxTree(folder / manifest.WEIGHTS, files=files, **options)
-
-
-ORBAX_TREES, STORED_FLOATS = OrbaxTrees(), StoredFloats()
+ORBAX_TREES = OrbaxTrees()

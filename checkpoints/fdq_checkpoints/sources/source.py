@@ -29,6 +29,11 @@ class Source(abc.ABC):
     def read(self, path: Path, index: int | None = None) -> np.ndarray | QTensor:
         """The tensor at `path` as it is stored, or `tensor[index]` of a stack."""
 
+    @property
+    def name(self) -> str:
+        """What to call it in the provenance of what is made of it."""
+        return self.folder.resolve().name
+
     def companions(self) -> list[pathlib.Path]:
         """Files to copy beside the converted weights, such as tokenizer.json."""
         return []
@@ -88,7 +93,7 @@ def open_source(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    config: models.DecoderConfig | None = None,
+    config: Any = None,
     subtree: str | None = None,
 ) -> Source:
     """Opens a directory by whichever importer claims it; arguments as of `fdq.convert`."""

@@ -9,6 +9,7 @@ batches (`ocp.partial`).
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ MAX_BATCHES = 64
 MIN_BATCH_BYTES = 256 * 2**20
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax renames what is complete
+_TREE, _CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"  # what it writes beside either
 
 # What Orbax and its parsers raise on a damaged directory: it documents none, these were seen.
 _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError)
@@ -112,28 +114,41 @@ def _partial(path: pathlib.Path) -> pathlib.Path:
 def is_orbax(path: str | os.PathLike[str]) -> bool:
     """Whether the directory is one that Orbax wrote, with any of its APIs."""
     folder = pathlib.Path(path)
-    if not folder.is_dir():
-        return False
-    names = {entry.name for entry in folder.iterdir()}
-    return bool(names & {"_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint"})
+    return folder.is_dir() and any(
+        (folder / name).exists() for name in (_CHECKPOINT, _TREE, "orbax.checkpoint")
+    )
 
 
 class TreeReader:
-    """Reads arrays of one tree; shapes and dtypes (`metadata`) it looks at once."""
+    """Reads arrays of one checkpoint; shapes and dtypes (`metadata`) it looks at once.
+
+    Where a checkpoint has several trees (items of a CheckpointManager, checkpointables), their
+    names lead the paths. Numbers are arrays without axes; what is neither is in `others`, by path
+    the name of its type.
+    """
 
     def __init__(self, path: pathlib.Path):
         self._path = path.absolute()
         if not self._path.is_dir():
             raise CheckpointError(f"{path}: missing, or not a directory.")
-        with _reading(self._path):
-            tree = ocp.metadata(str(self._path)).metadata
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(tree)
+        self._path, items = _items(self._path)
+        self._trees: list[tuple[str | None, list[tree_paths.Path], list[Any], Any]] = []
         self.metadata: dict[tree_paths.Path, jax.ShapeDtypeStruct] = {}
-        for entries, leaf in leaves:
-            name = tree_paths.path_of(entries)
-            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-                raise CheckpointError(f"{path}: {tree_paths.dotted(name)} is not an array.")
-            self.metadata[name] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+        self.others: dict[tree_paths.Path, str] = {}
+        for item in items:
+            with _reading(self._path):
+                tree = ocp.metadata(str(self._path), checkpointable_name=item).metadata
+            leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+            prefix = (str(item),) if len(items) > 1 else ()
+            names = [(*prefix, *tree_paths.path_of(entries)) for entries, _ in leaves]
+            self._trees.append((item, names, [leaf for _, leaf in leaves], structure))
+            for name, (_, leaf) in zip(names, leaves, strict=True):
+                if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+                    self.metadata[name] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+                elif isinstance(leaf, bool | int | float):
+                    self.metadata[name] = jax.ShapeDtypeStruct((), np.asarray(leaf).dtype)
+                else:
+                    self.others[name] = type(leaf).__name__
 
     def read(self, names: Iterable[tree_paths.Path]) -> dict[tree_paths.Path, np.ndarray]:
         """Some arrays, on the host, in exactly their stored dtype and shape."""
@@ -141,29 +156,50 @@ class TreeReader:
         if unknown := wanted - self.metadata.keys():
             name = tree_paths.dotted(min(unknown))
             raise CheckpointError(f"{self._path}: there is no stored array {name}.")
-        if not wanted:
-            return {}
-        # A broadcast zero has the shape and the dtype without the memory.
-        targets = [
-            np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-            if name in wanted
-            else ocp.PLACEHOLDER
-            for name, leaf in self.metadata.items()
-        ]
-        with _reading(self._path):
-            tree = ocp.load(str(self._path), jax.tree.unflatten(self._structure, targets))
-        loaded = jax.tree.leaves(tree)
         result = {}
-        for (name, stored), array in zip(self.metadata.items(), loaded, strict=True):
-            if name not in wanted:
+        for item, paths, leaves, structure in self._trees:
+            if not wanted.intersection(paths):
                 continue
-            if array.shape != stored.shape or array.dtype != stored.dtype:
-                raise CheckpointError(
-                    f"{self._path}: {tree_paths.dotted(name)} was read as {array.dtype} "
-                    f"{array.shape}, but stored is {stored.dtype} {stored.shape}."
-                )
-            result[name] = np.asarray(array)
+            targets = [
+                self._target(name, leaf) if name in wanted else ocp.PLACEHOLDER
+                for name, leaf in zip(paths, leaves, strict=True)
+            ]
+            with _reading(self._path):
+                template = jax.tree.unflatten(structure, targets)
+                tree = ocp.load(str(self._path), template, checkpointable_name=item)
+            for name, value in zip(paths, jax.tree.leaves(tree), strict=True):
+                if name in wanted:
+                    result[name] = self._checked(name, value)
         return result
+
+    def _target(self, name: tree_paths.Path, leaf: Any) -> Any:
+        """What asks Orbax for a leaf as it is stored."""
+        if isinstance(leaf, bool | int | float):
+            return leaf
+        stored = self.metadata[name]
+        # A broadcast zero has the shape and the dtype without the memory.
+        return np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
+
+    def _checked(self, name: tree_paths.Path, value: Any) -> np.ndarray:
+        array, stored = np.asarray(value), self.metadata[name]
+        if array.shape != stored.shape or array.dtype != stored.dtype:
+            raise CheckpointError(
+                f"{self._path}: {tree_paths.dotted(name)} was read as {array.dtype} "
+                f"{array.shape}, but stored is {stored.dtype} {stored.shape}."
+            )
+        return array
+
+
+def _items(path: pathlib.Path) -> tuple[pathlib.Path, list[str | None]]:
+    """Where Orbax wants to be asked for a tree at `path`, and the names of the trees there.
+
+    A tree without a name is None. `path` may be the directory of one item: its parent is asked.
+    """
+    if (path / _TREE).exists():
+        is_item = not (path / _CHECKPOINT).exists() and (path.parent / _CHECKPOINT).exists()
+        return (path.parent, [path.name]) if is_item else (path, [None])
+    names: list[str | None] = sorted(entry.parent.name for entry in path.glob(f"*/{_TREE}"))
+    return path, names or ["AUTO"]
 
 
 def _context() -> ocp.Context:
@@ -197,8 +233,17 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
 
 
 def steps(path: pathlib.Path) -> list[str]:
-    """Names of the steps that a CheckpointManager keeps in the directory, oldest first."""
+    """Names of the finished steps that a training run keeps in the directory, oldest first.
+
+    They end in a number (`7`, `checkpoint_7`, `step_00000007`).
+    """
     if not path.is_dir():
         return []
-    names = [entry.name for entry in path.iterdir() if entry.name.isdigit() and is_orbax(entry)]
-    return sorted(names, key=int)
+    numbers = {
+        entry.name: int(match[1])
+        for entry in path.iterdir()
+        if (match := re.fullmatch(r"(?:.*[^0-9])?([0-9]+)", entry.name))
+        and _UNFINISHED not in entry.name
+        and is_orbax(entry)
+    }
+    return sorted(numbers, key=lambda name: numbers[name])

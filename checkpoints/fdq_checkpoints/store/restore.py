@@ -54,18 +54,27 @@ class StoredTensors:
         for batch in self._batches():
             stored = self._reader.read(_stored_arrays(batch))
             for entry in batch:
-                arrays = {}
-                for name, array in entry.arrays.items():
-                    path = array_path(entry.path, name)
-                    empty = np.empty(array.shape, jnp.dtype(array.dtype))
-                    arrays[name] = stored.pop(path) if array.nbytes else empty
-                    if verify and manifests.checksum(arrays[name]) != array.crc32:
-                        raise CheckpointError(
-                            f"{self.folder}: {dotted(path)}: the checksum of its data is not the "
-                            "one in fdq.json: the file has been damaged. Copy or convert the "
-                            "checkpoint again."
-                        )
-                yield entry, arrays
+                yield entry, self._arrays(entry, stored, verify)
+
+    def read_one(self, entry: TensorEntry, *, verify: bool = True) -> dict[str, np.ndarray]:
+        """The arrays of one tensor, on the host."""
+        return self._arrays(entry, self._reader.read(_stored_arrays([entry])), verify)
+
+    def _arrays(
+        self, entry: TensorEntry, stored: dict[Path, np.ndarray], verify: bool
+    ) -> dict[str, np.ndarray]:
+        """Takes those of one tensor out of `stored`; adds those that are empty."""
+        arrays = {}
+        for name, array in entry.arrays.items():
+            path = array_path(entry.path, name)
+            empty = np.empty(array.shape, jnp.dtype(array.dtype))
+            arrays[name] = stored.pop(path) if array.nbytes else empty
+            if verify and manifests.checksum(arrays[name]) != array.crc32:
+                raise CheckpointError(
+                    f"{self.folder}: {dotted(path)}: the checksum of its data is not the one in "
+                    "fdq.json: the file has been damaged. Copy or convert the checkpoint again."
+                )
+        return arrays
 
     def restore(self, sharding: Shardings = None, *, verify: bool = True) -> dict[Path, Any]:
         """All tensors on devices, by path: arrays, PRNG keys and QTensors."""
@@ -176,6 +185,8 @@ def put(value: Any, sharding: jax.sharding.Sharding | None) -> Any:
     """
     if isinstance(value, jax.Array) and sharding is None:
         return value
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):  # a PRNG key
+        return jax.device_put(value, sharding)
     host = np.asarray(value)
     if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
         return host

@@ -1,0 +1,112 @@
+"""What `fdq.save` and `fdq.convert` wrote of floats, to be quantized."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from fdq_checkpoints import tree_paths
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.sources import tree_view
+from fdq_checkpoints.sources.source import Source
+from fdq_checkpoints.store import manifest
+from fdq_checkpoints.store.restore import StoredTensors
+from fdq_checkpoints.store.stored_model import abstract_model
+from fdq_checkpoints.tree_paths import Path
+
+
+class StoredTree(Source):
+    """An fdq checkpoint without anything quantized, as a model or nested dicts."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        dtype: Any = None,
+        verify: bool = True,
+        subtree: str | None = None,
+        config: Any = None,
+    ):
+        self.folder, self.verify, self._subtree = folder, verify, subtree
+        self.tensors = stored = StoredTensors(folder)
+        entries = {entry.path: entry for entry in stored.manifest.tensors}
+        paths = tree_view.below(entries, subtree, folder)
+        self._entries = {path: entries[full] for path, full in paths.items()}
+        if any(entry.spec is not None for entry in self._entries.values()):
+            raise CheckpointError(
+                f"{folder}: quantized already ({stored.manifest.scheme}). Load it without a "
+                "scheme, or convert the original again."
+            )
+        self._files = [folder / name for name in stored.manifest.files]
+        self._last: tuple[Path, Any] | None = None
+        found = {path: _abstract(entry) for path, entry in self._entries.items()}
+        if config is not None:
+            known, files = tree_view.read_config(config)
+            self._files = files or self._files
+            self.tree = tree_view.as_model(found, known, dtype, folder)
+            self.config = self.tree.config
+        elif stored.manifest.kind == "model" and subtree is None:
+            self.tree = self._own_model(found, dtype)
+            self.config = self.tree.config
+        elif dtype is not None:
+            raise CheckpointError(f"{folder}: dtype= is for models, this is a pytree.")
+        else:
+            self.tree = tree_paths.nested(found)
+
+    def _own_model(self, found: dict[Path, jax.ShapeDtypeStruct], dtype: Any) -> Any:
+        model = abstract_model(self.tensors, dtype)
+        paths = [tensor.path for tensor in tree_paths.flatten(model)]
+        tree_paths.check_same_paths(expected=paths, found=found, what=str(self.folder))
+        if dtype is not None:
+            return model
+        return tree_paths.fill(model, found)  # in the stored dtypes, whatever the config says
+
+    def read(self, path: Path, index: int | None = None) -> Any:
+        """The tensor at `path`, a PRNG key if it is one; `tensor[index]` keeps the tensor."""
+        if index is None:
+            self._last = None
+            return self._read(path)
+        if self._last is None or self._last[0] != path:
+            self._last = None
+            self._last = (path, self._read(path))
+        return self._last[1][index]
+
+    def _read(self, path: Path) -> Any:
+        entry = self._entries[path]
+        array = self.tensors.read_one(entry, verify=self.verify)["value"]
+        return array if entry.prng is None else jax.random.wrap_key_data(array, impl=entry.prng)
+
+    def companions(self) -> list[pathlib.Path]:
+        """The files beside the weights, or those beside the config that was given as a file."""
+        return self._files
+
+    @property
+    def state(self) -> list[Any]:
+        """The subtree as well."""
+        return [self._subtree, *super().state]
+
+
+def _abstract(entry: manifest.TensorEntry) -> jax.ShapeDtypeStruct:
+    array = entry.abstract()
+    if entry.prng is None:
+        return array
+    return jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=entry.prng), array)
+
+
+class StoredTrees:
+    """Directories with fdq.json."""
+
+    name = "fdq checkpoint"
+    takes_trees = True
+
+    def claims(self, folder: pathlib.Path) -> bool:
+        """Has fdq.json."""
+        return os.path.lexists(folder / manifest.FILE_NAME)
+
+    def open(self, folder: pathlib.Path, **options: Any) -> StoredTree:
+        """Reads the manifest; options as of `StoredTree`."""
+        return StoredTree(folder, **options)
+
+
+STORED_TREES = StoredTrees()

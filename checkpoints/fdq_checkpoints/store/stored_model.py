@@ -1,0 +1,23 @@
+"""The abstract model that an fdq checkpoint says it holds."""
+
+from typing import Any
+
+from fdq import models
+from fdq.cache.kv_cache import abstract_scales
+from fdq.schemes.recipe import Recipe
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.store.restore import StoredTensors
+
+
+def abstract_model(stored: StoredTensors, dtype: Any = None) -> models.Decoder:
+    """The float model of the stored config, with the static scales of a cache if it has some."""
+    config, manifest = stored.config(), stored.manifest
+    try:
+        model = models.abstract(config, dtype)
+        recipe = manifest.provenance.get("recipe")
+        cache = Recipe.from_json(recipe).cache if recipe else None
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{stored.folder}: config or recipe in fdq.json: {error}") from error
+    if any(str(entry.path[-1]).endswith("_cache_scale") for entry in manifest.tensors) and cache:
+        model.set_cache_scales(abstract_scales(model.config, cache))
+    return model
