@@ -171,7 +171,9 @@ def save(
 
     Args:
       obj: an fdq model (loads without anything else), or any `nnx.Module` or pytree (loads into
-        a template, or as nested dicts).
+        a template, or as nested dicts). Modules around a model's layers (`nnx.LoRA`) and whatever
+        else its config does not know are stored beside it: `load(path)` gives the model without
+        them, `load(path, template=model)` all, `load(path + "/adapters")` them alone.
       path: the directory to make. It appears when it is complete, and not before.
       overwrite: replace an fdq checkpoint that is there.
       files: files to put beside the weights, such as tokenizer.json.
@@ -179,7 +181,8 @@ def save(
 
     Raises:
       FileExistsError: `path` exists.
-      fdq_checkpoints.CheckpointError: a leaf is not an array, or the disk is too small.
+      fdq_checkpoints.CheckpointError: a leaf is not an array, the disk is too small, or a model
+        lacks a tensor that its config asks for.
 
     Examples:
       >>> fdq.save(model, "ernie-w4a16c8")  # doctest: +SKIP

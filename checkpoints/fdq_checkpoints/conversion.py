@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import numpy as np
 
 from fdq.schemes.recipe import Recipe
-from fdq_checkpoints import saving, stream, tree_paths
+from fdq_checkpoints import adapters, saving, stream, tree_paths
 from fdq_checkpoints.inspection import Inspection, inspect
 from fdq_checkpoints.sources import open_source
 from fdq_checkpoints.store import commit, manifest, orbax_store
@@ -75,6 +76,8 @@ def convert(
                 files=source.companions(),
                 provenance={"source": source.name, "recipe": record, **options},
             )
+            if source.adapters is not None:
+                shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)
             if resumed:
                 # What the killed process wrote was never looked at again.
                 StoredTensors(folder).verify()

@@ -8,7 +8,7 @@ from typing import Any
 
 from fdq.formats.qtensor import QTensor
 from fdq.text_table import aligned
-from fdq_checkpoints import tree_paths
+from fdq_checkpoints import adapters, tree_paths
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import importer_of, open_source
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
@@ -131,7 +131,7 @@ def inspect(
         return _inspect_source(folder, subtree)
     stored = StoredTensors(folder)
     if verify:
-        stored.verify()
+        _verify(stored)
     rows, manifest = [], stored.manifest
     for entry in manifest.tensors:
         is_quantized = entry.spec is not None
@@ -151,7 +151,13 @@ def verify(path: str | os.PathLike[str]) -> None:
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such directory.")
-    StoredTensors(folder).verify()
+    _verify(StoredTensors(folder))
+
+
+def _verify(stored: StoredTensors) -> None:
+    stored.verify()
+    if (beside := adapters.of_checkpoint(stored.folder)) is not None:
+        StoredTensors(beside).verify()
 
 
 def _inspect_source(folder: pathlib.Path, subtree: str | None) -> Inspection:

@@ -1,8 +1,9 @@
 """`load`: a Hugging Face or Paddle directory, or an fdq checkpoint, as a model or a pytree."""
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +17,13 @@ from fdq.formats.qtensor import QTensor
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
-from fdq_checkpoints import stream, tree_paths
+from fdq_checkpoints import adapters, stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import open_source, tree_view
 from fdq_checkpoints.sources.stored_tree import StoredTree
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store import restore
-from fdq_checkpoints.store.manifest import Manifest, TensorEntry
+from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import Shardings, StoredTensors
 from fdq_checkpoints.store.stored_model import abstract_model
 from fdq_checkpoints.tree_paths import array_path, dotted
@@ -50,16 +51,17 @@ def load(
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
     is_stored = os.path.lexists(folder / manifests.FILE_NAME)
     if is_stored and config is None and subtree is None:
-        sharded = None if template is None else _template_shardings(template)
+        sharded = template is not None and _template_shardings(template) is not None
+        may_have_adapters = isinstance(template, models.Decoder)
         if scheme is None:
             return _load_stored(StoredTensors(folder), sharding, template, dtype, verify)
-        if sharding is None and sharded is not None:
-            # Quantized on the devices of the template's shards, of which none holds it as a whole.
+        if may_have_adapters or (sharded and sharding is None):
+            # Not tensor by tensor: shards are quantized where they are, adapters are not at all.
             stored = StoredTree(folder, verify=verify)  # refuses what is quantized
-            loaded = _load_stored(stored.tensors, None, template, dtype, verify)
+            loaded = _load_stored(stored.tensors, sharding, template, dtype, verify)
             if calibration is not None and not stream.is_statistics(calibration):
                 options["calibration"] = calibrate(loaded, calibration)
-            return quantize(loaded, scheme, verbose=verbose, **options)
+            return quantize(loaded, scheme, verbose=verbose, donate=True, **options)
     if folder.name.endswith(".fdq-tmp"):
         raise CheckpointError(f"{folder}: unfinished; convert or save again.")
 
@@ -87,6 +89,7 @@ def load(
         loaded = tree_paths.fill(job.tree, values)
     if isinstance(loaded, models.Decoder):
         _set_text(loaded, text_folder, stops)
+        adapters.tell(folder)
     return loaded
 
 
@@ -96,16 +99,15 @@ def _load_stored(
     manifest = stored.manifest
     restore.check_shardings(sharding, ((entry.path, entry.arrays) for entry in manifest.tensors))
     if template is not None:
-        target = _like_stored(template, manifest, stored.folder)
-        values = stored.restore(sharding or _template_shardings(target), verify=verify)
-        return tree_paths.fill(target, values)
+        return _fill_template(stored, sharding, template, verify)
     if manifest.kind == "params":
         if dtype is not None:
             raise CheckpointError(f"{stored.folder}: dtype= is for models, this is a pytree.")
         return tree_paths.nested(stored.restore(sharding, verify=verify))
     stops = _stop_tokens(stored.folder)
     template = abstract_model(stored, dtype)
-    target = _like_stored(template, manifest, stored.folder, cast=True)
+    entries = {entry.path: entry for entry in manifest.tensors}
+    target = _like_stored(template, entries, stored.folder, cast=True)
     values = stored.restore(sharding, verify=verify)
     for tensor in tree_paths.flatten(target):
         if not isinstance(tensor.value, QTensor) and dtype is not None:
@@ -114,14 +116,43 @@ def _load_stored(
     model.scheme = manifest.scheme
     model.recipe_record = manifest.provenance.get("recipe")
     _set_text(model, stored.folder, stops)
+    adapters.tell(stored.folder)
     return model
 
 
+def _fill_template(stored: StoredTensors, sharding: Shardings, template: Any, verify: bool) -> Any:
+    """The template with all stored tensors; of a model those of its adapters too."""
+    sources = [(stored, {entry.path: entry.path for entry in stored.manifest.tensors})]
+    if isinstance(template, models.Decoder) and stored.manifest.kind == "model":
+        parts = adapters.Parts.of(template)
+        places = {place: tensor.path for place, tensor in parts.base.items()}
+        sources = [(stored, {path: places.get(path, path) for path in sources[0][1]})]
+        beside = adapters.of_checkpoint(stored.folder)
+        if parts.adapters and beside is not None:
+            more = StoredTensors(beside)
+            sources.append((more, {entry.path: entry.path for entry in more.manifest.tensors}))
+    entries = {
+        paths[entry.path]: dataclasses.replace(entry, path=paths[entry.path])
+        for one, paths in sources
+        for entry in one.manifest.tensors
+    }
+    target = _like_stored(template, entries, stored.folder)
+    shardings = sharding or _template_shardings(target)
+    values = {}
+    for one, paths in sources:
+        restored = one.restore(shardings, verify=verify, paths=paths)
+        values |= {paths[path]: value for path, value in restored.items()}
+    return tree_paths.fill(target, values)
+
+
 def _like_stored(
-    template: Any, manifest: Manifest, folder: pathlib.Path, *, cast: bool = False
+    template: Any,
+    entries: Mapping[tree_paths.Path, TensorEntry],
+    folder: pathlib.Path,
+    *,
+    cast: bool = False,
 ) -> Any:
     """The template, quantized as the stored tensors are; CheckpointError where it is another."""
-    entries = {entry.path: entry for entry in manifest.tensors}
     is_module = isinstance(template, nnx.Module)
     if is_module:
         plain = [t.path for t in tree_paths.flatten(template) if not isinstance(t.value, QTensor)]

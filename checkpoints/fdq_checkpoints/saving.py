@@ -1,5 +1,6 @@
 """`save`: a model or any pytree as an fdq checkpoint."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -13,7 +14,8 @@ import numpy as np
 
 from fdq import models
 from fdq.formats.qtensor import QTensor
-from fdq_checkpoints import tree_paths
+from fdq_checkpoints import adapters, tree_paths
+from fdq_checkpoints.adapters import Parts
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import COMPANION_FILES
 from fdq_checkpoints.store import commit, manifest, orbax_store
@@ -39,22 +41,36 @@ def save(
                 raise CheckpointError(
                     f"{tree_paths.dotted(tensor.path)}: abstract, it has no values to save."
                 )
-    total = sum(nbytes(tensor.value) for tensor in tensors)
+    is_model = isinstance(obj, models.Decoder)
+    parts = Parts.of(obj) if is_model else None
+    if parts is not None:
+        tensors = [dataclasses.replace(t, path=place) for place, t in parts.base.items()]
+    total = sum(nbytes(tensor.value) for tensor in [*tensors, *(parts.adapters if parts else [])])
     with commit.pending_directory(path, overwrite=overwrite, needed_bytes=total) as folder:
-        writer = orbax_store.TreeWriter(folder / WEIGHTS, total_bytes=total)
-        entries = []
-        for tensor in tensors:
-            entries.append(write_tensor(writer, tensor))
-            writer.flush_if_full()
-        writer.finalize()
+        if parts is not None and parts.adapters:
+            beside = folder / adapters.FOLDER
+            beside.mkdir()
+            entries = _write(beside, parts.adapters)
+            write_manifest(beside, entries, scheme=None, config=None, files=[], provenance={})
         write_manifest(
             folder,
-            entries,
+            _write(folder, tensors),
             scheme=scheme_name(obj),
-            config=obj.config if isinstance(obj, models.Decoder) else None,
+            config=obj.config if is_model else None,
             files=[*attached_files(obj), *files],
             provenance={"recipe": getattr(obj, "recipe_record", None), **(provenance or {})},
         )
+
+
+def _write(folder: pathlib.Path, tensors: list[Tensor]) -> list[TensorEntry]:
+    total = sum(nbytes(tensor.value) for tensor in tensors)
+    writer = orbax_store.TreeWriter(folder / WEIGHTS, total_bytes=total)
+    entries = []
+    for tensor in tensors:
+        entries.append(write_tensor(writer, tensor))
+        writer.flush_if_full()
+    writer.finalize()
+    return entries
 
 
 def write_manifest(
@@ -111,7 +127,7 @@ def _copy_files(
 ) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for path in map(pathlib.Path, paths):
-        if path.name in entries or path.name in (manifest.FILE_NAME, WEIGHTS):
+        if path.name in entries or path.name in (manifest.FILE_NAME, WEIGHTS, adapters.FOLDER):
             raise CheckpointError(f"{path}: a second file of this name in the checkpoint.")
         shutil.copyfile(path, folder / path.name)
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": commit.file_digest(path)}

@@ -162,7 +162,7 @@ def _flatten_module(module: nnx.Module) -> list[Tensor]:
             # The state has each array of a QTensor; the first of them brings the whole QTensor.
             values.setdefault(path[:-1], _raw(quantized[path[:-1]]))
         else:
-            values[path] = variable.get_value()
+            values[path] = _raw(variable)
     return [
         Tensor(path, value, activations.get(path[:-1]) if isinstance(value, QTensor) else None)
         for path, value in values.items()
@@ -177,5 +177,8 @@ def _fill_module(module: nnx.Module, values: Mapping[Path, Any]) -> nnx.Module:
     }
     graph, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
-    filled = [(path, old.replace(arrays[tuple(map(str, path))])) for path, old in flat]
+    filled = []
+    for path, old in flat:
+        new = arrays[tuple(map(str, path))]
+        filled.append((path, old.replace(new) if isinstance(old, nnx.Variable) else new))
     return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -146,6 +146,19 @@ def test_a_tied_weight_stays_tied(tmp_path):
     np.testing.assert_array_equal(run(model, x), run(loaded, x))
 
 
+class WithArray(nnx.Module):
+    """Holds an array that is no Variable."""
+
+    def __init__(self, value):
+        self.table = nnx.data(jnp.full((3,), value))
+
+
+def test_an_array_of_a_module_that_is_no_variable(tmp_path):
+    save(WithArray(2.0), tmp_path / "a")
+    loaded = load(tmp_path / "a", template=WithArray(1.0))
+    np.testing.assert_array_equal(loaded.table, np.full(3, 2.0))
+
+
 def test_linen_params(tmp_path):
     layer = linen.Dense(WIDTH)
     x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)

@@ -24,6 +24,8 @@ class Source(abc.ABC):
     folder: pathlib.Path
     tree: Any
     config: models.DecoderConfig | None = None
+    # A checkpoint of what a model has besides the tensors of its config; copied as it is.
+    adapters: pathlib.Path | None = None
 
     @abc.abstractmethod
     def read(self, path: Path, index: int | None = None) -> np.ndarray | QTensor:

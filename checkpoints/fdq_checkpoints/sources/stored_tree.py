@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fdq_checkpoints import tree_paths
+from fdq_checkpoints import adapters, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import tree_view
 from fdq_checkpoints.sources.source import Source
@@ -48,7 +48,7 @@ class StoredTree(Source):
             self.config = self.tree.config
         elif stored.manifest.kind == "model" and subtree is None:
             self.tree = self._own_model(found, dtype)
-            self.config = self.tree.config
+            self.config, self.adapters = self.tree.config, adapters.of_checkpoint(folder)
         elif dtype is not None:
             raise CheckpointError(f"{folder}: dtype= is for models, this is a pytree.")
         else:

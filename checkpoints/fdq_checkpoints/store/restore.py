@@ -76,12 +76,22 @@ class StoredTensors:
                 )
         return arrays
 
-    def restore(self, sharding: Shardings = None, *, verify: bool = True) -> dict[Path, Any]:
-        """All tensors on devices, by path: arrays, PRNG keys and QTensors."""
+    def restore(
+        self,
+        sharding: Shardings = None,
+        *,
+        verify: bool = True,
+        paths: Mapping[Path, Path] | None = None,
+    ) -> dict[Path, Any]:
+        """All tensors on devices, by path: arrays, PRNG keys and QTensors.
+
+        `paths` are those that the shardings know the tensors by, where they are not the stored.
+        """
         result = {}
         for entry, arrays in self.read(verify=verify):
+            path = entry.path if paths is None else paths[entry.path]
             placed = {
-                name: put(array, sharding_of(sharding, array_path(entry.path, name), array))
+                name: put(array, sharding_of(sharding, array_path(path, name), array))
                 for name, array in arrays.items()
             }
             if entry.prng is not None:
