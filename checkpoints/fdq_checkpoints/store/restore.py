@@ -20,7 +20,9 @@ from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, Tensor
 from fdq_checkpoints.store.orbax_store import TreeReader
 from fdq_checkpoints.tree_paths import Path, array_path, dotted
 
-BATCH_BYTES = 256 * 2**20
+# What is read at once: each reading costs Orbax some 20 ms, and what it reads is in memory twice
+# until it is on its device.
+MIN_BATCH_BYTES, MAX_BATCH_BYTES, BATCHES = 16 * 2**20, 256 * 2**20, 32
 
 # Where to put an array: one sharding for all, by the array's dotted path, or a function of that
 # path and the abstract array. None is the default device.
@@ -111,10 +113,12 @@ class StoredTensors:
                 raise CheckpointError(f"{path}: changed since the checkpoint was written.")
 
     def _batches(self) -> Iterator[list[TensorEntry]]:
+        total = sum(entry.nbytes for entry in self.manifest.tensors)
+        limit = min(max(MIN_BATCH_BYTES, total // BATCHES), MAX_BATCH_BYTES)
         batch: list[TensorEntry] = []
         size = 0
         for entry in self.manifest.tensors:
-            if batch and size + entry.nbytes > BATCH_BYTES:
+            if batch and size + entry.nbytes > limit:
                 yield batch
                 batch, size = [], 0
             batch.append(entry)
