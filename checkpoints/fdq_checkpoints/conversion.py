@@ -1,15 +1,19 @@
 """`convert`: a float checkpoint to a quantized fdq checkpoint, tensor by tensor.
 
-Peak memory is about the largest quantized tensor (the experts of a layer are one) plus a batch. A
-killed conversion leaves `<destination>.fdq-tmp`, which nothing loads; the same call goes on from
-there, and another one (other source, scheme, options or version) starts anew.
+Peak memory is about the largest quantized tensor (the experts of a layer are one) plus a batch. An
+interrupted or killed conversion leaves `<destination>.fdq-tmp`, which nothing loads; the same call
+goes on from there, and another one (other source, scheme, options or version) starts anew.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +29,8 @@ from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import Tensor
 
 _JOURNAL = "journal"
+# A kill loses no more than the work of so many seconds (and the tensor that is being made).
+FLUSH_SECONDS = 10.0
 
 
 def convert(
@@ -63,7 +69,11 @@ def convert(
         total = sum(saving.nbytes(tensor.value) for tensor in tensors)
         key = _key(made, tensors, options | {"recipe": recipe.to_json()})
         with commit.pending_directory(
-            dst, overwrite=overwrite, keep_unfinished=True, needed_bytes=total
+            dst,
+            overwrite=overwrite,
+            keep_unfinished=True,
+            needed_bytes=total,
+            notes=(_JOURNAL,),
         ) as folder:
             written, resumed = _write(made, folder, key, total, progress)
             # A model keeps its own record, also of what was quantized before.
@@ -101,53 +111,124 @@ def _key(made: stream.Job, tensors: list[Tensor], options: dict[str, Any]) -> st
 def _write(
     made: stream.Job, folder: pathlib.Path, key: str, total: int, progress: stream.Progress | None
 ) -> tuple[dict[tree_paths.Path, TensorEntry], bool]:
-    """Write all tensors; by path what was written, and whether a killed process wrote some."""
+    """Write all tensors; by path what was written, and whether an earlier process wrote some."""
     weights = folder / manifest.WEIGHTS
-    journal = folder / _JOURNAL
-    done, batches = _read_journal(journal, key)
-    resumed = bool(done) and orbax_store.keep_only(weights, batches)
+    journal = _Journal(folder / _JOURNAL, key)
+    entries = {entry.path: entry for entry in journal.done}
+    if journal.finished and weights.is_dir():
+        return entries, True
+    resumed = bool(entries) and orbax_store.keep_only(weights, journal.batches)
     if not resumed:
-        done = []
+        entries = {}
         commit.empty(folder)
-        _append(journal, {"key": key})
+        journal.begin()
     fresh: list[TensorEntry] = []
 
     def record(names: list[str]) -> None:
-        written = [manifest.tensor_to_json(entry) for entry in fresh]
-        _append(journal, {"batches": names, "tensors": written})
+        journal.add(names, fresh)
         fresh.clear()
 
-    writer = orbax_store.TreeWriter(weights, total_bytes=total, on_batch=record)
-    entries = {entry.path: entry for entry in done}
-    for tensor in made.tensors(progress=progress, skip=frozenset(entries)):
-        entry = saving.write_tensor(writer, tensor)
-        entries[entry.path] = entry
-        fresh.append(entry)
-        writer.flush_if_full()
-    writer.finalize()
-    journal.unlink()
+    writer = orbax_store.TreeWriter(
+        weights, total_bytes=total, on_batch=record, seconds=FLUSH_SECONDS
+    )
+    try:
+        for tensor in made.tensors(progress=progress, skip=frozenset(entries)):
+            with _whole():
+                entry = saving.write_tensor(writer, tensor)
+                entries[entry.path] = entry
+                fresh.append(entry)
+                writer.flush_if_full()
+        with _whole():
+            writer.finalize()
+            journal.finish()
+    except KeyboardInterrupt:
+        if not journal.finished:
+            with contextlib.suppress(KeyboardInterrupt), _whole():
+                writer.flush()
+        raise KeyboardInterrupt(_kept(made, journal, folder)) from None
     return entries, resumed
 
 
-def _append(journal: pathlib.Path, content: dict[str, Any]) -> None:
-    with open(journal, "a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Holds a Ctrl-C back until the end: a batch is written and in the journal, or neither."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
-def _read_journal(journal: pathlib.Path, key: str) -> tuple[list[TensorEntry], list[str]]:
-    """Tensors and batches that an earlier process wrote for the same job; else nothing."""
-    if not journal.is_file():
-        return [], []
-    lines = []
-    for line in journal.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:  # the process was killed while it wrote this line
-            break
-    if not lines or lines[0].get("key") != key:
-        return [], []
-    written = [entry for line in lines[1:] for entry in line["tensors"]]
-    entries = [manifest.tensor_from_json(entry, str(journal)) for entry in written]
-    return entries, lines[-1].get("batches", [])
+def _kept(made: stream.Job, journal: "_Journal", folder: pathlib.Path) -> str:
+    tensors = {tensor.path: tensor for tensor in tree_paths.flatten(made.tree)}
+    sizes = {path: saving.nbytes(tensor.value) for path, tensor in tensors.items()}
+    done = sum(sizes[entry.path] for entry in journal.done)
+    if not journal.done:
+        return "Nothing was finished yet; the same call starts anew."
+    return (
+        f"Kept {len(journal.done)} of {len(sizes)} tensors ({done / sum(sizes.values()):.0%} of "
+        f"the bytes) in {folder}. The same call goes on from there; to drop them, remove that "
+        "directory."
+    )
+
+
+class _Journal:
+    """What of a job is on disk: a line of JSON for the job, one for each batch, one for the end.
+
+    `done` are the tensors that were written, `batches` the directories that hold them: of an
+    earlier process too, if it had the same `key`.
+    """
+
+    def __init__(self, path: pathlib.Path, key: str):
+        self._path, self._key = path, key
+        self.done: list[TensorEntry] = []
+        self.batches: list[str] = []
+        self.finished = False
+        lines = self._read() if path.is_file() else []
+        if not lines or lines[0].get("key") != key:
+            return
+        for line in lines[1:]:
+            self.finished = "finished" in line
+            self.batches = line.get("batches", self.batches)
+            written = line.get("tensors", [])
+            self.done += [manifest.tensor_from_json(entry, str(path)) for entry in written]
+
+    def begin(self) -> None:
+        """Forgets what an earlier process did."""
+        self.done, self.batches, self.finished = [], [], False
+        self._append({"key": self._key})
+
+    def add(self, batches: list[str], tensors: list[TensorEntry]) -> None:
+        """A batch of tensors is on disk, in these directories together with all before."""
+        written = [manifest.tensor_to_json(entry) for entry in tensors]
+        self._append({"batches": batches, "tensors": written})
+        self.batches = batches
+        self.done += tensors
+
+    def finish(self) -> None:
+        """All is put together where it belongs."""
+        self._append({"finished": True})
+        self.finished = True
+
+    def _append(self, content: dict[str, Any]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> list[dict[str, Any]]:
+        lines, texts = [], self._path.read_text(encoding="utf-8").splitlines()
+        for index, text in enumerate(texts):
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # the process was killed while it wrote this line
+                whole = "".join(f"{line}\n" for line in texts[:index])
+                self._path.write_text(whole, encoding="utf-8")
+                break
+        return lines

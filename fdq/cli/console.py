@@ -78,8 +78,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except KeyboardInterrupt:
-            err.print("Interrupted.", style="red")
+        except KeyboardInterrupt as error:  # a conversion says what it kept
+            text = f"Interrupted. {error}".strip()
+            err.print(rich.text.Text(text, style="red"), soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader (head, less) has left; nothing is wrong and nobody listens.

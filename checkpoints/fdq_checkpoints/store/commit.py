@@ -27,12 +27,14 @@ def pending_directory(
     overwrite: bool = False,
     keep_unfinished: bool = False,
     needed_bytes: int = 0,
+    notes: tuple[str, ...] = (),
 ) -> Iterator[pathlib.Path]:
     """A context that yields the temporary sibling of `destination` and renames it at the end.
 
     `overwrite` replaces an fdq checkpoint that is there (it stays until the new one is complete).
     `keep_unfinished` yields what a killed process left, instead of an empty directory, and leaves
-    it when interrupted from the keyboard. `needed_bytes` estimates what will be written.
+    it when interrupted from the keyboard. `needed_bytes` estimates what will be written. `notes`
+    are names of files that are of use until the end, and removed then.
     """
     final = pathlib.Path(destination).absolute()
     check_destination(final, overwrite=overwrite)
@@ -56,10 +58,15 @@ def pending_directory(
             _sync(pending)
             _rename(pending, final, overwrite=overwrite)
             # Not before: without its lock, another process would take the directory and empty it.
-            (final / _LOCK).unlink()
-        except KeyboardInterrupt:
+            for name in (*notes, _LOCK):
+                (final / name).unlink(missing_ok=True)
+        except KeyboardInterrupt as error:
             if not keep_unfinished:
                 shutil.rmtree(pending)
+            elif not error.args:
+                raise KeyboardInterrupt(
+                    f"Kept what was written in {pending}. The same call goes on from there."
+                ) from None
             raise
         except BaseException:
             shutil.rmtree(pending, ignore_errors=True)

@@ -7,10 +7,12 @@ batches (`ocp.partial`).
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -37,7 +39,7 @@ class TreeWriter:
     """Writes a tree of `total_bytes` array by array; nothing is at `path` before `finalize`.
 
     `on_batch` gets after each batch the names of the directories beside `path` that hold all so
-    far.
+    far. With `seconds`, no array waits longer than that, or than 20 times what its writing takes.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class TreeWriter:
         *,
         total_bytes: int,
         on_batch: Callable[[list[str]], None] | None = None,
+        seconds: float = math.inf,
     ):
         self._path = path.absolute()
         self._limit = max(MIN_BATCH_BYTES, -(-total_bytes // MAX_BATCHES))
         self._on_batch = on_batch
         self._batch: dict[tree_paths.Path, np.ndarray] = {}
         self._batch_bytes = 0
+        self._seconds, self._took, self._last = seconds, 0.0, time.monotonic()
 
     def add(self, path: tree_paths.Path, array: Any) -> None:
         """Queue one array (not of size zero, which Orbax cannot write)."""
@@ -60,20 +64,24 @@ class TreeWriter:
         self._batch_bytes += host.nbytes
 
     def flush_if_full(self) -> None:
-        """Write the batch when it is large enough; call it between whole tensors."""
-        if self._batch_bytes >= self._limit:
+        """Write the batch when it is large or old enough; call it between whole tensors."""
+        patience = max(self._seconds, 20 * self._took)
+        if self._batch_bytes >= self._limit or time.monotonic() - self._last >= patience:
             self.flush()
 
     def flush(self) -> None:
         """Write the batch."""
         if not self._batch:
             return
+        start = time.monotonic()
         with _writing(self._path):
             ocp.partial.save(str(self._path), tree_paths.nested(self._batch))
         self._batch = {}
         self._batch_bytes = 0
         if self._on_batch is not None:
             self._on_batch(pending_directories(self._path))
+        self._last = time.monotonic()
+        self._took = self._last - start
 
     def finalize(self) -> None:
         """Write what is left and put everything together at `path`."""

@@ -1,0 +1,120 @@
+"""Conversions that are interrupted: what is kept, what is said, and how they go on."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from fdq_checkpoints import conversion, convert, load
+from fdq_checkpoints.store import commit, orbax_store
+from tests.checkpoints import builders
+from tests.checkpoints.test_stored_trees import assert_same
+
+SOURCE = builders.MODELS / "qwen3"
+TENSORS = 18
+
+
+def interrupt_after(count, *, by=None):
+    """A progress callback that presses Ctrl-C after so many tensors, and the paths that it saw."""
+    seen = []
+
+    def progress(done, total, path):
+        del done, total
+        seen.append(path)
+        if len(seen) == count:
+            os.kill(os.getpid(), by or signal.SIGINT)
+
+    return progress, seen
+
+
+def batches(pending):
+    lines = (pending / "journal").read_text().splitlines()
+    return [len(json.loads(line).get("tensors", [])) for line in lines[1:]]
+
+
+def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
+    pending = tmp_path / "out.fdq-tmp"
+    for count, kept in ((4, 4), (3, 7)):
+        progress, _ = interrupt_after(count)
+        message = (
+            rf"^Kept {kept} of {TENSORS} tensors \(\d+% of the bytes\) in {pending}\. The same"
+        )
+        with pytest.raises(KeyboardInterrupt, match=message):
+            convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+        assert sum(batches(pending)) == kept
+    progress, seen = interrupt_after(0)
+    convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    assert len(seen) == TENSORS - 7
+    assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_before_anything_is_finished_says_so(tmp_path, monkeypatch):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion.saving, "write_tensor", pressed)
+    with pytest.raises(KeyboardInterrupt, match="^Nothing was finished yet; the same call starts"):
+        convert(SOURCE, tmp_path / "out", "W8A16")
+
+
+def test_an_interrupt_while_a_batch_is_written_waits_for_it(tmp_path, monkeypatch):
+    saved = orbax_store.ocp.partial.save
+
+    def pressed(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        saved(*arguments)
+
+    monkeypatch.setattr(orbax_store.ocp.partial, "save", pressed)
+    monkeypatch.setattr(orbax_store, "MIN_BATCH_BYTES", 1)
+    with pytest.raises(KeyboardInterrupt, match=rf"^Kept 1 of {TENSORS} tensors"):
+        convert(SOURCE, tmp_path / "out", "W8A16")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_after_the_last_tensor_keeps_all(tmp_path, monkeypatch):
+    sync = commit._sync
+
+    def pressed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commit, "_sync", pressed)
+    with pytest.raises(KeyboardInterrupt, match=r"out\.fdq-tmp\. The same call goes on"):
+        convert(SOURCE, tmp_path / "out", "W8A16")
+    monkeypatch.setattr(commit, "_sync", sync)
+    progress, seen = interrupt_after(0)
+    convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    assert seen == []
+    assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
+
+
+def test_what_is_old_is_written_however_small_it_is(tmp_path, monkeypatch):
+    """Nobody flushes after a kill: batches must have been written by time."""
+    clock = [0.0]
+    monkeypatch.setattr(orbax_store.time, "monotonic", lambda: clock[0])
+    kept = []
+
+    def progress(done, total, path):
+        kept.append(sum(batches(tmp_path / "out.fdq-tmp")))
+        clock[0] += 4.0
+        if len(kept) == 8:
+            raise RuntimeError(path)
+
+    with pytest.raises(RuntimeError):
+        convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    # Every third tensor is more than ten seconds after the last batch.
+    assert kept == [0, 0, 0, 4, 4, 4, 7, 7]
+
+
+def test_a_line_of_the_journal_that_was_cut_does_not_spoil_the_next(tmp_path):
+    pending = tmp_path / "out.fdq-tmp"
+    progress, _ = interrupt_after(4)
+    with pytest.raises(KeyboardInterrupt):
+        convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    with open(pending / "journal", "a") as file:
+        file.write('{"batches": ["a')
+    for count, kept in ((2, 6), (2, 8)):
+        progress, _ = interrupt_after(count)
+        with pytest.raises(KeyboardInterrupt, match=f"^Kept {kept} of"):
+            convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
