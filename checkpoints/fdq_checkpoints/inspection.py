@@ -12,6 +12,7 @@ from fdq_checkpoints import adapters, tree_paths
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import importer_of, open_source
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
+from fdq_checkpoints.sources.quantized_release import QuantizedRelease
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import bytes_in
 from fdq_checkpoints.store.restore import StoredTensors
@@ -20,18 +21,23 @@ from fdq_checkpoints.tree_paths import dotted
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor; `format` is the spec's short name (`W4`), or the dtype of a plain array."""
+    """One tensor; `format` is the spec's short name (`W4`), or the dtype of a plain array.
+
+    `weights` is their number where the shape does not say it: of codes packed by other tools, and 0
+    of the scales beside them.
+    """
 
     path: str
     format: str
     quantized: bool
     shape: tuple[int, ...]
     nbytes: int
+    weights: int | None = None
 
     @property
     def size(self) -> int:
         """Number of weights."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) if self.weights is None else self.weights
 
     @property
     def bits_per_weight(self) -> float:
@@ -45,13 +51,14 @@ class Inspection:
 
     Attributes:
       path: of the checkpoint.
-      kind: `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), or the name
-        of another importer.
-      scheme: its name, if quantized.
+      kind: `"model"`, `"params"`, `"float model"` (a Hugging Face or Paddle directory), `"model
+        quantized by another tool"`, or the name of another importer.
+      scheme: its name, if quantized; of another tool's model that tool and its bits.
       rows: one a tensor.
       disk_bytes: of all files, metadata and tokenizer included.
       verified: whether all checksums were compared (and matched).
       provenance: where the weights came from.
+      advice: what fdq can do with another tool's model.
     """
 
     path: str
@@ -61,6 +68,7 @@ class Inspection:
     disk_bytes: int
     verified: bool = False
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    advice: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -168,11 +176,17 @@ def _inspect_source(folder: pathlib.Path, subtree: str | None) -> Inspection:
             path = source.folder
         return Inspection(str(path), importer.name, None, rows, bytes_in(path))
     with SourceDirectory(folder) as directory:
-        rows = tuple(
-            Row(info.name, info.dtype.name, False, info.shape, info.nbytes)
-            for info in directory.tensors.values()
-        )
-    return Inspection(str(folder), "float model", None, rows, bytes_in(folder))
+        infos, release = directory.tensors.values(), QuantizedRelease.of(directory)
+    rows = []
+    for info in infos:
+        weights = None if release is None else release.weights(info)
+        codes = weights is not None
+        rows.append(Row(info.name, info.dtype.name, codes, info.shape, info.nbytes, weights))
+    size, table = bytes_in(folder), tuple(rows)
+    if release is None:
+        return Inspection(str(folder), "float model", None, table, size)
+    kind = "model quantized by another tool"
+    return Inspection(str(folder), kind, str(release), table, size, advice=release.advice())
 
 
 def _row(tensor: tree_paths.Tensor) -> Row:

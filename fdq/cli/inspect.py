@@ -28,6 +28,8 @@ def run(
 
     console.checkpoint_directory(directory)
     result = inspect(directory, subtree=subtree)
+    if result.advice is not None:
+        console.err.print(result.advice, style="yellow", markup=False, soft_wrap=True)
     problem = None
     if verify:
         try:

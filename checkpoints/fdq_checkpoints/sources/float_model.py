@@ -1,6 +1,5 @@
 """Models of floats as Hugging Face and Paddle publish them: config.json and safetensors."""
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import published_names, tensor_names
+from fdq_checkpoints.sources.quantized_release import QuantizedRelease
 from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.tree_paths import Path
 
@@ -102,18 +102,9 @@ def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
 
 
 def _refuse_quantized(directory: SourceDirectory) -> None:
-    quantization = directory.config.get("quantization_config")
-    if quantization is not None:
-        method = "?"
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method", quantization.get("quantization", "?"))
+    release = QuantizedRelease.of(directory)
+    if release is not None:
         raise CheckpointError(
-            f"{directory.path / 'config.json'}: quantization_config ({method}): the weights are "
-            "quantized already. fdq reads float checkpoints; use the original release."
+            f"{release.where} ({release.method}): the weights are quantized already: {release}. "
+            f"{release.advice()}"
         )
-    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
-        if os.path.lexists(directory.path / name):
-            raise CheckpointError(
-                f"{directory.path / name}: says that the weights are quantized already. fdq reads "
-                "float checkpoints; use the original release."
-            )

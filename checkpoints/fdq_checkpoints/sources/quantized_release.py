@@ -1,0 +1,169 @@
+"""What other tools' quantized checkpoints say of themselves: which tool, and how many bits.
+
+Their codes are not read here.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fdq_checkpoints.errors import shown
+from fdq_checkpoints.readers import strict_json
+from fdq_checkpoints.readers.safetensors_reader import TensorInfo
+from fdq_checkpoints.readers.source_directory import MAX_CONFIG_BYTES, SourceDirectory
+
+# By quant_method: the name that people know.
+_NAMES = {
+    "gptq": "GPTQ",
+    "gptq_marlin": "GPTQ",
+    "awq": "AWQ",
+    "auto-round": "AutoRound",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "mxfp4": "MXFP4",
+    "modelopt": "ModelOpt",
+    "nvfp4": "NVFP4",
+    "torchao": "torchao",
+    "hqq": "HQQ",
+    "quanto": "Quanto",
+    "eetq": "EETQ",
+    "aqlm": "AQLM",
+    "quip": "QuIP#",
+    "vptq": "VPTQ",
+    "wint8": "FastDeploy WINT8",
+    "wint4": "FastDeploy WINT4",
+    "wint2": "FastDeploy WINT2",
+    "mix_quant": "FastDeploy MixQuant",
+}
+_SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# Formats that are the same thing in fdq, and the integers' groups that it has.
+_SCHEMES = {"fp8": "Wfp8A16", "mxfp4": "WMXFP4A16", "nvfp4": "WNVFP4A16", "nf4": "WNF4A16"}
+_INTEGERS = (2, 3, 4, 8)
+_GROUPS = (16, 32, 64, 128)
+
+# Ends of tensor names: arrays of codes, and what comes with them and is no weight.
+_CODES = ("qweight", "quant_weight", "weight_packed", "_blocks", ".weight")
+_BESIDE = (
+    *("qzeros", "scales", "g_idx", "SCB", "weight_format", "absmax", "quant_map", "weight_shape"),
+    *("_scale", "_scale_inv", "_scale_2", "_zero_point", "_global_scale", "input_scale"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedRelease:
+    """A quantized checkpoint of another tool.
+
+    Attributes:
+      method: its `quant_method`.
+      tool: the name that people know.
+      bits: of a code; None where the config does not say.
+      kind: `"int"`, or the name of a format that is no integer.
+      group: rows or columns that share a scale; None where a channel or a tensor does.
+      where: the file that says so.
+    """
+
+    method: str
+    tool: str
+    bits: int | None
+    kind: str
+    group: int | None
+    where: str
+
+    @classmethod
+    def of(cls, directory: SourceDirectory) -> "QuantizedRelease | None":
+        """What config.json, or a file beside it, says; None for a model of floats."""
+        content = directory.config.get("quantization_config")
+        if content is not None:
+            where = f"{directory.path / 'config.json'}: quantization_config"
+            return cls._read(content if isinstance(content, dict) else {}, where)
+        for name in _SIDE_FILES:
+            path = directory.path / name
+            if os.path.lexists(path):
+                content = strict_json.read_object(path, max_bytes=MAX_CONFIG_BYTES)
+                inner = content.get("quantization")
+                fallback = "modelopt" if name == "hf_quant_config.json" else "gptq"
+                values = inner if isinstance(inner, dict) else content
+                return cls._read({"quant_method": fallback} | values, str(path))
+        return None
+
+    @classmethod
+    def _read(cls, content: Mapping[str, Any], where: str) -> "QuantizedRelease":
+        named = content.get("quant_method", content.get("quantization"))
+        method = named if isinstance(named, str) else "?"
+        tool = _NAMES.get(method.lower(), shown(method))
+        inner = _weights_of_groups(content) or content
+        text = " ".join(
+            str(content.get(key, "")).lower()
+            for key in ("quant_algo", "format", "fmt", "bnb_4bit_quant_type", "quant_method")
+        )
+        text += f" {inner.get('type', '')}"
+        bits = _first_int(inner, ("num_bits", "bits", "w_bit", "wbits", "nbits"))
+        kind = next((name for name in _SCHEMES if name in text), "int")
+        if kind == "int" and inner.get("type") == "float" and bits == 8:
+            kind = "fp8"
+        if bits is None:
+            bits = {"fp8": 8, "mxfp4": 4, "nvfp4": 4, "nf4": 4}.get(kind)
+        if content.get("load_in_4bit") is True:
+            bits = 4
+        elif content.get("load_in_8bit") is True:
+            bits, kind = 8, "int"
+        elif match := re.fullmatch(r"wint([248])", method.lower()):
+            bits = int(match[1])
+        group = _first_int(inner, ("group_size", "q_group_size"))
+        return cls(method, tool, bits, kind, group, where)
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme of fdq that stores weights most alike, if one does."""
+        if self.kind in _SCHEMES:
+            return _SCHEMES[self.kind]
+        if self.bits not in _INTEGERS:
+            return None
+        if self.group in _GROUPS and self.bits != 8:
+            return f"W{self.bits}A16-g{self.group}"
+        return f"W{self.bits}A16"
+
+    def __str__(self) -> str:
+        """The tool and its bits: "GPTQ, 4 bits in groups of 128"."""
+        kind = "" if self.kind == "int" or self.kind in self.tool.lower() else f" ({self.kind})"
+        bits = "bits unknown" if self.bits is None else f"{self.bits} bits{kind}"
+        return f"{self.tool}, {bits}" + (f" in groups of {self.group}" if self.group else "")
+
+    def advice(self) -> str:
+        """What fdq can do with such a checkpoint."""
+        like = f" fdq's --scheme {self.scheme} stores it alike." if self.scheme else ""
+        return (
+            f"fdq does not read the codes of {self.tool}: load or convert the float original that "
+            f"they were made of.{like}"
+        )
+
+    def weights(self, info: TensorInfo) -> int | None:
+        """How many weights a stored tensor has codes of: 0 for scales; None for plain floats."""
+        name = info.name
+        if name.endswith(_BESIDE) or ".quant_state." in name:
+            return 0
+        if name.endswith(_CODES) and (info.dtype.kind in "iu" or info.dtype.itemsize == 1):
+            bits = self.bits if info.dtype.kind in "iu" and self.bits else 8
+            return info.nbytes * 8 // bits
+        return None
+
+
+def _weights_of_groups(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The weights' part of the first of compressed-tensors' `config_groups`."""
+    groups = content.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict):
+            return group["weights"]
+    return None
+
+
+def _first_int(content: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """The first of some keys that holds a whole number above zero."""
+    for name in names:
+        if type(value := content.get(name)) is int and value > 0:
+            return value
+    return None
