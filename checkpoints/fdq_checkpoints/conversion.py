@@ -22,6 +22,7 @@ import numpy as np
 from fdq.schemes.recipe import Recipe
 from fdq_checkpoints import adapters, saving, stream, tree_paths
 from fdq_checkpoints.inspection import Inspection, inspect
+from fdq_checkpoints.readers.local_directory import tell_of_sentencepiece
 from fdq_checkpoints.sources import open_source
 from fdq_checkpoints.store import commit, manifest, orbax_store
 from fdq_checkpoints.store.manifest import TensorEntry
@@ -52,6 +53,8 @@ def convert(
     stream.check_dtype(dtype)
     commit.check_destination(pathlib.Path(dst).absolute(), overwrite=overwrite)
     with open_source(src, dtype=dtype, config=config, subtree=subtree) as source:
+        if source.config is not None:
+            tell_of_sentencepiece(source.folder)
         made = stream.Job.of(
             source, scheme, method=method, compat=compat, calibration=calibration, progress=progress
         )

@@ -9,6 +9,7 @@ from typing import Any
 from fdq.formats.qtensor import QTensor
 from fdq.text_table import aligned
 from fdq_checkpoints import adapters, tree_paths
+from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import importer_of, open_source
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
@@ -134,7 +135,7 @@ def inspect(
       FileNotFoundError: no such directory.
       CheckpointError: it is damaged, or no checkpoint.
     """
-    folder = pathlib.Path(path)
+    folder = local_directory(path)
     if subtree is not None or not os.path.lexists(folder / manifests.FILE_NAME):
         return _inspect_source(folder, subtree)
     stored = StoredTensors(folder)
@@ -156,10 +157,7 @@ def verify(path: str | os.PathLike[str]) -> None:
       FileNotFoundError: no such directory.
       CheckpointError: something is missing or changed; the first such thing is named.
     """
-    folder = pathlib.Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such directory.")
-    _verify(StoredTensors(folder))
+    _verify(StoredTensors(local_directory(path)))
 
 
 def _verify(stored: StoredTensors) -> None:

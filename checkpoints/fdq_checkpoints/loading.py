@@ -19,6 +19,11 @@ from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
 from fdq_checkpoints import adapters, stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.local_directory import (
+    local_directory,
+    sentencepiece,
+    tell_of_sentencepiece,
+)
 from fdq_checkpoints.sources import open_source, tree_view
 from fdq_checkpoints.sources.stored_tree import StoredTree
 from fdq_checkpoints.store import manifest as manifests
@@ -47,7 +52,7 @@ def load(
 ) -> Any:
     """What `fdq.load` does and says, but for its `prepare`."""
     stream.check_dtype(dtype)
-    folder = pathlib.Path(path)
+    folder = local_directory(path)
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
     is_stored = os.path.lexists(folder / manifests.FILE_NAME)
     if is_stored and config is None and subtree is None:
@@ -219,7 +224,9 @@ def _stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
 
 def _set_text(model: models.Decoder, folder: pathlib.Path, stops: tuple[int, ...]) -> None:
     path = folder / "tokenizer.json"
-    if path.is_file():
+    # Where only a SentencePiece model is, the tokenizer explains what is missing when text comes.
+    if path.is_file() or sentencepiece(folder) is not None:
         model.tokenizer_path = str(path.absolute())
     stops = special_tokens.union(model.config.eos_token_ids, stops)
     model.config = model.config.replace(eos_token_ids=stops)
+    tell_of_sentencepiece(folder)

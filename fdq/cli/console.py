@@ -167,14 +167,9 @@ def read_scheme(text: str) -> Any:
 
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
     """`path`, if it is a directory; else an error that says what a checkpoint is."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist. Expected the directory of a checkpoint: a Hugging Face one "
-            "(config.json and *.safetensors) or one that `fdq convert` made (fdq.json)."
-        )
-    if not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; expected the directory of a checkpoint.")
-    return path
+    from fdq_checkpoints.readers.local_directory import local_directory
+
+    return local_directory(path)
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from fdq_checkpoints.errors import CheckpointError, nearest, shown
-from fdq_checkpoints.readers import strict_json
+from fdq_checkpoints.readers import local_directory, strict_json
 from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile, TensorInfo
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 100_000_000
+MODEL_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_BESIDE = ("adapter_model", "consolidated")  # of files that are no part of the model
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams", ".pdiparams")
 # What is copied beside a converted model, so that it can be used without the original; the
 # tokenizer takes the special tokens' numbers from config.json.
@@ -52,14 +55,7 @@ class SourceDirectory:
     """The tensors of all shards in a directory of safetensors; a context manager."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(
-                f"{self.path}: no such directory. Names on a hub are not looked up: download the "
-                "model first and give its directory."
-            )
-        if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: expected a directory with config.json.")
+        self.path = local_directory.local_directory(path)
         self.config = self._read_config()
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
@@ -131,6 +127,8 @@ class SourceDirectory:
 
     def _read_config(self) -> dict[str, Any]:
         if not os.path.lexists(self.path / "config.json"):
+            if advice := local_directory.without_config(self.path):
+                raise CheckpointError(advice)
             raise CheckpointError(
                 f"{self.path}: no config.json (nor fdq.json). Give the directory that holds the "
                 "model's config.json and .safetensors files."
@@ -152,10 +150,18 @@ class SourceDirectory:
         names = sorted(os.listdir(self.path))
         files = [name for name in names if name.endswith(".safetensors")]
         indices = [name for name in names if name.endswith(".safetensors.index.json")]
-        if len(indices) > 1:
-            raise CheckpointError(f"{self.path}: several indices {indices}; keep one.")
         if not files:
             raise CheckpointError(self._nothing_to_read(names))
+        if INDEX_NAME in indices:
+            indices = [INDEX_NAME]
+        elif MODEL_NAME in files and not any(map(_SHARD.fullmatch, files)):
+            # As transformers does: what is beside it (adapters, the same weights under their
+            # publisher's names) is something else.
+            indices, files = [], [MODEL_NAME]
+        else:
+            files = [name for name in files if not name.startswith(_BESIDE)] or files
+        if len(indices) > 1:
+            raise CheckpointError(f"{self.path}: several indices {indices}; keep one.")
         if indices:
             self._open_index(indices[0], files)
             return
@@ -186,9 +192,8 @@ class SourceDirectory:
                 f"{self.path}: weights split per rank (rank0/ …), which cannot be put together "
                 "again. Use the unsplit release of the model."
             )
-        gguf = [name for name in names if name.endswith(".gguf")]
-        if gguf:
-            return f"{self.path}: GGUF ({gguf[0]}) is not read. Use the safetensors release."
+        if gguf := [name for name in names if name.lower().endswith(".gguf")]:
+            return local_directory.gguf_advice(self.path / gguf[0])
         return f"{self.path}: no .safetensors file."
 
     def _open(self, name: str) -> SafetensorsFile:

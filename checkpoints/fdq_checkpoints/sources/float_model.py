@@ -10,6 +10,7 @@ import numpy as np
 from fdq import models
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.local_directory import tell_of_adapters
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import published_names, tensor_names
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
@@ -61,6 +62,7 @@ class FloatModels:
         directory = SourceDirectory(folder)
         try:
             _refuse_quantized(directory)
+            tell_of_adapters(folder)
             return _open(directory, dtype)
         except BaseException:
             directory.close()

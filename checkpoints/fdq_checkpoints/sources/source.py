@@ -11,6 +11,7 @@ from fdq import models
 from fdq.formats.qtensor import QTensor
 from fdq.registry import Registry
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.tree_paths import Path
 
 
@@ -99,7 +100,7 @@ def open_source(
     subtree: str | None = None,
 ) -> Source:
     """Opens a directory by whichever importer claims it; arguments as of `fdq.convert`."""
-    folder = pathlib.Path(path)
+    folder = local_directory(path)
     importer = importer_of(folder)
     given = {"config": config, "subtree": subtree}
     options = {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,142 @@
+"""Which directory is meant: errors that point the way from a name, an address or a file to one."""
+
+import logging
+import os
+import pathlib
+import re
+
+from fdq_checkpoints.errors import CheckpointError, shown
+
+_LOGGER = logging.getLogger("fdq")
+_EXPECTED = (
+    "Expected the directory of a checkpoint: a Hugging Face one (config.json and *.safetensors), "
+    "one that `fdq convert` made (fdq.json), or Orbax's."
+)
+# As owner/name on the hub; a path of two parts may look like one.
+_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
+_HUB = rf"(?:hf:/+|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)(?:models/)?({_REPOSITORY})"
+_ADDRESS = r"(?:[a-z][a-z0-9+.-]+):/"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
+
+
+def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path, if it is a directory.
+
+    Raises:
+      FileNotFoundError: there is none; says how to download what looks like a name on a hub.
+      CheckpointError: it is a file; says which directory to give, or what to do with a GGUF.
+    """
+    folder = pathlib.Path(path)
+    if folder.is_dir():
+        return folder
+    if os.path.lexists(folder):
+        raise CheckpointError(_of_file(folder))
+    text = os.fspath(path)
+    # pathlib makes one slash of the two in an address.
+    if match := re.match(_HUB, text):
+        raise FileNotFoundError(f"{shown(text)}: {_download(match[1].split('@')[0])}")
+    if re.match(_ADDRESS, text):
+        raise FileNotFoundError(
+            f"{shown(text)}: an address, and fdq reads local directories only. Download the "
+            "checkpoint first and give its directory."
+        )
+    if re.fullmatch(_REPOSITORY, text) and not folder.parent.exists():
+        raise FileNotFoundError(f"{text} does not exist. {_download(text)}")
+    raise FileNotFoundError(f"{folder} does not exist. {_EXPECTED}")
+
+
+def _download(repository: str) -> str:
+    name = repository.split("/")[-1]
+    return (
+        "fdq reads local directories only and downloads nothing. If it is a model on the Hugging "
+        f"Face hub, get it with `hf download {repository} --local-dir {name}` (pip install "
+        f"huggingface_hub), then give {name}."
+    )
+
+
+def _of_file(path: pathlib.Path) -> str:
+    if is_gguf(path):
+        return gguf_advice(path)
+    if path.suffix in _PICKLES:
+        return (
+            f"{path} is a file of pickled weights, which can run code when loaded, so fdq does not "
+            "read it. Use a release in safetensors."
+        )
+    if path.suffix == ".safetensors" or path.name in ("config.json", "fdq.json"):
+        return f"{path} is a file of a checkpoint; give the directory that holds it, {path.parent}."
+    return f"{path} is a file. {_EXPECTED}"
+
+
+def is_gguf(path: pathlib.Path) -> bool:
+    """By its name, or by its first four bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def gguf_advice(path: pathlib.Path) -> str:
+    """What to do with a GGUF file, whose name says how many bits its weights have."""
+    match = re.search(r"[^A-Za-z0-9](?:I?Q)([2348])(?:_|\.|$)", path.name)
+    like = f" with --scheme W{match[1]}A16, which has as many bits," if match else ""
+    return (
+        f"{path}: a GGUF file, which fdq does not read. Load or convert the safetensors release of "
+        f"the model{like} instead."
+    )
+
+
+def without_config(folder: pathlib.Path) -> str | None:
+    """Where the checkpoint is that somebody means by a directory without config.json, if seen."""
+    names = sorted(os.listdir(folder))
+    if gguf := [name for name in names if name.lower().endswith(".gguf")]:
+        return gguf_advice(folder / gguf[0])
+    if "adapter_config.json" in names:
+        return (
+            f"{folder}: adapters (PEFT) without their model. Merge them into it (merge_and_unload "
+            "and save_pretrained), and give the directory of the merged model."
+        )
+    snapshots = folder / "snapshots"
+    below = snapshots if snapshots.is_dir() else folder
+    found = [
+        entry
+        for entry in sorted(below.iterdir())
+        if any((entry / name).is_file() for name in ("config.json", "fdq.json"))
+    ]
+    if found:
+        newest = max(found, key=lambda entry: entry.stat().st_mtime)
+        more = f" (or one of {len(found) - 1} more)" if len(found) > 1 else ""
+        return f"{folder}: no config.json, but {newest} has one. Give that directory{more}."
+    return None
+
+
+def sentencepiece(folder: pathlib.Path) -> str | None:
+    """The name of a directory's SentencePiece model, if it has one."""
+    names = ("tokenizer.model", "spiece.model")
+    return next((name for name in names if (folder / name).is_file()), None)
+
+
+def tell_of_sentencepiece(folder: pathlib.Path) -> None:
+    """Says how to make a tokenizer.json, where a directory has a SentencePiece model alone."""
+    model = sentencepiece(folder)
+    if model is not None and not (folder / "tokenizer.json").is_file():
+        _LOGGER.warning(
+            "%s: a SentencePiece %s and no tokenizer.json, which text needs (token ids do not). "
+            "With transformers and sentencepiece, AutoTokenizer.from_pretrained(%r)"
+            ".save_pretrained(%r) makes one.",
+            folder,
+            model,
+            str(folder),
+            str(folder),
+        )
+
+
+def tell_of_adapters(folder: pathlib.Path) -> None:
+    """Says that the model is read without what PEFT would put on it."""
+    if (folder / "adapter_model.safetensors").is_file():
+        _LOGGER.warning(
+            "%s: adapter_model.safetensors is not applied; merge it into the model with PEFT's "
+            "merge_and_unload if it is wanted.",
+            folder,
+        )
