@@ -20,11 +20,11 @@ import jax
 import numpy as np
 
 from fdq.schemes.recipe import Recipe
-from fdq_checkpoints import adapters, saving, stream, tree_paths
+from fdq_checkpoints import saving, stream, tree_paths
 from fdq_checkpoints.inspection import Inspection, inspect
 from fdq_checkpoints.readers.local_directory import tell_of_sentencepiece
 from fdq_checkpoints.sources import open_source
-from fdq_checkpoints.store import commit, manifest, orbax_store
+from fdq_checkpoints.store import adapters, commit, manifest, orbax_store
 from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import Tensor

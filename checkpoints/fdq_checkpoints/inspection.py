@@ -8,12 +8,13 @@ from typing import Any
 
 from fdq.formats.qtensor import QTensor
 from fdq.text_table import aligned
-from fdq_checkpoints import adapters, tree_paths
+from fdq_checkpoints import tree_paths
 from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import importer_of, open_source
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
+from fdq_checkpoints.store import adapters
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import bytes_in
 from fdq_checkpoints.store.restore import StoredTensors

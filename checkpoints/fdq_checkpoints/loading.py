@@ -17,7 +17,7 @@ from fdq.formats.qtensor import QTensor
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
-from fdq_checkpoints import adapters, stream, tree_paths
+from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import (
     local_directory,
@@ -26,8 +26,8 @@ from fdq_checkpoints.readers.local_directory import (
 )
 from fdq_checkpoints.sources import open_source, tree_view
 from fdq_checkpoints.sources.stored_tree import StoredTree
+from fdq_checkpoints.store import adapters, restore
 from fdq_checkpoints.store import manifest as manifests
-from fdq_checkpoints.store import restore
 from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import Shardings, StoredTensors
 from fdq_checkpoints.store.stored_model import abstract_model

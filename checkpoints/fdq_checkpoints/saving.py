@@ -14,11 +14,11 @@ import numpy as np
 
 from fdq import models
 from fdq.formats.qtensor import QTensor
-from fdq_checkpoints import adapters, tree_paths
-from fdq_checkpoints.adapters import Parts
+from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import COMPANION_FILES
-from fdq_checkpoints.store import commit, manifest, orbax_store
+from fdq_checkpoints.store import adapters, commit, manifest, orbax_store
+from fdq_checkpoints.store.adapters import Parts
 from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
 from fdq_checkpoints.tree_paths import Tensor
 

@@ -80,7 +80,7 @@ def run(
         calibration = Calibration.load(calibration_file)
     if calibration_text is not None:
         with console.err.status("Calibrating ..."):
-            calibration = calibrated(source, calibration_text)
+            calibration = calibrated(source, calibration_text, config=config, subtree=subtree)
     before = inspect(source, subtree=subtree)
     start = time.perf_counter()
     printed = io.StringIO()
@@ -149,17 +149,24 @@ def summary(inspection: Any) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
-def calibrated(source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 32) -> Any:
-    """Statistics of the float model over the first rows x 256 tokens of a text file."""
+def calibrated(
+    source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 32, **options: Any
+) -> Any:
+    """Statistics of the float model over the first rows x 256 tokens of a text file.
+
+    `options` are those of `fdq.load`.
+    """
     import numpy as np
 
     from fdq.calibration.observation import calibrate
     from fdq.decoding.tokenizer import Tokenizer
     from fdq.storage import load
 
-    ids = Tokenizer.load(source).encode(text_file.read_text("utf-8"), bos=True)[: rows * 256]
+    model = load(source, **options)
+    tokenizer = getattr(model, "tokenizer_path", None) or source
+    ids = Tokenizer.load(tokenizer).encode(text_file.read_text("utf-8"), bos=True)[: rows * 256]
     if not ids:
         raise ValueError(f"{text_file}: empty; calibration needs text.")
     length = min(256, len(ids))
     tokens = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
-    return calibrate(load(source), tokens)
+    return calibrate(model, tokens)

@@ -130,7 +130,6 @@ BESIDE = {
         "consolidated-00001-of-00002.safetensors",
         "consolidated.safetensors.index.json",
     ],
-    "something else": ["training_state.safetensors"],
 }
 
 

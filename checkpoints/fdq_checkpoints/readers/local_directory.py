@@ -42,7 +42,10 @@ def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
         )
     if re.fullmatch(_REPOSITORY, text) and not folder.parent.exists():
         raise FileNotFoundError(f"{text} does not exist. {_download(text)}")
-    raise FileNotFoundError(f"{folder} does not exist. {_EXPECTED}")
+    raise FileNotFoundError(
+        f"{folder} does not exist. {_EXPECTED} Names on a hub are not looked up: download the "
+        "model first."
+    )
 
 
 def _download(repository: str) -> str:

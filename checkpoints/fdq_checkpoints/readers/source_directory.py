@@ -14,10 +14,10 @@ from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile, TensorIn
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 100_000_000
-MODEL_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_BESIDE = ("adapter_model", "consolidated")  # of files that are no part of the model
+# Files that are no part of the model that they are beside: PEFT's, and the same weights under their
+# publisher's names.
+_BESIDE = ("adapter_model", "consolidated")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams", ".pdiparams")
 # What is copied beside a converted model, so that it can be used without the original; the
 # tokenizer takes the special tokens' numbers from config.json.
@@ -152,14 +152,9 @@ class SourceDirectory:
         indices = [name for name in names if name.endswith(".safetensors.index.json")]
         if not files:
             raise CheckpointError(self._nothing_to_read(names))
-        if INDEX_NAME in indices:
-            indices = [INDEX_NAME]
-        elif MODEL_NAME in files and not any(map(_SHARD.fullmatch, files)):
-            # As transformers does: what is beside it (adapters, the same weights under their
-            # publisher's names) is something else.
-            indices, files = [], [MODEL_NAME]
-        else:
-            files = [name for name in files if not name.startswith(_BESIDE)] or files
+        if own := [name for name in files if not name.startswith(_BESIDE)]:
+            files = own
+            indices = [name for name in indices if not name.startswith(_BESIDE)]
         if len(indices) > 1:
             raise CheckpointError(f"{self.path}: several indices {indices}; keep one.")
         if indices:

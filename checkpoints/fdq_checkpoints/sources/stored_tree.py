@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from fdq_checkpoints import adapters, tree_paths
+from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import tree_view
 from fdq_checkpoints.sources.source import Source
-from fdq_checkpoints.store import manifest
+from fdq_checkpoints.store import adapters, manifest
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.store.stored_model import abstract_model
 from fdq_checkpoints.tree_paths import Path
