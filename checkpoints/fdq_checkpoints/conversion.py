@@ -25,12 +25,13 @@ from fdq_checkpoints.inspection import Inspection, inspect
 from fdq_checkpoints.readers.local_directory import tell_of_sentencepiece
 from fdq_checkpoints.sources import open_source
 from fdq_checkpoints.store import adapters, commit, manifest, orbax_store
+from fdq_checkpoints.store import journal as journals
+from fdq_checkpoints.store.journal import Journal, Pieces
 from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import Tensor
 
-_JOURNAL = "journal"
-# A kill loses no more than the work of so many seconds (and the tensor that is being made).
+# A kill loses no more than the work of so many seconds (and the matrix that is being made).
 FLUSH_SECONDS = 10.0
 
 
@@ -76,7 +77,7 @@ def convert(
             overwrite=overwrite,
             keep_unfinished=True,
             needed_bytes=total,
-            notes=(_JOURNAL,),
+            notes=(journals.FILE_NAME,),
         ) as folder:
             written, resumed = _write(made, folder, key, total, progress)
             # A model keeps its own record, also of what was quantized before.
@@ -116,26 +117,33 @@ def _write(
 ) -> tuple[dict[tree_paths.Path, TensorEntry], bool]:
     """Write all tensors; by path what was written, and whether an earlier process wrote some."""
     weights = folder / manifest.WEIGHTS
-    journal = _Journal(folder / _JOURNAL, key)
+    journal = Journal(folder / journals.FILE_NAME, key)
     entries = {entry.path: entry for entry in journal.done}
     if journal.finished and weights.is_dir():
         return entries, True
-    resumed = bool(entries) and orbax_store.keep_only(weights, journal.batches)
+    resumed = journal.has_work and orbax_store.keep_only(weights, journal.batches)
     if not resumed:
         entries = {}
         commit.empty(folder)
         journal.begin()
     fresh: list[TensorEntry] = []
 
+    def keep() -> None:
+        with _whole():
+            writer.flush()
+            pieces.flush()
+
     def record(names: list[str]) -> None:
         journal.add(names, fresh)
         fresh.clear()
+        pieces.drop_done()
 
     writer = orbax_store.TreeWriter(
         weights, total_bytes=total, on_batch=record, seconds=FLUSH_SECONDS
     )
+    pieces = Pieces(folder, journal, seconds=FLUSH_SECONDS, keep=keep)
     try:
-        for tensor in made.tensors(progress=progress, skip=frozenset(entries)):
+        for tensor in made.tensors(progress=progress, skip=frozenset(entries), pieces=pieces):
             with _whole():
                 entry = saving.write_tensor(writer, tensor)
                 entries[entry.path] = entry
@@ -143,11 +151,12 @@ def _write(
                 writer.flush_if_full()
         with _whole():
             writer.finalize()
+            pieces.drop_done()
             journal.finish()
     except KeyboardInterrupt:
         if not journal.finished:
-            with contextlib.suppress(KeyboardInterrupt), _whole():
-                writer.flush()
+            with contextlib.suppress(KeyboardInterrupt):
+                keep()
         raise KeyboardInterrupt(_kept(made, journal, folder)) from None
     return entries, resumed
 
@@ -168,70 +177,18 @@ def _whole() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _kept(made: stream.Job, journal: "_Journal", folder: pathlib.Path) -> str:
+def _kept(made: stream.Job, journal: Journal, folder: pathlib.Path) -> str:
     tensors = {tensor.path: tensor for tensor in tree_paths.flatten(made.tree)}
     sizes = {path: saving.nbytes(tensor.value) for path, tensor in tensors.items()}
     done = sum(sizes[entry.path] for entry in journal.done)
-    if not journal.done:
+    if not journal.has_work:
         return "Nothing was finished yet; the same call starts anew."
+    part = ""
+    if journal.pieces:
+        piece = journal.pieces[-1]
+        part = f" and {piece.stop} of the {tensors[piece.path].value.shape[0]} matrices of the next"
     return (
         f"Kept {len(journal.done)} of {len(sizes)} tensors ({done / sum(sizes.values()):.0%} of "
-        f"the bytes) in {folder}. The same call goes on from there; to drop them, remove that "
-        "directory."
+        f"the bytes){part} in {folder}. The same call goes on from there; to drop them, remove "
+        "that directory."
     )
-
-
-class _Journal:
-    """What of a job is on disk: a line of JSON for the job, one for each batch, one for the end.
-
-    `done` are the tensors that were written, `batches` the directories that hold them: of an
-    earlier process too, if it had the same `key`.
-    """
-
-    def __init__(self, path: pathlib.Path, key: str):
-        self._path, self._key = path, key
-        self.done: list[TensorEntry] = []
-        self.batches: list[str] = []
-        self.finished = False
-        lines = self._read() if path.is_file() else []
-        if not lines or lines[0].get("key") != key:
-            return
-        for line in lines[1:]:
-            self.finished = "finished" in line
-            self.batches = line.get("batches", self.batches)
-            written = line.get("tensors", [])
-            self.done += [manifest.tensor_from_json(entry, str(path)) for entry in written]
-
-    def begin(self) -> None:
-        """Forgets what an earlier process did."""
-        self.done, self.batches, self.finished = [], [], False
-        self._append({"key": self._key})
-
-    def add(self, batches: list[str], tensors: list[TensorEntry]) -> None:
-        """A batch of tensors is on disk, in these directories together with all before."""
-        written = [manifest.tensor_to_json(entry) for entry in tensors]
-        self._append({"batches": batches, "tensors": written})
-        self.batches = batches
-        self.done += tensors
-
-    def finish(self) -> None:
-        """All is put together where it belongs."""
-        self._append({"finished": True})
-        self.finished = True
-
-    def _append(self, content: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _read(self) -> list[dict[str, Any]]:
-        lines, texts = [], self._path.read_text(encoding="utf-8").splitlines()
-        for index, text in enumerate(texts):
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the process was killed while it wrote this line
-                whole = "".join(f"{line}\n" for line in texts[:index])
-                self._path.write_text(whole, encoding="utf-8")
-                break
-        return lines

@@ -26,6 +26,7 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import Source
 from fdq_checkpoints.store import restore
+from fdq_checkpoints.store.journal import Pieces
 from fdq_checkpoints.tree_paths import Path, Tensor, dotted
 
 _FINITE_CHECK_ELEMENTS = 2**24
@@ -89,9 +90,15 @@ class Job:
         return cls(source, assigned.quantize(inputs), assigned, inputs)
 
     def tensors(
-        self, *, progress: Progress | None = None, skip: frozenset[Path] = frozenset()
+        self,
+        *,
+        progress: Progress | None = None,
+        skip: frozenset[Path] = frozenset(),
+        pieces: Pieces | None = None,
     ) -> Iterator[Tensor]:
         """Reads, quantizes or casts, and yields each tensor; stacks and plain arrays on the host.
+
+        `pieces` keeps the parts of a stack in the making.
 
         CheckpointError if one holds NaN or infinity, or needs calibration.
         """
@@ -103,7 +110,7 @@ class Job:
             if tensor.path in skip:
                 continue
             if tensor.path in stored:
-                value = self._made(tensor)
+                value = self._made(tensor, pieces)
             elif isinstance(tensor.value, jax.ShapeDtypeStruct):
                 raise CheckpointError(
                     f"{dotted(tensor.path)}: a static scale must be calibrated. Load the float "
@@ -133,11 +140,11 @@ class Job:
             if isinstance(role := modules.role_of(use), modules.Role)
         }
 
-    def _made(self, tensor: Tensor) -> Any:
+    def _made(self, tensor: Tensor, pieces: Pieces | None) -> Any:
         if self.assigned is not None and isinstance(tensor.value, QTensor):
             found = self.assigned.rows.get(path_string(tensor.path))
             if found is not None:
-                return self._quantized(tensor, *found)
+                return self._quantized(tensor, *found, pieces)
         value = self.source.read(tensor.path)
         if not isinstance(tensor.value, QTensor):
             if jnp.issubdtype(tensor.value.dtype, jax.dtypes.extended):
@@ -149,7 +156,9 @@ class Job:
             )
         return value
 
-    def _quantized(self, tensor: Tensor, row: Row, paths: list[str]) -> QTensor:
+    def _quantized(
+        self, tensor: Tensor, row: Row, paths: list[str], pieces: Pieces | None
+    ) -> QTensor:
         assigned, target = self.assigned, tensor.value
         assert assigned is not None
 
@@ -167,14 +176,17 @@ class Job:
             return assigned.tensor(folded, row, paths, inputs=self.inputs)
         if target.ndim == 2:
             return quantized(None)
-        arrays: dict[str, np.ndarray] = {}
-        count = target.shape[0]
-        for index in range(count):
+        arrays: dict[str, np.ndarray]
+        if pieces is None:
+            empty = target.arrays().items()
+            arrays, start = {name: np.empty(a.shape, a.dtype) for name, a in empty}, 0
+        else:
+            arrays, start = pieces.begun(tensor)
+        for index in range(start, target.shape[0]):
             for name, array in quantized(index).arrays().items():
-                host = np.asarray(array)
-                if index == 0:
-                    arrays[name] = np.empty((count, *host.shape), host.dtype)
-                arrays[name][index] = host
+                arrays[name][index] = np.asarray(array)
+            if pieces is not None:
+                pieces.made(tensor, arrays, index + 1)
         return target.replace(**arrays)
 
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from fdq_checkpoints import conversion, convert, load
-from fdq_checkpoints.store import commit, orbax_store
+from fdq_checkpoints.store import commit, journal, orbax_store
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
 
@@ -105,6 +105,47 @@ def test_what_is_old_is_written_however_small_it_is(tmp_path, monkeypatch):
         convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
     # Every third tensor is more than ten seconds after the last batch.
     assert kept == [0, 0, 0, 4, 4, 4, 7, 7]
+
+
+@pytest.mark.parametrize("by_time", [False, True])
+def test_the_matrices_of_a_stack_are_kept_one_by_one(tmp_path, monkeypatch, by_time):
+    """The experts of a large layer take minutes."""
+    source = builders.MODELS / "qwen3_moe"
+    quantize = conversion.stream.Assigned.tensor
+    clock = [0.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+
+    def slow(self, array, row, paths, *, inputs, index=None):
+        if index == 3 and "gate_up" in row.path and stop:
+            raise SystemExit if by_time else KeyboardInterrupt
+        if index is not None:
+            seen.append((row.path, index))
+            clock[0] += 6.0
+        return quantize(self, array, row, paths, inputs=inputs, index=index)
+
+    monkeypatch.setattr(conversion.stream.Assigned, "tensor", slow)
+    # A kill, after which nothing is flushed: what was written by time is left as it is.
+    monkeypatch.setattr(commit.shutil, "rmtree", lambda *_, **__: None)
+    seen, stop = [], True
+    with pytest.raises(SystemExit if by_time else KeyboardInterrupt) as raised:
+        convert(source, tmp_path / "out", "W4A16-g16", method="absmax", progress=None)
+    # By time: a stack came before this one, whose first matrix and third were then due.
+    kept = 3
+    assert by_time or "and 3 of the 8 matrices of the next in" in str(raised.value)
+    done = sum(batches(tmp_path / "out.fdq-tmp"))
+    assert done == 3, "what was made before the stack does not wait for it"
+    stack = seen[-1][0]
+    monkeypatch.undo()
+    monkeypatch.setattr(conversion.stream.Assigned, "tensor", slow)
+    seen, stop = [], False
+    convert(source, tmp_path / "out", "W4A16-g16", method="absmax")
+    assert [index for path, index in seen if path == stack] == list(range(kept, 8))
+    assert_same(load(source, "W4A16-g16", method="absmax"), load(tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "fdq.json",
+        "weights",
+    ]
 
 
 def test_a_line_of_the_journal_that_was_cut_does_not_spoil_the_next(tmp_path):

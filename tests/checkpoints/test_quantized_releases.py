@@ -89,7 +89,7 @@ def test_a_file_beside_the_config_says_it_too(tmp_path, side):
         content = {"quantization": {"quant_algo": "FP8"}}
     (tmp_path / "model" / side).write_text(json.dumps(content))
     expected = "ModelOpt, 8 bits (fp8)" if side.startswith("hf") else "GPTQ, 4 bits in groups of"
-    assert inspect(tmp_path / "model").scheme.startswith(expected)
+    assert str(inspect(tmp_path / "model").scheme).startswith(expected)
     with pytest.raises(CheckpointError, match=side):
         load(tmp_path / "model")
 

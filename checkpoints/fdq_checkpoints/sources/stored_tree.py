@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
@@ -75,7 +76,9 @@ class StoredTree(Source):
     def _read(self, path: Path) -> Any:
         entry = self._entries[path]
         array = self.tensors.read_one(entry, verify=self.verify)["value"]
-        return array if entry.prng is None else jax.random.wrap_key_data(array, impl=entry.prng)
+        if entry.prng is None:
+            return array
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=entry.prng)
 
     def companions(self) -> list[pathlib.Path]:
         """The files beside the weights, or those beside the config that was given as a file."""

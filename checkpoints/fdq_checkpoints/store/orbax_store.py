@@ -206,8 +206,8 @@ def _items(path: pathlib.Path) -> tuple[pathlib.Path, list[str | None]]:
     if (path / _TREE).exists():
         is_item = not (path / _CHECKPOINT).exists() and (path.parent / _CHECKPOINT).exists()
         return (path.parent, [path.name]) if is_item else (path, [None])
-    names: list[str | None] = sorted(entry.parent.name for entry in path.glob(f"*/{_TREE}"))
-    return path, names or ["AUTO"]
+    names = sorted(entry.parent.name for entry in path.glob(f"*/{_TREE}"))
+    return path, [*names] or ["AUTO"]
 
 
 def _context() -> ocp.Context:

@@ -1,0 +1,175 @@
+"""What of an unfinished job is on disk: its journal, and the pieces of the stack in the making."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fdq.formats.qtensor import QTensor
+from fdq_checkpoints.store import manifest
+from fdq_checkpoints.store.manifest import TensorEntry
+from fdq_checkpoints.tree_paths import Path, Tensor
+
+FILE_NAME = "journal"
+_PIECES = "pieces"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The file of the matrices up to `stop` of the stack at `path`, after those of the last one."""
+
+    path: Path
+    file: str
+    stop: int
+
+
+class Journal:
+    """A line of JSON for the job, one for each batch and piece, one for the end.
+
+    `done` are the tensors that were written, `batches` the directories that hold them, `pieces`
+    those of the stack that is not: of an earlier process too, if it had the same `key`.
+    """
+
+    def __init__(self, path: pathlib.Path, key: str):
+        self._path, self._key = path, key
+        self.done: list[TensorEntry] = []
+        self.batches: list[str] = []
+        self.pieces: list[Piece] = []
+        self.finished = False
+        lines = self._read() if path.is_file() else []
+        if not lines or lines[0].get("key") != key:
+            return
+        for line in lines[1:]:
+            self.finished = "finished" in line
+            self.batches = line.get("batches", self.batches)
+            written = line.get("tensors", [])
+            self._note([manifest.tensor_from_json(entry, str(path)) for entry in written])
+            if "file" in line:
+                self.pieces.append(Piece(tuple(line["path"]), line["file"], line["stop"]))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to go on from."""
+        return bool(self.done or self.pieces)
+
+    def begin(self) -> None:
+        """Forgets what an earlier process did."""
+        self.done, self.batches, self.pieces, self.finished = [], [], [], False
+        self._append({"key": self._key})
+
+    def add(self, batches: list[str], tensors: list[TensorEntry]) -> None:
+        """A batch of tensors is on disk, in these directories together with all before."""
+        written = [manifest.tensor_to_json(entry) for entry in tensors]
+        self._append({"batches": batches, "tensors": written})
+        self.batches = batches
+        self._note(tensors)
+
+    def add_piece(self, piece: Piece) -> None:
+        """A piece is on disk."""
+        self._append(dataclasses.asdict(piece))
+        self.pieces.append(piece)
+
+    def finish(self) -> None:
+        """All is put together where it belongs."""
+        self._append({"finished": True})
+        self.finished = True
+
+    def _note(self, tensors: list[TensorEntry]) -> None:
+        self.done += tensors
+        paths = {entry.path for entry in tensors}
+        self.pieces = [piece for piece in self.pieces if piece.path not in paths]
+
+    def _append(self, content: dict[str, Any]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> list[dict[str, Any]]:
+        lines, texts = [], self._path.read_text(encoding="utf-8").splitlines()
+        for index, text in enumerate(texts):
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # the process was killed while it wrote this line
+                whole = "".join(f"{line}\n" for line in texts[:index])
+                self._path.write_text(whole, encoding="utf-8")
+                break
+        return lines
+
+
+class Pieces:
+    """Keeps the matrices of a stack (a layer's experts) that took long, before it is whole.
+
+    A stack may take minutes; `keep`, which should `flush`, is called when a matrix has waited for
+    so many `seconds`.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, journal: Journal, *, seconds: float, keep: Callable[[], None]
+    ):
+        self._folder, self._journal, self._keep = folder / _PIECES, journal, keep
+        self._seconds = seconds
+        self._last = time.monotonic()
+        self._written = 0  # matrices of the stack that are on disk
+        self._made: tuple[Tensor, Mapping[str, np.ndarray], int] | None = None
+
+    def begun(self, tensor: Tensor) -> tuple[dict[str, np.ndarray], int]:
+        """The arrays of a quantized stack, filled as far as an earlier process came, and how far.
+
+        `tensor` is abstract.
+        """
+        assert isinstance(tensor.value, QTensor)
+        arrays = {
+            name: np.empty(array.shape, array.dtype)
+            for name, array in tensor.value.arrays().items()
+        }
+        start = 0
+        for piece in self._journal.pieces:
+            path = self._folder / piece.file
+            if piece.path != tensor.path or not path.is_file():
+                break
+            with np.load(path) as stored:
+                for name, array in arrays.items():
+                    part = array[start : piece.stop]
+                    part[...] = stored[name].view(array.dtype).reshape(part.shape)
+            start = piece.stop
+        self._written, self._made = start, None
+        return arrays, start
+
+    def made(self, tensor: Tensor, arrays: Mapping[str, np.ndarray], stop: int) -> None:
+        """The first `stop` matrices of a stack are there."""
+        self._made = (tensor, arrays, stop)
+        if stop == tensor.value.shape[0]:  # whole, and the next batch has it
+            self._made = None
+        elif time.monotonic() - self._last >= self._seconds:
+            self._keep()
+
+    def flush(self) -> None:
+        """Writes what is not on disk yet."""
+        if self._made is None or self._made[2] == self._written:
+            return
+        tensor, arrays, stop = self._made
+        self._folder.mkdir(exist_ok=True)
+        name = f"{len(self._journal.done)}-{stop}.npz"
+        # As bytes: NumPy's files know no bfloat16.
+        parts = {
+            key: np.ascontiguousarray(array[self._written : stop]).reshape(-1).view(np.uint8)
+            for key, array in arrays.items()
+        }
+        with open(self._folder / name, "wb") as file:
+            np.savez(file, **parts)
+            file.flush()
+            os.fsync(file.fileno())
+        self._journal.add_piece(Piece(tensor.path, name, stop))
+        self._written, self._last = stop, time.monotonic()
+
+    def drop_done(self) -> None:
+        """Removes the files of stacks that were written whole."""
+        if not self._journal.pieces:
+            shutil.rmtree(self._folder, ignore_errors=True)
