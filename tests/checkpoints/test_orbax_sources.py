@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp1
 
 import fdq
 from fdq.quantizers.quantization import quantize
-from fdq_checkpoints import CheckpointError, convert, inspect, load
+from fdq_checkpoints import CheckpointError, convert, inspect, load, save
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
 from tests.covering import slow
@@ -153,6 +153,13 @@ def test_the_trees_of_a_step_that_has_several_are_told_apart(tmp_path):
         convert(tmp_path / folder, tmp_path / "out", "W8A16", subtree="ema.a", overwrite=True)
         assert_same(load(tmp_path / "out"), quantize(step["ema"]["a"], "W8A16"))
     assert_same(load(tmp_path / "run" / "1" / "params"), params)
+
+
+def test_the_arrays_of_an_fdq_checkpoint_are_no_tree_of_their_own(tmp_path):
+    save({"a": {"kernel": jnp.ones((4, 8))}}, tmp_path / "out")
+    for use in (load, inspect, lambda path: convert(path, tmp_path / "other", "W8A16")):
+        with pytest.raises(CheckpointError, match=r"without what they mean\. Give .*/out\."):
+            use(tmp_path / "out" / "weights")
 
 
 def test_a_decoder_trained_in_jax_becomes_a_model(tmp_path):

@@ -9,7 +9,7 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import tree_view
 from fdq_checkpoints.sources.source import Source
-from fdq_checkpoints.store import orbax_store
+from fdq_checkpoints.store import commit, manifest, orbax_store
 from fdq_checkpoints.tree_paths import Path, dotted
 
 
@@ -97,6 +97,14 @@ class OrbaxTrees:
 
     def open(self, folder: pathlib.Path, **options: Any) -> OrbaxTree:
         """Reads the metadata, of the last step where there are several; options of `OrbaxTree`."""
+        outside = folder.absolute().parent
+        if outside.name.endswith(commit.SUFFIX):
+            raise CheckpointError(f"{outside}: unfinished; convert or save again.")
+        if folder.name == manifest.WEIGHTS and (outside / manifest.FILE_NAME).exists():
+            raise CheckpointError(
+                f"{folder}: the arrays of an fdq checkpoint, without what they mean. Give "
+                f"{outside}."
+            )
         if orbax_store.is_orbax(folder):
             return OrbaxTree(folder, **options)
         last = folder / orbax_store.steps(folder)[-1]

@@ -163,7 +163,7 @@ class Pieces:
             for key, array in arrays.items()
         }
         with open(self._folder / name, "wb") as file:
-            np.savez(file, **parts)
+            np.savez(file, allow_pickle=False, **parts)
             file.flush()
             os.fsync(file.fileno())
         self._journal.add_piece(Piece(tensor.path, name, stop))
