@@ -1,4 +1,4 @@
-"""Figures of the benchmarks; matplotlib comes with the extra ``fdq[plots]``."""
+"""Figures of the benchmarks; matplotlib comes with the extra `plots`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def dot_chart(labels: list[str], label: str, *, width: float = 9.0) -> tuple[Any
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SystemExit(f"--plot needs matplotlib (pip install 'fdq[plots]'): {error}") from error
+        raise SystemExit(f"--plot needs matplotlib (pip install matplotlib): {error}") from error
     figure = Figure(figsize=(width, 0.8 + 0.22 * len(labels)), layout="constrained")
     axes = figure.subplots()
     axes.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -116,8 +116,9 @@ class Run:
             raise SystemExit(f"the device could not be measured: {failure}")
         if machine["platform"] != "gpu" and not self.smoke:
             raise SystemExit(
-                f"jax sees no GPU here, but {machine['device_kind']!r}. Install fdq with the extra "
-                "cuda12 or cuda13, or try everything on the CPU with --smoke."
+                f"jax sees no GPU here, but {machine['device_kind']!r}. Install jax for GPUs "
+                "(pip install -e '.[cuda12]' or '.[cuda13]'), or "
+                "try everything on the CPU with --smoke."
             )
         capability = float(machine["compute_capability"] or 8.0)
         self.settings = Settings(
@@ -332,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         plot(record, path.with_suffix(".png"))
         console.print(f"wrote {path.with_suffix('.png')}", soft_wrap=True)
     except ImportError as error:
-        console.print(f"no plot: it needs matplotlib (pip install 'fdq[plots]'): {error}")
+        console.print(f"no plot: it needs matplotlib (pip install matplotlib): {error}")
     wrong = wrong_results(record)
     for line in wrong:
         console.print(f"WRONG: {line}", style="red", markup=False)

@@ -97,7 +97,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """KL to the original by scheme, least first; needs the extra `fdq[plots]`."""
+    """KL to the original by scheme, least first; needs the extra `plots`."""
     points = [
         (r.name, r.report.bits_per_weight or 0, r.report.kl_nats_per_token or 0) for r in rows
     ]

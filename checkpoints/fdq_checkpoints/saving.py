@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import fdq
 from fdq import models
 from fdq.formats.qtensor import QTensor
 from fdq_checkpoints import tree_paths
@@ -136,7 +137,9 @@ def _copy_files(
 
 def versions() -> dict[str, str]:
     """Versions of fdq and of what it stands on."""
-    return {name: _version(name) for name in ("fdq", "jax", "flax", "orbax-checkpoint")}
+    installed = {name: _version(name) for name in ("jax", "flax", "orbax-checkpoint")}
+    # Not asked of the installation: another project's distribution is called fdq.
+    return {"fdq": fdq.__version__} | installed
 
 
 def _version(name: str) -> str:

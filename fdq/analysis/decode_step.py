@@ -145,7 +145,7 @@ def report(
 
     `model` is what `fdq.plan` takes, `scheme` what `fdq.quantize` takes and pickle can carry,
     `gpu` a name in `pallas_kernels.aot.gpu_targets.GPUS`; None of `layers` is the whole model.
-    `update` is called after each of the compiles, up to three. Needs the extra `fdq[aot]`.
+    `update` is called after each of the compiles, up to three. Needs the extra `aot`.
     """
     gpu = find(gpu).name
     of_layers = config_for(model, gpu).num_layers

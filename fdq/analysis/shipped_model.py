@@ -18,5 +18,6 @@ def shipped_model_path() -> pathlib.Path:
             return place
     raise FileNotFoundError(
         f"The shipped model is missing: looked for config.json in {places[0]} and {places[1]}. "
-        "Reinstall fdq, or train it: python examples/train_tiny_ernie.py --out examples/tiny_ernie"
+        "Install fdq-jax anew, or train it: "
+        "python examples/train_tiny_ernie.py --out examples/tiny_ernie"
     )

@@ -1,4 +1,4 @@
-"""The `fdq` command; needs the extra `fdq[cli]`.
+"""The `fdq` command; needs the extra `cli`.
 
 `main` is the entry point. One file holds one command; `fdq.cli.app` puts them together and
 `fdq.cli.console` holds what they share: output, errors, exit codes.
@@ -9,7 +9,7 @@ import os
 import sys
 
 # Modules of the extra: their absence is explained, that of any other is a defect and is shown.
-_EXTRA = ("typer", "rich", "tokenizers")
+_EXTRA = ("tokenizers", "typer", "rich")
 # What the kernel shows of an NVIDIA GPU: a card, one of a Windows host, one of a Jetson.
 _GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-*")
 
@@ -26,8 +26,8 @@ def main() -> None:
         if error.name is None or error.name.split(".")[0] not in _EXTRA:
             raise
         print(
-            f"The fdq command needs the package {error.name!r}, which the extra `cli` installs: "
-            "pip install 'fdq[cli]'",
+            f"The fdq command needs the package {error.name!r}: pip install {' '.join(_EXTRA)}, "
+            "or in a clone of fdq pip install -e '.[cli]'",
             file=sys.stderr,
         )
         sys.exit(2)

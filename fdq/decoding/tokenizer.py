@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the `tokenizers` package of the extra `fdq[cli]`.
+"""Text to tokens and back, with the `tokenizers` package of the extra `cli`.
 
 Only a checkpoint's tokenizer.json is read: it says everything, and running it needs no code of
 the checkpoint's author.
@@ -127,8 +127,8 @@ def _backend_class() -> Any:
         import tokenizers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Text needs the `tokenizers` package, which the extra `cli` installs: "
-            "pip install 'fdq[cli]'. Token ids work without it.",
+            "Text needs the package `tokenizers`: pip install tokenizers. "
+            "Token ids work without it.",
             name=error.name,
         ) from error
     return tokenizers.Tokenizer

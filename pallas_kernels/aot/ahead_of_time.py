@@ -10,7 +10,7 @@ compute capability or number of multiprocessors gets those of the real card.
 Each compile is a process of its own (`compile_worker`): an instruction that an architecture lacks
 ends the process rather than raise an error, and a compiler that hangs is ended after `timeout`.
 
-Needs the extra `fdq[aot]`: JAX's CUDA plugin, ptxas and cuobjdump; no driver and no CUDA libraries.
+Needs the extra `aot`: JAX's CUDA plugin, ptxas and cuobjdump; no driver and no CUDA libraries.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def compile_jobs(
     Each of the `processes` takes one core and about 1 GB. `thorough=False` saves a third of the
     time: dynamic shared memory is not reported, and machine code is only looked at where the case
     has an `instruction_limit`. `update` gets each report as it comes, in one thread at a time.
-    Without the extra `fdq[aot]`: ModuleNotFoundError.
+    Without the extra `aot`: ModuleNotFoundError.
     """
     from pallas_kernels.aot.pool import run_jobs
 

@@ -10,7 +10,13 @@ import shutil
 import subprocess
 from typing import Any
 
-INSTALL = "pip install 'fdq[aot]'"
+import jax
+
+INSTALL = (
+    f"pip install 'jax[cuda13-local]=={jax.__version__}' nvidia-cuda-nvcc nvidia-cuda-cuobjdump "
+    "nvidia-cuda-nvdisasm, or in a clone of fdq pip install -e '.[aot]'"
+)
+"""What to do where something is missing; the plugin's version must be that of jax."""
 
 _TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")

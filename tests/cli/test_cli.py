@@ -253,7 +253,9 @@ def test_missing_extra_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         fdq.cli.main()
     assert error.value.code == 2
-    assert "pip install 'fdq[cli]'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "pip install tokenizers typer rich" in message
+    assert "pip install -e '.[cli]'" in message
 
 
 @pytest.mark.slow

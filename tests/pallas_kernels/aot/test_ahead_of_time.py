@@ -228,10 +228,10 @@ def test_errors_are_one_line_without_the_module():
 def test_missing_tools_are_explained(monkeypatch):
     monkeypatch.setattr(cuda_tools.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(cuda_tools.shutil, "which", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"ptxas is not installed: pip install 'fdq\[aot\]"):
+    with pytest.raises(FileNotFoundError, match=r"ptxas is not installed: pip install 'jax\["):
         cuda_tools.find("ptxas")
     assert "CUDA plugin is not installed" in str(unavailable())
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fdq\[aot\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jax\[.*pip install -e '.\[aot\]'"):
         compile_cases([programs.PROBE], ["l4"])
 
 
@@ -250,7 +250,7 @@ def test_without_the_plugin_the_reason_says_how_to_install_it(monkeypatch, missi
         return object()
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    assert "fdq[aot]" in str(unavailable())
+    assert "nvidia-cuda-nvcc" in str(unavailable())
 
 
 def test_a_limit_on_a_loop_that_is_not_there_is_a_problem():
