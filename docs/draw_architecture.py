@@ -29,6 +29,7 @@ HIDDEN = {
     "pallas_kernels.transformations",
     "pallas_kernels.typing",
     "fdq.registry",
+    "fdq.requirements",
     "fdq.text_table",
     "fdq_checkpoints.errors",
     "fdq_checkpoints.tree_paths",

@@ -4,6 +4,9 @@ A scheme is a name (``"W4A16C8"``), quantization a pure function from arrays to 
 quantized tensor a pytree that decodes itself, and decoding one ``jax.jit`` over pure pytrees.
 """
 
+from fdq import requirements as requirements  # first: it refuses what would fail later
+
+# isort: split
 from fdq import linen as linen
 from fdq import models as models
 from fdq import nn as nn
