@@ -1,43 +1,47 @@
-"""The README's scripts run, in a directory whose own modules are named like rooms of fdq."""
+"""The code of README, CONTRIBUTING and docs/ runs: in order, in one namespace, as it stands."""
 
+import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 from docs.import_graph import ROOT
-from fdq.analysis.shipped_model import shipped_model_path
-from tests.covering import slow
+from fdq.cli.app import app
 
-# What the README leaves to its reader.
-BEFORE = """
-import flax, jax, jax.numpy as jnp
-from flax import nnx
-w, x = jnp.ones((256, 128)), jnp.ones((4, 256))
-my_nnx_model = nnx.Linear(256, 128, rngs=nnx.Rngs(0))
-module = flax.linen.Dense(128)
-linen_params = module.init(jax.random.key(0), x)
-tokens = jnp.arange(24).reshape(1, 24)
-"""
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+)
 
 
-@pytest.mark.parametrize("scripts", [1, slow(2)])
-def test_readme_scripts_run_beside_files_of_the_same_names(tmp_path, scripts):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 3
-    assert blocks[0].count('"ERNIE-4.5-21B-A3B-PT"') == 1
-    script = BEFORE + "\n".join(blocks[:scripts])
-    script = script.replace("ERNIE-4.5-21B-A3B-PT", str(shipped_model_path()))
-    (tmp_path / "script.py").write_text(script)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+
+
+def test_the_pages_have_code():
+    assert len(blocks("README.md", "python")) == 6
+    assert len(blocks("README.md", "bash")) == 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_code_runs_in_order_beside_files_named_like_rooms_of_fdq(page, tmp_path):
+    """Each block after those before it, and nothing before the first but Python itself."""
+    code = blocks(page, "python")
+    if not code:
+        pytest.skip("no Python on this page")
+    (tmp_path / "script.py").write_text("\n".join(code))
     for name in ("checkpoints", "models", "ops", "formats", "cache", "docs", "tests", "benchmarks"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('this is the user\\'s module')\n")
     # Where fdq is not installed, it is found where this process finds it.
     places = [str(ROOT), str(ROOT / "checkpoints"), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
-        [sys.executable, "script.py"],
+        [sys.executable, "-W", "error", "script.py"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(places), "XLA_FLAGS": ""},
         capture_output=True,
@@ -45,4 +49,32 @@ def test_readme_scripts_run_beside_files_of_the_same_names(tmp_path, scripts):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    assert "KL to the reference" in run.stdout
     assert pathlib.Path(tmp_path, "ernie-w4a16c8", "fdq.json").is_file()
+
+
+def commands(page):
+    """Every `fdq ...` of a page's shell blocks and of its text, as a list of arguments."""
+    text = "\n".join(blocks(page, "bash")).replace("&&", "\n")
+    text += "\n" + "\n".join(
+        found.replace("\n", " ")
+        for found in re.findall(r"`(fdq [^`]+)`", (ROOT / page).read_text("utf-8"))
+    )
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [line[1:] for line in lines if line and line[0] == "fdq"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_commands_exist_with_these_options(page):
+    known = get_command(app).commands
+    for name, *arguments in commands(page):
+        assert name in known, name
+        options = {option for one in known[name].params for option in one.opts}
+        used = {argument for argument in arguments if argument.startswith("-")}
+        assert used <= options, (name, used - options)
+
+
+def test_the_commands_are_found():
+    found = json.dumps(commands("README.md"))
+    assert '["demo"]' in found
+    assert '"--against"' in found

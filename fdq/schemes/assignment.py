@@ -107,6 +107,7 @@ def assign(
     """
     matches = [_match(recipe, leaf) for leaf in leaves]
     rows = [_row(leaf, match) for leaf, match in zip(leaves, matches, strict=True)]
+    _refuse_quantized(leaves, matches, rows)
     for rule in recipe.rules:
         used = any(
             match.rule == rule and (rule.scheme is None or row.scheme is not None)
@@ -119,6 +120,21 @@ def assign(
         left = aligned(_folded(table.left, schemes=False), indent="  ") or "  (no tensors)"
         raise ValueError(f"Nothing to quantize to {recipe.default}. {hint} Found only:\n{left}")
     return table
+
+
+def _refuse_quantized(leaves: Sequence[Leaf], matches: list[Any], rows: list[Row]) -> None:
+    """Raises ValueError where all that a recipe is for is quantized already."""
+    before = [
+        leaf
+        for leaf, match in zip(leaves, matches, strict=True)
+        if leaf.why.startswith("is quantized") and match.scheme is not None
+    ]
+    if before and all(row.scheme is None for row in rows):
+        more = f" and {len(before) - 1} others" if len(before) > 1 else ""
+        raise ValueError(
+            f"This is quantized already: {before[0].path} {before[0].why}{more}. Quantize the "
+            "floats that it was made from: codes of codes would have both errors."
+        )
 
 
 def _match(recipe: Any, leaf: Leaf) -> Any:
