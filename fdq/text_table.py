@@ -1,4 +1,4 @@
-"""Tables as text: aligned for people, Markdown for pages."""
+"""Tables and sizes as text: aligned for people, Markdown for pages."""
 
 from collections.abc import Collection, Sequence
 
@@ -19,6 +19,16 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = (), inden
         ]
         lines.append(indent + "  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes in the decimal unit in which they have digits: "812 bytes", "8.81 MB"."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = 0
+    while abs(count) >= 999.5 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    digits = 0 if power == 0 else max(0, 3 - len(str(int(abs(count)))))
+    return f"{count:.{digits}f} {units[power]}"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

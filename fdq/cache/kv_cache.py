@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fdq.cache import limits
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE
 from fdq.schemes.scheme import CacheSpec
+
+_SMALL_BYTES = 64 * 2**20
+"""Caches up to this are made without asking how much memory there is."""
 
 
 def parse_format(name: str | CacheSpec | None) -> CacheSpec | None:
@@ -110,7 +116,8 @@ class KVCache:
           dtype: of C16; by default `config.dtype`.
 
         Raises:
-          ValueError: an unknown format; scales missing, or given where no format is static.
+          ValueError: an unknown format; scales missing, or given where no format is static; more
+            slots than there is memory for, with how many would fit. Nothing is allocated then.
         """
         count = config.num_layers
         specs = layer_specs(format, count)
@@ -120,11 +127,14 @@ class KVCache:
             raise ValueError(f"got scales of {len(scales)} layers, expected {count}")
         shape = (batch, config.num_kv_heads, max_length, config.head_dim)
         dtype = jnp.dtype(dtype or config.dtype)
+        length = jnp.zeros((batch,), jnp.int32)
+        if not isinstance(length, Tracer):
+            _check_memory(shape, specs, scales, dtype)
         layers = tuple(
             _empty_layer(shape, spec, scale, dtype)
             for spec, scale in zip(specs, scales or [None] * count, strict=True)
         )
-        return cls(layers, jnp.zeros((batch,), jnp.int32))
+        return cls(layers, length)
 
     def take(self, rows: Any) -> KVCache:
         """The sequences `rows`, [N] int, in this order; any may come twice, or not at all.
@@ -205,6 +215,24 @@ def batch_rows(rows: Any, batch: int) -> jax.Array:
     if found.size and (found.min() < 0 or found.max() >= batch):
         raise ValueError(f"rows: expected 0 to {batch - 1}, found {found.tolist()}.")
     return jnp.asarray(found, jnp.int32)
+
+
+def _check_memory(
+    shape: tuple[int, int, int, int], specs: list[CacheSpec | None], scales: Any, dtype: Any
+) -> None:
+    """ValueError where the memory has no room for the slots; small caches are not looked at."""
+    *_, slots, _ = shape
+    if 2 * len(specs) * math.prod(shape) * dtype.itemsize < _SMALL_BYTES:
+        return
+    kinds = dict(zip(specs, scales or [None] * len(specs), strict=True))
+
+    def bytes_of(spec: CacheSpec | None, slots: int) -> int:
+        made = functools.partial(_empty_layer, (*shape[:2], slots, shape[3]), spec, kinds[spec])
+        return sum(tensor.nbytes for tensor in jax.eval_shape(lambda: made(dtype)))
+
+    # A static scale is none of a slot's.
+    a_slot = {spec: (bytes_of(spec, 256) - bytes_of(spec, 128)) / 128 for spec in kinds}
+    limits.refuse_what_does_not_fit(slots, sum(a_slot[spec] for spec in specs))
 
 
 def _empty_layer(

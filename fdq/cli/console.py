@@ -17,6 +17,7 @@ import rich.text
 import typer
 
 from fdq.schemes.recipe import Recipe
+from fdq.text_table import size as size
 
 OK, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -113,16 +114,6 @@ def table(title: str | None, columns: list[str], rows: list[tuple[str, ...]]) ->
     for row in rows:
         result.add_row(*(rich.text.Text(cell) for cell in row))
     return result
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units with three digits: "8.81 MB"."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = 0
-    while abs(count) >= 999.5 and power < len(units) - 1:
-        count, power = count / 1000, power + 1
-    digits = 0 if power == 0 else max(0, 3 - len(str(int(count))))
-    return f"{count:.{digits}f} {units[power]}"
 
 
 @contextlib.contextmanager

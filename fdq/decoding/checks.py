@@ -1,12 +1,53 @@
 """Arguments of decoding that people get wrong, refused by name before anything runs."""
 
+import difflib
+import inspect
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from fdq.models import FAMILIES
+
+# What a model must have to be decoded, as `fdq.models.Decoder` has it.
+_DECODER = ("config", "extend", "head", "init_cache")
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_length": "steps", "seed": "key", "rng": "key",
+                "eos_token_id": "stop_tokens", "stop": "stop_tokens", "streamer": "stream",
+                "callback": "stream", "input_ids": "prompts", "num_steps": "steps"}  # fmt: skip
+
+
+def decodable(what: str, model: Any) -> None:
+    """Raises TypeError, which says what decoding supports, unless `model` has what it needs."""
+    missing = [name for name in _DECODER if not hasattr(model, name)]
+    if not missing:
+        return
+    raise TypeError(
+        f"{what}: a {type(model).__name__} cannot be decoded: it has no {', '.join(missing)}. "
+        "Decoding takes a fdq.models.Decoder: what fdq.load makes of a checkpoint "
+        f"({', '.join(FAMILIES)}), or Decoder(DecoderConfig(...), rngs=...). A model of your own "
+        "decodes once it has these members as Decoder has them, extend(tokens, cache, start) "
+        "writing keys and values to a fdq.KVCache; call it for its logits, quantized or not."
+    )
+
+
+def keywords(what: str, given: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raises TypeError for keyword arguments that a function has not, with what was meant."""
+    known = [name for name in inspect.signature(function).parameters if name != "unknown"]
+    for name, value in given.items():
+        if name in _OF_SAMPLING:
+            hint = f"how tokens are drawn is one argument: sampling=fdq.Sampling({name}={value!r})"
+        elif name == "do_sample":
+            hint = "sampling=fdq.Sampling() draws tokens, sampling=None takes the likeliest"
+        else:
+            other = _OTHER_NAMES.get(name)
+            near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(known)}"
+        raise TypeError(f"{what} has no argument {name}=; {hint}")
 
 
 def integer(name: str, value: Any, least: int = 0, most: int | None = None) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.cache.kv_cache import KVCache
+from fdq.decoding import checks
 from fdq.decoding.state import DecodeState
 from fdq.nn.parameters import Template, bind, split
 
@@ -77,7 +78,11 @@ def functional(model: Any) -> Functional:
     Returns:
       `fns` with `fns.step`, `fns.extend`, `fns.init` and `fns.params`; `step, params = fns` works
       as well.
+
+    Raises:
+      TypeError: a model that cannot be decoded; says what can.
     """
+    checks.decodable("functional", model)
     template, params = split(model)
     return Functional(params, template)
 

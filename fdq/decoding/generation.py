@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdq.cache import limits
 from fdq.decoding import checks, special_tokens
 from fdq.decoding.continuation import Continuation
 from fdq.decoding.loop import LogitsProcessor, prefill, run, stop_table
@@ -36,6 +37,7 @@ def generate(
     tokenizer: Any = None,
     logits_processor: LogitsProcessor | None = None,
     return_logprobs: bool = False,
+    **unknown: Any,
 ) -> Any:
     """Continues each prompt.
 
@@ -53,6 +55,7 @@ def generate(
       stream: called as `stream(index, piece)` with each prompt's continuation as it grows: text
         whose UTF-8 is complete, or lists of tokens.
       stream_steps: tokens generated between two looks at the result.
+      unknown: nothing; a name that is none of these is refused with what is meant.
       tokenizer: for strings: a `Tokenizer`, or a tokenizer.json or its directory; by default the
         one of the checkpoint that the model was loaded from.
       logits_processor: `(logits [B, V], state) -> logits`, pure; see `decode`.
@@ -66,12 +69,17 @@ def generate(
       its generated tokens (natural logarithm, before sampling and processors changed them).
 
     Raises:
-      ValueError: no prompts, mixed kinds, an empty prompt, more tokens than `max_length`, a
-        negative `max_new_tokens`, or `stream_steps` below 1.
-      TypeError: a number or a token that is no integer, or a key that is none.
+      ValueError: no prompts, mixed kinds, an empty prompt, more tokens than `max_length` or than
+        there is memory for, a negative `max_new_tokens`, or `stream_steps` below 1.
+      TypeError: a model that cannot be decoded, a number or a token that is no integer, a key that
+        is none, or an argument that there is not, such as `temperature`, with what is meant.
       ModuleNotFoundError: text prompts without the `tokenizers` package; names the extra.
     """
+    checks.keywords("generate", unknown, generate)
+    checks.decodable("generate", model)
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens)
+    if max_length is not None:
+        max_length = checks.integer("max_length", max_length, least=1)
     stream_steps = checks.integer("stream_steps", stream_steps, least=1)
     key = checks.prng_key(key)
     texts, lists = _sort_prompts(prompts)
@@ -82,8 +90,11 @@ def generate(
             raise ValueError(f"prompt {index} has no tokens")
     longest = max(map(len, rows))
     needed = longest + max_new_tokens
+    limits.warn_of_positions("generate", max_length or needed, model.config)
     if max_length is None:
         max_length = -(-needed // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        most = getattr(model.config, "max_position", max_length)
+        max_length = max(needed, min(max_length, most))
     elif needed > max_length:
         raise ValueError(
             f"the longest prompt ({longest} tokens) and {max_new_tokens} new ones do not fit in "

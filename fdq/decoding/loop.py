@@ -134,6 +134,7 @@ def prefill(
     if state is not None and (key is not None or return_logprobs):
         raise ValueError("prefill: a state has its own keys (state.reseed) and log-probabilities.")
     key = checks.prng_key(key)
+    checks.decodable("prefill", model)
     chunk = checks.integer("chunk", chunk, least=1)
     held = cache if state is None else state.cache
     assert held is not None
@@ -227,6 +228,7 @@ def decode(
     sampling: Sampling | None = None,
     stop_tokens: Any = (),
     logits_processor: LogitsProcessor | None = None,
+    **unknown: Any,
 ) -> DecodeState:
     """Generates up to `steps` tokens per sequence in one compiled loop.
 
@@ -240,13 +242,17 @@ def decode(
       logits_processor: changes logits before a token is drawn, see `LogitsProcessor`. A function
         that is made anew for each call is compiled anew; arrays that change belong in a
         `jax.tree_util.Partial`.
+      unknown: nothing; a name that is none of these is refused with what is meant.
 
     Returns:
       The state; see `DecodeState.generated`.
 
     Raises:
       ValueError: `steps` more tokens do not fit in the cache of a sequence that is not finished.
+      TypeError: a model that cannot be decoded, or an argument that there is not.
     """
+    checks.keywords("decode", unknown, decode)
+    checks.decodable("decode", model)
     steps = checks.integer("steps", steps)
     b, capacity = state.tokens.shape
     if not isinstance(state.length, Tracer):

@@ -22,7 +22,7 @@ from fdq.schemes.leaves import leaf_at as leaf_at
 from fdq.schemes.leaves import leaves_of as leaves_of
 from fdq.schemes.leaves import path_string as path_string
 from fdq.schemes.scheme import Scheme, WeightSpec
-from fdq.text_table import aligned
+from fdq.text_table import aligned, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class MatchTable:
         bits = f", {8 * after / weights:.2f} bits per weight" if weights else ""
         head = (
             f"Quantized {len(self.quantized)} of {len(self.rows)} tensors "
-            f"({_bytes(before)} -> {_bytes(after)}{bits})."
+            f"({size(before)} -> {size(after)}{bits})."
         )
         head = f"{head} {self.note}" if self.note else head
         if not self.left:
@@ -159,7 +159,7 @@ def _row(leaf: Leaf, match: Any) -> Row:
         by_rule = asked and scheme is None
         scheme, reason = None, reason if by_rule or protected else leaf.why
     shape, fold = leaf.shape, None
-    size = after = math.prod(leaf.shape) * (jnp.dtype(leaf.dtype).itemsize if leaf.dtype else 0)
+    before = after = math.prod(leaf.shape) * (jnp.dtype(leaf.dtype).itemsize if leaf.dtype else 0)
     if scheme is not None:
         fold = _fold(leaf, match.rule if asked else None)
         shape = shape if fold is None else fold.shape(shape)
@@ -175,7 +175,7 @@ def _row(leaf: Leaf, match: Any) -> Row:
     quantizer = None if scheme is None else match.quantizer
     if quantizer is not None:
         reason = f"{reason}, by {quantizer}"
-    fields = (scheme, reason, pattern, size, after, quantizer, fold)
+    fields = (scheme, reason, pattern, before, after, quantizer, fold)
     return Row(leaf.path, shape, leaf.dtype, *fields)
 
 
@@ -267,10 +267,3 @@ def _ranges(layers: list[str]) -> str:
         else:
             runs.append([number, number])
     return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"

@@ -12,6 +12,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from fdq.text_table import size
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.store import manifest
 
@@ -44,8 +45,8 @@ def pending_directory(
     free = shutil.disk_usage(final.parent).free
     if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
         raise CheckpointError(
-            f"{final.parent}: about {needed_bytes / 1e9:.2f} GB are needed, "
-            f"{free / 1e9:.2f} GB are free. Free some space or choose another disk."
+            f"{final.parent}: about {size(needed_bytes + _SPARE_BYTES)} are needed, "
+            f"{size(free)} are free. Free some space or choose another disk."
         )
     if pending.is_symlink():
         raise CheckpointError(f"{pending}: a link; it would be emptied. Remove it.")
