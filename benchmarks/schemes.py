@@ -85,12 +85,21 @@ def _bar(name: str) -> float | None:
 def markdown(rows: list[Row]) -> str:
     """The README's table."""
     original = _bits_per_byte(rows[0])
-    columns = ("scheme", "bits/weight", "bits/byte", "Δ", "KL to the original (nats/token)")
+    columns = (
+        "scheme",
+        "bits/weight, quantized",
+        "all",
+        "bits/byte",
+        "Δ",
+        "KL to the original (nats/token)",
+    )
     columns += ("same top token", "cache bytes/token")
     cells = []
     for row in rows:
         report, bits = row.report, _bits_per_byte(row)
-        figures = f"{report.bits_per_weight:.3f}", f"{bits:.4f}", f"{bits - original:+.4f}"
+        weights = report.quantized_bits_per_weight, report.bits_per_weight
+        figures = *(f"{n:.3f}" if n else "—" for n in weights), f"{bits:.4f}"
+        figures += (f"{bits - original:+.4f}",)
         distance = f"{report.kl_nats_per_token:.5f}", f"{report.top1_agreement:.1%}"
         cells.append((row.name, *figures, *distance, f"{report.cache_bytes_per_token:,.0f}"))
     return text_table.markdown(columns, cells)
@@ -98,9 +107,7 @@ def markdown(rows: list[Row]) -> str:
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
     """KL to the original by scheme, least first; needs the extra `plots`."""
-    points = [
-        (r.name, r.report.bits_per_weight or 0, r.report.kl_nats_per_token or 0) for r in rows
-    ]
+    points = [(r.name, _bits_per_weight(r), r.report.kl_nats_per_token or 0) for r in rows]
     draw(points, path)
 
 
@@ -125,6 +132,11 @@ def draw(points: list[tuple[str, float, float]], path: pathlib.Path) -> None:
     axes.margins(y=0.02)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _bits_per_weight(row: Row) -> float:
+    """Of the quantized weights, of all where none is."""
+    return row.report.quantized_bits_per_weight or row.report.bits_per_weight or 0
 
 
 def _bits_per_byte(row: Row) -> float:

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from fdq.formats.qtensor import QTensor
-from fdq.text_table import aligned
+from fdq.text_table import aligned, folded
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.readers.source_directory import SourceDirectory
@@ -104,21 +104,33 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        cells = [("tensor", "format", "shape", "bytes", "bits/weight")]
-        for row in self.rows:
-            shape = " × ".join(map(str, row.shape)) or "scalar"
-            numbers = (f"{row.nbytes:,}", f"{row.bits_per_weight:.3f}")
-            cells.append((row.path, row.format, shape, *numbers))
+        return self.text()
+
+    def text(self, *, fold: bool = True) -> str:
+        """The table and a line of totals; with `fold` equal layers and experts share a row."""
+        rows = [
+            (
+                row.path,
+                row.format,
+                " × ".join(map(str, row.shape)) or "scalar",
+                f"{row.nbytes:,}",
+                f"{row.bits_per_weight:.3f}",
+            )
+            for row in self.rows
+        ]
+        cells = [("tensors", "count", "format", "shape", "bytes each", "bits/weight")]
+        for count, (path, *others) in folded(rows) if fold else [(1, row) for row in rows]:
+            cells.append((path, f"{count:,}", *others))
         quantized = self.quantized_bits_per_weight
         total = (
             f"{self.kind}, {self.scheme or 'not quantized'}: {len(self.rows)} tensors, "
             f"{self.size:,} weights, {self.nbytes:,} bytes ({self.disk_bytes:,} on disk), "
-            f"{self.bits_per_weight:.3f} bits per weight"
+            f"bits per weight: {self.bits_per_weight:.3f} of all"
         )
         if quantized is not None:
-            total += f" ({quantized:.3f} where quantized)"
+            total += f", {quantized:.3f} of the quantized ones"
         total += ", checksums verified" if self.verified else ", checksums not compared"
-        head, *lines = aligned(cells, right={3, 4}).splitlines()
+        head, *lines = aligned(cells, right={1, 4, 5}).splitlines()
         return "\n".join([self.path, "", head, "-" * len(head), *lines, "", total])
 
 

@@ -6,21 +6,21 @@ Shared by `fdq demo` and `python -m benchmarks.schemes`.
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
-import jax
 import numpy as np
 
 from fdq.analysis.evaluation import RecordedLogits, Report, evaluate, record_logits
 from fdq.calibration.observation import calibrate
 from fdq.calibration.statistics import Calibration
-from fdq.decoding.loop import decode, prefill
+from fdq.decoding.generation import generate
 from fdq.schemes.recipe import Recipe
 
 WINDOW = 256
-# Timed decoding; the loop is compiled and run once before.
-DECODE_STEPS = 64
-CACHE_SLOTS = 256
+NEW_TOKENS = 64
+Progress = Callable[[float, str], None]
+"""Called with the share of the work that is done, 0 to 1, and what comes next."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,13 @@ class Row:
     """What one scheme costs and gives.
 
     The report is measured through the cache, `disk_bytes` has metadata and tokenizer in it, and
-    `text` continues the prompt greedily, at `tokens_per_second` of one sequence, compiled before.
+    `text` continues the prompt greedily. There is no speed: it shows in models whose weights do not
+    fit into a processor's cache, and is measured by `benchmarks`.
     """
 
     name: str
     report: Report
     disk_bytes: int
-    tokens_per_second: float
     text: str
     convert_seconds: float
 
@@ -83,27 +83,48 @@ class Comparison:
             dtype=dtype,
         )
 
-    def original(self) -> Row:
+    def original(self, progress: Progress | None = None) -> Row:
         """The float model; also what the schemes are compared with from now on."""
         from fdq.storage import load
         from fdq_checkpoints import inspect
 
+        tell = progress or _nobody
+        tell(0.0, "loading")
         model = load(self.source, dtype=self.dtype)
+        tell(0.1, "reading the text")
         self._recorded = record_logits(model, self.tokens, window=WINDOW)
-        return self._row("original", model, inspect(self.source).disk_bytes, 0.0)
+        disk_bytes = inspect(self.source).disk_bytes
+        return self._row("original", model, disk_bytes, 0.0, _part(tell, 0.4, 1.0))
 
-    def measure(self, scheme: Any, directory: pathlib.Path, *, name: str | None = None) -> Row:
+    def measure(
+        self,
+        scheme: Any,
+        directory: pathlib.Path,
+        *,
+        name: str | None = None,
+        progress: Progress | None = None,
+    ) -> Row:
         """Converts to `directory`, which must not exist, loads that, evaluates and decodes."""
         from fdq.storage import load
         from fdq_checkpoints import convert
 
+        tell = progress or _nobody
+        tell(0.0, "converting")
         calibration = self._calibration() if Recipe.parse(scheme).needs_calibration else None
         start = time.perf_counter()
         inspection = convert(
-            self.source, directory, scheme, calibration=calibration, dtype=self.dtype
+            self.source,
+            directory,
+            scheme,
+            calibration=calibration,
+            dtype=self.dtype,
+            progress=lambda done, total, path: tell(0.4 * done / total, "converting"),
         )
         seconds = time.perf_counter() - start
-        return self._row(name or str(scheme), load(directory), inspection.disk_bytes, seconds)
+        tell(0.4, "loading")
+        model = load(directory)
+        rest = _part(tell, 0.5, 1.0)
+        return self._row(name or str(scheme), model, inspection.disk_bytes, seconds, rest)
 
     def _calibration(self) -> Calibration:
         """Statistics over 8192 tokens of text that is not evaluated on."""
@@ -118,7 +139,8 @@ class Comparison:
         tokens = np.asarray(ids[: 32 * WINDOW], np.int32).reshape(-1, WINDOW)
         return calibrate(load(self.source), tokens)
 
-    def _row(self, name: str, model: Any, disk_bytes: int, seconds: float) -> Row:
+    def _row(self, name: str, model: Any, disk_bytes: int, seconds: float, tell: Progress) -> Row:
+        tell(0.0, "evaluating")
         report = evaluate(
             model,
             self.tokens,
@@ -126,24 +148,31 @@ class Comparison:
             text_bytes=self.text_bytes,
             window=WINDOW,
             through_cache=True,
+            progress=lambda done, total: tell(0.6 * done / total, "evaluating"),
         )
-        text, speed = self._decode(model)
+        tell(0.6, "decoding")
+        text = self._decode(model)
+        tell(1.0, "")
         return Row(
             name=name,
             report=report,
             disk_bytes=disk_bytes,
-            tokens_per_second=speed,
             text=text,
             convert_seconds=seconds,
         )
 
-    def _decode(self, model: Any) -> tuple[str, float]:
-        """(greedy continuation of the prompt, tokens per second of a second run)."""
-        ids = np.asarray([self.tokenizer.encode(self.prompt, bos=True)], np.int32)
-        for _ in range(2):
-            cache = model.init_cache(1, CACHE_SLOTS)
-            state = jax.block_until_ready(prefill(model, ids, cache))
-            start = time.perf_counter()
-            state = jax.block_until_ready(decode(model, state, DECODE_STEPS))
-            seconds = time.perf_counter() - start
-        return self.tokenizer.decode(state.generated()[0]), DECODE_STEPS / seconds
+    def _decode(self, model: Any) -> str:
+        """The greedy continuation of the prompt."""
+        (text,) = generate(
+            model, [self.prompt], NEW_TOKENS, tokenizer=self.tokenizer, stream_steps=NEW_TOKENS
+        )
+        return text
+
+
+def _nobody(share: float, note: str) -> None:
+    """Nobody waits for news."""
+
+
+def _part(tell: Progress, first: float, last: float) -> Progress:
+    """What a part of the work, from one share of the whole to another, tells its own share to."""
+    return lambda share, note: tell(first + share * (last - first), note)

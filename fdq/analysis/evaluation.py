@@ -13,8 +13,8 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,17 @@ import numpy as np
 from flax import nnx
 
 from fdq.analysis.planner import WeightTable, cache_bytes_per_token, cache_name, weight_table
+from fdq.analysis.windows import (
+    Windows,
+    check_recorded,
+    check_tokenizers,
+    check_vocabulary,
+)
+from fdq.cache import limits
 from fdq.cache.kv_cache import parse_format
 from fdq.models import Decoder
 from fdq.schemes.scheme import CacheSpec
 from fdq.text_table import aligned
-
-# Bounds the float32 logits of one batch of windows; two models' logits exist at a time.
-_LOGIT_BYTES_PER_BATCH = 128 * 2**20
-_MAX_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,13 @@ class Report:
       tokens: tokens scored.
       nats_per_token: mean negative log likelihood.
       bits_per_byte: bits that the model needs per byte of text; None if the bytes are not known.
+      reference_bits_per_byte: the same of the reference, without a cache; None without one.
       kl_nats_per_token: mean KL(reference || model); None without a reference.
       top1_agreement: share of tokens, 0 to 1, on which the reference's most likely next token is
         also the model's; None without a reference.
       weight_bytes: bytes of all weights as they are held, scales and unquantized ones included.
-      bits_per_weight: of the quantized weights, scales included; of all if none is quantized.
+      bits_per_weight: of all weights, scales included.
+      quantized_bits_per_weight: of the quantized ones, scales included; None if none is.
       cache: name of the format in which the cache was held; None if no cache was used.
       cache_bytes_per_token: bytes that one token adds to the cache of one sequence; None as above.
     """
@@ -53,10 +58,12 @@ class Report:
     nats_per_token: float
     perplexity: float
     bits_per_byte: float | None = None
+    reference_bits_per_byte: float | None = None
     kl_nats_per_token: float | None = None
     top1_agreement: float | None = None
     weight_bytes: int | None = None
     bits_per_weight: float | None = None
+    quantized_bits_per_weight: float | None = None
     cache: str | None = None
     cache_bytes_per_token: float | None = None
     seconds: float = 0.0
@@ -73,12 +80,14 @@ class Report:
         """(name, value with unit) of what was measured, for tables."""
         candidates = [
             ("bits per byte", self.bits_per_byte, ".4f", ""),
+            ("bits per byte of the reference", self.reference_bits_per_byte, ".4f", ""),
             ("perplexity", self.perplexity, ".3f", ""),
             ("nats per token", self.nats_per_token, ".4f", ""),
             ("KL to the reference", self.kl_nats_per_token, ".5f", " nats per token"),
             ("top-1 agreement", self.top1_agreement, ".2%", ""),
             ("weights", self.weight_bytes, ",", " bytes"),
-            ("bits per weight", self.bits_per_weight, ".3f", ""),
+            ("bits per weight, quantized", self.quantized_bits_per_weight, ".3f", ""),
+            ("bits per weight, all", self.bits_per_weight, ".3f", ""),
             ("cache format", self.cache, "", ""),
             ("cache per token", self.cache_bytes_per_token, ",.0f", " bytes"),
             ("tokens scored", self.tokens, ",", ""),
@@ -88,69 +97,6 @@ class Report:
 
     def __str__(self) -> str:
         return aligned(self.rows())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Windows:
-    """A text, [length] int32, and how it is cut into batches of windows."""
-
-    tokens: np.ndarray
-    window: int
-    stride: int
-    batch: int
-
-    @classmethod
-    def of(
-        cls, tokens: Any, window: int, stride: int | None, batch: int | None, model: Any
-    ) -> Self:
-        """Checked arguments of `evaluate`, and what is meant where they are None."""
-        tokens = _check_tokens(tokens)
-        vocab = _check_vocabulary(model, tokens, "model")
-        if window < 1:
-            raise ValueError(f"`window` (={window}) must be positive.")
-        stride = max(1, window // 2) if stride is None else stride
-        if not 1 <= stride <= window:
-            raise ValueError(f"`stride` (={stride}) must be between 1 and `window` (={window}).")
-        if batch is not None and batch < 1:
-            raise ValueError(f"`batch` (={batch}) must be positive.")
-        window = min(window, len(tokens) - 1)
-        cut = cls(tokens=tokens, window=window, stride=min(stride, window), batch=batch or 1)
-        if batch is not None:
-            return cut
-        fits = _LOGIT_BYTES_PER_BATCH // (4 * window * (vocab or 2**17))
-        most = max(1, min(_MAX_BATCH, fits))
-        # Batches of equal size waste the least on filling up the last.
-        windows = len(cut.starts())
-        return dataclasses.replace(cut, batch=-(-windows // -(-windows // most)))
-
-    def starts(self) -> list[int]:
-        """First positions of the windows."""
-        starts, last = [0], len(self.tokens) - 1 - self.window
-        while starts[-1] < last:
-            starts.append(min(starts[-1] + self.stride, last))
-        return starts
-
-    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Batches of (inputs, targets, mask), each [batch, window]; mask is 1.0 where to score.
-
-        Inputs are tokens[s : s + window], targets the same one later. The last window is moved
-        back to end with the text, and the last batch is filled up with copies that score nothing,
-        so that all batches have one shape.
-        """
-        tokens, window, starts = self.tokens, self.window, self.starts()
-        inputs = np.stack([tokens[s : s + window] for s in starts])
-        targets = np.stack([tokens[s + 1 : s + 1 + window] for s in starts])
-        mask = np.zeros(inputs.shape, np.float32)
-        done = 0
-        for row, s in enumerate(starts):
-            mask[row, done - s :] = 1.0
-            done = s + window
-        fill = ((0, -len(starts) % self.batch), (0, 0))
-        inputs, targets = (np.pad(a, fill, mode="edge") for a in (inputs, targets))
-        mask = np.pad(mask, fill)
-        for first in range(0, len(inputs), self.batch):
-            rows = slice(first, first + self.batch)
-            yield inputs[rows], targets[rows], mask[rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,7 +144,8 @@ def evaluate(
     Raises:
       ValueError: tokens that are not a vector of at least 2 integers, or outside the vocabulary;
         a window, stride or batch out of range; a reference with another vocabulary, or recorded
-        with other tokens or windows; `cache` without `through_cache`.
+        with other tokens or windows; models whose checkpoints' tokenizers differ; `cache` without
+        `through_cache`.
       TypeError: `through_cache` with a model that is none of `fdq.models`.
     """
     start = time.perf_counter()
@@ -208,8 +155,9 @@ def evaluate(
     if recorded is not None and batch is None:
         batch = recorded.cut.batch
     cut = Windows.of(tokens, window, stride, batch, model)
+    limits.warn_of_positions("evaluate", cut.window, getattr(model, "config", None))
     if recorded is not None:
-        _check_recorded(recorded.cut, cut)
+        check_recorded(recorded.cut, cut)
 
     cache_spec = per_token = None
     if through_cache:
@@ -223,10 +171,12 @@ def evaluate(
         logits_of = _logits_function(model)
     reference_of = None
     if reference is not None and recorded is None:
-        _check_vocabulary(reference, cut.tokens, "reference")
+        check_vocabulary(reference, cut.tokens, "reference")
+        paths = (getattr(one, "tokenizer_path", None) for one in (model, reference))
+        check_tokenizers(*paths, cut.tokens)
         reference_of = _logits_function(reference)
 
-    totals = np.zeros(3)
+    totals = np.zeros(4)
     scored = 0
     batches = list(cut.batches())
     for index, (inputs, targets, mask) in enumerate(batches):
@@ -252,11 +202,13 @@ def evaluate(
         tokens=scored,
         nats_per_token=nats,
         perplexity=math.exp(min(nats, 700.0)),
-        bits_per_byte=float(totals[0]) / math.log(2) / text_bytes if text_bytes else None,
+        bits_per_byte=_bits(totals[0], text_bytes),
+        reference_bits_per_byte=_bits(totals[3], text_bytes) if compared else None,
         kl_nats_per_token=float(totals[1]) / scored if compared else None,
         top1_agreement=float(totals[2]) / scored if compared else None,
         weight_bytes=weights.bytes or None,
         bits_per_weight=weights.bits_per_weight,
+        quantized_bits_per_weight=weights.quantized_bits_per_weight,
         cache=cache_name(cache_spec) if through_cache else None,
         cache_bytes_per_token=per_token,
         seconds=time.perf_counter() - start,
@@ -286,21 +238,28 @@ def record_logits(
 def _sums(
     logits: jax.Array, reference: jax.Array | None, targets: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """[negative log likelihood, KL(reference || model), agreements] summed over the mask, in nats.
+    """Sums over the mask: negative log likelihood, KL(reference || model), agreements, and the
+    reference's negative log likelihood; in nats, zeros without a reference.
 
     `logits` and `reference` are [batch, length, vocab], `targets` and `mask` [batch, length].
     """
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     nats = -jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
     if reference is None:
-        kl = agree = jnp.zeros_like(nats)
+        kl = agree = others = jnp.zeros_like(nats)
     else:
         log_p = jax.nn.log_softmax(reference.astype(jnp.float32), axis=-1)
         # 0 * log 0 is 0: a reference may forbid a token with -inf.
         term = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
         kl = jnp.sum(term, axis=-1)
+        others = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         agree = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
-    return jnp.stack([jnp.sum(jnp.where(mask > 0, x, 0.0)) for x in (nats, kl, agree)])
+    return jnp.stack([jnp.sum(jnp.where(mask > 0, x, 0.0)) for x in (nats, kl, agree, others)])
+
+
+def _bits(nats: float, text_bytes: int | None) -> float | None:
+    """Bits per byte of a text's nats."""
+    return float(nats) / math.log(2) / text_bytes if text_bytes else None
 
 
 @jax.jit
@@ -331,36 +290,3 @@ def _cached_logits(model: Any, tokens: Any, *, cache_spec: CacheSpec | None) -> 
     cache = model.init_cache(batch, length, cache_spec or "C16")
     hidden, _ = model.extend(tokens, cache, jnp.zeros((), jnp.int32))
     return model.head(hidden)
-
-
-def _check_tokens(tokens: Any) -> np.ndarray:
-    array = np.asarray(tokens)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or len(array) < 2:
-        raise ValueError(
-            "`tokens` must be one text of at least 2 tokens, as a vector of integers; got shape "
-            f"{array.shape} and dtype {array.dtype}."
-        )
-    return array.astype(np.int32)
-
-
-def _check_vocabulary(model: Any, tokens: np.ndarray, role: str) -> int | None:
-    """The vocabulary's size if the model's config says it; tokens must lie inside."""
-    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (vocab is not None and high >= vocab):
-        raise ValueError(
-            f"The tokens run from {low} to {high}, but the {role}'s vocabulary is 0 to "
-            f"{'?' if vocab is None else vocab - 1}. Was the text encoded with its tokenizer?"
-        )
-    return vocab
-
-
-def _check_recorded(recorded: Windows, cut: Windows) -> None:
-    found = (recorded.window, recorded.stride, recorded.batch)
-    expected = (cut.window, cut.stride, cut.batch)
-    if found != expected or not np.array_equal(recorded.tokens, cut.tokens):
-        raise ValueError(
-            f"The reference was recorded over {len(recorded.tokens)} tokens with (window, stride, "
-            f"batch) = {found}, but these are {len(cut.tokens)} tokens with {expected}. "
-            "Record it again over the same tokens and windows."
-        )

@@ -9,18 +9,19 @@ import difflib
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdq.cache import limits
 from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.models import CONFIGS, DecoderConfig, abstract, from_huggingface
 from fdq.nn.parameters import value
-from fdq.quantizers.quantization import quantize
+from fdq.quantizers.quantization import match_table, quantize
 from fdq.schemes.path_pattern import path_keys
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
@@ -83,15 +84,23 @@ class WeightTable:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Of the quantized weights, scales included; of all if none is; None of no weights."""
-        entries = [e for e in self.entries if e.quantized] or self.entries
-        parameters = sum(e.parameters for e in entries)
-        return 8 * sum(e.bytes for e in entries) / parameters if parameters else None
+        """Of all weights, scales included; None where there are none."""
+        return _bits(self.entries)
+
+    @property
+    def quantized_bits_per_weight(self) -> float | None:
+        """Of the quantized weights, scales included; None where none is."""
+        return _bits([entry for entry in self.entries if entry.quantized])
 
     def by_kind(self) -> dict[str, tuple[WeightEntry, ...]]:
         """The entries by kind of layer, in the order of `KINDS`, kinds without entries left out."""
         groups = {kind: tuple(e for e in self.entries if e.kind == kind) for kind in KINDS}
         return {kind: entries for kind, entries in groups.items() if entries}
+
+
+def _bits(entries: Sequence[WeightEntry]) -> float | None:
+    parameters = sum(entry.parameters for entry in entries)
+    return 8 * sum(entry.bytes for entry in entries) / parameters if parameters else None
 
 
 def weight_table(tree: Any) -> WeightTable:
@@ -135,7 +144,8 @@ def weight_table(tree: Any) -> WeightTable:
 class Plan:
     """What a model takes under a scheme, for `batch` sequences of `context` tokens in the cache.
 
-    `cache` is the name of the cache's format, `cache_bytes` those of the whole, scales included.
+    `cache` is the name of the cache's format, `cache_bytes` those of the whole, scales included;
+    `remarks` say what may not be what was meant, such as more tokens than the model has positions.
     """
 
     model: str
@@ -145,6 +155,7 @@ class Plan:
     batch: int
     cache: str
     cache_bytes: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -175,7 +186,8 @@ class Plan:
             "weights": {
                 "parameters": self.weights.parameters,
                 "bytes": self.weights.bytes,
-                "bits_per_weight": 8 * self.weights.bytes / self.weights.parameters,
+                "bits_per_weight": self.weights.bits_per_weight,
+                "quantized_bits_per_weight": self.weights.quantized_bits_per_weight,
                 "kinds": kinds,
             },
             "cache": {
@@ -185,6 +197,7 @@ class Plan:
                 "bytes": self.cache_bytes,
             },
             "total_bytes": self.total_bytes,
+            "remarks": list(self.remarks),
         }
 
     def to_json(self) -> str:
@@ -193,10 +206,14 @@ class Plan:
 
     def lines(self, size: Callable[[int], str]) -> list[tuple[str, ...]]:
         """(kind, parameters, bytes, bits/weight, formats) as text; `size` writes bytes."""
-        total = ("all weights", self.weights.parameters, self.weights.bytes, "")
+        quantized = [entry for entry in self.weights.entries if entry.quantized]
+        totals = [("all weights", self.weights.parameters, self.weights.bytes, "")]
+        if quantized:
+            counts = (sum(e.parameters for e in quantized), sum(e.bytes for e in quantized))
+            totals.insert(0, ("quantized weights", *counts, ""))
         lines = [
             (kind, f"{parameters:,}", size(held), f"{8 * held / parameters:.3f}", formats)
-            for kind, parameters, held, formats in [*self.rows(), total]
+            for kind, parameters, held, formats in [*self.rows(), *totals]
         ]
         cached = f"{self.cache}, {self.batch} x {self.context:,} tokens"
         lines.append(("cache", "", size(self.cache_bytes), "", cached))
@@ -205,7 +222,7 @@ class Plan:
     def __str__(self) -> str:
         heading = ("kind", "parameters", "bytes", "bits/weight", "formats")
         lines = aligned([heading, *self.lines("{:,}".format)], right={1, 2, 3})
-        return f"{self.model} in {self.scheme}\n{lines}"
+        return "\n".join([f"{self.model} in {self.scheme}", lines, *self.remarks])
 
 
 def plan(
@@ -233,7 +250,11 @@ def plan(
     name, config = find_config(model)
     recipe = Recipe.parse(scheme, compat=compat, has_experts=config.moe is not None)
     config = config.replace(dtype="bfloat16")
-    quantized = quantize(abstract(config), recipe, compat=compat)
+    model = abstract(config)
+    quantized = quantize(model, recipe, compat=compat)
+    remarks = match_table(model, recipe, compat=compat).remarks
+    if context > config.max_position:
+        remarks += (limits.beyond_positions("context", context, config.max_position),)
     return Plan(
         model=name,
         scheme=scheme if isinstance(scheme, str) else str(recipe),
@@ -242,6 +263,7 @@ def plan(
         batch=batch,
         cache=cache_name(recipe.cache),
         cache_bytes=cache_bytes(config, recipe.cache, batch=batch, context=context),
+        remarks=remarks,
     )
 
 
@@ -264,6 +286,19 @@ def cache_bytes_per_token(config: DecoderConfig, cache: CacheSpec | None) -> flo
 def cache_name(cache: CacheSpec | None) -> str:
     """The name of a cache's format: "C16", "C8", "C4", "Cfp8-kvhead"."""
     return "C16" if cache is None else str(cache)
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Family, parameters, layers and positions of each model in `fdq.models.CONFIGS`, by name."""
+    return {
+        name: {
+            "family": config.model_type,
+            "parameters": weight_table(abstract(config)).parameters,
+            "layers": config.num_layers,
+            "max_position": config.max_position,
+        }
+        for name, config in CONFIGS.items()
+    }
 
 
 def find_config(model: Any) -> tuple[str, DecoderConfig]:

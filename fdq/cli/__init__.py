@@ -21,6 +21,7 @@ def main() -> None:
         # that they could be for, their absence is no error to print a traceback for.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
+        from fdq.cli import compilation_cache
         from fdq.cli.app import app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _EXTRA:
@@ -31,4 +32,5 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    compilation_cache.use()
     app(prog_name="fdq")

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NoReturn
 
@@ -33,7 +34,24 @@ LoadScheme = Annotated[
 Cache = Annotated[
     str | None, typer.Option(help="Cache format (C16, C8, Cfp8, C4). Default: the scheme's.")
 ]
-Prompt = Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")]
+
+
+def _prompt(text: str) -> str:
+    """A prompt from standard input where it is `-`, without the line end of its last line."""
+    if text != "-":
+        return text
+    read = typer.get_text_stream("stdin").read().removesuffix("\n")
+    if not read:
+        fail("--prompt -: standard input is empty.", WRONG_USE)
+    return read
+
+
+Prompt = Annotated[
+    str,
+    typer.Option(
+        "--prompt", "-p", callback=_prompt, help="Text to continue; - reads standard input."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error (also FDQ_DEBUG=1).")
@@ -78,7 +96,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with _warnings_in_one_line():
+                function(*args, **kwargs)
         except KeyboardInterrupt as error:  # a conversion says what it kept
             text = f"Interrupted. {error}".strip()
             err.print(rich.text.Text(text, style="red"), soft_wrap=True)
@@ -95,6 +114,22 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings of fdq are for the user, not for whoever reads its sources: no file, no line."""
+    usual = warnings.showwarning
+
+    def show(message: Any, category: Any, *where: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            err.print(rich.text.Text(f"Warning: {message}", style="yellow"), soft_wrap=True)
+        else:
+            usual(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def fail(message: str, code: int) -> NoReturn:
     """One red line on standard error, and the exit code."""
     err.print(rich.text.Text(f"Error: {message}", style="red"), soft_wrap=True)
@@ -106,27 +141,39 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
-def table(title: str | None, columns: list[str], rows: list[tuple[str, ...]]) -> rich.table.Table:
-    """A table whose first column is text and whose other columns are right-aligned figures."""
+def table(
+    title: str | None, columns: list[str], rows: list[tuple[str, ...]], *, left: bool = False
+) -> rich.table.Table:
+    """A table whose first column is text and whose others are right-aligned figures, or text."""
     result = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        result.add_column(name, justify="right" if index else "left", overflow="fold")
+        result.add_column(name, justify="right" if index and not left else "left", overflow="fold")
     for row in rows:
         result.add_row(*(rich.text.Text(cell) for cell in row))
     return result
 
 
 @contextlib.contextmanager
-def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields `update(done, total, note="")`."""
+def progress(
+    label: str, *, quiet: bool = False, in_bytes: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; yields `update(done, total, note="")`.
+
+    It says how long it has run and how much longer it will; `in_bytes` also how many of how many,
+    and at which rate.
+    """
     if quiet or not err.is_terminal:
         yield lambda done, total, note="": None
         return
     bar = rich.progress.Progress(
+        rich.progress.SpinnerColumn(),  # moves while XLA compiles, of which no share is known
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.TaskProgressColumn(),
+        *(_of_bytes() if in_bytes else ()),
         rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left:"),
+        rich.progress.TimeRemainingColumn(),
         console=err,
         transient=True,
     )
@@ -137,6 +184,19 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[..., None]
             bar.update(task, completed=done, total=total, description=f"{label} {note}".strip())
 
         yield update
+
+
+def _of_bytes() -> tuple[rich.progress.ProgressColumn, ...]:
+    return rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that count: "45 s", "12 min", "3 h 50 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def read_scheme(text: str) -> Any:

@@ -84,7 +84,10 @@ def run(
     before = inspect(source, subtree=subtree)
     start = time.perf_counter()
     printed = io.StringIO()
-    with console.progress("Converting", quiet=json) as update, contextlib.redirect_stdout(printed):
+    if not json and (cost := said_cost(source, recipe, method, compat)):
+        console.err.print(cost, soft_wrap=True, markup=False)
+    converting = console.progress("Converting", quiet=json, in_bytes=True)
+    with converting as update, contextlib.redirect_stdout(printed):
         after = convert(
             source,
             destination,
@@ -124,6 +127,11 @@ def run(
     ]  # fmt: skip
     columns = ["stored as", "tensors", "weights", "size", "bits/weight"]
     console.out.print(console.table(f"{destination}: {after.scheme}", columns, rows))
+    quantized = after.quantized_bits_per_weight
+    console.out.print(
+        f"bits per weight: {after.bits_per_weight:.3f} of all"
+        + ("" if quantized is None else f", {quantized:.3f} of the quantized ones")
+    )
     console.out.print(
         f"{console.size(before.nbytes)} -> {console.size(after.nbytes)} "
         f"({before.nbytes / after.nbytes:.2f} times smaller) in {seconds:.1f} s",
@@ -147,6 +155,22 @@ def summary(inspection: Any) -> list[dict[str, Any]]:
         for name, members in groups.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def said_cost(
+    source: pathlib.Path, recipe: Any, method: str | None, compat: str | None
+) -> str | None:
+    """How long codes will take to choose, in a line; None where that is soon or not known."""
+    from fdq.analysis.conversion_cost import conversion_cost
+
+    cost = conversion_cost(source, recipe, method=method, compat=compat)
+    if cost is None or cost.seconds < 20:
+        return None
+    faster = " --method absmax is faster and less accurate." if cost.has_faster else ""
+    return (
+        f"Choosing the codes of {cost.weights / 1e9:.1f} billion weights takes about "
+        f"{console.duration(cost.seconds)} on this machine ({', '.join(cost.quantizers)}).{faster}"
+    )
 
 
 def calibrated(

@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -49,14 +50,15 @@ def run(
                 raise FileExistsError(f"{out} exists; choose another --out or remove it.")
             folder = out
             folder.mkdir(parents=True)
-        steps = 2 + len(names)
         update = stack.enter_context(console.progress("Demo", quiet=json))
-        update(0, steps, "evaluating the original")
+
+        def told(index: int, name: str) -> Callable[[float, str], None]:
+            return lambda share, note: update(index + share, 1 + len(names), f"{name}: {note}")
+
         comparison = Comparison.of_shipped_model(text_bytes=text_bytes, prompt=prompt)
-        rows = [comparison.original()]
-        for index, name in enumerate(names):
-            update(1 + index, steps, name)
-            rows.append(comparison.measure(name, folder / name))
+        rows = [comparison.original(told(0, "original"))]
+        for index, name in enumerate(names, start=1):
+            rows.append(comparison.measure(name, folder / name, progress=told(index, name)))
     seconds = time.perf_counter() - start
     if json:
         console.print_json(
@@ -68,23 +70,25 @@ def run(
             }
         )
         return
-    columns = ["scheme", "size", "bits/weight", "bits/byte", "KL", "tokens/s", "cache"]
+    columns = ["scheme", "size", "bits/weight", "of all", "bits/byte", "KL", "cache"]
     cells = [
         (
             row.name,
             console.size(row.report.weight_bytes or 0),
-            f"{row.report.bits_per_weight or 0:.3f}",
+            *(
+                "-" if bits is None else f"{bits:.3f}"
+                for bits in (row.report.quantized_bits_per_weight, row.report.bits_per_weight)
+            ),
             f"{row.report.bits_per_byte or 0:.4f}",
             f"{row.report.kl_nats_per_token or 0:.5f}",
-            f"{row.tokens_per_second:,.0f}",
             console.size(row.report.cache_bytes_per_token or 0),
         )
         for row in rows
     ]
     console.out.print(console.table(None, columns, cells))
     console.out.print(
-        "bits/weight: of the quantized weights. KL: to the original, in nats per token. cache: per "
-        "token.\n"
+        "bits/weight: of the quantized weights, and of all. KL: to the original, in nats per "
+        "token. cache: per token. Speed shows in models larger than this one: see the README.\n"
     )
     for row in rows:
         console.out.rule(row.name, align="left", style="dim")

@@ -18,12 +18,14 @@ def run(
     text: Annotated[
         pathlib.Path | None,
         typer.Option(
-            "--text", help="Text file in UTF-8. Default: 64 kB of Python's standard library."
+            "--text",
+            help="Text file in UTF-8; - reads standard input. Default: 64 kB of Python's standard "
+            "library.",
         ),
     ] = None,
     against: Annotated[
         pathlib.Path | None,
-        typer.Option("--against", help="The original, for the KL divergence from it."),
+        typer.Option("--against", help="The original: its bits per byte, and the KL from it."),
     ] = None,
     scheme: console.LoadScheme = None,
     cache: console.Cache = None,
@@ -49,7 +51,7 @@ def run(
     tokens = tokenizer.encode(content, bos=True)
     # Without a token that begins a text, the first one is context only.
     scored = content if tokenizer.bos_token_id is not None else tokenizer.decode(tokens[1:])
-    with console.progress("Loading", quiet=json) as update:
+    with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
         reference = None if against is None else load(against, dtype=dtype, progress=update)
     with console.progress("Evaluating", quiet=json) as update:
@@ -80,7 +82,9 @@ def read_text(path: pathlib.Path | None, max_bytes: int | None) -> str:
     if path is None:
         most = max_bytes or sample_text.DEFAULT_HELDOUT_BYTES
         return sample_text.heldout_text(max_bytes=most).text
-    data = path.read_bytes()[:max_bytes]
+    standard_input = str(path) == "-"
+    data = typer.get_binary_stream("stdin").read() if standard_input else path.read_bytes()
+    data = data[:max_bytes]
     try:
         # Only a cut may split a character.
         content = data.decode("utf-8", errors="strict" if max_bytes is None else "ignore")

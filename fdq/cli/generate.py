@@ -10,14 +10,15 @@ import typer
 from fdq.cli import console
 
 NAME = "generate"
-EXAMPLE = "Example:  fdq generate ernie-w4a16c8 --prompt 'def main(' --max-tokens 64"
+EXAMPLE = "Example:  fdq generate ernie-w4a16c8 --prompt 'def main(' --max-new-tokens 64"
 
 
 @console.command
 def run(
     directory: console.Directory,
     prompt: console.Prompt,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(hidden=True)] = None,
     scheme: console.LoadScheme = None,
     cache: console.Cache = None,
     context: Annotated[
@@ -43,6 +44,8 @@ def run(
     from fdq.decoding.sampling import Sampling
     from fdq.storage import load
 
+    if max_tokens is not None:
+        raise ValueError(f"--max-tokens is called --max-new-tokens: --max-new-tokens {max_tokens}.")
     console.checkpoint_directory(directory)
     sampling = None
     if temperature > 0:
@@ -52,7 +55,7 @@ def run(
             "--top-k, --top-p and --min-p choose among random draws: add --temperature 1."
         )
     recipe = None if scheme is None else console.read_scheme(scheme)
-    with console.progress("Loading", quiet=json) as update:
+    with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
     pieces: list[str] = []
     start = time.perf_counter()
@@ -70,7 +73,7 @@ def run(
         generate(
             model,
             [prompt],
-            max_tokens,
+            max_new_tokens,
             sampling=sampling,
             key=jax.random.key(seed),
             cache=cache,

@@ -20,6 +20,9 @@ def run(
         str | None,
         typer.Option(help="Of an Orbax checkpoint, only what is below this path, such as params."),
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="One line a tensor, also where layers are equal.")
+    ] = False,
     json: console.Json = False,
     debug: console.Debug = False,
 ) -> None:
@@ -40,7 +43,7 @@ def run(
     if json:
         console.print_json(result.to_dict() | {"problem": problem and str(problem)})
     else:
-        # No wrapping: one line a tensor, for grep.
-        console.out.print(str(result), markup=False, soft_wrap=True)
+        # No wrapping: a line is a line, for grep.
+        console.out.print(result.text(fold=not every), markup=False, soft_wrap=True)
     if problem is not None:
         console.fail(str(problem), console.FAILED_CHECK)

@@ -36,3 +36,5 @@ def run(
     columns = ["kind", "parameters", "size", "bits/weight", "formats"]
     title = f"{result.model} in {result.scheme}"
     console.out.print(console.table(title, columns, result.lines(console.size)))
+    for remark in result.remarks:
+        console.err.print(remark, style="yellow", markup=False, soft_wrap=True)

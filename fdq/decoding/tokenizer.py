@@ -82,6 +82,10 @@ class Tokenizer:
         stream = self.stream()
         return stream.feed(tokens) + stream.finish()
 
+    def vocabulary(self) -> dict[str, int]:
+        """The number of each token by how the tokenizer spells it, added tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def stream(self) -> "TextStream":
         """A decoder that is fed tokens as they come and returns text as soon as it is certain."""
         return TextStream(self._strings, detokenizer.stages(self._backend.decoder))

@@ -22,7 +22,7 @@ from fdq.schemes.leaves import leaf_at as leaf_at
 from fdq.schemes.leaves import leaves_of as leaves_of
 from fdq.schemes.leaves import path_string as path_string
 from fdq.schemes.scheme import Scheme, WeightSpec
-from fdq.text_table import aligned, size
+from fdq.text_table import aligned, folded, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,13 @@ class Row:
 class MatchTable:
     """The rows of all tensors, in the order of the tree; `print` shows them aligned.
 
-    `note` says what of the recipe has no place in the tree.
+    `note` says what of the recipe has no place in the tree; `idle` are the rules of a mixture, such
+    as mix_quant's for routed experts, that found nothing.
     """
 
     rows: tuple[Row, ...]
     note: str = ""
+    idle: tuple[Any, ...] = ()
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -76,6 +78,16 @@ class MatchTable:
         """Bytes of all tensors after."""
         return sum(row.nbytes_after for row in self.rows)
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A line for each idle rule: what it was for, and what is done without it."""
+        done = ", ".join(sorted({str(row.scheme) for row in self.quantized}))
+        return tuple(
+            f"No tensor here is for the rule {rule.pattern!r} ({rule.scheme}): all that is "
+            f"quantized is {done}."
+            for rule in self.idle
+        )
+
     def summary(self) -> str:
         """What was quantized in one line, and each tensor that was left with the reason."""
         before = sum(row.nbytes for row in self.quantized)
@@ -87,6 +99,7 @@ class MatchTable:
             f"({size(before)} -> {size(after)}{bits})."
         )
         head = f"{head} {self.note}" if self.note else head
+        head = "\n".join([*self.remarks, head])
         if not self.left:
             return head
         left = aligned(_folded(self.left, schemes=False), indent="  ")
@@ -108,6 +121,7 @@ def assign(
     matches = [_match(recipe, leaf) for leaf in leaves]
     rows = [_row(leaf, match) for leaf, match in zip(leaves, matches, strict=True)]
     _refuse_quantized(leaves, matches, rows)
+    idle = []
     for rule in recipe.rules:
         used = any(
             match.rule == rule and (rule.scheme is None or row.scheme is not None)
@@ -115,7 +129,9 @@ def assign(
         )
         if rule.required and not used:
             raise ValueError(_unused(rule, leaves, rows, matches))
-    table = MatchTable(tuple(rows), note)
+        if not used:
+            idle.append(rule)
+    table = MatchTable(tuple(rows), note, tuple(idle))
     if recipe.default is not None and not recipe.rules and not table.quantized:
         left = aligned(_folded(table.left, schemes=False), indent="  ") or "  (no tensors)"
         raise ValueError(f"Nothing to quantize to {recipe.default}. {hint} Found only:\n{left}")
@@ -238,32 +254,10 @@ def _quantized_bytes(spec: WeightSpec, shape: tuple[int, ...]) -> int:
 
 
 def _folded(rows: Sequence[Row], *, schemes: bool = True) -> list[tuple[str, ...]]:
-    """Cells of the rows; those that differ in one number of the path only become one row."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+    """Cells of the rows, equal layers in one."""
+    cells = []
     for row in rows:
-        number = re.search(r"(?:^|(?<=[._]))\d+(?=\.|$)", row.path)
-        template, layer = row.path, ""
-        if number:
-            template = row.path[: number.start()] + "{}" + row.path[number.end() :]
-            layer = number.group()
         dtype = "" if row.dtype is None else str(jnp.dtype(row.dtype))
         scheme = (str(row.scheme or "as it is"),) if schemes else ()
-        key = (template, str(list(row.shape)), dtype, *scheme, row.reason)
-        groups.setdefault(key, []).append(layer)
-    return [
-        (template.replace("{}", _ranges(layers)), *cells)
-        for (template, *cells), layers in groups.items()
-    ]
-
-
-def _ranges(layers: list[str]) -> str:
-    """`["0", "1", "2", "5"]` -> `"{0..2,5}"`."""
-    if len(layers) == 1:
-        return layers[0]
-    runs: list[list[int]] = []
-    for number in sorted(int(layer) for layer in layers if layer):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+        cells.append((row.path, str(list(row.shape)), dtype, *scheme, row.reason))
+    return [one for _, one in folded(cells)]

@@ -79,6 +79,11 @@ def aliases() -> dict[str, str]:
     return known
 
 
+def words() -> dict[str, tuple[str, str]]:
+    """Suffixes that are words: of which part (`w`, `a`, `c`) they are, and what they decide."""
+    return {word: (part, decides) for word, (part, decides, _) in _WORDS.items()}
+
+
 def _type() -> str:
     """Regular expression of a type: one that exists, or that looks like one (`nf5`)."""
     known = {spelling for part in _PARTS for spelling in spellings(part)} | set(_SIXTEEN)
@@ -223,6 +228,9 @@ def suggest(name: str, canonical: Callable[[str], str | None]) -> str | None:
     text = re.sub(r"[\s_,;:/.+@-]+", "-", name.strip().lower()).strip("-")
     if not text:
         return None
+    # 0. What others call a type of weights: `int4` is FastDeploy's `wint4`.
+    if re.fullmatch(r"int\d+", text) and canonical("w" + text):
+        return "w" + text
     # 1. The right words in the wrong places: dashes missing or superfluous, parts out of order, the
     #    "w" left out; and types that do not exist.
     words, typed = sorted(_WORDS, key=len, reverse=True), f"[wac]{_type()}"

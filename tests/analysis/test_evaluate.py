@@ -65,7 +65,9 @@ def test_figures_equal_their_definitions(rng):
     assert report.top1_agreement == pytest.approx(agree)
     assert 0 < agree < 1
     assert report.weight_bytes == VOCAB * VOCAB * 4
-    assert report.bits_per_weight == 32
+    assert (report.bits_per_weight, report.quantized_bits_per_weight) == (32, None)
+    others = -log_p[np.arange(36), tokens[1:]]
+    assert report.reference_bits_per_byte == pytest.approx(others.sum() / np.log(2) / 100, rel=1e-5)
 
 
 def test_a_model_has_no_distance_from_itself(rng):

@@ -43,7 +43,13 @@ def test_wint2_takes_what_fastdeploy_publishes():
 def test_bits_per_weight_of_whole_models(model, scheme, bits):
     result = plan(model, scheme)
     # Per-channel side data adds up to 80 bits a column; K is 1536 at least.
-    assert bits <= result.weights.bits_per_weight <= bits + 80 / 1536
+    weights = result.weights
+    assert bits <= weights.quantized_bits_per_weight <= bits + 80 / 1536
+    assert (
+        weights.quantized_bits_per_weight
+        < weights.bits_per_weight
+        == pytest.approx(8 * weights.bytes / weights.parameters)
+    )
     assert sum(size for _, _, size, _ in result.rows()) == result.weights.bytes
 
 
