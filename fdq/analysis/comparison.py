@@ -28,14 +28,14 @@ class Row:
     """What one scheme costs and gives.
 
     The report is measured through the cache, `disk_bytes` has metadata and tokenizer in it, and
-    `text` continues the prompt greedily. There is no speed: it shows in models whose weights do not
-    fit into a processor's cache, and is measured by `benchmarks`.
+    `text` continues the prompt greedily, if that was asked for. There is no speed: it shows in
+    models whose weights do not fit into a processor's cache, and is measured by `benchmarks`.
     """
 
     name: str
     report: Report
     disk_bytes: int
-    text: str
+    text: str | None
     convert_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,9 +102,10 @@ class Comparison:
         directory: pathlib.Path,
         *,
         name: str | None = None,
+        decodes: bool = True,
         progress: Progress | None = None,
     ) -> Row:
-        """Converts to `directory`, which must not exist, loads that, evaluates and decodes."""
+        """Converts to `directory`, which must not exist, loads that, evaluates and `decodes`."""
         from fdq.storage import load
         from fdq_checkpoints import convert
 
@@ -124,7 +125,8 @@ class Comparison:
         tell(0.4, "loading")
         model = load(directory)
         rest = _part(tell, 0.5, 1.0)
-        return self._row(name or str(scheme), model, inspection.disk_bytes, seconds, rest)
+        name = name or str(scheme)
+        return self._row(name, model, inspection.disk_bytes, seconds, rest, decodes=decodes)
 
     def _calibration(self) -> Calibration:
         """Statistics over 8192 tokens of text that is not evaluated on."""
@@ -139,7 +141,16 @@ class Comparison:
         tokens = np.asarray(ids[: 32 * WINDOW], np.int32).reshape(-1, WINDOW)
         return calibrate(load(self.source), tokens)
 
-    def _row(self, name: str, model: Any, disk_bytes: int, seconds: float, tell: Progress) -> Row:
+    def _row(
+        self,
+        name: str,
+        model: Any,
+        disk_bytes: int,
+        seconds: float,
+        tell: Progress,
+        *,
+        decodes: bool = True,
+    ) -> Row:
         tell(0.0, "evaluating")
         report = evaluate(
             model,
@@ -151,7 +162,7 @@ class Comparison:
             progress=lambda done, total: tell(0.6 * done / total, "evaluating"),
         )
         tell(0.6, "decoding")
-        text = self._decode(model)
+        text = self._decode(model) if decodes else None
         tell(1.0, "")
         return Row(
             name=name,
