@@ -5,6 +5,8 @@ import importlib
 import os
 import pathlib
 import re
+import sys
+import tomllib
 
 import nbclient
 import nbformat
@@ -28,6 +30,42 @@ def test_what_a_notebook_imports_of_this_project_is_there(path):
     for module, name in ours:
         if not hasattr(importlib.import_module(module), name):
             importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_installs_what_it_uses(path):
+    """Imports are Python's own, what fdq needs, or in the extras that the first cell asks for."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    (extras,) = re.findall(r"%pip install --quiet -e '\{folder\}\[([a-z0-9,]+)\]'", code[0])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = list(project["dependencies"])
+    for extra in extras.split(","):
+        wanted += project["optional-dependencies"][extra]
+    installed = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in wanted}
+    source = re.sub(r"^(\s*)[%!].*", r"\1pass", "\n".join(code), flags=re.MULTILINE)
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.split(".")[0])
+    assert imported - OURS - sys.stdlib_module_names <= installed
+    assert "tokenizers" in installed  # for prompts
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_looks_at_its_environment_and_shows_a_plot(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert "if not suits():" in code[0].source
+    assert code[0].source.startswith("import") and "import jax" not in code[0].source
+    assert all(cell.outputs for cell in code), "commit the notebook with its outputs"
+    kinds = {kind for cell in code for output in cell.outputs for kind in output.get("data", ())}
+    assert "image/png" in kinds
+    words = "\n".join(cell.source for cell in cells)
+    assert 'CLONE_URL = ""' in words  # there is no public repository to name
+    assert "colab.research.google.com" not in words
 
 
 @pytest.mark.slow
