@@ -118,9 +118,9 @@ class Inspection:
             )
             for row in self.rows
         ]
-        cells = [("tensors", "count", "format", "shape", "bytes each", "bits/weight")]
-        for count, (path, *others) in folded(rows) if fold else [(1, row) for row in rows]:
-            cells.append((path, f"{count:,}", *others))
+        head = ("tensors", "count", "format", "shape", "bytes each", "bits/weight")
+        counted = folded(rows) if fold else [(1, row) for row in rows]
+        cells = [head, *((path, f"{count:,}", *others) for count, (path, *others) in counted)]
         quantized = self.quantized_bits_per_weight
         total = (
             f"{self.kind}, {self.scheme or 'not quantized'}: {len(self.rows)} tensors, "

@@ -172,8 +172,8 @@ def evaluate(
     reference_of = None
     if reference is not None and recorded is None:
         check_vocabulary(reference, cut.tokens, "reference")
-        paths = (getattr(one, "tokenizer_path", None) for one in (model, reference))
-        check_tokenizers(*paths, cut.tokens)
+        mine, theirs = (getattr(one, "tokenizer_path", None) for one in (model, reference))
+        check_tokenizers(mine, theirs, cut.tokens)
         reference_of = _logits_function(reference)
 
     totals = np.zeros(4)
