@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from fdq.analysis.evaluation import Windows, evaluate, record_logits
+from fdq.analysis.windows import check_tokenizers
 from fdq.models import CONFIGS, Decoder
 
 VOCAB = 11
@@ -186,3 +188,25 @@ def test_models_that_cannot_be_compared_are_refused(decoder, rng):
         evaluate(Bigram(0), [1, 2, 3], through_cache=True)
     with pytest.raises(TypeError, match="callable"):
         evaluate(3, [1, 2, 3])
+
+
+def test_windows_beyond_the_positions_of_the_model_warn(rng):
+    model = Bigram(0)
+    model.config = CONFIGS["llama-3-8b"].replace(vocab_size=VOCAB, max_position=4)
+    tokens = rng.integers(0, VOCAB, 20)
+    with pytest.warns(UserWarning, match="evaluate: 8 tokens are more than the 4 positions"):
+        evaluate(model, tokens, window=8)
+    evaluate(model, tokens, window=4)
+
+
+def test_tokenizers_with_other_merges_are_refused_where_they_cut_the_text_differently(tmp_path):
+    vocab = {"a": 0, "b": 1, "ab": 2, "ba": 3}
+    for name, merge in (("one", ("a", "b")), ("other", ("b", "a"))):
+        (tmp_path / name).mkdir()
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[merge]))
+        backend.save(str(tmp_path / name / "tokenizer.json"))
+    one, other = (str(tmp_path / name / "tokenizer.json") for name in ("one", "other"))
+    check_tokenizers(one, other, np.array([0, 0, 0]))
+    check_tokenizers(one, None, np.array([0, 2, 0]))
+    with pytest.raises(ValueError, match="cut this text differently"):
+        check_tokenizers(one, other, np.array([0, 2, 0]))

@@ -55,7 +55,11 @@ def test_what_is_written_already_needs_no_more_disk(tmp_path, monkeypatch):
     with commit.pending_directory(tmp_path / "out", keep_unfinished=True, needed_bytes=6000):
         pass
     with (
-        pytest.raises(CheckpointError, match=r"free\. Free some space"),
+        pytest.raises(
+            CheckpointError,
+            match=r"about 6\.00 kB are needed, beside a reserve of 16\.8 MB, but 16\.8 MB are "
+            r"free\. Free some space",
+        ),
         commit.pending_directory(tmp_path / "other", needed_bytes=6000),
     ):
         pass

@@ -361,7 +361,7 @@ def test_missing_extra_is_named(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own(converted):
-    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "200"}
+    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "200", "FDQ_CACHE_DIR": ""}
 
     def process(*arguments):
         return subprocess.run(

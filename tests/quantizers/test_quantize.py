@@ -239,3 +239,20 @@ def test_methods_reach_the_quantizer(rng):
 def test_errors(tree, scheme, options, message):
     with pytest.raises(ValueError, match=message):
         quantize(tree, scheme, **options)
+
+
+@pytest.mark.parametrize(
+    "again", ["W8A16", {"a.*": "W8A16", "*": "W4A16"}, {"b": None, "*": "W8A16"}], ids=str
+)
+def test_what_is_quantized_already_is_not_quantized_again(again):
+    w = jnp.ones((128, 8))
+    tree = quantize({"a": {"kernel": w}, "b": {"kernel": w}}, "W4A16")
+    with pytest.raises(ValueError, match=r"quantized already: a\.kernel is quantized \(W4"):
+        quantize(tree, again)
+
+
+def test_what_a_first_recipe_left_may_be_quantized_by_a_second():
+    w = jnp.ones((128, 8))
+    tree = quantize({"a": {"kernel": w}, "b": {"kernel": w}}, {"b": None, "*": "W4A16"})
+    both = quantize(tree, {"b": "W8A16"})
+    assert (str(both["a"]["kernel"].spec), str(both["b"]["kernel"].spec)) == ("W4", "W8")

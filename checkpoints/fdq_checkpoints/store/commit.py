@@ -45,8 +45,9 @@ def pending_directory(
     free = shutil.disk_usage(final.parent).free
     if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
         raise CheckpointError(
-            f"{final.parent}: about {size(needed_bytes + _SPARE_BYTES)} are needed, "
-            f"{size(free)} are free. Free some space or choose another disk."
+            f"{final.parent}: about {size(needed_bytes)} are needed, beside a reserve of "
+            f"{size(_SPARE_BYTES)}, but {size(free)} are free. Free some space or choose "
+            "another disk."
         )
     if pending.is_symlink():
         raise CheckpointError(f"{pending}: a link; it would be emptied. Remove it.")
