@@ -27,6 +27,7 @@ from fdq.decoding.functional import feed, step, taken, window_start
 from fdq.decoding.sampling import Sampling, sample
 from fdq.decoding.state import DecodeState
 from fdq.nn.parameters import Template, bind, current_split
+from fdq.ops.placement import mesh_of
 
 # A prompt's last chunk is padded to one of few lengths, so that few shapes are compiled.
 _SMALLEST_CHUNK = 16
@@ -140,9 +141,20 @@ def prefill(
     assert held is not None
     prompts = _Prompts(tokens, lengths, held, model.config, state)
     template, params = current_split(model)
-    if state is not None:
-        return _go_on(template, params, prompts, state, chunk)
-    checks.empty(held)
+    if state is None:
+        checks.empty(held)
+    with mesh_of(params, held):
+        if state is not None:
+            return _go_on(template, params, prompts, state, chunk)
+        held = _read(template, params, prompts, held, chunk)
+        return DecodeState.start(
+            prompts.tokens, prompts.lengths, held, key=key, logprobs=return_logprobs
+        )
+
+
+def _read(
+    template: Template, params: Any, prompts: "_Prompts", held: KVCache, chunk: int
+) -> KVCache:
     capacity, longest = held.max_length, prompts.longest
     # The last token of each prompt is fed by the first step. Rows that end earlier write what
     # nobody reads: slots at and after a row's length are overwritten before they are attended to.
@@ -152,9 +164,7 @@ def prefill(
         piece = prompts.tokens[:, start : start + padded]
         piece = jnp.pad(piece, ((0, 0), (0, padded - piece.shape[1])))
         held = _extend(template, params, piece, held, jnp.int32(start), prompts.lengths)
-    return DecodeState.start(
-        prompts.tokens, prompts.lengths, held, key=key, logprobs=return_logprobs
-    )
+    return held
 
 
 def _go_on(
@@ -293,9 +303,10 @@ def run(
     if sampling is not None:
         sampling = sampling.for_batch(state.batch)
     arguments = (template, params, state, stop_tokens, sampling, processor)
-    if counted:
-        return _decode(*arguments, np.int32(steps))
-    return _decode(*arguments, steps=steps)
+    with mesh_of(params, state):
+        if counted:
+            return _decode(*arguments, np.int32(steps))
+        return _decode(*arguments, steps=steps)
 
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from flax import nnx
 from fdq import nn
 from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
 from fdq.models.config import DecoderConfig
+from fdq.ops.placement import mesh_of
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
 
@@ -81,14 +82,15 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: neither or both of tokens and embeddings, or one of another shape or dtype.
         """
-        x = self._embedded(tokens, inputs_embeds)
-        b, length, _ = x.shape
-        if not b * length and not return_hidden_states:
-            return jnp.zeros((b, length, self.config.vocab_size), jnp.float32)
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
-        states: dict[str, jax.Array] | None = {} if return_hidden_states else None
-        hidden, _ = self._layers(x, positions, states=states)
-        return (self.head(hidden), states) if return_hidden_states else self.head(hidden)
+        with mesh_of(nn.value(self.embed_tokens.embedding), inputs_embeds):
+            x = self._embedded(tokens, inputs_embeds)
+            b, length, _ = x.shape
+            if not b * length and not return_hidden_states:
+                return jnp.zeros((b, length, self.config.vocab_size), jnp.float32)
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
+            states: dict[str, jax.Array] | None = {} if return_hidden_states else None
+            hidden, _ = self._layers(x, positions, states=states)
+            return (self.head(hidden), states) if return_hidden_states else self.head(hidden)
 
     def extend(
         self,

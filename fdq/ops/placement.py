@@ -7,7 +7,8 @@ it once, for its result, and is traced in Auto mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -70,3 +71,25 @@ def in_auto_axes(
     sharding = NamedSharding(mesh, PartitionSpec(*entries))
     traced: Any = jax.sharding.auto_axes(function, out_sharding=sharding)
     return traced(*arguments)
+
+
+@contextlib.contextmanager
+def mesh_of(*trees: Any) -> Iterator[None]:
+    """Inside, the mesh that arrays lie on is the current one, if it has Explicit axes and none is.
+
+    `jax.make_mesh` makes such meshes, and arrays carry theirs along; ops ask for the current one,
+    which `jax.set_mesh` sets. Does nothing while tracing: then the caller's mesh counts.
+    """
+    mesh = None if not jax.sharding.get_abstract_mesh().empty else _explicit_mesh(trees)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
+
+
+def _explicit_mesh(trees: Any) -> Any:
+    for array in jax.tree.leaves(trees):
+        if isinstance(array, Tracer):
+            return None
+        sharding = getattr(array, "sharding", None)
+        if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+            return sharding.mesh
+    return None
