@@ -79,9 +79,9 @@ def aliases() -> dict[str, str]:
     return known
 
 
-def words() -> dict[str, tuple[str, str]]:
-    """Suffixes that are words: of which part (`w`, `a`, `c`) they are, and what they decide."""
-    return {word: (part, decides) for word, (part, decides, _) in _WORDS.items()}
+def words() -> dict[str, tuple[str, str, Fields]]:
+    """Suffixes that are words: of which part (`w`, `a`, `c`), what they decide, and how."""
+    return dict(_WORDS)
 
 
 def _type() -> str:

@@ -35,6 +35,9 @@ def listing() -> Listing:
         name: ("16", *(format.grammar_name for format in grammar.formats(part).values()))
         for part, name in _PARTS.items()
     }
-    words = {word: f"{_PARTS[part]}: {what}" for word, (part, what) in grammar.words().items()}
+    words = {
+        word: f"{_PARTS[part]}: {decides} is {next(iter(fields.values()))}"
+        for word, (part, decides, fields) in grammar.words().items()
+    }
     names = {name: str(Recipe.parse(name)) for name in sorted((*grammar.aliases(), *_READ))}
     return Listing(types, _SIZES | words, names)
