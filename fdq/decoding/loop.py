@@ -27,7 +27,7 @@ from fdq.decoding.functional import feed, step, taken, window_start
 from fdq.decoding.sampling import Sampling, sample
 from fdq.decoding.state import DecodeState
 from fdq.nn.parameters import Template, bind, current_split
-from fdq.ops.placement import mesh_of
+from fdq.ops.placement import mesh_of, on_current_mesh
 
 # A prompt's last chunk is padded to one of few lengths, so that few shapes are compiled.
 _SMALLEST_CHUNK = 16
@@ -146,7 +146,7 @@ def prefill(
     with mesh_of(params, held):
         if state is not None:
             return _go_on(template, params, prompts, state, chunk)
-        held = _read(template, params, prompts, held, chunk)
+        held = _read(template, params, prompts, on_current_mesh(held), chunk)
         return DecodeState.start(
             prompts.tokens, prompts.lengths, held, key=key, logprobs=return_logprobs
         )

@@ -93,3 +93,17 @@ def _explicit_mesh(trees: Any) -> Any:
         if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
             return sharding.mesh
     return None
+
+
+def on_current_mesh(tree: Any) -> Any:
+    """`tree` with the arrays that lie on no mesh replicated over the current one, if Explicit."""
+    current = jax.sharding.get_mesh()
+    if current.empty or AxisType.Explicit not in current.axis_types:
+        return tree
+    everywhere = NamedSharding(current, PartitionSpec())
+
+    def place(array: Any) -> Any:
+        placed = isinstance(array, Tracer) or isinstance(array.sharding, NamedSharding)
+        return array if placed else jax.device_put(array, everywhere)
+
+    return jax.tree.map(place, tree)
