@@ -20,8 +20,8 @@ def spec_to_json(spec: WeightSpec) -> dict[str, Any]:
     return dataclasses.asdict(spec)
 
 
-def _qtensor_to_bytes(static: Any) -> bytes:
-    names, spec, padding = static
+def _qtensor_to_bytes(aux_data: Any) -> bytes:
+    names, spec, padding = aux_data
     return json.dumps([list(names), spec_to_json(spec), padding]).encode()
 
 
@@ -30,8 +30,8 @@ def _qtensor_from_bytes(stored: bytes | bytearray) -> Any:
     return tuple(names), WeightSpec(**spec), padding
 
 
-def _folded_to_bytes(static: Any) -> bytes:
-    fold, sizes = static
+def _folded_to_bytes(aux_data: Any) -> bytes:
+    fold, sizes = aux_data
     return json.dumps([list(fold.order), fold.contracted, list(sizes)]).encode()
 
 
@@ -51,5 +51,5 @@ jax.export.register_pytree_node_serialization(
     serialized_name="fdq.FoldedWeight",
     serialize_auxdata=_folded_to_bytes,
     deserialize_auxdata=_folded_from_bytes,
-    from_children=lambda static, children: FoldedWeight(children[0], *static),
+    from_children=lambda aux_data, children: FoldedWeight(children[0], *aux_data),
 )

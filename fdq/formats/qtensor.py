@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -36,7 +36,7 @@ class QuantizedWeight:
 
     __array_ufunc__ = None  # NumPy leaves `x @ q` to `__rmatmul__`
     # Set by the op: formats know none.
-    _matmul: ClassVar[Callable[[Any, Any], Any]]
+    _matmul: ClassVar[Any]
 
     def arrays(self) -> dict[str, Any]:
         """The arrays (or pytrees of them) by name, in pytree order."""

@@ -115,7 +115,15 @@ class Assigned:
         """Quantizes one tensor, `[..., K, N]`, or one matrix of its stack: that of `index`.
 
         Any of `paths`, which all lead to it, may have statistics.
+
+        Raises:
+          NotImplementedError: the tensor is to be folded, which is done to whole trees only.
         """
+        if row.fold is not None:
+            raise NotImplementedError(
+                f"{row.path}: a rule or its module says that it contracts other axes than "
+                "[..., K, N]; such tensors are quantized in memory only, by fdq.quantize."
+            )
         assert row.scheme is not None and row.scheme.weight is not None
         theirs = row.quantizer is None and fastdeploy_has(row.scheme, array.dtype)
         return quantize_array(
@@ -133,7 +141,8 @@ class Assigned:
             return self.tensor(array, row, [row.path], inputs=inputs)
         sizes = tuple(array.shape[array.ndim - len(row.fold.order) :])
         array = array if hasattr(array, "dtype") else np.asarray(array)
-        q = self.tensor(row.fold(array), row, [row.path], inputs=inputs)
+        plain = dataclasses.replace(row, fold=None)
+        q = self.tensor(row.fold(array), plain, [row.path], inputs=inputs)
         return FoldedWeight(q, row.fold, sizes)
 
     def _quantize_tree(self, inputs: LayerInputs, donate: bool) -> Any:

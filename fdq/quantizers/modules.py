@@ -210,7 +210,8 @@ def quantize_module(
         q = quantize(role.fold(array), row, [use.path for use in tensor.uses])
         box = _boxed(q, source, role.fold)
         abstract = isinstance(array, jax.ShapeDtypeStruct)
-        for owner in {id(use.owner): use.owner for use in tensor.uses}.values():
+        owners: dict[int, Any] = {id(use.owner): use.owner for use in tensor.uses}
+        for owner in owners.values():
             uses = [use for use in tensor.uses if use.owner is owner]
             role, scale = role_of(uses[0]), None
             assert isinstance(role, Role)
@@ -222,22 +223,27 @@ def quantize_module(
             if role.stand_in is not None:
                 stand_ins[id(owner)] = role.stand_in(owner, box, scheme.activation, scale)
                 continue
-            if isinstance(owner, dict):
-                owner[uses[0].attribute] = box
-            else:
-                setattr(owner, uses[0].attribute, box)
+            _put(owner, uses[0].attribute, box)
             if role.base is not None:
                 holder = uses[0].module
                 if not isinstance(holder, role.base):
                     holder.__class__ = subclasses.holding(type(holder), role.base)
                 if role.base is not subclasses.ToNNXBase:
-                    owner.kernel_dtype = str(row.dtype)
+                    holder.kernel_dtype = str(row.dtype)
             if role.activations:
-                owner.activation, owner.activation_scale = scheme.activation, nnx.data(scale)
+                holder = uses[0].module
+                holder.activation, holder.activation_scale = scheme.activation, nnx.data(scale)
         tensor.content = None
         if donate and isinstance(array, jax.Array) and id(array) not in kept:
             array.delete()
     return _substitute(module, stand_ins, set())
+
+
+def _put(owner: Any, name: str, box: QTensor) -> None:
+    if isinstance(owner, dict):
+        owner[name] = box
+    else:
+        setattr(owner, name, box)
 
 
 def _array(content: Any) -> Any:

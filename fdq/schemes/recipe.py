@@ -123,7 +123,8 @@ class Recipe:
         if given and given[-1][0] == "*":
             if default is not None:
                 raise ValueError(f"Two defaults: the rule '*' and default={default}. Drop one.")
-            _, default, _, quantizer, *axes = given.pop()
+            _, last, _, quantizer, *axes = given.pop()
+            default = scheme_or_none(last)
             if axes != [None, 0]:
                 raise ValueError("The rule '*' has no contract: name the kernels that it is about.")
         patterns = [pattern for pattern, *_ in given]

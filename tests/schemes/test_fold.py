@@ -9,6 +9,8 @@ import pytest
 import fdq
 from fdq.formats.folded import FoldedWeight
 from fdq.formats.qtensor import QTensor
+from fdq.quantizers.assigned import Assigned
+from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.schemes.fold import Fold
 from fdq.schemes.recipe import Recipe
 
@@ -136,3 +138,10 @@ def test_activations_that_a_tree_drops_are_said(rng, caplog, capsys):
     assert "activations (A8) are not quantized" in caplog.text
     fdq.quantize(tree, "W8A8", verbose=True)
     assert "activations (A8) are not quantized" in capsys.readouterr().out
+
+
+def test_a_stream_of_tensors_refuses_what_it_cannot_fold(rng):
+    tree = {"a": {"weight": normal(rng, 64, 8)}}
+    assigned = Assigned.of(tree, [("a", "W8", {"contract": 1})])
+    with pytest.raises(NotImplementedError, match=r"a\.weight: .* quantized in memory only"):
+        assigned.tensor(tree["a"]["weight"], assigned.table.rows[0], ["a"], inputs=LayerInputs())
