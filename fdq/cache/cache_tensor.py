@@ -113,7 +113,7 @@ class CacheTensor:
         for name, scale in self._static().items():
             pair = (scale, getattr(other, name))
             known = not any(isinstance(a, Tracer) for a in pair)
-            if known and not np.array_equal(*map(np.asarray, pair)):
+            if known and not np.array_equal(np.asarray(pair[0]), np.asarray(pair[1])):
                 raise ValueError(f"insert: the static {name} of the two caches differs.")
         slots = other.codes.shape[2]
         put = jax.tree.map(lambda old, new: old.at[rows, :, :slots].set(new), mine, theirs)

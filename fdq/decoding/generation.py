@@ -55,11 +55,11 @@ def generate(
       stream: called as `stream(index, piece)` with each prompt's continuation as it grows: text
         whose UTF-8 is complete, or lists of tokens.
       stream_steps: tokens generated between two looks at the result.
-      unknown: nothing; a name that is none of these is refused with what is meant.
       tokenizer: for strings: a `Tokenizer`, or a tokenizer.json or its directory; by default the
         one of the checkpoint that the model was loaded from.
       logits_processor: `(logits [B, V], state) -> logits`, pure; see `decode`.
       return_logprobs: also return what the model thought of each token.
+      unknown: nothing; a name that is none of these is refused with what is meant.
 
     Returns:
       A list with the continuation of each prompt, text or tokens as the prompts were. A prompt and

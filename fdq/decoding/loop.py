@@ -312,7 +312,7 @@ def run(
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
     """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up."""
     single = not isinstance(stop_tokens, Iterable) or getattr(stop_tokens, "ndim", 1) == 0
-    rows = [stop_tokens] if single else list(stop_tokens)
+    rows: list[Any] = [stop_tokens] if single else list(stop_tokens)
     if not any(isinstance(row, Sequence | np.ndarray) for row in rows):
         rows = [rows] * batch
     if len(rows) != batch:

@@ -41,6 +41,7 @@ class Sampling:
     top_k: Any
     top_p: Any
     min_p: Any
+    _count: int | None
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ def _check(name: str, value: Any, expected: str, holds: Any) -> None:
     if value is None or isinstance(value, Tracer):
         return
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool)
-    if not is_number and not (_is_array(value) and value.dtype.kind not in "bOSUV"):
+    if not is_number and not (_is_array(value) and np.asarray(value).dtype.kind not in "bOSUV"):
         raise TypeError(f"{name}: expected a number, found {value!r}.")
     if not np.all(holds(np.asarray(value))):
         raise ValueError(f"{name}: expected {expected}, found {value}.")
