@@ -39,6 +39,10 @@ class Functional:
         """`step`, then `params`."""
         return iter((self.step, self.params))
 
+    def __getitem__(self, index: int) -> Any:
+        """`step` at 0, `params` at 1."""
+        return (self.step, self.params)[index]
+
     @property
     def step(self) -> Callable[[Any, DecodeState], tuple[jax.Array, DecodeState]]:
         """`step(params, state) -> (logits [B, V] float32, state)`: feeds each last token.

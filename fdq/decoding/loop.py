@@ -130,12 +130,12 @@ def prefill(
         prompts that are empty, longer than the cache or than L, a batch other than the cache's, or
         tokens outside the vocabulary.
     """
+    checks.decodable("prefill", model)
     if (cache is None) == (state is None):
         raise ValueError("prefill: expected either an empty cache or a state to go on from.")
     if state is not None and (key is not None or return_logprobs):
         raise ValueError("prefill: a state has its own keys (state.reseed) and log-probabilities.")
     key = checks.prng_key(key)
-    checks.decodable("prefill", model)
     chunk = checks.integer("chunk", chunk, least=1)
     held = cache if state is None else state.cache
     assert held is not None

@@ -164,7 +164,9 @@ def candidates(
     # Relative to the largest, which a temperature near 0 must not divide to infinity.
     scaled = (scaled - largest) / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
     if sampling.top_k is not None:
-        scaled = jnp.where(jnp.arange(scaled.size) < sampling.top_k, scaled, -jnp.inf)
+        scaled = jnp.where(
+            jnp.arange(scaled.size, dtype=jnp.int32) < sampling.top_k, scaled, -jnp.inf
+        )
     if sampling.top_p is not None:
         probabilities = jax.nn.softmax(scaled)
         before = jnp.cumsum(probabilities) - probabilities

@@ -126,13 +126,13 @@ class Format(abc.ABC):
     def magnitudes(self, spec: WeightSpec) -> tuple[float, float]:
         """Between which the largest magnitude of a weight must be for its scales to hold it.
 
-        Smaller scales would be flushed to zero (or have less than 7 bits), with a thousandth for
-        groups of smaller weights; larger ones, or sums of weights, would overflow. A weight of
+        Smaller scales would be flushed to zero (or have less than 7 bits), with a factor of 512
+        for groups of smaller weights; larger ones, or sums of weights, would overflow. A weight of
         zeros needs no scale.
         """
         if spec.scale_dtype == "float16":
             return self.reach(spec) * 2.0**-17, self.reach(spec) * 65504.0
-        return self.reach(spec) * 2.0**-115, 2.0**126
+        return self.reach(spec) * 2.0**-117, 2.0**126
 
     def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
         """Raises ValueError if a `[k, n]` weight cannot be grouped as `spec` says."""

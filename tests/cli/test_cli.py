@@ -217,9 +217,9 @@ def test_schemes_and_models_are_listed():
     assert content["names"]["wint4"] == "W4A16C16"
     assert "*.experts" in content["names"]["mix_quant"]
     assert content["types"]["cache"] == ["16", *(f.grammar_name for f in CACHE_FORMATS.values())]
-    output = run("models").stdout
+    output = run("models", "--json").stdout
     assert all(name in output for name in (*CONFIGS, *FAMILIES))
-    content = json.loads(run("models", "--json").stdout)
+    content = json.loads(output)
     assert content["models"]["ernie-4.5-0.3b"]["parameters"] == pytest.approx(0.36e9, rel=0.01)
 
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 import fdq
 from fdq import models
 from fdq.cache.kv_cache import KVCache
-from fdq.decoding.loop import functional, prefill
+from fdq.decoding.functional import functional
+from fdq.decoding.loop import prefill
 from tests.covering import slow_but
 from tests.models import oracles
 

@@ -203,7 +203,7 @@ def test_prepared_weights_describe_themselves(kernels):
     abstract = jax.eval_shape(lambda: prepared)
     assert abstract.is_abstract and not prepared.is_abstract
     assert fdq.dequantize(abstract).shape == (256, 200)
-    with pytest.raises(ValueError, match="Nothing to quantize"):
+    with pytest.raises(ValueError, match="This is quantized already: mlp.kernel"):
         fdq.quantize({"mlp": {"kernel": prepared}}, "W4A16")
 
 
