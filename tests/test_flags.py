@@ -90,7 +90,7 @@ def test_transformations(flag):
 
 @pytest.mark.parametrize(
     "flag",
-    ["x64", "debug_nans", *map(slow, ("debug_infs", "highest", "bfloat16"))],
+    ["x64", *map(slow, ("debug_nans", "debug_infs", "highest", "bfloat16"))],
 )
 @pytest.mark.parametrize("cache", ["C8", slow("C16"), slow("C4")])
 def test_generating(cache, flag):

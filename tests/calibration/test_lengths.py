@@ -12,6 +12,7 @@ TOKENS = np.array([[5, 9, 2, 7, 1, 3], [4, 4, 8, 6, 2, 9], [1, 2, 3, 9, 9, 9]])
 LENGTHS = np.array([6, 2, 3])
 
 
+@pytest.mark.slow
 def test_what_padding_holds_makes_no_difference():
     """In a mixture of experts: rows of picks, and keys and values, leave it out too."""
     model, _ = oracles.oracle("ernie4_5_moe")

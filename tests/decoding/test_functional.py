@@ -78,6 +78,7 @@ def test_extend_is_steps_and_pushes_of_given_tokens(model, batch, fns):
     assert state.generated() == expected
 
 
+@pytest.mark.slow
 def test_extend_scores_a_batch(model, batch, fns):
     """As the model without a cache does: the log-probability of a continuation."""
     prompts, tokens = batch
@@ -188,6 +189,7 @@ def test_prefill_refuses_what_it_would_overwrite(model, batch):
         prefill(model, np.ones((4, 33), np.int32), state=state)
 
 
+@pytest.mark.slow
 def test_init_is_a_prefill_in_your_own_jit(model, batch):
     prompts, tokens = batch
     fns = functional(model)

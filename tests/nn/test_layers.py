@@ -144,6 +144,7 @@ def test_causal_attention_in_a_window(length, rng):
     np.testing.assert_allclose(y, reference_attention(q, k, v, window=3), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_window_reaches_the_cache(rng):
     """At once, in chunks and a token at a time; and without the window it is another result."""
     layer = nn.Attention(32, 4, 2, 8, sliding_window=3, rngs=rngs())

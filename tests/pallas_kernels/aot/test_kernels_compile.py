@@ -17,12 +17,9 @@ from pallas_kernels.aot.kernel_cases import all_cases
 GENERATIONS = ("t4", "a100", "l4", "h100", "rtx_pro_6000")
 CASES = all_cases()
 ONE_OF_A_KIND = (
-    "matrix-vector int8 per channel",
     "matrix-vector int4 groups of 128",
     "matrix-vector WINT2's code",
-    "matrix-vector fp8 per channel",
     "int8 x int4 groups of 128",
-    "MLP int4 groups of 128",
     "experts int4 groups of 128",
     "append C8",
     "router",
