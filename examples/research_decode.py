@@ -55,7 +55,7 @@ def speculate(target, drafter, state, drafted, *, draft_length):
     tokens = tokens.T
     logits, state = target.extend(target.params, tokens, state)
     own = logits.argmax(-1)
-    agrees = (own == tokens)[:, :draft_length]
+    agrees = (own == tokens)[:, :draft_length] & ~state.finished[:, None]
     accepted = jnp.cumprod(agrees, axis=1).sum(axis=1)
     following = jnp.take_along_axis(own, accepted[:, None], axis=1)[:, 0]
     state = state.rollback(known + accepted).push(following)

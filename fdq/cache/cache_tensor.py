@@ -98,9 +98,7 @@ class CacheTensor:
     def take(self, rows: jax.Array) -> CacheTensor:
         """The sequences `rows`, [N] int32; static scales belong to all of them."""
         taken = jax.tree.map(lambda a: a[rows], self._of_sequences())
-        # A copy: either cache may be donated.
-        static = {name: jnp.array(a, copy=True) for name, a in self._static().items()}
-        return taken.replace(**static)
+        return taken.replace(**self._copied_static())
 
     def insert(self, rows: jax.Array, other: CacheTensor) -> CacheTensor:
         """With the sequences of `other`, of at most as many slots, in place of `rows`."""
@@ -117,7 +115,11 @@ class CacheTensor:
                 raise ValueError(f"insert: the static {name} of the two caches differs.")
         slots = other.codes.shape[2]
         put = jax.tree.map(lambda old, new: old.at[rows, :, :slots].set(new), mine, theirs)
-        return put.replace(**self._static())
+        return put.replace(**self._copied_static())
+
+    def _copied_static(self) -> dict[str, Any]:
+        """As `_static`, for another cache: either may be donated."""
+        return {name: jnp.array(a, copy=True) for name, a in self._static().items()}
 
     def _static(self) -> dict[str, Any]:
         """What belongs to no sequence: calibrated scales and zero points."""

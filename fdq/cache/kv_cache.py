@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fdq.cache import limits
 from fdq.cache.cache_tensor import CacheTensor
@@ -101,6 +102,7 @@ class KVCache:
         *,
         scales: Sequence[LayerScales | None] | None = None,
         dtype: Any = None,
+        sharding: NamedSharding | None = None,
     ) -> KVCache:
         """An empty cache.
 
@@ -114,10 +116,14 @@ class KVCache:
           scales: one `LayerScales` a layer, from `Calibration.cache_scales`, read by the layers
             whose format is static.
           dtype: of C16; by default `config.dtype`.
+          sharding: of keys and values `[batch, kv_heads, slots, head_dim]`, such as
+            `NamedSharding(mesh, P("data", "tp"))`; scales and lengths follow. By default the
+            default device.
 
         Raises:
-          ValueError: an unknown format; scales missing, or given where no format is static; more
-            slots than there is memory for, with how many would fit. Nothing is allocated then.
+          ValueError: an unknown format; scales missing, or given where no format is static; a
+            sharding of more than four axes; more slots than there is memory for, with how many
+            would fit. Nothing is allocated then.
         """
         count = config.num_layers
         specs = layer_specs(format, count)
@@ -129,12 +135,18 @@ class KVCache:
         dtype = jnp.dtype(dtype or config.dtype)
         length = jnp.zeros((batch,), jnp.int32)
         if not isinstance(length, Tracer):
-            _check_memory(shape, specs, scales, dtype)
-        layers = tuple(
-            _empty_layer(shape, spec, scale, dtype)
-            for spec, scale in zip(specs, scales or [None] * count, strict=True)
-        )
-        return cls(layers, length)
+            _check_memory(shape, specs, scales, dtype, _shards(sharding))
+
+        def make(scales: Sequence[LayerScales | None]) -> KVCache:
+            pairs = zip(specs, scales, strict=True)
+            layers = tuple(_empty_layer(shape, spec, scale, dtype) for spec, scale in pairs)
+            return cls(layers, jnp.zeros((batch,), jnp.int32))
+
+        scales = list(scales or [None] * count)
+        if sharding is None:
+            return make(scales)
+        where = _shardings(jax.eval_shape(make, scales), sharding)
+        return jax.jit(make, out_shardings=where)(scales)
 
     def take(self, rows: Any) -> KVCache:
         """The sequences `rows`, [N] int, in this order; any may come twice, or not at all.
@@ -162,6 +174,8 @@ class KVCache:
             format, other static scales (as far as values are known), or more slots.
         """
         rows = jnp.atleast_1d(batch_rows(row, self.batch))
+        if not isinstance(rows, Tracer) and len(set(rows.tolist())) < rows.size:
+            raise ValueError(f"insert: rows {rows.tolist()} name a sequence twice.")
         if rows.shape != (other.batch,):
             raise ValueError(
                 f"insert: got {rows.size} rows for a cache of {other.batch} sequences."
@@ -180,9 +194,11 @@ class KVCache:
     def rollback(self, length: Any) -> KVCache:
         """The cache when it held `length` tokens, an int for all or [B]; nothing is copied.
 
-        Slots at and after a sequence's length are overwritten before anybody reads them.
+        Slots at and after a sequence's length are overwritten before anybody reads them; where
+        there are fewer tokens they all stay.
         """
-        return KVCache(self.layers, jnp.minimum(jnp.asarray(length, jnp.int32), self.length))
+        length = jnp.clip(jnp.asarray(length, jnp.int32), 0, self.length)
+        return KVCache(self.layers, length)
 
     @property
     def max_length(self) -> int:
@@ -217,8 +233,54 @@ def batch_rows(rows: Any, batch: int) -> jax.Array:
     return jnp.asarray(found, jnp.int32)
 
 
+def _shards(sharding: NamedSharding | None) -> int:
+    """Into how many parts of their own keys and values are cut."""
+    if sharding is None:
+        return 1
+    if not isinstance(sharding, NamedSharding) or len(sharding.spec) > 4:
+        raise ValueError(
+            f"KV cache sharding: expected a NamedSharding of [batch, kv_heads, slots, head_dim], "
+            f"found {sharding}."
+        )
+    names = [name for entry in sharding.spec for name in _names(entry)]
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _shardings(cache: KVCache, sharding: NamedSharding) -> KVCache:
+    """A cache of shardings: scales and lengths are cut as the keys and values that they go with."""
+    batch, heads, slots, channels = (*sharding.spec, *[None] * (4 - len(sharding.spec)))
+
+    def of(*entries: Any) -> NamedSharding:
+        return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+    def of_tensor(tensor: CacheTensor) -> CacheTensor:
+        def small(array: Any) -> NamedSharding | None:
+            if array is None:
+                return None
+            if tensor.dynamic:
+                return of(batch, heads, slots)
+            return of(heads, channels if array.shape[-1] > 1 else None)
+
+        return tensor.replace(
+            codes=of(batch, heads, slots, channels),
+            scale=small(tensor.scale),
+            zero=small(tensor.zero),
+        )
+
+    layers = tuple(LayerCache(*map(of_tensor, layer)) for layer in cache.layers)
+    return KVCache(layers, of(batch))  # pyright: ignore[reportArgumentType]
+
+
 def _check_memory(
-    shape: tuple[int, int, int, int], specs: list[CacheSpec | None], scales: Any, dtype: Any
+    shape: tuple[int, int, int, int],
+    specs: list[CacheSpec | None],
+    scales: Any,
+    dtype: Any,
+    shards: int,
 ) -> None:
     """ValueError where the memory has no room for the slots; small caches are not looked at."""
     *_, slots, _ = shape
@@ -232,7 +294,7 @@ def _check_memory(
 
     # A static scale is none of a slot's.
     a_slot = {spec: (bytes_of(spec, 256) - bytes_of(spec, 128)) / 128 for spec in kinds}
-    limits.refuse_what_does_not_fit(slots, sum(a_slot[spec] for spec in specs))
+    limits.refuse_what_does_not_fit(slots, sum(a_slot[spec] for spec in specs) / shards)
 
 
 def _empty_layer(

@@ -79,6 +79,18 @@ def prng_key(key: Any) -> jax.Array:
     return key
 
 
+def prompt_lengths(lengths: np.ndarray, batch: int, width: int, least: int = 1) -> int:
+    """The length of the longest prompt; ValueError unless each is from `least` to `width`."""
+    if lengths.shape != (batch,):
+        raise ValueError(f"prompt lengths: got shape {lengths.shape}, expected {(batch,)}")
+    if lengths.min(initial=width) < least or lengths.max(initial=least) > width:
+        raise ValueError(
+            f"prompt lengths {lengths.tolist()} must be between {least} and {width}, the width of "
+            "tokens"
+        )
+    return int(lengths.max())
+
+
 def empty(cache: Any) -> None:
     """Refuses a KV cache that holds tokens, as far as values are known."""
     if isinstance(cache.length, Tracer):

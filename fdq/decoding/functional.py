@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks
@@ -57,18 +59,22 @@ class Functional:
 
         The same as T times `step` and a `push` of the given tokens, in one pass: `logits[:, i]` are
         those that `tokens[:, i]` is drawn from, so they verify a draft and score a continuation as
-        they stand. Tokens for which a sequence has no room are not taken, and logits after the
-        last slot are NaN.
-        `state.rollback(length)` forgets tokens again.
+        they stand. One token more, whatever it is, gives the logits after the last. Finished
+        sequences take nothing, and what a sequence has no room for is not taken; logits that
+        follow such a token are NaN. `state.rollback(length)` forgets tokens again.
+
+        Where rotations depend on the length of a sequence (`dynamic`, `longrope`), leave room for
+        T tokens: at the end of the cache the last T slots are written anew.
         """
         return functools.partial(extend, self.template)
 
     @property
     def init(self) -> Callable[..., DecodeState]:
-        """`init(params, tokens [B, L], max_length, *, lengths=None, format=None, key=None)`.
+        """`init(params, tokens [B, L], max_length, *, lengths, format, key, return_logprobs)`.
 
         `fdq.prefill` in one pass, into a new cache of `max_length` slots: the state that `step`
-        takes. `format` is of the cache, by default that of the model's scheme.
+        takes. `format` is of the cache, by default that of the model's scheme; the other keywords
+        are those of `fdq.prefill`.
         """
         return functools.partial(init, self.template)
 
@@ -96,7 +102,8 @@ def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array
     model = bind(template, params)
     start = state.length - 1
     hidden, cache = model.extend(state.last_tokens(), state.cache, start)
-    cache = dataclasses.replace(cache, length=state.length)
+    # A copy: the state may be donated, whose buffers are all its own.
+    cache = dataclasses.replace(cache, length=jnp.array(state.length, copy=True))
     return model.head(hidden[:, 0]), dataclasses.replace(state, cache=cache)
 
 
@@ -113,12 +120,14 @@ def extend(
     state, known = taken(state, tokens), state.length
     model = bind(template, params)
     first = window_start(known - 1, t, capacity)
-    hidden, cache = feed(model, state.tokens, state.cache, first, t, state.length)
+    each = jnp.arange(t, dtype=jnp.int32)[None]
+    # Each token is rotated as its own step would rotate it.
+    hidden, cache = feed(model, state.tokens, state.cache, first, t, first[:, None] + each + 1)
     # The window begins earlier than the first token where it would reach beyond the cache.
-    at = known[:, None] - 1 - first[:, None] + jnp.arange(t)[None]
-    inside = jnp.minimum(at, t - 1)[..., None]
+    inside = jnp.minimum(known[:, None] - 1 - first[:, None] + each, t - 1)[..., None]
     logits = model.head(jnp.take_along_axis(hidden, inside, axis=1))
-    logits = jnp.where((at < t)[..., None], logits, jnp.nan)
+    follows = known[:, None] + each <= state.length[:, None]
+    logits = jnp.where(follows[..., None], logits, jnp.nan)
     cache = dataclasses.replace(cache, length=state.length - 1)
     if state.logprobs is not None:
         state = with_logprobs(state, tokens, logits, known)
@@ -140,12 +149,15 @@ def init(
     b, width = tokens.shape
     if not 0 < width <= max_length:
         raise ValueError(f"init: got prompts of {width} tokens, expected 1 to {max_length}.")
+    if lengths is not None and not isinstance(lengths, Tracer):
+        checks.prompt_lengths(np.asarray(lengths), b, width)
     model = bind(template, params)
     cache: KVCache = model.init_cache(b, max_length, format)
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = jnp.full((b,), width, jnp.int32) if lengths is None else jnp.asarray(lengths)
     if width > 1:
-        cache = model.extend(tokens[:, :-1], cache, jnp.int32(0), lengths=lengths)[1]
+        known = by_length(model, lengths)
+        cache = model.extend(tokens[:, :-1], cache, jnp.int32(0), **known)[1]
     return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
 
 
@@ -200,9 +212,17 @@ def feed(
 ) -> tuple[jax.Array, KVCache]:
     """Runs the model over `count` tokens of `tokens [B, capacity]` from `start [B]` on.
 
-    `lengths [B]` are the tokens that each sequence has when all of what is being read is.
-    Slots that were known before are written again with what they held; what is not known yet is
-    written and overwritten later, before anybody reads it.
+    `lengths` are as in `Decoder.extend`.
+    Slots that were known before are written again with what they held (but for rotations that
+    depend on lengths); what is not known yet is written and overwritten later, before anybody
+    reads it.
     """
     at = start[:, None] + jnp.arange(count)[None]
-    return model.extend(jnp.take_along_axis(tokens, at, axis=1), cache, start, lengths=lengths)
+    fed = jnp.take_along_axis(tokens, at, axis=1)
+    return model.extend(fed, cache, start, **by_length(model, lengths))
+
+
+def by_length(model: Any, lengths: jax.Array) -> dict[str, jax.Array]:
+    """What `extend` is told of lengths: nothing, unless the model's rotation depends on them."""
+    rotary = getattr(model.config, "rotary", None)
+    return {"lengths": lengths} if rotary is not None and rotary.by_length else {}

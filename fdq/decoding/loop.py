@@ -23,7 +23,7 @@ from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks
-from fdq.decoding.functional import feed, step, taken, window_start
+from fdq.decoding.functional import by_length, feed, step, taken, window_start
 from fdq.decoding.sampling import Sampling, sample
 from fdq.decoding.state import DecodeState
 from fdq.nn.parameters import Template, bind, current_split
@@ -45,7 +45,9 @@ def _extend(
     start: jax.Array,
     lengths: jax.Array | None = None,
 ):
-    return bind(template, params).extend(tokens, cache, start, lengths=lengths)[1]
+    model = bind(template, params)
+    known = {} if lengths is None else by_length(model, lengths)
+    return model.extend(tokens, cache, start, **known)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)
@@ -176,9 +178,11 @@ def _go_on(
     state = dataclasses.replace(state, finished=state.finished & ~more)
     state = taken(state, prompts.tokens, prompts.lengths)
     cache = state.cache
+    longest = 0 if isinstance(known, Tracer) else int(np.max(np.asarray(known)))
     for start in range(0, prompts.longest, chunk):
         count = min(chunk, prompts.longest - start)
-        padded = _chunk_length(count, chunk, capacity)
+        # What is padded beyond the cache would begin earlier, on slots that were written already.
+        padded = _chunk_length(count, chunk, capacity - max(longest - 1, 0) - start)
         first = known - 1 + start
         cache = _extend_from(template, params, state.tokens, cache, first, padded, state.length)
     return dataclasses.replace(
@@ -210,7 +214,7 @@ class _Prompts:
         if lengths is None:
             lengths = np.full((b,), width, np.int32)
         least = 1 if state is None else 0
-        longest = width if traced else _longest(np.asarray(lengths), b, width, least)
+        longest = width if traced else checks.prompt_lengths(np.asarray(lengths), b, width, least)
         known = 0
         if state is not None and not traced and not isinstance(state.length, Tracer):
             known = np.asarray(state.length)
@@ -222,8 +226,9 @@ class _Prompts:
             )
         if not traced:
             _check_vocabulary(np.asarray(tokens), np.asarray(lengths), config.vocab_size)
-            if state is None:
-                config.rotary.warn_of_growth(int(np.min(lengths)), cache.max_length)
+            rotary = getattr(config, "rotary", None)
+            if state is None and rotary is not None:
+                rotary.warn_of_growth(int(np.min(lengths)), cache.max_length)
             tokens = tokens[:, : max(longest, 1)]
         self.tokens = jnp.asarray(tokens, jnp.int32)
         self.lengths = jnp.asarray(lengths, jnp.int32)
@@ -321,18 +326,6 @@ def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
     for row, stops in zip(table, rows, strict=True):
         row[: len(stops)] = [checks.token("stop token", stop, least=-1) for stop in stops]
     return table
-
-
-def _longest(lengths: np.ndarray, b: int, width: int, least: int) -> int:
-    """The length of the longest prompt."""
-    if lengths.shape != (b,):
-        raise ValueError(f"prompt lengths: got shape {lengths.shape}, expected {(b,)}")
-    if lengths.min(initial=1) < least or lengths.max(initial=1) > width:
-        raise ValueError(
-            f"prompt lengths {lengths.tolist()} must be between {least} and {width}, the width of "
-            "tokens"
-        )
-    return int(lengths.max())
 
 
 def _check_vocabulary(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:

@@ -105,7 +105,9 @@ class Sampling:
 
         dtypes = {"top_k": np.int32}
         made = object.__new__(Sampling)
-        made._set(self._count, tuple(rows(n, dtypes.get(n, np.float32)) for n in _FIELDS))
+        known = self.top_k is not None and not isinstance(self.top_k, Tracer)
+        count = _candidate_count(self.top_k) if known else self._count
+        made._set(count, tuple(rows(n, dtypes.get(n, np.float32)) for n in _FIELDS))
         return made
 
 
@@ -131,7 +133,12 @@ def _check(name: str, value: Any, expected: str, holds: Any) -> None:
     if value is None or isinstance(value, Tracer):
         return
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool)
-    if not is_number and not (_is_array(value) and np.asarray(value).dtype.kind not in "bOSUV"):
+    is_real = is_number or (
+        _is_array(value)
+        and jnp.issubdtype(value.dtype, jnp.number)
+        and not jnp.issubdtype(value.dtype, jnp.complexfloating)
+    )
+    if not is_real:
         raise TypeError(f"{name}: expected a number, found {value!r}.")
     if not np.all(holds(np.asarray(value))):
         raise ValueError(f"{name}: expected {expected}, found {value}.")

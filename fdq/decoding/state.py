@@ -11,6 +11,8 @@ from jax.core import Tracer
 from fdq.cache.kv_cache import KVCache, batch_rows
 from fdq.decoding import checks
 
+_COPIES = 2**31 - 1  # no position is as high
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +131,9 @@ class DecodeState:
     def rollback(self, length: Any) -> Self:
         """The state when it had `length` tokens: what came later is forgotten.
 
-        Nothing is copied or cleared: slots at and after a sequence's length are overwritten
-        before anybody reads them. Sequences that lose tokens are no longer finished.
+        A `push` may follow at once. Nothing is copied or cleared: slots at and after a sequence's
+        length are overwritten before anybody reads them. Sequences that lose tokens are no longer
+        finished.
 
         Args:
           length: int for all or [B] int, from 1 to the tokens known.
@@ -169,25 +172,30 @@ class DecodeState:
     def repeat(self, count: int) -> Self:
         """Each sequence `count` times, side by side: rows 0, 0, 1, 1 for a count of 2.
 
-        The first copy draws what the sequence would have drawn, copy c > 0 with `fold_in(key, c)`.
+        Each copy has a key of its own, so that no two draw the same, also of a state that was
+        repeated before.
         """
         count = checks.integer("count", count, least=1)
         repeated = self.take(np.repeat(np.arange(self.batch), count))
-        copies = jnp.tile(jnp.arange(count), self.batch)
-        others = jax.vmap(jax.random.fold_in)(repeated.key, copies)
-        first = (copies == 0).reshape(-1, *[1] * (others.ndim - 1))
-        return dataclasses.replace(repeated, key=jnp.where(first, repeated.key, others))
+        copies = np.tile(np.arange(count), self.batch)
+
+        def of_copy(key: jax.Array, copy: jax.Array) -> jax.Array:
+            # First what no position is: `keys` folds those into the same key.
+            return jax.random.fold_in(jax.random.fold_in(key, _COPIES), copy)
+
+        return dataclasses.replace(repeated, key=jax.vmap(of_copy)(repeated.key, copies))
 
     def insert(self, row: Any, other: Self) -> Self:
         """The state with the sequences of `other` in place of those at `row`.
 
         Args:
           row: int, or [N] int where `other` has N sequences.
-          other: of the same model and cache format, with at most as many slots.
+          other: of the same model and cache format, with at most as many slots. A sequence that
+            is finished stays so.
 
         Raises:
-          ValueError: rows outside of the batch or of another number than `other` has, another
-            cache format, more slots, or log-probabilities in one of the two alone.
+          ValueError: rows outside of the batch, twice the same, or of another number than `other`
+            has, another cache format, more slots, or log-probabilities in one of the two alone.
         """
         rows = batch_rows(np.atleast_1d(row) if not isinstance(row, Tracer) else row, self.batch)
         rows = jnp.atleast_1d(rows)
@@ -200,11 +208,7 @@ class DecodeState:
                 new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
             return old.at[rows].set(new)
 
-        finished = other.finished
-        if other.capacity < self.capacity:  # a full sequence has room again
-            finished = finished & (other.length < other.capacity)
         small, others = (dataclasses.replace(s, cache=None) for s in (self, other))  # pyright: ignore[reportArgumentType]
-        others = dataclasses.replace(others, finished=finished)
         return dataclasses.replace(jax.tree.map(put, small, others), cache=cache)
 
     def generated(self) -> list[list[int]]:

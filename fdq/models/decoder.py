@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from fdq import nn
 from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
@@ -109,7 +110,8 @@ class Decoder(nnx.Module):
           start: position of `tokens[:, 0]`: a scalar, or [B] int32. `start + T` must not exceed
             the slots of the cache.
           lengths: [B] int32, tokens that each sequence has when all of what is being read is, where
-            its rotation depends on that (see `fdq.nn.rotary`); by default up to these tokens.
+            its rotation depends on that (see `fdq.nn.rotary`), or [B, T] those at each token; by
+            default up to these tokens.
           inputs_embeds: [B, T, H] float in place of the embeddings of `tokens`, which may be None.
 
         Returns:
@@ -165,17 +167,19 @@ class Decoder(nnx.Module):
         batch: int,
         max_length: int,
         format: str | CacheSpec | Sequence[str | CacheSpec | None] | None = None,
+        *,
+        sharding: NamedSharding | None = None,
     ) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `max_length` tokens.
 
         In the format of the model's scheme, or in another `format`, or one for each layer; with
-        the model's calibrated scales.
+        the model's calibrated scales. `sharding` is as in `KVCache.init`.
         """
         format = self.cache_spec if format is None else format
         specs = layer_specs(format, self.config.num_layers)
         static = any(spec is not None and not spec.dynamic for spec in specs)
         scales = self.cache_scales if static else None
-        return KVCache.init(self.config, batch, max_length, specs, scales=scales)
+        return KVCache.init(self.config, batch, max_length, specs, scales=scales, sharding=sharding)
 
     @staticmethod
     def _shape(tokens: Any) -> tuple[int, int]:

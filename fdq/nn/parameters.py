@@ -209,16 +209,18 @@ def current_split(module: nnx.Module) -> tuple[Template, dict]:
 
     Whatever has changed in the module counts: its structure is compared, its arrays are read.
     """
-    seen = _SEEN.get(module)
-    if seen is not None:
-        params = seen.params(module)
-        if params is not None:
-            return seen.template, params
+    try:
+        seen = _SEEN.get(module)
+    except TypeError:  # a class that compares by value has no hash: it is split at each call
+        return split(module)
+    params = None if seen is None else seen.params(module)
+    if seen is not None and params is not None:
+        return seen.template, params
     template, params = split(module)
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
-    if not traced:
-        try:
-            _SEEN[module] = _Seen(module, template)
-        except TypeError:  # a module of other parts: it is split at each call
-            _SEEN.pop(module, None)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
+        return template, params
+    try:
+        _SEEN[module] = _Seen(module, template)
+    except TypeError:  # a module of other parts: it is split at each call
+        _SEEN.pop(module, None)
     return template, params

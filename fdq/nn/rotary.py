@@ -191,18 +191,20 @@ def rotary_angles(
     config: RotaryConfig,
     head_dim: int,
     *,
-    lengths: Int[Array, " b"] | None = None,
+    lengths: Int[Array, " b"] | Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"]]:
     """Cosines and sines of `positions [B, T]`, each `[B, T, rotated channels / 2]` float32.
 
-    `lengths` are the tokens of each sequence, where the frequencies depend on them; by default up
-    to the last of its positions. Both are multiplied by `config.scale`.
+    `lengths` are the tokens of each sequence, where the frequencies depend on them, or `[B, T]`
+    those at each of its tokens; by default up to the last of its positions. Both are multiplied by
+    `config.scale`.
     """
     frequencies = jnp.asarray(inverse_frequencies(config, head_dim)).reshape(1, 1, -1)
     if config.by_length:
         if lengths is None:
             lengths = positions.max(axis=1) + 1
-        frequencies = _by_length(frequencies, lengths[:, None, None], config, head_dim)
+        each = lengths[..., None] if lengths.ndim == 2 else lengths[:, None, None]
+        frequencies = _by_length(frequencies, each, config, head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if config.scale == 1 else (cos * config.scale, sin * config.scale)
@@ -211,7 +213,7 @@ def rotary_angles(
 def _by_length(
     frequencies: jax.Array, lengths: jax.Array, config: RotaryConfig, head_dim: int
 ) -> jax.Array:
-    """[B, 1, C] frequencies of sequences of `lengths [B, 1, 1]` from those of a short one."""
+    """Frequencies for `lengths [B, 1 or T, 1]`, with C for its last axis, from the usual ones."""
     original = config.original_max_position
     if config.rope_type == "longrope":
         long = jnp.asarray(inverse_frequencies(config, head_dim, long=True)).reshape(1, 1, -1)

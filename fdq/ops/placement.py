@@ -80,9 +80,19 @@ def mesh_of(*trees: Any) -> Iterator[None]:
     `jax.make_mesh` makes such meshes, and arrays carry theirs along; ops ask for the current one,
     which `jax.set_mesh` sets. Does nothing while tracing: then the caller's mesh counts.
     """
-    mesh = None if not jax.sharding.get_abstract_mesh().empty else _explicit_mesh(trees)
+    current = jax.sharding.get_abstract_mesh()
+    mesh = None if _tracing() or not current.empty else _explicit_mesh(trees)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
+
+
+def _tracing() -> bool:
+    """Whether JAX is tracing or differentiating: then no mesh can be asked for or set."""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:
+        return True
+    return False
 
 
 def _explicit_mesh(trees: Any) -> Any:
@@ -97,9 +107,9 @@ def _explicit_mesh(trees: Any) -> Any:
 
 def on_current_mesh(tree: Any) -> Any:
     """`tree` with the arrays that lie on no mesh replicated over the current one, if Explicit."""
-    current = jax.sharding.get_mesh()
-    if current.empty or AxisType.Explicit not in current.axis_types:
+    if _tracing() or AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return tree
+    current = jax.sharding.get_mesh()
     everywhere = NamedSharding(current, PartitionSpec())
 
     def place(array: Any) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fdq.cache import KVCache, LayerScales, abstract_scales, parse_format
 from fdq.ops.rope_append.xla import write_slots
@@ -27,7 +28,7 @@ SPECS = {
 TOLERANCE = {None: 0.0, "int8": 0.51 / 127, "float8_e4m3": 1 / 16, "int4": 0.51 / 15 * 2}
 
 
-def make(name, batch=1, slots=SLOTS):
+def make(name, batch=1, slots=SLOTS, **options):
     spec, scales = SPECS[name], None
     if spec is not None and not spec.dynamic:
         width = DIM if spec.granularity == "channel" else 1
@@ -36,7 +37,7 @@ def make(name, batch=1, slots=SLOTS):
         )
         zero = np.full((HEADS, width), 8, np.uint8) if spec.zero_point else None
         scales = [LayerScales(k=one, v=one, k_zero=zero, v_zero=zero)] * 2
-    return KVCache.init(CONFIG, batch, slots, spec, scales=scales)
+    return KVCache.init(CONFIG, batch, slots, spec, scales=scales, **options)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -139,6 +140,30 @@ def test_wrong_scales():
         KVCache.init(CONFIG, 1, SLOTS, SPECS["C8-kvchannel"], scales=scales[:1])
 
 
+@pytest.mark.parametrize("name", ["C16", "C4", "C8-kvchannel", "Cfp8-kvhead"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_what_belongs_to_keys_is_sharded_as_they_are(name, kind):
+    mesh = jax.make_mesh((2, 2), ("data", "tp"), axis_types=(kind, kind))
+    cache = make(name, batch=4, sharding=NamedSharding(mesh, PartitionSpec("data", "tp")))
+    plain = make(name, batch=4)
+    assert jax.tree.structure(cache) == jax.tree.structure(plain)
+    tensor = cache.layers[1].v
+    assert tuple(tensor.codes.sharding.spec)[:2] == ("data", "tp")
+    assert tuple(cache.length.sharding.spec) == ("data",)
+    if tensor.dynamic and tensor.scale is not None:
+        assert tuple(tensor.scale.sharding.spec)[:2] == ("data", "tp")
+    elif tensor.scale is not None:
+        assert tuple(tensor.scale.sharding.spec)[:1] == ("tp",)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_a_sharding_of_other_axes_is_refused():
+    mesh = jax.make_mesh((2,), ("tp",))
+    with pytest.raises(ValueError, match=r"NamedSharding of \[batch, kv_heads, slots, head_dim\]"):
+        make("C8", sharding=NamedSharding(mesh, PartitionSpec(*[None] * 4, "tp")))
+
+
 def filled(name, batch, rng, slots=SLOTS):
     """One of random keys and values, and these."""
     k, v = np.clip(rng.standard_normal((2, batch, 2, HEADS, DIM)), -3.9, 3.9).astype(np.float32)
@@ -170,8 +195,8 @@ def test_rows_are_taken_and_repeated(name, rng):
         assert jax.tree.structure(taken) == jax.tree.structure(cache)
     # Either may be donated: nothing is shared.
     mine = {a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache)}
-    others = {a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache.take([0, 1]))}
-    assert not mine & others
+    for other in (cache.take([0, 1]), cache.insert(0, cache.take([1]))):
+        assert not mine & {a.unsafe_buffer_pointer() for a in jax.tree.leaves(other)}
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -206,4 +231,4 @@ def test_what_cannot_be_put_in_place_is_named(rng):
 def test_rollback_of_a_cache(rng):
     cache = filled("C8", 3, rng)
     assert cache.rollback(2).length.tolist() == [1, 2, 2]
-    assert cache.rollback(np.array([0, 1, 9])).length.tolist() == [0, 1, 3]
+    assert cache.rollback(np.array([-1, 1, 9])).length.tolist() == [0, 1, 3]

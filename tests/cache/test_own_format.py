@@ -88,6 +88,7 @@ def test_no_kernel_reads_it(int6):
     assert not fdq.attention(q, side, side, lengths=lengths).any()
 
 
+@pytest.mark.slow
 def test_layers_may_differ(model):
     tokens = jnp.asarray([PROMPTS[0]])
     cache = KVCache.init(CONFIG, 1, 16, ["C8", None])

@@ -79,6 +79,7 @@ print(sum(name.endswith("cache_hits") for name in events))
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_does_not_compile_again(monkeypatch, tmp_path):
     monkeypatch.setenv("FDQ_CACHE_DIR", str(tmp_path))
     hits = []

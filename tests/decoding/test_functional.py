@@ -1,11 +1,13 @@
 """Pure functions and states in research code: several tokens at once, back, apart and together."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fdq
 from fdq.cache.kv_cache import KVCache
@@ -13,6 +15,7 @@ from fdq.decoding.functional import functional
 from fdq.decoding.generation import generate
 from fdq.decoding.loop import _decode, decode, prefill
 from fdq.decoding.sampling import Sampling
+from fdq.nn.parameters import _SEEN, current_split, split
 from tests.models import oracles
 
 SLOTS = 40
@@ -235,9 +238,10 @@ def test_copies_draw_apart(model, batch):
     state = start(model, prompts, key=jax.random.key(4))
     copies = decode(model, state.take([0, 1]).repeat(2), 6, sampling=warm).generated()
     same = decode(model, state.take([0, 0, 1, 2]), 6, sampling=warm).generated()
-    assert same[0] == same[1] == copies[0]
-    assert same[2] == copies[2]
+    assert same[0] == same[1]
     assert len({tuple(row) for row in copies}) == 4
+    twice = state.take([0]).repeat(2).repeat(2)
+    assert len({tuple(row) for row in decode(model, twice, 6, sampling=warm).generated()}) == 4
     again = state.take([0, 0, 0, 0]).reseed(jax.random.key(8))
     assert len({tuple(row) for row in decode(model, again, 6, sampling=warm).generated()}) == 4
 
@@ -251,6 +255,8 @@ def test_a_sequence_is_put_into_a_batch(model, batch):
     assert decode(model, state.insert(2, other), 4).generated() == expected
     with pytest.raises(ValueError, match="got 2 rows for a cache of 1 sequences"):
         start(model, prompts).insert([0, 1], other)
+    with pytest.raises(ValueError, match=r"rows \[1, 1\] name a sequence twice"):
+        start(model, prompts).insert([1, 1], start(model, prompts).take([0, 1]))
     with pytest.raises(ValueError, match="keeps no log-probabilities"):
         start(model, prompts, return_logprobs=True).insert(0, other)
 
@@ -322,12 +328,98 @@ def test_params_have_string_keys_alone(model):
     assert keys and all(isinstance(key, str) for key in keys)
 
 
+def test_a_finished_sequence_takes_nothing(model, batch, fns):
+    prompts, tokens = batch
+    made, _, extend = fns
+    state = start(model, prompts)
+    state = dataclasses.replace(state, finished=jnp.asarray([True, False, False, False]))
+    given = np.int32([row[:3] for row in tokens])
+    logits, after = extend(made.params, given, state)
+    assert after.length.tolist() == [8, 11, 8, 16]
+    assert np.isnan(logits[0, 1:]).all() and np.isfinite(logits[0, 0]).all()
+    assert np.isfinite(logits[1:]).all()
+
+
+def test_keys_of_the_older_kind_draw_the_same(model, batch):
+    warm = Sampling(temperature=1.2)
+    drawn = [
+        decode(model, start(model, batch[0], key=key).take([1, 0, 3, 2]), 4, sampling=warm)
+        for key in (jax.random.key(3), jax.random.PRNGKey(3))
+    ]
+    assert drawn[0].generated() == drawn[1].generated()
+    assert len(start(model, batch[0], key=jax.random.PRNGKey(3)).take([0]).repeat(2).key) == 2
+
+
+def test_lengths_of_prompts_are_looked_at(model, batch):
+    fns = functional(model)
+    for lengths in ([0, 8, 5, 13], [14, 8, 5, 13], [8]):
+        with pytest.raises(ValueError, match="prompt lengths"):
+            fns.init(fns.params, batch[0], SLOTS, lengths=np.int32(lengths))
+
+
+ROTATIONS = {
+    "longrope": {"short_factor": (1.0,) * 16, "long_factor": tuple(np.linspace(1.5, 4, 16))},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_extend_rotates_each_token_as_its_own_step(model, batch, kind):
+    """Past the original context of ten tokens, where rotations depend on the length."""
+    prompts, tokens = batch
+    rotary = dataclasses.replace(
+        model.config.rotary, rope_type=kind, original_max_position=10, **ROTATIONS[kind]
+    )
+    other = nnx.clone(model)
+    other.config = dataclasses.replace(model.config, rotary=rotary)
+    fns = functional(other)
+    step, extend = jax.jit(fns.step), jax.jit(fns.extend)
+    given = np.int32([row[:4] for row in tokens])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logits, state = extend(fns.params, given, start(other, prompts))
+        one = start(other, prompts)
+    for i in range(4):
+        expected, one = step(fns.params, one)
+        np.testing.assert_allclose(logits[:, i], expected, atol=2e-4)
+        one = one.push(given[:, i])
+    expected, _ = step(fns.params, one)
+    after, _ = step(fns.params, state)
+    np.testing.assert_allclose(after, expected, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["C8", "C4"])
+def test_extend_and_rollback_through_windows_and_quantized_caches(format):
+    model = oracles.oracle("qwen2_window")[0]
+    prompts = np.random.default_rng(3).integers(0, 96, (2, 9)).astype(np.int32)
+    fns = functional(model)
+    step, extend = jax.jit(fns.step), jax.jit(fns.extend)
+
+    def begin():
+        return prefill(model, prompts, KVCache.init(model.config, 2, 24, format))
+
+    given = np.int32([[1, 2, 3], [7, 8, 9]])
+    logits, state = extend(fns.params, given, begin())
+    one = begin()
+    for i in range(3):
+        expected, one = step(fns.params, one)
+        np.testing.assert_allclose(logits[:, i], expected, atol=0.05)
+        one = one.push(given[:, i])
+    back, like = decode(model, state.rollback(9), 5), decode(model, begin(), 5)
+    assert back.generated() == like.generated()
+
+
+def test_a_split_is_not_made_anew(model):
+    current_split(model)
+    seen = _SEEN[model]
+    template, _ = current_split(model)
+    assert seen is not None and _SEEN[model] is seen and template is seen.template
+
+
 def test_what_changes_in_a_model_is_seen(model, batch):
     """Arrays, modules and plain attributes: the split is not one of earlier."""
-    from flax import nnx
-
-    from fdq.nn.parameters import current_split, split
-
     clone = nnx.clone(model)
     for change in (
         lambda: None,

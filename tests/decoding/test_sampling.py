@@ -160,6 +160,17 @@ def test_another_number_compiles_nothing(rng):
     assert (traced(0.8, 3) == expected).all()
 
 
+def test_numbers_that_a_tree_operation_changed_are_looked_at(rng):
+    logits = jnp.asarray(rng.standard_normal((200, VOCAB)), jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 200)
+    wider = jax.tree.map(lambda k: k * 4, Sampling(temperature=0.25, top_k=2))
+    assert wider.top_k == 8 and wider.temperature == 1
+    expected = sample(logits, keys, Sampling(top_k=8))
+    assert (sample(logits, keys, wider) == expected).all()
+    half = Sampling(temperature=jnp.full(200, 1.0, jnp.bfloat16), top_k=8)
+    assert (sample(logits, keys, half) == expected).all()
+
+
 def test_arrays_of_another_batch_are_refused():
     sampling = Sampling(temperature=np.ones(3, np.float32))
     with pytest.raises(ValueError, match=r"temperature: expected one number or \[2\]"):

@@ -16,6 +16,7 @@ def model():
     return oracles.oracle("qwen3")[0]
 
 
+@pytest.mark.slow
 def test_hidden_states_lead_from_one_to_the_next(model):
     logits, states = model(TOKENS, return_hidden_states=True)
     count = model.config.num_layers
@@ -69,5 +70,7 @@ def test_profiles_name_layers_and_ops():
         "self_attn/attention",
         "self_attn/rope_append",
         "mlp/route",
+        "mlp/grouped_matmul",
+        "self_attn/matmul",
     ):
         assert name in text

@@ -31,7 +31,7 @@ def test_logits(name):
 
 @pytest.mark.parametrize(
     "name",
-    slow_but(("ernie4_5_moe", "qwen2_window"), oracles.NAMES),
+    slow_but(("qwen2_window",), oracles.NAMES),
 )
 def test_greedy_tokens_through_the_cache(name):
     """Four prompts of three lengths in one batch, each as transformers continues it alone."""

@@ -65,7 +65,7 @@ def test_logits_below_and_above_the_original_context(name):
 DECODED = [name for name, case in CASES.items() if case["prompts"]]
 
 
-@pytest.mark.parametrize("name", slow_but(("longrope", "phi3_longrope", "mistral"), DECODED))
+@pytest.mark.parametrize("name", slow_but(("longrope",), DECODED))
 def test_greedy_tokens_and_their_logits_through_the_cache(name):
     """As `generate` decodes each prompt alone, though they share a batch and are read in pieces.
 

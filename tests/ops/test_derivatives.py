@@ -93,6 +93,7 @@ def test_forward_mode(name, rng):
     assert error(back, np.asarray(y, np.float64) @ decoded(name).T) < 5e-6
 
 
+@pytest.mark.slow
 def test_forward_mode_over_scales_activations_and_layers(rng):
     q, x = quantized("int4-g64", 256, 256), rows(rng, 2)
     change = jax.tree.map(lambda a: jnp.full_like(a, 0.5), q.scale)

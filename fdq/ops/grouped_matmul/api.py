@@ -77,7 +77,8 @@ def grouped_product(
     other = (beside.x, beside.w) if beside is not None and joined else None
     call = functools.partial(_parts, run, a.activation, a.picks, a.path)
     arrays = (a.x, a.w, a.index, a.activation_scale, other)
-    found = in_auto_axes(call, *arrays, result=lambda: _axes(a))
+    with jax.named_scope("grouped_matmul"):
+        found = in_auto_axes(call, *arrays, result=lambda: _axes(a))
     parts, more = found if joined else (found, None)
     sums = Sums(parts, dtype=a.dtype)
     if weights is not None:

@@ -98,7 +98,9 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
         columns = -2 if isinstance(a.w, TransposedWeight) else -1
         return [None, *row_axes(a.x), spec_entry(jax.tree.leaves(a.w)[0], columns)]
 
-    return Sums(in_auto_axes(call, a.x, a.w, a.activation_scale, result=axes), a.bias, a.dtype)
+    with jax.named_scope("matmul"):
+        parts = in_auto_axes(call, a.x, a.w, a.activation_scale, result=axes)
+    return Sums(parts, a.bias, a.dtype)
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:

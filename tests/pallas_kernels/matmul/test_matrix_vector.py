@@ -104,6 +104,7 @@ def test_settings_change_no_result(block_columns, prefetch):
     assert error(found.sum(axis=0), product(x, values)) < BOUND
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_every_run():
     w, _ = random_weight(INT4, 256, 256)
     x = rows(2, 256)
