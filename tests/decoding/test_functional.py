@@ -1,21 +1,17 @@
 """Pure functions and states in research code: several tokens at once, back, apart and together."""
 
 import dataclasses
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-import fdq
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import functional
 from fdq.decoding.generation import generate
 from fdq.decoding.loop import _decode, decode, prefill
 from fdq.decoding.sampling import Sampling
-from fdq.nn.parameters import _SEEN, current_split, split
 from tests.models import oracles
 
 SLOTS = 40
@@ -355,89 +351,3 @@ def test_lengths_of_prompts_are_looked_at(model, batch):
     for lengths in ([0, 8, 5, 13], [14, 8, 5, 13], [8]):
         with pytest.raises(ValueError, match="prompt lengths"):
             fns.init(fns.params, batch[0], SLOTS, lengths=np.int32(lengths))
-
-
-ROTATIONS = {
-    "longrope": {"short_factor": (1.0,) * 16, "long_factor": tuple(np.linspace(1.5, 4, 16))},
-    "dynamic": {"factor": 4.0},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ROTATIONS)
-def test_extend_rotates_each_token_as_its_own_step(model, batch, kind):
-    """Past the original context of ten tokens, where rotations depend on the length."""
-    prompts, tokens = batch
-    rotary = dataclasses.replace(
-        model.config.rotary, rope_type=kind, original_max_position=10, **ROTATIONS[kind]
-    )
-    other = nnx.clone(model)
-    other.config = dataclasses.replace(model.config, rotary=rotary)
-    fns = functional(other)
-    step, extend = jax.jit(fns.step), jax.jit(fns.extend)
-    given = np.int32([row[:4] for row in tokens])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logits, state = extend(fns.params, given, start(other, prompts))
-        one = start(other, prompts)
-    for i in range(4):
-        expected, one = step(fns.params, one)
-        np.testing.assert_allclose(logits[:, i], expected, atol=2e-4)
-        one = one.push(given[:, i])
-    expected, _ = step(fns.params, one)
-    after, _ = step(fns.params, state)
-    np.testing.assert_allclose(after, expected, atol=2e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["C8", "C4"])
-def test_extend_and_rollback_through_windows_and_quantized_caches(format):
-    model = oracles.oracle("qwen2_window")[0]
-    prompts = np.random.default_rng(3).integers(0, 96, (2, 9)).astype(np.int32)
-    fns = functional(model)
-    step, extend = jax.jit(fns.step), jax.jit(fns.extend)
-
-    def begin():
-        return prefill(model, prompts, KVCache.init(model.config, 2, 24, format))
-
-    given = np.int32([[1, 2, 3], [7, 8, 9]])
-    logits, state = extend(fns.params, given, begin())
-    one = begin()
-    for i in range(3):
-        expected, one = step(fns.params, one)
-        np.testing.assert_allclose(logits[:, i], expected, atol=0.05)
-        one = one.push(given[:, i])
-    back, like = decode(model, state.rollback(9), 5), decode(model, begin(), 5)
-    assert back.generated() == like.generated()
-
-
-def test_a_split_is_not_made_anew(model):
-    current_split(model)
-    seen = _SEEN[model]
-    template, _ = current_split(model)
-    assert seen is not None and _SEEN[model] is seen and template is seen.template
-
-
-def test_what_changes_in_a_model_is_seen(model, batch):
-    """Arrays, modules and plain attributes: the split is not one of earlier."""
-    clone = nnx.clone(model)
-    for change in (
-        lambda: None,
-        lambda: clone.norm.scale.set_value(clone.norm.scale.get_value() * 2),
-        lambda: setattr(clone.norm, "epsilon", 0.5),
-        lambda: setattr(clone.layers[1], "mlp", clone.layers[0].mlp),
-        lambda: setattr(clone.norm, "scale", nnx.Param(jnp.ones(3))),
-        lambda: setattr(clone, "config", dataclasses.replace(clone.config, dtype="bfloat16")),
-        lambda: setattr(
-            clone.layers[0].self_attn,
-            "qkv_proj",
-            fdq.quantize(clone, "W8A16").layers[0].self_attn.qkv_proj,
-        ),
-    ):
-        change()
-        for _ in range(2):
-            (template, params), (expected, like) = current_split(clone), split(clone)
-            assert template == expected and hash(template) == hash(expected)
-            assert jax.tree.structure(params) == jax.tree.structure(like)
-            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(like), strict=True):
-                assert a is b
