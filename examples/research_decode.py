@@ -79,13 +79,11 @@ def score(fns, prompts, continuations):
     return state.logprobs.sum(axis=1)
 
 
-def main(steps=24):
-    """Runs all four on the model that ships with fdq, and prints what they find."""
-    directory = pathlib.Path(__file__).parent / "tiny_ernie"
-    model = fdq.load(directory, scheme="W8A16C8")
-    small = fdq.quantize(fdq.load(directory), "W4A16C8")
-    text = Tokenizer.load(directory)
-    target, drafter = fdq.functional(model), fdq.functional(small)
+def main(original, text, steps=24):
+    """Runs all four on a model, which 4 bits of its weights draft for, and prints what they find."""
+    model = fdq.quantize(original, "W8A16C8")
+    target = fdq.functional(model)
+    drafter = fdq.functional(fdq.quantize(original, "W4A16C8"))
     prompt = np.int32(text.encode("Return the number of ", bos=True))
 
     beams, scores = beam_search(target, prompt, beams=3, steps=steps)
@@ -94,9 +92,8 @@ def main(steps=24):
     again = score(target, np.tile(prompt, (3, 1)), beams)
     print("the same by scoring:", np.round(np.asarray(again), 2).tolist())
 
-    state = target.init(target.params, prompt[None], 256)
-    drafted = drafter.init(drafter.params, prompt[None], 256)
-    counts = []
+    begin = jax.jit(lambda fns: fns.init(fns.params, prompt[None], 256))
+    state, drafted, counts = begin(target), begin(drafter), []
     while state.length[0] < len(prompt) + steps:
         state, drafted, accepted = speculate(target, drafter, state, drafted, draft_length=4)
         counts.append(int(accepted[0]))
@@ -110,4 +107,5 @@ def main(steps=24):
 
 
 if __name__ == "__main__":
-    main()
+    directory = pathlib.Path(__file__).parent / "tiny_ernie"
+    main(fdq.load(directory), Tokenizer.load(directory))

@@ -27,9 +27,18 @@ def weight():
     return np.random.default_rng(0).standard_normal((128, 16)).astype(np.float32)
 
 
-@pytest.mark.parametrize("flag", FLAGS)
+# Every format under what changes dtypes or how it is traced; two of them under every flag.
 @pytest.mark.parametrize(
-    "name", [*(n if n in ("W4A16", "WNVFP4") else slow(n) for n in NAMES), slow("WCC2"), "Wfp8"]
+    ("name", "flag"),
+    [
+        *((name, flag) for name in ("W4A16", "WNVFP4") for flag in FLAGS),
+        *(
+            slow(name, flag)
+            for name in (*NAMES, "WCC2", "Wfp8")
+            if name not in ("W4A16", "WNVFP4")
+            for flag in ("x64", "disable_jit", "debug_infs")
+        ),
+    ],
 )
 def test_quantizing_and_multiplying(name, flag):
     w = weight()
@@ -89,10 +98,14 @@ def test_transformations(flag):
 
 
 @pytest.mark.parametrize(
-    "flag",
-    ["x64", *map(slow, ("debug_nans", "debug_infs", "highest", "bfloat16"))],
+    ("cache", "flag"),
+    [
+        ("C8", "x64"),
+        slow("C16", "x64"),
+        slow("C4", "x64"),
+        *(slow("C8", flag) for flag in ("debug_nans", "debug_infs", "highest", "bfloat16")),
+    ],
 )
-@pytest.mark.parametrize("cache", ["C8", slow("C16"), slow("C4")])
 def test_generating(cache, flag):
     model, _ = oracles.oracle("ernie4_5_moe")
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
