@@ -80,7 +80,7 @@ def score(fns, prompts, continuations):
 
 
 def main(original, text, steps=24):
-    """Runs all four on a model, which 4 bits of its weights draft for, and prints what they find."""
+    """Runs all four on a model, for which its 4-bit self drafts, and prints what they find."""
     model = fdq.quantize(original, "W8A16C8")
     target = fdq.functional(model)
     drafter = fdq.functional(fdq.quantize(original, "W4A16C8"))
