@@ -133,12 +133,9 @@ def _check(name: str, value: Any, expected: str, holds: Any) -> None:
     if value is None or isinstance(value, Tracer):
         return
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool)
-    is_real = is_number or (
-        _is_array(value)
-        and jnp.issubdtype(value.dtype, jnp.number)
-        and not jnp.issubdtype(value.dtype, jnp.complexfloating)
-    )
-    if not is_real:
+    kind: Any = getattr(value, "dtype", np.dtype(object))
+    is_real = jnp.issubdtype(kind, jnp.number) and not jnp.issubdtype(kind, jnp.complexfloating)
+    if not is_number and not (_is_array(value) and is_real):
         raise TypeError(f"{name}: expected a number, found {value!r}.")
     if not np.all(holds(np.asarray(value))):
         raise ValueError(f"{name}: expected {expected}, found {value}.")

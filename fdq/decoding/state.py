@@ -179,7 +179,7 @@ class DecodeState:
         repeated = self.take(np.repeat(np.arange(self.batch), count))
         copies = np.tile(np.arange(count), self.batch)
 
-        def of_copy(key: jax.Array, copy: jax.Array) -> jax.Array:
+        def of_copy(key: jax.Array, copy: Any) -> jax.Array:
             # First what no position is: `keys` folds those into the same key.
             return jax.random.fold_in(jax.random.fold_in(key, _COPIES), copy)
 
