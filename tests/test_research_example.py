@@ -115,7 +115,11 @@ def test_each_is_short(example, name):
 def test_all_of_it_runs(example, capsys):
     """With a small model of random weights, and the tokenizer of the one that ships with fdq."""
     config = dataclasses.replace(
-        oracles.oracle_config("qwen3"), vocab_size=1024, hidden_size=128, num_layers=1
+        oracles.oracle_config("qwen3"),
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=1,
     )
     model = fdq.models.Decoder(config, rngs=nnx.Rngs(params=0))
     example.main(model, Tokenizer.load(PATH.parent / "tiny_ernie"), steps=8)
