@@ -91,8 +91,7 @@ class CacheTensor:
 
     def encode(self, x: jax.Array) -> CacheTensor:
         """`x [B, KH, T, D]` as this tensor stores it: T slots, in the dtypes of its arrays."""
-        static = {} if self.dynamic else {"scale": self.scale, "zero": self.zero}
-        one = quantize_cache(x, self.spec, **static)
+        one = quantize_cache(x, self.spec, **self._static())
         return jax.tree.map(lambda new, old: new.astype(old.dtype), one, self)
 
     def take(self, rows: jax.Array) -> CacheTensor:
@@ -103,10 +102,11 @@ class CacheTensor:
     def insert(self, rows: jax.Array, other: CacheTensor) -> CacheTensor:
         """With the sequences of `other`, of at most as many slots, in place of `rows`."""
         mine, theirs = self._of_sequences(), other._of_sequences()
-        like = jax.tree.map(lambda a: (a.shape[1:2], a.shape[3:], a.dtype), mine)
-        if self.spec != other.spec or like != jax.tree.map(
-            lambda a: (a.shape[1:2], a.shape[3:], a.dtype), theirs
-        ):
+        kinds = [
+            [(a.shape[1], a.shape[3:], a.dtype) for a in jax.tree.leaves(tensor)]
+            for tensor in (mine, theirs)
+        ]
+        if self.spec != other.spec or kinds[0] != kinds[1]:
             raise ValueError(f"insert: expected a {self._kind()}, found a {other._kind()}.")
         for name, scale in self._static().items():
             pair = (scale, getattr(other, name))

@@ -140,7 +140,7 @@ class KVCache:
         def make(scales: Sequence[LayerScales | None]) -> KVCache:
             pairs = zip(specs, scales, strict=True)
             layers = tuple(_empty_layer(shape, spec, scale, dtype) for spec, scale in pairs)
-            return cls(layers, jnp.zeros((batch,), jnp.int32))
+            return cls(layers, length)
 
         scales = list(scales or [None] * count)
         if sharding is None:

@@ -6,7 +6,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache, batch_rows
 from fdq.decoding import checks
@@ -197,8 +196,7 @@ class DecodeState:
           ValueError: rows outside of the batch, twice the same, or of another number than `other`
             has, another cache format, more slots, or log-probabilities in one of the two alone.
         """
-        rows = batch_rows(np.atleast_1d(row) if not isinstance(row, Tracer) else row, self.batch)
-        rows = jnp.atleast_1d(rows)
+        rows = jnp.atleast_1d(batch_rows(row, self.batch))
         if (self.logprobs is None) != (other.logprobs is None):
             raise ValueError("insert: one of the two states keeps no log-probabilities")
         cache = self.cache.insert(rows, other.cache)  # checks the sizes

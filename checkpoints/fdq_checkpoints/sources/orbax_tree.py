@@ -8,12 +8,12 @@ import numpy as np
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import tree_view
-from fdq_checkpoints.sources.source import Source
+from fdq_checkpoints.sources.source import TreeSource
 from fdq_checkpoints.store import commit, manifest, orbax_store
 from fdq_checkpoints.tree_paths import Path, dotted
 
 
-class OrbaxTree(Source):
+class OrbaxTree(TreeSource):
     """An Orbax tree, below a prefix, without nnx.State's `value` keys; with a config, a model's."""
 
     def __init__(
@@ -30,7 +30,6 @@ class OrbaxTree(Source):
         self._reader = orbax_store.TreeReader(folder)
         self._stored = self._arrays_below(subtree)
         found = {path: self._reader.metadata[full] for path, full in self._stored.items()}
-        self._last: tuple[Path, np.ndarray] | None = None
         if config is not None:
             known, self._files = tree_view.read_config(config)
             self.tree = tree_view.as_model(found, known, dtype, folder)
@@ -56,16 +55,6 @@ class OrbaxTree(Source):
             return {path[:-1]: full for path, full in found.items()}
         return found
 
-    def read(self, path: Path, index: int | None = None) -> np.ndarray:
-        """The tensor at `path`, or `tensor[index]` (the tensor is kept for the next index)."""
-        if index is None:
-            self._last = None
-            return self._read(path)
-        if self._last is None or self._last[0] != path:
-            self._last = None
-            self._last = (path, self._read(path))
-        return self._last[1][index]
-
     def _read(self, path: Path) -> np.ndarray:
         full = self._stored[path]
         return self._reader.read([full])[full]
@@ -78,11 +67,6 @@ class OrbaxTree(Source):
     def name(self) -> str:
         """With its run, where it is a step of one."""
         return self._name or super().name
-
-    @property
-    def state(self) -> list[Any]:
-        """The subtree as well."""
-        return [self._subtree, *super().state]
 
 
 class OrbaxTrees:

@@ -107,3 +107,31 @@ def open_source(
     if options and not getattr(importer, "takes_trees", False):
         raise CheckpointError(f"{folder}: config= and subtree= are for Orbax checkpoints.")
     return importer.open(folder, dtype=dtype, **options)
+
+
+class TreeSource(Source):
+    """A source of the tensors of a tree, or of a part of it, each of which is read whole.
+
+    Derived classes say by `_read` how.
+    """
+
+    _subtree: str | None = None
+    _last: tuple[Path, Any] | None = None
+
+    def read(self, path: Path, index: int | None = None) -> Any:
+        """The tensor at `path`, or `tensor[index]` (the tensor is kept for the next index)."""
+        if index is None:
+            self._last = None
+            return self._read(path)
+        if self._last is None or self._last[0] != path:
+            self._last = None
+            self._last = (path, self._read(path))
+        return self._last[1][index]
+
+    def _read(self, path: Path) -> Any:
+        raise NotImplementedError
+
+    @property
+    def state(self) -> list[Any]:
+        """The subtree as well."""
+        return [self._subtree, *super().state]

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import tree_view
-from fdq_checkpoints.sources.source import Source
+from fdq_checkpoints.sources.source import TreeSource
 from fdq_checkpoints.store import adapters, manifest
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.store.stored_model import abstract_model
 from fdq_checkpoints.tree_paths import Path
 
 
-class StoredTree(Source):
+class StoredTree(TreeSource):
     """An fdq checkpoint without anything quantized, as a model or nested dicts."""
 
     def __init__(
@@ -40,7 +40,6 @@ class StoredTree(Source):
                 "scheme, or convert the original again."
             )
         self._files = [folder / name for name in stored.manifest.files]
-        self._last: tuple[Path, Any] | None = None
         found = {path: _abstract(entry) for path, entry in self._entries.items()}
         if config is not None:
             known, files = tree_view.read_config(config)
@@ -63,16 +62,6 @@ class StoredTree(Source):
             return model
         return tree_paths.fill(model, found)  # in the stored dtypes, whatever the config says
 
-    def read(self, path: Path, index: int | None = None) -> Any:
-        """The tensor at `path`, a PRNG key if it is one; `tensor[index]` keeps the tensor."""
-        if index is None:
-            self._last = None
-            return self._read(path)
-        if self._last is None or self._last[0] != path:
-            self._last = None
-            self._last = (path, self._read(path))
-        return self._last[1][index]
-
     def _read(self, path: Path) -> Any:
         entry = self._entries[path]
         array = self.tensors.read_one(entry, verify=self.verify)["value"]
@@ -83,11 +72,6 @@ class StoredTree(Source):
     def companions(self) -> list[pathlib.Path]:
         """The files beside the weights, or those beside the config that was given as a file."""
         return self._files
-
-    @property
-    def state(self) -> list[Any]:
-        """The subtree as well."""
-        return [self._subtree, *super().state]
 
 
 def _abstract(entry: manifest.TensorEntry) -> jax.ShapeDtypeStruct:
