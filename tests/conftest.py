@@ -36,6 +36,31 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes longer; run with --slow"))
 
 
+# Most of the time of these is XLA's, and what its optimizations do is none of their business. What
+# computes numbers (formats, quantizers, ops, kernels) is compiled as users compile it.
+WHOLE_MODELS = (
+    "analysis",
+    "cache",
+    "calibration",
+    "checkpoints",
+    "cli",
+    "decoding",
+    "models",
+    "nn",
+    "test_additions.py",
+    "test_flags.py",
+    "test_research_example.py",
+    "test_smoke.py",
+)
+
+
+@pytest.fixture(autouse=True)
+def optimizations(request):
+    """Compiles tests of whole models with few of XLA's optimizations."""
+    room = request.path.relative_to(request.config.rootpath / "tests").parts[0]
+    jax.config.update("jax_disable_most_optimizations", room in WHOLE_MODELS)
+
+
 @pytest.fixture
 def rng(request) -> np.random.Generator:
     """A generator seeded from the test's name: fresh per test, the same in every run."""

@@ -79,6 +79,7 @@ def test_notebook_runs(path, monkeypatch):
     # The kernel is a process of its own: it has neither this one's path nor its 8 devices.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as for the README's code
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
     )

@@ -224,7 +224,7 @@ def test_runs_end_before_commands_do(capsys):
 @pytest.mark.slow
 def test_the_tuner_runs_without_a_gpu(tmp_path):
     path = tmp_path / "table.json"
-    assert tune.main(["--smoke", "--output", str(path)]) == 0
+    assert tune.main(["--smoke", "--output", str(path), "--only", "matrix_vector"]) == 0
     table = json.loads(path.read_text())
     assert table["measured"] is False
-    assert {row["kernel"] for row in table["choices"]} == set(tune.KERNELS)
+    assert {row["kernel"] for row in table["choices"]} == {"matrix_vector"}

@@ -121,6 +121,7 @@ def test_modules_of_others(format, name):
 
 
 @pytest.mark.slow  # by default one of test_additions.py goes all the way
+@pytest.mark.parametrize("format", [Ternary], ids=lambda kind: kind.name, indirect=True)
 def test_models_are_saved_restored_and_generate(name, tmp_path):
     model = fdq.load(shipped_model_path(), name)
     fdq.save(model, tmp_path / "model")

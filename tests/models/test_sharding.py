@@ -14,7 +14,7 @@ from tests.models import oracles
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis_type", "is_set"),
-    [(AxisType.Explicit, True), (AxisType.Explicit, False), (AxisType.Auto, True)],
+    [(AxisType.Explicit, False), (AxisType.Auto, True)],
     ids=str,
 )
 def test_weights_sharded_over_output_channels(axis_type, is_set):

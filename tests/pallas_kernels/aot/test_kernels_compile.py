@@ -1,8 +1,8 @@
 """Every kernel and format, compiled for GPU generations that it claims: no spills.
 
-With --slow one representative shape of each on the oldest GPU and on Hopper, and on the generations
-between and after them what differs there: one kernel of each kind, and all of attention. Without
---slow two kernels on Hopper. `fdq kernels --all` compiles the rest.
+With --slow one representative shape of each on Hopper, and on the other generations what differs
+there: one kernel of each kind, on the oldest all of attention and of appends, which are of float16
+there. Without --slow two kernels on Hopper. `fdq kernels --all` compiles the rest.
 """
 
 import os
@@ -21,6 +21,7 @@ ONE_OF_A_KIND = (
     "matrix-vector WINT2's code",
     "int8 x int4 groups of 128",
     "experts int4 groups of 128",
+    "attention C8",
     "append C8",
     "router",
     "top-k experts",
@@ -32,7 +33,9 @@ JOBS = [
     if case.representative
     and gpu in case.gpus
     and (
-        gpu in ("t4", "h100") or case.kernel.startswith("attention") or case.kernel in ONE_OF_A_KIND
+        gpu == "h100"
+        or case.kernel in ONE_OF_A_KIND
+        or (gpu == "t4" and case.kernel.startswith(("attention", "append")))
     )
 ]
 ALWAYS = ("matrix-vector int4 groups of 128", "attention C8")
