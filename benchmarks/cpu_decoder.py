@@ -1,4 +1,4 @@
-"""A random-weight decoder with 2048-wide layers, decoding in several schemes."""
+"""A random-weight Llama of 300 million parameters, decoding in several schemes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SCHEMES = {
 def decoder_cases(steps: int) -> dict[str, tuple[Callable[..., Any], tuple, int]]:
     """Name -> (function that decodes ``steps`` tokens, its arguments, bytes of weights read)."""
     config = CONFIGS["llama-3-8b"].replace(
-        vocab_size=8192,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_layers=2,
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_layers=16,
         num_heads=16,
         num_kv_heads=4,
-        head_dim=128,
+        head_dim=64,
         dtype="bfloat16",
     )
     model = Decoder(config, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""Measures which program of a product is the fastest and writes fdq/ops/cpu_choices.json."""
+"""Measures which program of a product is the fastest: the table of this class of CPUs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 import fdq.ops
 from fdq import ops
+from fdq.ops.choice import cpu_class
 
 PATHS = {
     "int8": ("W8", None),
@@ -29,24 +30,36 @@ PATHS = {
 }
 """Keys of the table, and what is measured for each."""
 
-ROWS = (1, 4, 16, 128)
-FUSED_ROWS, TILES = (8, 16, 32), (128, 512)
+ROWS = (1, 2, 4, 8, 16, 128)
+FUSED_ROWS, TILES, BLOCKS = (8, 16, 32), (128, 512), (128, 256, 512)
+_DENSE = ("dense", 0)
 # Below this many weights a loop over tiles costs more than it saves.
 SMALL = 65536
 # Above this many it is not decoded whole: 16 MiB of float32.
 LARGE = 2**22
 _UNIT_ROWS = {"int8": 1, "float8_e4m3": 1, "int3": 8, "int2": 4, "cc2": 4}
+_CODEBOOKS = ("nf4", "mxfp4", "nvfp4")
 
 
-def candidates(kind: str, m: int) -> list[tuple[str, int]]:
-    """Programs worth trying for m rows of x and a weight of format ``kind``."""
-    units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
-    fused = [("fused", size) for size in units] if m <= 4 else []
-    return [*fused, *(("tiles", size) for size in TILES if m > 1), ("whole", 0)]
+def candidates(path: str, m: int) -> list[tuple[str, int]]:
+    """Programs worth trying for m rows of x and what a key of ``PATHS`` names."""
+    kind, *integers = path.split()
+    found = []
+    if m <= 8:
+        units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
+        found += [("fused", size) for size in units]
+        if kind in _CODEBOOKS:
+            found += [("lookup", size) for size in (4, 8)]
+    if kind.startswith("int") and not integers:
+        found += [("split", size) for size in BLOCKS[::2]]
+    found += [("blocks", size) for size in BLOCKS]
+    if m > 1:
+        found += [("tiles", size) for size in TILES]
+    return [*found, ("whole", 0)]
 
 
 def table_rows(measured: dict[int, dict[tuple[str, int], float]]) -> list[dict[str, Any]]:
-    """The fastest program by rows of x, as ``cpu_choices.json`` holds it.
+    """The fastest program by rows of x, as a file of ``cpu_choices/`` holds it.
 
     A weight of more than ``LARGE`` elements is never decoded whole, whatever was measured: the
     fastest of the others takes its place.
@@ -76,28 +89,31 @@ def tune(
     *,
     quick: bool,
 ) -> None:
-    """Times every candidate at K = N = 2048 for each path and number of rows; writes the best."""
+    """Times every candidate at K = N = 4096 for each path and number of rows; writes the best."""
     choices: dict[str, list[dict[str, Any]]] = {}
     for path, (name, activation) in PATHS.items():
         measured: dict[int, dict[tuple[str, int], float]] = {}
         for m in ROWS:
-            size = 4096 if m == 1 else 2048
+            size = 4096 if m < 64 else 2048
             q = random_weight(weight_spec(name), size, size)
             x = jnp.asarray(np.random.default_rng(m).standard_normal((m, size)), jnp.float32)
-            cases = {}
-            for candidate in candidates(path.split()[0], m):
+            cases = {_DENSE: (jax.jit(fdq.matmul), (x, jnp.ones((size, size))), 0)}
+            for candidate in candidates(path, m):
 
                 def product(x, q, candidate=candidate):
                     with ops.forced_program(*candidate):
                         return fdq.matmul(x, q, activation=activation)  # noqa: B023
 
                 cases[candidate] = (jax.jit(product), (x, q), q.nbytes)
-            timings = measure(cases, (7 if quick else 25) if m < 64 else 5)
+            timings = measure(cases, (5 if quick else 15) if m < 64 else 5)
             # The fastest repetition: other jobs disturb it least.
             measured[m] = {t.name: t.fastest for t in timings}
+            dense = measured[m].pop(_DENSE)
             for (kind, size), seconds in measured[m].items():
                 print(
-                    f"  {path:14} {m:4} rows  {kind:6}{size:5} {seconds * 1e3:9.3f} ms", flush=True
+                    f"  {path:14} {m:4} rows  {kind:6}{size:5} {seconds * 1e3:9.3f} ms, "
+                    f"{dense / seconds:5.2f} times dense float32",
+                    flush=True,
                 )
         choices[path] = table_rows(measured)
     choices["array"] = [{"program": "fused", "size": 8}]
@@ -107,7 +123,7 @@ def tune(
     for kind in ("int3", "int2"):
         # One row is a fusion of the same unpacking; more are an integer dot.
         choices[f"{kind} x int8"] = [choices[kind][0], *choices["int4 x int8"][1:]]
-    path = pathlib.Path(fdq.ops.__file__).with_name("cpu_choices.json")
+    path = pathlib.Path(fdq.ops.__file__).parent / "cpu_choices" / f"{cpu_class()}.json"
     table = {"measured": {**machine, "command": "python -m benchmarks.cpu --tune"}}
     text = json.dumps({**table, "choices": choices}, indent=1)
     path.write_text(text + "\n")

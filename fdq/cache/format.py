@@ -86,3 +86,7 @@ class CacheFormat:
         Array p holds the channels p, p + planes, p + 2 planes ...
         """
         raise NotImplementedError
+
+    def integer_planes(self, codes: jax.Array) -> list[jax.Array] | None:
+        """`decode_planes` in int8, where values before zero point and scale are such integers."""
+        return None

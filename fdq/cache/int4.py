@@ -53,5 +53,8 @@ class Int4Cache(CacheFormat):
 
     def decode_planes(self, codes: jax.Array) -> list[jax.Array]:
         """The even and the odd channels."""
-        low, high = codes & jnp.uint8(15), codes >> jnp.uint8(4)
-        return [low.astype(jnp.float32), high.astype(jnp.float32)]
+        return [plane.astype(jnp.float32) for plane in self.integer_planes(codes)]
+
+    def integer_planes(self, codes: jax.Array) -> list[jax.Array]:
+        """The even and the odd channels, 0 .. 15."""
+        return [(codes & jnp.uint8(15)).astype(jnp.int8), (codes >> jnp.uint8(4)).astype(jnp.int8)]

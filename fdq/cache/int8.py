@@ -26,3 +26,7 @@ class Int8Cache(CacheFormat):
     def decode_planes(self, codes: jax.Array) -> list[jax.Array]:
         """The codes in float32."""
         return [codes.astype(jnp.float32)]
+
+    def integer_planes(self, codes: jax.Array) -> list[jax.Array]:
+        """The codes."""
+        return [codes]

@@ -1,7 +1,8 @@
 """Which XLA program computes a product: decided while tracing, from measured data.
 
 Several programs have the same meaning; on CPUs one is chosen by format, rows of x and size of the
-weight from `cpu_choices.json`. `python -m benchmarks.cpu --tune` measures that table again.
+weight from a table of `cpu_choices/`, one a class of CPUs. `python -m benchmarks.cpu --tune`
+measures the table of the machine's class again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any
@@ -36,11 +38,33 @@ def trace_target() -> Target:
         return Target(platform, True)
 
 
+CPU_CLASSES = ("amx", "avx512", "avx2")
+"""By what makes the difference: tiles of int8, 8-bit dots of 64 bytes, neither."""
+
+
+@functools.cache
+def cpu_class() -> str:
+    """This machine's class of `CPU_CLASSES`; `avx2` where the system does not say."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text("utf-8").split()
+    except OSError:  # not Linux
+        return "avx2"
+    if "amx_int8" in flags:
+        return "amx"
+    return "avx512" if "avx512_vnni" in flags else "avx2"
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """How `x [M, K]` is multiplied with a weight: as `fused`, `tiles` or `whole`.
+    """How `x [M, K]` is multiplied with a weight, or a cache is read.
 
-    That is M fusions over blocks of `size` packed units, tiles of `size` columns, or one dot.
+    Attributes:
+      name: `fused` (M fusions over blocks of packed units), `lookup` (the same with a table of what
+        each byte contributes), `split` (float rows as int8 ones, blocks of K), `tiles` (of
+        columns), `blocks` (of K) or `whole`.
+        For attention `decoded` or `integers` (float rows as int8 ones).
+      size: packed units of a block (`fused`, `lookup`), rows of K (`split`, `blocks`), columns or
+        slots.
     """
 
     name: str
@@ -48,12 +72,13 @@ class Program:
 
 
 @functools.cache
-def _table() -> dict[str, list[dict[str, Any]]]:
-    text = resources.files("fdq.ops").joinpath("cpu_choices.json").read_text("utf-8")
+def _table(name: str) -> dict[str, list[dict[str, Any]]]:
+    text = resources.files("fdq.ops").joinpath(f"cpu_choices/{name}.json").read_text("utf-8")
     return json.loads(text)["choices"]
 
 
 _OVERRIDES: list[Program] = []
+_OF_ATTENTION = ("decoded", "integers")
 
 
 @contextlib.contextmanager
@@ -66,15 +91,20 @@ def forced_program(name: str, size: int = 0) -> Iterator[Program]:
         _OVERRIDES.pop()
 
 
-def choose_program(path: str, rows: int, elements: int) -> Program:
-    """The first row of `cpu_choices.json` under `path` (or `default`) whose bounds hold.
+def choose_program(path: str, rows: int, elements: int, default: str = "default") -> Program:
+    """The first row of the table under `path` (or `default`) whose bounds hold.
 
-    `rows` are those of x, M; `elements` those of the weight, K * N.
+    `rows` are those of x, M; `elements` those of the weight, K * N. For attention they are the
+    queries of a KV head and the slots.
     """
-    if _OVERRIDES:
-        return _OVERRIDES[-1]
-    table = _table()
-    for row in table.get(path, table["default"]):
+    forced = [p for p in _OVERRIDES if (p.name in _OF_ATTENTION) == (default == "attention")]
+    if forced:
+        return forced[-1]
+    name = cpu_class()
+    table = _table(name)
+    for row in table.get(path, table[default]):
         if rows <= row.get("max_rows", rows) and elements <= row.get("max_elements", elements):
             return Program(row["program"], row.get("size", 0))
-    raise ValueError(f"cpu_choices.json: no row for {path!r}, {rows} rows, {elements} elements.")
+    raise ValueError(
+        f"cpu_choices/{name}.json: no row for {path!r}, {rows} rows, {elements} elements."
+    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 from flax import nnx
 
 from fdq.formats.qtensor import QScale, QuantizedWeight, materialize
+from fdq.ops.choice import cpu_class
 from fdq.ops.implementation import requested
 from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.placement import devices
@@ -31,16 +30,7 @@ def best_layout(w: QuantizedWeight, platform: str) -> type[PreparedWeight] | Non
         return WordsWeight
     # Stacked weights (experts, layers) are sliced first: they stay as they are.
     plain = w.ndim == 2 and TransposedWeight.unsupported(w) is None
-    return TransposedWeight if plain and platform == "cpu" and _has_matrix_units() else None
-
-
-@functools.cache
-def _has_matrix_units() -> bool:
-    """Whether this machine's CPU multiplies int8 tiles (Intel AMX)."""
-    try:
-        return "amx_int8" in pathlib.Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:  # not Linux
-        return False
+    return TransposedWeight if plain and platform == "cpu" and cpu_class() == "amx" else None
 
 
 def prepare(tree: Any, device: Any = None) -> Any:

@@ -102,6 +102,22 @@ class WeightView:
 
         return jax.tree.map(cut, self)
 
+    def slice_units(self, start: Any, count: int) -> WeightView:
+        """The view of units `start .. start + count`, whole groups; `start` may be traced."""
+
+        def cut(a: jax.Array, first: Any, rows: int) -> jax.Array:
+            return lax.dynamic_slice_in_dim(a, first, rows, axis=-2)
+
+        bytes = self.unit_bytes
+        changes = {"codes": cut(self.codes, start * bytes, count * bytes)}
+        groups = self.scale.shape[-2]
+        if groups > 1:
+            units = self.units // groups
+            changes["scale"] = cut(self.scale, start // units, count // units)
+            if self.zero is not None:
+                changes["zero"] = cut(self.zero, start // units, count // units)
+        return dataclasses.replace(self, **changes)
+
 
 def view_weight(q: QTensor) -> WeightView | None:
     """The view of a canonical `[K, N]` QTensor.

@@ -57,7 +57,7 @@ def test_codes(spec, rng):
 @pytest.mark.parametrize("m", [1, 4])
 def test_w8a8_is_an_integer_product(m, rng, monkeypatch):
     """int32 sums are exact, then two float32 products: equal to the last bit but one."""
-    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "cpu_class", lambda: "amx")
     q, x = quantized("int8"), rows(rng, m)
     codes, scale = reference_codes(x, INT8)
     sums = codes @ np.asarray(q.codes).astype(np.int64)
@@ -149,7 +149,7 @@ def test_the_gradient_is_straight_through(rng):
 
 def test_integer_dots_are_integer_dots(monkeypatch):
     """No float product of the weight anywhere: the dot of W8A8 takes int8 and gives int32."""
-    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "cpu_class", lambda: "amx")
     q = quantized("int8")
     text = jax.jit(lambda x, q: fdq.matmul(x, q, activation="int8")).lower(
         jnp.ones((4, 256)), ops.prepare(q, "cpu")

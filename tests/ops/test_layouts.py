@@ -24,7 +24,7 @@ class Shared(nnx.Module):
 
 @pytest.fixture
 def transposing(monkeypatch):
-    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "cpu_class", lambda: "amx")
 
 
 def test_a_prepared_module_shares_what_was_shared_and_nothing_with_its_source(transposing):

@@ -63,6 +63,30 @@ def test_equals_the_decoded_product(name, rng):
         assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("nf4-g64", ("lookup", 8)),
+        slow("int4-g32-asym", ("lookup", 3)),
+        slow("nvfp4", ("lookup", 8)),
+        slow("int2-g32-half", ("lookup", 4)),
+        ("int4-g64", ("split", 128)),
+        slow("int8", ("split", 96)),
+        slow("int4-channel", ("split", 64)),
+        slow("int2-g32-half", ("split", 512)),
+        ("int3-g64", ("blocks", 192)),
+        slow("int8", ("blocks", 100)),
+        slow("fp8-block", ("blocks", 128)),
+    ],
+)
+def test_other_programs_equal_the_decoded_product(name, program, rng):
+    """Blocks of K that do not divide it included."""
+    for m in (1, 3):
+        x = rows(rng, m).at[0, 0].set(100.0)
+        y = compiled(program)(x, quantized(name))
+        assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
+
+
 @varied_products
 def test_transformations(name, rng):
     """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program.
@@ -232,7 +256,7 @@ def test_array_weights(dtype, m, rng):
 
 @pytest.mark.parametrize("name", ["int8", "int8-tensor"])
 def test_prepared_weights(name, rng, monkeypatch):
-    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "cpu_class", lambda: "amx")
     q = quantized(name)
     tree = ops.prepare({"a": q, "b": jnp.ones(3)}, "cpu")
     prepared = tree["a"]
@@ -248,12 +272,12 @@ def test_prepared_weights(name, rng, monkeypatch):
     assert error(gradient, np.broadcast_to(decoded(name).sum(1), x.shape)) < TOLERANCE
     assert ops.prepare(quantized("int4-g64"), "cpu").layout == "canonical"
     assert ops.prepare(q, "gpu").layout == "mosaic_gpu"
-    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: False)
+    monkeypatch.setattr(preparation, "cpu_class", lambda: "avx512")
     assert ops.prepare(q, "cpu").layout == "canonical"
 
 
 def test_prepare_walks_modules(rng, monkeypatch):
-    monkeypatch.setattr(preparation, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(preparation, "cpu_class", lambda: "amx")
     from flax import nnx
 
     class Layer(nnx.Module):

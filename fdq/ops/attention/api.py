@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
-from fdq.ops.attention.xla import DEFAULT_BLOCK, AttentionArguments, Xla
+from fdq.ops.attention.xla import AttentionArguments, Xla
 from fdq.ops.implementation import Op
 from pallas_kernels.typing import Array, Float, Int
 
@@ -23,7 +23,7 @@ def attention(
     offset: Int[Array, " b"] | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
-    block_size: int = DEFAULT_BLOCK,
+    block_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t h d"]:
     """Each query attends to the slots up to its own position.
@@ -41,7 +41,7 @@ def attention(
       offset: int32 `[B]`, slot of the first query; `lengths - T` if None.
       sliding_window: slots a query sees, its own included; None for all.
       scale: multiplies the scores; `D ** -0.5` if None.
-      block_size: slots read at a time by XLA.
+      block_size: slots read at a time by XLA; chosen for the device if None.
       implementation: as in `fdq.matmul`.
 
     Returns:

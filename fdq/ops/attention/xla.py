@@ -2,7 +2,8 @@
 
 Temporary memory is a block of slots, whatever the length of the cache; blocks beyond the longest
 sequence (and before the sliding window) are not read. Scales never touch the cache: per token they
-multiply scores and probabilities, per channel or head the query and the output.
+multiply scores and probabilities, per channel or head the query and the output. On CPUs integer
+codes may be read by 8-bit dots as they are, queries and probabilities split into int8 rows.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor, join_planes
+from fdq.ops.choice import Program, choose_program, trace_target
+from fdq.ops.dots import join_rows, split_rows
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
 from pallas_kernels.typing import Array, Float, Int
 
-DEFAULT_BLOCK = 256
+_BLOCK = 256
 _MASKED = -1e30  # finite: a block with no visible slot must not make NaN of inf - inf
 
 
@@ -35,7 +38,16 @@ class AttentionArguments:
     offset: jax.Array
     sliding_window: int | None
     scale: float
-    block_size: int = DEFAULT_BLOCK
+    block_size: int | None = None
+
+    def program(self) -> Program:
+        """How the cache is read: `decoded` to floats or as `integers`, so many slots at a time."""
+        if trace_target().platform != "cpu":
+            return Program("decoded", self.block_size or _BLOCK)
+        rows = self.q.shape[1] * self.q.shape[2] // self.k.shape[1]
+        path = f"attention {self.k.format.name}"
+        chosen = choose_program(path, rows, self.k.shape[2], default="attention")
+        return dataclasses.replace(chosen, size=self.block_size or chosen.size)
 
 
 def attention_reference(
@@ -86,11 +98,12 @@ class Xla(Implementation[AttentionArguments]):
 
 def _attend(a: AttentionArguments) -> jax.Array:
     q, lengths, offset, sliding_window = a.q, a.lengths, a.offset, a.sliding_window
-    key, value = _Side(a.k), _Side(a.v)
+    program = a.program()
+    key, value = (_Side(tensor, program.name == "integers") for tensor in (a.k, a.v))
     b, t, h, d = q.shape
     kh, slots = a.k.shape[1:3]
     group = h // kh
-    block = min(a.block_size, slots)
+    block = min(program.size, slots)
     # [B, KH, T * G, D]: the queries of a KV head are the rows of one dot.
     queries = q.astype(jnp.float32) * jnp.float32(a.scale)
     queries = queries.reshape(b, t, kh, group, d).transpose(0, 2, 1, 3, 4)
@@ -99,7 +112,7 @@ def _attend(a: AttentionArguments) -> jax.Array:
     position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
     queries = key.scaled(queries)
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
-    query_planes = [queries[..., p :: key.planes] for p in range(key.planes)]
+    query_planes = [key.rows(queries[..., p :: key.planes]) for p in range(key.planes)]
 
     first = jnp.int32(0)
     if sliding_window is not None:
@@ -115,8 +128,7 @@ def _attend(a: AttentionArguments) -> jax.Array:
         visible &= slot[None, None, :] < lengths[:, None, None]
         if sliding_window is not None:
             visible &= slot[None, None, :] > position[:, :, None] - sliding_window
-        planes = zip(query_planes, key.block(start, block), strict=True)
-        scores = functools.reduce(jnp.add, [_batched_dot(a, b, 3) for a, b in planes])
+        scores = key.dots(query_planes, start, block)
         scores = key.finish_scores(scores, query_sum, start, block)
         scores = jnp.where(visible[:, None], scores, jnp.float32(_MASKED))
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
@@ -153,11 +165,24 @@ def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     )
 
 
+def _split_dot(rows: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
+    """int8 rows `[B, KH, 3 R, C]` times int8 codes over C, which is `axis` of them; joined."""
+    over = (((axis,), (3,)), ((0, 1), (0, 1)))
+    if axis == 3:  # keys lie as a left operand wants them: XLA would turn them to the right
+        y = lax.dot_general(codes, rows, over, preferred_element_type=jnp.int32)
+        y = jnp.swapaxes(lax.optimization_barrier(y), 2, 3)
+    else:
+        over = (((3,), (axis,)), ((0, 1), (0, 1)))
+        y = lax.dot_general(rows, codes, over, preferred_element_type=jnp.int32)
+    return join_rows(lax.optimization_barrier(y), axis=2)
+
+
 class _Side:
     """Keys or values, with the scales that are folded into what they are multiplied with."""
 
-    def __init__(self, tensor: CacheTensor):
+    def __init__(self, tensor: CacheTensor, split: bool):
         self.tensor = tensor
+        self.split = split and tensor.format.integer_planes(tensor.codes[:0]) is not None
         self.planes = tensor.format.planes
         scale, zero = tensor.scale, tensor.zero
         self.token_scale, self.token_zero = (scale, zero) if tensor.dynamic else (None, None)
@@ -167,8 +192,31 @@ class _Side:
         self.static_scale, self.static_zero = wide
 
     def block(self, start, size) -> list[jax.Array]:
-        """float32 `[B, KH, size, D / planes]` code values of a block of slots."""
-        return self.tensor.format.decode_planes(_cut(self.tensor.codes, start, size))
+        """`[B, KH, size, D / planes]` code values of a block of slots, int8 or float32."""
+        codes = _cut(self.tensor.codes, start, size)
+        if self.split:
+            planes = self.tensor.format.integer_planes(codes)
+            assert planes is not None
+            return planes
+        return self.tensor.format.decode_planes(codes)
+
+    def rows(self, x: jax.Array) -> Any:
+        """What `[B, KH, R, C]` floats are multiplied as: themselves, or int8 rows and steps."""
+        if not self.split:
+            return x
+        # Without the barriers XLA computes again what made x for each part of it.
+        return lax.optimization_barrier(split_rows(lax.optimization_barrier(x), axis=2))
+
+    def _dot(self, rows: Any, plane: jax.Array, axis: int) -> jax.Array:
+        if not self.split:
+            return _batched_dot(rows, plane, axis)
+        codes, step = rows
+        return _split_dot(codes, plane, axis) * step
+
+    def dots(self, rows: list[Any], start, size) -> jax.Array:
+        """`[B, KH, R, size]`: queries, as `rows` made them of each plane, times a block."""
+        planes = zip(rows, self.block(start, size), strict=True)
+        return functools.reduce(jnp.add, [self._dot(a, b, 3) for a, b in planes])
 
     def scaled(self, x: jax.Array) -> jax.Array:
         """Queries or the output, times static scales."""
@@ -186,7 +234,8 @@ class _Side:
         """`[B, KH, R, D / planes]` sums of values over a block of slots."""
         if self.token_scale is not None:
             weights = weights * _of_slots(self.token_scale, start, size)
-        sums = [_batched_dot(weights, plane, 2) for plane in self.block(start, size)]
+        rows = self.rows(weights)
+        sums = [self._dot(rows, plane, 2) for plane in self.block(start, size)]
         if self.token_zero is None:
             return sums
         zero = _of_slots(self.token_zero, start, size)

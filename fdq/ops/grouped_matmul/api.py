@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
+from fdq.ops.dots import exact_dot
 from fdq.ops.grouped_matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.grouped_matmul.product import GroupedProduct
 from fdq.ops.grouped_matmul.xla import Xla, for_each_expert, pick_expert
@@ -17,7 +18,6 @@ from fdq.ops.implementation import Op
 from fdq.ops.matmul import api as matmul
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.product import Product, parse_activation
-from fdq.ops.matmul.weight_only import exact_dot
 from fdq.ops.placement import in_auto_axes, spec_entry
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
 from fdq.schemes.scheme import ActivationSpec

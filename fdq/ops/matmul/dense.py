@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.ops.choice import choose_program, trace_target
-from fdq.ops.matmul.weight_only import exact_dot, fused_product
+from fdq.ops.dots import exact_dot
+from fdq.ops.matmul.fused import fused_product
 from fdq.ops.placement import in_auto_axes, spec_entries
 from fdq.ops.weight_view import view_array
 from pallas_kernels.typing import Array, Float

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, quantize_activation
-from fdq.ops.matmul.weight_only import exact_dot
+from fdq.ops.dots import exact_dot
 from fdq.schemes.scheme import ActivationSpec
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize, materialize
-from fdq.ops.matmul.weight_only import exact_dot
+from fdq.ops.dots import exact_dot
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.weight_view import WeightView, decode_planes, view_weight, view_words

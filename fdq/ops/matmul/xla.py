@@ -11,16 +11,17 @@ from jax import lax
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, integer_product, quantize_activation
 from fdq.ops.choice import Target, choose_program, trace_target
+from fdq.ops.dots import exact_dot, left_dot
 from fdq.ops.implementation import Implementation
 from fdq.ops.matmul.dense import dense_product
+from fdq.ops.matmul.fused import fused_product, looked_up_product, takes_lookups
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.matmul.weight_only import (
-    exact_dot,
-    fused_product,
+    blocked,
     plane_product,
+    split_product,
     tiled,
-    transposed_dot,
-    transposed_split_product,
+    transposed_product,
 )
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.rows import as_array
@@ -86,7 +87,7 @@ def _view(q: QuantizedWeight) -> WeightView | None:
 def _integer_rows(codes: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     """int8 rows times integer weights, before the activation scale."""
     if isinstance(q, TransposedWeight):
-        sums = transposed_dot(codes, q.data.codes).astype(jnp.float32)
+        sums = left_dot(q.data.codes, codes).astype(jnp.float32)
         return sums * q.data.scale.astype(jnp.float32)
     view = _view(q)
     if view is None:
@@ -103,7 +104,7 @@ _FUSED_ROWS = 4
 def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     """Float rows times a QTensor, by the program that suits the device."""
     if isinstance(q, TransposedWeight):
-        return transposed_split_product(x, q)
+        return transposed_product(x, q)
     view = _view(q)
     if view is None:
         return exact_dot(x.astype(jnp.float32), dequantize(q))
@@ -130,10 +131,17 @@ def number_of_rows(x: Any) -> int:
 
 
 def _chosen_program(path: str, product: Any, x: jax.Array, view: WeightView) -> jax.Array:
-    """`product(x, view)` on CPU: as it is, a tile of columns at a time, or as one fusion."""
+    """`product(x, view)` on CPU, by the program that `fdq.ops.choice` names."""
     choice = choose_program(path, number_of_rows(x), view.rows * view.columns)
-    if choice.name == "fused":
-        return fused_product(x.astype(jnp.float32), view, choice.size, dot=True)
-    if choice.name == "tiles":
-        return tiled(product, x, view, choice.size)
+    match choice.name:
+        case "fused":
+            return fused_product(x.astype(jnp.float32), view, choice.size, dot=True)
+        case "lookup" if takes_lookups(view):
+            return looked_up_product(x.astype(jnp.float32), view, choice.size)
+        case "split" if view.format.integer_offset(view.spec) is not None:
+            return blocked(split_product, x, view, choice.size)
+        case "tiles":
+            return tiled(product, x, view, choice.size)
+        case "blocks":
+            return blocked(product, x, view, choice.size)
     return product(x, view)
