@@ -71,9 +71,7 @@ def for_each_expert(
             return None, product(row[None], expert)[0]
 
         return lax.scan(step, None, (x, index))[1]
-    tile = _SMALLEST_TILE
-    while tile < _LARGEST_TILE and tile * experts < t:
-        tile *= 2
+    tile = tile_rows(t, experts)
     order = jnp.argsort(index, stable=True)
     counts = jnp.zeros((experts,), jnp.int32).at[index].add(1)
     first_row = jnp.cumsum(counts) - counts
@@ -92,3 +90,11 @@ def for_each_expert(
     y = jnp.zeros((t + tile, n), jnp.float32)
     y = lax.fori_loop(0, last_tile[-1], body, y)
     return jnp.zeros((t, n), jnp.float32).at[order].set(y[:t], unique_indices=True)
+
+
+def tile_rows(t: int, experts: int) -> int:
+    """Rows of one expert that are multiplied at a time."""
+    tile = _SMALLEST_TILE
+    while tile < _LARGEST_TILE and tile * experts < t:
+        tile *= 2
+    return tile

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.implementation import Op
@@ -117,16 +116,13 @@ def _tangent(run, activation, path, primals, tangents):
     parts = _of_quantized(run, activation, path, x, w, scale)
     moving = derivative.moving(dw)
     derivative.check(w, bool(moving), bool(derivative.moving(dscale)), path)
-    terms = [jnp.zeros_like(parts[0])]
+    terms = []
     if derivative.moving(dx):
-        change = jax.jvp(as_array, (x,), (derivative.instantiated(dx, x),))[1]
-        terms = [derivative.decoded_product(change, w)]
+        terms.append(derivative.decoded_product(derivative.row_change(x, dx), w))
     if moving:
         rows = derivative.multiplied_rows(as_array(x), activation, scale, path)
         terms.append(derivative.changed_product(rows, w, moving))
-    total = functools.reduce(jnp.add, [term.reshape(parts.shape[1:]) for term in terms])
-    # Whoever reads the parts adds them up: the first takes all.
-    return parts, jnp.concatenate([total[None], jnp.zeros_like(parts[1:])])
+    return parts, derivative.as_parts(parts, terms)
 
 
 _of_quantized.defjvp(_tangent, symbolic_zeros=True)
