@@ -14,7 +14,7 @@ import numpy as np
 
 import fdq
 from fdq import models
-from fdq.formats.qtensor import QTensor
+from fdq.formats.folded import FoldedWeight
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import COMPANION_FILES
@@ -109,8 +109,10 @@ def write_tensor(writer: orbax_store.TreeWriter, tensor: Tensor) -> TensorEntry:
         if host.size:  # Orbax has no empty arrays; the manifest's shape says all about them
             writer.add(tree_paths.array_path(tensor.path, name), host)
     value, shape = tensor.value, tuple(tensor.value.shape)
-    spec, padding = (value.spec, value.padding) if isinstance(value, QTensor) else (None, 0)
-    return TensorEntry(tensor.path, shape, arrays, spec, padding, tensor.activation, prng)
+    quantized = isinstance(value, tree_paths.QUANTIZED)
+    spec, padding = (value.spec, value.padding) if quantized else (None, 0)
+    fold = value.fold if isinstance(value, FoldedWeight) else None
+    return TensorEntry(tensor.path, shape, arrays, spec, padding, tensor.activation, prng, fold)
 
 
 def nbytes(value: Any) -> int:
