@@ -20,6 +20,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from fdq.formats.qtensor import QuantizedWeight
+from fdq.ops.placement import leading_axes
 from fdq.schemes.path_pattern import path_keys
 
 
@@ -82,6 +83,7 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
       any store and `jax.export` take them), whose leaves are arrays and QTensors of arrays. A few
       milliseconds at 640 Variables, against 55 for `nnx.split`.
     """
+    _note_experts(module)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(
         module, is_leaf=lambda x: isinstance(x, nnx.Variable | QuantizedWeight)
     )
@@ -89,6 +91,17 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
     kinds = tuple(type(leaf) if isinstance(leaf, nnx.Variable) else None for _, leaf in leaves)
     template = Template(treedef, paths, kinds)
     return template, _nested(paths, [value(leaf) for _, leaf in leaves])
+
+
+def _note_experts(module: nnx.Module) -> None:
+    """Tells layers of experts over which mesh axes these are sharded, where that can be seen."""
+    for _, node in nnx.iter_modules(module):
+        kernel = value(getattr(node, "kernel", None)) if hasattr(node, "expert_axes") else None
+        first = jax.tree.leaves(kernel)[:1]
+        if first and isinstance(first[0], jax.Array) and not isinstance(first[0], Tracer):
+            axes = ",".join(leading_axes(kernel)[1])
+            if axes != node.expert_axes:
+                node.expert_axes = axes
 
 
 def _nested(paths: Iterable[tuple[str, ...]], values: Iterable[Any]) -> dict:

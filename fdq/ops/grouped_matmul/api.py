@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.grouped_matmul.derivative import changed_product, picked_product
@@ -17,7 +19,7 @@ from fdq.ops.implementation import Op
 from fdq.ops.matmul import api as matmul
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.product import Product, parse_activation
-from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.placement import in_auto_axes, leading_axes, spec_entry
 from fdq.ops.rows import Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Int, Shaped
@@ -74,7 +76,10 @@ def grouped_product(
     run: Any = GROUPED_MATMUL.choose(a, implementation)
     joined = beside is not None and run.joins(a)
     other = (beside.x, beside.w) if beside is not None and joined else None
-    call = functools.partial(_parts, run, a.activation, a.picks, a.path)
+    mesh, axes = leading_axes(a.w, a.axes)
+    call = functools.partial(_parts, run, a.activation, a.picks, a.path, False)
+    if axes:
+        call = functools.partial(_of_shards, mesh, axes, (run, a.activation, a.picks, a.path))
     arrays = (a.x, a.w, a.index, a.activation_scale, other)
     with jax.named_scope("grouped_matmul"):
         found = in_auto_axes(call, *arrays, result=lambda: _axes(a))
@@ -92,17 +97,45 @@ def _axes(a: GroupedProduct) -> list[Any]:
     return [None, *rows, *[None] * (a.index.ndim - len(rows)), columns]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _parts(run, activation, picks, path, x, w, index, activation_scale, beside):
+def _of_shards(mesh, axes, settings, x, w, index, activation_scale, beside):
+    """Each device multiplies the rows of its own experts; what it has is added up over `axes`.
+
+    Left to itself, XLA would gather the codes of all experts at each step.
+    """
+    experts = w.shape[0]
+    each = activation_scale is not None and activation_scale.size == experts > 1
+
+    def of_shard(x, w, index, activation_scale):
+        own = w.shape[0]
+        local = index - lax.axis_index(axes).astype(jnp.int32) * own
+        mine = (local >= 0) & (local < own)
+        local = jnp.where(mine, local, own)
+        parts = _parts(*settings, True, x, w, local, activation_scale, None)
+        return lax.psum(jnp.where(mine[..., None], parts, 0.0), axes)
+
+    sharded, whole = PartitionSpec(axes), PartitionSpec()
+    run = jax.shard_map(
+        of_shard,
+        mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
+        in_specs=(whole, sharded, whole, sharded if each else whole),
+        out_specs=whole,
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return run(x, w, index, activation_scale.reshape(-1) if each else activation_scale)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _parts(run, activation, picks, path, shard, x, w, index, activation_scale, beside):
     other = None if beside is None else Product(*beside)
-    settings = {"index": index, "beside": other, "path": path}
+    settings = {"index": index, "beside": other, "path": path, "shard": shard}
     return run(GroupedProduct(x, w, activation, activation_scale, **settings))
 
 
-def _tangent(run, activation, picks, path, primals, tangents):
+def _tangent(run, activation, picks, path, shard, primals, tangents):
     x, w, index, scale, beside = primals
     dx, dw, _, dscale, dbeside = tangents
-    found = _parts(run, activation, picks, path, *primals)
+    found = _parts(run, activation, picks, path, shard, *primals)
     moving = derivative.moving(dw)
     derivative.check(w, bool(moving), bool(derivative.moving(dscale)), path)
     picked, terms = index.reshape(-1), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,14 @@ class Xla(GroupedImplementation):
                 codes, scale = quantize_activation(rows, a.activation, scale, path=a.path)
                 rows = activation_values(codes, scale, a.activation.group_size, rows.dtype)
             return dense_product(rows, one)
+
+        if a.shard:
+            # Others' rows cost nothing: neither codes that are read nor products.
+            one_row = product
+
+            def product(rows, expert):
+                nothing = functools.partial(jnp.zeros, (rows.shape[0], n), jnp.float32)
+                return lax.cond(expert < experts, lambda: one_row(rows, expert), nothing)
 
         return for_each_expert(product, rows, index, experts, n).reshape(1, *a.index.shape, n)
 
