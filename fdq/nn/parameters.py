@@ -93,14 +93,27 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
     return template, _nested(paths, [value(leaf) for _, leaf in leaves])
 
 
-def _note_experts(module: nnx.Module) -> None:
+def _note_experts(module: Any) -> None:
     """Tells layers of experts over which mesh axes these are sharded, where that can be seen."""
-    for _, node in nnx.iter_modules(module):
-        kernel = value(getattr(node, "kernel", None)) if hasattr(node, "expert_axes") else None
-        first = jax.tree.leaves(kernel)[:1]
-        if first and isinstance(first[0], jax.Array) and not isinstance(first[0], Tracer):
+    waiting, seen = [module], set()
+    while waiting:
+        node = waiting.pop()
+        held = vars(node)
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        waiting += [
+            child
+            for child in held.values()
+            if isinstance(child, nnx.Pytree) and not isinstance(child, nnx.Variable)
+        ]
+        if "expert_axes" not in held:
+            continue
+        kernel = value(held["kernel"])
+        first = jax.tree.leaves(kernel)[0]
+        if isinstance(first, jax.Array) and not isinstance(first, Tracer):
             axes = ",".join(leading_axes(kernel)[1])
-            if axes != node.expert_axes:
+            if axes != held["expert_axes"]:
                 node.expert_axes = axes
 
 

@@ -103,7 +103,9 @@ def _of_shards(mesh, axes, settings, x, w, index, activation_scale, beside):
     Left to itself, XLA would gather the codes of all experts at each step.
     """
     experts = w.shape[0]
-    each = activation_scale is not None and activation_scale.size == experts > 1
+    each = False
+    if activation_scale is not None and activation_scale.size == experts > 1:
+        each, activation_scale = True, activation_scale.reshape(-1)
 
     def of_shard(x, w, index, activation_scale):
         own = w.shape[0]
@@ -122,7 +124,7 @@ def _of_shards(mesh, axes, settings, x, w, index, activation_scale, beside):
         axis_names=set(axes),
         check_vma=False,
     )
-    return run(x, w, index, activation_scale.reshape(-1) if each else activation_scale)
+    return run(x, w, index, activation_scale)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))

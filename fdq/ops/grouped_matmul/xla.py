@@ -50,15 +50,13 @@ class Xla(GroupedImplementation):
                 rows = activation_values(codes, scale, a.activation.group_size, rows.dtype)
             return dense_product(rows, one)
 
-        if a.shard:
+        def product_or_nothing(rows, expert):
             # Others' rows cost nothing: neither codes that are read nor products.
-            one_row = product
+            nothing = functools.partial(jnp.zeros, (rows.shape[0], n), jnp.float32)
+            return lax.cond(expert < experts, lambda: product(rows, expert), nothing)
 
-            def product(rows, expert):
-                nothing = functools.partial(jnp.zeros, (rows.shape[0], n), jnp.float32)
-                return lax.cond(expert < experts, lambda: one_row(rows, expert), nothing)
-
-        return for_each_expert(product, rows, index, experts, n).reshape(1, *a.index.shape, n)
+        run = product_or_nothing if a.shard else product
+        return for_each_expert(run, rows, index, experts, n).reshape(1, *a.index.shape, n)
 
 
 def pick_expert(w: QuantizedWeight | jax.Array, index: jax.Array) -> Any:
