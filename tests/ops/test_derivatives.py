@@ -151,6 +151,29 @@ def test_forward_mode(name, rng):
     assert error(back, np.asarray(y, np.float64) @ decoded(name).T) < 5e-6
 
 
+@pytest.mark.parametrize("name", ["int4-g64", slow("int8"), slow("cc2")])
+def test_transposes_of_products(name, rng):
+    q, w = quantized(name), decoded(name)
+    k, n = w.shape
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), q)
+    index = jnp.asarray([0, 1, 1], jnp.int32)
+    forward = rows(rng, 3, k)
+    g = rows(rng, 3, n)
+    for product in (
+        lambda x: fdq.matmul(x, q),
+        lambda x: fdq.matmul(x, q, activation="int8"),
+        lambda x: x @ q,
+        lambda x: fdq.einsum("mk,kn->mn", x, q),
+        lambda x: jax.vmap(fdq.matmul, (0, None))(x, q),
+        lambda x: fdq.grouped_matmul(x, stack, index),
+        jax.linearize(jax.jit(lambda x: fdq.matmul(x, q)), forward)[1],
+    ):
+        back = jax.linear_transpose(product, forward)(g)[0]
+        assert error(back, np.asarray(g, np.float64) @ w.T) < 5e-6
+    back = jax.linear_transpose(lambda x: fdq.einsum("mn,kn->mk", x, q), g)(forward)[0]
+    assert error(back, np.asarray(forward, np.float64) @ w) < 5e-6
+
+
 @pytest.mark.slow
 def test_forward_mode_over_scales_activations_and_layers(rng):
     q, x = quantized("int4-g64", 256, 256), rows(rng, 2)

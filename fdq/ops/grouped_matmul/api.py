@@ -129,6 +129,10 @@ def _of_shards(mesh, axes, settings, x, w, index, activation_scale, beside):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _parts(run, activation, picks, path, shard, x, w, index, activation_scale, beside):
+    if derivative.to_be_transposed(x, w) and beside is None:
+        picked = index.reshape(-1)
+        rows = picked_product(_row_a_pick(as_array(x), picks), w, picked)
+        return rows.reshape(1, *index.shape, -1)
     other = None if beside is None else Product(*beside)
     settings = {"index": index, "beside": other, "path": path, "shard": shard}
     return run(GroupedProduct(x, w, activation, activation_scale, **settings))

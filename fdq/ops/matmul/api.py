@@ -53,6 +53,8 @@ def matmul(
 
     Derivatives, forward and reverse, are those of `x @ dequantize(w)`: straight through the
     rounding of activations; of a QTensor with respect to its scales (its integer codes have none).
+    `jax.linear_transpose` takes a function that calls this outside of `jax.jit`; of one inside,
+    transpose what `jax.linearize` returns.
 
     Args:
       x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
@@ -103,6 +105,8 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
+    if derivative.to_be_transposed(x, w) and isinstance(w, QuantizedWeight):
+        return derivative.decoded_product(as_array(x), w).reshape(1, *x.shape[:-1], -1)
     return run(Product(x, w, activation, activation_scale, path=path))
 
 

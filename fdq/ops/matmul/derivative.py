@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters.partial_eval import JaxprTracer
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, quantize_activation
@@ -54,6 +56,21 @@ def is_zero(tangent: Any) -> bool:
 def instantiated(tangents: Any, primals: Any) -> Any:
     """Symbolic tangents of floats as arrays."""
     return jax.tree.map(lambda p, t: jnp.zeros_like(p) if is_zero(t) else t, primals, tangents)
+
+
+def to_be_transposed(*trees: Any) -> bool:
+    """Whether JAX traces this to transpose it, as `jax.linear_transpose` does.
+
+    Implementations are no linear functions word by word (they round, or loop until a condition),
+    and custom derivatives say nothing of transposes: what is decoded first is multiplied then.
+    """
+
+    def unknown(leaf: Any) -> bool:
+        while isinstance(leaf, Tracer) and hasattr(leaf, "batch_dim"):  # inside jax.vmap
+            leaf = leaf.val  # pyright: ignore[reportAttributeAccessIssue]
+        return isinstance(leaf, JaxprTracer) and not leaf.is_known()
+
+    return any(map(unknown, jax.tree.leaves(trees)))
 
 
 def row_change(x: Rows, dx: Any) -> jax.Array:
