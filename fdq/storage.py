@@ -167,7 +167,9 @@ def save(
 ) -> None:
     """Saves a model, an NNX module of yours, or any pytree of arrays and QTensors.
 
-    What was prepared for a device is saved in the canonical layout. PRNG keys are saved too.
+    What was prepared for a device is saved in the canonical layout. PRNG keys are saved too. Of
+    several processes (`jax.distributed`) all call this, with a path that all see: each gathers a
+    tensor at a time, and process 0 writes.
 
     Args:
       obj: an fdq model (loads without anything else), or any `nnx.Module` or pytree (loads into

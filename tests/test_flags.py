@@ -1,11 +1,13 @@
 """What JAX's flags change, and that nothing of ours changes with them."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fdq
 from tests.covering import slow, slow_but
@@ -20,6 +22,7 @@ FLAGS = {
     "bfloat16": lambda: jax.default_matmul_precision("bfloat16"),
     "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
 }
+GUARD = {"transfer_guard": lambda: jax.transfer_guard("disallow")}
 NAMES = ["W8A16", "W4A16", "W4A16-asym-g32", "W3A16", "W2A16", "WNF4A16", "WNVFP4", "WMXFP4"]
 
 
@@ -117,3 +120,54 @@ def test_generating(cache, flag):
         stack.enter_context(FLAGS[flag]())
         assert fdq.generate(model, prompts, **settings) == expected
         assert fdq.generate(model, prompts, **settings, sampling=warm) == drawn
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A quantized layer, its compiled step, and what that gives; compiled with the guard up."""
+    config = dataclasses.replace(oracles.oracle("qwen3")[0].config, num_layers=1)
+    model = fdq.quantize(fdq.models.Decoder(config, rngs=nnx.Rngs(0)), "W4A16C8-g32")
+    fns = fdq.functional(model)
+
+    @jax.jit
+    def step(params, state):
+        logits, state = fns.step(params, state)
+        return logits, state.push(logits.argmax(-1), logits=logits)
+
+    def begin():
+        return fdq.prefill(model, np.int32([[1, 2, 3]]), fdq.KVCache.init(config, 1, 8, "C8"))
+
+    state = begin()
+    with jax.transfer_guard("disallow"):
+        logits, _ = step(fns.params, state)
+    return model, begin, lambda state: step(fns.params, state), np.asarray(logits)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["transfer_guard", "debug_nans", "debug_infs", "x64", *map(slow, ("highest", "disable_jit"))],
+)
+def test_a_decode_step(small, flag):
+    _, begin, step, expected = small
+    state = begin()
+    with (FLAGS | GUARD)[flag]():
+        for _ in range(2):
+            logits, state = step(state)
+            jax.block_until_ready(logits)
+            assert logits.dtype == jnp.float32
+            if expected is not None:
+                np.testing.assert_allclose(jax.device_get(logits), expected, rtol=0, atol=1e-5)
+            expected = None  # of the first step only
+    assert state.length.tolist() == [5] and state.tokens.dtype == jnp.int32
+
+
+def test_decoding_moves_nothing_unasked(small):
+    model, begin, *_ = small
+    expected = fdq.decode(model, begin(), 3).generated()
+    warm = fdq.Sampling(temperature=0.8, top_k=5)
+    fdq.decode(model, begin(), 1, sampling=warm)
+    states = begin(), begin()
+    with jax.transfer_guard("disallow"):
+        found = fdq.decode(model, states[0], 3)
+        fdq.decode(model, states[1], 1, sampling=warm, stop_tokens=[1])
+        assert found.generated() == expected

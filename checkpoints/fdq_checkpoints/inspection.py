@@ -6,7 +6,6 @@ import os
 import pathlib
 from typing import Any
 
-from fdq.formats.qtensor import QTensor
 from fdq.text_table import aligned, folded
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.readers.local_directory import local_directory
@@ -202,7 +201,7 @@ def _inspect_source(folder: pathlib.Path, subtree: str | None) -> Inspection:
 
 def _row(tensor: tree_paths.Tensor) -> Row:
     value, arrays = tensor.value, tree_paths.arrays_of(tensor.value).values()
-    is_quantized = isinstance(value, QTensor)
+    is_quantized = isinstance(value, tree_paths.QUANTIZED)
     nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     format = str(value.spec) if is_quantized else value.dtype.name
     return Row(dotted(tensor.path), format, is_quantized, tuple(value.shape), nbytes)

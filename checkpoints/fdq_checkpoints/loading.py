@@ -13,7 +13,6 @@ from flax import nnx
 from fdq import models
 from fdq.calibration.observation import calibrate
 from fdq.decoding import special_tokens
-from fdq.formats.qtensor import QTensor
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
@@ -115,7 +114,7 @@ def _load_stored(
     target = _like_stored(template, entries, stored.folder, cast=True)
     values = stored.restore(sharding, verify=verify)
     for tensor in tree_paths.flatten(target):
-        if not isinstance(tensor.value, QTensor) and dtype is not None:
+        if not isinstance(tensor.value, tree_paths.QUANTIZED) and dtype is not None:
             values[tensor.path] = values[tensor.path].astype(tensor.value.dtype)
     model = tree_paths.fill(target, values)
     model.scheme = manifest.scheme
@@ -160,7 +159,8 @@ def _like_stored(
     """The template, quantized as the stored tensors are; CheckpointError where it is another."""
     is_module = isinstance(template, nnx.Module)
     if is_module:
-        plain = [t.path for t in tree_paths.flatten(template) if not isinstance(t.value, QTensor)]
+        tensors = tree_paths.flatten(template)
+        plain = [t.path for t in tensors if not isinstance(t.value, tree_paths.QUANTIZED)]
         found = [entries[path] for path in plain if path in entries]
         if to_quantize := [entry for entry in found if entry.spec is not None]:
             abstract = nnx.eval_shape(lambda: nnx.clone(template))
@@ -191,7 +191,9 @@ def _exact_recipe(entries: list[TensorEntry]) -> Recipe:
 def _difference(value: Any, entry: TensorEntry, cast: bool) -> str | None:
     if tuple(value.shape) != entry.shape:
         return f"stored shape {entry.shape}, the template has {tuple(value.shape)}"
-    if isinstance(value, QTensor):
+    if isinstance(value, tree_paths.QUANTIZED):
+        if getattr(value, "fold", None) != entry.fold:
+            return "stored with other contracted axes than the template has"
         same = value.spec == entry.spec
         return None if same else f"stored as {entry.spec}, the template has {value.spec}"
     if entry.spec is not None or entry.prng is not None or cast:

@@ -14,11 +14,11 @@ import numpy as np
 
 import fdq
 from fdq import models
-from fdq.formats.qtensor import QTensor
+from fdq.formats.folded import FoldedWeight
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import COMPANION_FILES
-from fdq_checkpoints.store import adapters, commit, manifest, orbax_store
+from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, processes
 from fdq_checkpoints.store.adapters import Parts
 from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
 from fdq_checkpoints.tree_paths import Tensor
@@ -46,13 +46,21 @@ def save(
     parts = Parts.of(obj) if is_model else None
     if parts is not None:
         tensors = [dataclasses.replace(t, path=place) for place, t in parts.base.items()]
-    total = sum(nbytes(tensor.value) for tensor in [*tensors, *(parts.adapters if parts else [])])
-    with commit.pending_directory(path, overwrite=overwrite, needed_bytes=total) as folder:
-        if parts is not None and parts.adapters:
-            beside = folder / adapters.FOLDER
-            beside.mkdir()
-            entries = _write(beside, parts.adapters)
-            write_manifest(beside, entries, scheme=None, config=None, files=[], provenance={})
+    beside = parts.adapters if parts is not None else []
+    total = sum(nbytes(tensor.value) for tensor in [*tensors, *beside])
+
+    folder = commit.pending_path(path)
+
+    def pending() -> processes.Directory:
+        return commit.pending_directory(path, overwrite=overwrite, needed_bytes=total)
+
+    with processes.directory_of_first(pending, folder):
+        if beside:
+            own = folder / adapters.FOLDER
+            if processes.is_first():
+                own.mkdir()
+            entries = _write(own, beside)
+            write_manifest(own, entries, scheme=None, config=None, files=[], provenance={})
         write_manifest(
             folder,
             _write(folder, tensors),
@@ -68,7 +76,7 @@ def _write(folder: pathlib.Path, tensors: list[Tensor]) -> list[TensorEntry]:
     writer = orbax_store.TreeWriter(folder / WEIGHTS, total_bytes=total)
     entries = []
     for tensor in tensors:
-        entries.append(write_tensor(writer, tensor))
+        entries.append(write_tensor(writer, processes.gathered(tensor)))
         writer.flush_if_full()
     writer.finalize()
     return entries
@@ -83,7 +91,12 @@ def write_manifest(
     files: Iterable[str | os.PathLike[str]],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Copy `files` beside the weights in `folder`, and describe all that is there."""
+    """Copy `files` beside the weights in `folder`, and describe all that is there.
+
+    Of several processes the first does it.
+    """
+    if not processes.is_first():
+        return
     content = Manifest(
         kind="params" if config is None else "model",
         tensors=tuple(entries),
@@ -109,8 +122,10 @@ def write_tensor(writer: orbax_store.TreeWriter, tensor: Tensor) -> TensorEntry:
         if host.size:  # Orbax has no empty arrays; the manifest's shape says all about them
             writer.add(tree_paths.array_path(tensor.path, name), host)
     value, shape = tensor.value, tuple(tensor.value.shape)
-    spec, padding = (value.spec, value.padding) if isinstance(value, QTensor) else (None, 0)
-    return TensorEntry(tensor.path, shape, arrays, spec, padding, tensor.activation, prng)
+    quantized = isinstance(value, tree_paths.QUANTIZED)
+    spec, padding = (value.spec, value.padding) if quantized else (None, 0)
+    fold = value.fold if isinstance(value, FoldedWeight) else None
+    return TensorEntry(tensor.path, shape, arrays, spec, padding, tensor.activation, prng, fold)
 
 
 def nbytes(value: Any) -> int:

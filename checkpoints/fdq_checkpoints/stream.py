@@ -141,12 +141,13 @@ class Job:
         }
 
     def _made(self, tensor: Tensor, pieces: Pieces | None) -> Any:
-        if self.assigned is not None and isinstance(tensor.value, QTensor):
+        quantized = isinstance(tensor.value, tree_paths.QUANTIZED)
+        if self.assigned is not None and quantized:
             found = self.assigned.rows.get(path_string(tensor.path))
             if found is not None:
                 return self._quantized(tensor, *found, pieces)
         value = self.source.read(tensor.path)
-        if not isinstance(tensor.value, QTensor):
+        if not quantized:
             if jnp.issubdtype(tensor.value.dtype, jax.dtypes.extended):
                 return value  # a PRNG key
             return _cast(np.asarray(value), tensor.value.dtype, tensor.path)
@@ -156,18 +157,18 @@ class Job:
             )
         return value
 
-    def _quantized(
-        self, tensor: Tensor, row: Row, paths: list[str], pieces: Pieces | None
-    ) -> QTensor:
+    def _quantized(self, tensor: Tensor, row: Row, paths: list[str], pieces: Pieces | None) -> Any:
         assigned, target = self.assigned, tensor.value
         assert assigned is not None
 
-        def quantized(index: int | None) -> QTensor:
+        def quantized(index: int | None) -> Any:
             array = np.asarray(self.source.read(tensor.path, index))
             if array.dtype == np.float64:  # JAX would cut it to 32 bits, and make infinity of 1e39
                 array = _cast(array, np.float32, tensor.path)
             return assigned.tensor(array, row, paths, inputs=self.inputs, index=index)
 
+        if row.fold is not None:
+            return quantized(None)
         if tuple(self._stored[tensor.path].shape) != tuple(target.shape):
             # What multiplies it sees it with its axes folded, so it has no slices to go by.
             whole = self.source.read(tensor.path)

@@ -1,7 +1,7 @@
 """Pytrees and Flax modules as flat lists of named tensors, and back.
 
 A path is a tuple of strings, printed with dots (`layers.0.self_attn.qkv_proj.kernel`). A
-`QTensor` is one tensor whatever arrays it has, so that its static part (spec, padding) travels
+`QTensor` (or `FoldedWeight`) is one tensor whatever arrays it has, so that its static part travels
 with it: Orbax would drop it.
 """
 
@@ -12,12 +12,15 @@ from typing import Any
 import jax
 from flax import nnx
 
+from fdq.formats.folded import FoldedWeight
 from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.schemes.path_pattern import path_keys
 from fdq.schemes.scheme import ActivationSpec
 from fdq_checkpoints.errors import CheckpointError, nearest
 
 Path = tuple[str, ...]
+QUANTIZED = (QTensor, FoldedWeight)
+"""What stands for a weight in a checkpoint."""
 
 
 def dotted(path: Iterable[str]) -> str:
@@ -27,7 +30,7 @@ def dotted(path: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A named array, `jax.ShapeDtypeStruct` or `QTensor`; `activation` is that of its module."""
+    """A named array, `jax.ShapeDtypeStruct` or quantized weight; `activation` as its module has."""
 
     path: Path
     value: Any
@@ -86,12 +89,12 @@ def check_same_paths(*, expected: Iterable[Path], found: Iterable[Path], what: s
 
 def arrays_of(value: Any) -> dict[str, Any]:
     """The arrays of a QTensor by field name, or the array itself under `"value"`."""
-    return value.arrays() if isinstance(value, QTensor) else {"value": value}
+    return value.arrays() if isinstance(value, QUANTIZED) else {"value": value}
 
 
 def with_arrays(value: Any, arrays: Mapping[str, Any]) -> Any:
     """The inverse of `arrays_of`: `value` with other arrays of the same names."""
-    return value.replace(**arrays) if isinstance(value, QTensor) else arrays["value"]
+    return value.replace(**arrays) if isinstance(value, QUANTIZED) else arrays["value"]
 
 
 def map_arrays(function: Callable[[Path, Any], Any], tensor: Tensor) -> Any:
@@ -134,7 +137,7 @@ def path_of(entries: Iterable[Any]) -> Path:
 
 def _pytree_leaves(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, QuantizedWeight | nnx.Variable)
+        tree, is_leaf=lambda node: isinstance(node, QuantizedWeight | FoldedWeight | nnx.Variable)
     )
     return [(path_of(path), leaf) for path, leaf in leaves], structure
 
@@ -143,12 +146,14 @@ def _raw(leaf: Any) -> Any:
     """Plain arrays: a Variable's value; a QTensor in the canonical layout, which files have."""
     if isinstance(leaf, nnx.Variable):
         return leaf.get_value()
-    return leaf.canonical() if isinstance(leaf, QuantizedWeight) else leaf
+    return leaf.canonical() if isinstance(leaf, QuantizedWeight | FoldedWeight) else leaf
 
 
 def _flatten_module(module: nnx.Module) -> list[Tensor]:
     quantized = {
-        path: leaf for path, leaf in _pytree_leaves(module)[0] if isinstance(leaf, QuantizedWeight)
+        path: leaf
+        for path, leaf in _pytree_leaves(module)[0]
+        if isinstance(leaf, QuantizedWeight | FoldedWeight)
     }
     activations = {
         tuple(map(str, path)): node.activation
@@ -158,20 +163,21 @@ def _flatten_module(module: nnx.Module) -> list[Tensor]:
     values: dict[Path, Any] = {}
     for keys, variable in nnx.to_flat_state(nnx.state(module)):
         path = tuple(map(str, keys))
-        if path[:-1] in quantized:
-            # The state has each array of a QTensor; the first of them brings the whole QTensor.
-            values.setdefault(path[:-1], _raw(quantized[path[:-1]]))
+        # The state has each array of a QTensor; the first of them brings the whole QTensor.
+        weight = next((one for one in (path[:-1], path[:-2]) if one in quantized), None)
+        if weight is not None:
+            values.setdefault(weight, _raw(quantized[weight]))
         else:
             values[path] = _raw(variable)
     return [
-        Tensor(path, value, activations.get(path[:-1]) if isinstance(value, QTensor) else None)
+        Tensor(path, value, activations.get(path[:-1]) if isinstance(value, QUANTIZED) else None)
         for path, value in values.items()
     ]
 
 
 def _fill_module(module: nnx.Module, values: Mapping[Path, Any]) -> nnx.Module:
     arrays = {
-        array_path(path, name): array
+        array_path((*path, "q") if isinstance(value, FoldedWeight) else path, name): array
         for path, value in values.items()
         for name, array in arrays_of(value).items()
     }

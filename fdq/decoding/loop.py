@@ -307,10 +307,12 @@ def run(
         processor = jax.tree_util.Partial(processor)
     if sampling is not None:
         sampling = sampling.for_batch(state.batch)
-    arguments = (template, params, state, stop_tokens, sampling, processor)
+    # Put there explicitly, which `jax.transfer_guard("disallow")` lets through.
+    stops, sampling, count = jax.device_put((stop_tokens, sampling, np.int32(steps)))
+    arguments = (template, params, state, stops, sampling, processor)
     with mesh_of(params, state):
         if counted:
-            return _decode(*arguments, np.int32(steps))
+            return _decode(*arguments, count)
         return _decode(*arguments, steps=steps)
 
 

@@ -36,6 +36,23 @@ class FoldedWeight:
         return self.q.spec
 
     @property
+    def padding(self) -> int:
+        """As of a QTensor."""
+        return self.q.padding
+
+    def arrays(self) -> dict[str, Any]:
+        """Those of `q`."""
+        return self.q.arrays()
+
+    def replace(self, **arrays: Any) -> FoldedWeight:
+        """A copy with other arrays."""
+        return dataclasses.replace(self, q=self.q.replace(**arrays))
+
+    def canonical(self) -> FoldedWeight:
+        """With plain arrays, as checkpoints hold them."""
+        return dataclasses.replace(self, q=self.q.canonical())
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the kernel."""
         return (*self.q.shape[:-2], *self.sizes)

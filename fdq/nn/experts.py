@@ -25,6 +25,8 @@ class ExpertLinear(nnx.Module):
       kernel: `nnx.Param` of `[E, K, N]`, or a quantized weight that stands for it.
       activation, activation_scale: as in `Linear`; one scale serves all experts.
       observer: called with `x` as an array, a row a pick; for calibration.
+      expert_axes: names of the mesh axes over which experts are sharded, with commas; `split` notes
+        them, as tracers do not say it where axes are Auto.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ExpertLinear(nnx.Module):
         self.activation: ActivationSpec | None = None
         self.activation_scale: Any = nnx.data(None)
         self.observer: Any = nnx.data(None)
+        self.expert_axes = ""
 
     @takes_rows
     def __call__(self, x: Rows, expert_index: jax.Array) -> jax.Array:
@@ -53,7 +56,14 @@ class ExpertLinear(nnx.Module):
         """Of the op that computes the layer, with another product `beside` it."""
         w, scale = value(self.kernel), value(self.activation_scale)
         arguments = GroupedProduct(
-            x, w, self.activation, scale, index=expert_index, beside=beside, dtype=x.dtype
+            x,
+            w,
+            self.activation,
+            scale,
+            index=expert_index,
+            beside=beside,
+            dtype=x.dtype,
+            axes=tuple(self.expert_axes.split(",")) if self.expert_axes else (),
         )
         if self.observer is not None:
             self.observer(_row_a_pick(x, arguments.index))

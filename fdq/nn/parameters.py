@@ -20,6 +20,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from fdq.formats.qtensor import QuantizedWeight
+from fdq.ops.placement import leading_axes
 from fdq.schemes.path_pattern import path_keys
 
 
@@ -82,6 +83,7 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
       any store and `jax.export` take them), whose leaves are arrays and QTensors of arrays. A few
       milliseconds at 640 Variables, against 55 for `nnx.split`.
     """
+    _note_experts(module)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(
         module, is_leaf=lambda x: isinstance(x, nnx.Variable | QuantizedWeight)
     )
@@ -89,6 +91,30 @@ def split(module: nnx.Module) -> tuple[Template, dict]:
     kinds = tuple(type(leaf) if isinstance(leaf, nnx.Variable) else None for _, leaf in leaves)
     template = Template(treedef, paths, kinds)
     return template, _nested(paths, [value(leaf) for _, leaf in leaves])
+
+
+def _note_experts(module: Any) -> None:
+    """Tells layers of experts over which mesh axes these are sharded, where that can be seen."""
+    waiting, seen = [module], set()
+    while waiting:
+        node = waiting.pop()
+        held = vars(node)
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        waiting += [
+            child
+            for child in held.values()
+            if isinstance(child, nnx.Pytree) and not isinstance(child, nnx.Variable)
+        ]
+        if "expert_axes" not in held:
+            continue
+        kernel = value(held["kernel"])
+        first = jax.tree.leaves(kernel)[0]
+        if isinstance(first, jax.Array) and not isinstance(first, Tracer):
+            axes = ",".join(leading_axes(kernel)[1])
+            if axes != held["expert_axes"]:
+                node.expert_axes = axes
 
 
 def _nested(paths: Iterable[tuple[str, ...]], values: Iterable[Any]) -> dict:

@@ -8,6 +8,7 @@ it once, for its result, and is traced in Auto mode.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,29 @@ def spec_entry(array: Any, axis: int) -> Any:
 def spec_entries(array: Any) -> list[Any]:
     """`spec_entry` of every axis."""
     return [spec_entry(array, axis) for axis in range(array.ndim)]
+
+
+def leading_axes(tree: Any, noted: tuple[str, ...] = ()) -> tuple[Any, tuple[str, ...]]:
+    """Mesh and mesh axes over which the first axis of stacked arrays is sharded; (None, ()) if not.
+
+    Arrays and tracers on Explicit axes say so themselves; tracers on Auto axes do not: of these
+    axes the `noted` ones count. Axes that are manual already (`jax.shard_map`) do not.
+    """
+    first = jax.tree.leaves(tree)[0]
+    mesh = jax.typeof(first).sharding.mesh
+    entry: Any = spec_entry(first, 0) or noted
+    if not isinstance(first, Tracer) and isinstance(first, jax.Array):
+        held = first.sharding
+        if isinstance(held, NamedSharding):
+            entry = held.spec[0] if len(held.spec) else None
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    known = not mesh.empty and set(names) <= set(mesh.axis_names) - set(manual)
+    if not known or math.prod(mesh.shape[name] for name in names) == 1:
+        return None, ()
+    if first.shape[0] % math.prod(mesh.shape[name] for name in names):
+        return None, ()
+    return mesh, names
 
 
 def in_auto_axes(

@@ -14,7 +14,6 @@ from flax import nnx
 
 from fdq.cache.kv_cache import abstract_scales
 from fdq.formats.folded import FoldedWeight
-from fdq.formats.qtensor import QTensor
 from fdq.quantizers import modules
 from fdq.quantizers.fastdeploy_rounding import FASTDEPLOY
 from fdq.quantizers.layer_inputs import LayerInputs
@@ -70,6 +69,8 @@ class Assigned:
             )
         note = activation_note(recipe) if tensors is None else ""
         table = assignment.assign(recipe, leaves, hint=hint, note=note)
+        if tensors is not None:
+            table = _without_activations(table, tensors)
         for row in table.quantized:
             if compat is None or row.quantizer is not None:
                 assert row.scheme is not None and row.scheme.weight is not None
@@ -111,19 +112,18 @@ class Assigned:
         *,
         inputs: LayerInputs,
         index: int | None = None,
-    ) -> QTensor:
+    ) -> Any:
         """Quantizes one tensor, `[..., K, N]`, or one matrix of its stack: that of `index`.
 
-        Any of `paths`, which all lead to it, may have statistics.
-
-        Raises:
-          NotImplementedError: the tensor is to be folded, which is done to whole trees only.
+        Any of `paths`, which all lead to it, may have statistics. Where a rule says that it
+        contracts other axes than `[..., K, N]`, the whole of it becomes a `FoldedWeight`.
         """
         if row.fold is not None:
-            raise NotImplementedError(
-                f"{row.path}: a rule or its module says that it contracts other axes than "
-                "[..., K, N]; such tensors are quantized in memory only, by fdq.quantize."
-            )
+            sizes = tuple(array.shape[array.ndim - len(row.fold.order) :])
+            array = array if hasattr(array, "dtype") else np.asarray(array)
+            plain = dataclasses.replace(row, fold=None)
+            q = self.tensor(row.fold(array), plain, paths, inputs=inputs)
+            return FoldedWeight(q, row.fold, sizes)
         assert row.scheme is not None and row.scheme.weight is not None
         theirs = row.quantizer is None and fastdeploy_has(row.scheme, array.dtype)
         return quantize_array(
@@ -134,16 +134,6 @@ class Assigned:
             statistics=inputs.statistics(paths, index),
             path=row.path,
         )
-
-    def _matrix(self, array: Any, row: Row, inputs: LayerInputs) -> Any:
-        """A leaf as a QTensor, or as a `FoldedWeight` where its axes are others."""
-        if row.fold is None:
-            return self.tensor(array, row, [row.path], inputs=inputs)
-        sizes = tuple(array.shape[array.ndim - len(row.fold.order) :])
-        array = array if hasattr(array, "dtype") else np.asarray(array)
-        plain = dataclasses.replace(row, fold=None)
-        q = self.tensor(row.fold(array), plain, [row.path], inputs=inputs)
-        return FoldedWeight(q, row.fold, sizes)
 
     def _quantize_tree(self, inputs: LayerInputs, donate: bool) -> Any:
         """A leaf used twice is quantized once."""
@@ -156,7 +146,7 @@ class Assigned:
             array = source.get_value() if isinstance(source, nnx.Variable) else source
             key = (id(source), row.scheme.weight, row.quantizer, row.fold)
             if key not in made:
-                made[key] = self._matrix(array, row, inputs)
+                made[key] = self.tensor(array, row, [row.path], inputs=inputs)
             leaves[i] = made[key]
             uses[id(source)] -= 1
             if donate and not uses[id(source)] and isinstance(array, jax.Array):
@@ -175,6 +165,25 @@ def activation_note(recipe: Recipe) -> str:
         f"A tree has no layers: activations ({names}) are not quantized by it; pass "
         "fdq.matmul(x, q, activation=...)."
     )
+
+
+def _without_activations(table: MatchTable, tensors: list[modules.Tensor]) -> MatchTable:
+    """The table, which says of which weights quantized activations are no part."""
+    rows, names = [], []
+    for row, tensor in zip(table.rows, tensors, strict=True):
+        spec = None if row.scheme is None else row.scheme.activation
+        if row.scheme is not None and spec and not modules.quantizes_activations(tensor):
+            names.append(row.path)
+            scheme = dataclasses.replace(row.scheme, activation=None)
+            row = dataclasses.replace(row, scheme=scheme, reason=f"{row.reason}, without {spec}")
+        rows.append(row)
+    if not names:
+        return table
+    note = (
+        f"Activations are not quantized where fdq does not form the product: {', '.join(names)}. "
+        "Rows of an embedding are looked up; with raw params use fdq.matmul(x, w, activation=...)."
+    )
+    return dataclasses.replace(table, rows=tuple(rows), note=note)
 
 
 def parse(scheme: Any, rules: Any, compat: str | None, has_experts: bool) -> Recipe:

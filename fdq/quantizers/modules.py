@@ -183,6 +183,12 @@ def role_of(use: Use) -> Role | str:
     return Role("weight", *found)
 
 
+def quantizes_activations(tensor: Tensor) -> bool:
+    """Whether what multiplies by a tensor, or one of several, can quantize its input."""
+    roles = map(role_of, tensor.uses)
+    return any(isinstance(role, Role) and role.activations for role in roles)
+
+
 def quantize_module(
     module: Any,
     tensors: list[Tensor],

@@ -107,7 +107,8 @@ class MatchTable:
 
     def __str__(self) -> str:
         head = ("path", "shape", "dtype", "scheme", "why")
-        return aligned([head, *_folded(self.rows)], indent="  ")
+        table = aligned([head, *_folded(self.rows)], indent="  ")
+        return f"{table}\n{self.note}" if self.note else table
 
 
 def assign(

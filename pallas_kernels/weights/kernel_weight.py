@@ -15,7 +15,6 @@ padding is zeros.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -24,32 +23,9 @@ from jax import lax
 
 from pallas_kernels.weights import scales
 from pallas_kernels.weights.formats import WORD_FORMATS
+from pallas_kernels.weights.kernel_arrays import KernelWeight as KernelWeight
 from pallas_kernels.weights.layout import WeightLayout
 from pallas_kernels.weights.word_format import bytes_to_words, words_to_bytes
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KernelWeight:
-    """A quantized weight `[..., K, N]` as the matrix kernels read it (see above); a pytree."""
-
-    words: Any
-    scale: Any  # None if a column has but one
-    zero: Any  # int32 [..., ceil(groups / 4), N'], or None
-    column_scale: Any  # or None
-    constants: tuple[Any, ...]  # float32 [..., 1, N'] each, in the order of `WordFormat.columns`
-    kept: dict[str, Any]  # canonical arrays that no kernel reads, for the way back
-    layout: WeightLayout = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`(..., K, N)`."""
-        return (*self.words.shape[:-2], self.layout.k, self.layout.n)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
 
 
 def unsupported(

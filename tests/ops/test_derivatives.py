@@ -79,6 +79,64 @@ def test_the_gradient_by_scales_of_experts(t, picks, rng):
     assert error(dx, np.broadcast_to(picks * decoded("nvfp4").sum(1), x.shape)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "t", "picks"),
+    [("int4-g64", 40, 2), slow("int4-g64", 3, 1), slow("nvfp4", 40, 2), slow("array", 40, 2)],
+)
+def test_both_modes_and_second_derivatives_of_experts(name, t, picks, rng):
+    one = quantized("int8" if name == "array" else name, 128, 64)
+    q = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1], a]), one)
+    q = dequantize(q) if name == "array" else q
+    w = np.asarray(dequantize(q) if name != "array" else q, np.float64)
+    x, dx = rows(rng, t, 128) / 10, rows(rng, t, 128) / 10
+    index = rng.integers(0, 2, (t, picks))  # nobody picks the last
+
+    def product(x):
+        return fdq.grouped_matmul(x, q, jnp.asarray(index, jnp.int32))
+
+    def by_hand(x):
+        return np.einsum("tk,tpkn->tpn", np.asarray(x, np.float64), w[index])
+
+    def back(g):
+        return np.einsum("tpn,tpkn->tk", g, w[index])
+
+    gradient = jax.grad(lambda x: jnp.sin(product(x)).sum())
+
+    @jax.jit
+    def found(x, dx):
+        along = jax.jvp(gradient, (x,), (dx,))[1]
+        again = jax.grad(lambda x: jnp.vdot(gradient(x), dx))(x)
+        return *jax.jvp(product, (x,), (dx,)), gradient(x), along, again
+
+    change = back(-np.sin(by_hand(x)) * by_hand(dx))
+    expected = by_hand(x), by_hand(dx), back(np.cos(by_hand(x))), change, change
+    for one, value in zip(found(x, dx), expected, strict=True):
+        assert error(one, value) < 1e-5
+
+
+def test_forward_mode_of_experts_by_scales_and_arrays(rng):
+    q = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1]]), quantized("int4-g64", 128, 64))
+    x, index = rows(rng, 5, 128), jnp.asarray([0, 1, 1, 0, 1], jnp.int32)
+    values = np.asarray(dequantize(q), np.float64)[index]
+    by_hand = np.einsum("tk,tkn->tn", np.asarray(x, np.float64), values)
+
+    def of_scale(x, scale):
+        return fdq.grouped_matmul(x, q.replace(scale=scale), index)
+
+    def of_array(w):
+        return fdq.grouped_matmul(x, w, index)
+
+    @jax.jit
+    def changes(x, scale, w):
+        by_both = jax.jvp(of_scale, (x, scale), (x, scale * 2))[1]
+        return by_both, jax.jvp(of_array, (w,), (3 * w,))[1]
+
+    for dy in changes(x, q.scale, dequantize(q)):
+        assert error(dy, 3 * by_hand) < 1e-5
+    found = jax.jacfwd(jax.jit(lambda x: fdq.grouped_matmul(x, q, index[:1])))(x[:1])
+    assert error(found[0, :, 0], values[0].T) < 5e-6
+
+
 @varied
 def test_forward_mode(name, rng):
     q, x, dx = quantized(name), rows(rng, 2), rows(rng, 2)
@@ -91,6 +149,29 @@ def test_forward_mode(name, rng):
     _, linear = jax.linearize(lambda x: fdq.matmul(x, q), x)
     back = jax.linear_transpose(linear, x)(y)[0]
     assert error(back, np.asarray(y, np.float64) @ decoded(name).T) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["int4-g64", slow("int8"), slow("cc2")])
+def test_transposes_of_products(name, rng):
+    q, w = quantized(name), decoded(name)
+    k, n = w.shape
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), q)
+    index = jnp.asarray([0, 1, 1], jnp.int32)
+    forward = rows(rng, 3, k)
+    g = rows(rng, 3, n)
+    for product in (
+        lambda x: fdq.matmul(x, q),
+        lambda x: fdq.matmul(x, q, activation="int8"),
+        lambda x: x @ q,
+        lambda x: fdq.einsum("mk,kn->mn", x, q),
+        lambda x: jax.vmap(fdq.matmul, (0, None))(x, q),
+        lambda x: fdq.grouped_matmul(x, stack, index),
+        jax.linearize(jax.jit(lambda x: fdq.matmul(x, q)), forward)[1],
+    ):
+        back = jax.linear_transpose(product, forward)(g)[0]
+        assert error(back, np.asarray(g, np.float64) @ w.T) < 5e-6
+    back = jax.linear_transpose(lambda x: fdq.einsum("mn,kn->mk", x, q), g)(forward)[0]
+    assert error(back, np.asarray(forward, np.float64) @ w) < 5e-6
 
 
 @pytest.mark.slow
@@ -137,10 +218,23 @@ def test_what_has_no_derivative_is_refused(rng):
                 jax.grad(lambda q: product(x, q).sum(), allow_int=True)(small)  # noqa: B023
 
 
+def bytes_of(kept):
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in kept.jaxpr.outvars)
+
+
 def test_a_gradient_keeps_the_codes_and_not_the_decoded_weight(rng):
     q, x = quantized("int4-g64"), rows(rng, 3)
     kept = jax.make_jaxpr(lambda x, q: jax.vjp(lambda x: fdq.matmul(x, q), x)[1])(x, q)
-    assert sum(v.aval.size * v.aval.dtype.itemsize for v in kept.jaxpr.outvars) < 2 * q.nbytes
+    assert bytes_of(kept) < 2 * q.nbytes
+    stack = jax.tree.map(lambda a: jnp.stack([a, a, a]), q)
+    for t in (3, 20):  # a row at a time, and in tiles
+
+        def of_scale(scale, q, x):
+            return fdq.grouped_matmul(x, q.replace(scale=scale), jnp.arange(x.shape[0]) % 3)
+
+        x = rows(rng, t)
+        kept = jax.make_jaxpr(lambda x, q: jax.vjp(of_scale, q.scale, q, x)[1])(x, stack)
+        assert bytes_of(kept) < 3 * stack.nbytes
 
 
 @pytest.mark.parametrize("name", ["W4A16", slow("WCC2")])

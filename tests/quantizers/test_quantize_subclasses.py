@@ -118,6 +118,35 @@ def test_raw_params_by_name():
         quantize(model, [("w", "W8", {"contract": 1})])
 
 
+def test_activations_that_have_no_place_in_a_module_are_said(caplog, capsys):
+    class Both(nnx.Module):
+        def __init__(self, rngs):
+            self.own = Own(rngs)
+            self.embed = nnx.Embed(64, 64, rngs=rngs)
+            self.out = nnx.Linear(64, 32, rngs=rngs)
+
+    model, recipe = Both(rngs()), {"own.w": "W8A8", "*embed*": "W8A8", "*": "W8A8"}
+    with caplog.at_level("WARNING", "fdq"):
+        q = quantize(model, recipe)
+        said = "Activations are not quantized where fdq does not form the product: "
+        assert f"{said}embed.embedding, own.w." in caplog.text
+        caplog.clear()
+        quantize(model, {"own.w": "W8A16", "*": "W8A8"})
+        assert not caplog.text
+    assert str(q.out.activation) == "A8"
+    table = match_table(model, recipe)
+    rows = {row.path: row for row in table.quantized}
+    assert (
+        str(rows["out.kernel"].scheme) == "W8A8C16" and "without" not in rows["out.kernel"].reason
+    )
+    for path, pattern in (("own.w", "own.w"), ("embed.embedding", "*embed*")):
+        assert str(rows[path].scheme) == "W8A16C16"
+        assert rows[path].reason == f"rule {pattern!r}, without A8"
+    assert said in str(table)
+    quantize(model, recipe, verbose=True)
+    assert said in capsys.readouterr().out
+
+
 def test_linen_modules_in_a_bridge():
     class Net(flax.linen.Module):
         @flax.linen.compact

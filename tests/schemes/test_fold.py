@@ -140,8 +140,9 @@ def test_activations_that_a_tree_drops_are_said(rng, caplog, capsys):
     assert "activations (A8) are not quantized" in capsys.readouterr().out
 
 
-def test_a_stream_of_tensors_refuses_what_it_cannot_fold(rng):
-    tree = {"a": {"weight": normal(rng, 64, 8)}}
+def test_tensors_of_a_stream_are_folded(rng):
+    tree = {"a": {"weight": normal(rng, 8, 64)}}
     assigned = Assigned.of(tree, [("a", "W8", {"contract": 1})])
-    with pytest.raises(NotImplementedError, match=r"a\.weight: .* quantized in memory only"):
-        assigned.tensor(tree["a"]["weight"], assigned.table.rows[0], ["a"], inputs=LayerInputs())
+    row, paths = assigned.rows["a.weight"]
+    found = assigned.tensor(tree["a"]["weight"], row, paths, inputs=LayerInputs())
+    assert isinstance(found, FoldedWeight) and found.shape == (8, 64) and found.T.shape == (64, 8)

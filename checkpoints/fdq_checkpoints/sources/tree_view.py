@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdq import models
-from fdq.formats.qtensor import QTensor
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError, nearest
 from fdq_checkpoints.readers import strict_json
@@ -65,7 +64,7 @@ def as_template(tree: Any, template: Any, where: pathlib.Path) -> Any:
     for path, value in expected.items():
         stored = found[path]
         problem = None
-        if isinstance(value, QTensor):
+        if isinstance(value, tree_paths.QUANTIZED):
             problem = f"stored as {stored.dtype}, the template has {value.spec}"
         elif tuple(stored.shape) != tuple(value.shape):
             problem = f"stored shape {tuple(stored.shape)}, the template has {tuple(value.shape)}"

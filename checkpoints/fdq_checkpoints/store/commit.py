@@ -40,7 +40,7 @@ def pending_directory(
     final = pathlib.Path(destination).absolute()
     check_destination(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
-    pending = final.with_name(final.name + SUFFIX)
+    pending = pending_path(final)
     needed_bytes -= bytes_in(pending) if keep_unfinished else 0
     free = shutil.disk_usage(final.parent).free
     if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
@@ -73,6 +73,12 @@ def pending_directory(
         except BaseException:
             shutil.rmtree(pending, ignore_errors=True)
             raise
+
+
+def pending_path(destination: str | os.PathLike[str]) -> pathlib.Path:
+    """The temporary sibling."""
+    final = pathlib.Path(destination).absolute()
+    return final.with_name(final.name + SUFFIX)
 
 
 def check_destination(final: pathlib.Path, *, overwrite: bool) -> None:

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdq.formats.folded import FoldedWeight
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers import quantize_array
+from fdq.schemes.fold import Fold
 from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from fdq_checkpoints.errors import CheckpointError, shown
 from fdq_checkpoints.readers import strict_json
@@ -64,7 +66,7 @@ class TensorEntry:
 
     `shape` is that of what it stands for, `(..., K, N)` for a quantized weight; `activation` is how
     the module that holds the weight quantizes its input; `prng` names the PRNG implementation if
-    the array is the data of a key.
+    the array is the data of a key; `fold` is that of a `FoldedWeight`, whose shape is its kernel's.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class TensorEntry:
     padding: int = 0
     activation: ActivationSpec | None = None
     prng: str | None = None
+    fold: Fold | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,14 +84,17 @@ class TensorEntry:
         return sum(array.nbytes for array in self.arrays.values())
 
     def abstract(self) -> Any:
-        """The tensor with `jax.ShapeDtypeStruct` for arrays: a QTensor, or one array."""
+        """The tensor with `jax.ShapeDtypeStruct` for arrays: a quantized weight, or one array."""
         arrays: dict[str, Any] = {
             name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
             for name, array in self.arrays.items()
         }
         if self.spec is None:
             return arrays["value"]
-        return QTensor(**arrays, spec=self.spec, padding=self.padding)
+        q = QTensor(**arrays, spec=self.spec, padding=self.padding)
+        if self.fold is None:
+            return q
+        return FoldedWeight(q, self.fold, self.shape[len(self.shape) - len(self.fold.order) :])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +184,8 @@ def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
         entry["padding"] = tensor.padding
     if tensor.activation is not None:
         entry["activation"] = dataclasses.asdict(tensor.activation)
+    if tensor.fold is not None:
+        entry["fold"] = dataclasses.asdict(tensor.fold)
     if tensor.prng is not None:
         entry["prng"] = tensor.prng
     return entry
@@ -204,7 +212,10 @@ def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
     if "activation" in entry:
         activation = _spec_from_json(ActivationSpec, entry["activation"], where)
     shape, padding = _shape(entry["shape"], where), _integer(entry.get("padding", 0), where)
-    tensor = TensorEntry(path, shape, arrays, spec, padding, activation, entry.get("prng"))
+    prng, fold = entry.get("prng"), None
+    if "fold" in entry:
+        fold = _fold_from_json(entry["fold"], shape, where)
+    tensor = TensorEntry(path, shape, arrays, spec, padding, activation, prng, fold)
     _check_arrays(tensor, where)
     return tensor
 
@@ -212,6 +223,8 @@ def tensor_from_json(entry: dict[str, Any], where: str) -> TensorEntry:
 def _check_arrays(tensor: TensorEntry, where: str) -> None:
     """The arrays must be exactly those that quantizing such a shape by this spec gives."""
     if tensor.spec is None:
+        if tensor.fold is not None:
+            raise CheckpointError(f"{where}: folded, but not quantized.")
         if set(tensor.arrays) != {"value"}:
             raise CheckpointError(f"{where}: a plain tensor has arrays {sorted(tensor.arrays)}.")
         shape = tensor.arrays["value"].shape if tensor.prng is None else _keys_shape(tensor, where)
@@ -221,7 +234,8 @@ def _check_arrays(tensor: TensorEntry, where: str) -> None:
     if tensor.prng is not None:
         raise CheckpointError(f"{where}: both quantized and a PRNG key.")
     try:
-        expected = _abstract(tensor.shape, tensor.spec)
+        matrix = tensor.shape if tensor.fold is None else tensor.fold.shape(tensor.shape)
+        expected = _abstract(matrix, tensor.spec)
     except ValueError as error:
         raise CheckpointError(f"{where}: impossible spec ({error})") from error
     found = {name: (a.dtype, a.shape) for name, a in tensor.arrays.items()}
@@ -289,6 +303,15 @@ def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
         return kind(**fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: impossible {kind.__name__} ({error}).") from error
+
+
+def _fold_from_json(fold: Any, shape: tuple[int, ...], where: str) -> Fold:
+    order, contracted = fold["order"], _integer(fold["contracted"], where)
+    axes = sorted(_integer(axis, where) for axis in order)
+    whole = axes == list(range(len(axes))) and len(axes) <= len(shape)
+    if not (whole and 0 < contracted < len(axes)):
+        raise CheckpointError(f"{where}: {shown(str(fold))} is no fold of shape {shape}.")
+    return Fold(tuple(order), contracted)
 
 
 def _integer(value: Any, where: str) -> int:

@@ -8,18 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from fdq.formats.qtensor import QuantizedWeight, dequantize
-from fdq.ops.dots import exact_dot
+from fdq.formats.qtensor import QuantizedWeight
+from fdq.ops.grouped_matmul.derivative import changed_product, picked_product
 from fdq.ops.grouped_matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.grouped_matmul.product import GroupedProduct
-from fdq.ops.grouped_matmul.xla import Xla, for_each_expert, pick_expert
+from fdq.ops.grouped_matmul.xla import Xla
 from fdq.ops.implementation import Op
 from fdq.ops.matmul import api as matmul
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.product import Product, parse_activation
-from fdq.ops.placement import in_auto_axes, spec_entry
-from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
+from fdq.ops.placement import in_auto_axes, leading_axes, spec_entry
+from fdq.ops.rows import Sums, as_array
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Int, Shaped
 
@@ -55,8 +56,8 @@ def grouped_matmul(
       path: as in `matmul`.
 
     Returns:
-      `[T, N]`, or `[T, picks, N]`. Gradients are those of the decoded weights, as in `matmul`;
-      there is no forward mode.
+      `[T, N]`, or `[T, picks, N]`. Derivatives, forward and reverse, are those of the decoded
+      weights, as in `matmul`.
     """
     settings = {"dtype": out_dtype, "path": path}
     spec = parse_activation(activation)
@@ -75,7 +76,10 @@ def grouped_product(
     run: Any = GROUPED_MATMUL.choose(a, implementation)
     joined = beside is not None and run.joins(a)
     other = (beside.x, beside.w) if beside is not None and joined else None
-    call = functools.partial(_parts, run, a.activation, a.picks, a.path)
+    mesh, axes = leading_axes(a.w, a.axes)
+    call = functools.partial(_parts, run, a.activation, a.picks, a.path, False)
+    if axes:
+        call = functools.partial(_of_shards, mesh, axes, (run, a.activation, a.picks, a.path))
     arrays = (a.x, a.w, a.index, a.activation_scale, other)
     with jax.named_scope("grouped_matmul"):
         found = in_auto_axes(call, *arrays, result=lambda: _axes(a))
@@ -93,101 +97,76 @@ def _axes(a: GroupedProduct) -> list[Any]:
     return [None, *rows, *[None] * (a.index.ndim - len(rows)), columns]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _parts(run, activation, picks, path, x, w, index, activation_scale, beside):
+def _of_shards(mesh, axes, settings, x, w, index, activation_scale, beside):
+    """Each device multiplies the rows of its own experts; what it has is added up over `axes`.
+
+    Left to itself, XLA would gather the codes of all experts at each step.
+    """
+    experts = w.shape[0]
+    each = False
+    if activation_scale is not None and activation_scale.size == experts > 1:
+        each, activation_scale = True, activation_scale.reshape(-1)
+
+    def of_shard(x, w, index, activation_scale):
+        own = w.shape[0]
+        local = index - lax.axis_index(axes).astype(jnp.int32) * own
+        mine = (local >= 0) & (local < own)
+        local = jnp.where(mine, local, own)
+        parts = _parts(*settings, True, x, w, local, activation_scale, None)
+        return lax.psum(jnp.where(mine[..., None], parts, 0.0), axes)
+
+    sharded, whole = PartitionSpec(axes), PartitionSpec()
+    run = jax.shard_map(
+        of_shard,
+        mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
+        in_specs=(whole, sharded, whole, sharded if each else whole),
+        out_specs=whole,
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return run(x, w, index, activation_scale)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _parts(run, activation, picks, path, shard, x, w, index, activation_scale, beside):
+    if derivative.to_be_transposed(x, w) and beside is None:
+        picked = index.reshape(-1)
+        rows = picked_product(_row_a_pick(as_array(x), picks), w, picked)
+        return rows.reshape(1, *index.shape, -1)
     other = None if beside is None else Product(*beside)
-    settings = {"index": index, "beside": other, "path": path}
+    settings = {"index": index, "beside": other, "path": path, "shard": shard}
     return run(GroupedProduct(x, w, activation, activation_scale, **settings))
 
 
-def _forward(run, activation, picks, path, *given):
-    x, w, index, activation_scale, beside = jax.tree.map(lambda leaf: leaf.value, given)
-    wanted = _wanted(given[1])
-    derivative.check(w, _any(wanted), _any(_wanted(given[3])), path)
-    y = _parts(run, activation, picks, path, x, w, index, activation_scale, beside)
-    other = None
-    if beside is not None:
-        also = _wanted(given[4][1])
-        derivative.check(beside[1], _any(also), False, path)
-        other = beside[0] if _any(also) else _kept_rows(beside[0]), beside[1], also
-    # The rows themselves are needed for the gradient of a weight only.
-    kept = x if _any(wanted) else _kept_rows(x)
-    return y, (kept, w, wanted, index, activation_scale, other)
-
-
-def _backward(run, activation, picks, path, residuals, cotangents):
-    kept, w, wanted, index, activation_scale, beside = residuals
-    if beside is None:
-        cotangents = (cotangents,)
-    # A sum's parts have one reader, which adds them up: their cotangents are equal.
-    g, *more = [derivative.instantiated(c, c)[0] for c in cotangents]
-    g, picked = g.reshape(index.size, g.shape[-1]), index.reshape(-1)
-    experts, k = w.shape[0], w.shape[1]
-
-    def transposed(rows, expert):
-        one = pick_expert(w, expert)
-        decoded = dequantize(one) if isinstance(one, QuantizedWeight) else one.astype(jnp.float32)
-        return exact_dot(rows, decoded, axis=1)
-
-    dx = for_each_expert(transposed, g, picked, experts, k)
-    dx = dx.reshape(-1, picks, k).sum(axis=1) if picks > 1 else dx
-    dw = None
-    if _any(wanted):
-        x = as_array(kept).reshape(-1, k)
+def _tangent(run, activation, picks, path, shard, primals, tangents):
+    x, w, index, scale, beside = primals
+    dx, dw, _, dscale, dbeside = tangents
+    found = _parts(run, activation, picks, path, shard, *primals)
+    moving = derivative.moving(dw)
+    derivative.check(w, bool(moving), bool(derivative.moving(dscale)), path)
+    picked, terms = index.reshape(-1), []
+    if derivative.moving(dx):
+        terms.append(picked_product(_row_a_pick(derivative.row_change(x, dx), picks), w, picked))
+    if moving:
+        rows = as_array(x)
         if isinstance(w, QuantizedWeight):
-            x = derivative.multiplied_rows(x, activation, activation_scale, path)
-        x = jnp.repeat(x, picks, axis=0)
-
-        def weight_gradient(expert):
-            mine = (picked == expert)[:, None]
-            rows = jnp.where(mine, x, jnp.zeros_like(x)).astype(jnp.float32)
-            return _weight_cotangent(pick_expert(w, expert), wanted, exact_dot(rows.T, g))
-
-        dw = lax.map(weight_gradient, jnp.arange(experts, dtype=jnp.int32))
-    other = None
-    if beside is not None:
-        rows, w, also = beside
-        g = more[0].reshape(-1, more[0].shape[-1])
-        dx_beside = exact_dot(g, dequantize(w), axis=1)
-        dw_beside = None
-        if _any(also):
-            x = as_array(rows).reshape(-1, w.shape[0]).astype(jnp.float32)
-            dw_beside = _weight_cotangent(w, also, exact_dot(x.T, g))
-        other = _rows_cotangent(rows, dx_beside), dw_beside
-    return _rows_cotangent(kept, dx), dw, None, None, other
+            rows = derivative.multiplied_rows(rows, activation, scale, path)
+        terms.append(changed_product(_row_a_pick(rows, picks), w, picked, moving))
+    if beside is None:
+        return found, derivative.as_parts(found, terms)
+    (rows, other), (drows, dother) = beside, dbeside
+    moving, more = derivative.moving(dother), []
+    derivative.check(other, bool(moving), False, path)
+    if derivative.moving(drows):
+        more.append(derivative.decoded_product(derivative.row_change(rows, drows), other))
+    if moving:
+        more.append(derivative.changed_product(as_array(rows), other, moving))
+    return found, (derivative.as_parts(found[0], terms), derivative.as_parts(found[1], more))
 
 
-_parts.defvjp(_forward, _backward, symbolic_zeros=True)
+_parts.defjvp(_tangent, symbolic_zeros=True)
 
 
-def _wanted(given: Any) -> tuple[Any, ...]:
-    """Of each leaf `()` where its gradient is wanted and None where not: part of the structure."""
-    return tuple(() if leaf.perturbed else None for leaf in jax.tree.leaves(given))
-
-
-def _any(wanted: tuple[Any, ...]) -> bool:
-    """Whether the gradient of any leaf is wanted."""
-    return any(flag is not None for flag in wanted)
-
-
-def _weight_cotangent(w: Any, wanted: tuple[Any, ...], dw: jax.Array) -> Any:
-    """The cotangent of one weight, array or quantized, from that of its float32 values."""
-    if not isinstance(w, QuantizedWeight):
-        return dw.astype(w.dtype)
-    leaves, structure = jax.tree.flatten(w)
-    numbers = tuple(i for i, flag in enumerate(wanted) if flag is not None)
-    pull_back = jax.vjp(derivative.decoding(w, numbers), *(leaves[i] for i in numbers))[1]
-    found = dict.fromkeys(range(len(leaves))) | dict(zip(numbers, pull_back(dw), strict=True))
-    return jax.tree.unflatten(structure, list(found.values()))
-
-
-def _kept_rows(x: Rows) -> Rows:
-    """What a gradient needs to know of its rows: all of unfinished ones, else shape and dtype."""
-    return x if isinstance(x, Normed | Sums | Gated) else jnp.zeros((0, *x.shape), x.dtype)
-
-
-def _rows_cotangent(kept: Rows, dx: jax.Array) -> Rows:
-    """The cotangent of rows from that of their float32 values `[M, K]`."""
-    if isinstance(kept, Normed | Sums | Gated):
-        return jax.vjp(as_array, kept)[1](dx.reshape(kept.shape).astype(kept.dtype))[0]
-    return dx.reshape(kept.shape if kept.size else kept.shape[1:]).astype(kept.dtype)
+def _row_a_pick(rows: jax.Array, picks: int) -> jax.Array:
+    rows = rows.reshape(-1, rows.shape[-1])
+    return jnp.repeat(rows, picks, axis=0, total_repeat_length=picks * rows.shape[0])

@@ -16,11 +16,15 @@ from fdq.ops.rows import Sums
 class GroupedProduct(Product):
     """`x[t] @ w[index[t, p]]` of each row and pick, without a bias: see `fdq.grouped_matmul`.
 
-    One launch may take along the product `beside`, of a weight that is not picked.
+    One launch may take along the product `beside`, of a weight that is not picked. `axes` are the
+    mesh axes over which experts are known to be sharded. In a `shard` of them, rows with the index
+    E are of none of these: what is returned for them does not count.
     """
 
     index: jax.Array
     beside: Product | None = None
+    axes: tuple[str, ...] = ()
+    shard: bool = False
 
     def _check(self, x: tuple[int, ...], w: tuple[int, ...]) -> None:
         if len(w) != 3 or len(x) < 2 or x[-1] != w[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,13 @@ class Xla(GroupedImplementation):
                 rows = activation_values(codes, scale, a.activation.group_size, rows.dtype)
             return dense_product(rows, one)
 
-        return for_each_expert(product, rows, index, experts, n).reshape(1, *a.index.shape, n)
+        def product_or_nothing(rows, expert):
+            # Others' rows cost nothing: neither codes that are read nor products.
+            nothing = functools.partial(jnp.zeros, (rows.shape[0], n), jnp.float32)
+            return lax.cond(expert < experts, lambda: product(rows, expert), nothing)
+
+        run = product_or_nothing if a.shard else product
+        return for_each_expert(run, rows, index, experts, n).reshape(1, *a.index.shape, n)
 
 
 def pick_expert(w: QuantizedWeight | jax.Array, index: jax.Array) -> Any:
@@ -71,9 +78,7 @@ def for_each_expert(
             return None, product(row[None], expert)[0]
 
         return lax.scan(step, None, (x, index))[1]
-    tile = _SMALLEST_TILE
-    while tile < _LARGEST_TILE and tile * experts < t:
-        tile *= 2
+    tile = tile_rows(t, experts)
     order = jnp.argsort(index, stable=True)
     counts = jnp.zeros((experts,), jnp.int32).at[index].add(1)
     first_row = jnp.cumsum(counts) - counts
@@ -92,3 +97,11 @@ def for_each_expert(
     y = jnp.zeros((t + tile, n), jnp.float32)
     y = lax.fori_loop(0, last_tile[-1], body, y)
     return jnp.zeros((t, n), jnp.float32).at[order].set(y[:t], unique_indices=True)
+
+
+def tile_rows(t: int, experts: int) -> int:
+    """Rows of one expert that are multiplied at a time."""
+    tile = _SMALLEST_TILE
+    while tile < _LARGEST_TILE and tile * experts < t:
+        tile *= 2
+    return tile

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.implementation import Op
@@ -54,6 +53,8 @@ def matmul(
 
     Derivatives, forward and reverse, are those of `x @ dequantize(w)`: straight through the
     rounding of activations; of a QTensor with respect to its scales (its integer codes have none).
+    `jax.linear_transpose` takes a function that calls this outside of `jax.jit`; of one inside,
+    transpose what `jax.linearize` returns.
 
     Args:
       x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
@@ -104,6 +105,8 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
+    if derivative.to_be_transposed(x, w) and isinstance(w, QuantizedWeight):
+        return derivative.decoded_product(as_array(x), w).reshape(1, *x.shape[:-1], -1)
     return run(Product(x, w, activation, activation_scale, path=path))
 
 
@@ -117,16 +120,13 @@ def _tangent(run, activation, path, primals, tangents):
     parts = _of_quantized(run, activation, path, x, w, scale)
     moving = derivative.moving(dw)
     derivative.check(w, bool(moving), bool(derivative.moving(dscale)), path)
-    terms = [jnp.zeros_like(parts[0])]
+    terms = []
     if derivative.moving(dx):
-        change = jax.jvp(as_array, (x,), (derivative.instantiated(dx, x),))[1]
-        terms = [derivative.decoded_product(change, w)]
+        terms.append(derivative.decoded_product(derivative.row_change(x, dx), w))
     if moving:
         rows = derivative.multiplied_rows(as_array(x), activation, scale, path)
         terms.append(derivative.changed_product(rows, w, moving))
-    total = functools.reduce(jnp.add, [term.reshape(parts.shape[1:]) for term in terms])
-    # Whoever reads the parts adds them up: the first takes all.
-    return parts, jnp.concatenate([total[None], jnp.zeros_like(parts[1:])])
+    return parts, derivative.as_parts(parts, terms)
 
 
 _of_quantized.defjvp(_tangent, symbolic_zeros=True)

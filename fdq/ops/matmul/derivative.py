@@ -6,16 +6,20 @@ and their rounding as the identity.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters.partial_eval import JaxprTracer
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.dots import exact_dot
+from fdq.ops.rows import Rows, as_array
 from fdq.schemes.scheme import ActivationSpec
 
 
@@ -54,6 +58,33 @@ def instantiated(tangents: Any, primals: Any) -> Any:
     return jax.tree.map(lambda p, t: jnp.zeros_like(p) if is_zero(t) else t, primals, tangents)
 
 
+def to_be_transposed(*trees: Any) -> bool:
+    """Whether JAX traces this to transpose it, as `jax.linear_transpose` does.
+
+    Implementations are no linear functions word by word (they round, or loop until a condition),
+    and custom derivatives say nothing of transposes: what is decoded first is multiplied then.
+    """
+
+    def unknown(leaf: Any) -> bool:
+        while isinstance(leaf, Tracer) and hasattr(leaf, "batch_dim"):  # inside jax.vmap
+            leaf = leaf.val  # pyright: ignore[reportAttributeAccessIssue]
+        return isinstance(leaf, JaxprTracer) and not leaf.is_known()
+
+    return any(map(unknown, jax.tree.leaves(trees)))
+
+
+def row_change(x: Rows, dx: Any) -> jax.Array:
+    """The change of rows as an array, for a tangent of what they are made of."""
+    return jax.jvp(as_array, (x,), (instantiated(dx, x),))[1]
+
+
+def as_parts(like: jax.Array, terms: list[jax.Array]) -> jax.Array:
+    """The sum of terms as the parts of a product, `[split, ..., N]`: the first takes all."""
+    first = jnp.zeros_like(like[0])
+    total = functools.reduce(jnp.add, (term.reshape(first.shape) for term in terms), first)
+    return jnp.concatenate([total[None], jnp.zeros_like(like[1:])])
+
+
 def decoding(w: QuantizedWeight, numbers: tuple[int, ...]) -> Callable[..., jax.Array]:
     """`dequantize(w)` as a function of its leaves of these numbers."""
     leaves, structure = jax.tree.flatten(w)
@@ -87,14 +118,17 @@ def changed_product(
     rows: jax.Array, w: QuantizedWeight, tangents: dict[int, jax.Array]
 ) -> jax.Array:
     """Rows times the change of the decoded weight for tangents of its leaves, by number."""
-    numbers = tuple(tangents)
+    product = jax.checkpoint(lambda rows, w, tangents: _flat_dot(rows, change(w, tangents)))
+    return product(rows, w, tangents)
 
-    def product(rows, w, *tangents):
-        leaves = jax.tree.leaves(w)
-        decoded, at = decoding(w, numbers), tuple(leaves[i] for i in numbers)
-        return _flat_dot(rows, jax.jvp(decoded, at, tangents)[1])
 
-    return jax.checkpoint(product)(rows, w, *tangents.values())
+def change(w: Any, tangents: dict[int, jax.Array]) -> jax.Array:
+    """Of a weight's float32 values, for tangents of its leaves by number; an array is one leaf."""
+    if not isinstance(w, QuantizedWeight):
+        return tangents[0].astype(jnp.float32)
+    leaves = jax.tree.leaves(w)
+    at = tuple(leaves[i] for i in tangents)
+    return jax.jvp(decoding(w, tuple(tangents)), at, tuple(tangents.values()))[1]
 
 
 def _flat_dot(rows: jax.Array, w: jax.Array) -> jax.Array:
