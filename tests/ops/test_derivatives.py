@@ -151,6 +151,22 @@ def test_forward_mode(name, rng):
     assert error(back, np.asarray(y, np.float64) @ decoded(name).T) < 5e-6
 
 
+def test_both_modes_of_a_row_by_an_array_of_16_bits(rng):
+    x, w = (rng.standard_normal(shape) for shape in ((1, 96), (96, 40)))
+    x, w = (jnp.asarray(a, jnp.bfloat16) for a in (x, w))
+    wide_x, wide_w = (np.asarray(a, np.float64) for a in (x, w))
+
+    def product(x, w):
+        return fdq.matmul(x, w, out_dtype=jnp.float32)
+
+    _, dy = jax.jvp(product, (x, w), (2 * x, 4 * w))
+    assert error(dy, 6 * wide_x @ wide_w) < 5e-6
+    dx, dw = jax.grad(lambda x, w: product(x, w).sum(), argnums=(0, 1))(x, w)
+    assert dx.dtype == dw.dtype == jnp.bfloat16
+    assert error(dx.astype(jnp.float32), wide_w.sum(1)[None]) < 1e-2
+    assert error(dw.astype(jnp.float32), np.repeat(wide_x.T, 40, axis=1)) < 1e-2
+
+
 @pytest.mark.parametrize("name", ["int4-g64", slow("int8"), slow("cc2")])
 def test_transposes_of_products(name, rng):
     q, w = quantized(name), decoded(name)

@@ -34,7 +34,7 @@ def dense_product(x: Float[Array, "m k"], w: Float[Array, "k n"]) -> Float[Array
     return exact_dot(x.astype(dtype), w.astype(dtype))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _sixteen_bit_row(x: jax.Array, w: jax.Array) -> jax.Array:
     x, w = lax.optimization_barrier((x, w))  # as in quantized_product
     choice = choose_program("array", 1, w.size)
@@ -42,13 +42,10 @@ def _sixteen_bit_row(x: jax.Array, w: jax.Array) -> jax.Array:
     return fused_product(x.astype(jnp.float32), view_array(w), size, dot=True)
 
 
-def _sixteen_bit_row_backward(residuals, g):
-    x, w = residuals
-    dx = exact_dot(g, w.astype(jnp.float32), axis=1).astype(x.dtype)
-    return dx, (x.astype(jnp.float32).T * g).astype(w.dtype)
-
-
-_sixteen_bit_row.defvjp(lambda x, w: (_sixteen_bit_row(x, w), (x, w)), _sixteen_bit_row_backward)
+@_sixteen_bit_row.defjvp
+def _sixteen_bit_row_tangent(primals, tangents):
+    x, w, dx, dw = (a.astype(jnp.float32) for a in (*primals, *tangents))
+    return _sixteen_bit_row(*primals), exact_dot(dx, w) + exact_dot(x, dw)
 
 
 def transposed_matmul(
