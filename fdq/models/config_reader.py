@@ -38,7 +38,8 @@ _NEUTRAL = (
     "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
     "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
     "transformers_version", "trust_remote_code", "typical_p", "unk_token", "unk_token_id",
-    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_flash_attention_2", "use_flash_attn",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "use_flash_attention_2", "use_flash_attn",
 )  # fmt: skip
 
 
