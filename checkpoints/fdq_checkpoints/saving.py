@@ -47,6 +47,8 @@ def save(
     if parts is not None:
         tensors = [dataclasses.replace(t, path=place) for place, t in parts.base.items()]
     total = sum(nbytes(tensor.value) for tensor in [*tensors, *(parts.adapters if parts else [])])
+    if not total:
+        raise CheckpointError(f"{type(obj).__name__} has only empty arrays, nothing to save.")
     with commit.pending_directory(path, overwrite=overwrite, needed_bytes=total) as folder:
         if parts is not None and parts.adapters:
             beside = folder / adapters.FOLDER

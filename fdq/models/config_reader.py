@@ -12,16 +12,16 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Keys of any model that say how it was trained, stored or is to be run, never what it computes:
 # also what older programs wrote of generation, which has a file of its own.
 # num_nextn_predict_layers: extra layers for multi-token prediction, which decoding can skip;
-# quantization_config: the checkpoint reader consumes it; sliding_window, max_window_layers: mean
-# nothing unless use_sliding_window is true.
+# quantization_config, compression_config: the checkpoint reader consumes them; sliding_window,
+# max_window_layers: mean nothing unless use_sliding_window is true.
 _NEUTRAL = (
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     "_commit_hash", "_flash_attn_2_enabled", "_name_or_path", "architectures",
     "attention_dropout", "attention_implementation", "attention_probs_dropout_prob",
     "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token",
-    "chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
-    "encoder_no_repeat_ngram_size", "eos_token", "eot_token_id",
+    "chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "compression_config",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token", "eot_token_id",
     "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
     "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
     "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id", "language",

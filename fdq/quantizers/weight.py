@@ -107,7 +107,8 @@ def quantize_array(
                 w = jnp.asarray(w)
             check_magnitudes(w, bounds, spec, path)
     arrays = quantizer(w, spec, given, path)
-    if any(isinstance(value, Tracer) for value in (w, *given.values())):
+    traced = any(isinstance(value, Tracer) for value in (w, *given.values()))
+    if traced and not isinstance(w, jax.ShapeDtypeStruct):
         arrays = _poisoned(arrays, w, bounds, given)
     return QTensor(**arrays, spec=spec, padding=format.padding(k))
 
@@ -150,7 +151,7 @@ def _wanted(
     return wanted
 
 
-def check_finite(w: jax.Array, path: str = "<array>") -> None:
+def check_finite(w: jax.Array | np.ndarray, path: str = "<array>") -> None:
     """Raises ValueError with count and first position if a concrete array has NaN or infinity."""
     if bool(np.isfinite(_largest(w)).all()):
         return
@@ -163,7 +164,7 @@ def check_finite(w: jax.Array, path: str = "<array>") -> None:
 
 
 def check_magnitudes(
-    w: jax.Array, bounds: tuple[float, float], spec: WeightSpec, path: str = "<array>"
+    w: jax.Array | np.ndarray, bounds: tuple[float, float], spec: WeightSpec, path: str = "<array>"
 ) -> None:
     """`check_finite`, and that the largest magnitude of each matrix is within `bounds`, or zero."""
     if w.dtype == np.float64:
@@ -188,7 +189,7 @@ def check_magnitudes(
 
 
 @jax.jit
-def _largest(w: jax.Array) -> jax.Array:
+def _largest(w: jax.Array | np.ndarray) -> jax.Array:
     """The largest magnitude of each matrix, float32 `[...]`; NaN where there is one.
 
     By bits, whose order is that of magnitudes: comparing floats would take tiny ones for zero.
