@@ -1,6 +1,7 @@
 """Trees, paths and directories of other shapes than expected: refused by name, nothing lost."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,30 @@ def test_what_is_folded_is_refused_where_tensors_are_streamed(tmp_path):
         with pytest.raises(NotImplementedError, match=r"layer\.weight: a rule says .*fdq\.save"):
             use()
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_of_a_scheme_has_no_place_is_said_by_every_door(tmp_path, caplog):
+    tree = {"layer": {"kernel": jnp.asarray(KERNEL)}}
+    fdq.save(tree, tmp_path / "tree")
+    model = builders.MODELS / "llama"
+    tell = {
+        "A tree has no layers: activations .A8. are not quantized": (
+            lambda: fdq.quantize(tree, "W8A8"),
+            lambda: load(tmp_path / "tree", "W8A8"),
+            lambda: fdq.convert(tmp_path / "tree", tmp_path / "out", "W8A8"),
+        ),
+        "No tensor here is for the rule .*: all that is quantized is W8A16": (
+            lambda: fdq.quantize(load(model), "mix_quant"),
+            lambda: load(model, "mix_quant"),
+            lambda: fdq.convert(model, tmp_path / "model", "mix_quant"),
+        ),
+    }
+    for message, calls in tell.items():
+        for call in calls:
+            caplog.clear()
+            call()
+            (record,) = caplog.records
+            assert re.search(message, record.getMessage())
 
 
 def test_a_quantized_weight_is_no_array_of_numpys():
