@@ -287,8 +287,14 @@ def dequantize(q: QuantizedWeight, dtype: Any = jnp.float32) -> Any:
       `[..., K, N]`; a `ShapeDtypeStruct` if `q` holds those.
 
     Raises:
-      TypeError: a derivative by codes or scales that are 8-bit floats is asked for.
+      TypeError: no quantized weight, a dtype that is no float, or a derivative by codes or scales
+        that are 8-bit floats is asked for.
     """
+    if not isinstance(q, QuantizedWeight):
+        hint = ": q.dequantize()" if hasattr(q, "dequantize") else ""
+        raise TypeError(f"dequantize: expected a QTensor, found a {type(q).__name__}{hint}.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dequantize: expected a dtype of floats, found {jnp.dtype(dtype)}.")
     q = materialize(q)
     if q.is_abstract:
         return jax.eval_shape(lambda q: dequantize(q, dtype), q)

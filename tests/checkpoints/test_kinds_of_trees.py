@@ -3,7 +3,6 @@
 import json
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp0
@@ -97,17 +96,6 @@ def test_what_of_a_scheme_has_no_place_is_said_by_every_door(tmp_path, caplog):
             call()
             (record,) = caplog.records
             assert re.search(message, record.getMessage())
-
-
-def test_a_quantized_weight_is_no_array_of_numpys():
-    q = fdq.quantize(jnp.asarray(KERNEL), "W8A16")
-    for convert in (np.asarray, jnp.asarray):
-        with pytest.raises(TypeError, match=r"QTensor.* decode it, np\.asarray\(fdq\.dequantize"):
-            convert(q)
-    stack = jax.tree.map(lambda a: a[None], q)
-    with pytest.raises(IndexError, match="index 1 is out of range for an axis of 1"):
-        stack[np.int64(1)]
-    np.testing.assert_allclose([1.0] * 32 @ q, np.ones(32) @ KERNEL, rtol=1e-2)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, b"/tmp"])
