@@ -59,8 +59,12 @@ def convert(
         made = stream.Job.of(
             source, scheme, method=method, compat=compat, calibration=calibration, progress=progress
         )
-        if verbose and made.assigned is not None:
-            print(made.assigned.table.summary())
+        if made.assigned is not None:
+            table = made.assigned.table
+            if verbose:
+                print(table.summary())
+            else:
+                table.log()
         recipe = Recipe() if made.assigned is None else made.assigned.recipe
         seen = made.inputs.calibration
         options = {

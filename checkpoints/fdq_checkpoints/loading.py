@@ -83,8 +83,12 @@ def load(
         if template is not None:
             source.tree = tree_view.as_template(source.tree, template, folder)
         job = stream.Job.of(source, scheme, progress=progress, place=place, **options)
-        if verbose and job.assigned is not None:
-            print(job.assigned.table.summary())
+        if job.assigned is not None:
+            table = job.assigned.table
+            if verbose:
+                print(table.summary())
+            else:
+                table.log()
         tensors = tree_paths.flatten(job.tree)
         restore.check_shardings(
             sharding, ((t.path, tree_paths.arrays_of(t.value)) for t in tensors)

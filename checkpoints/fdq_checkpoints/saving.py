@@ -48,6 +48,8 @@ def save(
         tensors = [dataclasses.replace(t, path=place) for place, t in parts.base.items()]
     beside = parts.adapters if parts is not None else []
     total = sum(nbytes(tensor.value) for tensor in [*tensors, *beside])
+    if not total:
+        raise CheckpointError(f"{type(obj).__name__} has only empty arrays, nothing to save.")
 
     folder = commit.pending_path(path)
 

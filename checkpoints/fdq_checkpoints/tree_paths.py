@@ -43,20 +43,30 @@ def flatten(tree: Any) -> list[Tensor]:
         tensors = _flatten_module(tree)
     else:
         tensors = [Tensor(path or ("value",), _raw(x)) for path, x in _pytree_leaves(tree)[0]]
-    seen: set[Path] = set()
+    check_distinct(tensor.path for tensor in tensors)
     for tensor in tensors:
-        if tensor.path in seen:
-            raise CheckpointError(
-                f"{dotted(tensor.path)}: two leaves have this path once keys are strings. "
-                "Rename one."
-            )
-        seen.add(tensor.path)
         for array in arrays_of(tensor.value).values():
             if not (hasattr(array, "shape") and hasattr(array, "dtype")):
                 raise CheckpointError(
                     f"{dotted(tensor.path)}: expected an array, found {type(array).__name__}."
                 )
+            if getattr(array.dtype, "kind", "") in tuple("OSTUMm"):
+                raise CheckpointError(
+                    f"{dotted(tensor.path)}: expected an array of numbers, found {array.dtype}."
+                )
     return tensors
+
+
+def check_distinct(paths: Iterable[Path], what: str = "") -> None:
+    """CheckpointError where two paths read alike: Orbax, too, keeps one array of such two."""
+    seen: set[str] = set()
+    for path in paths:
+        if (name := dotted(path)) in seen:
+            raise CheckpointError(
+                f"{what}{name}: two leaves have this path once keys are strings with dots between "
+                "them, and only one of them can be stored. Rename one."
+            )
+        seen.add(name)
 
 
 def fill(tree: Any, values: Mapping[Path, Any]) -> Any:

@@ -122,9 +122,12 @@ class KVCache:
 
         Raises:
           ValueError: an unknown format; scales missing, or given where no format is static; a
-            sharding of more than four axes; more slots than there is memory for, with how many
-            would fit. Nothing is allocated then.
+            sharding of more than four axes; a batch or a length that is no whole number; a dtype
+            that holds no keys; more slots than there is memory for, with how many would fit.
+            Nothing is allocated then.
         """
+        batch = limits.whole("batch", batch, 0)
+        max_length = limits.whole("max_length", max_length, 1)
         count = config.num_layers
         specs = layer_specs(format, count)
         if scales is not None and all(spec is None or spec.dynamic for spec in specs):
@@ -133,6 +136,11 @@ class KVCache:
             raise ValueError(f"got scales of {len(scales)} layers, expected {count}")
         shape = (batch, config.num_kv_heads, max_length, config.head_dim)
         dtype = jnp.dtype(dtype or config.dtype)
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            raise ValueError(
+                f"KV cache dtype {dtype}: expected float32, bfloat16 or float16. Fewer bits need "
+                "scales: use format='C8', 'Cfp8' or 'C4'."
+            )
         length = jnp.zeros((batch,), jnp.int32)
         if not isinstance(length, Tracer):
             _check_memory(shape, specs, scales, dtype, _shards(sharding))
@@ -154,12 +162,13 @@ class KVCache:
         Raises:
           ValueError: a row outside 0 ... B - 1, as far as values are known.
         """
-        rows = batch_rows(rows, self.batch)
+        rows = batch_rows(rows, self.batch, ndim=1)
         layers = tuple(LayerCache(*(t.take(rows) for t in layer)) for layer in self.layers)
         return KVCache(layers, self.length[rows])
 
     def repeat(self, count: int) -> KVCache:
         """Each sequence `count` times, side by side: rows 0, 0, 1, 1 for a count of 2."""
+        count = limits.whole("count", count, 1)
         return self.take(np.repeat(np.arange(self.batch), count))
 
     def insert(self, row: Any, other: KVCache) -> KVCache:
@@ -196,7 +205,16 @@ class KVCache:
 
         Slots at and after a sequence's length are overwritten before anybody reads them; where
         there are fewer tokens they all stay.
+
+        Raises:
+          ValueError: lengths that are no integers, or another number of them.
         """
+        found = length if isinstance(length, Tracer) else np.asarray(length)
+        if not jnp.issubdtype(found.dtype, jnp.integer) or found.shape not in ((), (self.batch,)):
+            raise ValueError(
+                f"rollback: expected an integer or integers of shape {(self.batch,)}, found "
+                f"{found.dtype} of shape {found.shape}."
+            )
         length = jnp.clip(jnp.asarray(length, jnp.int32), 0, self.length)
         return KVCache(self.layers, length)
 
@@ -221,13 +239,19 @@ class KVCache:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
 
-def batch_rows(rows: Any, batch: int) -> jax.Array:
-    """Indices of sequences as int32; ValueError where values are known and none of the batch."""
-    if isinstance(rows, Tracer):
-        return rows.astype(jnp.int32)
-    found = np.asarray(rows)
-    if found.size and not np.issubdtype(found.dtype, np.integer):
+def batch_rows(rows: Any, batch: int, *, ndim: int | None = None) -> jax.Array:
+    """Indices of sequences as int32, `[N]` or, without `ndim`, one.
+
+    Raises:
+      ValueError: what are no integers, another rank, or none of the batch where values are known.
+    """
+    found = rows if isinstance(rows, Tracer) else np.asarray(rows)
+    if found.size and not jnp.issubdtype(found.dtype, jnp.integer):
         raise ValueError(f"rows: expected integers, found {found.dtype}.")
+    if found.ndim > 1 or ndim not in (None, found.ndim):
+        raise ValueError(f"rows: expected a list of rows, found {found.ndim} axes.")
+    if isinstance(found, Tracer):
+        return found.astype(jnp.int32)
     if found.size and (found.min() < 0 or found.max() >= batch):
         raise ValueError(f"rows: expected 0 to {batch - 1}, found {found.tolist()}.")
     return jnp.asarray(found, jnp.int32)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import pathlib
 import warnings
 from typing import Any
 
 import jax
+import jax.export
 
 from fdq.text_table import size
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
+
+
+def whole(name: str, value: Any, least: int) -> Any:
+    """`value`, a whole number of at least `least` or a symbolic size; ValueError otherwise."""
+    if jax.export.is_symbolic_dim(value):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}.")
+    return operator.index(value)
 
 
 def warn_of_positions(what: str, count: int, config: Any) -> None:

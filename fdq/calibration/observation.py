@@ -19,6 +19,9 @@ from fdq.nn.parameters import value
 _REAL: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("real", default=None)
 """Of the batch that runs which positions `[B, L]` are no padding; None: all of them."""
 
+# Where nothing was seen: no infinity, which jax_debug_infs would stop at.
+_LARGEST = np.finfo(np.float32).max
+
 
 class Observed(nnx.Variable):
     """A running statistic; float32."""
@@ -84,7 +87,7 @@ class _CacheObserver(nnx.Module):
 
     def __init__(self, heads: int, head_dim: int):
         for name in ("k_min", "v_min", "k_max", "v_max"):
-            start = jnp.inf if name.endswith("min") else -jnp.inf
+            start = _LARGEST if name.endswith("min") else -_LARGEST
             setattr(self, name, Observed(jnp.full((heads, head_dim), start, jnp.float32)))
 
     def __call__(self, k: jax.Array, v: jax.Array) -> None:
@@ -93,8 +96,8 @@ class _CacheObserver(nnx.Module):
             x = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
             least = most = x
             if real is not None:
-                least = jnp.where(real[:, None, None], x, jnp.float32(jnp.inf))
-                most = jnp.where(real[:, None, None], x, jnp.float32(-jnp.inf))
+                least = jnp.where(real[:, None, None], x, _LARGEST)
+                most = jnp.where(real[:, None, None], x, -_LARGEST)
             low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
             low.set_value(jnp.minimum(low.get_value(), least.min(axis=0)))
             high.set_value(jnp.maximum(high.get_value(), most.max(axis=0)))
@@ -124,9 +127,16 @@ def calibrate(
       forward: `(model, batch) -> anything`; `model(batch)` where not given.
 
     Raises:
-      ValueError: no tokens, a model that calls no linear layer, or `lengths` that are not one a
-        row, from 0 to L, or that a layer's input has no rows for.
+      TypeError: no NNX module.
+      ValueError: no tokens, tokens outside of the vocabulary that the model's config names, a model
+        that calls no linear layer, or `lengths` that are not one a row, from 0 to L, or that a
+        layer's input has no rows for.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"calibrate: expected a Flax NNX module, found a {type(model).__name__}. Trees of "
+            "parameters have no layers to watch."
+        )
     run = forward or (lambda module, batch: module(batch))  # pyright: ignore[reportCallIssue]
     clone = nnx.clone(model)
     observers, attentions = _insert_observers(clone)
@@ -144,6 +154,7 @@ def calibrate(
 
     seen = 0
     for batch, real in _with_lengths(tokens, lengths, batch_size):
+        _check_vocabulary(batch, model)
         observed = step(observed, rest, batch, None if real is None else jnp.asarray(real))
         seen += int(np.prod(batch.shape[:2]) if real is None else real.sum())
     if not seen:
@@ -163,6 +174,18 @@ def calibrate(
         for observer in attentions
     )
     return Calibration(absmax=absmax, mean_square=mean_square, cache=ranges, tokens=seen)
+
+
+def _check_vocabulary(batch: jax.Array, model: Any) -> None:
+    """Refuses tokens that a model has no embedding of: it would take the nearest it has."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is None or not batch.size or not jnp.issubdtype(batch.dtype, jnp.integer):
+        return
+    least, most = int(batch.min()), int(batch.max())
+    if least < 0 or most >= size:
+        raise ValueError(
+            f"calibrate: tokens range over {least} ... {most}, expected 0 ... {size - 1}."
+        )
 
 
 def _with_lengths(

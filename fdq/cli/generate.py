@@ -57,6 +57,11 @@ def run(
     recipe = None if scheme is None else console.read_scheme(scheme)
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
+    if model.tokenizer_path is None:
+        raise ValueError(
+            f"{directory}: no tokenizer.json, which a prompt needs. Put that of the original model "
+            "into the directory."
+        )
     pieces: list[str] = []
     start = time.perf_counter()
     with contextlib.ExitStack() as waiting:

@@ -53,9 +53,11 @@ def keywords(what: str, given: Mapping[str, Any], function: Callable[..., Any]) 
 def integer(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
     """`value` as an int, also of NumPy and JAX; TypeError or ValueError otherwise."""
     try:
-        number = operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an integer, found {value!r}.") from None
+        number = None
+    if number is None:
+        raise TypeError(f"{name}: expected an integer, found {value!r}.")
     if number < least or (most is not None and number > most):
         limits = f"{least} or more" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: expected {limits}, found {number}.")
@@ -73,16 +75,52 @@ def prng_key(key: Any) -> jax.Array:
         return jax.random.key(0)
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
+    older = jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
+    if not (typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.shape == older):
         found = repr(key) if dtype is None else f"{dtype} of shape {key.shape}"
         raise TypeError(f"key: expected one PRNG key, such as jax.random.key(7), found {found}.")
     return key
 
 
+def function(name: str, value: Any) -> None:
+    """Raises TypeError for what is there and cannot be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function, found {value!r}.")
+
+
+def is_state(what: str, state: Any) -> None:
+    """Raises TypeError for what is no `DecodeState`."""
+    if not hasattr(state, "last_tokens"):
+        raise TypeError(
+            f"{what}: expected the fdq.DecodeState that fdq.prefill returns, found a "
+            f"{type(state).__name__}."
+        )
+
+
+def integers(name: str, value: Any, shape: tuple[Any, ...]) -> Any:
+    """`value`, a list too, as an array of integers of `shape`, whose None stands for any size.
+
+    Raises:
+      ValueError: another dtype or shape; casting would make tokens of logits.
+    """
+    if not hasattr(value, "dtype"):
+        value = np.asarray(value)
+    sizes = value.shape
+    fits = len(sizes) == len(shape) and all(
+        expected is None or found == expected for found, expected in zip(sizes, shape, strict=True)
+    )
+    if not fits or not (jnp.issubdtype(value.dtype, jnp.integer)):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"{name}: expected integers of shape [{expected}], found {value.dtype} of shape "
+            f"{list(sizes)}."
+        )
+    return value
+
+
 def prompt_lengths(lengths: np.ndarray, batch: int, width: int, least: int = 1) -> int:
     """The length of the longest prompt; ValueError unless each is from `least` to `width`."""
-    if lengths.shape != (batch,):
-        raise ValueError(f"prompt lengths: got shape {lengths.shape}, expected {(batch,)}")
+    integers("prompt lengths", lengths, (batch,))
     if lengths.min(initial=width) < least or lengths.max(initial=least) > width:
         raise ValueError(
             f"prompt lengths {lengths.tolist()} must be between {least} and {width}, the width of "

@@ -10,6 +10,7 @@ import jax.export
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.cache.kv_cache import KVCache, LayerCache, LayerScales
+from fdq.decoding.sampling import Sampling
 from fdq.decoding.state import DecodeState
 from fdq.schemes.scheme import CacheSpec
 
@@ -37,6 +38,22 @@ jax.export.register_pytree_node_serialization(
     serialized_name="fdq.CacheTensor",
     serialize_auxdata=_spec_to_bytes,
     deserialize_auxdata=_spec_from_bytes,
+)
+
+
+def _count_to_bytes(count: int | None) -> bytes:
+    return json.dumps(count).encode()
+
+
+def _count_from_bytes(stored: bytes | bytearray) -> int | None:
+    return json.loads(bytes(stored))
+
+
+jax.export.register_pytree_node_serialization(
+    Sampling,
+    serialized_name="fdq.Sampling",
+    serialize_auxdata=_count_to_bytes,
+    deserialize_auxdata=_count_from_bytes,
 )
 jax.export.register_namedtuple_serialization(LayerCache, serialized_name="fdq.LayerCache")
 for _kind in (KVCache, LayerScales, DecodeState):

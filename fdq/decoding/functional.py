@@ -99,6 +99,7 @@ def functional(model: Any) -> Functional:
 
 def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array, DecodeState]:
     """See `Functional.step`."""
+    checks.is_state("step", state)
     model = bind(template, params)
     start = state.length - 1
     hidden, cache = model.extend(state.last_tokens(), state.cache, start)
@@ -111,10 +112,9 @@ def extend(
     template: Template, params: Any, tokens: jax.Array, state: DecodeState
 ) -> tuple[jax.Array, DecodeState]:
     """See `Functional.extend`."""
-    b, t = tokens.shape
-    capacity = state.capacity
-    if b != state.batch:
-        raise ValueError(f"extend: got tokens of {b} sequences, expected {state.batch}.")
+    checks.is_state("extend", state)
+    tokens = checks.integers("extend: tokens", tokens, (state.batch, None))
+    t, capacity = tokens.shape[1], state.capacity
     if not 0 < t < capacity:
         raise ValueError(f"extend: got {t} tokens, expected 1 to {capacity - 1}.")
     state, known = taken(state, tokens), state.length
@@ -146,7 +146,9 @@ def init(
     return_logprobs: bool = False,
 ) -> DecodeState:
     """See `Functional.init`."""
+    tokens = checks.integers("init: tokens", tokens, (None, None))
     b, width = tokens.shape
+    max_length = checks.integer("init: max_length", max_length, least=1)
     if not 0 < width <= max_length:
         raise ValueError(f"init: got prompts of {width} tokens, expected 1 to {max_length}.")
     if lengths is not None and not isinstance(lengths, Tracer):

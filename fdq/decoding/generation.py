@@ -1,6 +1,6 @@
 """From prompts to continuations: `fdq.generate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from fdq.cache import limits
 from fdq.decoding import checks, special_tokens
 from fdq.decoding.continuation import Continuation
 from fdq.decoding.loop import LogitsProcessor, prefill, run, stop_table
-from fdq.decoding.sampling import Sampling
+from fdq.decoding.sampling import Sampling, checked
 from fdq.decoding.state import DecodeState
 from fdq.schemes.scheme import CacheSpec
 
@@ -82,6 +82,9 @@ def generate(
         max_length = checks.integer("max_length", max_length, least=1)
     stream_steps = checks.integer("stream_steps", stream_steps, least=1)
     key = checks.prng_key(key)
+    sampling = None if sampling is None else checked(sampling)
+    for name, given in (("stream", stream), ("logits_processor", logits_processor)):
+        checks.function(name, given)
     texts, lists = _sort_prompts(prompts)
     text = _tokenizer(model, tokenizer) if texts else None
     rows = [text.encode(prompt, bos=True) for prompt in texts] if text else lists
@@ -179,7 +182,8 @@ def _sort_prompts(prompts: Any) -> tuple[list[str], list[list[int]]]:
     """The prompts as strings or as token lists; the other list is empty."""
     if isinstance(prompts, str):
         return [prompts], []
-    prompts = list(prompts)
+    # Items of NumPy's arrays are numbers, those of JAX arrays.
+    prompts = [_of_numpy(prompt) for prompt in _items("prompts", _of_numpy(prompts))]
     if not prompts:
         raise ValueError("generate needs at least one prompt")
     if all(isinstance(prompt, int | np.integer) for prompt in prompts):
@@ -189,9 +193,21 @@ def _sort_prompts(prompts: Any) -> tuple[list[str], list[list[int]]]:
     if any(isinstance(prompt, str | int | np.integer) for prompt in prompts):
         raise ValueError("prompts must be all strings or all lists of tokens")
     return [], [
-        [checks.token(f"prompt {index}", token) for token in prompt]
-        for index, prompt in enumerate(prompts)
+        [checks.token(f"prompt {i}", token) for token in _items(f"prompt {i}", prompt)]
+        for i, prompt in enumerate(prompts)
     ]
+
+
+def _of_numpy(value: Any) -> Any:
+    return np.asarray(value)[()] if isinstance(value, jax.Array) else value
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    """A list; TypeError for what is none, and for bytes, whose items look like tokens."""
+    no_list = not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    if no_list or isinstance(value, bytes | bytearray | Mapping):
+        raise TypeError(f"{name}: expected text or a list of tokens, found {value!r:.100}.")
+    return list(value)
 
 
 def _tokenizer(model: Any, tokenizer: Any) -> Any:

@@ -13,7 +13,7 @@ not compile again, and whatever was changed in the model counts from the next ca
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax.core import Tracer
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks
 from fdq.decoding.functional import by_length, feed, step, taken, window_start
-from fdq.decoding.sampling import Sampling, sample
+from fdq.decoding.sampling import Sampling, checked, sample
 from fdq.decoding.state import DecodeState
 from fdq.nn.parameters import Template, bind, current_split
 from fdq.ops.placement import mesh_of, on_current_mesh
@@ -139,6 +139,13 @@ def prefill(
         raise ValueError("prefill: a state has its own keys (state.reseed) and log-probabilities.")
     key = checks.prng_key(key)
     chunk = checks.integer("chunk", chunk, least=1)
+    if state is not None:
+        checks.is_state("prefill", state)
+    elif not isinstance(cache, KVCache):
+        raise TypeError(
+            "prefill: expected a fdq.KVCache, such as fdq.KVCache.init(model.config, batch=1, "
+            f"max_length=128, format='C8'), found {cache!r:.100}."
+        )
     held = cache if state is None else state.cache
     assert held is not None
     prompts = _Prompts(tokens, lengths, held, model.config, state)
@@ -268,6 +275,8 @@ def decode(
     """
     checks.keywords("decode", unknown, decode)
     checks.decodable("decode", model)
+    checks.is_state("decode", state)
+    checks.function("logits_processor", logits_processor)
     steps = checks.integer("steps", steps)
     b, capacity = state.tokens.shape
     if not isinstance(state.length, Tracer):
@@ -306,7 +315,7 @@ def run(
     if processor is not None and not isinstance(processor, jax.tree_util.Partial):
         processor = jax.tree_util.Partial(processor)
     if sampling is not None:
-        sampling = sampling.for_batch(state.batch)
+        sampling = checked(sampling).for_batch(state.batch)
     # Put there explicitly, which `jax.transfer_guard("disallow")` lets through.
     stops, sampling, count = jax.device_put((stop_tokens, sampling, np.int32(steps)))
     arguments = (template, params, state, stops, sampling, processor)
@@ -318,10 +327,21 @@ def run(
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
     """`[batch, n]` int32 of a list of tokens for all, or of a list per sequence; -1 fills up."""
-    single = not isinstance(stop_tokens, Iterable) or getattr(stop_tokens, "ndim", 1) == 0
-    rows: list[Any] = [stop_tokens] if single else list(stop_tokens)
-    if not any(isinstance(row, Sequence | np.ndarray) for row in rows):
+
+    def is_list(value: Any) -> bool:
+        if isinstance(value, str | bytes):
+            raise TypeError(f"stop_tokens: expected numbers of tokens, found {value!r}.")
+        return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+    rows: list[Any] = list(stop_tokens) if is_list(stop_tokens) else [stop_tokens]
+    lists = [is_list(row) for row in rows]
+    if any(lists) and not all(lists):
+        raise TypeError(
+            f"stop_tokens: expected tokens, or a list of them per sequence, found {stop_tokens!r}."
+        )
+    if not any(lists):
         rows = [rows] * batch
+    rows = [list(row) for row in rows]
     if len(rows) != batch:
         raise ValueError(f"got stop tokens for {len(rows)} sequences, expected {batch}")
     table = np.full((batch, max(map(len, rows), default=0)), -1, np.int32)

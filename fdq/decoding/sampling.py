@@ -57,7 +57,8 @@ class Sampling:
         for name, p in (("top_p", top_p), ("min_p", min_p)):
             _check(name, p, "above 0 and at most 1", lambda p: (p > 0) & (p <= 1))
         if top_k is not None and not _is_array(top_k):
-            top_k = checks.integer("top_k", top_k, least=1)
+            # More than any vocabulary has are all of them.
+            top_k = min(checks.integer("top_k", top_k, least=1), np.iinfo(np.int32).max)
         elif top_k is not None and not jnp.issubdtype(top_k.dtype, jnp.integer):
             raise TypeError(f"top_k: expected integers, found {top_k.dtype}.")
         else:
@@ -123,6 +124,17 @@ def _unflatten(count: int | None, values: tuple[Any, ...]) -> Sampling:
 
 
 jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
+
+
+def checked(sampling: Any) -> Sampling:
+    """`sampling` itself; TypeError for what is no `Sampling`."""
+    if isinstance(sampling, Sampling):
+        return sampling
+    given = f"**{sampling!r}" if isinstance(sampling, dict) else f"temperature={sampling!r}"
+    raise TypeError(
+        f"sampling: expected a fdq.Sampling, found {sampling!r}. Did you mean "
+        f"fdq.Sampling({given})?"
+    )
 
 
 def _is_array(value: Any) -> bool:

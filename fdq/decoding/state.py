@@ -117,8 +117,12 @@ class DecodeState:
           logits: [B, V] that the step gave, for a state that keeps log-probabilities.
 
         Raises:
-          ValueError: a state that keeps log-probabilities, and no logits.
+          ValueError: a state that keeps log-probabilities, and no logits; or tokens that are no
+            integers, or not one a sequence.
         """
+        next_token = checks.integers("next_token", next_token, (self.batch,))
+        if stop_tokens is not None:
+            stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
         if self.logprobs is not None and logits is None:
             raise ValueError("this state keeps log-probabilities: push(next_token, logits=logits)")
         if self.logprobs is None:
@@ -163,7 +167,7 @@ class DecodeState:
         Raises:
           ValueError: a row outside 0 ... B - 1, as far as values are known.
         """
-        rows = batch_rows(rows, self.batch)
+        rows = batch_rows(rows, self.batch, ndim=1)
         small = dataclasses.replace(self, cache=None)  # pyright: ignore[reportArgumentType]
         taken = jax.tree.map(lambda array: array[rows], small)
         return dataclasses.replace(taken, cache=self.cache.take(rows))
@@ -196,6 +200,7 @@ class DecodeState:
           ValueError: rows outside of the batch, twice the same, or of another number than `other`
             has, another cache format, more slots, or log-probabilities in one of the two alone.
         """
+        checks.is_state("insert", other)
         rows = jnp.atleast_1d(batch_rows(row, self.batch))
         if (self.logprobs is None) != (other.logprobs is None):
             raise ValueError("insert: one of the two states keeps no log-probabilities")

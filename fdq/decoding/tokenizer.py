@@ -4,13 +4,12 @@ Only a checkpoint's tokenizer.json is read: it says everything, and running it n
 the checkpoint's author.
 """
 
-import operator
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
-from fdq.decoding import detokenizer, special_tokens
+from fdq.decoding import checks, detokenizer, special_tokens
 from fdq.decoding.text_stages import Stage
 
 
@@ -72,13 +71,22 @@ class Tokenizer:
 
         A text that already begins with one of them, such as one from a chat template, gets no
         more. What the tokenizer would add after the text is left out.
+
+        Raises:
+          TypeError: no text, or one that is no UTF-8 (half of a surrogate pair).
         """
+        if not isinstance(text, str) or not _is_utf8(text):
+            raise TypeError(f"expected text, found {text!r:.100}.")
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         begun = bool(ids) and ids[0] in self.first_token_ids
         return [*self.first_token_ids, *ids] if bos and not begun else ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of `tokens`; special tokens are left out."""
+        """Text of `tokens`; special tokens, and those that are unknown, are left out.
+
+        Raises:
+          TypeError, ValueError: something that is no token's number.
+        """
         stream = self.stream()
         return stream.feed(tokens) + stream.finish()
 
@@ -92,7 +100,8 @@ class Tokenizer:
 
     def _strings(self, tokens: Iterable[int]) -> list[str]:
         """What the decoder is given: strings of tokens, without special and unknown ones."""
-        strings = map(self._backend.id_to_token, map(operator.index, tokens))
+        numbers = (checks.token("token", token) for token in tokens)
+        strings = map(self._backend.id_to_token, numbers)
         return [s for s in strings if s is not None and s not in self._special]
 
 
@@ -124,6 +133,14 @@ class TextStream:
             return ""
         self._finished = True
         return detokenizer.run(self._stages, [], last=True)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _backend_class() -> Any:

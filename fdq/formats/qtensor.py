@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
@@ -79,12 +80,20 @@ class QuantizedWeight:
         """The decoded weight, as `dequantize` gives it."""
         return dequantize(self, dtype)
 
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """Refused: NumPy would make an array of one object."""
+        raise TypeError(
+            f"{self!r} is no array of numbers: decode it, np.asarray(fdq.dequantize(q))."
+        )
+
     def __rmatmul__(self, x: Any) -> Any:
         """`x [..., K] @ q`, an `fdq.matmul`; leading axes of q are those of x, or all take x.
 
         Raises:
           ValueError: the shapes do not match.
         """
+        if not hasattr(x, "shape"):
+            x = jnp.asarray(x)
         lead = self.shape[:-2]
         own = tuple(x.shape[:-2])
         if own and lead and own != lead:
@@ -131,7 +140,7 @@ class QuantizedWeight:
                 "everything by fdq.dequantize(q)."
             )
         for i, size in zip(indices, lead, strict=False):
-            if isinstance(i, int) and not -size <= i < size:
+            if isinstance(i, int | np.integer) and not -size <= i < size:
                 raise IndexError(f"{self!r}: index {i} is out of range for an axis of {size}.")
         q = materialize(self)
         return jax.tree.map(lambda a: a[indices], q) if indices else q
@@ -278,8 +287,14 @@ def dequantize(q: QuantizedWeight, dtype: Any = jnp.float32) -> Any:
       `[..., K, N]`; a `ShapeDtypeStruct` if `q` holds those.
 
     Raises:
-      TypeError: a derivative by codes or scales that are 8-bit floats is asked for.
+      TypeError: no quantized weight, a dtype that is no float, or a derivative by codes or scales
+        that are 8-bit floats is asked for.
     """
+    if not isinstance(q, QuantizedWeight):
+        hint = ": q.dequantize()" if hasattr(q, "dequantize") else ""
+        raise TypeError(f"dequantize: expected a QTensor, found a {type(q).__name__}{hint}.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dequantize: expected a dtype of floats, found {jnp.dtype(dtype)}.")
     q = materialize(q)
     if q.is_abstract:
         return jax.eval_shape(lambda q: dequantize(q, dtype), q)

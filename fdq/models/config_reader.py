@@ -1,10 +1,9 @@
 """Reads a Hugging Face config.json key by key, and complains about what nobody read."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from fdq.models.rotary_reader import read_rotary
+from fdq.models.rotary_reader import is_number, read_rotary
 from fdq.nn.rotary import RotaryConfig
 
 _REQUIRED = object()
@@ -13,40 +12,39 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Keys of any model that say how it was trained, stored or is to be run, never what it computes:
 # also what older programs wrote of generation, which has a file of its own.
 # num_nextn_predict_layers: extra layers for multi-token prediction, which decoding can skip;
-# quantization_config: the checkpoint reader consumes it; sliding_window, max_window_layers: mean
-# nothing unless use_sliding_window is true.
+# quantization_config, compression_config: the checkpoint reader consumes them; sliding_window,
+# max_window_layers: mean nothing unless use_sliding_window is true.
 _NEUTRAL = (
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     "_commit_hash", "_flash_attn_2_enabled", "_name_or_path", "architectures",
     "attention_dropout", "attention_implementation", "attention_probs_dropout_prob",
     "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token",
-    "chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
-    "encoder_no_repeat_ngram_size", "eos_token", "eot_token_id",
+    "chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "compression_config",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token", "eot_token_id",
     "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
     "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
     "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id", "language",
     "length_penalty", "license", "mask_token_id", "max_length", "max_new_tokens",
-    "max_window_layers", "min_length", "model_max_length", "model_type", "name_or_path",
+    "max_window_layers", "min_length", "min_new_tokens", "min_p", "model_max_length",
+    "model_type", "name_or_path",
     "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
     "num_nextn_predict_layers", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_router_logits", "output_scores", "prefix", "pretraining_tp",
+    "output_hidden_states", "output_past", "output_router_logits", "output_scores", "pad_token",
+    "prefix", "pretraining_tp",
     "problem_type", "quantization_config", "remove_invalid_values",
     "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
-    "router_aux_loss_coef", "sep_token_id", "sliding_window", "suppress_tokens",
+    "router_aux_loss_coef", "sep_token_id", "seq_length", "sliding_window", "suppress_tokens",
     "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version",
-    "use_bfloat16", "use_cache", "use_flash_attention_2", "use_flash_attn",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "trust_remote_code", "typical_p", "unk_token", "unk_token_id",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "use_flash_attention_2", "use_flash_attn",
 )  # fmt: skip
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class ConfigReader:
@@ -73,7 +71,7 @@ class ConfigReader:
         self._read.update(keys)
         found = {key: self.config[key] for key in keys if self.config.get(key) is not None}
         values = list(found.values())
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             both = " and ".join(f"{key}={value!r}" for key, value in found.items())
             raise ValueError(
                 f"{self.family} config: {both} are spellings of one thing; remove the wrong one"
@@ -94,7 +92,7 @@ class ConfigReader:
     def number(self, *keys: str, default: Any = _REQUIRED) -> float:
         """As `get`, for a finite number that is not negative."""
         number = self.get(*keys, default=default)
-        if not _is_number(number) or number < 0:
+        if not is_number(number) or number < 0:
             raise self.wrong(keys, "a number of at least 0", number)
         return float(number)
 
@@ -134,7 +132,7 @@ class ConfigReader:
         """One or several token numbers as a tuple; -1 stands for none, as in old configs."""
         found = self.get(key, default=())
         found = tuple(found) if isinstance(found, list | tuple) else (found,)
-        if not all(_is_integer(token) and token >= -1 for token in found):
+        if not all(_is_integer(token) and -1 <= token < 2**31 for token in found):
             raise self.wrong((key,), "a token number or a list of them", self.config[key])
         return tuple(token for token in found if token >= 0)
 

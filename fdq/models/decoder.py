@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from fdq import nn
@@ -81,8 +83,11 @@ class Decoder(nnx.Module):
           The logits, or the pair of them and a dict of hidden states.
 
         Raises:
-          ValueError: neither or both of tokens and embeddings, or one of another shape or dtype.
+          ValueError: neither or both of tokens and embeddings, one of another shape or dtype, or
+            tokens outside the vocabulary, as far as values are known.
         """
+        if tokens is not None:
+            tokens = self._of_vocabulary(tokens)
         with mesh_of(nn.value(self.embed_tokens.embedding), inputs_embeds):
             x = self._embedded(tokens, inputs_embeds)
             b, length, _ = x.shape
@@ -180,6 +185,21 @@ class Decoder(nnx.Module):
         static = any(spec is not None and not spec.dynamic for spec in specs)
         scales = self.cache_scales if static else None
         return KVCache.init(self.config, batch, max_length, specs, scales=scales, sharding=sharding)
+
+    def _of_vocabulary(self, tokens: Any) -> jax.Array:
+        """Tokens as an array; an embedding would take the nearest row for what it has none of."""
+        if isinstance(tokens, jax.Array) and (
+            isinstance(tokens, Tracer) or not tokens.is_fully_addressable
+        ):
+            return tokens
+        found = np.asarray(tokens)
+        self._shape(found)
+        least, most = found.min(initial=0), found.max(initial=0)
+        if least < 0 or most >= self.config.vocab_size:
+            raise ValueError(
+                f"tokens range over {least} ... {most}, expected 0 ... {self.config.vocab_size - 1}"
+            )
+        return tokens if isinstance(tokens, jax.Array) else jnp.asarray(found, jnp.int32)
 
     @staticmethod
     def _shape(tokens: Any) -> tuple[int, int]:

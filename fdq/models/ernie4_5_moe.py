@@ -24,15 +24,15 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     reader.must_be("moe_gate", "topk", "top2_fused")
     reader.must_be("moe_gate_act", "softmax")
     reader.neutral(*_NEUTRAL)
-    width = reader.integer("moe_intermediate_size")
+    width = reader.integer("moe_intermediate_size", least=1)
     start = reader.integer("moe_layer_start_index", default=0)
     end = reader.integer("moe_layer_end_index", default=-1, least=-1)
     end = fields["num_layers"] - 1 if end == -1 else end
     interval = reader.integer("moe_layer_interval", default=1, least=1)
     layers = range(start, min(end, fields["num_layers"] - 1) + 1)
     moe = MoEConfig(
-        num_experts=reader.integer("moe_num_experts"),
-        top_k=reader.integer("moe_k"),
+        num_experts=reader.integer("moe_num_experts", least=1),
+        top_k=reader.integer("moe_k", least=1),
         intermediate_size=width,
         layers=tuple(layer for layer in layers if (layer + 1) % interval == 0),
         shared_intermediate_size=reader.integer("moe_num_shared_experts", default=0) * width,

@@ -16,9 +16,9 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     dense = reader.integers("mlp_only_layers", default=())
     step = reader.integer("decoder_sparse_step", default=1, least=1)
     moe = MoEConfig(
-        num_experts=reader.integer("num_experts", "num_local_experts"),
-        top_k=reader.integer("num_experts_per_tok"),
-        intermediate_size=reader.integer("moe_intermediate_size"),
+        num_experts=reader.integer("num_experts", "num_local_experts", least=1),
+        top_k=reader.integer("num_experts_per_tok", least=1),
+        intermediate_size=reader.integer("moe_intermediate_size", least=1),
         layers=tuple(
             i for i in range(fields["num_layers"]) if i not in dense and (i + 1) % step == 0
         ),

@@ -1,6 +1,7 @@
 """Reads what a config.json says of rotary positions, with transformers' order of precedence."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,13 @@ _KNOWN = (
     "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor",
     "low_freq_factor", "mscale", "mscale_all_dim", _ORIGINAL, "short_factor", "truncate",
 )  # fmt: skip
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold; JSON has integers of any length."""
+    largest = sys.float_info.max
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -largest <= value <= largest
 
 
 class _Parameters:
@@ -78,8 +86,7 @@ class _Parameters:
         return self.values[key]
 
     def _positive(self, key: str, found: Any) -> float:
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        if not number or not math.isfinite(found) or found <= 0:
+        if not is_number(found) or found <= 0:
             raise self._wrong(key, "a positive number", found)
         return float(found)
 

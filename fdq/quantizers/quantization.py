@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,6 @@ from fdq.quantizers.assigned import Assigned, fastdeploy_has, parse
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.quantizers.weight import quantize_array
 from fdq.schemes.assignment import MatchTable
-
-_LOGGER = logging.getLogger("fdq")
 
 
 def quantize(
@@ -110,8 +107,8 @@ def quantize(
     result = assigned.quantize(inputs, donate=donate)
     if verbose:
         print(assigned.table.summary())
-    elif assigned.table.note:
-        _LOGGER.warning("%s", assigned.table.note)
+    else:
+        assigned.table.log()
     return result
 
 

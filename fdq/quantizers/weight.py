@@ -99,12 +99,17 @@ def quantize_array(
     given = _wanted(quantizer, given, w.shape, path)
     bounds = format.magnitudes(spec)
     if not isinstance(w, jax.ShapeDtypeStruct | Tracer):
-        if isinstance(w, np.ndarray):
-            w = jnp.asarray(w)
-        check_magnitudes(w, bounds, spec, path)
+        with jax.ensure_compile_time_eval():  # values are known, also inside somebody's jit
+            if isinstance(w, np.ndarray):
+                if w.dtype == np.float64:
+                    # Before float32 takes tiny ones for zero.
+                    check_magnitudes(w, bounds, spec, path)
+                w = jnp.asarray(w)
+            check_magnitudes(w, bounds, spec, path)
     arrays = quantizer(w, spec, given, path)
-    if isinstance(w, Tracer):
-        arrays = _poisoned(arrays, w, bounds)
+    traced = any(isinstance(value, Tracer) for value in (w, *given.values()))
+    if traced and not isinstance(w, jax.ShapeDtypeStruct):
+        arrays = _poisoned(arrays, w, bounds, given)
     return QTensor(**arrays, spec=spec, padding=format.padding(k))
 
 
@@ -132,7 +137,7 @@ def _wanted(
                     "Pass calibration=fdq.calibrate(model, tokens)."
                 )
             continue
-        value = given[name]
+        value = _numbers(given[name], name, path)
         found = tuple(value.shape)
         if found not in (expected, (shape[-2],)):
             options = " or ".join(str(option) for option in dict.fromkeys((expected, (shape[-2],))))
@@ -146,7 +151,7 @@ def _wanted(
     return wanted
 
 
-def check_finite(w: jax.Array, path: str = "<array>") -> None:
+def check_finite(w: jax.Array | np.ndarray, path: str = "<array>") -> None:
     """Raises ValueError with count and first position if a concrete array has NaN or infinity."""
     if bool(np.isfinite(_largest(w)).all()):
         return
@@ -159,10 +164,13 @@ def check_finite(w: jax.Array, path: str = "<array>") -> None:
 
 
 def check_magnitudes(
-    w: jax.Array, bounds: tuple[float, float], spec: WeightSpec, path: str = "<array>"
+    w: jax.Array | np.ndarray, bounds: tuple[float, float], spec: WeightSpec, path: str = "<array>"
 ) -> None:
     """`check_finite`, and that the largest magnitude of each matrix is within `bounds`, or zero."""
-    largest = np.asarray(_largest(w)).astype(np.float64)
+    if w.dtype == np.float64:
+        largest = np.abs(np.asarray(w)).max(axis=(-2, -1), initial=0)
+    else:
+        largest = np.asarray(_largest(w)).astype(np.float64)
     if not np.isfinite(largest).all():
         check_finite(w, path)
     wrong = (largest > bounds[1]) | ((largest > 0) & (largest < bounds[0]))
@@ -181,7 +189,7 @@ def check_magnitudes(
 
 
 @jax.jit
-def _largest(w: jax.Array) -> jax.Array:
+def _largest(w: jax.Array | np.ndarray) -> jax.Array:
     """The largest magnitude of each matrix, float32 `[...]`; NaN where there is one.
 
     By bits, whose order is that of magnitudes: comparing floats would take tiny ones for zero.
@@ -191,14 +199,19 @@ def _largest(w: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
-def _poisoned(arrays: dict[str, Any], w: jax.Array, bounds: tuple[float, float]) -> dict[str, Any]:
-    """Traced arrays that decode to NaN where `check_magnitudes` would have raised.
+def _poisoned(
+    arrays: dict[str, Any], w: jax.Array, bounds: tuple[float, float], statistics: Statistics
+) -> dict[str, Any]:
+    """Traced arrays that decode to NaN where a check of values would have raised.
 
     Values are not known while tracing; codes have no NaN, and would pass for weights.
     """
     bits = jax.lax.bitcast_convert_type(_largest(jax.lax.stop_gradient(w)), jnp.int32)
     low, high = (jax.lax.bitcast_convert_type(jnp.float32(b), jnp.int32) for b in bounds)
-    wrong = ((bits > high) | ((bits > 0) & (bits < low)))[..., None, None]
+    wrong = (bits > high) | ((bits > 0) & (bits < low))
+    for value in statistics.values():
+        wrong = wrong | ~(jnp.isfinite(value) & (value >= 0)).all(axis=-1)
+    wrong = wrong[..., None, None]
 
     def poison(name: str, a: jax.Array) -> jax.Array:
         if name == "codes" or not jnp.issubdtype(a.dtype, jnp.floating):
@@ -212,10 +225,20 @@ def _word(statistic: str) -> str:
     return "importance" if statistic == "mean_square" else statistic
 
 
+def _numbers(value: Any, name: str, path: str) -> Any:
+    """A statistic as an array, lists too; TypeError for what are no real numbers."""
+    if not hasattr(value, "dtype"):
+        value = np.asarray(value)
+    real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    if not real and value.dtype != bool:
+        raise TypeError(f"{path}: expected {_word(name)} of numbers, found {value.dtype}.")
+    return value
+
+
 def _check_statistic(value: np.ndarray, name: str, path: str) -> None:
-    """Refuses what no mean or maximum of magnitudes can be."""
-    value = value.astype(np.float64)
-    wrong = ~np.isfinite(value) | (value < 0)
+    """Refuses what no mean or maximum of magnitudes can be, as float32 holds it."""
+    with np.errstate(over="ignore"):
+        wrong = ~np.isfinite(value.astype(np.float32)) | (value.astype(np.float64) < 0)
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from fdq.schemes.leaves import leaves_of as leaves_of
 from fdq.schemes.leaves import path_string as path_string
 from fdq.schemes.scheme import Scheme, WeightSpec
 from fdq.text_table import aligned, folded, size
+
+_LOGGER = logging.getLogger("fdq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,11 @@ class MatchTable:
             f"quantized is {done}."
             for rule in self.idle
         )
+
+    def log(self) -> None:
+        """Warns of rules that are idle and of what has no place in the tree, where there are."""
+        for line in filter(None, (*self.remarks, self.note)):
+            _LOGGER.warning("%s", line)
 
     def summary(self) -> str:
         """What was quantized in one line, and each tensor that was left with the reason."""

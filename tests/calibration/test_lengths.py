@@ -1,5 +1,6 @@
 """Padding of sample tokens does not count."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,3 +62,15 @@ def test_a_layer_whose_rows_are_of_no_position():
     model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"is fed \[1, 8\], which has no rows for each position"):
         fdq.calibrate(model, jnp.ones((2, 3, 8)), lengths=[3, 1], forward=pooled)
+
+
+def test_nothing_is_infinite_on_the_way_and_nothing_foreign_is_calibrated():
+    model, _ = oracles.oracle("qwen3")
+    with jax.debug_infs(True):
+        seen = fdq.calibrate(model, TOKENS, lengths=LENGTHS)
+    assert all(np.abs(layer.k_min).max() < 1e6 for layer in seen.cache)
+    size = model.config.vocab_size
+    with pytest.raises(ValueError, match=rf"tokens range over 1 ... {size}, expected 0 ... "):
+        fdq.calibrate(model, np.array([[1, size]]))
+    with pytest.raises(TypeError, match="calibrate: expected a Flax NNX module, found a dict"):
+        fdq.calibrate({"kernel": np.ones((8, 4))}, TOKENS)

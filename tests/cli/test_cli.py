@@ -301,6 +301,10 @@ WRONG = {
         ["evaluate", "{original}", "--text", "{text}", "--against", "{stranger}"],
         "differ in 2 tokens: 'a' is ",
     ),
+    "a prompt without a tokenizer": (
+        ["generate", str(ROOT / "tests" / "oracles" / "models" / "llama"), "-p", "a"],
+        "no tokenizer.json, which a prompt needs. Put that of the original",
+    ),
     "unknown cache": (["evaluate", "{original}", "--cache", "C5"], "C5"),
 }
 

@@ -53,3 +53,9 @@ def test_a_step_is_exported_for_any_batch(scheme, format):
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         assert jax.tree.structure(state) == jax.tree.structure(like)
         assert (state.tokens == like.tokens).all()
+
+
+def test_sampling_is_an_argument_of_what_is_exported():
+    sampling = fdq.Sampling(temperature=0.5, top_k=3)
+    exported = jax.export.export(jax.jit(lambda s, x: x * s.temperature))(sampling, 4.0)
+    assert jax.export.deserialize(exported.serialize()).call(sampling, 4.0) == 2.0

@@ -91,3 +91,16 @@ def test_what_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError, match="pip install tokenizers"):
         Tokenizer.load(folder)
+
+
+def test_what_is_no_text_and_no_token_is_refused(folder):
+    tokenizer = Tokenizer.load(folder)
+    for wrong in (5, b"abc", ["a"], "\ud800"):
+        with pytest.raises(TypeError, match="expected text, found"):
+            tokenizer.encode(wrong)
+    for wrong in ([1.5], "ab", [[1]], [True]):
+        with pytest.raises(TypeError, match="token: expected an integer, found"):
+            tokenizer.decode(wrong)
+    for wrong in (-1, 2**40):
+        with pytest.raises(ValueError, match=f"token: expected 0 to 2147483647, found {wrong}"):
+            tokenizer.stream().feed([wrong])

@@ -177,3 +177,29 @@ def test_an_embedding_decodes_the_rows_of_its_tokens(rng):
     assert temporary < 8192 * 256 * 4 * 0.8
     gradient = jax.grad(lambda x: layer.attend(x).sum())(x)
     assert error(gradient, np.broadcast_to(table.sum(0), x.shape)) < 5e-6
+
+
+def test_a_quantized_weight_is_no_array_of_numpys():
+    kernel = np.arange(32 * 16, dtype=np.float32).reshape(32, 16)
+    q = fdq.quantize(jnp.asarray(kernel), "W8A16")
+    for convert in (np.asarray, jnp.asarray):
+        with pytest.raises(TypeError, match=r"QTensor.* decode it, np\.asarray\(fdq\.dequantize"):
+            convert(q)
+    stack = jax.tree.map(lambda a: a[None], q)
+    with pytest.raises(IndexError, match="index 1 is out of range for an axis of 1"):
+        stack[np.int64(1)]
+    np.testing.assert_allclose([1.0] * 32 @ q, np.ones(32) @ kernel, rtol=1e-2)
+
+
+def test_decoding_takes_a_quantized_weight_and_gives_floats():
+    q = fdq.quantize(np.ones((32, 16), np.float32), "W8A16")
+    for wrong in (np.ones((2, 2)), "weights", None):
+        with pytest.raises(TypeError, match=f"expected a QTensor, found a {type(wrong).__name__}"):
+            fdq.dequantize(wrong)
+    for decode in (fdq.dequantize, lambda q, dtype: q.astype(dtype)):
+        for dtype in ("int8", bool, complex):
+            with pytest.raises(TypeError, match="expected a dtype of floats, found"):
+                decode(q, dtype)
+    folded = fdq.quantize({"a": q.astype("float32").T}, [("a", "W8A16", {"contract": 1})])["a"]
+    with pytest.raises(TypeError, match=r"found a FoldedWeight: q\.dequantize\(\)"):
+        fdq.dequantize(folded)

@@ -136,7 +136,7 @@ def test_unsupported_model_type():
             {"num_experts_per_tok": 99},
             "expected 1 to .*, the number of experts, fo",
         ),
-        ("ernie4_5_moe", {"moe_k": 0}, "expected 1 to .*, the number of experts, found 0"),
+        ("ernie4_5_moe", {"moe_k": 0}, "moe_k must be an integer of at least 1, got 0"),
         # What a config says of long contexts counts, beside the spelling of transformers 5 too.
         (
             "llama",
@@ -164,6 +164,18 @@ def test_unsupported_model_type():
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor=0.5 is not supported: this family rotates whole heads",
         ),
+        # Numbers that JSON holds and no float or token is.
+        ("llama", {"rope_theta": 10**400}, "rope_theta must be a number of at least 0, got 1000"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 10**400}},
+            "factor of the rope parameters must be a positive number, got 1000",
+        ),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0"),
+        ("llama", {"eos_token_id": [2, 2**40]}, "eos_token_id must be a token number or a list"),
+        ("ernie4_5_moe", {"moe_num_experts": 0}, "moe_num_experts must be an integer of at least"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size must be an integer of"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok must be an integer of at"),
     ],
 )
 def test_what_changes_the_mathematics_is_refused(name, changes, message):
@@ -231,6 +243,9 @@ def test_what_real_configs_carry_besides_is_let_through(name):
         "do_sample": True,
         "temperature": 0.7,
         "top_p": 0.9,
+        "top_k": 50,
+        "min_p": 0.1,
+        "pad_token": "<pad>",
         "repetition_penalty": 1.1,
         "bad_words_ids": [[1]],
         "num_labels": 2,

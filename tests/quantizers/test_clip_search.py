@@ -171,6 +171,31 @@ def test_importance_that_is_none_is_refused(wrong, found, rng):
         fdq.quantize({"kernel": jnp.asarray(w)}, "W4A16", importance={"kernel": h})
 
 
+def test_importance_that_float32_does_not_hold_is_refused(rng):
+    w = rng.standard_normal((256, 4)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"found 1e\+300 at \[0\] \(256 such in all\)"):
+        fdq.quantize(w, "W4A16", importance=np.full(256, 1e300))
+
+
+@pytest.mark.parametrize("wrong", ["large", np.ones(256, complex), [None] * 256])
+def test_importance_of_no_numbers_is_refused(wrong, rng):
+    w = rng.standard_normal((256, 4)).astype(np.float32)
+    with pytest.raises(TypeError, match="expected importance of numbers, found"):
+        fdq.quantize(w, "W4A16", importance=wrong)
+
+
+def test_importance_may_be_a_list_and_what_is_wrong_in_a_traced_one_gives_nan(rng):
+    w = jnp.asarray(rng.standard_normal((128, 2)), jnp.float32)
+    h = np.linspace(1, 2, 128, dtype=np.float32)
+    expected = fdq.dequantize(fdq.quantize(w, "W4A16", importance=h))
+    traced = jax.jit(lambda h: fdq.dequantize(fdq.quantize(w, "W4A16", importance=h)))
+    for found in (traced(h), fdq.dequantize(fdq.quantize(w, "W4A16", importance=h.tolist()))):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for wrong in (np.nan, -1.0):
+        h[7] = wrong
+        assert np.isnan(traced(h)).all()
+
+
 def test_a_layer_that_saw_only_zeros_is_quantized_as_without_statistics(rng):
     layer = nnx.Linear(256, 32, rngs=nnx.Rngs(0))
     seen = fdq.calibrate(nnx.Sequential(layer), jnp.zeros((4, 256)))

@@ -175,3 +175,21 @@ def test_static_cache_scales_go_to_whoever_can_keep_them():
     np.testing.assert_allclose(model.kept[0], np.full((2, 8), 0.01), rtol=1e-6)
     assert fdq.quantize(KeepsScales(), "W8A16C8-kvchannel").kept is None
     assert fdq.quantize(KeepsScales(), "W8A16C8", calibration=seen).kept is None
+
+
+def test_numbers_that_only_float64_holds_are_refused():
+    w = np.ones((128, 2))
+    for size in (1e-300, 1e-60):
+        with pytest.raises(ValueError, match=rf"the largest magnitude is {size}; W4 holds weights"):
+            fdq.quantize(w * size, "W4A16")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_a_constant_is_quantized_inside_jit_and_looked_at(kind, rng):
+    w = kind(rng.standard_normal((128, 2)).astype(np.float32))
+    x = jnp.ones((1, 128))
+    made = jax.jit(lambda x: fdq.matmul(x, fdq.quantize(w, "W8A16")))(x)
+    np.testing.assert_allclose(made, fdq.matmul(x, fdq.quantize(w, "W8A16")), rtol=1e-5, atol=1e-5)
+    wrong = w * np.nan
+    with pytest.raises(ValueError, match="values are NaN or infinite"):
+        jax.jit(lambda x: fdq.matmul(x, fdq.quantize(wrong, "W8A16")))(x)

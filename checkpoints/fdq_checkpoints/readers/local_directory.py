@@ -25,7 +25,12 @@ def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       FileNotFoundError: there is none; says how to download what looks like a name on a hub.
       CheckpointError: it is a file; says which directory to give, or what to do with a GGUF.
+      TypeError: no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected the path of a checkpoint's directory, found {path!r:.100}.")
+    if not os.fspath(path):
+        raise FileNotFoundError(f"an empty path. {_EXPECTED}")  # not the current directory
     folder = pathlib.Path(path)
     if folder.is_dir():
         return folder

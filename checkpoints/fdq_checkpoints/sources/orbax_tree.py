@@ -45,6 +45,7 @@ class OrbaxTree(TreeSource):
     def _arrays_below(self, subtree: str | None) -> dict[Path, Path]:
         metadata, others = self._reader.metadata, self._reader.others
         found = tree_view.below([*metadata, *others], subtree, self.folder)
+        tree_paths.check_distinct(found.values(), f"{self.folder}: ")
         if strange := [path for path in found.values() if path in others]:
             tops = ", ".join(sorted({path[0] for path in metadata}))
             raise CheckpointError(

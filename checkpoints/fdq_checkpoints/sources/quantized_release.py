@@ -39,6 +39,8 @@ _NAMES = {
     "wint2": "FastDeploy WINT2",
     "mix_quant": "FastDeploy MixQuant",
 }
+# Of config.json; the second is what compressed-tensors used to write.
+_KEYS = ("quantization_config", "compression_config")
 _SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Formats that are the same thing in fdq, and the integers' groups that it has.
 _SCHEMES = {"fp8": "Wfp8A16", "mxfp4": "WMXFP4A16", "nvfp4": "WNVFP4A16", "nf4": "WNF4A16"}
@@ -76,10 +78,12 @@ class QuantizedRelease:
     @classmethod
     def of(cls, directory: SourceDirectory) -> "QuantizedRelease | None":
         """What config.json, or a file beside it, says; None for a model of floats."""
-        content = directory.config.get("quantization_config")
-        if content is not None:
-            where = f"{directory.path / 'config.json'}: quantization_config"
-            return cls._read(content if isinstance(content, dict) else {}, where)
+        for key in _KEYS:
+            content = directory.config.get(key)
+            if content is not None:
+                where = f"{directory.path / 'config.json'}: {key}"
+                known = {"quant_method": "compressed-tensors"} if key != _KEYS[0] else {}
+                return cls._read(known | (content if isinstance(content, dict) else {}), where)
         for name in _SIDE_FILES:
             path = directory.path / name
             if os.path.lexists(path):

@@ -19,9 +19,17 @@ from fdq_checkpoints.tree_paths import Path, dotted
 
 def below(paths: Iterable[Path], subtree: str | None, where: pathlib.Path) -> dict[Path, Path]:
     """The paths below a dotted one, by what is left of each; all where that is None."""
+    if subtree is not None and not isinstance(subtree, str):
+        raise TypeError(f"subtree: expected a dotted path such as 'params', found {subtree!r}.")
     prefix, every = tuple(subtree.split(".")) if subtree else (), list(paths)
     size = len(prefix)
     found = {p[size:]: p for p in every if p[:size] == prefix and len(p) > size}
+    if prefix in every or () in every:
+        name = dotted(prefix) if prefix else "all of it"
+        raise CheckpointError(
+            f"{where}: {name} is one array, expected a tree of arrays. Give the part of the tree "
+            "that holds it, or quantize the array: fdq.quantize(array, 'W4A16')."
+        )
     if not found:
         tops = ", ".join(sorted({path[0] for path in every})) or "nothing"
         close = nearest(dotted(prefix), {dotted(path[:size]) for path in every})
