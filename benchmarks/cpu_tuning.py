@@ -48,8 +48,10 @@ def candidates(path: str, m: int) -> list[tuple[str, int]]:
     if m <= 8:
         units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
         found += [("fused", size) for size in units]
-        if kind in _CODEBOOKS:
+        if kind in _CODEBOOKS and m == 1:
             found += [("lookup", size) for size in (4, 8)]
+    if (kind in _CODEBOOKS or kind.startswith("float8")) and not integers:
+        found += [("table", size) for size in BLOCKS]
     if kind.startswith("int") and not integers:
         found += [("split", size) for size in BLOCKS[::2]]
     found += [("blocks", size) for size in BLOCKS]
@@ -124,6 +126,9 @@ def tune(
         # One row is a fusion of the same unpacking; more are an integer dot.
         choices[f"{kind} x int8"] = [choices[kind][0], *choices["int4 x int8"][1:]]
     path = pathlib.Path(fdq.ops.__file__).parent / "cpu_choices" / f"{cpu_class()}.json"
+    # Those of attention are kept: `python -m benchmarks.cpu --only attention` shows what they give.
+    old = json.loads(path.read_text("utf-8"))["choices"] if path.exists() else {}
+    choices |= {key: rows for key, rows in old.items() if key.startswith("attention")}
     table = {"measured": {**machine, "command": "python -m benchmarks.cpu --tune"}}
     text = json.dumps({**table, "choices": choices}, indent=1)
     path.write_text(text + "\n")

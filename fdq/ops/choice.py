@@ -61,10 +61,10 @@ class Program:
     Attributes:
       name: `fused` (M fusions over blocks of packed units), `lookup` (the same with a table of what
         each byte contributes), `split` (float rows as int8 ones, blocks of K), `tiles` (of
-        columns), `blocks` (of K) or `whole`.
+        columns), `blocks` (of K), `table` (the same, bytes decoded by a table) or `whole`.
         For attention `decoded` or `integers` (float rows as int8 ones).
-      size: packed units of a block (`fused`, `lookup`), rows of K (`split`, `blocks`), columns or
-        slots.
+      size: packed units of a block (`fused`, `lookup`), columns (`tiles`), slots (attention), or
+        rows of K.
     """
 
     name: str

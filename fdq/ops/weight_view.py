@@ -162,14 +162,25 @@ def view_array(w: jax.Array) -> WeightView:
     return WeightView(w, jnp.ones((1, 1), jnp.float32), None, (), _FLOATS, None)
 
 
-def decode_planes(view: WeightView, *, with_scale: bool = True) -> Unit:
+def has_table(view: WeightView) -> bool:
+    """Whether a unit is a byte that means the same in every column."""
+    return view.unit_bytes == 1 and view.codes.dtype == jnp.uint8 and not view.tables
+
+
+def decode_planes(view: WeightView, *, with_scale: bool = True, looked_up: bool = False) -> Unit:
     """The weight as `unit_rows` float32 planes `[units, N]`, of rows `p, p + unit_rows, ...` each.
 
     Not one matrix: interleaving rows costs a copy, taking every P-th column of x costs nothing.
-    `with_scale=False` leaves out scale and unit factor, but not zero.
+    `with_scale=False` leaves out scale and unit factor, but not zero. With `looked_up` the values
+    of a byte come from a table of all 256, where the view has one.
     """
-    codes = view.codes.reshape(view.units, view.unit_bytes, view.columns)
-    planes = view.decode_unit([codes[:, i] for i in range(view.unit_bytes)])
+    if looked_up and has_table(view):
+        index = view.codes.astype(jnp.int32)
+        tables = view.decode_unit([jnp.arange(256, dtype=jnp.uint8)], ())
+        planes = [table.at[index].get(mode="promise_in_bounds") for table in tables]
+    else:
+        codes = view.codes.reshape(view.units, view.unit_bytes, view.columns)
+        planes = view.decode_unit([codes[:, i] for i in range(view.unit_bytes)])
     groups = view.scale.shape[-2]
     per_group = (groups, view.units // groups, view.columns)
 

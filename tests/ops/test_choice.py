@@ -13,6 +13,8 @@ from fdq import ops
 from fdq.ops import choice
 from fdq.ops.choice import CPU_CLASSES, choose_program
 
+PROGRAMS = ("fused", "lookup", "split", "tiles", "blocks", "table", "whole")
+
 
 @pytest.fixture
 def cpuinfo(monkeypatch):
@@ -54,7 +56,7 @@ def test_every_table_has_a_program_for_everything(name, monkeypatch):
         for rows in (1, 2, 3, 16, 17, 1 << 30):
             for elements in (1, 1 << 16, 1 << 22, 1 << 26):
                 program = choose_program(path, rows, elements)
-                assert program.name in ("fused", "lookup", "split", "tiles", "blocks", "whole")
+                assert program.name in PROGRAMS
                 assert program.size > 0 or program.name == "whole"
                 # More than 16 MB of floats are never written.
                 assert program.name != "whole" or elements <= 1 << 22

@@ -70,6 +70,8 @@ def test_equals_the_decoded_product(name, rng):
         slow("int4-g32-asym", ("lookup", 3)),
         slow("nvfp4", ("lookup", 8)),
         slow("int2-g32-half", ("lookup", 4)),
+        ("nf4-g64-dq", ("table", 128)),
+        slow("fp8", ("table", 100)),
         ("int4-g64", ("split", 128)),
         slow("int8", ("split", 96)),
         slow("int4-channel", ("split", 64)),

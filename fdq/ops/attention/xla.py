@@ -154,27 +154,21 @@ def _attend(a: AttentionArguments) -> jax.Array:
     return out.reshape(b, t, h, d).astype(q.dtype)
 
 
+# With as many queries the cost of turning their scores is more than that of repacking keys.
+_FEW_ROWS = 64
+
+
 def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """`[B, KH, R, C]` times `y [B, KH, ., .]` over C, which is `axis` of y."""
-    return lax.dot_general(
-        x,
-        y,
-        (((3,), (axis,)), ((0, 1), (0, 1))),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+    """`[B, KH, R, C]` times `y [B, KH, ., .]` over C, which is `axis` of y; int8 -> int32."""
+    wanted = jnp.int32 if y.dtype == jnp.int8 else jnp.float32
+    dot = functools.partial(
+        lax.dot_general, precision=lax.Precision.HIGHEST, preferred_element_type=wanted
     )
-
-
-def _split_dot(rows: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
-    """int8 rows `[B, KH, 3 R, C]` times int8 codes over C, which is `axis` of them; joined."""
-    over = (((axis,), (3,)), ((0, 1), (0, 1)))
-    if axis == 3:  # keys lie as a left operand wants them: XLA would turn them to the right
-        y = lax.dot_general(codes, rows, over, preferred_element_type=jnp.int32)
-        y = jnp.swapaxes(lax.optimization_barrier(y), 2, 3)
-    else:
-        over = (((3,), (axis,)), ((0, 1), (0, 1)))
-        y = lax.dot_general(rows, codes, over, preferred_element_type=jnp.int32)
-    return join_rows(lax.optimization_barrier(y), axis=2)
+    if axis == 3 and x.shape[2] <= _FEW_ROWS and trace_target().platform == "cpu":
+        # Keys lie as a left operand wants them; XLA would turn them to the right, and repack them.
+        scores = dot(y, x, (((3,), (3,)), ((0, 1), (0, 1))))
+        return jnp.swapaxes(lax.optimization_barrier(scores), 2, 3)
+    return dot(x, y, (((3,), (axis,)), ((0, 1), (0, 1))))
 
 
 class _Side:
@@ -211,7 +205,8 @@ class _Side:
         if not self.split:
             return _batched_dot(rows, plane, axis)
         codes, step = rows
-        return _split_dot(codes, plane, axis) * step
+        sums = lax.optimization_barrier(_batched_dot(codes, plane, axis))
+        return join_rows(sums, axis=2) * step
 
     def dots(self, rows: list[Any], start, size) -> jax.Array:
         """`[B, KH, R, size]`: queries, as `rows` made them of each plane, times a block."""

@@ -14,7 +14,7 @@ from jax import lax
 
 from fdq.formats.format import Format
 from fdq.ops.dots import exact_dot
-from fdq.ops.weight_view import WeightView, pad_rows
+from fdq.ops.weight_view import WeightView, has_table, pad_rows
 
 Unit = list[jax.Array]
 
@@ -66,7 +66,7 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
     The tables `[units, 256]` are those of a row of x: of each packed byte, the sum of its rows'
     values by those of x. For codebooks, whose values are not computed by shifts and masks.
     """
-    assert takes_lookups(view)
+    assert has_table(view)
     x = pad_rows(x, view)
     groups, blocks, block = _blocks(view, block_units)
     n = view.columns
@@ -93,11 +93,6 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
         return total
 
     return _summed(total, x.shape[0], view, dot=True)
-
-
-def takes_lookups(view: WeightView) -> bool:
-    """Whether a unit is a byte of several rows whose values are the same in every column."""
-    return view.unit_bytes == 1 and view.unit_rows > 1 and not view.tables
 
 
 def _summed(

@@ -23,10 +23,19 @@ from fdq.ops.weight_view import WeightView, decode_planes, pad_rows
 Product = Callable[[jax.Array, WeightView], jax.Array]
 
 
-def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> jax.Array:
+def plane_product(
+    x: jax.Array,
+    view: WeightView,
+    dtype: Any = jnp.float32,
+    *,
+    joined: bool = False,
+    looked_up: bool = False,
+) -> jax.Array:
     """Float `[M, K]` -> float32 `[M, N]`: decodes the planes of the weight, sums one dot a plane.
 
-    Operands of the dots are rounded to `dtype`; a scale per channel is applied after them.
+    Operands of the dots are rounded to `dtype`; a scale per channel is applied after them. With
+    `joined` there is one dot over the planes one below the other: for parts of K so small that the
+    dots of planes would be too short. `looked_up` as in `decode_planes`.
     """
     x, row_scale = pad_rows(x, view), None
     if dtype == jnp.float16 and x.dtype != jnp.float16:
@@ -40,16 +49,21 @@ def plane_product(x: jax.Array, view: WeightView, dtype: Any = jnp.float32) -> j
         largest = jnp.max(jnp.abs(view.scale), axis=-2, keepdims=True)
         largest = jnp.where(largest == 0, jnp.float32(1), largest)
         relative = dataclasses.replace(view, scale=view.scale / largest)
-        decoded, after = decode_planes(relative), largest
+        decoded, after = decode_planes(relative, looked_up=looked_up), largest
     elif per_channel:
-        decoded = decode_planes(view, with_scale=False)
+        decoded = decode_planes(view, with_scale=False, looked_up=looked_up)
         after = view.scale * view.format.unit_factor
     else:
-        decoded, after = decode_planes(view), None
+        decoded, after = decode_planes(view, looked_up=looked_up), None
     parts = x.astype(dtype).reshape(x.shape[0], view.units, view.unit_rows)
-    y = exact_dot(parts[..., 0], decoded[0].astype(dtype))
-    for p in range(1, view.unit_rows):
-        y = y + exact_dot(parts[..., p], decoded[p].astype(dtype))
+    planes = [plane.astype(dtype) for plane in decoded]
+    if joined:
+        rows = jnp.concatenate([parts[..., p] for p in range(view.unit_rows)], axis=1)
+        y = exact_dot(rows, jnp.concatenate(planes, axis=0))
+    else:
+        y = exact_dot(parts[..., 0], planes[0])
+        for p in range(1, view.unit_rows):
+            y = y + exact_dot(parts[..., p], planes[p])
     y = y if after is None else y * after
     return y if row_scale is None else jnp.ldexp(y, row_scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from fdq.ops.choice import Target, choose_program, trace_target
 from fdq.ops.dots import exact_dot, left_dot
 from fdq.ops.implementation import Implementation
 from fdq.ops.matmul.dense import dense_product
-from fdq.ops.matmul.fused import fused_product, looked_up_product, takes_lookups
+from fdq.ops.matmul.fused import fused_product, looked_up_product
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.matmul.weight_only import (
     blocked,
@@ -25,7 +26,7 @@ from fdq.ops.matmul.weight_only import (
 )
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.rows import as_array
-from fdq.ops.weight_view import WeightView, view_weight, view_words
+from fdq.ops.weight_view import WeightView, has_table, view_weight, view_words
 from fdq.schemes.scheme import ActivationSpec
 
 
@@ -109,7 +110,8 @@ def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     if view is None:
         return exact_dot(x.astype(jnp.float32), dequantize(q))
     if target.platform == "cpu":
-        return _chosen_program(view.format.name, plane_product, x.astype(jnp.float32), view)
+        product = functools.partial(plane_product, joined=True)
+        return _chosen_program(view.format.name, product, x.astype(jnp.float32), view)
     if number_of_rows(x) <= _FUSED_ROWS:
         # XLA spreads the reduction in the fusion over threads: nothing to unroll.
         return fused_product(x.astype(jnp.float32), view, 1, dot=False)
@@ -136,10 +138,13 @@ def _chosen_program(path: str, product: Any, x: jax.Array, view: WeightView) -> 
     match choice.name:
         case "fused":
             return fused_product(x.astype(jnp.float32), view, choice.size, dot=True)
-        case "lookup" if takes_lookups(view):
+        case "lookup" if has_table(view):
             return looked_up_product(x.astype(jnp.float32), view, choice.size)
         case "split" if view.format.integer_offset(view.spec) is not None:
             return blocked(split_product, x, view, choice.size)
+        case "table":
+            looked_up = functools.partial(plane_product, joined=True, looked_up=True)
+            return blocked(looked_up, x.astype(jnp.float32), view, choice.size)
         case "tiles":
             return tiled(product, x, view, choice.size)
         case "blocks":
