@@ -205,7 +205,8 @@ def attention_table(lengths: list[int], repetitions: int) -> dict[int, list[Timi
         q = jnp.asarray(rng.standard_normal((1, 1, h, d)), jnp.float32)
         k = jnp.asarray(rng.standard_normal((1, kh, length, d)), jnp.float32)
         lengths_ = jnp.asarray([length - 37], jnp.int32)
-        cases = {"plain float32": (jax.jit(plain), (q, k, k, lengths_), 2 * k.nbytes)}
+        cases: dict[str, tuple[Callable[..., Any], tuple, int]] = {}
+        cases["plain float32"] = (jax.jit(plain), (q, k, k, lengths_), 2 * k.nbytes)
         for name, spec in {
             "C32": None,
             "C16": None,

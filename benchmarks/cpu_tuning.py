@@ -32,7 +32,7 @@ PATHS = {
 
 ROWS = (1, 2, 4, 8, 16, 128)
 FUSED_ROWS, TILES, BLOCKS = (8, 16, 32), (128, 512), (128, 256, 512)
-_DENSE = ("dense", 0)
+_DENSE: tuple[str, int] = ("dense", 0)
 # Below this many weights a loop over tiles costs more than it saves.
 SMALL = 65536
 # Above this many it is not decoded whole: 16 MiB of float32.
@@ -99,7 +99,9 @@ def tune(
             size = 4096 if m < 64 else 2048
             q = random_weight(weight_spec(name), size, size)
             x = jnp.asarray(np.random.default_rng(m).standard_normal((m, size)), jnp.float32)
-            cases = {_DENSE: (jax.jit(fdq.matmul), (x, jnp.ones((size, size))), 0)}
+            cases: dict[tuple[str, int], tuple] = {
+                _DENSE: (jax.jit(fdq.matmul), (x, jnp.ones((size, size))), 0)
+            }
             for candidate in candidates(path, m):
 
                 def product(x, q, candidate=candidate):

@@ -75,7 +75,8 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
     tables = parts[:, :, 0] * values[0]
     for p in range(1, view.unit_rows):
         tables = tables + parts[:, :, p] * values[p]
-    sums = _block_sums(x, view) if view.zero is not None else None
+    zero = None if view.zero is None else view.zero[:, None, :]
+    sums = None if zero is None else _block_sums(x, view)
     tables, sums = lax.optimization_barrier((tables, sums))
     codes = view.codes.reshape(groups * blocks, block, n)
 
@@ -87,9 +88,9 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
             found = jnp.take_along_axis(table[:, j], index, axis=1, mode="promise_in_bounds")
             total = total + found
         total = total.reshape(groups, blocks, n)
-        if sums is not None:
+        if zero is not None:
             in_blocks = jnp.sum(sums[row].reshape(groups, blocks, block, 1), axis=2)
-            total = total - view.zero[:, None, :] * in_blocks
+            total = total - zero * in_blocks
         return total
 
     return _summed(total, x.shape[0], view, dot=True)
@@ -114,10 +115,15 @@ def _summed(
     return jnp.concatenate([finished(row) for row in range(rows)], axis=0)
 
 
+# 16 MB of partial sums: the memory of more is mapped anew at every call.
+_MOST_SUMS = 2**22
+
+
 def _blocks(view: WeightView, block_units: int) -> tuple[int, int, int]:
     """Groups, blocks in a group and units in a block."""
     groups = view.scale.shape[-2]
     per_group = view.units // groups
+    block_units = max(block_units, -(-view.units * view.columns // _MOST_SUMS))
     block = next(b for b in range(min(block_units, per_group), 0, -1) if per_group % b == 0)
     return groups, per_group // block, block
 
@@ -125,6 +131,7 @@ def _blocks(view: WeightView, block_units: int) -> tuple[int, int, int]:
 def _is_packed_integer(view: WeightView) -> bool:
     return (
         isinstance(view.format, Format)
+        and view.spec is not None
         and view.format.bits < 8
         and view.format.integer_offset(view.spec) is not None
     )
