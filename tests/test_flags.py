@@ -145,7 +145,7 @@ def small():
 
 @pytest.mark.parametrize(
     "flag",
-    ["transfer_guard", "debug_nans", "debug_infs", "x64", *map(slow, ("highest", "disable_jit"))],
+    ["transfer_guard", "debug_nans", *map(slow, ("debug_infs", "x64", "highest", "disable_jit"))],
 )
 def test_a_decode_step(small, flag):
     _, begin, step, expected = small

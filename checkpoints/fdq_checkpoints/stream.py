@@ -86,12 +86,6 @@ class Job:
             values = {t.path: put(t) for t in as_it_is.tensors(progress=progress)}
             calibration = calibrate(tree_paths.fill(source.tree, values), calibration)
         assigned = Assigned.of(source.tree, scheme, compat=compat, method=method)
-        if folded := [row.path for row in assigned.table.quantized if row.fold is not None]:
-            raise NotImplementedError(
-                f"{folded[0]}: a rule says that it contracts other axes than [..., K, N]. Such "
-                "tensors are quantized in memory only: fdq.quantize(fdq.load(path), rules), then "
-                "fdq.save."
-            )
         inputs = LayerInputs.of(assigned.leaves, calibration=calibration)
         return cls(source, assigned.quantize(inputs), assigned, inputs)
 

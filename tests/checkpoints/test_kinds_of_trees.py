@@ -62,18 +62,6 @@ def test_a_part_of_a_tree_that_is_one_array(tmp_path):
         fdq.convert(tmp_path / "array", tmp_path / "out", "W8A16")
 
 
-def test_what_is_folded_is_refused_where_tensors_are_streamed(tmp_path):
-    rules = [("*.weight", "W8A16", {"contract": 1})]
-    ocp0.PyTreeCheckpointer().save(tmp_path / "tree", {"layer": {"weight": KERNEL}})
-    for use in (
-        lambda: load(tmp_path / "tree", rules),
-        lambda: fdq.convert(tmp_path / "tree", tmp_path / "out", rules),
-    ):
-        with pytest.raises(NotImplementedError, match=r"layer\.weight: a rule says .*fdq\.save"):
-            use()
-    assert not list(tmp_path.glob("out*"))
-
-
 def test_what_of_a_scheme_has_no_place_is_said_by_every_door(tmp_path, caplog):
     tree = {"layer": {"kernel": jnp.asarray(KERNEL)}}
     fdq.save(tree, tmp_path / "tree")

@@ -114,6 +114,7 @@ def test_both_modes_and_second_derivatives_of_experts(name, t, picks, rng):
         assert error(one, value) < 1e-5
 
 
+@pytest.mark.slow
 def test_forward_mode_of_experts_by_scales_and_arrays(rng):
     q = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1]]), quantized("int4-g64", 128, 64))
     x, index = rows(rng, 5, 128), jnp.asarray([0, 1, 1, 0, 1], jnp.int32)

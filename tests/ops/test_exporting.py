@@ -42,6 +42,7 @@ def test_a_function_of_a_prepared_weight_comes_back(name, kind, rng):
     assert isinstance(back, kind) and jax.tree.structure(back) == jax.tree.structure(w)
 
 
+@pytest.mark.slow
 def test_it_comes_back_in_a_process_that_made_none(rng, tmp_path):
     w = WordsWeight.of(fdq.quantize(rng.standard_normal((64, 8)).astype(np.float32), "W4A16-g32"))
     exported = jax.export.export(jax.jit(fdq.dequantize))(w)
