@@ -32,6 +32,7 @@ def test_the_pages_have_code():
     assert len(blocks("README.md", "bash")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_code_runs_in_order_beside_files_named_like_rooms_of_fdq(page, tmp_path):
     """Each block after those before it, and nothing before the first but Python itself."""

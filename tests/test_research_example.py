@@ -70,7 +70,7 @@ def test_beam_search_finds_the_likeliest(example, model, batch):
     assert [tuple(row) for row in beams.tolist()] == expected
 
 
-@pytest.mark.parametrize("scheme", ["W3A16-g32", slow(None)])
+@pytest.mark.parametrize("scheme", [slow("W3A16-g32"), slow(None)])
 def test_speculation_is_the_large_models_own_greedy_text(example, model, batch, scheme):
     """With a draft that is sometimes right, and with the model's own, which always is."""
     prompts, greedy = batch

@@ -95,6 +95,7 @@ def test_the_table_covers_every_format():
     assert {WeightSpec.parse(name).format for name in SPECS} == set(FORMATS)
 
 
+@pytest.mark.slow
 def test_nested_dicts_without_a_template(tree, stored):
     expected = tree | {"a list": {"0": tree["a list"][0], "1": tree["a list"][1]}}
     loaded = load(stored)
