@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,41 +16,54 @@ from fdq.schemes.fold import Fold
 from fdq.schemes.scheme import WeightSpec
 
 
+def register(
+    kind: type,
+    to_json: Callable[[Any], Any],
+    from_json: Callable[[Any], Any],
+    **options: Any,
+) -> None:
+    """Registers a kind of pytree whose static parts `to_json` makes plain, and `from_json` again.
+
+    `options` are those of `jax.export.register_pytree_node_serialization`.
+    """
+    jax.export.register_pytree_node_serialization(
+        kind,
+        serialized_name=f"fdq.{kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(to_json(static)).encode(),
+        deserialize_auxdata=lambda stored: from_json(json.loads(bytes(stored))),
+        **options,
+    )
+
+
 def spec_to_json(spec: WeightSpec) -> dict[str, Any]:
     """The fields of a spec; `WeightSpec(**fields)` is the inverse."""
     return dataclasses.asdict(spec)
 
 
-def _qtensor_to_bytes(aux_data: Any) -> bytes:
-    names, spec, padding = aux_data
-    return json.dumps([list(names), spec_to_json(spec), padding]).encode()
+def _qtensor_to_json(static: Any) -> list[Any]:
+    names, spec, padding = static
+    return [list(names), spec_to_json(spec), padding]
 
 
-def _qtensor_from_bytes(stored: bytes | bytearray) -> Any:
-    names, spec, padding = json.loads(bytes(stored))
+def _qtensor_from_json(stored: list[Any]) -> Any:
+    names, spec, padding = stored
     return tuple(names), WeightSpec(**spec), padding
 
 
-def _folded_to_bytes(aux_data: Any) -> bytes:
-    fold, sizes = aux_data
-    return json.dumps([list(fold.order), fold.contracted, list(sizes)]).encode()
+def _folded_to_json(static: Any) -> list[Any]:
+    fold, sizes = static
+    return [list(fold.order), fold.contracted, list(sizes)]
 
 
-def _folded_from_bytes(stored: bytes | bytearray) -> Any:
-    order, contracted, sizes = json.loads(bytes(stored))
+def _folded_from_json(stored: list[Any]) -> Any:
+    order, contracted, sizes = stored
     return Fold(tuple(order), contracted), tuple(sizes)
 
 
-jax.export.register_pytree_node_serialization(
-    QTensor,
-    serialized_name="fdq.QTensor",
-    serialize_auxdata=_qtensor_to_bytes,
-    deserialize_auxdata=_qtensor_from_bytes,
-)
-jax.export.register_pytree_node_serialization(
+register(QTensor, _qtensor_to_json, _qtensor_from_json)
+register(
     FoldedWeight,
-    serialized_name="fdq.FoldedWeight",
-    serialize_auxdata=_folded_to_bytes,
-    deserialize_auxdata=_folded_from_bytes,
-    from_children=lambda aux_data, children: FoldedWeight(children[0], *aux_data),
+    _folded_to_json,
+    _folded_from_json,
+    from_children=lambda static, children: FoldedWeight(children[0], *static),
 )
