@@ -14,6 +14,7 @@ from flax import nnx
 
 from fdq import nn
 from fdq.calibration.statistics import RANGE_FIELDS, Calibration, KeyValueRange
+from fdq.nn.embedding import check_vocabulary
 from fdq.nn.parameters import value
 
 _REAL: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("real", default=None)
@@ -153,8 +154,10 @@ def calibrate(
         return nnx.state(module, Observed)
 
     seen = 0
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     for batch, real in _with_lengths(tokens, lengths, batch_size):
-        _check_vocabulary(batch, model)
+        if vocabulary is not None and jnp.issubdtype(batch.dtype, jnp.integer):
+            check_vocabulary("calibrate: tokens", np.asarray(batch), vocabulary)
         observed = step(observed, rest, batch, None if real is None else jnp.asarray(real))
         seen += int(np.prod(batch.shape[:2]) if real is None else real.sum())
     if not seen:
@@ -174,18 +177,6 @@ def calibrate(
         for observer in attentions
     )
     return Calibration(absmax=absmax, mean_square=mean_square, cache=ranges, tokens=seen)
-
-
-def _check_vocabulary(batch: jax.Array, model: Any) -> None:
-    """Refuses tokens that a model has no embedding of: it would take the nearest it has."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is None or not batch.size or not jnp.issubdtype(batch.dtype, jnp.integer):
-        return
-    least, most = int(batch.min()), int(batch.max())
-    if least < 0 or most >= size:
-        raise ValueError(
-            f"calibrate: tokens range over {least} ... {most}, expected 0 ... {size - 1}."
-        )
 
 
 def _with_lengths(

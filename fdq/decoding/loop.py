@@ -26,6 +26,7 @@ from fdq.decoding import checks
 from fdq.decoding.functional import by_length, feed, step, taken, window_start
 from fdq.decoding.sampling import Sampling, checked, sample
 from fdq.decoding.state import DecodeState
+from fdq.nn.embedding import check_vocabulary
 from fdq.nn.parameters import Template, bind, current_split
 from fdq.ops.placement import mesh_of, on_current_mesh
 
@@ -232,7 +233,8 @@ class _Prompts:
                 "make the cache with a larger max_length"
             )
         if not traced:
-            _check_vocabulary(np.asarray(tokens), np.asarray(lengths), config.vocab_size)
+            real = np.arange(width)[None] < np.asarray(lengths)[:, None]
+            check_vocabulary("prompt tokens", np.asarray(tokens)[real], config.vocab_size)
             rotary = getattr(config, "rotary", None)
             if state is None and rotary is not None:
                 rotary.warn_of_growth(int(np.min(lengths)), cache.max_length)
@@ -348,17 +350,6 @@ def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:
     for row, stops in zip(table, rows, strict=True):
         row[: len(stops)] = [checks.token("stop token", stop, least=-1) for stop in stops]
     return table
-
-
-def _check_vocabulary(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
-    known = tokens[np.arange(tokens.shape[1])[None] < lengths[:, None]]
-    if not known.size:
-        return
-    if known.min() < 0 or known.max() >= vocab_size:
-        raise ValueError(
-            f"prompt tokens range over {known.min()} ... {known.max()}, "
-            f"expected 0 ... {vocab_size - 1}"
-        )
 
 
 def _chunk_length(count: int, chunk: int, room: int) -> int:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from fdq import nn
 from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
 from fdq.models.config import DecoderConfig
+from fdq.nn.embedding import check_vocabulary
 from fdq.ops.placement import mesh_of
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
@@ -187,18 +188,14 @@ class Decoder(nnx.Module):
         return KVCache.init(self.config, batch, max_length, specs, scales=scales, sharding=sharding)
 
     def _of_vocabulary(self, tokens: Any) -> jax.Array:
-        """Tokens as an array; an embedding would take the nearest row for what it has none of."""
+        """Tokens as an array, checked as far as values are known."""
         if isinstance(tokens, jax.Array) and (
             isinstance(tokens, Tracer) or not tokens.is_fully_addressable
         ):
             return tokens
         found = np.asarray(tokens)
         self._shape(found)
-        least, most = found.min(initial=0), found.max(initial=0)
-        if least < 0 or most >= self.config.vocab_size:
-            raise ValueError(
-                f"tokens range over {least} ... {most}, expected 0 ... {self.config.vocab_size - 1}"
-            )
+        check_vocabulary("tokens", found, self.config.vocab_size)
         return tokens if isinstance(tokens, jax.Array) else jnp.asarray(found, jnp.int32)
 
     @staticmethod

@@ -6,12 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.nn.parameters import value
 from fdq.ops.matmul.dense import transposed_matmul
 from fdq.ops.matmul.transposed import take, transposed_product
+
+
+def check_vocabulary(what: str, tokens: np.ndarray, size: int) -> None:
+    """ValueError for tokens that a table has no row of: a lookup would take the nearest it has."""
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= size):
+        raise ValueError(
+            f"{what} range over {tokens.min()} ... {tokens.max()}, expected 0 ... {size - 1}."
+        )
 
 
 class Embedding(nnx.Module):
