@@ -60,11 +60,7 @@ def convert(
             source, scheme, method=method, compat=compat, calibration=calibration, progress=progress
         )
         if made.assigned is not None:
-            table = made.assigned.table
-            if verbose:
-                print(table.summary())
-            else:
-                table.log()
+            made.assigned.table.report(verbose=verbose)
         recipe = Recipe() if made.assigned is None else made.assigned.recipe
         seen = made.inputs.calibration
         options = {

@@ -84,11 +84,7 @@ def load(
             source.tree = tree_view.as_template(source.tree, template, folder)
         job = stream.Job.of(source, scheme, progress=progress, place=place, **options)
         if job.assigned is not None:
-            table = job.assigned.table
-            if verbose:
-                print(table.summary())
-            else:
-                table.log()
+            job.assigned.table.report(verbose=verbose)
         tensors = tree_paths.flatten(job.tree)
         restore.check_shardings(
             sharding, ((t.path, tree_paths.arrays_of(t.value)) for t in tensors)

@@ -22,6 +22,8 @@ Path = tuple[str, ...]
 QUANTIZED = (QTensor, FoldedWeight)
 """What stands for a weight in a checkpoint."""
 
+_HELD = (QuantizedWeight, FoldedWeight)  # prepared ones too
+
 
 def dotted(path: Iterable[str]) -> str:
     """`("layers", "0", "kernel")` as `"layers.0.kernel"`."""
@@ -147,7 +149,7 @@ def path_of(entries: Iterable[Any]) -> Path:
 
 def _pytree_leaves(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, QuantizedWeight | FoldedWeight | nnx.Variable)
+        tree, is_leaf=lambda node: isinstance(node, (*_HELD, nnx.Variable))
     )
     return [(path_of(path), leaf) for path, leaf in leaves], structure
 
@@ -156,15 +158,11 @@ def _raw(leaf: Any) -> Any:
     """Plain arrays: a Variable's value; a QTensor in the canonical layout, which files have."""
     if isinstance(leaf, nnx.Variable):
         return leaf.get_value()
-    return leaf.canonical() if isinstance(leaf, QuantizedWeight | FoldedWeight) else leaf
+    return leaf.canonical() if isinstance(leaf, _HELD) else leaf
 
 
 def _flatten_module(module: nnx.Module) -> list[Tensor]:
-    quantized = {
-        path: leaf
-        for path, leaf in _pytree_leaves(module)[0]
-        if isinstance(leaf, QuantizedWeight | FoldedWeight)
-    }
+    quantized = {path: leaf for path, leaf in _pytree_leaves(module)[0] if isinstance(leaf, _HELD)}
     activations = {
         tuple(map(str, path)): node.activation
         for path, node in nnx.iter_graph(module)

@@ -105,10 +105,7 @@ def quantize(
     assigned = Assigned.of(target, scheme, compat=compat, rules=rules, method=method)
     inputs = LayerInputs.of(assigned.leaves, importance=importance, calibration=calibration)
     result = assigned.quantize(inputs, donate=donate)
-    if verbose:
-        print(assigned.table.summary())
-    else:
-        assigned.table.log()
+    assigned.table.report(verbose=verbose)
     return result
 
 

@@ -91,8 +91,11 @@ class MatchTable:
             for rule in self.idle
         )
 
-    def log(self) -> None:
-        """Warns of rules that are idle and of what has no place in the tree, where there are."""
+    def report(self, *, verbose: bool) -> None:
+        """Prints the summary, or warns of idle rules and of what has no place in the tree."""
+        if verbose:
+            print(self.summary())
+            return
         for line in filter(None, (*self.remarks, self.note)):
             _LOGGER.warning("%s", line)
 
