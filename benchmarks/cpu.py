@@ -309,7 +309,9 @@ def main() -> int:
     parser.add_argument("--columns", type=int, nargs="+", help="N of the weights (as --size)")
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", metavar="FILE", help="a picture of the matmul table")
-    parser.add_argument("--tune", action="store_true", help="measure the choices of this class of CPUs again")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure the choices of this class of CPUs again"
+    )
     arguments = parser.parse_args()
     record: dict[str, Any] = {"machine": machine()}
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
