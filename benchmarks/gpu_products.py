@@ -66,14 +66,14 @@ def small_matrices(cases: list[MatrixCase]) -> list[MatrixCase]:
 
 
 def cut(case: MatrixCase) -> MatrixCase:
-    """The case with 256 rows and columns."""
-    fields = {**case.__dict__, "k": 256, "n": 256}
+    """The case with 128 rows and 64 columns."""
+    fields = {**case.__dict__, "k": 128, "n": 64}
     return MatrixCase(**fields)
 
 
 def small_experts(case: ExpertCase) -> ExpertCase:
     """The case with 4 small experts."""
-    return ExpertCase(**{**case.__dict__, "experts": 4, "top_k": 2, "k": 256, "n": 256})
+    return ExpertCase(**{**case.__dict__, "experts": 4, "top_k": 2, "k": 128, "n": 64})
 
 
 def prepare(q: QTensor) -> WordsWeight:

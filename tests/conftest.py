@@ -1,5 +1,6 @@
 """Settings that every test runs under: strict promotion, 8 CPU devices, seeds from names."""
 
+import gc
 import os
 import zlib
 
@@ -26,6 +27,13 @@ def pytest_addoption(parser):
 LONGEST = ("tests/test_notebooks.py", "tests/benchmarks/", "tests/pallas_kernels/aot/")
 
 
+def pytest_collection_finish():
+    """Modules and tests live to the end: the collector need not go through them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+
+
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     has_gpu = any(device.platform == "gpu" for device in jax.devices())
@@ -36,29 +44,28 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes longer; run with --slow"))
 
 
-# Most of the time of these is XLA's, and what its optimizations do is none of their business. What
-# computes numbers (formats, quantizers, ops, kernels) is compiled as users compile it.
-WHOLE_MODELS = (
-    "analysis",
-    "cache",
-    "calibration",
-    "checkpoints",
-    "cli",
-    "decoding",
-    "models",
-    "nn",
-    "test_additions.py",
-    "test_flags.py",
-    "test_research_example.py",
-    "test_smoke.py",
+# What compares numbers with another definition of them is compiled as users compile it, and so is
+# what counts instructions. Most of the time of the rest is XLA's, whose optimizations are none of
+# its business.
+OPTIMIZED = (
+    "benchmarks",
+    "formats/test_distortion.py",
+    "formats/test_other_libraries.py",
+    "ops/test_activation.py",
+    "ops/test_attention.py",
+    "ops/test_matmul.py",
+    "ops/test_rope_append.py",
+    "pallas_kernels/aot",
+    "pallas_kernels/append",
+    "quantizers/test_fastdeploy_rounding.py",
 )
 
 
 @pytest.fixture(autouse=True)
 def optimizations(request):
-    """Compiles tests of whole models with few of XLA's optimizations."""
-    room = request.path.relative_to(request.config.rootpath / "tests").parts[0]
-    jax.config.update("jax_disable_most_optimizations", room in WHOLE_MODELS)
+    """Compiles most tests with few of XLA's optimizations."""
+    path = request.path.relative_to(request.config.rootpath / "tests").as_posix()
+    jax.config.update("jax_disable_most_optimizations", not path.startswith(OPTIMIZED))
 
 
 @pytest.fixture

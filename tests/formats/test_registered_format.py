@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 import fdq
-from fdq.analysis.shipped_model import shipped_model_path
 from fdq.formats import FORMATS, Format, ScaledFormat, grouping
 from fdq.ops.weight_view import view_weight
 from tests.closeness import assert_close
+from tests.models import oracles
 
 
 class Sign(Format):
@@ -123,7 +123,7 @@ def test_modules_of_others(format, name):
 @pytest.mark.slow  # by default one of test_additions.py goes all the way
 @pytest.mark.parametrize("format", [Ternary], ids=lambda kind: kind.name, indirect=True)
 def test_models_are_saved_restored_and_generate(name, tmp_path):
-    model = fdq.load(shipped_model_path(), name)
+    model = fdq.load(oracles.ORACLES / "qwen3", name)
     fdq.save(model, tmp_path / "model")
     restored = fdq.load(tmp_path / "model")
     tokens = jnp.asarray([[1, 5, 9, 2]], jnp.int32)

@@ -32,14 +32,17 @@ def test_hidden_states_lead_from_one_to_the_next(model):
 
 def test_embeddings_in_place_of_tokens(model):
     embeds = model.embed_tokens(jnp.asarray(TOKENS), jnp.float32)
-    np.testing.assert_array_equal(model(inputs_embeds=embeds), model(TOKENS))
+    run = jax.jit(lambda embeds: model(inputs_embeds=embeds))
+    np.testing.assert_array_equal(run(embeds), jax.jit(model.__call__)(TOKENS))
     cache = KVCache.init(model.config, 2, 8)
-    hidden, filled = model.extend(None, cache, jnp.int32(0), inputs_embeds=embeds)
-    expected, like = model.extend(jnp.asarray(TOKENS), cache, jnp.int32(0))
+    zero = jnp.int32(0)
+    extend = jax.jit(lambda tokens, embeds: model.extend(tokens, cache, zero, inputs_embeds=embeds))
+    hidden, filled = extend(None, embeds)
+    expected, like = extend(jnp.asarray(TOKENS), None)
     np.testing.assert_array_equal(hidden, expected)
     np.testing.assert_array_equal(filled.layers[0].k.codes, like.layers[0].k.codes)
     # Soft prompts are trained through them.
-    gradient = jax.grad(lambda e: model(inputs_embeds=e).sum())(embeds)
+    gradient = jax.grad(lambda e: run(e).sum())(embeds)
     assert gradient.shape == embeds.shape and np.abs(gradient).max() > 0
 
 
