@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, overload
 
 import jax
@@ -18,7 +19,13 @@ from fdq.schemes.scheme import ActivationSpec
 
 def initial_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param:
     """A `[..., K, N]` kernel of standard deviation `1 / sqrt(K)`."""
-    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * shape[-2] ** -0.5)
+    return nnx.Param(_scaled_normal(rngs.params(), shape, jnp.dtype(dtype)))
+
+
+# Compiled, and where a model is only described traced, once for all kernels of a shape.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _scaled_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * shape[-2] ** -0.5
 
 
 class Linear(nnx.Module):

@@ -71,7 +71,7 @@ def test_planned_bytes_are_those_of_arrays():
         vocab_size=64, hidden_size=128, intermediate_size=128, num_layers=2, moe=moe
     )
     planned = plan(config, "W4A16C8", context=10, batch=3)
-    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))()
     assert weight_table(model).parameters == planned.weights.parameters
     quantized = quantize(model, "W4A16C8")
     assert weight_table(quantized) == planned.weights

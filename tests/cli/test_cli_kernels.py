@@ -103,6 +103,7 @@ def test_all_shapes_of_one_gpu_as_json(cases, tmp_path):
     assert all(k["mosaic"] for r in written["reports"] for k in r["kernels"])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_spill_is_a_failure(monkeypatch):
     monkeypatch.setattr(kernel_cases, "all_cases", lambda: [SPILLS])
@@ -111,6 +112,7 @@ def test_a_spill_is_a_failure(monkeypatch):
     assert "accumulators spills 7" in result.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_without_a_gpu_the_table_is_the_one_of_the_package(cases, directory):
     run("--gpu", "t4", "--gpu", "h100", "--output", reports.path_for(jax.__version__))

@@ -498,7 +498,8 @@ def mixture_of_experts(experts, scheme):
     return lowered.compile(), params["layers"]["0"]["mlp"]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16-g32", slow("W8A8")])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["W4A16-g32", "W8A8"])
 def test_decoding_with_experts_reads_only_those_picked(scheme):
     """Nothing has an axis of all experts, and ten times the experts cost no more bytes."""
     few, many = 37, 370

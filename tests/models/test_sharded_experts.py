@@ -58,7 +58,8 @@ def test_products_and_derivatives(name, t, rng):
     assert error(dx, np.einsum("tpn,tpkn->tk", np.cos(expected), values[index])) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [slow(AxisType.Explicit), AxisType.Auto], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_a_layer_of_experts_gathers_no_codes(kind, rng):
     layer = fdq.quantize(nn.Experts(4, 32, 32, rngs=nnx.Rngs(0)), "W4A16-g32")
     mesh = jax.make_mesh((2,), ("ep",), axis_types=(kind,))

@@ -162,7 +162,8 @@ def test_a_kernel_that_disagrees_is_switched_off_once(monkeypatch, caplog):
     assert nothing is not None  # zeros prove nothing
 
 
-@pytest.mark.parametrize("activation", [slow(None), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", [None, "int8"])
 def test_experts_in_the_kernels_layout(activation, rng, kernels):
     """Up to 8 rows are gathered by the kernel; XLA takes one expert at a time out of the layout."""
     stack = fdq.quantize(jnp.asarray(rng.standard_normal((4, 256, 128)), jnp.float32), "W4A16")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
-from covering import covering, slow
+from covering import covering
 
 from fdq.cache import quantize_cache
 from fdq.ops.rope_append.xla import apply_rotary
@@ -156,10 +156,9 @@ def test_vmap(rng):
     assert_equal(result, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize(
-    "cache_format, gpu", [("int8", "t4"), slow("int4", "h200"), slow(None, "l4")]
-)
+@pytest.mark.parametrize("cache_format, gpu", [("int8", "t4"), ("int4", "h200"), (None, "l4")])
 def test_a_donated_cache_is_written_in_place(cache_format, gpu):
     function = append_program.append_in_a_loop
     arguments = append_program.arguments(cache_format)
