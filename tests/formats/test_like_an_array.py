@@ -138,6 +138,8 @@ def test_rows_out_of_range(stack):
     found = np.asarray(fdq.take(q, ids))
     np.testing.assert_array_equal(np.isnan(found).all(axis=1), [False, True, True, False])
     np.testing.assert_array_equal(found[0], whole[-1])
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(np.asarray(fdq.take(q, ids[3:])), whole[:1])
     clipped = np.asarray(fdq.take(q, ids, mode="clip"))
     np.testing.assert_array_equal(clipped, whole[[-1, -1, 0, 0]])
     with pytest.raises(ValueError, match=r"expected a weight \[K, N\], found \(3, 256, 512\)"):

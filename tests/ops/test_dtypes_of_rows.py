@@ -49,3 +49,22 @@ def test_every_dtype_of_rows(name, rng):
         assert error(y, expected) < limit, dtype
     with pytest.raises(TypeError, match="complex"):
         fdq.matmul(jnp.ones((2, 256), jnp.complex64), q)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_a_weight_of_eight_bit_floats_counts_as_float32(dtype, rng):
+    w = (rng.standard_normal((64, 24)) * 3).astype(getattr(ml_dtypes, dtype))
+    for kind in ("float32", "bfloat16", dtype):
+        x = rng.standard_normal((2, 64)).astype(getattr(ml_dtypes, kind, kind))
+        y = fdq.matmul(jnp.asarray(x), jnp.asarray(w))
+        assert y.dtype == ("bfloat16" if kind == "bfloat16" else "float32")
+        expected = x.astype(np.float64) @ w.astype(np.float64)
+        assert error(y, expected) < (4e-3 if kind == "bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], "text", 1.0])
+def test_what_is_no_array_is_refused(value):
+    with pytest.raises(TypeError, match=f"expected an array x .*found a {type(value).__name__}"):
+        fdq.matmul(value, jnp.ones((2, 3)))
+    with pytest.raises(TypeError, match=f"or a float array w, found {type(value).__name__}"):
+        fdq.matmul(jnp.ones(2), value)

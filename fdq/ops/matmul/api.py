@@ -59,7 +59,8 @@ def matmul(
     Args:
       x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
         float32.
-      w: `[K, N]`: an array, a QTensor or a prepared weight (map over leading axes with `jax.vmap`).
+      w: `[K, N]`: an array of floats (those of 8 bits count as float32), a QTensor or a prepared
+        weight (map over leading axes with `jax.vmap`).
       activation: an ActivationSpec or its name (`"int8"`, `"fp8"`, `"fp8-x128"`); None leaves x
         alone.
       activation_scale: calibrated scale (one number) of a static ActivationSpec.
@@ -73,7 +74,7 @@ def matmul(
 
     Raises:
       ValueError: shapes that do not match, an unknown name, a missing or superfluous scale.
-      TypeError: x is complex, or the array w not of floats.
+      TypeError: x is complex or no array, or w neither quantized nor an array of floats.
       NotImplementedError: the implementation that was asked for cannot compute this; a derivative
         with respect to `activation_scale`, or to a weight that `prepare` laid out.
 

@@ -35,13 +35,9 @@ class Product:
         scale, x = self.activation_scale, self.x
         if not isinstance(x, Normed | Sums | Gated):
             x = _as_rows(x, self.path)
-        if not self.quantized and not _is_float(self.w):
-            raise TypeError(
-                f"{self.path}: expected a QTensor or a float array w, found {self.w.dtype}."
-            )
         vars(self).update(
             x=x,
-            w=materialize(self.w) if self.quantized else self.w,
+            w=materialize(self.w) if self.quantized else _as_weight(self.w, self.path),
             activation_scale=None if scale is None else jnp.asarray(scale),
             dtype=jnp.dtype(x.dtype if self.dtype is None else self.dtype),
         )
@@ -69,8 +65,21 @@ def _is_float(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
+def _as_weight(w: Any, path: str) -> jax.Array:
+    """An array as a weight: floats of 16 bits and more as they are, those of 8 in float32."""
+    if not hasattr(w, "dtype") or not _is_float(w):
+        found = getattr(w, "dtype", type(w).__name__)
+        raise TypeError(f"{path}: expected a QTensor or a float array w, found {found}.")
+    return w if w.dtype.itemsize > 1 else w.astype(jnp.float32)
+
+
 def _as_rows(x: Any, path: str) -> jax.Array:
     """An array as rows: floats of 16 bits and more as they are, what else is real in float32."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(
+            f"{path}: expected an array x [..., K], found a {type(x).__name__}; "
+            "jnp.asarray makes one."
+        )
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{path}: expected x of real numbers, found {x.dtype}.")
     if _is_float(x) and x.dtype.itemsize > 1:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize, materialize
@@ -66,7 +67,8 @@ def take(
         found = found.reshape(*ids.shape, n)
         if mode == "fill":
             inside = ((ids >= -k) & (ids < k))[..., None]
-            found = jnp.where(inside, found, jnp.asarray(jnp.nan, found.dtype))
+            # A NumPy scalar: jax_debug_nans objects to an array that was made for this.
+            found = jnp.where(inside, found, np.asarray(np.nan, found.dtype))
         return found
 
     def axes() -> list[Any]:
