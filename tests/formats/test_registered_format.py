@@ -10,7 +10,6 @@ import fdq
 from fdq.formats import FORMATS, Format, ScaledFormat, grouping
 from fdq.ops.weight_view import view_weight
 from tests.closeness import assert_close
-from tests.models import oracles
 
 
 class Sign(Format):
@@ -118,18 +117,6 @@ def test_modules_of_others(format, name):
     x = np.random.default_rng(1).standard_normal((2, 64)).astype(np.float32)
     expected = x @ np.asarray(fdq.dequantize(quantized.kernel)) + np.asarray(layer.bias)
     assert_close(quantized(jnp.asarray(x)), expected, of_largest=1e-5)
-
-
-@pytest.mark.slow  # by default one of test_additions.py goes all the way
-@pytest.mark.parametrize("format", [Ternary], ids=lambda kind: kind.name, indirect=True)
-def test_models_are_saved_restored_and_generate(name, tmp_path):
-    model = fdq.load(oracles.ORACLES / "qwen3", name)
-    fdq.save(model, tmp_path / "model")
-    restored = fdq.load(tmp_path / "model")
-    tokens = jnp.asarray([[1, 5, 9, 2]], jnp.int32)
-    np.testing.assert_array_equal(np.asarray(restored(tokens)), np.asarray(model(tokens)))
-    (continued,) = fdq.generate(restored, [[1, 5, 9]], 3, stop_tokens=())
-    assert len(continued) == 3
 
 
 def test_a_file_of_a_format_that_nobody_registered_is_refused(tmp_path):
