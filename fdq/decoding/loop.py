@@ -34,7 +34,10 @@ from fdq.ops.placement import mesh_of, on_current_mesh
 _SMALLEST_CHUNK = 16
 
 LogitsProcessor = Callable[[jax.Array, DecodeState], jax.Array]
-"""`(logits [B, V] float32, state) -> logits [B, V]`, pure; -inf rules a token out."""
+"""`(logits [B, V] float32, state) -> logits [B, V]`, pure; -inf rules a token out.
+
+A sequence that it leaves no token (all -inf, or a NaN) is finished, without a further one.
+"""
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -82,7 +85,12 @@ def _decode(
 
     def body(state: DecodeState) -> DecodeState:
         logits, state = step(template, params, state)
-        scores = logits if processor is None else _processed(processor, logits, state)
+        scores = logits
+        if processor is not None:
+            scores = _processed(processor, logits, state)
+            # False for NaN too: no token can follow.
+            some = jnp.max(scores, axis=-1) > -jnp.inf
+            state = dataclasses.replace(state, finished=state.finished | ~some)
         return state.push(sample(scores, state.keys(), sampling), stop_tokens, logits=logits)
 
     if steps is None:

@@ -295,6 +295,20 @@ def test_a_processor_rules_tokens_out(model, batch):
         generate(model, rows[0], 2, logits_processor=lambda logits, state: logits[0])
 
 
+@pytest.mark.parametrize("nothing", [-np.inf, np.nan], ids=["-inf", "nan"])
+def test_a_sequence_that_no_token_may_follow_has_come_to_its_end(model, batch, nothing):
+    rows = [batch[0][0, :8].tolist(), batch[0][2, :5].tolist()]
+
+    def ends_at_ten(logits, state):
+        return jnp.where((state.length < 10)[:, None], logits, nothing)
+
+    whole = generate(model, rows, 4, stop_tokens=())
+    for sampling in (None, Sampling(temperature=1.0, top_k=1)):
+        settings = {"stop_tokens": (), "sampling": sampling, "logits_processor": ends_at_ten}
+        out = generate(model, rows, 4, **settings)
+        assert out == [whole[0][:2], whole[1]]
+
+
 def test_logprobs_of_a_step_and_of_tokens_that_are_given(model, batch, fns):
     prompts, tokens = batch
     made, step, extend = fns
