@@ -115,7 +115,6 @@ def generate(
     stops = stop_table(stop_tokens, len(rows))
     decoders = [Continuation(text, *of) for of in zip(texts, rows, strict=True)] if text else []
     outputs = _Outputs(stops, decoders, stream)
-    on_cpu = jax.default_backend() == "cpu"
     left = max_new_tokens
     while left > 0 and not all(outputs.ended):
         steps = min(left, stream_steps)
@@ -126,8 +125,6 @@ def generate(
             sampling=sampling,
             stop_tokens=stops,
             logits_processor=logits_processor,
-            # One program for all chunks, and one for whatever is left at the end.
-            counted=on_cpu or steps != stream_steps,
         )
         left -= steps
         outputs.take(state)

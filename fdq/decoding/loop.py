@@ -33,6 +33,9 @@ from fdq.ops.placement import mesh_of, on_current_mesh
 # A prompt's last chunk is padded to one of few lengths, so that few shapes are compiled.
 _SMALLEST_CHUNK = 16
 
+# A GPU waits for the host at each trip of a loop of unknown length, not at those of a loop within.
+_STEPS_A_TRIP = 16
+
 LogitsProcessor = Callable[[jax.Array, DecodeState], jax.Array]
 """`(logits [B, V] float32, state) -> logits [B, V]`, pure; -inf rules a token out.
 
@@ -69,7 +72,7 @@ def _extend_from(
     return feed(bind(template, params), tokens, cache, start, count, lengths)[1]
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "a_trip"), donate_argnums=2)
 def _decode(
     template: Template,
     params: Any,
@@ -80,8 +83,9 @@ def _decode(
     count: jax.Array | None = None,
     *,
     steps: int | None = None,
+    a_trip: int = 1,
 ) -> DecodeState:
-    """`steps` steps, or `count` of them where that is None."""
+    """`steps` steps, or `count` of them where that is None, `a_trip` of them in an inner loop."""
 
     def body(state: DecodeState) -> DecodeState:
         logits, state = step(template, params, state)
@@ -93,10 +97,27 @@ def _decode(
             state = dataclasses.replace(state, finished=state.finished | ~some)
         return state.push(sample(scores, state.keys(), sampling), stop_tokens, logits=logits)
 
-    if steps is None:
-        assert count is not None
+    if steps is not None:
+        return jax.lax.scan(lambda state, _: (body(state), None), state, None, length=steps)[0]
+    assert count is not None
+    if a_trip == 1:
         return jax.lax.fori_loop(0, count, lambda _, state: body(state), state)
-    return jax.lax.scan(lambda state, _: (body(state), None), state, None, length=steps)[0]
+
+    def counted(state: DecodeState, at: jax.Array) -> tuple[DecodeState, None]:
+        """One step, which counts for nothing after the last one that was asked for."""
+        live = at < count
+        new = body(dataclasses.replace(state, finished=state.finished | ~live))
+        length = jnp.where(live, new.cache.length, state.cache.length)
+        return dataclasses.replace(
+            new,
+            finished=jnp.where(live, new.finished, state.finished),
+            cache=dataclasses.replace(new.cache, length=length),
+        ), None
+
+    def trip(i: jax.Array, state: DecodeState) -> DecodeState:
+        return jax.lax.scan(counted, state, i * a_trip + jnp.arange(a_trip, dtype=jnp.int32))[0]
+
+    return jax.lax.fori_loop(0, (count + (a_trip - 1)) // a_trip, trip, state)
 
 
 def _processed(processor: LogitsProcessor, logits: jax.Array, state: DecodeState) -> jax.Array:
@@ -267,8 +288,7 @@ def decode(
     Args:
       model: the model that prefilled `state`.
       state: donated: use the one that comes back.
-      steps: trip count of the loop; on CPUs one compiled loop serves all counts, on GPUs, where a
-        loop of unknown length waits for the host at each trip, one each.
+      steps: how many; one compiled loop serves all numbers, but for one in your own `jax.jit`.
       sampling: None is greedy.
       stop_tokens: tokens that finish a sequence: a list for all, or a list per sequence.
       logits_processor: changes logits before a token is drawn, see `LogitsProcessor`. A function
@@ -297,7 +317,6 @@ def decode(
                 f"{steps} more tokens after {known} do not fit in a cache of {capacity} slots. "
                 "Make a longer cache or take fewer steps"
             )
-    counted = jax.default_backend() == "cpu" and not isinstance(state.length, Tracer)
     return run(
         model,
         state,
@@ -305,7 +324,7 @@ def decode(
         sampling=sampling,
         stop_tokens=stop_table(stop_tokens, b),
         logits_processor=logits_processor,
-        counted=counted,
+        counted=not isinstance(state.length, Tracer),
     )
 
 
@@ -317,9 +336,9 @@ def run(
     sampling: Sampling | None,
     stop_tokens: np.ndarray,
     logits_processor: LogitsProcessor | None,
-    counted: bool,
+    counted: bool = True,
 ) -> DecodeState:
-    """`decode` without its checks; `counted` loops serve any number of steps."""
+    """`decode` without its checks; a `counted` loop serves any number of steps."""
     template, params = current_split(model)
     processor = logits_processor
     if processor is not None and not isinstance(processor, jax.tree_util.Partial):
@@ -331,7 +350,8 @@ def run(
     arguments = (template, params, state, stops, sampling, processor)
     with mesh_of(params, state):
         if counted:
-            return _decode(*arguments, count)
+            on_cpu = jax.default_backend() == "cpu"
+            return _decode(*arguments, count, a_trip=1 if on_cpu else _STEPS_A_TRIP)
         return _decode(*arguments, steps=steps)
 
 

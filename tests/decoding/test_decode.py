@@ -239,8 +239,35 @@ def abstract_state(batch, slots, format, config=CONFIG):
     return jax.eval_shape(init)
 
 
-@pytest.mark.parametrize(("format", "batch"), [slow("C16", 1), ("C8", 3), slow("C4", 1)])
-def test_the_loop_works_in_the_donated_cache(format, batch):
+def copied(state):
+    """For a call that takes its state."""
+    return jax.tree.map(jnp.copy, state)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 6])
+def test_steps_in_an_inner_loop_are_steps(model, prompts, count):
+    """As on GPUs: those that are too many leave no trace, in what is finished or not."""
+    template, params = split(model)
+    stops = jnp.full((len(prompts), 1), -1, jnp.int32)
+    begun = decode(model, start(model, prompts), 1)
+    stops = stops.at[0, 0].set(decode(model, copied(begun), 2).tokens[0, begun.length[0] + 1])
+    one, inner = (
+        _decode(template, params, copied(begun), stops, None, None, jnp.int32(count), a_trip=n)
+        for n in (1, 4)
+    )
+    assert bool(one.finished[0]) == (count > 1) and not one.finished[1:].any()
+    small, same = (dataclasses.replace(state, cache=None, key=None) for state in (one, inner))
+    jax.tree.map(np.testing.assert_array_equal, small, same)
+    np.testing.assert_array_equal(one.cache.length, inner.cache.length)
+    one, inner = (decode(model, state, 2, stop_tokens=()) for state in (one, inner))
+    assert one.generated() == inner.generated()
+
+
+@pytest.mark.parametrize(
+    ("format", "batch", "inner"),
+    [slow("C16", 1, False), ("C8", 3, False), slow("C8", 3, True), slow("C4", 1, False)],
+)
+def test_the_loop_works_in_the_donated_cache(format, batch, inner):
     """No temporary and no copy grows with the slots; the cache comes back where it was."""
     config = CONFIG.replace(num_layers=1)
     template, params = split(fdq.models.abstract(config))
@@ -248,7 +275,12 @@ def test_the_loop_works_in_the_donated_cache(format, batch):
     temporary = {}
     for slots in (1024, 16384):  # more than a block of attention
         state = abstract_state(batch, slots, format, config)
-        lowered = _decode.lower(template, params, state, stops, steps=2)
+        arguments = (template, params, state, stops)
+        if inner:
+            count = jax.ShapeDtypeStruct((), jnp.int32)
+            lowered = _decode.lower(*arguments, None, None, count, a_trip=16)
+        else:
+            lowered = _decode.lower(*arguments, steps=2)
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= state.cache.nbytes
