@@ -105,7 +105,6 @@ def test_transformations(flag):
     ("cache", "flag"),
     [
         ("C8", "x64"),
-        slow("C4", "x64"),
         *(slow("C8", flag) for flag in ("debug_nans", "debug_infs", "highest", "bfloat16")),
     ],
 )
