@@ -61,13 +61,12 @@ def run(settings: Settings, emit: Emit) -> None:
 
 def cut(case: MatrixCase) -> MatrixCase:
     """The case with 128 rows and 64 columns."""
-    fields = {**case.__dict__, "k": 128, "n": 64}
-    return MatrixCase(**fields)
+    return dataclasses.replace(case, k=128, n=64)
 
 
 def small_experts(case: ExpertCase) -> ExpertCase:
     """The case with 4 small experts."""
-    return ExpertCase(**{**case.__dict__, "experts": 4, "top_k": 2, "k": 128, "n": 64})
+    return dataclasses.replace(case, experts=4, top_k=2, k=128, n=64)
 
 
 def prepare(q: QTensor) -> WordsWeight:

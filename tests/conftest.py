@@ -57,6 +57,7 @@ OPTIMIZED = (
     "ops/test_rope_append.py",
     "pallas_kernels/aot",
     "pallas_kernels/append",
+    "pallas_kernels/test_on_gpu.py",
     "quantizers/test_fastdeploy_rounding.py",
 )
 

@@ -324,7 +324,6 @@ def decode(
         sampling=sampling,
         stop_tokens=stop_table(stop_tokens, b),
         logits_processor=logits_processor,
-        counted=not isinstance(state.length, Tracer),
     )
 
 
@@ -336,9 +335,8 @@ def run(
     sampling: Sampling | None,
     stop_tokens: np.ndarray,
     logits_processor: LogitsProcessor | None,
-    counted: bool = True,
 ) -> DecodeState:
-    """`decode` without its checks; a `counted` loop serves any number of steps."""
+    """`decode` without its checks."""
     template, params = current_split(model)
     processor = logits_processor
     if processor is not None and not isinstance(processor, jax.tree_util.Partial):
@@ -349,10 +347,10 @@ def run(
     stops, sampling, count = jax.device_put((stop_tokens, sampling, np.int32(steps)))
     arguments = (template, params, state, stops, sampling, processor)
     with mesh_of(params, state):
-        if counted:
-            on_cpu = jax.default_backend() == "cpu"
-            return _decode(*arguments, count, a_trip=1 if on_cpu else _STEPS_A_TRIP)
-        return _decode(*arguments, steps=steps)
+        if isinstance(state.length, Tracer):
+            return _decode(*arguments, steps=steps)
+        on_cpu = jax.default_backend() == "cpu"
+        return _decode(*arguments, count, a_trip=1 if on_cpu else _STEPS_A_TRIP)
 
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:

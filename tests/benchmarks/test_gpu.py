@@ -83,7 +83,7 @@ def test_layer_shapes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["W4", "WCC2", "WNVFP4", "Wfp8", "W4-asym"])
+@pytest.mark.parametrize("name", ["W4", "W8", "WCC2", "WNVFP4", "Wfp8", "W4-asym"])
 def test_random_weights_are_as_quantized_ones(name):
     spec = weight_spec(name)
     made = random_weight(jax.random.key(3), (256, 1280), spec)

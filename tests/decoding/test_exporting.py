@@ -25,7 +25,9 @@ def of_any_batch(state):
     return jax.tree_util.tree_map_with_path(shape, state)
 
 
-@pytest.mark.parametrize(("scheme", "format"), [slow("W8A8", "C8-kvchannel")])
+@pytest.mark.parametrize(
+    ("scheme", "format"), [slow("W4A16-g32", "C8"), slow("W8A8", "C8-kvchannel")]
+)
 def test_a_step_is_exported_for_any_batch(scheme, format):
     model = oracles.oracle("qwen3")[0]
     prompts = np.random.default_rng(0).integers(0, 96, (3, 5))

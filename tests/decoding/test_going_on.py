@@ -12,7 +12,7 @@ from tests.covering import slow
 from tests.models import oracles
 
 SLOTS = 20
-FORMATS = pytest.mark.parametrize("format", [slow("C4")])
+FORMATS = pytest.mark.parametrize("format", [slow("C8"), slow("C16"), slow("C4")])
 
 
 @pytest.fixture(scope="module")
