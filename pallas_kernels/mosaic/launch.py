@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,17 @@ def synchronize() -> None:
         mg.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
 
 
+def keep_rows_in_order(refs: Sequence[Any]) -> None:
+    """Asks for shared memory as it is written down, which Mosaic would else tile and swizzle.
+
+    Its inference picks a swizzle wherever a row has 32 bytes or more, and then computes addresses
+    in slices that begin in the middle of the pattern as if they began with it (jax 0.11.2 and
+    0.12.0, seen on an H100: eight rows of x in units of four were read from wrong places).
+    """
+    for ref in refs:
+        mg.inline_mgpu(arg_types=(mg.RefType(),))(lambda context, ref: None)(ref)
+
+
 def load(ref: Any, layout: Any) -> jax.Array:
     """An array in a layout, however slow the load."""
     return mg.load(ref, layout=layout, optimized=False)
@@ -64,8 +76,16 @@ def launch(
     Its place is `lax.axis_index(name)`, for the names of the grid's axes, of which the first varies
     fastest on the GPU. Returns arrays of `out_type`: a `jax.ShapeDtypeStruct` or a tuple of them.
     """
+    scratch_types = tuple(scratch_types)
+
+    @functools.wraps(body)
+    def program(*refs):
+        if scratch_types and not runs_interpreted():
+            keep_rows_in_order(refs[-len(scratch_types) :])
+        body(*refs)
+
     return mg.kernel(
-        body,
+        program,
         out_type=out_type,
         grid=grid,
         grid_names=grid_names,
