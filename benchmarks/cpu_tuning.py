@@ -48,7 +48,7 @@ def candidates(path: str, m: int) -> list[tuple[str, int]]:
     if m <= 8:
         units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
         found += [("fused", size) for size in units]
-        if kind in _CODEBOOKS and m == 1:
+        if kind in _CODEBOOKS and m <= 2:
             found += [("lookup", size) for size in (4, 8)]
     if (kind in _CODEBOOKS or kind.startswith("float8")) and not integers:
         found += [("table", size) for size in BLOCKS]

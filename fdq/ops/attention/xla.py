@@ -114,25 +114,28 @@ def _attend(a: AttentionArguments) -> jax.Array:
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
     query_planes = [key.rows(queries[..., p :: key.planes]) for p in range(key.planes)]
 
-    first = jnp.int32(0)
+    # A query sees slots from `lower` to before `upper`, [B, T * G].
+    lower, first = jnp.zeros_like(position), jnp.int32(0)
+    upper = jnp.minimum(position + 1, lengths[:, None])
     if sliding_window is not None:
+        lower = position - (sliding_window - 1)
         first = jnp.maximum(jnp.min(offset) - (sliding_window - 1), 0) // block
     last = jnp.minimum((jnp.max(lengths) + (block - 1)) // block, -(-slots // block))
 
     def body(i, carry):
         largest, total, out = carry
         start = jnp.minimum(i * block, slots - block)
-        slot = start + jnp.arange(block, dtype=jnp.int32)
+        slot = start + jnp.arange(block, dtype=jnp.int32)[None, None, :]
         # The last block starts early enough to be whole: slots seen before are masked.
-        visible = (slot >= i * block)[None, None, :] & (slot[None, None, :] <= position[:, :, None])
-        visible &= slot[None, None, :] < lengths[:, None, None]
-        if sliding_window is not None:
-            visible &= slot[None, None, :] > position[:, :, None] - sliding_window
+        unseen = jnp.maximum(lower, i * block)
+        visible = (slot >= unseen[..., None]) & (slot < upper[..., None])
         scores = key.dots(query_planes, start, block)
         scores = key.finish_scores(scores, query_sum, start, block)
         scores = jnp.where(visible[:, None], scores, jnp.float32(_MASKED))
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.where(visible[:, None], jnp.exp(scores - new_largest), jnp.float32(0))
+        # A row that has seen nothing yet: exp(_MASKED - 0) is 0, exp(_MASKED - _MASKED) is not.
+        seen = jnp.where(new_largest == jnp.float32(_MASKED), jnp.float32(0), new_largest)
+        weights = jnp.exp(scores - seen)
         shrink = jnp.exp(largest - new_largest)
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         update = value.weighted_sum(weights, start, block)

@@ -6,6 +6,7 @@ row, by far; several rows are a fusion each, as XLA has none with several result
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,8 +23,9 @@ Unit = list[jax.Array]
 def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
     """float32 `[M, K]` -> `[M, N]`: one element-wise fusion a row over `[blocks, N]`, then a sum.
 
-    A block has `block_units` packed units, or the most below that divide a group. Blocks are summed
-    by a `dot` with ones on CPUs, where XLA's reduction takes 4 to 17 times longer.
+    A block has `block_units` packed units, or the most below that divide a group and whose rows do
+    not push each other out of the cache (rows of 4096 bytes lie in the same lines of it). Blocks
+    are summed by a `dot` with ones on CPUs, where XLA's reduction takes 4 to 17 times longer.
     """
     x = pad_rows(x, view)
     chained = dot and _is_packed_integer(view)
@@ -70,25 +72,28 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
     x = pad_rows(x, view)
     groups, blocks, block = _blocks(view, block_units)
     n = view.columns
-    values = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 1, 256)], ())
-    parts = x.reshape(x.shape[0], view.units, view.unit_rows, 1)
-    tables = parts[:, :, 0] * values[0]
-    for p in range(1, view.unit_rows):
-        tables = tables + parts[:, :, p] * values[p]
+    # Without the barrier XLA decodes the 256 bytes again for every unit: a quarter of the time.
+    values = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 256)], ())
+    values = [lax.optimization_barrier(value) for value in values]
+    parts = lax.optimization_barrier(x.reshape(x.shape[0], view.units, view.unit_rows, 1))
     zero = None if view.zero is None else view.zero[:, None, :]
-    sums = None if zero is None else _block_sums(x, view)
-    tables, sums = lax.optimization_barrier((tables, sums))
+    sums = None if zero is None else lax.optimization_barrier(_block_sums(x, view))
     codes = view.codes.reshape(groups * blocks, block, n)
 
     def total(row: int) -> jax.Array:
-        table = tables[row].reshape(groups * blocks, block, 256)
+        table = parts[row, :, 0] * values[0]
+        for p in range(1, view.unit_rows):
+            table = table + parts[row, :, p] * values[p]
+        # Codes of its own: what two rows share of a lookup, XLA writes to memory.
+        own = (table.reshape(groups * blocks, block, 256), codes)
+        table, indices = lax.optimization_barrier(own)
         total = jnp.zeros((groups * blocks, n), jnp.float32)
         for j in range(block):
-            index = codes[:, j].astype(jnp.int32)
+            index = indices[:, j].astype(jnp.int32)
             found = jnp.take_along_axis(table[:, j], index, axis=1, mode="promise_in_bounds")
             total = total + found
         total = total.reshape(groups, blocks, n)
-        if zero is not None:
+        if zero is not None and sums is not None:
             in_blocks = jnp.sum(sums[row].reshape(groups, blocks, block, 1), axis=2)
             total = total - zero * in_blocks
         return total
@@ -117,13 +122,19 @@ def _summed(
 
 # 16 MB of partial sums: the memory of more is mapped anew at every call.
 _MOST_SUMS = 2**22
+# A way of a CPU's first cache, and how many rows of a block may share their lines of it: all have
+# 64 sets of 64 bytes, and 8 ways or more.
+_CACHE_WAY = 4096
+_CACHE_WAYS = 8
 
 
 def _blocks(view: WeightView, block_units: int) -> tuple[int, int, int]:
     """Groups, blocks in a group and units in a block."""
     groups = view.scale.shape[-2]
     per_group = view.units // groups
-    block_units = max(block_units, -(-view.units * view.columns // _MOST_SUMS))
+    stride = view.columns * view.codes.dtype.itemsize
+    rows = max(1, _CACHE_WAYS * _CACHE_WAY // math.gcd(stride, _CACHE_WAY) // view.unit_bytes)
+    block_units = max(min(block_units, rows), -(-view.units * view.columns // _MOST_SUMS))
     block = next(b for b in range(min(block_units, per_group), 0, -1) if per_group % b == 0)
     return groups, per_group // block, block
 
