@@ -60,6 +60,7 @@ class Row:
         return spread(self.width, 16)
 
 
+@functools.partial(jax.jit, static_argnames=("shape",))
 def write_row(shape: Row, qkv, cos, sin, slots, k: CacheArrays, v: CacheArrays, kept):
     """Launches the kernel; returns the queries, and by name what was written of keys and values."""
     bias, q_norm, k_norm = kept

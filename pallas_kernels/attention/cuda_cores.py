@@ -52,6 +52,7 @@ def heads_per_program(group: int, head_dim: int) -> int:
     return -(-group // -(-group // most))
 
 
+@functools.partial(jax.jit, static_argnames=("side", "sliding_window", "scale", "parts"))
 def attend(
     q: jax.Array,
     k: CacheArrays,

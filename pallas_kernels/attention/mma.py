@@ -99,6 +99,7 @@ class _Shape(AttentionShape):
         return self.unrolled * mma.SLOTS
 
 
+@functools.partial(jax.jit, static_argnames=("side", "sliding_window", "scale", "parts"))
 def attend(
     q: jax.Array,
     k: CacheArrays,

@@ -15,10 +15,12 @@ from fdq.cache import quantize_cache
 from fdq.ops.rope_append.xla import apply_rotary
 from fdq.schemes.scheme import CacheSpec
 from pallas_kernels.aot.ahead_of_time import compile_for, unavailable
+from pallas_kernels.append import cache_row
 from pallas_kernels.append.cache_update import append, append_reference
 from pallas_kernels.cache.arrays import CacheArrays
 from pallas_kernels.cache.float8 import e4m3_bits
 from pallas_kernels.cache.formats import CACHE_WORDS
+from pallas_kernels.mosaic.launch import launch
 
 # Programs run once: compiling them is what takes time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -188,6 +190,22 @@ def test_slots_outside_of_the_cache(rng):
     arguments[3] = jnp.asarray([-1, SLOTS + 5], jnp.int32)
     result = run(append, arguments, interleaved=True)
     assert_equal(result, run(append_reference, arguments, interleaved=True))
+
+
+def test_layers_alike_are_lowered_once(rng, monkeypatch):
+    """Lowering for a GPU takes seconds a launch: 32 layers must not pay it 32 times."""
+    launches = []
+    monkeypatch.setattr(cache_row, "launch", lambda *a, **k: launches.append(a) or launch(*a, **k))
+    arguments = make(rng, "int8", jnp.float16, batch=3)  # a shape that no other test has
+
+    def layers(qkv, cos, sin, slots, k, v):
+        for _ in range(3):
+            out = append(qkv, cos, sin, slots, k, v, heads=HEADS, interleaved=True)
+            k, v = out.k, out.v
+        return k, v
+
+    jax.jit(layers).trace(*arguments)
+    assert len(launches) == 1
 
 
 def test_what_is_refused(rng):

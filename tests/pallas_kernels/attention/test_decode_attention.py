@@ -14,10 +14,12 @@ import fdq
 from fdq.cache import CacheTensor, quantize_cache
 from fdq.ops.kernels import kernel_arrays
 from fdq.schemes.scheme import CacheSpec
+from pallas_kernels.attention import parts
 from pallas_kernels.attention.cuda_cores import heads_per_program
 from pallas_kernels.attention.decode_attention import decode_attention, decode_attention_reference
 from pallas_kernels.attention.parts import choose_parts, exponent
 from pallas_kernels.cache.arrays import CacheArrays
+from pallas_kernels.mosaic.launch import launch
 
 BOUND = 5e-6  # of the largest reference value
 # Programs run once: compiling them is what takes time.
@@ -281,3 +283,21 @@ def test_how_a_sequence_is_shared():
 def test_exponents_are_whole(rng):
     x = jnp.asarray([-1e30, -3.4, 0.0, 2.5, 1000.2], jnp.float32)
     np.testing.assert_array_equal(exponent(x), [-(2**20), -3, 0, 2, 1000])
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_layers_alike_are_lowered_once(rng, monkeypatch, tensor_cores):
+    """Lowering for a GPU takes seconds a launch: 32 layers must not pay it 32 times."""
+    launches = []
+    monkeypatch.setattr(parts, "launch", lambda *a, **k: launches.append(a) or launch(*a, **k))
+    # A shape that no other test has, in one part: one launch.
+    q, k, v = make(rng, "int8", Sizes(batch=3, slots=67, head_dim=128))
+    lengths = jnp.asarray([67, 3, 40], jnp.int32)
+
+    def layers(q, k, v, lengths):
+        for _ in range(3):
+            q = decode_attention(q, k, v, lengths=lengths, parts=1, tensor_cores=tensor_cores)
+        return q
+
+    jax.jit(layers).trace(q, k, v, lengths)
+    assert len(launches) == 1
