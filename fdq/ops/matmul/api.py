@@ -16,6 +16,7 @@ from fdq.ops.matmul.xla import Xla
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
+from fdq.ops.transposing import transposable
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Shaped
 
@@ -53,8 +54,7 @@ def matmul(
 
     Derivatives, forward and reverse, are those of `x @ dequantize(w)`: straight through the
     rounding of activations; of a QTensor with respect to its scales (its integer codes have none).
-    `jax.linear_transpose` takes a function that calls this outside of `jax.jit`; of one inside,
-    transpose what `jax.linearize` returns.
+    `jax.linear_transpose` with respect to x too is that of `x @ dequantize(w)`.
 
     Args:
       x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
@@ -106,9 +106,12 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
-    if derivative.to_be_transposed(x, w) and isinstance(w, QuantizedWeight):
-        return derivative.decoded_product(as_array(x), w).reshape(1, *x.shape[:-1], -1)
-    return run(Product(x, w, activation, activation_scale, path=path))
+    def program(x, w, scale):
+        return run(Product(x, w, activation, scale, path=path))
+
+    if not isinstance(w, QuantizedWeight):
+        return program(x, w, activation_scale)
+    return transposable(program, derivative.decoded_parts(program), x, w, activation_scale)
 
 
 # Derivatives of every implementation, where the weight is quantized; of arrays they are JAX's own.

@@ -12,9 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
-from jax.interpreters.partial_eval import JaxprTracer
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, quantize_activation
@@ -58,31 +56,27 @@ def instantiated(tangents: Any, primals: Any) -> Any:
     return jax.tree.map(lambda p, t: jnp.zeros_like(p) if is_zero(t) else t, primals, tangents)
 
 
-def to_be_transposed(*trees: Any) -> bool:
-    """Whether JAX traces this to transpose it, as `jax.linear_transpose` does.
-
-    Implementations are no linear functions word by word (they round, or loop until a condition),
-    and custom derivatives say nothing of transposes: what is decoded first is multiplied then.
-    """
-
-    def unknown(leaf: Any) -> bool:
-        while isinstance(leaf, Tracer) and hasattr(leaf, "batch_dim"):  # inside jax.vmap
-            leaf = leaf.val  # pyright: ignore[reportAttributeAccessIssue]
-        return isinstance(leaf, JaxprTracer) and not leaf.is_known()
-
-    return any(map(unknown, jax.tree.leaves(trees)))
-
-
 def row_change(x: Rows, dx: Any) -> jax.Array:
     """The change of rows as an array, for a tangent of what they are made of."""
     return jax.jvp(as_array, (x,), (instantiated(dx, x),))[1]
 
 
-def as_parts(like: jax.Array, terms: list[jax.Array]) -> jax.Array:
+def as_parts(like: Any, terms: list[jax.Array]) -> jax.Array:
     """The sum of terms as the parts of a product, `[split, ..., N]`: the first takes all."""
-    first = jnp.zeros_like(like[0])
-    total = functools.reduce(jnp.add, (term.reshape(first.shape) for term in terms), first)
-    return jnp.concatenate([total[None], jnp.zeros_like(like[1:])])
+    split, *shape = like.shape
+    first = jnp.zeros(shape, like.dtype)
+    total = functools.reduce(jnp.add, (term.reshape(shape) for term in terms), first)
+    return jnp.concatenate([total[None], jnp.zeros((split - 1, *shape), like.dtype)])
+
+
+def decoded_parts(program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The parts that `program(x, w, scale)` returns, by the decoded weight: linear in x."""
+
+    def parts(x: Rows, w: QuantizedWeight, scale: jax.Array | None) -> jax.Array:
+        like = jax.eval_shape(program, x, w, scale)
+        return as_parts(like, [decoded_product(as_array(x), w)])
+
+    return parts
 
 
 def decoding(w: QuantizedWeight, numbers: tuple[int, ...]) -> Callable[..., jax.Array]:
