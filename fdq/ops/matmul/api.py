@@ -6,12 +6,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.implementation import Op
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
+from fdq.ops.matmul.wide_rows import in_float32
 from fdq.ops.matmul.xla import Xla
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
@@ -58,7 +60,8 @@ def matmul(
 
     Args:
       x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
-        float32.
+        float32. float64 (under `jax_enable_x64`) keeps its range with a quantized weight, at the
+        precision of float32.
       w: `[K, N]`: an array of floats (those of 8 bits count as float32), a QTensor or a prepared
         weight (map over leading axes with `jax.vmap`).
       activation: an ActivationSpec or its name (`"int8"`, `"fp8"`, `"fp8-x128"`); None leaves x
@@ -111,6 +114,8 @@ def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
 
     if not isinstance(w, QuantizedWeight):
         return program(x, w, activation_scale)
+    if x.dtype == jnp.float64:
+        program = in_float32(program, activation)
     return transposable(program, derivative.decoded_parts(program), x, w, activation_scale)
 
 

@@ -65,7 +65,9 @@ def as_parts(like: Any, terms: list[jax.Array]) -> jax.Array:
     """The sum of terms as the parts of a product, `[split, ..., N]`: the first takes all."""
     split, *shape = like.shape
     first = jnp.zeros(shape, like.dtype)
-    total = functools.reduce(jnp.add, (term.reshape(shape) for term in terms), first)
+    total = functools.reduce(
+        jnp.add, (term.reshape(shape).astype(like.dtype) for term in terms), first
+    )
     return jnp.concatenate([total[None], jnp.zeros((split - 1, *shape), like.dtype)])
 
 
@@ -95,7 +97,7 @@ def multiplied_rows(
 ) -> jax.Array:
     """The rows that a product multiplies: quantized ones as the values of their codes; float32."""
     if activation is None:
-        return x.astype(jnp.float32)
+        return x.astype(wide_dtype(x))
     codes, scale = quantize_activation(x, activation, scale, path=path)
     return activation_values(codes, scale, activation.group_size, jnp.float32)
 
@@ -104,7 +106,7 @@ def multiplied_rows(
 
 
 def decoded_product(rows: jax.Array, w: QuantizedWeight) -> jax.Array:
-    """Rows `[..., K]` times the decoded weight -> float32 `[M, N]`."""
+    """Rows `[..., K]` times the decoded weight -> float32 (float64) `[M, N]`."""
     return jax.checkpoint(lambda rows, w: _flat_dot(rows, dequantize(w)))(rows, w)
 
 
@@ -126,4 +128,10 @@ def change(w: Any, tangents: dict[int, jax.Array]) -> jax.Array:
 
 
 def _flat_dot(rows: jax.Array, w: jax.Array) -> jax.Array:
-    return exact_dot(rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), w)
+    dtype = wide_dtype(rows)
+    return exact_dot(rows.reshape(-1, rows.shape[-1]).astype(dtype), w.astype(dtype))
+
+
+def wide_dtype(rows: jax.Array) -> Any:
+    """float64 for rows of it, which may be beyond the range of float32; else float32."""
+    return jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
