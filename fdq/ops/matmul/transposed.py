@@ -17,6 +17,7 @@ from jax import lax
 from fdq.formats.qtensor import QuantizedWeight, dequantize, materialize
 from fdq.ops.dots import exact_dot
 from fdq.ops.matmul.derivative import wide_dtype
+from fdq.ops.matmul.product import as_rows
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.weight_view import WeightView, decode_planes, view_weight, view_words
@@ -102,9 +103,10 @@ def _rows(w: QuantizedWeight, row: jax.Array) -> jax.Array:
 def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = None) -> jax.Array:
     """`x [..., N] @ dequantize(w).T [..., K]`, decoded a tile of rows at a time, summed in float32.
 
-    Rows of float64 are summed in float64. `out_dtype` is that of x by default.
+    Rows of float64 are summed in float64. `out_dtype` is that of x, as it
+    counts in `matmul`, by default.
     """
-    w, k = materialize(w), w.shape[-2]
+    x, w, k = as_rows(x, "fdq.einsum"), materialize(w), w.shape[-2]
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
 
     def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:
