@@ -130,7 +130,8 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
     twice = round(2 * (view.format.integer_offset(view.spec) or 0.0))
     multiplier = 1.0
     if twice or view.zero is not None or shift:
-        x_sum = jnp.sum(x.reshape(m, groups, -1).astype(jnp.int32), axis=-1).T[:, :, None]
+        # Named: under jax_enable_x64 sums of integers are int64.
+        x_sum = jnp.sum(x.reshape(m, groups, -1), axis=-1, dtype=jnp.int32).T[:, :, None]
         if twice % 2:
             acc, multiplier = 2 * acc - twice * x_sum, 0.5
         elif twice:

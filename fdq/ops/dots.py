@@ -16,13 +16,17 @@ _STEP = 254.0
 
 
 def exact_dot(x: jax.Array, w: jax.Array, axis: int = 0) -> jax.Array:
-    """`x [M, K]` times w over its `axis` of K, summed in float32; no float32 is rounded to TF32."""
+    """`x [M, K]` times w over its `axis` of K, summed in float32; no float32 is rounded to TF32.
+
+    Two operands of float64 are summed in it.
+    """
+    wide = x.dtype == w.dtype == jnp.float64
     return lax.dot_general(
         x,
         w,
         (((1,), (axis,)), ((), ())),
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.float64 if wide else jnp.float32,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from fdq.formats import FORMATS as FORMATS
 from fdq.formats import Arrays, Format
+from fdq.quantizers.no_derivative import without_derivative
 from fdq.schemes.kinds import QUANTIZERS as QUANTIZERS
 from fdq.schemes.scheme import WeightSpec
 
@@ -78,7 +79,7 @@ class Quantizer(abc.ABC):
         if isinstance(w, jax.ShapeDtypeStruct):
             return jax.eval_shape(run, w, dict(statistics))
         if any(isinstance(leaf, Tracer) for leaf in (w, *statistics.values())):
-            return _traced(self, spec, w, dict(statistics))
+            return _traced(self, spec)(w, dict(statistics))
         return run(w, dict(statistics), sequential=len(w.sharding.device_set) == 1)
 
 
@@ -128,21 +129,17 @@ def format_of(spec: WeightSpec) -> Format:
     return FORMATS[spec.format]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _traced(quantizer: Quantizer, spec: WeightSpec, w: jax.Array, statistics: Any) -> Arrays:
-    return _run(w, statistics, quantizer=quantizer, spec=spec)
-
-
-def _no_gradient(quantizer: Quantizer, spec: WeightSpec, residuals: Any, cotangents: Any) -> Any:
-    raise TypeError(
-        f"The gradient through quantizing to {spec} was asked for: codes are rounded, so it is "
+@functools.lru_cache(maxsize=256)
+def _traced(quantizer: Quantizer, spec: WeightSpec) -> Callable[..., Arrays]:
+    """`_run` where values are traced, whose derivative is refused."""
+    return without_derivative(
+        functools.partial(_run, quantizer=quantizer, spec=spec),
+        f"The derivative through quantizing to {spec} was asked for: codes are rounded, so it is "
         "zero almost everywhere and says nothing. To train through it, use the straight-through "
-        "estimator, w + jax.lax.stop_gradient(fdq.dequantize(fdq.quantize(w, scheme)) - w); for "
-        "the gradient by scales, differentiate by those of the QTensor."
+        "estimator: with c = jax.lax.stop_gradient(w), "
+        "w + fdq.dequantize(fdq.quantize(c, scheme)) - c. For the derivative by scales, "
+        "differentiate by those of the QTensor.",
     )
-
-
-_traced.defvjp(lambda *arguments: (_traced(*arguments), None), _no_gradient)
 
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "spec", "sequential"))

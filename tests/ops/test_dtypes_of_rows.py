@@ -68,3 +68,25 @@ def test_what_is_no_array_is_refused(value):
         fdq.matmul(value, jnp.ones((2, 3)))
     with pytest.raises(TypeError, match=f"or a float array w, found {type(value).__name__}"):
         fdq.matmul(jnp.ones(2), value)
+
+
+def test_every_dtype_of_rows_over_the_columns_of_a_weight(rng):
+    q = quantized("int4-g64")
+    w = np.asarray(dequantize(q), np.float64)
+    for dtype in (*WIDE, *COUNTED):
+        x = (np.abs(rng.standard_normal((2, w.shape[1]))) * 3).astype(
+            getattr(ml_dtypes, dtype, dtype)
+        )
+        y = fdq.einsum("mn,kn->mk", jnp.asarray(x), q)
+        assert y.dtype == (jnp.dtype(dtype) if dtype in WIDE else jnp.float32)
+        limit = {"bfloat16": 4e-3, "float16": 5e-4}.get(dtype, 1e-6)
+        assert error(y, x.astype(np.float64) @ w.T) < limit, dtype
+    with pytest.raises(TypeError, match=r"fdq\.einsum: expected x of real numbers, found complex"):
+        fdq.einsum("mn,kn->mk", jnp.ones((2, w.shape[1]), jnp.complex64), q)
+
+
+def test_numpy_rows_of_float64_are_what_jax_holds(rng):
+    q, x = quantized("int4-g64"), rng.standard_normal((2, 256))
+    y = fdq.matmul(x, q)  # warnings are errors here
+    assert y.dtype == jnp.float32
+    assert error(y, x @ np.asarray(dequantize(q), np.float64)) < 1e-6

@@ -19,8 +19,10 @@ from fdq.ops.implementation import Op
 from fdq.ops.matmul import api as matmul
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.product import Product, parse_activation
+from fdq.ops.matmul.wide_rows import in_float32
 from fdq.ops.placement import in_auto_axes, leading_axes, spec_entry
 from fdq.ops.rows import Sums, as_array
+from fdq.ops.transposing import transposable
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Int, Shaped
 
@@ -129,13 +131,21 @@ def _of_shards(mesh, axes, settings, x, w, index, activation_scale, beside):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _parts(run, activation, picks, path, shard, x, w, index, activation_scale, beside):
-    if derivative.to_be_transposed(x, w) and beside is None:
-        picked = index.reshape(-1)
-        rows = picked_product(_row_a_pick(as_array(x), picks), w, picked)
-        return rows.reshape(1, *index.shape, -1)
-    other = None if beside is None else Product(*beside)
-    settings = {"index": index, "beside": other, "path": path, "shard": shard}
-    return run(GroupedProduct(x, w, activation, activation_scale, **settings))
+    def program(x, w, scale, index):
+        other = None if beside is None else Product(*beside)
+        settings = {"index": index, "beside": other, "path": path, "shard": shard}
+        return run(GroupedProduct(x, w, activation, scale, **settings))
+
+    def meaning(x, w, scale, index):
+        like = jax.eval_shape(program, x, w, scale, index)
+        rows = picked_product(_row_a_pick(as_array(x), picks), w, index.reshape(-1))
+        return derivative.as_parts(like, [rows])
+
+    if beside is not None:  # two products
+        return program(x, w, activation_scale, index)
+    if x.dtype == jnp.float64 and isinstance(w, QuantizedWeight):
+        program = in_float32(program, activation)
+    return transposable(program, meaning, x, w, activation_scale, index)
 
 
 def _tangent(run, activation, picks, path, shard, primals, tangents):

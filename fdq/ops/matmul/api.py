@@ -6,16 +6,19 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.implementation import Op
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
+from fdq.ops.matmul.wide_rows import in_float32
 from fdq.ops.matmul.xla import Xla
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
+from fdq.ops.transposing import transposable
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Shaped
 
@@ -53,12 +56,12 @@ def matmul(
 
     Derivatives, forward and reverse, are those of `x @ dequantize(w)`: straight through the
     rounding of activations; of a QTensor with respect to its scales (its integer codes have none).
-    `jax.linear_transpose` takes a function that calls this outside of `jax.jit`; of one inside,
-    transpose what `jax.linearize` returns.
+    `jax.linear_transpose` with respect to x too is that of `x @ dequantize(w)`.
 
     Args:
       x: `[..., K]`, floats of 16 bits and more; integers, truth values and 8-bit floats count as
-        float32.
+        float32. float64 (under `jax_enable_x64`) keeps its range with a quantized weight, at the
+        precision of float32.
       w: `[K, N]`: an array of floats (those of 8 bits count as float32), a QTensor or a prepared
         weight (map over leading axes with `jax.vmap`).
       activation: an ActivationSpec or its name (`"int8"`, `"fp8"`, `"fp8-x128"`); None leaves x
@@ -106,9 +109,14 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
-    if derivative.to_be_transposed(x, w) and isinstance(w, QuantizedWeight):
-        return derivative.decoded_product(as_array(x), w).reshape(1, *x.shape[:-1], -1)
-    return run(Product(x, w, activation, activation_scale, path=path))
+    def program(x, w, scale):
+        return run(Product(x, w, activation, scale, path=path))
+
+    if not isinstance(w, QuantizedWeight):
+        return program(x, w, activation_scale)
+    if x.dtype == jnp.float64:
+        program = in_float32(program, activation)
+    return transposable(program, derivative.decoded_parts(program), x, w, activation_scale)
 
 
 # Derivatives of every implementation, where the weight is quantized; of arrays they are JAX's own.

@@ -12,9 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
-from jax.interpreters.partial_eval import JaxprTracer
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.ops.activation import activation_values, quantize_activation
@@ -58,31 +56,29 @@ def instantiated(tangents: Any, primals: Any) -> Any:
     return jax.tree.map(lambda p, t: jnp.zeros_like(p) if is_zero(t) else t, primals, tangents)
 
 
-def to_be_transposed(*trees: Any) -> bool:
-    """Whether JAX traces this to transpose it, as `jax.linear_transpose` does.
-
-    Implementations are no linear functions word by word (they round, or loop until a condition),
-    and custom derivatives say nothing of transposes: what is decoded first is multiplied then.
-    """
-
-    def unknown(leaf: Any) -> bool:
-        while isinstance(leaf, Tracer) and hasattr(leaf, "batch_dim"):  # inside jax.vmap
-            leaf = leaf.val  # pyright: ignore[reportAttributeAccessIssue]
-        return isinstance(leaf, JaxprTracer) and not leaf.is_known()
-
-    return any(map(unknown, jax.tree.leaves(trees)))
-
-
 def row_change(x: Rows, dx: Any) -> jax.Array:
     """The change of rows as an array, for a tangent of what they are made of."""
     return jax.jvp(as_array, (x,), (instantiated(dx, x),))[1]
 
 
-def as_parts(like: jax.Array, terms: list[jax.Array]) -> jax.Array:
+def as_parts(like: Any, terms: list[jax.Array]) -> jax.Array:
     """The sum of terms as the parts of a product, `[split, ..., N]`: the first takes all."""
-    first = jnp.zeros_like(like[0])
-    total = functools.reduce(jnp.add, (term.reshape(first.shape) for term in terms), first)
-    return jnp.concatenate([total[None], jnp.zeros_like(like[1:])])
+    split, *shape = like.shape
+    first = jnp.zeros(shape, like.dtype)
+    total = functools.reduce(
+        jnp.add, (term.reshape(shape).astype(like.dtype) for term in terms), first
+    )
+    return jnp.concatenate([total[None], jnp.zeros((split - 1, *shape), like.dtype)])
+
+
+def decoded_parts(program: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The parts that `program(x, w, scale)` returns, by the decoded weight: linear in x."""
+
+    def parts(x: Rows, w: QuantizedWeight, scale: jax.Array | None) -> jax.Array:
+        like = jax.eval_shape(program, x, w, scale)
+        return as_parts(like, [decoded_product(as_array(x), w)])
+
+    return parts
 
 
 def decoding(w: QuantizedWeight, numbers: tuple[int, ...]) -> Callable[..., jax.Array]:
@@ -101,7 +97,7 @@ def multiplied_rows(
 ) -> jax.Array:
     """The rows that a product multiplies: quantized ones as the values of their codes; float32."""
     if activation is None:
-        return x.astype(jnp.float32)
+        return x.astype(wide_dtype(x))
     codes, scale = quantize_activation(x, activation, scale, path=path)
     return activation_values(codes, scale, activation.group_size, jnp.float32)
 
@@ -110,7 +106,7 @@ def multiplied_rows(
 
 
 def decoded_product(rows: jax.Array, w: QuantizedWeight) -> jax.Array:
-    """Rows `[..., K]` times the decoded weight -> float32 `[M, N]`."""
+    """Rows `[..., K]` times the decoded weight -> float32 (float64) `[M, N]`."""
     return jax.checkpoint(lambda rows, w: _flat_dot(rows, dequantize(w)))(rows, w)
 
 
@@ -132,4 +128,10 @@ def change(w: Any, tangents: dict[int, jax.Array]) -> jax.Array:
 
 
 def _flat_dot(rows: jax.Array, w: jax.Array) -> jax.Array:
-    return exact_dot(rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), w)
+    dtype = wide_dtype(rows)
+    return exact_dot(rows.reshape(-1, rows.shape[-1]).astype(dtype), w.astype(dtype))
+
+
+def wide_dtype(rows: jax.Array) -> Any:
+    """float64 for rows of it, which may be beyond the range of float32; else float32."""
+    return jnp.float64 if rows.dtype == jnp.float64 else jnp.float32

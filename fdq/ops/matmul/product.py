@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import QuantizedWeight, materialize
@@ -34,7 +35,7 @@ class Product:
         """Checks shapes and dtypes; takes the arrays out of Variables."""
         scale, x = self.activation_scale, self.x
         if not isinstance(x, Normed | Sums | Gated):
-            x = _as_rows(x, self.path)
+            x = as_rows(x, self.path)
         vars(self).update(
             x=x,
             w=materialize(self.w) if self.quantized else _as_weight(self.w, self.path),
@@ -73,7 +74,7 @@ def _as_weight(w: Any, path: str) -> jax.Array:
     return w if w.dtype.itemsize > 1 else w.astype(jnp.float32)
 
 
-def _as_rows(x: Any, path: str) -> jax.Array:
+def as_rows(x: Any, path: str) -> jax.Array:
     """An array as rows: floats of 16 bits and more as they are, what else is real in float32."""
     if not hasattr(x, "dtype"):
         raise TypeError(
@@ -82,6 +83,7 @@ def _as_rows(x: Any, path: str) -> jax.Array:
         )
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{path}: expected x of real numbers, found {x.dtype}.")
+    x = jnp.asarray(x) if isinstance(x, np.ndarray) else x  # float64 as this JAX has it
     if _is_float(x) and x.dtype.itemsize > 1:
         return x
     return jnp.asarray(x).astype(jnp.float32)

@@ -16,6 +16,8 @@ from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize, materialize
 from fdq.ops.dots import exact_dot
+from fdq.ops.matmul.derivative import wide_dtype
+from fdq.ops.matmul.product import as_rows
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.weight_view import WeightView, decode_planes, view_weight, view_words
@@ -101,16 +103,17 @@ def _rows(w: QuantizedWeight, row: jax.Array) -> jax.Array:
 def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = None) -> jax.Array:
     """`x [..., N] @ dequantize(w).T [..., K]`, decoded a tile of rows at a time, summed in float32.
 
-    `out_dtype` is that of x by default.
+    Rows of float64 are summed in float64. `out_dtype` is that of x, as it
+    counts in `matmul`, by default.
     """
-    w, k = materialize(w), w.shape[-2]
+    x, w, k = as_rows(x, "fdq.einsum"), materialize(w), w.shape[-2]
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
 
     def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        rows = x.reshape(-1, x.shape[-1]).astype(wide_dtype(x))
         view = None if isinstance(w, TransposedWeight) else _view(w)
         if view is None or view.columns != rows.shape[-1]:
-            y = exact_dot(rows, dequantize(w), axis=1)
+            y = exact_dot(rows, dequantize(w).astype(rows.dtype), axis=1)
         else:
             y = _by_tiles(rows, view)[:, :k]
         return y.reshape(*x.shape[:-1], k).astype(out_dtype)
@@ -138,7 +141,7 @@ def _by_tiles(x: jax.Array, view: WeightView) -> jax.Array:
         if groups > 1:
             zero = None if view.zero is None else cut(view.zero, 1)
             part = dataclasses.replace(part, scale=cut(view.scale, 1), zero=zero)
-        planes = [exact_dot(x, plane, axis=1) for plane in decode_planes(part)]
+        planes = [exact_dot(x, plane.astype(x.dtype), axis=1) for plane in decode_planes(part)]
         return jnp.stack(planes, axis=-1).reshape(m, wanted * size)
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -146,7 +149,7 @@ def _by_tiles(x: jax.Array, view: WeightView) -> jax.Array:
         start = jnp.minimum(jnp.asarray(i, jnp.int32) * wanted, pieces - wanted)
         return lax.dynamic_update_slice_in_dim(y, tile(start), start * size, axis=1)
 
-    return lax.fori_loop(0, count, body, jnp.zeros((m, view.rows), jnp.float32))
+    return lax.fori_loop(0, count, body, jnp.zeros((m, view.rows), x.dtype))
 
 
 def _view(w: QuantizedWeight) -> WeightView | None:
