@@ -26,6 +26,7 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import Source
 from fdq_checkpoints.store import restore
+from fdq_checkpoints.store.host_memory import Trimmer
 from fdq_checkpoints.store.journal import Pieces
 from fdq_checkpoints.tree_paths import Path, Tensor, dotted
 
@@ -105,12 +106,14 @@ class Job:
         tensors = tree_paths.flatten(self.tree)
         stored = self._stored
         total, done = sum(map(_float_bytes, tensors)), 0
+        memory = Trimmer()
         for tensor in tensors:
             done += _float_bytes(tensor)
             if tensor.path in skip:
                 continue
             if tensor.path in stored:
-                value = self._made(tensor, pieces)
+                # Or the next would be read and quantized beside it.
+                value = jax.block_until_ready(self._made(tensor, pieces))
             elif isinstance(tensor.value, jax.ShapeDtypeStruct):
                 raise CheckpointError(
                     f"{dotted(tensor.path)}: a static scale must be calibrated. Load the float "
@@ -121,6 +124,7 @@ class Job:
                 value = np.asarray(tensor.value)
             yield dataclasses.replace(tensor, value=value)
             del value
+            memory.worked(_float_bytes(tensor))
             if progress is not None:
                 progress(done, total, dotted(tensor.path))
 

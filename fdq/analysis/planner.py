@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from flax import nnx
 from fdq.cache import limits
 from fdq.cache.kv_cache import KVCache, LayerScales, abstract_scales
 from fdq.formats.qtensor import QuantizedWeight
-from fdq.models import CONFIGS, DecoderConfig, abstract, from_huggingface
+from fdq.models import CONFIGS, DecoderConfig, abstract, abstract_layer, from_huggingface
 from fdq.nn.parameters import value
 from fdq.quantizers.quantization import match_table, quantize
 from fdq.schemes.path_pattern import path_keys
@@ -293,12 +293,24 @@ def known_models() -> dict[str, dict[str, Any]]:
     return {
         name: {
             "family": config.model_type,
-            "parameters": weight_table(abstract(config)).parameters,
+            "parameters": parameter_count(config),
             "layers": config.num_layers,
             "max_position": config.max_position,
         }
         for name, config in CONFIGS.items()
     }
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Parameters of `abstract(config)`, from one abstract layer of each kind: many times sooner."""
+    kinds: dict[Hashable, list[int]] = {}
+    for layer in range(config.num_layers):
+        kinds.setdefault(config.block.layer_kind(config, layer), []).append(layer)
+    rest = weight_table(abstract(config.replace(num_layers=0))).parameters
+    return rest + sum(
+        len(layers) * weight_table(abstract_layer(config, layers[0])).parameters
+        for layers in kinds.values()
+    )
 
 
 def find_config(model: Any) -> tuple[str, DecoderConfig]:

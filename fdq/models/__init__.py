@@ -4,6 +4,7 @@ from fdq.models import ernie4_5, ernie4_5_moe, llama, mistral, phi3, qwen2, qwen
 from fdq.models.config import DecoderConfig as DecoderConfig
 from fdq.models.decoder import Decoder as Decoder
 from fdq.models.decoder import abstract as abstract
+from fdq.models.decoder import abstract_layer as abstract_layer
 from fdq.models.family import CONFIGS as CONFIGS
 from fdq.models.family import FAMILIES as FAMILIES
 from fdq.models.family import Family as Family

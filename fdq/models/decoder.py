@@ -260,3 +260,11 @@ class Decoder(nnx.Module):
 def abstract(config: DecoderConfig, dtype: Any = None) -> Decoder:
     """The decoder with `jax.ShapeDtypeStruct` in place of arrays, whatever its size."""
     return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(params=0)))
+
+
+def abstract_layer(config: DecoderConfig, layer: int) -> nnx.Module:
+    """One layer of `abstract(config)`."""
+    dtype = jnp.dtype(config.dtype)
+    return nnx.eval_shape(
+        lambda: config.block.build(config, layer, dtype=dtype, rngs=nnx.Rngs(params=0))
+    )

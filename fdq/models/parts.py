@@ -9,6 +9,7 @@ holds one: `ATTENTIONS.register(Latent)`, `DecoderConfig(..., attention=Latent(r
 
 import abc
 import dataclasses
+from collections.abc import Hashable
 from typing import Any, ClassVar, override
 
 import jax
@@ -37,6 +38,14 @@ class Part(abc.ABC):
           rngs: a stream `params`.
         """
 
+    def layer_kind(self, config: Any, layer: int) -> Hashable:
+        """Layers for which this is equal have parameters of equal shapes, so one stands for all.
+
+        By default each layer is a kind of its own, which is right for every part.
+        """
+        del config
+        return layer
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupedQuery(Part):
@@ -63,6 +72,10 @@ class GroupedQuery(Part):
             rngs=rngs,
         )
 
+    @override
+    def layer_kind(self, config: Any, layer: int) -> Hashable:
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class SwiGLU(Part):
@@ -79,6 +92,10 @@ class SwiGLU(Part):
             dtype=dtype,
             rngs=rngs,
         )
+
+    @override
+    def layer_kind(self, config: Any, layer: int) -> Hashable:
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +116,10 @@ class SoftmaxRouter(Part):
             correction_bias=moe.correction_bias,
             rngs=rngs,
         )
+
+    @override
+    def layer_kind(self, config: Any, layer: int) -> Hashable:
+        return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +163,10 @@ class MoEConfig(Part):
             nn.Experts(self.num_experts, hidden, self.intermediate_size, dtype=dtype, rngs=rngs),
             nn.MLP(hidden, width, dtype=dtype, rngs=rngs) if width else None,
         )
+
+    @override
+    def layer_kind(self, config: Any, layer: int) -> Hashable:
+        return self, self.router.layer_kind(config, layer)
 
 
 class DecoderLayer(nnx.Module):
@@ -201,6 +226,11 @@ class PreNorm(Part):
             post_attention_layernorm=nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype),
             mlp=config.feed_forward(layer).build(config, layer, dtype=dtype, rngs=rngs),
         )
+
+    @override
+    def layer_kind(self, config: Any, layer: int) -> Hashable:
+        halves = (config.attention, config.feed_forward(layer))
+        return self, *(half.layer_kind(config, layer) for half in halves)
 
 
 BLOCKS: Registry[type[Part]] = Registry("block", PreNorm)

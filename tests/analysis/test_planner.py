@@ -7,9 +7,11 @@ import jax
 import pytest
 from flax import nnx
 
-from fdq.analysis.planner import cache_bytes, plan, weight_table
+from fdq.analysis import planner
+from fdq.analysis.planner import cache_bytes, parameter_count, plan, weight_table
 from fdq.cache.kv_cache import KVCache
-from fdq.models import CONFIGS, Decoder
+from fdq.models import CONFIGS, Decoder, MoEConfig, Part, abstract
+from fdq.models.parts import SwiGLU
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.scheme import CacheSpec
 from tests.covering import slow
@@ -22,6 +24,44 @@ def test_the_unquantized_model_has_its_published_size():
     result = plan(ERNIE_300B, "bf16")
     assert result.weights.parameters == pytest.approx(300e9, rel=0.01)
     assert result.weights.bytes == pytest.approx(597e9, rel=0.001)  # of the published files
+
+
+@pytest.mark.parametrize(
+    "model", ["ernie-4.5-0.3b", "qwen2.5-0.5b", "qwen3-8b", "ernie-4.5-21b-a3b", "qwen3-30b-a3b"]
+)
+def test_parameters_counted_by_kinds_of_layers_are_those_of_the_whole(model):
+    assert parameter_count(CONFIGS[model]) == weight_table(abstract(CONFIGS[model])).parameters
+
+
+def test_layers_that_differ_are_counted_one_by_one():
+    @dataclasses.dataclass(frozen=True)
+    class Growing(Part):
+        name = "growing"
+
+        def build(self, config, layer, *, dtype, rngs):
+            wider = config.replace(intermediate_size=config.intermediate_size * (1 + layer))
+            return SwiGLU().build(wider, layer, dtype=dtype, rngs=rngs)
+
+    moe = MoEConfig(num_experts=4, top_k=2, intermediate_size=32, layers=(1, 4))
+    config = CONFIGS["ernie-4.5-0.3b"].replace(num_layers=5, mlp=Growing(), moe=moe)
+    assert parameter_count(config) == weight_table(abstract(config)).parameters
+    same = config.replace(mlp=SwiGLU())
+    assert parameter_count(config) > parameter_count(same)
+
+
+def test_listing_the_models_builds_no_whole_model(monkeypatch):
+    """It takes a second, not ten."""
+    built = []
+    real = planner.abstract
+
+    def counted(config):
+        built.append(config.num_layers)
+        return real(config)
+
+    monkeypatch.setattr(planner, "abstract", counted)
+    known = planner.known_models()
+    assert set(built) == {0} and list(known) == list(CONFIGS)
+    assert known["ernie-4.5-300b-a47b"]["parameters"] == pytest.approx(300e9, rel=0.01)
 
 
 def test_wint2_takes_what_fastdeploy_publishes():
