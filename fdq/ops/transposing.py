@@ -17,20 +17,27 @@ from jax.interpreters import ad, batching, mlir
 Function = Callable[..., jax.Array]
 
 
+def is_traced(*trees: Any) -> bool:
+    """Whether JAX is tracing, or transforming, a function of these arrays."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
 def transposable(program: Function, meaning: Function, x: Any, *others: Any) -> jax.Array:
     """`program(x, *others)`, whose transpose with respect to x is that of `meaning`.
 
-    Both are functions of the same pytrees with the same result up to rounding, linear in x.
+    Both are functions of the same pytrees with the same result up to rounding, linear in x. Where
+    the program has side effects, as kernels have in the interpreter, it stays as it is, without a
+    transpose.
     """
     leaves, structure = jax.tree.flatten((x, *others))
-    if not any(isinstance(leaf, Tracer) for leaf in leaves):
-        return program(x, *others)
     traced: Any = jax.make_jaxpr(lambda *leaves: program(*jax.tree.unflatten(structure, leaves)))
 
     def flat_meaning(*leaves: jax.Array) -> jax.Array:
         return meaning(*jax.tree.unflatten(structure, leaves))
 
     jaxpr, linear = traced(*leaves), len(jax.tree.leaves(x))
+    if jaxpr.effects:
+        return jaxpr_as_fun(jaxpr)(*leaves)[0]
     return _transposable.bind(*leaves, jaxpr=jaxpr, meaning=flat_meaning, linear=linear)
 
 

@@ -22,7 +22,7 @@ from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.matmul.wide_rows import in_float32
 from fdq.ops.placement import in_auto_axes, leading_axes, spec_entry
 from fdq.ops.rows import Sums, as_array
-from fdq.ops.transposing import transposable
+from fdq.ops.transposing import is_traced, transposable
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Int, Shaped
 
@@ -145,6 +145,8 @@ def _parts(run, activation, picks, path, shard, x, w, index, activation_scale, b
         return program(x, w, activation_scale, index)
     if x.dtype == jnp.float64 and isinstance(w, QuantizedWeight):
         program = in_float32(program, activation)
+    if not is_traced(x, w, activation_scale, index):
+        return program(x, w, activation_scale, index)
     return transposable(program, meaning, x, w, activation_scale, index)
 
 

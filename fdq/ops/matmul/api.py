@@ -18,7 +18,7 @@ from fdq.ops.matmul.xla import Xla
 from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
-from fdq.ops.transposing import transposable
+from fdq.ops.transposing import is_traced, transposable
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Shaped
 
@@ -109,12 +109,14 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
+    quantized, wide = isinstance(w, QuantizedWeight), x.dtype == jnp.float64
+    if not quantized or not (wide or is_traced(x, w, activation_scale)):
+        return run(Product(x, w, activation, activation_scale, path=path))
+
     def program(x, w, scale):
         return run(Product(x, w, activation, scale, path=path))
 
-    if not isinstance(w, QuantizedWeight):
-        return program(x, w, activation_scale)
-    if x.dtype == jnp.float64:
+    if wide:
         program = in_float32(program, activation)
     return transposable(program, derivative.decoded_parts(program), x, w, activation_scale)
 
