@@ -38,7 +38,10 @@ class MLP(nnx.Module):
     @takes_rows
     def __call__(self, x: Rows) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""
-        return hand_on(self.down_proj, Gated(sums_of(self.gate_up_proj, x)))
+        with jax.named_scope("gate_up_proj"):
+            rows = Gated(sums_of(self.gate_up_proj, x))
+        with jax.named_scope("down_proj"):
+            return hand_on(self.down_proj, rows)
 
 
 class Router(nnx.Module):
@@ -89,11 +92,14 @@ class MoE(nnx.Module):
     def __call__(self, x: Rows) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""
         rows, shared = flattened(x), self.shared_experts
-        routed = hand_on(self.router, rows)
-        if shared is None:
+        with jax.named_scope("router"):
+            routed = hand_on(self.router, rows)
+        if isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts):
+            with jax.named_scope("experts"):
+                return self.experts(rows, *routed, shared=shared).reshape(x.shape)
+        with jax.named_scope("experts"):
             y = hand_on(self.experts, rows, *routed)
-        elif isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts):
-            y = self.experts(rows, *routed, shared=shared)
-        else:
-            y = hand_on(self.experts, rows, *routed) + hand_on(shared, rows)
+        if shared is not None:
+            with jax.named_scope("shared_experts"):
+                y = y + hand_on(shared, rows)
         return y.reshape(x.shape)

@@ -45,10 +45,11 @@ class Normed:
 
     def value(self) -> jax.Array:
         """The rows: float32 inside, rounded to the dtype of x."""
-        y = self.x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale.astype(jnp.float32)
-        y = (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(self.x.dtype)
+        with jax.named_scope("norm"):
+            y = self.x.astype(jnp.float32)
+            y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+            scale = self.scale.astype(jnp.float32)
+            y = (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(self.x.dtype)
         return y if self.lead is None else y.reshape(self.shape)
 
     def reshape(self, *lead: int) -> Normed:
@@ -116,8 +117,9 @@ class Gated:
 
     def value(self) -> jax.Array:
         """`[..., I]` in `dtype`."""
-        gate, up = jnp.split(self.sums.value(), 2, axis=-1)
-        return jax.nn.silu(gate) * up
+        with jax.named_scope("swiglu"):
+            gate, up = jnp.split(self.sums.value(), 2, axis=-1)
+            return jax.nn.silu(gate) * up
 
     def reshape(self, *lead: int) -> Gated:
         """The same rows with other leading axes."""
