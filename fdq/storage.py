@@ -79,6 +79,7 @@ def load(
     """
     import fdq_checkpoints
     from fdq import models
+    from fdq.ops.interleaved_weight import interleave_in_place
     from fdq.ops.preparation import prepare_in_place
 
     loaded = fdq_checkpoints.load(
@@ -96,8 +97,11 @@ def load(
         verbose=verbose,
         progress=progress,
     )
-    if prepare and sharding is None and isinstance(loaded, models.Decoder):
-        prepare_in_place(loaded)
+    if prepare and isinstance(loaded, models.Decoder):
+        if sharding is None:
+            prepare_in_place(loaded)
+        else:
+            interleave_in_place(loaded)
     return loaded
 
 

@@ -140,6 +140,11 @@ class Attention(nnx.Module):
         self.k_cache_scale, self.k_cache_zero = kept(scales.k), kept(scales.k_zero)
         self.v_cache_scale, self.v_cache_zero = kept(scales.v), kept(scales.v_zero)
 
+    def fused_parts(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Of fused layers, the widths of their parts, and columns that stay together: a head."""
+        d = self.head_dim
+        return {"qkv_proj": ((self.num_heads * d, *[self.num_kv_heads * d] * 2), d)}
+
     @takes_rows
     def __call__(
         self,

@@ -34,6 +34,11 @@ class MLP(nnx.Module):
         self.down_proj = Linear(
             intermediate_size, hidden_size, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
+        self.intermediate_size = intermediate_size
+
+    def fused_parts(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """As `Attention.fused_parts`: gate and up, by columns."""
+        return {"gate_up_proj": ((self.intermediate_size,) * 2, 1)}
 
     @takes_rows
     def __call__(self, x: Rows) -> jax.Array:
