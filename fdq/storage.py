@@ -62,7 +62,8 @@ def load(
       verify: compare checksums of fdq checkpoints.
       verbose: prints what was quantized, and what was left and why.
       prepare: put quantized weights of a model into the layout that its device wants
-        (`fdq.prepare`). They are saved in the canonical layout all the same.
+        (`fdq.prepare`); with `sharding`, deal the columns of fused weights out to the shards. They
+        are saved in the canonical layout all the same.
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:

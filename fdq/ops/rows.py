@@ -73,7 +73,7 @@ class Order:
     parts: tuple[int, ...]
 
     def columns(self, back: bool = False) -> np.ndarray:
-        """Which column goes where: `a[..., columns()]` orders, `columns(back=True)` undoes it."""
+        """Indices by which an array is put in this order, or with `back` is taken out of it."""
         ends = np.cumsum(self.parts)
         each = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
         dealt = np.concatenate([part.reshape(self.shards, -1) for part in each], axis=1).reshape(-1)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import fdq
 import fdq.models
 from fdq.ops.interleaved_weight import InterleavedWeight
+from fdq.ops.rows import Order
 from tests.covering import slow
 from tests.models import oracles
 
@@ -28,7 +29,7 @@ def moving(text):
 
 def test_an_order_is_undone():
     x = np.arange(24)
-    order = fdq.ops.rows.Order(2, (12, 8, 4))
+    order = Order(2, (12, 8, 4))
     dealt = x[order.columns()]
     assert dealt[:12].tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 20, 21]
     np.testing.assert_array_equal(dealt[order.columns(back=True)], x)
