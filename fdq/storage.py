@@ -62,7 +62,8 @@ def load(
       verify: compare checksums of fdq checkpoints.
       verbose: prints what was quantized, and what was left and why.
       prepare: put quantized weights of a model into the layout that its device wants
-        (`fdq.prepare`). They are saved in the canonical layout all the same.
+        (`fdq.prepare`); with `sharding`, deal the columns of fused weights out to the shards. They
+        are saved in the canonical layout all the same.
       progress: called after each tensor with (bytes done, bytes in all, path).
 
     Returns:
@@ -79,6 +80,7 @@ def load(
     """
     import fdq_checkpoints
     from fdq import models
+    from fdq.ops.interleaved_weight import interleave_in_place
     from fdq.ops.preparation import prepare_in_place
 
     loaded = fdq_checkpoints.load(
@@ -96,8 +98,11 @@ def load(
         verbose=verbose,
         progress=progress,
     )
-    if prepare and sharding is None and isinstance(loaded, models.Decoder):
-        prepare_in_place(loaded)
+    if prepare and isinstance(loaded, models.Decoder):
+        if sharding is None:
+            prepare_in_place(loaded)
+        else:
+            interleave_in_place(loaded)
     return loaded
 
 

@@ -102,7 +102,9 @@ def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array
     checks.is_state("step", state)
     model = bind(template, params)
     start = state.length - 1
-    hidden, cache = model.extend(state.last_tokens(), state.cache, start)
+    with jax.named_scope("last_tokens"):
+        tokens = state.last_tokens()
+    hidden, cache = model.extend(tokens, state.cache, start)
     # A copy: the state may be donated, whose buffers are all its own.
     cache = dataclasses.replace(cache, length=jnp.array(state.length, copy=True))
     return model.head(hidden[:, 0]), dataclasses.replace(state, cache=cache)

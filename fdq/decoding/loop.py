@@ -91,11 +91,15 @@ def _decode(
         logits, state = step(template, params, state)
         scores = logits
         if processor is not None:
-            scores = _processed(processor, logits, state)
-            # False for NaN too: no token can follow.
-            some = jnp.max(scores, axis=-1) > -jnp.inf
+            with jax.named_scope("logits_processor"):
+                scores = _processed(processor, logits, state)
+                # False for NaN too: no token can follow.
+                some = jnp.max(scores, axis=-1) > -jnp.inf
             state = dataclasses.replace(state, finished=state.finished | ~some)
-        return state.push(sample(scores, state.keys(), sampling), stop_tokens, logits=logits)
+        with jax.named_scope("sampling"):
+            drawn = sample(scores, state.keys(), sampling)
+        with jax.named_scope("push"):
+            return state.push(drawn, stop_tokens, logits=logits)
 
     if steps is not None:
         return jax.lax.scan(lambda state, _: (body(state), None), state, None, length=steps)[0]

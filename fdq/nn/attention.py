@@ -140,6 +140,11 @@ class Attention(nnx.Module):
         self.k_cache_scale, self.k_cache_zero = kept(scales.k), kept(scales.k_zero)
         self.v_cache_scale, self.v_cache_zero = kept(scales.v), kept(scales.v_zero)
 
+    def fused_parts(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Of fused layers, the widths of their parts, and columns that stay together: a head."""
+        d = self.head_dim
+        return {"qkv_proj": ((self.num_heads * d, *[self.num_kv_heads * d] * 2), d)}
+
     @takes_rows
     def __call__(
         self,
@@ -161,24 +166,29 @@ class Attention(nnx.Module):
           [B, T, H] in the dtype of `x`, and the updated cache.
         """
         b, t, _ = x.shape
-        qkv, window = sums_of(self.qkv_proj, x), self.sliding_window
+        with jax.named_scope("qkv_proj"):
+            qkv, window = sums_of(self.qkv_proj, x), self.sliding_window
         settings: dict[str, Any] = {"interleaved": self.interleaved}
         if self.q_norm is not None:
             settings["epsilon"] = self.q_norm.epsilon
             settings |= {"q_norm": value(self.q_norm.scale), "k_norm": value(self.k_norm.scale)}
         if cache is None or self.kv_observer is not None:
-            q, k, v = rotated_heads(
-                qkv, angles, self.num_kv_heads, head_dim=self.head_dim, **settings
-            )
+            with jax.named_scope("rotary"):
+                q, k, v = rotated_heads(
+                    qkv, angles, self.num_kv_heads, head_dim=self.head_dim, **settings
+                )
             if self.kv_observer is not None:
                 self.kv_observer(k, v)
             if cache is None:
-                y = causal_attention(q, k, v, sliding_window=window)
-                return self.o_proj(y.reshape(b, t, -1)), None
+                with jax.named_scope("attention"):
+                    y = causal_attention(q, k, v, sliding_window=window)
+                with jax.named_scope("o_proj"):
+                    return self.o_proj(y.reshape(b, t, -1)), None
         if start is None:
             raise ValueError("attention over a cache needs start, the first slot to write")
         # Write first, then attend: reading the old cache beside the new one copies it.
         q, *pair = rope_append(qkv, angles, *cache, start, **settings)
         offset = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         y = attention(q, *pair, lengths=offset + t, offset=offset, sliding_window=window)
-        return self.o_proj(y.reshape(b, t, -1)), LayerCache(*pair)
+        with jax.named_scope("o_proj"):
+            return self.o_proj(y.reshape(b, t, -1)), LayerCache(*pair)

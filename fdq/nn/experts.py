@@ -101,10 +101,12 @@ class Experts(nnx.Module):
         up = down = None
         if shared is not None:
             up, down = shared.gate_up_proj, shared.down_proj
-        picked, beside = _products(self.gate_up_proj, x, experts, up, x)
+        with jax.named_scope("gate_up_proj"):
+            picked, beside = _products(self.gate_up_proj, x, experts, up, x)
         rows = None if beside is None else Gated(beside)
-        y, z = _products(self.down_proj, Gated(picked), experts, down, rows, weights)
-        return y.value() if z is None else y.value() + z.value()
+        with jax.named_scope("down_proj"):
+            y, z = _products(self.down_proj, Gated(picked), experts, down, rows, weights)
+            return y.value() if z is None else y.value() + z.value()
 
 
 def _products(

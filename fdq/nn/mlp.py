@@ -34,11 +34,19 @@ class MLP(nnx.Module):
         self.down_proj = Linear(
             intermediate_size, hidden_size, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
+        self.intermediate_size = intermediate_size
+
+    def fused_parts(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """As `Attention.fused_parts`: gate and up, by columns."""
+        return {"gate_up_proj": ((self.intermediate_size,) * 2, 1)}
 
     @takes_rows
     def __call__(self, x: Rows) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""
-        return hand_on(self.down_proj, Gated(sums_of(self.gate_up_proj, x)))
+        with jax.named_scope("gate_up_proj"):
+            rows = Gated(sums_of(self.gate_up_proj, x))
+        with jax.named_scope("down_proj"):
+            return hand_on(self.down_proj, rows)
 
 
 class Router(nnx.Module):
@@ -89,11 +97,14 @@ class MoE(nnx.Module):
     def __call__(self, x: Rows) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""
         rows, shared = flattened(x), self.shared_experts
-        routed = hand_on(self.router, rows)
-        if shared is None:
+        with jax.named_scope("router"):
+            routed = hand_on(self.router, rows)
+        if isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts):
+            with jax.named_scope("experts"):
+                return self.experts(rows, *routed, shared=shared).reshape(x.shape)
+        with jax.named_scope("experts"):
             y = hand_on(self.experts, rows, *routed)
-        elif isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts):
-            y = self.experts(rows, *routed, shared=shared)
-        else:
-            y = hand_on(self.experts, rows, *routed) + hand_on(shared, rows)
+        if shared is not None:
+            with jax.named_scope("shared_experts"):
+                y = y + hand_on(shared, rows)
         return y.reshape(x.shape)

@@ -205,9 +205,10 @@ def rotary_angles(
             lengths = positions.max(axis=1) + 1
         each = lengths[..., None] if lengths.ndim == 2 else lengths[:, None, None]
         frequencies = _by_length(frequencies, each, config, head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return (cos, sin) if config.scale == 1 else (cos * config.scale, sin * config.scale)
+    with jax.named_scope("rotary_angles"):
+        angles = positions.astype(jnp.float32)[..., None] * frequencies
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        return (cos, sin) if config.scale == 1 else (cos * config.scale, sin * config.scale)
 
 
 def _by_length(

@@ -12,6 +12,7 @@ from flax import nnx
 from fdq.formats.qtensor import QScale, QuantizedWeight, materialize
 from fdq.ops.choice import cpu_class
 from fdq.ops.implementation import requested
+from fdq.ops.interleaved_weight import InterleavedWeight
 from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.placement import devices
 from fdq.ops.prepared_weight import PreparedWeight, TransposedWeight, WordsWeight
@@ -23,6 +24,8 @@ def best_layout(w: QuantizedWeight, platform: str) -> type[PreparedWeight] | Non
     FDQ_IMPLEMENTATION counts as it does in ops: with `mosaic_gpu` the kernels' layout is the best
     on every platform, with `xla` on none. Kernels read weights of one device: others stay.
     """
+    if isinstance(w, InterleavedWeight):  # decided by the module that it is in
+        return InterleavedWeight
     wanted = requested()
     if wanted is None and platform in ("gpu", "cuda") and devices(w) <= 1:
         wanted = MOSAIC_GPU

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from fdq.ops.placement import in_auto_axes, spec_entries
 
 
 @jax.tree_util.register_dataclass
@@ -45,15 +50,34 @@ class Normed:
 
     def value(self) -> jax.Array:
         """The rows: float32 inside, rounded to the dtype of x."""
-        y = self.x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale.astype(jnp.float32)
-        y = (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(self.x.dtype)
+        with jax.named_scope("norm"):
+            y = self.x.astype(jnp.float32)
+            y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+            scale = self.scale.astype(jnp.float32)
+            y = (y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(self.x.dtype)
         return y if self.lead is None else y.reshape(self.shape)
 
     def reshape(self, *lead: int) -> Normed:
         """The same rows with other leading axes."""
         return dataclasses.replace(self, lead=lead)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Columns that are several parts, dealt out to shards: some of each part, then the next shard.
+
+    `parts` are the widths of the parts of all shards together, multiples of `shards`.
+    """
+
+    shards: int
+    parts: tuple[int, ...]
+
+    def columns(self, back: bool = False) -> np.ndarray:
+        """Indices by which an array is put in this order, or with `back` is taken out of it."""
+        ends = np.cumsum(self.parts)
+        each = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
+        dealt = np.concatenate([part.reshape(self.shards, -1) for part in each], axis=1).reshape(-1)
+        return np.argsort(dealt).astype(np.int32) if back else dealt
 
 
 @jax.tree_util.register_dataclass
@@ -62,12 +86,14 @@ class Sums:
     """A product as the parts of its sum over K, which its reader adds up.
 
     `parts` are `[split, ..., N]`, float32 where a product made them; the sum is rounded to `dtype`,
-    then the bias `[N]` is added, if there is one.
+    then the bias `[N]` is added, if there is one. Columns of the parts may come in another order:
+    shape, bias and value know nothing of it.
     """
 
     parts: Any
     bias: Any = None
     dtype: Any = dataclasses.field(default=jnp.float32, metadata={"static": True})
+    order: Order | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, array: jax.Array) -> Sums:
@@ -81,19 +107,45 @@ class Sums:
 
     def value(self) -> jax.Array:
         """The sum, rounded to `dtype`, plus the bias in `dtype`."""
+        if self.order is not None:
+            return jnp.concatenate(self.pieces(self.order.parts), axis=-1)
+        return _biased(self._sum(), self.bias)
+
+    def pieces(self, widths: Sequence[int]) -> list[jax.Array]:
+        """`value()` cut on its last axis into pieces of these widths."""
+        ends = list(itertools.accumulate(widths))
+        if self.order is None or tuple(widths) != self.order.parts:
+            return jnp.split(self.value(), ends[:-1], axis=-1)
+        y, shards = self._sum(), self.order.shards
+
+        def piece(y: jax.Array, start: int, width: int) -> jax.Array:
+            """A slice of every shard: nothing moves between devices."""
+            own = y.reshape(*y.shape[:-1], shards, -1)[..., start : start + width]
+            return own.reshape(*y.shape[:-1], shards * width)
+
+        pieces = []
+        for end, width in zip(ends, widths, strict=True):
+            cut = functools.partial(piece, start=(end - width) // shards, width=width // shards)
+            one = in_auto_axes(cut, y, result=lambda: spec_entries(y))
+            pieces.append(_biased(one, None if self.bias is None else self.bias[end - width : end]))
+        return pieces
+
+    def _sum(self) -> jax.Array:
         # Term by term: a reduction would be a launch of its own, additions join their reader.
         split = self.parts.shape[0]
         terms = [lax.index_in_dim(self.parts, i, keepdims=False) for i in range(split)]
-        y = functools.reduce(jnp.add, terms).astype(self.dtype)
-        if self.bias is None:
-            return y
-        bias = self.bias.astype(self.dtype)
-        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        return functools.reduce(jnp.add, terms).astype(self.dtype)
 
     def reshape(self, *lead: int) -> Sums:
         """The same sums with other leading axes."""
         split, width = self.parts.shape[0], self.shape[-1]
         return dataclasses.replace(self, parts=self.parts.reshape(split, *lead, width))
+
+
+def _biased(y: jax.Array, bias: Any) -> jax.Array:
+    if bias is None:
+        return y
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -116,8 +168,9 @@ class Gated:
 
     def value(self) -> jax.Array:
         """`[..., I]` in `dtype`."""
-        gate, up = jnp.split(self.sums.value(), 2, axis=-1)
-        return jax.nn.silu(gate) * up
+        with jax.named_scope("swiglu"):
+            gate, up = self.sums.pieces((self.shape[-1],) * 2)
+            return jax.nn.silu(gate) * up
 
     def reshape(self, *lead: int) -> Gated:
         """The same rows with other leading axes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.implementation import Op
+from fdq.ops.interleaved_weight import InterleavedWeight
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
@@ -96,6 +98,10 @@ QuantizedWeight._matmul = staticmethod(matmul)
 
 def product(arguments: Product, implementation: str | None = None) -> Sums:
     """The product with its sum left to whoever reads it; see `matmul`."""
+    order = None
+    if isinstance(arguments.w, InterleavedWeight):
+        order = arguments.w.order
+        arguments = dataclasses.replace(arguments, w=arguments.w.inner)
     run, a = MATMUL.choose(arguments, implementation), arguments
     call = functools.partial(_of_quantized if a.quantized else _parts, run, a.activation, a.path)
 
@@ -105,7 +111,7 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
 
     with jax.named_scope("matmul"):
         parts = in_auto_axes(call, a.x, a.w, a.activation_scale, result=axes)
-    return Sums(parts, a.bias, a.dtype)
+    return Sums(parts, a.bias, a.dtype, order)
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:

@@ -86,7 +86,7 @@ def staged(x: Rows) -> Any:
     x = flattened(x)
     if isinstance(x, Normed):
         return row_sources.Normed(x.x.reshape(x.shape), x.scale, x.epsilon)
-    if isinstance(x, Gated) and x.sums.bias is None:
+    if isinstance(x, Gated) and x.sums.bias is None and x.sums.order is None:
         return row_sources.Gated(x.sums.parts, x.dtype)
     return as_array(x)
 

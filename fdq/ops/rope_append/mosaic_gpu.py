@@ -26,6 +26,8 @@ class MosaicGpu(Kernel[RopeAppendArguments]):
             return (
                 f"the kernel rotates whole heads, found {a.angles[0].shape[-1]} pairs of channels"
             )
+        if a.qkv.order is not None:
+            return "the columns of queries, keys and values are dealt out to shards"
         return cache_unsupported(a.k, a.v) or sharded(a.qkv, a.k, a.v)
 
     def declined(self, arguments: RopeAppendArguments) -> str | None:

@@ -97,10 +97,11 @@ def rotated_heads(
 
     Without `head_dim` whole heads are rotated, and the angles say how wide they are.
     """
-    x = as_array(qkv)
-    x = x.reshape(*x.shape[:2], -1, head_dim or 2 * angles[0].shape[-1])
-    heads = x.shape[2] - 2 * kv_heads
-    q, k, v = jnp.split(x, (heads, heads + kv_heads), axis=2)
+    sums = qkv if isinstance(qkv, Sums) else Sums.of(as_array(qkv))
+    d = head_dim or 2 * angles[0].shape[-1]
+    own = kv_heads * d
+    pieces = sums.pieces((sums.shape[-1] - 2 * own, own, own))
+    q, k, v = (x.reshape(*x.shape[:2], -1, d) for x in pieces)
     if q_norm is not None:
         q = Normed(q, q_norm, epsilon).value()
     if k_norm is not None:
