@@ -15,6 +15,14 @@ SOURCE = builders.MODELS / "qwen3"
 TENSORS = 18
 
 
+@pytest.fixture(autouse=True)
+def listens():
+    """A run in the background of a shell inherits that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_after(count, *, by=None):
     """A progress callback that presses Ctrl-C after so many tensors, and the paths that it saw."""
     seen = []

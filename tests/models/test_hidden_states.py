@@ -72,8 +72,8 @@ def test_profiles_name_layers_and_ops():
         "embed_tokens",
         "self_attn/attention",
         "self_attn/rope_append",
-        "mlp/route",
-        "mlp/grouped_matmul",
-        "self_attn/matmul",
+        "mlp/router/route",
+        "mlp/experts/gate_up_proj/grouped_matmul",
+        "self_attn/qkv_proj/matmul",
     ):
         assert name in text
