@@ -99,12 +99,13 @@ class MoE(nnx.Module):
         rows, shared = flattened(x), self.shared_experts
         with jax.named_scope("router"):
             routed = hand_on(self.router, rows)
-        if isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts):
-            with jax.named_scope("experts"):
-                return self.experts(rows, *routed, shared=shared).reshape(x.shape)
+        together = isinstance(shared, MLP) and reads_rows(shared) and reads_rows(self.experts)
         with jax.named_scope("experts"):
-            y = hand_on(self.experts, rows, *routed)
-        if shared is not None:
+            if together:
+                y = self.experts(rows, *routed, shared=shared)
+            else:
+                y = hand_on(self.experts, rows, *routed)
+        if shared is not None and not together:
             with jax.named_scope("shared_experts"):
                 y = y + hand_on(shared, rows)
         return y.reshape(x.shape)
