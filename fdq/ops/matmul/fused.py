@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fdq.formats.format import Format
@@ -72,9 +73,9 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
     x = pad_rows(x, view)
     groups, blocks, block = _blocks(view, block_units)
     n = view.columns
-    # Without the barrier XLA decodes the 256 bytes again for every unit: a quarter of the time.
-    values = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 256)], ())
-    values = [lax.optimization_barrier(value) for value in values]
+    with jax.ensure_compile_time_eval():
+        values = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 256)], ())
+    values = [np.asarray(value) for value in values]
     parts = lax.optimization_barrier(x.reshape(x.shape[0], view.units, view.unit_rows, 1))
     zero = None if view.zero is None else view.zero[:, None, :]
     sums = None if zero is None else lax.optimization_barrier(_block_sums(x, view))
@@ -89,9 +90,10 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
         table, indices = lax.optimization_barrier(own)
         total = jnp.zeros((groups * blocks, n), jnp.float32)
         for j in range(block):
-            index = indices[:, j].astype(jnp.int32)
-            found = jnp.take_along_axis(table[:, j], index, axis=1, mode="promise_in_bounds")
-            total = total + found
+            index = indices[:, j, :, None].astype(jnp.int32)
+            total = total + lax.gather(
+                table[:, j], index, _OF_OWN_ROW, (1, 1), mode="promise_in_bounds"
+            )
         total = total.reshape(groups, blocks, n)
         if zero is not None and sums is not None:
             in_blocks = jnp.sum(sums[row].reshape(groups, blocks, block, 1), axis=2)
@@ -120,6 +122,15 @@ def _summed(
     return jnp.concatenate([finished(row) for row in range(rows)], axis=0)
 
 
+# `table[b, index[b, n]]`. `jnp.take_along_axis` also maps negative indices, which takes time wherever
+# XLA does not see that there are none.
+_OF_OWN_ROW = lax.GatherDimensionNumbers(
+    offset_dims=(),
+    collapsed_slice_dims=(1,),
+    start_index_map=(1,),
+    operand_batching_dims=(0,),
+    start_indices_batching_dims=(0,),
+)
 # 16 MB of partial sums: the memory of more is mapped anew at every call.
 _MOST_SUMS = 2**22
 # A way of a CPU's first cache, and how many rows of a block may share their lines of it: all have
