@@ -122,7 +122,7 @@ def _summed(
     return jnp.concatenate([finished(row) for row in range(rows)], axis=0)
 
 
-# `table[b, index[b, n]]`. `jnp.take_along_axis` also maps negative indices, which takes time wherever
+# `table[b, index[b, n]]`. `jnp.take_along_axis` also maps negative indices, which takes time where
 # XLA does not see that there are none.
 _OF_OWN_ROW = lax.GatherDimensionNumbers(
     offset_dims=(),
