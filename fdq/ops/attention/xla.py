@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +20,12 @@ from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor, join_planes
 from fdq.ops.choice import Program, choose_program, trace_target
-from fdq.ops.dots import join_rows, split_rows
+from fdq.ops.dots import exact_dot, join_rows, split_rows, sum_in_chains
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
 from pallas_kernels.typing import Array, Float, Int
+
+Decode = Callable[[jax.Array], list[jax.Array]]
 
 _BLOCK = 256
 _MASKED = -1e30  # finite: a block with no visible slot must not make NaN of inf - inf
@@ -41,7 +45,7 @@ class AttentionArguments:
     block_size: int | None = None
 
     def program(self) -> Program:
-        """How the cache is read: `decoded` to floats or as `integers`, so many slots at a time."""
+        """How the cache is read, so many slots at a time; see `fdq.ops.choice.Program`."""
         if trace_target().platform != "cpu":
             return Program("decoded", self.block_size or _BLOCK)
         rows = self.q.shape[1] * self.q.shape[2] // self.k.shape[1]
@@ -99,7 +103,7 @@ class Xla(Implementation[AttentionArguments]):
 def _attend(a: AttentionArguments) -> jax.Array:
     q, lengths, offset, sliding_window = a.q, a.lengths, a.offset, a.sliding_window
     program = a.program()
-    key, value = (_Side(tensor, program.name == "integers") for tensor in (a.k, a.v))
+    key, value = (_Side(tensor, program.name) for tensor in (a.k, a.v))
     b, t, h, d = q.shape
     kh, slots = a.k.shape[1:3]
     group = h // kh
@@ -174,12 +178,58 @@ def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     return dot(x, y, (((3,), (axis,)), ((0, 1), (0, 1))))
 
 
+# Floats of a vector register of AVX2, and slots that are summed before anything is written.
+_LANES = 8
+_SUMMED_SLOTS = 16
+
+
+def _lane_scores(rows: list[jax.Array], codes: jax.Array, decode: Decode) -> jax.Array:
+    """`[B, KH, R, C]` times what `codes [B, KH, S, C]` decode to, over C, summed over planes.
+
+    One element-wise fusion decodes keys in registers and leaves a sum for each lane; XLA's own sum
+    over them would take longer than a dot with ones.
+    """
+    b, kh, r, _ = rows[0].shape
+    slots = codes.shape[2]
+    parts = [lax.optimization_barrier(x).reshape(b, kh, r, 1, -1, _LANES) for x in rows]
+    codes = codes.reshape(b, kh, 1, slots, -1, _LANES)
+    # Decoded after it is cut: XLA would write what several products have in common.
+    products = [
+        x[..., i, :] * y
+        for i in range(codes.shape[4])
+        for x, y in zip(parts, decode(codes[..., i, :]), strict=True)
+    ]
+    lanes = lax.optimization_barrier(sum_in_chains(products)).reshape(-1, _LANES)
+    scores = exact_dot(lanes, jnp.ones((_LANES, 1), jnp.float32))
+    return scores.reshape(b, kh, r, slots)
+
+
+def _lane_sums(weights: jax.Array, codes: jax.Array, decode: Decode) -> list[jax.Array]:
+    """`[B, KH, R, S]` times what `codes [B, KH, S, C]` decode to, over S, a result a plane."""
+    b, kh, r, slots = weights.shape
+    block = math.gcd(slots, _SUMMED_SLOTS)
+    w = weights.reshape(b, kh, r, slots // block, block)
+    w = lax.optimization_barrier(w.transpose(0, 1, 3, 4, 2))[..., None]
+    codes = codes.reshape(b, kh, slots // block, block, 1, -1)
+    ones = jnp.ones((b, kh, 1, slots // block), jnp.float32)
+
+    def of_plane(plane: int) -> jax.Array:
+        products = [w[:, :, :, j] * decode(codes[:, :, :, j])[plane] for j in range(block)]
+        total = lax.optimization_barrier(sum_in_chains(products))
+        total = total.reshape(b, kh, slots // block, -1)
+        return _batched_dot(ones, total, 2).reshape(b, kh, r, -1)
+
+    return [of_plane(plane) for plane in range(len(decode(codes)))]
+
+
 class _Side:
     """Keys or values, with the scales that are folded into what they are multiplied with."""
 
-    def __init__(self, tensor: CacheTensor, split: bool):
+    def __init__(self, tensor: CacheTensor, program: str):
         self.tensor = tensor
-        self.split = split and tensor.format.integer_planes(tensor.codes[:0]) is not None
+        has_integers = tensor.format.integer_planes(tensor.codes[:0]) is not None
+        self.split = program == "integers" and has_integers
+        self.lanes = program == "lanes"
         self.planes = tensor.format.planes
         scale, zero = tensor.scale, tensor.zero
         self.token_scale, self.token_zero = (scale, zero) if tensor.dynamic else (None, None)
@@ -188,9 +238,14 @@ class _Side:
         )
         self.static_scale, self.static_zero = wide
 
+    def _codes(self, start, size) -> jax.Array:
+        codes = _cut(self.tensor.codes, start, size)
+        # XLA has no vector instructions for a fusion that cuts out of the cache itself.
+        return lax.optimization_barrier(codes) if self.lanes else codes
+
     def block(self, start, size) -> list[jax.Array]:
         """`[B, KH, size, D / planes]` code values of a block of slots, int8 or float32."""
-        codes = _cut(self.tensor.codes, start, size)
+        codes = self._codes(start, size)
         if self.split:
             planes = self.tensor.format.integer_planes(codes)
             assert planes is not None
@@ -213,6 +268,8 @@ class _Side:
 
     def dots(self, rows: list[Any], start, size) -> jax.Array:
         """`[B, KH, R, size]`: queries, as `rows` made them of each plane, times a block."""
+        if self.lanes and self.tensor.codes.shape[3] % _LANES == 0:
+            return _lane_scores(rows, self._codes(start, size), self.tensor.format.decode_planes)
         planes = zip(rows, self.block(start, size), strict=True)
         return functools.reduce(jnp.add, [self._dot(a, b, 3) for a, b in planes])
 
@@ -232,8 +289,12 @@ class _Side:
         """`[B, KH, R, D / planes]` sums of values over a block of slots."""
         if self.token_scale is not None:
             weights = weights * _of_slots(self.token_scale, start, size)
-        rows = self.rows(weights)
-        sums = [self._dot(rows, plane, 2) for plane in self.block(start, size)]
+        if self.lanes and size % _LANES == 0:
+            codes = self._codes(start, size)
+            sums = _lane_sums(weights, codes, self.tensor.format.decode_planes)
+        else:
+            rows = self.rows(weights)
+            sums = [self._dot(rows, plane, 2) for plane in self.block(start, size)]
         if self.token_zero is None:
             return sums
         zero = _of_slots(self.token_zero, start, size)

@@ -6,6 +6,7 @@ row, by far; several rows are a fusion each, as XLA has none with several result
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from fdq.formats.format import Format
-from fdq.ops.dots import exact_dot
+from fdq.ops.dots import exact_dot, sum_in_chains
 from fdq.ops.weight_view import WeightView, has_table, pad_rows
 
 Unit = list[jax.Array]
@@ -49,6 +50,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
             shift = jnp.float32(offset) if zero is None else zero + jnp.float32(offset)
             in_blocks = jnp.sum(sums[row].reshape(groups, blocks, block, 1), axis=2)
             total = total - shift * in_blocks
+        products = []
         for j in range(block):
             unit = [codes[:, :, j, i] for i in range(view.unit_bytes)]
             if chained:
@@ -56,9 +58,11 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
             else:
                 values = view.decode_unit(unit, tables)
                 values = values if zero is None else [v - zero for v in values]
-            for p, value in enumerate(values):
-                total = total + parts[:, :, j, p] * value
-        return total
+            products += [parts[:, :, j, p] * value for p, value in enumerate(values)]
+        if chained:
+            return total + sum_in_chains(products)
+        # What takes more to decode leaves no registers for several sums.
+        return functools.reduce(jnp.add, products, total)
 
     return _summed(total, x.shape[0], view, dot=dot)
 
