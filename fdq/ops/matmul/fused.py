@@ -35,7 +35,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
     sums = _block_sums(x, view) if chained else None
     # Without the barrier XLA fuses what made x (a quantization, a norm) into every product with it.
     weights, sums = lax.optimization_barrier((weights, sums))
-    groups, blocks, block = _blocks(view, block_units)
+    groups, blocks, block = _blocks(view, block_units, x.shape[0])
     n = view.columns
     codes = view.codes.reshape(groups, blocks, block, view.unit_bytes, n)
     tables = tuple(a[:, None, :] for a in view.tables)
@@ -75,7 +75,7 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
     """
     assert has_table(view)
     x = pad_rows(x, view)
-    groups, blocks, block = _blocks(view, block_units)
+    groups, blocks, block = _blocks(view, block_units, x.shape[0])
     n = view.columns
     with jax.ensure_compile_time_eval():
         values = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 256)], ())
@@ -135,7 +135,7 @@ _OF_OWN_ROW = lax.GatherDimensionNumbers(
     operand_batching_dims=(0,),
     start_indices_batching_dims=(0,),
 )
-# 16 MB of partial sums: the memory of more is mapped anew at every call.
+# 16 MB of partial sums, of all rows of x: the memory of more is mapped anew at every call.
 _MOST_SUMS = 2**22
 # A way of a CPU's first cache, and how many rows of a block may share their lines of it: all have
 # 64 sets of 64 bytes, and 8 ways or more.
@@ -143,13 +143,13 @@ _CACHE_WAY = 4096
 _CACHE_WAYS = 8
 
 
-def _blocks(view: WeightView, block_units: int) -> tuple[int, int, int]:
-    """Groups, blocks in a group and units in a block."""
+def _blocks(view: WeightView, block_units: int, m: int) -> tuple[int, int, int]:
+    """Groups, blocks in a group and units in a block, for m rows of x."""
     groups = view.scale.shape[-2]
     per_group = view.units // groups
     stride = view.columns * view.codes.dtype.itemsize
     rows = max(1, _CACHE_WAYS * _CACHE_WAY // math.gcd(stride, _CACHE_WAY) // view.unit_bytes)
-    block_units = max(min(block_units, rows), -(-view.units * view.columns // _MOST_SUMS))
+    block_units = max(min(block_units, rows), -(-m * view.units * view.columns // _MOST_SUMS))
     block = next(b for b in range(min(block_units, per_group), 0, -1) if per_group % b == 0)
     return groups, per_group // block, block
 

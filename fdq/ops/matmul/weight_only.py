@@ -85,21 +85,24 @@ def tiled(product: Product, x: jax.Array, view: WeightView, columns: int) -> jax
 
 # 4 MB of floats stay in the caches of the CPUs that this was measured on.
 _LARGEST_BLOCK = 2**20
+_FEWEST_ROWS = 32
 
 
 def blocked(product: Product, x: jax.Array, view: WeightView, rows: int) -> jax.Array:
     """The sum of `product` over blocks of `rows` rows of K, or of the whole groups in them.
 
-    Fewer rows where there are many columns; tiles of them where these are too many for one group.
+    Fewer rows where there are many columns; tiles of them, which are copied, only where these are
+    too many for a few rows or for one group.
     """
     x = pad_rows(x, view)
-    columns = _LARGEST_BLOCK // min(rows, 128)
+    groups = view.scale.shape[-2]
+    group_rows = view.rows // groups if groups > 1 else 1
+    columns = 2 * _LARGEST_BLOCK // min(rows, max(_FEWEST_ROWS, group_rows))
     if view.columns > columns:
         # As many in each, for the last tile computes again what it lacks.
         even = -(-view.columns // -(-view.columns // columns))
         return tiled(lambda x, tile: blocked(product, x, tile, rows), x, view, -(-even // 64) * 64)
     rows = min(rows, _LARGEST_BLOCK // view.columns)
-    groups = view.scale.shape[-2]
     # What can be cut: groups, or units where one scale rules them all.
     parts = groups if groups > 1 else view.units
     size = min(max(1, rows * parts // view.rows), parts)
