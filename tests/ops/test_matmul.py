@@ -395,3 +395,21 @@ def test_a_loop_does_not_keep_decoded_weights(m):
 
     memory = loop.lower(jnp.ones((m, 1024)), q).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1024 * 2048 * 4 / 2
+
+
+@pytest.mark.parametrize(
+    ("program", "scheme", "m", "n"),
+    [
+        # Sums of all rows together; memory of more than 32 MB is mapped anew at every call.
+        (("fused", 32), "W8A16", 4, 4096),
+        (("fused", 32), "W4A16", 8, 4096),
+        # Blocks of few rows, where a tile of columns would be a copy of half the weight.
+        (("blocks", 256), "W8A16", 4, 14336),
+        (("blocks", 256), "W4A16", 4, 14336),
+    ],
+)
+def test_temporary_memory_is_kept_from_call_to_call(program, scheme, m, n):
+    x = jax.ShapeDtypeStruct((m, 4096), jnp.float32)
+    q = fdq.quantize(jax.ShapeDtypeStruct((4096, n), jnp.float32), scheme)
+    memory = compiled(program).lower(x, q).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 20 * 2**20
