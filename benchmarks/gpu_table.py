@@ -1,6 +1,6 @@
-"""README's table of kernels and GPUs, from the committed ahead-of-time report.
+"""The table of kernels and GPUs in docs/gpu.md, from the committed ahead-of-time report.
 
-``python -m benchmarks.gpu_table`` prints it, ``--readme README.md`` puts it between its marks.
+``python -m benchmarks.gpu_table`` prints it, ``--page docs/gpu.md`` puts it between its marks.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def table(reports: Sequence[Report]) -> str:
     return markdown(["kernel", *(_HEADS[gpu] for gpu in gpus)], rows)
 
 
-def in_readme(text: str) -> str:
+def in_page(text: str) -> str:
     """What stands between the marks.
 
     Raises:
       ValueError: the marks are missing.
     """
     if not all(mark in text for mark in MARKS):
-        raise ValueError(f"README lacks the marks {' and '.join(MARKS)} around its table")
+        raise ValueError(f"the page lacks the marks {' and '.join(MARKS)} around its table")
     return text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
 
 
@@ -58,15 +58,15 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--readme", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--page", type=pathlib.Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     made = table(files.load())
-    if arguments.readme is None:
+    if arguments.page is None:
         print(made)
         return 0
-    text = arguments.readme.read_text("utf-8")
-    in_readme(text)  # raises if the marks are missing
-    arguments.readme.write_text(filled(text, made), "utf-8")
+    text = arguments.page.read_text("utf-8")
+    in_page(text)  # raises if the marks are missing
+    arguments.page.write_text(filled(text, made), "utf-8")
     return 0
 
 
