@@ -8,7 +8,7 @@ import pytest
 from docs import draw_architecture
 from docs.import_graph import ROOT
 
-PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "README.md")
+PAGES = ("docs/architecture.md", "docs/gpu.md", "CONTRIBUTING.md", "README.md")
 
 
 def test_the_picture_is_drawn_from_this_code():

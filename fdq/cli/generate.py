@@ -40,6 +40,7 @@ def run(
     """Continues a prompt; the text appears as it is decoded."""
     import jax
 
+    from fdq.analysis.startup_time import measured
     from fdq.decoding.generation import generate
     from fdq.decoding.sampling import Sampling
     from fdq.storage import load
@@ -63,13 +64,17 @@ def run(
             "into the directory."
         )
     pieces: list[str] = []
+    first_token = None
     start = time.perf_counter()
-    with contextlib.ExitStack() as waiting:
+    with contextlib.ExitStack() as waiting, measured() as spent:
         if not json:
             waiting.enter_context(console.err.status("Compiling ..."))
 
         def show(index: int, piece: str) -> None:
+            nonlocal first_token
             waiting.close()
+            if first_token is None:
+                first_token = time.perf_counter() - start
             if not json:
                 sys.stdout.write(piece if pieces else prompt + piece)
                 sys.stdout.flush()
@@ -88,6 +93,20 @@ def run(
         )
     seconds = time.perf_counter() - start
     if json:
-        console.print_json({"prompt": prompt, "text": "".join(pieces), "seconds": seconds})
-    else:
-        sys.stdout.write("\n" if pieces else f"{prompt}\n")
+        text = "".join(pieces)
+        times = {
+            "seconds": seconds,
+            "first_token_seconds": first_token,
+            "lowering_seconds": spent.lowering,
+            "compiling_seconds": spent.compiling,
+            "self_check_seconds": spent.self_check,
+        }
+        console.print_json({"prompt": prompt, "text": text} | times)
+        return
+    sys.stdout.write("\n" if pieces else f"{prompt}\n")
+    sys.stdout.flush()
+    if first_token is not None:
+        parts = f"lowering {spent.lowering:.1f} s, compiling {spent.compiling:.1f} s"
+        if spent.self_check:
+            parts += f", self-checks of kernels {spent.self_check:.1f} s"
+        console.err.print(f"First text after {first_token:.1f} s ({parts}); all {seconds:.1f} s.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,12 @@ import numpy as np
 _LOGGER = logging.getLogger("fdq")
 _LOCK = threading.Lock()
 _RESULTS: dict[tuple[Any, ...], str | None] = {}
+
+DURATION = "/fdq/self_check"
+"""What `jax.monitoring` calls the seconds that a check took."""
+
+THREAD = "fdq-self-check"
+"""How the names of the threads that check begin."""
 
 TOLERANCE = 1e-4
 """Largest difference over the largest reference value. Kernels sum in float32 (5e-6); a wrong one
@@ -51,8 +58,10 @@ def failure(
     key = (kernel, format, device.device_kind)
     with _LOCK:
         if key not in _RESULTS:
-            with ThreadPoolExecutor(1) as pool:
+            start = time.perf_counter()
+            with ThreadPoolExecutor(1, thread_name_prefix=THREAD) as pool:
                 reason = pool.submit(_compare, device, case, tolerance).result()
+            jax.monitoring.record_event_duration_secs(DURATION, time.perf_counter() - start)
             if reason is not None:
                 message = "%s[%s] is switched off on %s: %s; XLA takes its place"
                 _LOGGER.warning(message, *key, reason)

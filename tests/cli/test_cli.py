@@ -169,7 +169,11 @@ def test_generate_streams_the_text_that_json_holds(converted):
     arguments = ("generate", converted, "--prompt", "def main(", "--max-new-tokens", 24)
     content = json.loads(run(*arguments, "--json").stdout)
     assert content["text"]
-    assert run(*arguments).stdout == f"def main({content['text']}\n"
+    assert 0 < content["first_token_seconds"] <= content["seconds"]
+    assert content["lowering_seconds"] + content["compiling_seconds"] > 0
+    result = run(*arguments)
+    assert result.stdout == f"def main({content['text']}\n"
+    assert "First text after" in result.stderr
     sampled = (*arguments, "--temperature", 1, "--json")
     texts = [json.loads(run(*sampled, "--seed", s).stdout)["text"] for s in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
