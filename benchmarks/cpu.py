@@ -2,6 +2,7 @@
 
 Every table is measured in one run, its rows interleaved, so that its ratios hold on a machine that
 does other things too: figures are medians of the interleaved repetitions, ratios those of medians.
+Only weights that are decoded whole, which disturb their neighbors, are timed after the others.
 
     python -m benchmarks.cpu                              # one token, attention, a decoder
     python -m benchmarks.cpu --quick --json cpu.json      # fewer repetitions, and a file

@@ -213,13 +213,15 @@ def _lane_sums(weights: jax.Array, codes: jax.Array, decode: Decode) -> list[jax
     codes = codes.reshape(b, kh, slots // block, block, 1, -1)
     ones = jnp.ones((b, kh, 1, slots // block), jnp.float32)
 
-    def of_plane(plane: int) -> jax.Array:
-        products = [w[:, :, :, j] * decode(codes[:, :, :, j])[plane] for j in range(block)]
+    def summed(values: tuple[jax.Array, ...]) -> jax.Array:
+        products = [w[:, :, :, j] * value for j, value in enumerate(values)]
         total = lax.optimization_barrier(sum_in_chains(products))
         total = total.reshape(b, kh, slots // block, -1)
         return _batched_dot(ones, total, 2).reshape(b, kh, r, -1)
 
-    return [of_plane(plane) for plane in range(len(decode(codes)))]
+    # Of each slot of a block, as in `_lane_scores`; then of each plane.
+    decoded = [decode(codes[:, :, :, j]) for j in range(block)]
+    return [summed(values) for values in zip(*decoded, strict=True)]
 
 
 class _Side:

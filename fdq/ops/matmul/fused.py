@@ -35,7 +35,8 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
     sums = _block_sums(x, view) if chained else None
     # Without the barrier XLA fuses what made x (a quantization, a norm) into every product with it.
     weights, sums = lax.optimization_barrier((weights, sums))
-    groups, blocks, block = _blocks(view, block_units, x.shape[0])
+    # Elsewhere than on CPUs sums of several rows are no reason for longer blocks.
+    groups, blocks, block = _blocks(view, block_units, x.shape[0] if dot else 1)
     n = view.columns
     codes = view.codes.reshape(groups, blocks, block, view.unit_bytes, n)
     tables = tuple(a[:, None, :] for a in view.tables)
