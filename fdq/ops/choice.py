@@ -62,8 +62,8 @@ class Program:
       name: `fused` (M fusions over blocks of packed units), `lookup` (the same with a table of what
         each byte contributes), `split` (float rows as int8 ones, blocks of K), `tiles` (of
         columns), `blocks` (of K), `table` (the same, bytes decoded by a table) or `whole`.
-        For attention `decoded`, `integers` (float rows as int8 ones) or `lanes` (element-wise
-        fusions that leave sums for each lane, for few rows).
+        For attention `decoded`, `parts` (float rows as a few of int8 or bfloat16) or `lanes`
+        (element-wise fusions that leave sums for each lane, for few rows).
       size: packed units of a block (`fused`, `lookup`), columns (`tiles`), slots (attention), or
         rows of K.
     """
@@ -79,7 +79,7 @@ def _table(name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 _OVERRIDES: list[Program] = []
-_OF_ATTENTION = ("decoded", "integers", "lanes")
+_OF_ATTENTION = ("decoded", "parts", "lanes")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-SPLITS = 3  # int8 rows that a float row is split into
+SPLITS = 3  # int8 or bfloat16 rows that a float row is split into
 # 127 * 2 * 127: a part is rounded to 1/127 of the one before, and the remainder is half a step.
 _STEP = 254.0
 
@@ -70,6 +70,22 @@ def join_rows(sums: jax.Array, axis: int = 0) -> jax.Array:
     for part in reversed(rest):
         low = (low + part) / jnp.float32(_STEP)
     return first + low
+
+
+def split_bfloat16(x: jax.Array, axis: int = 0) -> tuple[jax.Array, None]:
+    """Float rows as three times as many bfloat16 ones along `axis`, whose sums they are."""
+    rest, parts = x.astype(jnp.float32), []
+    for _ in range(SPLITS):
+        # Not merged by XLA into the conversion back: what is left would be nothing.
+        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest = rest - parts[-1]
+    return jnp.concatenate(parts, axis=axis).astype(jnp.bfloat16), None
+
+
+def join_bfloat16(sums: jax.Array, axis: int = 0) -> jax.Array:
+    """The products of `split_bfloat16`'s rows with anything, brought together."""
+    first, *rest = jnp.split(sums, SPLITS, axis=axis)
+    return first + functools.reduce(jnp.add, reversed(rest))
 
 
 # Sums at once in an element-wise fusion: of one alone, each term waits for the one before.

@@ -73,7 +73,7 @@ def test_equals_the_reference(name, rng):
 
 
 @pytest.mark.parametrize("width", [D, 20])
-@pytest.mark.parametrize("program", ["decoded", "integers", "lanes"])
+@pytest.mark.parametrize("program", ["decoded", "parts", "lanes"])
 @pytest.mark.parametrize("name", SPECS)
 def test_every_program_means_the_same(name, program, width, rng):
     """Whichever the CPU is given: blocks of 16 and, where the cache is shorter, of 37 slots."""
@@ -89,6 +89,24 @@ def test_every_program_means_the_same(name, program, width, rng):
         with ops.forced_program(program, block):
             y = jax.jit(functools.partial(fdq.attention))(q, k, v, lengths=lengths)
         assert error(y, reference) < 2e-6
+
+
+@pytest.mark.parametrize("lengths", [[48, 5, 20], [21, 5, 9], [0, 0, 1]])
+@pytest.mark.parametrize("name", ["C16", "bfloat16", "int8", "int4", "int8 channel"])
+def test_a_cache_in_parts_is_read_whole_or_in_blocks(name, lengths, rng, monkeypatch):
+    """As it is more than half full or less, in chunks of 8 slots, with and without a window."""
+    monkeypatch.setattr("fdq.ops.attention.sides._CHUNK", 8)
+    k, v = (quantized(rng, SPECS.get(name), 48)[1] for _ in "kv")
+    if name == "bfloat16":
+        k, v = (a.replace(codes=a.codes.astype(jnp.bfloat16)) for a in (k, v))
+    q = jnp.asarray(rng.standard_normal((B, 2, H, D)), jnp.float32)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    for window in (None, 6):
+        attend = functools.partial(fdq.attention, sliding_window=window)
+        with ops.forced_program("parts", 16):
+            y = jax.jit(attend)(q, k, v, lengths=lengths)
+        reference = ops.attention_reference(q, k, v, lengths=lengths, sliding_window=window)
+        assert error(y, reference) < 3e-6
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 37])
@@ -122,10 +140,10 @@ def test_queries_in_the_middle(rng):
 
 @pytest.mark.parametrize("name", ["C16", "int8", "int4"])
 def test_memory_does_not_grow_with_the_cache(name):
-    """A cache 64 times as long needs the same temporary memory, and is never copied."""
+    """A cache 16 times as long needs the same temporary memory, and is never copied."""
     spec = SPECS[name]
     temp = []
-    for slots in (256, 16384):
+    for slots in (1024, 16384):
         make = functools.partial(CacheTensor.empty, (1, KH, slots, D), spec)
         k = jax.eval_shape(make)
         q = jax.ShapeDtypeStruct((1, 1, H, D), jnp.bfloat16)
