@@ -49,7 +49,7 @@ def candidates(path: str, m: int) -> list[tuple[str, int]]:
         units = sorted({max(1, rows // _UNIT_ROWS.get(kind, 2)) for rows in FUSED_ROWS})
         found += [("fused", size) for size in units]
         if kind in _CODEBOOKS and m <= 2:
-            found += [("lookup", size) for size in (4, 8)]
+            found += [("lookup", size) for size in (4, 8, 16)]
     if (kind in _CODEBOOKS or kind.startswith("float8")) and not integers:
         found += [("table", size) for size in BLOCKS]
     if kind.startswith("int") and not integers:
@@ -125,8 +125,11 @@ def tune(
     for kind in ("float8_e5m2", "mxfp8"):
         choices[kind] = choices["float8_e4m3"]
     for kind in ("int3", "int2"):
-        # One row is a fusion of the same unpacking; more are an integer dot.
-        choices[f"{kind} x int8"] = [choices[kind][0], *choices["int4 x int8"][1:]]
+        # Few rows are fusions of the same unpacking; more are an integer dot.
+        choices[f"{kind} x int8"] = [
+            {**row, "size": choices[kind][0]["size"]} if row["program"] == "fused" else row
+            for row in choices["int4 x int8"]
+        ]
     path = pathlib.Path(fdq.ops.__file__).parent / "cpu_choices" / f"{cpu_class()}.json"
     # Those of attention are kept: `python -m benchmarks.cpu --only attention` shows what they give.
     old = json.loads(path.read_text("utf-8"))["choices"] if path.exists() else {}

@@ -99,7 +99,9 @@ def _lane_sums(weights: jax.Array, codes: jax.Array, decode: Decode) -> list[jax
 _CHUNK = 4096
 # Of the codes of a block: XLA maps temporary memory of more than 32 MB anew at every call.
 _MOST_BYTES = 2**23
-_FEWEST_SLOTS = 256
+# Of a cache that may be nearly empty.
+_BLOCKS = 8
+_FEWEST_SLOTS = 512
 
 
 class Side:
@@ -134,7 +136,8 @@ class Side:
         if self.chunked:
             b, kh = self.tensor.shape[:2]
             width = self.tensor.codes.shape[3] * self.planes * self.tensor.codes.dtype.itemsize
-            size = min(size, max(_FEWEST_SLOTS, _MOST_BYTES // (b * kh * width)))
+            most = min(_MOST_BYTES // (b * kh * width), self.slots // _BLOCKS)
+            size = min(size, max(_FEWEST_SLOTS, most))
         return min(size, self.slots)
 
     def chunks(self, size: int) -> int:

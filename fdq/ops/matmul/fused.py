@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,22 +35,22 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
     weights = _chain(x, view) if chained else x
     sums = _block_sums(x, view) if chained else None
     # Without the barrier XLA fuses what made x (a quantization, a norm) into every product with it.
-    weights, sums = lax.optimization_barrier((weights, sums))
-    # Elsewhere than on CPUs sums of several rows are no reason for longer blocks.
-    groups, blocks, block = _blocks(view, block_units, x.shape[0] if dot else 1)
+    rows = lax.optimization_barrier((weights, sums))
+    groups, blocks, block = _blocks(view, block_units)
     n = view.columns
     codes = view.codes.reshape(groups, blocks, block, view.unit_bytes, n)
     tables = tuple(a[:, None, :] for a in view.tables)
     zero = None if view.zero is None else view.zero[:, None, :]
 
-    def total(row: int) -> jax.Array:
+    def total(row: tuple[jax.Array, Any]) -> jax.Array:
         """`[groups, blocks, n]`, before the scale."""
-        parts = weights[row].reshape(groups, blocks, block, view.unit_rows, 1)
+        weights, sums = row
+        parts = weights.reshape(groups, blocks, block, view.unit_rows, 1)
         total = jnp.zeros((groups, blocks, n), jnp.float32)
         if sums is not None:
             offset = view.format.integer_offset(view.spec) or 0.0
             shift = jnp.float32(offset) if zero is None else zero + jnp.float32(offset)
-            in_blocks = jnp.sum(sums[row].reshape(groups, blocks, block, 1), axis=2)
+            in_blocks = jnp.sum(sums.reshape(groups, blocks, block, 1), axis=2)
             total = total - shift * in_blocks
         products = []
         for j in range(block):
@@ -65,7 +66,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
         # What takes more to decode leaves no registers for several sums.
         return functools.reduce(jnp.add, products, total)
 
-    return _summed(total, x.shape[0], view, dot=dot)
+    return _summed(total, rows, view, dot=dot)
 
 
 def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.Array:
@@ -76,20 +77,19 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
     """
     assert has_table(view)
     x = pad_rows(x, view)
-    groups, blocks, block = _blocks(view, block_units, x.shape[0])
+    groups, blocks, block = _blocks(view, block_units)
     n = view.columns
     with jax.ensure_compile_time_eval():
         values = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 256)], ())
     values = [np.asarray(value) for value in values]
-    parts = lax.optimization_barrier(x.reshape(x.shape[0], view.units, view.unit_rows, 1))
+    parts = x.reshape(x.shape[0], view.units, view.unit_rows, 1)
     zero = None if view.zero is None else view.zero[:, None, :]
-    sums = None if zero is None else lax.optimization_barrier(_block_sums(x, view))
+    rows = lax.optimization_barrier((parts, None if zero is None else _block_sums(x, view)))
     codes = view.codes.reshape(groups * blocks, block, n)
 
-    def total(row: int) -> jax.Array:
-        table = parts[row, :, 0] * values[0]
-        for p in range(1, view.unit_rows):
-            table = table + parts[row, :, p] * values[p]
+    def total(row: tuple[jax.Array, Any]) -> jax.Array:
+        parts, sums = row
+        table = functools.reduce(jnp.add, [parts[:, p] * v for p, v in enumerate(values)])
         # Codes of its own: what two rows share of a lookup, XLA writes to memory.
         own = (table.reshape(groups * blocks, block, 256), codes)
         table, indices = lax.optimization_barrier(own)
@@ -101,21 +101,24 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
             )
         total = total.reshape(groups, blocks, n)
         if zero is not None and sums is not None:
-            in_blocks = jnp.sum(sums[row].reshape(groups, blocks, block, 1), axis=2)
+            in_blocks = jnp.sum(sums.reshape(groups, blocks, block, 1), axis=2)
             total = total - zero * in_blocks
         return total
 
-    return _summed(total, x.shape[0], view, dot=True)
+    return _summed(total, rows, view, dot=True)
 
 
 def _summed(
-    total: Callable[[int], jax.Array], rows: int, view: WeightView, *, dot: bool
+    total: Callable[[Any], jax.Array], rows: Any, view: WeightView, *, dot: bool
 ) -> jax.Array:
-    """The sums over blocks of what a row of x gives, `[groups, blocks, N]`, with the scales."""
+    """The sums over blocks of what a row gives, `[groups, blocks, N]`, with the scales.
+
+    `rows` are arrays with a first axis of M, of which `total` takes one row.
+    """
     scale = (view.scale * view.format.unit_factor)[:, None, :]
     per_channel = scale.shape[0] == 1
 
-    def finished(row: int) -> jax.Array:
+    def finished(row: Any) -> jax.Array:
         partial = total(row) if per_channel else total(row) * scale
         partial = partial.reshape(-1, view.columns)
         if dot:
@@ -124,7 +127,14 @@ def _summed(
             y = jnp.sum(partial, axis=0, keepdims=True)
         return y * scale[0] if per_channel else y
 
-    return jnp.concatenate([finished(row) for row in range(rows)], axis=0)
+    found: list[jax.Array] = []
+    for i in range(jax.tree.leaves(rows)[0].shape[0]):
+        row = jax.tree.map(lambda a: a[i], rows)  # noqa: B023
+        if dot and found:
+            # On CPUs one after the other: each has all cores, and the memory of the one before.
+            row, found[-1] = lax.optimization_barrier((row, found[-1]))
+        found.append(finished(row))
+    return jnp.concatenate(found, axis=0)
 
 
 # `table[b, index[b, n]]`. `jnp.take_along_axis` also maps negative indices, which takes time where
@@ -136,7 +146,7 @@ _OF_OWN_ROW = lax.GatherDimensionNumbers(
     operand_batching_dims=(0,),
     start_indices_batching_dims=(0,),
 )
-# 16 MB of partial sums, of all rows of x: the memory of more is mapped anew at every call.
+# 16 MB of partial sums: the memory of more than 32 is mapped anew at every call.
 _MOST_SUMS = 2**22
 # A way of a CPU's first cache, and how many rows of a block may share their lines of it: all have
 # 64 sets of 64 bytes, and 8 ways or more.
@@ -144,13 +154,13 @@ _CACHE_WAY = 4096
 _CACHE_WAYS = 8
 
 
-def _blocks(view: WeightView, block_units: int, m: int) -> tuple[int, int, int]:
-    """Groups, blocks in a group and units in a block, for m rows of x."""
+def _blocks(view: WeightView, block_units: int) -> tuple[int, int, int]:
+    """Groups, blocks in a group and units in a block."""
     groups = view.scale.shape[-2]
     per_group = view.units // groups
     stride = view.columns * view.codes.dtype.itemsize
     rows = max(1, _CACHE_WAYS * _CACHE_WAY // math.gcd(stride, _CACHE_WAY) // view.unit_bytes)
-    block_units = max(min(block_units, rows), -(-m * view.units * view.columns // _MOST_SUMS))
+    block_units = max(min(block_units, rows), -(-view.units * view.columns // _MOST_SUMS))
     block = next(b for b in range(min(block_units, per_group), 0, -1) if per_group % b == 0)
     return groups, per_group // block, block
 
