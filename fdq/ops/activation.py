@@ -45,27 +45,13 @@ def quantize_activation(
     bound = spec.bound
     x = x.astype(jnp.float32)
     k = x.shape[-1]
-    if not spec.dynamic:
-        if scale is None:
-            raise ValueError(
-                f"{path}: static activation quantization needs activation_scale, found None; "
-                "calibrate the model or use a dynamic ActivationSpec."
-            )
-        if scale.size != 1:
-            raise ValueError(
-                f"{path}: expected one activation_scale, found shape {tuple(scale.shape)}."
-            )
+    check_activation_scale(spec, scale, path)
+    if scale is not None:
         scale = scale.astype(jnp.float32).reshape((1,) * x.ndim)
         expanded = scale
-    elif scale is not None:
-        raise ValueError(
-            f"{path}: activation_scale is given but the ActivationSpec is dynamic; "
-            "use granularity='tensor', dynamic=False for a calibrated one."
-        )
     elif spec.granularity == "token_group":
         group = spec.group_size
-        if not group:
-            raise ValueError(f"{path}: granularity 'token_group' needs group_size, found {group}.")
+        assert group
         groups = -(-k // group)
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * group - k)])
         scale = _dynamic_scale(padded.reshape(*x.shape[:-1], groups, group), bound)[..., 0]
@@ -78,6 +64,32 @@ def quantize_activation(
     if spec.format == "int8":
         return jnp.clip(jnp.round(y), -bound, bound).astype(jnp.int8), scale
     return jnp.clip(y, -bound, bound).astype(jnp.float8_e4m3fn), scale
+
+
+def check_activation_scale(spec: ActivationSpec, scale: Any, path: str) -> None:
+    """Refuses a calibrated scale that is missing, too many or not wanted.
+
+    Raises:
+      ValueError: naming `path`.
+    """
+    if not spec.dynamic and scale is None:
+        raise ValueError(
+            f"{path}: static activation quantization needs activation_scale, found None; "
+            "calibrate the model or use a dynamic ActivationSpec."
+        )
+    if not spec.dynamic and scale.size != 1:
+        raise ValueError(
+            f"{path}: expected one activation_scale, found shape {tuple(scale.shape)}."
+        )
+    if spec.dynamic and scale is not None:
+        raise ValueError(
+            f"{path}: activation_scale is given but the ActivationSpec is dynamic; "
+            "use granularity='tensor', dynamic=False for a calibrated one."
+        )
+    if spec.granularity == "token_group" and not spec.group_size:
+        raise ValueError(
+            f"{path}: granularity 'token_group' needs group_size, found {spec.group_size}."
+        )
 
 
 def _dynamic_scale(x: jax.Array, bound: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from importlib import resources
 from typing import Any
 
@@ -36,6 +36,11 @@ def trace_target() -> Target:
         return Target(platform, platform != "gpu" or capability is None or float(capability) >= 8.0)
     except ValueError:  # ROCm says "gfx90a"
         return Target(platform, True)
+
+
+def traced_for() -> Hashable:
+    """All that choices here depend on besides shapes: a static argument of what is traced once."""
+    return trace_target(), cpu_class(), tuple(_OVERRIDES)
 
 
 CPU_CLASSES = ("amx", "avx512", "avx2")

@@ -10,6 +10,7 @@ a cache that is more than half full is then read as one block, which nobody has 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor, join_planes
 from fdq.ops.attention.sides import Side
-from fdq.ops.choice import Program, choose_program, trace_target
+from fdq.ops.choice import Program, choose_program, trace_target, traced_for
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
 from pallas_kernels.typing import Array, Float, Int
@@ -90,15 +91,21 @@ class Xla(Implementation[AttentionArguments]):
         """Traced with Auto axes; the result is sharded like the queries."""
         a = arguments
 
-        def attend(q, k, v, lengths, offset):
-            return _attend(dataclasses.replace(a, q=q, k=k, v=v, lengths=lengths, offset=offset))
-
+        attend = functools.partial(
+            _attend,
+            sliding_window=a.sliding_window,
+            scale=a.scale,
+            block_size=a.block_size,
+            context=traced_for(),
+        )
         arrays = (a.q, a.k, a.v, a.lengths, a.offset)
         return in_auto_axes(attend, *arrays, result=lambda: spec_entries(a.q))
 
 
-def _attend(a: AttentionArguments) -> jax.Array:
-    q, lengths, offset, sliding_window = a.q, a.lengths, a.offset, a.sliding_window
+@functools.partial(jax.jit, static_argnames=("sliding_window", "scale", "block_size", "context"))
+def _attend(q, k, v, lengths, offset, *, sliding_window, scale, block_size, context) -> jax.Array:
+    """Traced once for all layers; `context` is all else that it depends on."""
+    a = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size)
     program = a.program()
     key, value = (Side(tensor, program.name) for tensor in (a.k, a.v))
     b, t, h, d = q.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -10,8 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight, dequantize
-from fdq.ops.activation import activation_values, integer_product, quantize_activation
-from fdq.ops.choice import Target, choose_program, trace_target
+from fdq.ops.activation import (
+    activation_values,
+    check_activation_scale,
+    integer_product,
+    quantize_activation,
+)
+from fdq.ops.choice import Target, choose_program, trace_target, traced_for
 from fdq.ops.dots import exact_dot, left_dot
 from fdq.ops.implementation import Implementation
 from fdq.ops.matmul.dense import dense_product
@@ -62,6 +68,20 @@ def quantized_product(
     path: str = "<array>",
 ) -> jax.Array:
     """`[M, K]` times a weight `[K, N]` -> float32 `[M, N]`; no gradient where a loop is chosen."""
+    if activation is not None:
+        check_activation_scale(activation, activation_scale, path)
+    return _quantized_product(x, q, activation_scale, activation, traced_for())
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _quantized_product(
+    x: jax.Array,
+    q: QuantizedWeight,
+    activation_scale: jax.Array | None,
+    activation: ActivationSpec | None,
+    _: Hashable,
+) -> jax.Array:
+    """Traced once for all layers whose weights have one shape and one spec."""
     if x.shape[0] == 0:
         return jnp.zeros((0, q.shape[-1]), jnp.float32)
     target, n = trace_target(), q.shape[-1]
@@ -70,7 +90,7 @@ def quantized_product(
     x, q = lax.optimization_barrier((x, q))
     if activation is None:
         return _product(x, q, target)[:, :n]
-    codes, scale = quantize_activation(x, activation, activation_scale, path=path)
+    codes, scale = quantize_activation(x, activation, activation_scale)
     if activation.granularity == "token_group":
         # Exact products of codes, each slice of K scaled by its activation scale.
         values = activation_values(codes, scale, activation.group_size, jnp.float32)
