@@ -57,12 +57,27 @@ def test_weights_are_no_constants(scheme):
     assert constants(held) >= 256
 
 
+@pytest.fixture
+def cpu(request, monkeypatch):
+    """The class of CPUs that programs are compiled for, those of other tests forgotten."""
+    monkeypatch.setattr("fdq.ops.choice.cpu_class", lambda: request.param)
+    for program in (_decode, _extend):
+        program.clear_cache()
+    yield request.param
+    for program in (_decode, _extend):
+        program.clear_cache()
+
+
+@pytest.mark.parametrize("cpu", ["avx2", "amx"], indirect=True)
 @pytest.mark.parametrize(
     ("format", "batch", "inner"),
     [slow("C16", 1, False), ("C8", 3, False), slow("C8", 3, True), slow("C4", 1, False)],
 )
-def test_the_loop_works_in_the_donated_cache(format, batch, inner):
-    """No temporary and no copy grows with the slots; the cache comes back where it was."""
+def test_the_loop_works_in_the_donated_cache(format, batch, inner, cpu):
+    """Nothing as large as the cache is copied; the cache comes back where it was.
+
+    No temporary grows with the slots, but for scores of a whole cache where it is read as one.
+    """
     config = CONFIG.replace(num_layers=1)
     template, params = split(fdq.models.abstract(config))
     stops = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
@@ -80,21 +95,24 @@ def test_the_loop_works_in_the_donated_cache(format, batch, inner):
         assert memory.alias_size_in_bytes >= state.cache.nbytes
         temporary[slots] = memory.temp_size_in_bytes
         if slots == 16384:
-            assert memory.temp_size_in_bytes < state.cache.nbytes / 2
+            assert memory.temp_size_in_bytes < max(state.cache.nbytes / 2, cpu == "amx" and 2**25)
             copies = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|concatenate)\(", compiled.as_text())
             sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in copies]
-            assert max(sizes, default=0) < batch * slots * CONFIG.num_kv_heads
-    assert temporary[16384] < temporary[1024] + 64 * 1024 * batch
+            values = batch * slots * CONFIG.num_kv_heads
+            rows = 3 * CONFIG.num_heads // CONFIG.num_kv_heads if cpu == "amx" else 1
+            assert max(sizes, default=0) <= values * rows < values * CONFIG.head_dim
+    assert temporary[16384] < temporary[1024] + 64 * 1024 * batch or cpu == "amx"
 
 
-def test_prefill_works_in_the_donated_cache():
+@pytest.mark.parametrize("cpu", ["avx2", "amx"], indirect=True)
+def test_prefill_works_in_the_donated_cache(cpu):
     template, params = split(fdq.models.abstract(CONFIG))
     cache = abstract_state(2, 8192, "C8").cache
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     position = jax.ShapeDtypeStruct((), jnp.int32)
     memory = _extend.lower(template, params, tokens, cache, position).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
-    assert memory.temp_size_in_bytes < cache.nbytes / 3
+    assert memory.temp_size_in_bytes < max(cache.nbytes / 3, cpu == "amx" and 2**25)
 
 
 def test_dtypes_of_a_bfloat16_model():

@@ -97,8 +97,10 @@ def _lane_sums(weights: jax.Array, codes: jax.Array, decode: Decode) -> list[jax
 
 # Slots that are read at a time by dots of narrow rows, at most.
 _CHUNK = 4096
-# Of the codes of a block: XLA maps temporary memory of more than 32 MB anew at every call.
+# Of the codes of a block, and of its scores, which have three integers and some floats each: XLA
+# maps temporary memory of more than 32 MB anew at every call.
 _MOST_BYTES = 2**23
+_BYTES_OF_A_SCORE = 16
 # Of a cache that may be nearly empty.
 _BLOCKS = 8
 _FEWEST_SLOTS = 512
@@ -131,13 +133,13 @@ class Side:
         )
         self.static_scale, self.static_zero = wide
 
-    def block(self, size: int) -> int:
-        """How many slots to read at a time, at most `size`."""
+    def block(self, size: int, rows: int) -> int:
+        """How many slots to read at a time for so many queries of a KV head, at most `size`."""
         if self.chunked:
             b, kh = self.tensor.shape[:2]
-            width = self.tensor.codes.shape[3] * self.planes * self.tensor.codes.dtype.itemsize
-            most = min(_MOST_BYTES // (b * kh * width), self.slots // _BLOCKS)
-            size = min(size, max(_FEWEST_SLOTS, most))
+            codes = self.tensor.codes.shape[3] * self.planes * self.tensor.codes.dtype.itemsize
+            most = _MOST_BYTES // (b * kh * max(codes, rows * _BYTES_OF_A_SCORE))
+            size = min(size, max(_FEWEST_SLOTS, min(most, self.slots // _BLOCKS)))
         return min(size, self.slots)
 
     def chunks(self, size: int) -> int:

@@ -111,7 +111,7 @@ def _attend(q, k, v, lengths, offset, *, sliding_window, scale, block_size, cont
     b, t, h, d = q.shape
     kh, slots = a.k.shape[1:3]
     group = h // kh
-    block = key.block(program.size)
+    block = key.block(program.size, t * group)
     # [B, KH, T * G, D]: the queries of a KV head are the rows of one dot.
     queries = q.astype(jnp.float32) * jnp.float32(a.scale)
     queries = queries.reshape(b, t, kh, group, d).transpose(0, 2, 1, 3, 4)
