@@ -46,7 +46,7 @@ def candidates(path: str, m: int) -> list[tuple[str, int]]:
     kind, *integers = path.split()
     found = []
     if m <= 8:
-        # With 16 units of float8 XLA writes decoded weights: what decodes them has too many readers.
+        # With 16 units of float8 XLA writes decoded weights: their decoding has too many readers.
         most = 8 if kind.startswith("float8") else max(FUSED_ROWS)
         units = {max(1, min(rows // _UNIT_ROWS.get(kind, 2), most)) for rows in FUSED_ROWS}
         found += [("fused", size) for size in sorted(units)]

@@ -142,6 +142,11 @@ class Side:
             size = min(size, max(_FEWEST_SLOTS, min(most, self.slots // _BLOCKS)))
         return min(size, self.slots)
 
+    @property
+    def lies_as_read(self) -> bool:
+        """Whether dots read the codes themselves, and nothing is written for them."""
+        return self.planes == 1 and self.tensor.codes.dtype in (jnp.int8, jnp.bfloat16, jnp.float32)
+
     def chunks(self, size: int) -> int:
         """How many a block of so many slots is read as."""
         if not self.chunked:

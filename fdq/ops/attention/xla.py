@@ -122,7 +122,7 @@ def _attend(q, k, v, lengths, offset, *, sliding_window, scale, block_size, cont
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
     query_rows = key.rows(queries)
     # A whole cache is read where nobody has to write its codes once more, as narrower ones.
-    few = key.chunked and key.planes == 1 and queries.size // d * slots <= _MOST_SCORES
+    few = key.chunked and key.lies_as_read and queries.size // d * slots <= _MOST_SCORES
 
     # A query sees slots from `lower` to before `upper`, [B, T * G].
     lower, first = jnp.zeros_like(position), jnp.int32(0)
