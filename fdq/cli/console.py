@@ -40,17 +40,22 @@ def _prompt(text: str) -> str:
     """A prompt from standard input where it is `-`, without the line end of its last line."""
     if text != "-":
         return text
-    read = typer.get_text_stream("stdin").read().removesuffix("\n")
+    stream = typer.get_text_stream("stdin")
+    if stream.isatty():
+        typer.echo("The prompt, then Ctrl-D on a line of its own:", err=True)
+    read = stream.read().removesuffix("\n")
     if not read:
-        fail("--prompt -: standard input is empty.", WRONG_USE)
+        fail(
+            "The prompt comes from standard input, which is empty: pipe a text into the command or "
+            "give --prompt TEXT.",
+            WRONG_USE,
+        )
     return read
 
 
 Prompt = Annotated[
     str,
-    typer.Option(
-        "--prompt", "-p", callback=_prompt, help="Text to continue; - reads standard input."
-    ),
+    typer.Option("--prompt", "-p", callback=_prompt, help="Text to continue; - is standard input."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Debug = Annotated[

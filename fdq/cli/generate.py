@@ -16,7 +16,7 @@ EXAMPLE = "Example:  fdq generate ernie-w4a16c8 --prompt 'def main(' --max-new-t
 @console.command
 def run(
     directory: console.Directory,
-    prompt: console.Prompt,
+    prompt: console.Prompt = "-",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     max_tokens: Annotated[int | None, typer.Option(hidden=True)] = None,
     scheme: console.LoadScheme = None,

@@ -33,8 +33,10 @@ def test_a_name_that_is_no_directory(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     uses = (load, inspect, lambda x: convert(x, "out", "W8A16"), lambda x: fdq.load(x, "W4A16"))
     for use in uses:
-        with pytest.raises(FileNotFoundError, match=NAMES[name]):
+        with pytest.raises(FileNotFoundError, match=NAMES[name]) as raised:
             use(name)
+        # As it was given: pathlib makes `hf:/` of `hf://`.
+        assert name in str(raised.value) or "//" not in name
     assert not os.listdir(tmp_path)
 
 
@@ -45,6 +47,7 @@ def test_the_command_says_it_too(tmp_path, monkeypatch, command):
     for name in ("baidu/ERNIE-4.5-0.3B-PT", "hf://baidu/ERNIE-4.5-0.3B-PT"):
         result = run(command, name, *more, code=2)
         assert "hf download baidu/ERNIE-4.5-0.3B-PT --local-dir" in result.stderr
+        assert name in result.stderr
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     result = run(command, "model-Q4_K_M.gguf", *more, code=2)
     assert "a GGUF file, which fdq does not read" in result.stderr

@@ -207,9 +207,10 @@ def test_the_originals_own_figure_is_that_of_the_original(original, converted, t
 def test_a_prompt_and_a_text_come_from_standard_input(converted):
     arguments = ("generate", converted, "--max-new-tokens", 24, "--json")
     spelled = json.loads(run(*arguments, "--prompt", "def main(").stdout)
-    read = json.loads(run(*arguments, "--prompt", "-", stdin="def main(\n").stdout)
-    assert read["prompt"] == spelled["prompt"] == "def main("
-    assert read["text"] == spelled["text"]
+    for given in ((), ("--prompt", "-")):
+        read = json.loads(run(*arguments, *given, stdin="def main(\n").stdout)
+        assert read["prompt"] == spelled["prompt"] == "def main("
+        assert read["text"] == spelled["text"]
     content = json.loads(run("evaluate", converted, "--text", "-", "--json", stdin=TEXT).stdout)
     assert content["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
 
@@ -300,7 +301,8 @@ WRONG = {
         ["generate", "{original}", "-p", "a", "--max-tokens", "8"],
         "--max-new-tokens 8",
     ),
-    "empty standard input": (["generate", "{original}", "-p", "-"], "standard input is empty"),
+    "empty standard input": (["generate", "{original}", "-p", "-"], "which is empty: pipe a text"),
+    "no prompt at all": (["generate", "{original}"], "or give --prompt TEXT"),
     "another tokenizer": (
         ["evaluate", "{original}", "--text", "{text}", "--against", "{stranger}"],
         "differ in 2 tokens: 'a' is ",

@@ -36,8 +36,8 @@ def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
         return folder
     if os.path.lexists(folder):
         raise CheckpointError(_of_file(folder))
-    text = os.fspath(path)
     # pathlib makes one slash of the two in an address.
+    text = re.sub(rf"^({_ADDRESS})(?!/)", r"\1/", os.fspath(path))
     if match := re.match(_HUB, text):
         raise FileNotFoundError(f"{shown(text)}: {_download(match[1].split('@')[0])}")
     if re.match(_ADDRESS, text):
