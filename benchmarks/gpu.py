@@ -256,11 +256,11 @@ def _l2_bytes(device_kind: str) -> int:
     return gpu.l2_bytes if gpu is not None else 64 << 20
 
 
-def result_path(record: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
-    """``<device>-<date>.json``, or with a number where that has been written before."""
+def result_path(record: dict[str, Any], directory: pathlib.Path, kind: str = "") -> pathlib.Path:
+    """``<device><kind>-<date>.json``, or with a number where that has been written before."""
     from pallas_kernels.tuning.choices import file_name
 
-    device = file_name(record["machine"]["device_kind"]).removesuffix(".json")
+    device = file_name(record["machine"]["device_kind"]).removesuffix(".json") + kind
     path = directory / f"{device}-{record['date']}.json"
     number = 2
     while path.exists():

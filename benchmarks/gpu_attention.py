@@ -25,7 +25,10 @@ from fdq.ops.kernels import kernel_arrays
 
 
 def run(settings: Settings, emit: Emit) -> None:
-    """Measures all attention cases, or all appends (``more["append"]``)."""
+    """Measures all attention cases, or all appends (``more["append"]``).
+
+    With ``more["proof"]`` those of `gpu_cases.proof_attention`, by the kernel alone.
+    """
     if settings.more.get("append"):
         from benchmarks.gpu_append import append_cases, measure_append
 
@@ -34,7 +37,8 @@ def run(settings: Settings, emit: Emit) -> None:
             appends = [dataclasses.replace(case, case=small(case.case)) for case in appends[1:2]]
         run_cases(appends, settings, emit, measure_append)
         return
-    cases = gpu_cases.attention_cases()
+    proof = settings.more.get("proof")
+    cases = gpu_cases.proof_attention() if proof else gpu_cases.attention_cases()
     settings = dataclasses.replace(settings, case_seconds=200.0)  # of which XLA compiles most
     if settings.smoke:
         cases = [small(next(case for case in cases if case.format == "C8"))]
@@ -79,7 +83,9 @@ def measure(case: AttentionCase, settings: Settings) -> dict[str, Any]:
         "fdq": Work(functools.partial(seam, implementation="mosaic_gpu"), x, caches),
         "xla": Work(functools.partial(seam, implementation="xla"), x, caches),
     }
-    if spec is None:
+    if settings.more.get("proof"):
+        works = {KERNEL: works[KERNEL]}
+    elif spec is None:
         works["cuDNN"] = _cudnn(x, caches)
     expected = jax.jit(
         lambda q, lengths, cache: decode_attention_reference(

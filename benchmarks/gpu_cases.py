@@ -196,6 +196,20 @@ def matrix_cases() -> list[MatrixCase]:
     return cases
 
 
+def proof_matrices() -> list[MatrixCase]:
+    """One row and eight of 4- and 8-bit weights, each layer of Llama-3-8B and ERNIE-21B."""
+    wanted = [c for c in matrix_cases() if c.format in MAIN_FORMATS and c.m in (1, 8)]
+    wanted = [c for c in wanted if c.model in (MODELS[0], MODELS[2]) and c.activation is None]
+    return sorted(wanted, key=lambda c: (c.m, -c.k * c.n))
+
+
+def proof_attention() -> list[AttentionCase]:
+    """One sequence of 1k to 128k tokens in Llama's heads, 32k first."""
+    wanted = [c for c in attention_cases() if c.model == MODELS[0] and c.batch == 1]
+    wanted = [c for c in wanted if c.format in ("C16", "C8", "C4")]
+    return sorted(wanted, key=lambda c: (c.slots != 32768, c.slots))
+
+
 def packed_bytes(format: str, k: int, n: int) -> int:
     """Bytes of a weight, scales left out."""
     from fdq.formats import FORMATS

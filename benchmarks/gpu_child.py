@@ -98,7 +98,13 @@ def run_cases(
         gc.collect()  # what one case held on the device is free for the next
 
 
-def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> str | None:
+def start_section(
+    module: str,
+    settings: Settings,
+    emit: Emit,
+    env: dict[str, str],
+    tool: tuple[str, ...] = (),
+) -> str | None:
     """Runs a section to its end, again without the case that it died of.
 
     It is not started again where no cases or no time are left.
@@ -108,6 +114,7 @@ def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, st
       settings: of the section.
       emit: called with each report on a case.
       env: added to the environment; an empty value removes the variable.
+      tool: a command that runs the process, as ``compute-sanitizer`` with its options does.
 
     Returns:
       Why the section did not come to its end; None if it did.
@@ -137,7 +144,8 @@ def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, st
 
         left = max(end - time.monotonic(), 0.0)
         skip = tuple(sorted(seen))
-        failure = _run(module, dataclasses.replace(settings, seconds=left, skip=skip), note, env)
+        rest = dataclasses.replace(settings, seconds=left, skip=skip)
+        failure = _run(module, rest, note, env, tool)
         if failure is None or not begun:
             return failure
         seen.add(begun[0])
@@ -152,7 +160,9 @@ def start_section(module: str, settings: Settings, emit: Emit, env: dict[str, st
     return failure
 
 
-def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> str | None:
+def _run(
+    module: str, settings: Settings, emit: Emit, env: dict[str, str], tool: tuple[str, ...]
+) -> str | None:
     variables = {**os.environ, **env}
     variables = {name: value for name, value in variables.items() if value}
     paths = [str(_ROOT), variables.get("PYTHONPATH", "")]
@@ -165,7 +175,7 @@ def _run(module: str, settings: Settings, emit: Emit, env: dict[str, str]) -> st
         path = pathlib.Path(directory) / "settings.json"
         path.write_text(json.dumps(dataclasses.asdict(settings)), "utf-8")
         process = subprocess.Popen(
-            [sys.executable, "-m", module, str(path)],
+            [*tool, sys.executable, "-m", module, str(path)],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -170,14 +170,16 @@ def random_parameters(module: nnx.Module, device: Any) -> dict:
     return jax.tree.unflatten(tree, made)
 
 
-def random_state(config: DecoderConfig, spec: Any, slots: int, context: int) -> fdq.DecodeState:
-    """One sequence of ``context`` tokens whose cache is full of random numbers."""
-    shape = (1, config.num_kv_heads, slots, config.head_dim)
+def random_state(
+    config: DecoderConfig, spec: Any, slots: int, context: int, batch: int = 1
+) -> fdq.DecodeState:
+    """Sequences of ``context`` tokens whose cache is full of random numbers."""
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
     keys = jax.random.split(jax.random.key(1), 2 * config.num_layers)
     sides = [random_cache(key, shape, parse_format(spec), config.dtype) for key in keys]
     layers = tuple(LayerCache(*pair) for pair in zip(sides[::2], sides[1::2], strict=True))
-    length = jnp.full((1,), context, jnp.int32)
-    tokens = jax.random.randint(jax.random.key(2), (1, slots), 0, config.vocab_size, jnp.int32)
+    length = jnp.full((batch,), context, jnp.int32)
+    tokens = jax.random.randint(jax.random.key(2), (batch, slots), 0, config.vocab_size, jnp.int32)
     return fdq.DecodeState.start(tokens, length, KVCache(layers, length - 1), key=jax.random.key(3))
 
 

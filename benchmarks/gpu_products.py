@@ -33,6 +33,7 @@ from benchmarks.gpu_weights import nbytes, random_array, random_weight, weight_s
 from fdq import ops
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.ops.prepared_weight import WordsWeight
+from fdq.ops.rows import Gated, Normed, Sums
 from pallas_kernels.device import default_device
 from pallas_kernels.tuning import choices
 
@@ -46,14 +47,18 @@ _DENSE: dict[tuple[int, int, int], dict[str, dict[str, Any]]] = {}
 
 
 def run(settings: Settings, emit: Emit) -> None:
-    """Measures all matrix cases, or all expert cases (``more["experts"]``)."""
+    """Measures all matrix cases, or all expert cases (``more["experts"]``).
+
+    With ``more["proof"]`` those of `gpu_cases.proof_matrices`, by the kernel alone.
+    """
     if settings.more.get("experts"):
         cases: list[Any] = gpu_cases.expert_cases()
         if settings.smoke:
             cases = [small_experts(cases[0])]
         run_cases(cases, settings, emit, measure_experts)
         return
-    cases = list(gpu_cases.matrix_cases())
+    proof = settings.more.get("proof")
+    cases = gpu_cases.proof_matrices() if proof else gpu_cases.matrix_cases()
     if settings.smoke:
         cases = [cut(next(case for case in cases if case.scheme == "W4A16"))]
     run_cases(cases, settings, emit, measure_matrix)
@@ -132,11 +137,19 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
     config = tuned(name, spec.format, rows=case.m, weights=case.k * case.n)
     kernel = matrix_kernel(activation, config)
     works[KERNEL] = later(prepared, lambda w: Work(kernel, rows, [q.data for q in w]))
-    if case.urgent or settings.smoke or case.m == 1:
+    proof = settings.more.get("proof", False)
+    if not proof and (case.urgent or settings.smoke or case.m == 1):
         works["fdq"] = later(prepared, lambda w: Work(matmul("mosaic_gpu"), x, w))
         works["xla"] = Work(matmul("xla"), x, weights)
 
     first = weights[0]
+    if proof and activation is None:
+        # What its layer hands the product: rows that it finishes itself.
+        made = finished_rows(case, dtype)
+        wanted = jax.jit(lambda rows, q: reference_product(rows.value(), q))(made, first)
+        works["fdq"] = later(prepared, lambda w: Work(matmul("mosaic_gpu"), made, w))
+    else:
+        wanted = None
     if activation is None:
         expected = jax.jit(reference_product)(x, first)
         partial_sums = expected
@@ -146,10 +159,12 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
         partial_sums = jax.jit(reference_product)(rounded, first)
     checks = {
         KERNEL: lambda y: difference(y.sum(axis=0), partial_sums),
-        "fdq": lambda y: difference(y, expected),
+        "fdq": lambda y: difference(y, expected if wanted is None else wanted),
         "xla": lambda y: difference(y, expected),
     }
     entries = timed(works, checks, {KERNEL: _TOLERANCE}, settings)
+    if wanted is not None:
+        entries[type(made).__name__.lower()] = entries.pop("fdq")
     entries[KERNEL]["config"] = config
     labels = {name: getattr(case, name) for name in ("model", "layer", "m", "k", "n", "urgent")}
     return {
@@ -158,8 +173,20 @@ def measure_matrix(case: MatrixCase, settings: Settings) -> dict[str, Any]:
         **labels,
         "bytes": size,
         "l2_ratio": l2_ratio(links * size, settings.l2_bytes),
-        "entries": entries | dense(case, settings),
+        "entries": entries if proof else entries | dense(case, settings),
     }
+
+
+def finished_rows(case: MatrixCase, dtype: Any) -> Normed | Gated:
+    """Rows as a decoder's layer gives them to this product: gated before `down`, else normed."""
+    keys = jax.random.split(jax.random.key(6))
+    if case.layer.endswith("down"):
+        return Gated(Sums.of(random_array(keys[0], (case.m, 2 * case.k), dtype)))
+    x, scale = (
+        random_array(key, shape, dtype)
+        for key, shape in zip(keys, ((case.m, case.k), (case.k,)), strict=True)
+    )
+    return Normed(x, scale, 1e-5)
 
 
 def quantized_rows(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

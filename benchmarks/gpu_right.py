@@ -1,0 +1,208 @@
+"""Whether kernels are right on this card: at production sizes against float64, and twice the same.
+
+What runs is cut as the tuning table says, as fdq runs it. Of products a part of the columns is
+compared, which NumPy computes in a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fdq
+from benchmarks import gpu_cases
+from benchmarks.gpu_cases import AttentionCase, ExpertCase, MatrixCase
+from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
+from benchmarks.gpu_products import (
+    cut,
+    expert_indices,
+    finished_rows,
+    matrix_kernel,
+    prepare,
+    quantized_rows,
+    random_weights,
+    small_experts,
+    tuned,
+)
+from benchmarks.gpu_timing import difference
+from benchmarks.gpu_weights import random_array, random_cache, weight_spec
+from fdq.cache import LayerCache, parse_format
+from fdq.formats.qtensor import dequantize
+from fdq.models import CONFIGS
+from fdq.ops.kernels import kernel_arrays
+
+_COLUMNS = 256
+# Of the largest value: float32 sums; 16-bit rows whose rounding may fall on either side, and a
+# softmax of 16-bit queries.
+_SUMS, _ROUNDED = 1e-5, 5e-3
+# Around the borders of blocks and of parts.
+_LENGTHS = (129, 1024, 2049, 4095)
+
+_FORMATS = ("W4", "W8", "W2", "W3", "WNF4", "Wfp8", "WMXFP4", "WNVFP4", "WCC2", "W4-asym")
+_CACHES = ("C16", "C8", "C4", "Cfp8")
+
+Made = tuple[Callable[[], Any], np.ndarray, float]
+"""A kernel's result when it is called, the reference, and how far they may be apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RightCase:
+    """One kernel to compare.
+
+    Attributes:
+      rows: of a product: ``plain`` (partial sums), ``normed``, ``gated``; of others their kind.
+      case: the shapes and the format.
+    """
+
+    rows: str
+    case: Any
+
+    @property
+    def key(self) -> str:
+        """Unique."""
+        return f"right: {self.rows} {self.case.key}"
+
+
+def right_cases() -> list[RightCase]:
+    """Every kernel, what most models run first."""
+    llama, ernie = gpu_cases.MODELS[0], gpu_cases.MODELS[2]
+
+    def matrix(rows: str, format: str, layer: str, m: int, activation: str | None = None):
+        k, n = gpu_cases.linear_layers(CONFIGS[llama])[layer]
+        sizes = {"model": llama, "layer": layer, "m": m, "k": k, "n": n}
+        return RightCase(rows, MatrixCase(format=format, activation=activation, **sizes))
+
+    attention = [case for case in gpu_cases.attention_cases() if case.model == llama]
+    caches = {case.format: case for case in reversed(attention)}
+    cases = [matrix("plain", format, "down", m) for m in (1, 8) for format in _FORMATS[:2]]
+    cases += [RightCase("attention", caches[name]) for name in _CACHES]
+    for format in _FORMATS[:2]:
+        cases += [matrix("normed", format, "gate_up", m) for m in (1, 8)]
+        cases += [matrix("gated", format, "down", m) for m in (1, 8)]
+        cases += [matrix("plain", format, "down", m, "int8") for m in (1, 8)]
+    experts = [c for c in gpu_cases.expert_cases() if c.model == ernie and c.format == "W4"]
+    cases += [RightCase("experts", case) for case in experts if case.tokens in (1, 4)]
+    return cases + [matrix("plain", format, "down", m) for format in _FORMATS[2:] for m in (1, 8)]
+
+
+def run(settings: Settings, emit: Emit) -> None:
+    """Compares all cases, or the first of each kind (``more["few"]``)."""
+    cases = right_cases()
+    if settings.more.get("few") or settings.smoke:
+        cases = list({case.rows: case for case in reversed(cases)}.values())
+    if settings.smoke:
+        cases = [dataclasses.replace(case, case=_small(case)) for case in cases]
+    run_cases(cases, settings, emit, measure)
+
+
+def _small(case: RightCase) -> Any:
+    if case.rows == "experts":
+        return small_experts(case.case)
+    if case.rows == "attention":
+        return dataclasses.replace(case.case, batch=1, slots=64, heads=4, kv_heads=2)
+    return cut(case.case)
+
+
+def measure(case: RightCase, settings: Settings) -> dict[str, Any]:
+    """Difference from the reference, of the largest value.
+
+    Raises:
+      ValueError: it is too large, or a second run gives other bits.
+    """
+    make = {"attention": _attention, "experts": _experts}.get(case.rows, _product)
+    kernel, reference, tolerance = make(case, settings)
+    first, second = (np.asarray(jax.device_get(kernel())) for _ in range(2))
+    worst = difference(first, reference)
+    if worst > tolerance:
+        raise ValueError(f"wrong: differs from float64 by {worst:.2g}, {tolerance:.0e} is allowed")
+    if first.tobytes() != second.tobytes():
+        raise ValueError(f"two runs differ by {difference(first, second):.2g}")
+    return {"section": "right", "rows": case.rows, "difference": worst}
+
+
+def _columns(n: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(n).permutation(n)[:_COLUMNS])
+
+
+def _floats(w: Any, columns: np.ndarray) -> np.ndarray:
+    return np.asarray(dequantize(w)[:, columns], np.float64)
+
+
+def _product(right: RightCase, settings: Settings) -> Made:
+    case: MatrixCase = right.case
+    dtype, columns = jnp.dtype(settings.dtype), _columns(case.n)
+    (q,) = random_weights(case, 1)
+    w = prepare(q)
+    x = random_array(jax.random.key(1), (case.m, case.k), dtype)
+    if right.rows == "plain":
+        rows = x if case.activation is None else quantized_rows(x)[0]
+        name = "matrix_vector" if case.activation is None else "integer_matrix_vector"
+        format = weight_spec(case.format).format
+        config = tuned(name, format, rows=case.m, weights=case.k * case.n)
+        step = jax.jit(matrix_kernel(case.activation, config))
+        kernel = lambda: step(rows, w.data).sum(axis=0)[:, columns]  # noqa: E731
+        return kernel, np.asarray(rows, np.float64) @ _floats(q, columns), _SUMS
+    rows = finished_rows(case, dtype)
+    product = functools.partial(fdq.matmul, implementation="mosaic_gpu", out_dtype=jnp.float32)
+    step = jax.jit(product)
+    reference = np.asarray(rows.value(), np.float64) @ _floats(q, columns)
+    return lambda: step(rows, w)[:, columns], reference, _ROUNDED
+
+
+def _experts(right: RightCase, settings: Settings) -> Made:
+    case: ExpertCase = right.case
+    columns = _columns(case.n)
+    (stack,) = random_weights(case, 1, lead=(case.experts,))
+    w = prepare(stack)
+    index = expert_indices(case, 1)[0]
+    x = random_array(jax.random.key(1), (len(index), case.k), jnp.dtype(settings.dtype))
+    grouped = functools.partial(fdq.grouped_matmul, implementation="mosaic_gpu")
+    step = jax.jit(lambda x, w, index: grouped(x, w, index))
+    wide = np.asarray(x, np.float64)
+    reference = np.stack(
+        [row @ _floats(stack[int(one)], columns) for row, one in zip(wide, index, strict=True)]
+    )
+    chosen = jnp.asarray(index)
+    return lambda: step(x, w, chosen)[:, columns].astype(jnp.float32), reference, 2 * _ROUNDED
+
+
+def _attention(right: RightCase, settings: Settings) -> Made:
+    from pallas_kernels.attention.decode_attention import decode_attention
+
+    case: AttentionCase = right.case
+    longest = case.slots if settings.smoke else max(_LENGTHS) + 1
+    lengths = np.asarray([37] if settings.smoke else _LENGTHS, np.int32)
+    dtype, spec, batch = jnp.dtype(settings.dtype), parse_format(case.format), len(lengths)
+    shape = (batch, case.kv_heads, longest, case.head_dim)
+    cache = LayerCache(
+        *(random_cache(key, shape, spec, dtype) for key in jax.random.split(jax.random.key(4)))
+    )
+    q = random_array(jax.random.key(1), (batch, case.heads, case.head_dim), dtype)
+    name = dtype.name if spec is None else spec.format
+    weights = batch * case.kv_heads * longest * case.head_dim
+    config = tuned("decode_attention", name, rows=batch, weights=weights)
+    step = jax.jit(
+        lambda q, cache, lengths: decode_attention(
+            q, *map(kernel_arrays, cache), lengths=lengths, **config
+        )
+    )
+    k, v = (np.asarray(side.dequantize(), np.float64) for side in cache)
+    rows = np.asarray(q, np.float64).reshape(batch, case.kv_heads, -1, case.head_dim)
+    reference = np.zeros(rows.shape)
+    for b, length in enumerate(lengths):
+        scores = rows[b] @ k[b, :, :length].swapaxes(1, 2) * case.head_dim**-0.5
+        chances = np.exp(scores - scores.max(-1, keepdims=True))
+        reference[b] = chances / chances.sum(-1, keepdims=True) @ v[b, :, :length]
+    places = jnp.asarray(lengths)
+    kernel = lambda: step(q, cache, places).astype(jnp.float32)  # noqa: E731
+    return kernel, reference.reshape(q.shape), 4 * _ROUNDED
+
+
+if __name__ == "__main__":
+    section_main(run)
