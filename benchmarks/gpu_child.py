@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -180,9 +181,15 @@ def _run(
             stderr=errors,
             text=True,
             env=variables,
+            start_new_session=True,  # a tool has the section for a child: both are ended
         )
+
+        def end() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
         grace = _GRACE if not settings.smoke else 600.0
-        timer = threading.Timer(settings.seconds + grace, process.kill)
+        timer = threading.Timer(settings.seconds + grace, end)
         timer.start()
         try:
             assert process.stdout is not None
@@ -195,7 +202,7 @@ def _run(
             late = not timer.is_alive()
             timer.cancel()
             if process.poll() is None:
-                process.kill()
+                end()
                 process.wait()
         if code == 0:
             return None

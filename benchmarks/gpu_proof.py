@@ -55,7 +55,11 @@ class Stage:
 
     def environment(self) -> dict[str, str]:
         """Variables of the process, on top of those of every section."""
-        return ModelCase("", None, graphs=self.graphs).environment()
+        own = ModelCase("", None, graphs=self.graphs).environment()
+        if self.tool:
+            # In one pool every address is legal, and the tool needs memory too.
+            own |= {"XLA_CLIENT_MEM_FRACTION": "", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+        return own
 
 
 def _sanitizer(check: str) -> Stage:
@@ -131,6 +135,10 @@ class Proof:
 
         self.console.print(f"{stage.name} ({left:.0f} s at most)")
         failure = start_section(stage.module, settings, take, environment, tool)
+        if stage.tool and failure is None:
+            wrong = [event for event in known if "error" in event]
+            right = [event for event in known if "difference" in event]
+            failure = line(wrong[0]) if wrong else None if right else "no kernel ran in its time"
         record.setdefault("stages", []).append(
             {
                 "name": stage.name,
@@ -142,7 +150,8 @@ class Proof:
         if failure:
             self.note(stage, failure)
         elif stage.tool:
-            self.console.print(f"  {stage.tool[0]} found nothing in {len(known)} kernels")
+            checked = sum("difference" in event for event in known)
+            self.note(stage, f"ran {checked} of {len(known)} kernels to their end, no error found")
 
     def note(self, stage: Stage, why: str) -> None:
         """Puts down why a stage has no result."""
@@ -255,7 +264,12 @@ def main(argv: list[str] | None = None) -> int:
     show(record, console)
     console.print(f"wrote {path}", soft_wrap=True)
     wrong = [row["case"] for row in record["results"] if "error" in row]
-    died = [stage["name"] for stage in record.get("stages", ()) if stage["failure"]]
+    # Whoever may not read performance counters has no profile; the kernels are none the worse.
+    died = [
+        stage["name"]
+        for stage in record.get("stages", ())
+        if stage["failure"] and stage["name"] != "ncu"
+    ]
     for name in (*wrong, *died):
         console.print(f"FAILED: {name}", style="red", markup=False)
     return int(bool(wrong or died) or not record["results"])

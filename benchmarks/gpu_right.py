@@ -95,7 +95,10 @@ def run(settings: Settings, emit: Emit) -> None:
     """Compares all cases, or the first of each kind (``more["few"]``)."""
     cases = right_cases()
     if settings.more.get("few") or settings.smoke:
+        # Of attention that over int8: an unquantized cache has less to go wrong.
+        cases = [c for c in cases if c.rows != "attention" or c.case.format == "C8"]
         cases = list({case.rows: case for case in reversed(cases)}.values())
+        cases.sort(key=lambda case: case.rows)
     if settings.smoke:
         cases = [dataclasses.replace(case, case=_small(case)) for case in cases]
     run_cases(cases, settings, emit, measure)

@@ -88,7 +88,7 @@ def measure(case: StepCase, settings: Settings) -> dict[str, Any]:
         config, steps, slots, context = tiny(config), 2, 64, 16
         prompt = min(prompt, 32)
     if prompt:
-        slots = max(slots, prompt + 1)
+        slots += prompt
     module: Any = abstract(config)
     if case.scheme is not None:
         module = fdq.quantize(module, case.scheme)

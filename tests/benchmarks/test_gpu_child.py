@@ -1,5 +1,7 @@
 """Sections of the GPU benchmark as processes: those that die, hang or have no time."""
 
+import pathlib
+
 from benchmarks import gpu_child
 from benchmarks.gpu_child import Settings, start_section
 
@@ -33,7 +35,7 @@ def test_a_process_that_dies_of_its_last_case_is_not_started_again(monkeypatch):
 
 
 def test_cases_of_a_dead_process_are_skipped_without_another_if_no_time_is_left(monkeypatch):
-    def run(module, settings, emit, env):
+    def run(module, settings, emit, env, tool):
         emit({"cases": ["b", "c"]})
         emit({"start": "b"})
         return "exit code 7"
@@ -42,6 +44,20 @@ def test_cases_of_a_dead_process_are_skipped_without_another_if_no_time_is_left(
     events = []
     assert start_section("x", Settings(smoke=True, seconds=-1.0), events.append, {}) is None
     assert [sorted(event) for event in events] == [["case", "error"], ["case", "skipped"]]
+
+
+def test_a_section_that_a_tool_runs_ends_with_it(monkeypatch, tmp_path):
+    """The tool is what is started; its child would hold the pipe, and the GPU, for a minute."""
+    monkeypatch.setattr(gpu_child, "_GRACE", 8.0)
+    pid = tmp_path / "pid"
+    tool = ("bash", "-c", f'"$@" & echo $! > {pid}; wait', "tool")
+    settings = Settings(smoke=False, seconds=1.0, more={"cases": "h"})
+    section, environment = "tests.benchmarks.dying_section", {"JAX_PLATFORMS": "cpu"}
+    events = []
+    start_section(section, settings, events.append, environment, tool)
+    assert "ended after 9 s" in events[0]["error"]
+    child = pathlib.Path(f"/proc/{pid.read_text().strip()}/stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_settings_may_be_longer_than_an_argument():

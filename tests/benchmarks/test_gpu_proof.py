@@ -95,6 +95,27 @@ def test_a_stage_that_dies_is_said_and_kept(tmp_path, monkeypatch, capsys):
     assert stage["name"] == "right" and "no_such_module" in stage["failure"]
 
 
+@pytest.mark.parametrize("event", ["error", "skipped", "difference", None])
+def test_a_tool_that_ran_nothing_found_nothing(tmp_path, monkeypatch, capsys, event):
+    """What it says of kernels that were wrong, or never ran, is no praise."""
+    stages = tuple(stage for stage in gpu_proof.STAGES if stage.name == "memcheck")
+    assert stages[0].environment()["XLA_PYTHON_CLIENT_ALLOCATOR"] == "platform"
+    arguments = gpu_proof.parser().parse_args(["--only", "memcheck"])
+    proof = gpu_proof.Proof(arguments, gpu_proof.gpu.wide_console())
+    monkeypatch.setattr(gpu_proof.shutil, "which", lambda name: name)
+
+    def start(module, settings, take, environment, tool):
+        assert tool[0] == "compute-sanitizer"
+        if event is not None:
+            take({"case": "a", "section": "right", event: 1e-9 if event == "difference" else "no"})
+
+    monkeypatch.setattr(gpu_proof, "start_section", start)
+    proof.start(stages[0], tmp_path / "x.json")
+    (stage,) = proof.run.record["stages"]
+    assert (stage["failure"] is None) == (event == "difference")
+    assert "1 of 1 kernels to their end" in capsys.readouterr().out or event != "difference"
+
+
 @pytest.mark.parametrize("only", [["decode"], slow(["right", "products"]), slow(["prompts"])])
 def test_a_smoke_run(tmp_path, capsys, only):
     assert gpu_proof.main(["--smoke", "--only", *only, "--output", str(tmp_path)]) == 0

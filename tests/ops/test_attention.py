@@ -109,6 +109,54 @@ def test_a_cache_in_parts_is_read_whole_or_in_blocks(name, lengths, rng, monkeyp
         assert error(y, reference) < 3e-6
 
 
+def test_parts_of_a_long_cache_do_not_overflow():
+    """As many slots as 127 * 127 * slots is more than an int32, and nothing to cut them by."""
+    slots = 2 * 131071
+    v = quantize_cache(jnp.ones((1, 1, slots, 2), jnp.float32), SPECS["int8"])
+    lengths = jnp.asarray([slots], jnp.int32)
+    for size in (4096, 1 << 20):
+        with ops.forced_program("parts", size):
+            y = fdq.attention(jnp.zeros((1, 1, 2, 2)), v, v, lengths=lengths)
+        np.testing.assert_allclose(y, 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["C16", "int8", "int4"])
+def test_the_derivative_by_queries_is_that_of_the_decoded_cache(name, rng):
+    """Also where floats are taken apart, and rounded, to be multiplied."""
+    (_, k), (_, v) = quantized(rng, SPECS[name]), quantized(rng, SPECS[name])
+    q, dq = (jnp.asarray(rng.standard_normal((B, 1, H, D)), jnp.float32) for _ in "qd")
+    lengths = jnp.asarray([37, 5, 20], jnp.int32)
+    reference = functools.partial(ops.attention_reference, k=k, v=v, lengths=lengths)
+    _, wanted = jax.jvp(reference, (q,), (dq,))
+    for program in ("parts", "decoded"):
+        with ops.forced_program(program, 16):
+            _, found = jax.jvp(lambda q: fdq.attention(q, k, v, lengths=lengths), (q,), (dq,))
+        assert error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 8), (2, 0, 8), (2, 1, 0)])
+def test_nothing_to_attend_to(shape):
+    batch, queries, slots = shape
+    q, k = jnp.ones((batch, queries, H, D)), jnp.ones((batch, KH, slots, D))
+    y = fdq.attention(q, k, k, lengths=jnp.zeros((batch,), jnp.int32))
+    assert y.shape == q.shape and not y.any()
+
+
+@pytest.mark.parametrize("program", ["parts", "decoded"])
+def test_the_batch_of_an_export_may_be_a_symbol(program):
+    (batch,) = jax.export.symbolic_shape("b")
+    cache = CacheTensor.empty((1, KH, 1024, D), SPECS["int8"])
+    cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), cache)
+    arguments = (
+        jax.ShapeDtypeStruct((batch, 1, H, D), jnp.float32),
+        cache,
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+    with ops.forced_program(program, 256):
+        attend = jax.jit(lambda q, k, lengths: fdq.attention(q, k, k, lengths=lengths))
+        assert jax.export.export(attend)(*arguments).out_avals[0].shape == (batch, 1, H, D)
+
+
 @pytest.mark.parametrize("length", [1, 8, 9, 37])
 def test_one_query(length, rng):
     """Decode, at lengths on and off a block's edge; slots beyond the length may hold anything."""

@@ -101,6 +101,8 @@ _CHUNK = 4096
 # maps temporary memory of more than 32 MB anew at every call.
 _MOST_BYTES = 2**23
 _BYTES_OF_A_SCORE = 16
+MOST_SUMMED = 2**17
+"""Slots whose products of two int8 are summed in one int32, at most: 127 * 127 * 2^17 < 2^31."""
 # Of a cache that may be nearly empty.
 _BLOCKS = 8
 _FEWEST_SLOTS = 512
@@ -135,8 +137,10 @@ class Side:
 
     def block(self, size: int, rows: int) -> int:
         """How many slots to read at a time for so many queries of a KV head, at most `size`."""
+        size = min(size, MOST_SUMMED)
         if self.chunked:
-            b, kh = self.tensor.shape[:2]
+            # Of a symbolic batch, as in an export, one sequence is reckoned with.
+            b, kh, rows = (n if isinstance(n, int) else 1 for n in (*self.tensor.shape[:2], rows))
             codes = self.tensor.codes.shape[3] * self.planes * self.tensor.codes.dtype.itemsize
             most = _MOST_BYTES // (b * kh * max(codes, rows * _BYTES_OF_A_SCORE))
             size = min(size, max(_FEWEST_SLOTS, min(most, self.slots // _BLOCKS)))

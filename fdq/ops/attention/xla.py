@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor, join_planes
-from fdq.ops.attention.sides import Side
+from fdq.ops.attention.sides import MOST_SUMMED, Side
 from fdq.ops.choice import Program, choose_program, trace_target, traced_for
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
@@ -91,22 +91,35 @@ class Xla(Implementation[AttentionArguments]):
         """Traced with Auto axes; the result is sharded like the queries."""
         a = arguments
 
-        attend = functools.partial(
-            _attend,
-            sliding_window=a.sliding_window,
-            scale=a.scale,
-            block_size=a.block_size,
-            context=traced_for(),
-        )
+        if any(isinstance(n, int) and n == 0 for n in (*a.q.shape, a.k.shape[2])):
+            return jnp.zeros_like(a.q)
+        settings = (a.sliding_window, a.scale, a.block_size, traced_for())
+        parts = a.program().name == "parts"
+        attend = functools.partial(_by_parts if parts else _attend, settings)
         arrays = (a.q, a.k, a.v, a.lengths, a.offset)
         return in_auto_axes(attend, *arrays, result=lambda: spec_entries(a.q))
 
 
-@functools.partial(jax.jit, static_argnames=("sliding_window", "scale", "block_size", "context"))
-def _attend(q, k, v, lengths, offset, *, sliding_window, scale, block_size, context) -> jax.Array:
-    """Traced once for all layers; `context` is all else that it depends on."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_parts(settings, q, k, v, lengths, offset) -> jax.Array:
+    """Parts of floats are rounded, which has no derivative: that is of the decoded cache's."""
+    return _attend(settings, q, k, v, lengths, offset)
+
+
+@_by_parts.defjvp
+def _(settings, primals, tangents):
+    return jax.jvp(functools.partial(_attend, settings, decoded=True), primals, tangents)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="decoded")
+def _attend(settings, q, k, v, lengths, offset, *, decoded: bool = False) -> jax.Array:
+    """Traced once for all layers; `settings` are all else that it depends on.
+
+    With `decoded` by the program of that name, whatever suits the CPU.
+    """
+    sliding_window, scale, block_size, _ = settings
     a = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size)
-    program = a.program()
+    program = Program("decoded", block_size or _BLOCK) if decoded else a.program()
     key, value = (Side(tensor, program.name) for tensor in (a.k, a.v))
     b, t, h, d = q.shape
     kh, slots = a.k.shape[1:3]
@@ -122,7 +135,13 @@ def _attend(q, k, v, lengths, offset, *, sliding_window, scale, block_size, cont
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
     query_rows = key.rows(queries)
     # A whole cache is read where nobody has to write its codes once more, as narrower ones.
-    few = key.chunked and key.lies_as_read and queries.size // d * slots <= _MOST_SCORES
+    few = (
+        key.chunked
+        and key.lies_as_read
+        and all(isinstance(n, int) for n in queries.shape)
+        and queries.size // d * slots <= _MOST_SCORES
+        and slots // key.chunks(slots) <= MOST_SUMMED
+    )
 
     # A query sees slots from `lower` to before `upper`, [B, T * G].
     lower, first = jnp.zeros_like(position), jnp.int32(0)
