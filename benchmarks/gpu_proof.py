@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks import gpu
 from benchmarks.gpu_child import Settings, start_section
-from benchmarks.gpu_model import GRAPHS, ModelCase
+from benchmarks.gpu_model import ModelCase
 from benchmarks.gpu_report import rows_of, seconds, share, table
 from benchmarks.gpu_steps import whole_models
 
@@ -42,7 +42,7 @@ class Stage:
       module: whose `run` it calls.
       seconds: no case is begun after so many.
       more: what the module is told.
-      graphs: command buffers, a key of `GRAPHS`.
+      graphs: command buffers, a key of `benchmarks.gpu_model.GRAPHS`.
       tool: a command that runs the process, left out where it is not installed.
     """
 
@@ -116,14 +116,12 @@ class Proof:
             tool = (*tool, str(path.with_suffix(".ncu.csv")))
         if stage.name == "torch":
             rows = [*rows_of(record, "matmul"), *rows_of(record, "attention")]
-            more["cases"] = [{**row, "case": row["case"]} for row in rows if row["m"] == 1]
+            more["cases"] = [row for row in rows if row["m"] == 1]
             if not more["cases"]:
                 return
         fields = {**vars(self.run.settings), "seconds": left, "more": more}
         settings = Settings(**{**fields, "case_seconds": _CASE_SECONDS})
-        environment = self.run.environment() | (
-            stage.environment() if stage.graphs in GRAPHS and not self.smoke else {}
-        )
+        environment = self.run.environment() | ({} if self.smoke else stage.environment())
         known: list[dict[str, Any]] = []
 
         def take(event: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 import fdq
 from benchmarks import gpu_cases
+from benchmarks.gpu_attention import small as small_attention
 from benchmarks.gpu_cases import AttentionCase, ExpertCase, MatrixCase
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
 from benchmarks.gpu_products import (
@@ -108,7 +109,7 @@ def _small(case: RightCase) -> Any:
     if case.rows == "experts":
         return small_experts(case.case)
     if case.rows == "attention":
-        return dataclasses.replace(case.case, batch=1, slots=64, heads=4, kv_heads=2)
+        return small_attention(case.case)
     return cut(case.case)
 
 

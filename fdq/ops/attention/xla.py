@@ -90,7 +90,6 @@ class Xla(Implementation[AttentionArguments]):
     def __call__(self, arguments: AttentionArguments) -> jax.Array:
         """Traced with Auto axes; the result is sharded like the queries."""
         a = arguments
-
         if any(isinstance(n, int) and n == 0 for n in (*a.q.shape, a.k.shape[2])):
             return jnp.zeros_like(a.q)
         settings = (a.sliding_window, a.scale, a.block_size, traced_for())
