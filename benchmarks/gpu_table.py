@@ -9,11 +9,12 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
+from benchmarks import page
 from fdq.text_table import markdown
 from pallas_kernels.aot import report_files as files
 from pallas_kernels.aot.ahead_of_time import Report
 
-MARKS = ("<!-- kernels:begin -->", "<!-- kernels:end -->")
+PART = "kernels"
 _HEADS = {
     "t4": "T4",
     "l4": "L4",
@@ -40,17 +41,6 @@ def table(reports: Sequence[Report]) -> str:
     return markdown(["kernel", *(_HEADS[gpu] for gpu in gpus)], rows)
 
 
-def in_page(text: str) -> str:
-    """What stands between the marks.
-
-    Raises:
-      ValueError: the marks are missing.
-    """
-    if not all(mark in text for mark in MARKS):
-        raise ValueError(f"the page lacks the marks {' and '.join(MARKS)} around its table")
-    return text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the table, or writes it to a file with marks."""
     parser = argparse.ArgumentParser(
@@ -64,16 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.page is None:
         print(made)
         return 0
-    text = arguments.page.read_text("utf-8")
-    in_page(text)  # raises if the marks are missing
-    arguments.page.write_text(filled(text, made), "utf-8")
+    page.fill(arguments.page, PART, made)
     return 0
-
-
-def filled(text: str, made: str) -> str:
-    """The text with another table between the marks."""
-    before, _, rest = text.partition(MARKS[0])
-    return f"{before}{MARKS[0]}\n{made}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import tempfile
 import time
 from typing import Any
 
+from benchmarks import page
 from fdq import text_table
 from fdq.analysis.comparison import Comparison, Row
 from fdq.schemes.recipe import Recipe
@@ -55,7 +56,7 @@ SCHEMES = (
     "W16A16C8-kvchannel",
 )
 RESULTS = pathlib.Path(__file__).parent / "results"
-MARKS = ("<!-- schemes:begin -->", "<!-- schemes:end -->")
+PART = "schemes"
 
 
 def missed_bars(rows: list[Row]) -> list[str]:
@@ -144,12 +145,6 @@ def _bits_per_byte(row: Row) -> float:
     return row.report.bits_per_byte
 
 
-def _write_table(path: pathlib.Path, table: str) -> None:
-    text = path.read_text("utf-8")
-    begin, end = (text.index(mark) for mark in MARKS)
-    path.write_text(f"{text[: begin + len(MARKS[0])]}\n{table}\n{text[end:]}", "utf-8")
-
-
 def main() -> int:
     """Measures the schemes that were asked for; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(
@@ -203,7 +198,7 @@ def main() -> int:
     print(table)
     print(f"\nWritten: {path}", file=sys.stderr)
     if arguments.readme:
-        _write_table(arguments.readme, table)
+        page.fill(arguments.readme, PART, table)
     if arguments.plot:
         plot(rows, arguments.plot)
     missed = missed_bars(rows)

@@ -17,6 +17,7 @@ from benchmarks import (
     gpu_report,
     gpu_table,
     gpu_timing,
+    page,
 )
 from benchmarks.gpu_attention import measure as measure_attention
 from benchmarks.gpu_attention import small
@@ -416,15 +417,6 @@ def test_the_whole_benchmark_runs_without_a_gpu(tmp_path, capsys):
 def test_the_page_has_the_table_of_the_committed_report():
     if not reports.DIRECTORY.exists():
         pytest.skip("the package has no ahead-of-time report yet")
-    found = gpu_table.in_page((ROOT / "docs/gpu.md").read_text("utf-8"))
+    found = page.part((ROOT / "docs/gpu.md").read_text("utf-8"), gpu_table.PART)
     again = "python -m benchmarks.gpu_table --page docs/gpu.md"
     assert found == gpu_table.table(reports.load()), f"make it again: {again}"
-
-
-def test_a_table_goes_between_the_marks():
-    begin, end = gpu_table.MARKS
-    text = f"before\n{begin}\nold\n{end}\nafter\n"
-    assert gpu_table.in_page(text) == "old"
-    assert gpu_table.filled(text, "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
-    with pytest.raises(ValueError, match="lacks the marks"):
-        gpu_table.in_page("no marks")
