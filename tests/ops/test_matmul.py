@@ -89,6 +89,53 @@ def test_other_programs_equal_the_decoded_product(name, program, rng):
         assert error(y, np.asarray(x, np.float64) @ decoded(name)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("nf4-g64", 8), slow("int4-g32-asym", 3), slow("nvfp4", 16)]
+)
+@pytest.mark.parametrize("m", [2, 5])
+def test_lookups_shared_by_two_rows(name, size, m, rng):
+    """Each row has its own size: the smallest is not rounded by the largest."""
+    sizes = 10.0 ** np.linspace(-25, 25, m, dtype=np.float32)[:, None]
+    x = rows(rng, m) * sizes
+    y = compiled(("lookup", size))(x, quantized(name))
+    wanted = np.asarray(x, np.float64) @ decoded(name)
+    for got, row in zip(y, wanted, strict=True):
+        assert error(got, row) < TOLERANCE
+
+
+def test_lookups_of_rows_that_are_zero_or_not_finite(rng):
+    x = rows(rng, 4).at[0].set(0.0).at[1, 7].set(jnp.nan).at[2, 9].set(jnp.inf)
+    y = np.asarray(compiled(("lookup", 8))(x, quantized("nf4-g64")))
+    assert np.all(y[0] == 0.0)
+    assert not np.isfinite(y[1]).any()
+    assert not np.isfinite(y[2]).any()
+    assert error(y[3], np.asarray(x[3], np.float64) @ decoded("nf4-g64")) < TOLERANCE
+
+
+def test_lookups_in_transformations(rng):
+    """The 64-bit sums inside are nobody else's business: vmap, scan, remat, export, one program."""
+    q, x = quantized("nf4-g64"), rows(rng, 6).reshape(3, 2, -1)
+
+    def product(x):
+        with ops.forced_program("lookup", 8):
+            return fdq.matmul(x, q)
+
+    @jax.jit
+    def program(x):
+        _, scanned = jax.lax.scan(lambda carry, row: (carry, product(row)), 0, x)
+        _, tangent = jax.jvp(jax.checkpoint(product), (x[0],), (x[1],))
+        return scanned, jax.vmap(product)(x), tangent
+
+    wanted = np.asarray(x, np.float64) @ decoded("nf4-g64")
+    exported = jax.export.export(program)(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    scanned, mapped, tangent = exported.call(x)
+    assert error(scanned, wanted) < TOLERANCE
+    assert error(mapped, wanted) < TOLERANCE
+    assert error(tangent, wanted[1]) < TOLERANCE
+    with jax.disable_jit(), jax.enable_x64(True):
+        assert error(product(x[0]), wanted[0]) < TOLERANCE
+
+
 @varied_products
 def test_transformations(name, rng):
     """jit, vmap over x, vmap over stacked weights, and the gradient, in one compiled program.

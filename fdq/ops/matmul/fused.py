@@ -17,10 +17,12 @@ import numpy as np
 from jax import lax
 
 from fdq.formats.format import Format
+from fdq.formats.grouping import SMALLEST_NORMAL
 from fdq.ops.dots import exact_dot, sum_in_chains
 from fdq.ops.weight_view import WeightView, has_table, pad_rows
 
 Unit = list[jax.Array]
+Sizes = tuple[int, int, int]
 
 
 def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool) -> jax.Array:
@@ -42,7 +44,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
     tables = tuple(a[:, None, :] for a in view.tables)
     zero = None if view.zero is None else view.zero[:, None, :]
 
-    def total(row: tuple[jax.Array, Any]) -> jax.Array:
+    def total(row: tuple[jax.Array, Any]) -> list[jax.Array]:
         """`[groups, blocks, n]`, before the scale."""
         weights, sums = row
         parts = weights.reshape(groups, blocks, block, view.unit_rows, 1)
@@ -62,9 +64,9 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
                 values = values if zero is None else [v - zero for v in values]
             products += [parts[:, :, j, p] * value for p, value in enumerate(values)]
         if chained:
-            return total + sum_in_chains(products)
+            return [total + sum_in_chains(products)]
         # What takes more to decode leaves no registers for several sums.
-        return functools.reduce(jnp.add, products, total)
+        return [functools.reduce(jnp.add, products, total)]
 
     return _summed(total, rows, view, dot=dot)
 
@@ -73,53 +75,109 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
     """float32 `[M, K]` -> `[M, N]`, a lookup a byte: what all 256 bytes contribute is a table.
 
     The tables `[units, 256]` are those of a row of x: of each packed byte, the sum of its rows'
-    values by those of x. For codebooks, whose values are not computed by shifts and masks.
+    values by those of x. For codebooks, whose values are not computed by shifts and masks. Two rows
+    of x share their lookups: one table of 64-bit integers, of which each has a half.
     """
     assert has_table(view)
     x = pad_rows(x, view)
-    groups, blocks, block = _blocks(view, block_units)
-    n = view.columns
+    sizes = _blocks(view, block_units, together=2 if x.shape[0] > 1 else 1)
     with jax.ensure_compile_time_eval():
-        values = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 256)], ())
-    values = [np.asarray(value) for value in values]
+        decoded = view.decode_unit([jnp.arange(256, dtype=jnp.uint8).reshape(1, 256)], ())
+    values = [np.asarray(value) for value in decoded]
     parts = x.reshape(x.shape[0], view.units, view.unit_rows, 1)
     zero = None if view.zero is None else view.zero[:, None, :]
     rows = lax.optimization_barrier((parts, None if zero is None else _block_sums(x, view)))
-    codes = view.codes.reshape(groups * blocks, block, n)
 
-    def total(row: tuple[jax.Array, Any]) -> jax.Array:
-        parts, sums = row
-        table = functools.reduce(jnp.add, [parts[:, p] * v for p, v in enumerate(values)])
-        # Codes of its own: what two rows share of a lookup, XLA writes to memory.
-        own = (table.reshape(groups * blocks, block, 256), codes)
-        table, indices = lax.optimization_barrier(own)
-        total = jnp.zeros((groups * blocks, n), jnp.float32)
-        for j in range(block):
-            index = indices[:, j, :, None].astype(jnp.int32)
-            total = total + lax.gather(
-                table[:, j], index, _OF_OWN_ROW, (1, 1), mode="promise_in_bounds"
-            )
-        total = total.reshape(groups, blocks, n)
-        if zero is not None and sums is not None:
-            in_blocks = jnp.sum(sums.reshape(groups, blocks, block, 1), axis=2)
-            total = total - zero * in_blocks
-        return total
+    def total(some: tuple[jax.Array, Any]) -> list[jax.Array]:
+        parts, sums = some
+        look_up = _looked_up if len(parts) == 1 else _two_looked_up
+        totals = [total.reshape(*sizes[:2], -1) for total in look_up(parts, values, view, sizes)]
+        if zero is None or sums is None:
+            return totals
+        in_blocks = jnp.sum(sums.reshape(-1, *sizes, 1), axis=3)
+        return [total - zero * of_row for total, of_row in zip(totals, in_blocks, strict=True)]
 
-    return _summed(total, rows, view, dot=True)
+    return _summed(total, rows, view, dot=True, together=2)
+
+
+def _looked_up(
+    parts: jax.Array, values: list[np.ndarray], view: WeightView, sizes: Sizes
+) -> list[jax.Array]:
+    """One row, `[1, units, unit_rows, 1]` -> its sums over each block, `[blocks, N]`."""
+    table = functools.reduce(jnp.add, [parts[0, :, p] * v for p, v in enumerate(values)])
+    return [_sums_of_entries(table, view, sizes)]
+
+
+def _two_looked_up(
+    parts: jax.Array, values: list[np.ndarray], view: WeightView, sizes: Sizes
+) -> list[jax.Array]:
+    """Two rows, `[2, units, unit_rows, 1]`: as 31-bit integers of their group's largest value.
+
+    That is more than float32 sums keep. A step so small that it is no normal number counts as 1:
+    what it stood for is less than 2^-96.
+    """
+    groups, _, block = sizes
+    in_groups = parts.reshape(2, groups, -1)
+    reach = block * sum(float(np.abs(v).max()) for v in values)
+    step = jnp.max(jnp.abs(in_groups), axis=-1, keepdims=True) * np.float32(reach / 2**30)
+    step = jnp.where(step < SMALLEST_NORMAL, jnp.float32(1), step)
+    scaled = lax.optimization_barrier((in_groups / step).reshape(parts.shape))
+    entries = functools.reduce(jnp.add, [scaled[:, :, p] * v[None] for p, v in enumerate(values)])
+    low, high = jnp.round(entries).astype(jnp.int32)
+    with jax.enable_x64(True):
+        shift = lax.full(high.shape, 32, np.int64)
+        table = lax.shift_left(_widened(high), shift) + _widened(low)
+        both = lax.optimization_barrier(_sums_of_entries(table, view, sizes))
+        low = lax.convert_element_type(both, np.int32)
+        high = lax.shift_right_arithmetic(both - _widened(low), lax.full(both.shape, 32, np.int64))
+        high = lax.convert_element_type(high, np.int32)
+    return [
+        total.astype(jnp.float32).reshape(groups, -1, view.columns) * of_row[:, :, None]
+        for total, of_row in zip((low, high), step, strict=True)
+    ]
+
+
+def _widened(a: jax.Array) -> jax.Array:
+    return lax.convert_element_type(a, np.int64)
+
+
+def _sums_of_entries(table: jax.Array, view: WeightView, sizes: Sizes) -> jax.Array:
+    """A table `[units, 256]` -> sums over each block of what its bytes select, `[blocks, N]`."""
+    groups, blocks, block = sizes
+    codes = view.codes.reshape(groups * blocks, block, view.columns)
+    # Codes of its own: what two rows share of a lookup, XLA writes to memory.
+    own = (table.reshape(groups * blocks, block, 256), codes)
+    table, indices = lax.optimization_barrier(own)
+    entries = [
+        lax.gather(
+            table[:, j],
+            lax.convert_element_type(indices[:, j, :, None], np.int32),
+            _OF_OWN_ROW,
+            (1, 1),
+            mode="promise_in_bounds",
+        )
+        for j in range(block)
+    ]
+    return functools.reduce(lax.add, entries)
 
 
 def _summed(
-    total: Callable[[Any], jax.Array], rows: Any, view: WeightView, *, dot: bool
+    total: Callable[[Any], list[jax.Array]],
+    rows: Any,
+    view: WeightView,
+    *,
+    dot: bool,
+    together: int = 1,
 ) -> jax.Array:
-    """The sums over blocks of what a row gives, `[groups, blocks, N]`, with the scales.
+    """The sums over blocks of what rows give, `[groups, blocks, N]` each, with the scales.
 
-    `rows` are arrays with a first axis of M, of which `total` takes one row.
+    `rows` are arrays with a first axis of M, of which `total` takes `together` at once.
     """
     scale = (view.scale * view.format.unit_factor)[:, None, :]
     per_channel = scale.shape[0] == 1
 
-    def finished(row: Any) -> jax.Array:
-        partial = total(row) if per_channel else total(row) * scale
+    def finished(partial: jax.Array) -> jax.Array:
+        partial = partial if per_channel else partial * scale
         partial = partial.reshape(-1, view.columns)
         if dot:
             y = exact_dot(jnp.ones((1, partial.shape[0]), jnp.float32), partial)
@@ -128,12 +186,12 @@ def _summed(
         return y * scale[0] if per_channel else y
 
     found: list[jax.Array] = []
-    for i in range(jax.tree.leaves(rows)[0].shape[0]):
-        row = jax.tree.map(lambda a: a[i], rows)  # noqa: B023
+    for i in range(0, jax.tree.leaves(rows)[0].shape[0], together):
+        some = jax.tree.map(lambda a: a[i : i + together], rows)  # noqa: B023
         if dot and found:
             # On CPUs one after the other: each has all cores, and the memory of the one before.
-            row, found[-1] = lax.optimization_barrier((row, found[-1]))
-        found.append(finished(row))
+            some, found[-1] = lax.optimization_barrier((some, found[-1]))
+        found += map(finished, total(some))
     return jnp.concatenate(found, axis=0)
 
 
@@ -146,7 +204,7 @@ _OF_OWN_ROW = lax.GatherDimensionNumbers(
     operand_batching_dims=(0,),
     start_indices_batching_dims=(0,),
 )
-# 16 MB of partial sums: the memory of more than 32 is mapped anew at every call.
+# 16 MB of partial sums of a row: the memory of more than 32 is mapped anew at every call.
 _MOST_SUMS = 2**22
 # A way of a CPU's first cache, and how many rows of a block may share their lines of it: all have
 # 64 sets of 64 bytes, and 8 ways or more.
@@ -154,13 +212,15 @@ _CACHE_WAY = 4096
 _CACHE_WAYS = 8
 
 
-def _blocks(view: WeightView, block_units: int) -> tuple[int, int, int]:
-    """Groups, blocks in a group and units in a block."""
+def _blocks(view: WeightView, block_units: int, *, together: int = 1) -> Sizes:
+    """Groups, blocks in a group and units in a block; so many rows of x are summed `together`."""
     groups = view.scale.shape[-2]
     per_group = view.units // groups
     stride = view.columns * view.codes.dtype.itemsize
     rows = max(1, _CACHE_WAYS * _CACHE_WAY // math.gcd(stride, _CACHE_WAY) // view.unit_bytes)
-    block_units = max(min(block_units, rows), -(-view.units * view.columns // _MOST_SUMS))
+    block_units = max(
+        min(block_units, rows), -(-together * view.units * view.columns // _MOST_SUMS)
+    )
     block = next(b for b in range(min(block_units, per_group), 0, -1) if per_group % b == 0)
     return groups, per_group // block, block
 
