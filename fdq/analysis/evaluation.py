@@ -30,7 +30,9 @@ from fdq.analysis.windows import (
 )
 from fdq.cache import limits
 from fdq.cache.kv_cache import parse_format
+from fdq.decoding.state import log_probabilities
 from fdq.models import Decoder
+from fdq.ops.placement import mesh_of
 from fdq.schemes.scheme import CacheSpec
 from fdq.text_table import aligned
 
@@ -190,7 +192,8 @@ def evaluate(
                 f"The model's logits are {logits.shape} and the reference's {other.shape}, but "
                 "[batch, length, vocab] must be equal. Compare models of one vocabulary."
             )
-        totals += np.asarray(_sums(logits, other, targets, mask), np.float64)
+        with mesh_of(logits, other):
+            totals += np.asarray(_sums(logits, other, targets, mask), np.float64)
         scored += int(mask.sum())
         if progress is not None:
             progress(index + 1, len(batches))
@@ -244,7 +247,7 @@ def _sums(
     `logits` and `reference` are [batch, length, vocab], `targets` and `mask` [batch, length].
     """
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    nats = -jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
+    nats = -log_probabilities(logits, targets)
     if reference is None:
         kl = agree = others = jnp.zeros_like(nats)
     else:
@@ -252,7 +255,7 @@ def _sums(
         # 0 * log 0 is 0: a reference may forbid a token with -inf.
         term = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
         kl = jnp.sum(term, axis=-1)
-        others = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        others = -log_probabilities(reference, targets)
         agree = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
     return jnp.stack([jnp.sum(jnp.where(mask > 0, x, 0.0)) for x in (nats, kl, agree, others)])
 

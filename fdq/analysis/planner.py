@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -241,6 +242,7 @@ def plan(
     Raises:
       ValueError: an unknown model or scheme name (with the nearest one), a context or batch that
         is not positive, or a group size that does not divide a weight.
+      TypeError: no model at all.
 
     Example:
       >>> print(fdq.plan("ernie-4.5-21b-a3b", "W4A16C8", context=32768))  # doctest: +SKIP
@@ -319,6 +321,12 @@ def find_config(model: Any) -> tuple[str, DecoderConfig]:
         return model.model_type, model
     if isinstance(model, str) and model.lower() in CONFIGS:
         return model.lower(), CONFIGS[model.lower()]
+    if not isinstance(model, str | os.PathLike):
+        hint = "; that of a model is model.config" if hasattr(model, "config") else ""
+        raise TypeError(
+            "plan: expected the name of a model, a DecoderConfig or a directory, found a "
+            f"{type(model).__name__}{hint}."
+        )
     directory = pathlib.Path(model)
     path = directory / "config.json"
     if path.is_file():

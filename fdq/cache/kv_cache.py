@@ -28,7 +28,10 @@ def parse_format(name: str | CacheSpec | None) -> CacheSpec | None:
 
     Raises:
       ValueError: an unknown name; the message points at what could not be read.
+      TypeError: no name at all.
     """
+    if name is not None and not isinstance(name, str | CacheSpec):
+        raise TypeError(f"KV cache format {name!r}: expected a name such as 'C8', or a CacheSpec.")
     return CacheSpec.parse(name) if isinstance(name, str) else name
 
 
@@ -36,8 +39,8 @@ def layer_specs(
     format: str | CacheSpec | Sequence[str | CacheSpec | None] | None, count: int
 ) -> list[CacheSpec | None]:
     """The spec of each of `count` layers, of a format for all or of one for each."""
-    if isinstance(format, str | CacheSpec | None):
-        format = [format] * count
+    if not isinstance(format, Sequence) or isinstance(format, str):
+        format = [parse_format(format)] * count
     if len(format) != count:
         raise ValueError(f"got cache formats of {len(format)} layers, expected {count}")
     return [parse_format(one) for one in format]
@@ -128,6 +131,11 @@ class KVCache:
         """
         batch = limits.whole("batch", batch, 0)
         max_length = limits.whole("max_length", max_length, 1)
+        if not hasattr(config, "num_kv_heads"):
+            hint = "; a model has one as model.config" if hasattr(config, "config") else ""
+            raise TypeError(
+                f"config: expected a DecoderConfig, found a {type(config).__name__}{hint}."
+            )
         count = config.num_layers
         specs = layer_specs(format, count)
         if scales is not None and all(spec is None or spec.dynamic for spec in specs):

@@ -128,7 +128,7 @@ def calibrate(
       forward: `(model, batch) -> anything`; `model(batch)` where not given.
 
     Raises:
-      TypeError: no NNX module.
+      TypeError: no NNX module, or text in place of tokens.
       ValueError: no tokens, tokens outside of the vocabulary that the model's config names, a model
         that calls no linear layer, or `lengths` that are not one a row, from 0 to L, or that a
         layer's input has no rows for.
@@ -213,6 +213,11 @@ def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:
             raise ValueError(f"calibration tokens: got shape {tokens.shape}, expected [N, L]")
         starts = range(0, tokens.shape[0], batch_size)
         return (jnp.asarray(tokens[start : start + batch_size]) for start in starts)
+    if isinstance(tokens, str | bytes):
+        raise TypeError(
+            "calibrate: expected tokens, found text. Encode it first: "
+            "fdq.Tokenizer.load(directory).encode(text)."
+        )
     return (jnp.asarray(batch) for batch in tokens)
 
 

@@ -25,8 +25,17 @@ OK, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 out = rich.console.Console(highlight=False)
 err = rich.console.Console(stderr=True, highlight=False)
 
+
+def path(text: str) -> pathlib.Path:
+    """A path as it is given; an empty one, say of a variable that is not set, is not `.`."""
+    if not text:
+        raise typer.BadParameter("an empty path. For the current directory give a dot.")
+    return pathlib.Path(text)
+
+
 Directory = Annotated[
-    pathlib.Path, typer.Argument(help="A checkpoint: Hugging Face or made by fdq convert.")
+    pathlib.Path,
+    typer.Argument(parser=path, help="A checkpoint: Hugging Face or made by fdq convert."),
 ]
 LoadScheme = Annotated[
     str | None, typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it.")
@@ -39,11 +48,16 @@ Cache = Annotated[
 def _prompt(text: str) -> str:
     """A prompt from standard input where it is `-`, without the line end of its last line."""
     if text != "-":
+        if not text.isprintable() and any(0xD800 <= ord(char) < 0xE000 for char in text):
+            fail("--prompt: no text in UTF-8.", WRONG_USE)
         return text
     stream = typer.get_text_stream("stdin")
     if stream.isatty():
         typer.echo("The prompt, then Ctrl-D on a line of its own:", err=True)
-    read = stream.read().removesuffix("\n")
+    try:
+        read = stream.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        fail(f"The prompt from standard input is no text in UTF-8: {error.reason}.", WRONG_USE)
     if not read:
         fail(
             "The prompt comes from standard input, which is empty: pipe a text into the command or "
@@ -61,16 +75,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for p
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error (also FDQ_DEBUG=1).")
 ]
-Scheme = Annotated[
-    str,
-    typer.Option(
-        "--scheme",
-        "-s",
-        help="What weights, activations and cache are stored in: W4A16C8, wint4, block_wise_fp8 "
-        "..., or a JSON file: FastDeploy's quantization_config, or rules such as "
-        '{"*.experts": "W4A16", "*": "W8A16"}.',
-    ),
-]
+SCHEME_HELP = (
+    "What weights, activations and cache are stored in: W4A16C8, wint4, block_wise_fp8 ..., or a "
+    'JSON file: FastDeploy\'s quantization_config, or rules such as {"*.experts": "W4A16", '
+    '"*": "W8A16"}.'
+)
+Scheme = Annotated[str, typer.Option("--scheme", "-s", help=SCHEME_HELP)]
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -226,6 +236,24 @@ def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
     from fdq_checkpoints.readers.local_directory import local_directory
 
     return local_directory(path)
+
+
+def decoder_directory(path: pathlib.Path) -> pathlib.Path:
+    """`path`, if it is the directory of a model that decodes, and not one of a tree of arrays."""
+    from fdq_checkpoints.store import manifest, orbax_store
+    from fdq_checkpoints.store.restore import StoredTensors
+
+    folder = checkpoint_directory(path)
+    if os.path.lexists(folder / manifest.FILE_NAME):
+        is_tree = StoredTensors(folder).manifest.kind == "params"
+    else:
+        is_tree = orbax_store.is_orbax(folder) or bool(orbax_store.steps(folder))
+    if is_tree:
+        raise ValueError(
+            f"{folder}: a tree of arrays, not a model that decodes. If it is that of one, convert "
+            "it with its config: fdq convert SRC DST --config config.json."
+        )
+    return folder
 
 
 def _one_line(error: BaseException) -> str:

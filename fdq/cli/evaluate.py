@@ -42,7 +42,7 @@ def run(
     from fdq.decoding.tokenizer import Tokenizer
     from fdq.storage import load
 
-    console.checkpoint_directory(directory)
+    console.decoder_directory(directory)
     if against is not None:
         console.checkpoint_directory(against)
     content = read_text(text, max_bytes)

@@ -32,7 +32,7 @@ def run(
     min_p: Annotated[
         float | None, typer.Option(help="Only tokens at least p times as likely as the best.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random choices.")] = 0,
     dtype: console.Dtype = None,
     json: console.Json = False,
     debug: console.Debug = False,
@@ -47,7 +47,7 @@ def run(
 
     if max_tokens is not None:
         raise ValueError(f"--max-tokens is called --max-new-tokens: --max-new-tokens {max_tokens}.")
-    console.checkpoint_directory(directory)
+    console.decoder_directory(directory)
     sampling = None
     if temperature > 0:
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

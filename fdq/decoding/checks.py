@@ -89,11 +89,17 @@ def function(name: str, value: Any) -> None:
 
 
 def is_state(what: str, state: Any) -> None:
-    """Raises TypeError for what is no `DecodeState`."""
+    """Raises TypeError for what is no `DecodeState`, ValueError for one that was donated."""
     if not hasattr(state, "last_tokens"):
         raise TypeError(
             f"{what}: expected the fdq.DecodeState that fdq.prefill returns, found a "
             f"{type(state).__name__}."
+        )
+    tokens = state.tokens
+    if isinstance(tokens, jax.Array) and not isinstance(tokens, Tracer) and tokens.is_deleted():
+        raise ValueError(
+            f"{what}: this state was donated to an earlier call, which goes on from it in place. "
+            "Use the state that the call returned; jax.tree.map(jnp.copy, state) keeps one."
         )
 
 

@@ -12,8 +12,11 @@ from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks
-from fdq.decoding.state import DecodeState
+from fdq.decoding.state import DecodeState, log_probabilities
+from fdq.nn.embedding import check_vocabulary
 from fdq.nn.parameters import Template, bind, split
+from fdq.ops.placement import mesh_of, on_current_mesh
+from fdq.ops.transposing import is_traced
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +26,8 @@ class Functional:
 
     The functions are pure, hold none of the arrays, and are meant for `jax.jit`: each call outside
     of one runs operation by operation. Other params of this structure serve as well, of another
-    `fdq.prepare` layout too. All of it is a pytree, and so may be one argument of your own jit.
+    `fdq.prepare` layout too. All of it is a pytree, and so may be one argument of your own jit
+    (of what `jax.export` serializes `params` may: a template is Python objects).
 
     Attributes:
       params: nested dicts of arrays and QTensors; all keys are strings.
@@ -101,13 +105,15 @@ def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array
     """See `Functional.step`."""
     checks.is_state("step", state)
     model = bind(template, params)
-    start = state.length - 1
-    with jax.named_scope("last_tokens"):
-        tokens = state.last_tokens()
-    hidden, cache = model.extend(tokens, state.cache, start)
-    # A copy: the state may be donated, whose buffers are all its own.
-    cache = dataclasses.replace(cache, length=jnp.array(state.length, copy=True))
-    return model.head(hidden[:, 0]), dataclasses.replace(state, cache=cache)
+    with mesh_of(params, state):
+        state = on_current_mesh(state)
+        start = state.length - 1
+        with jax.named_scope("last_tokens"):
+            tokens = state.last_tokens()
+        hidden, cache = model.extend(tokens, state.cache, start)
+        # A copy: the state may be donated, whose buffers are all its own.
+        cache = dataclasses.replace(cache, length=jnp.array(state.length, copy=True))
+        return model.head(hidden[:, 0]), dataclasses.replace(state, cache=cache)
 
 
 def extend(
@@ -119,8 +125,15 @@ def extend(
     t, capacity = tokens.shape[1], state.capacity
     if not 0 < t < capacity:
         raise ValueError(f"extend: got {t} tokens, expected 1 to {capacity - 1}.")
-    state, known = taken(state, tokens), state.length
     model = bind(template, params)
+    _check_vocabulary("extend: tokens", tokens, model)
+    with mesh_of(params, state):
+        return _extend(model, tokens, on_current_mesh(state))
+
+
+def _extend(model: Any, tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    t, capacity = tokens.shape[1], state.capacity
+    state, known = taken(state, tokens), state.length
     first = window_start(known - 1, t, capacity)
     each = jnp.arange(t, dtype=jnp.int32)[None]
     # Each token is rotated as its own step would rotate it.
@@ -153,16 +166,30 @@ def init(
     max_length = checks.integer("init: max_length", max_length, least=1)
     if not 0 < width <= max_length:
         raise ValueError(f"init: got prompts of {width} tokens, expected 1 to {max_length}.")
-    if lengths is not None and not isinstance(lengths, Tracer):
+    if isinstance(lengths, Tracer):
+        lengths = checks.integers("init: lengths", lengths, (b,))
+    elif lengths is not None:
         checks.prompt_lengths(np.asarray(lengths), b, width)
     model = bind(template, params)
-    cache: KVCache = model.init_cache(b, max_length, format)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    lengths = jnp.full((b,), width, jnp.int32) if lengths is None else jnp.asarray(lengths)
-    if width > 1:
-        known = by_length(model, lengths)
-        cache = model.extend(tokens[:, :-1], cache, jnp.int32(0), **known)[1]
-    return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
+    _check_vocabulary("init: tokens", tokens, model, lengths)
+    with mesh_of(params):
+        cache: KVCache = on_current_mesh(model.init_cache(b, max_length, format))
+        tokens = jnp.asarray(tokens, jnp.int32)
+        lengths = jnp.full((b,), width, jnp.int32) if lengths is None else jnp.asarray(lengths)
+        if width > 1:
+            known = by_length(model, lengths)
+            cache = model.extend(tokens[:, :-1], cache, jnp.int32(0), **known)[1]
+        return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
+
+
+def _check_vocabulary(what: str, tokens: Any, model: Any, lengths: Any = None) -> None:
+    """ValueError for tokens that a model has no embedding of, as far as values are known."""
+    known = not is_traced(tokens, lengths) and getattr(tokens, "is_fully_addressable", True)
+    if known:
+        found = np.asarray(jax.device_get(tokens))
+        if lengths is not None:
+            found = found[np.arange(found.shape[1])[None] < np.asarray(lengths)[:, None]]
+        check_vocabulary(what, found, model.config.vocab_size)
 
 
 def taken(state: DecodeState, tokens: jax.Array, count: jax.Array | None = None) -> DecodeState:
@@ -192,8 +219,7 @@ def with_logprobs(
 ) -> DecodeState:
     """The state with the log-probabilities of `tokens [B, T]`, which follow the `known [B]`."""
     b, t = tokens.shape
-    every = jax.nn.log_softmax(logits, axis=-1)
-    each = jnp.take_along_axis(every, tokens[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    each = log_probabilities(logits, tokens)
     at = known[:, None] + jnp.arange(t)[None]
     at = jnp.where(at < state.length[:, None], at, state.capacity)
     assert state.logprobs is not None

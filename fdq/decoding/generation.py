@@ -156,7 +156,7 @@ class _Outputs:
             if self.ended[index]:
                 continue
             self.ended[index] = bool(finished[index])
-            if self.ended[index] and generated[-1] in self._stops[index]:
+            if self.ended[index] and generated and generated[-1] in self._stops[index]:
                 generated = generated[:-1]
             new = generated[len(self.tokens[index]) :]
             self.tokens[index] += new

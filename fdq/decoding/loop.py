@@ -26,7 +26,7 @@ from fdq.decoding import checks
 from fdq.decoding.functional import by_length, feed, step, taken, window_start
 from fdq.decoding.sampling import Sampling, checked, sample
 from fdq.decoding.state import DecodeState
-from fdq.nn.embedding import check_vocabulary
+from fdq.nn.embedding import check_vocabulary, token_array
 from fdq.nn.parameters import Template, bind, current_split
 from fdq.ops.placement import mesh_of, on_current_mesh
 
@@ -241,7 +241,7 @@ class _Prompts:
     ):
         traced = isinstance(tokens, Tracer) or isinstance(lengths, Tracer)
         if not isinstance(tokens, Tracer):
-            tokens = np.asarray(tokens)
+            tokens = token_array("prompt tokens", tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(
                 f"prompt tokens: got {tokens.dtype} of shape {tokens.shape}, expected integers of "
@@ -255,6 +255,8 @@ class _Prompts:
         if lengths is None:
             lengths = np.full((b,), width, np.int32)
         least = 1 if state is None else 0
+        if isinstance(lengths, Tracer):
+            lengths = checks.integers("prefill: lengths", lengths, (b,))
         longest = width if traced else checks.prompt_lengths(np.asarray(lengths), b, width, least)
         known = 0
         if state is not None and not traced and not isinstance(state.length, Tracer):

@@ -52,7 +52,7 @@ class Sampling:
         min_p: Any = None,
     ):
         if temperature is None:
-            raise TypeError("temperature: expected a number, found None.")
+            raise TypeError("temperature: expected a number or an array of them, found None.")
         _check("temperature", temperature, "0 or more", lambda t: (t >= 0) & np.isfinite(t))
         for name, p in (("top_p", top_p), ("min_p", min_p)):
             _check(name, p, "above 0 and at most 1", lambda p: (p > 0) & (p <= 1))
@@ -148,7 +148,7 @@ def _check(name: str, value: Any, expected: str, holds: Any) -> None:
     kind: Any = getattr(value, "dtype", np.dtype(object))
     is_real = jnp.issubdtype(kind, jnp.number) and not jnp.issubdtype(kind, jnp.complexfloating)
     if not is_number and not (_is_array(value) and is_real):
-        raise TypeError(f"{name}: expected a number, found {value!r}.")
+        raise TypeError(f"{name}: expected a number or an array of them, found {value!r}.")
     if not np.all(holds(np.asarray(value))):
         raise ValueError(f"{name}: expected {expected}, found {value}.")
 

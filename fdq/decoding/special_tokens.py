@@ -138,6 +138,11 @@ def _put_first(post_processor: Mapping[str, Any] | None) -> tuple[int, ...] | No
         case {"type": "TemplateProcessing", "single": list(pieces), "special_tokens": dict(known)}:
             special = itertools.takewhile(lambda piece: "SpecialToken" in piece, pieces)
             names = [piece["SpecialToken"]["id"] for piece in special]
+            if lacking := [name for name in names if name not in known]:
+                raise ValueError(
+                    f"tokenizer.json: its post-processor puts {lacking[0]!r} first and does not "
+                    "say which token that is (special_tokens)."
+                )
             return tuple(token for name in names for token in known[name]["ids"])
         case {"type": "BertProcessing" | "RobertaProcessing", "cls": [str(), int(token)]}:
             return (token,)

@@ -9,6 +9,7 @@ import numpy as np
 
 from fdq.cache.kv_cache import KVCache, batch_rows
 from fdq.decoding import checks
+from fdq.ops.placement import in_auto_axes, spec_entries
 
 _COPIES = 2**31 - 1  # no position is as high
 
@@ -236,6 +237,16 @@ class DecodeState:
         ]
 
 
+def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """float32 log-probabilities of `tokens [...]` under `logits [..., V]`, sharded or not."""
+
+    def each(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+        every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        return jnp.take_along_axis(every, tokens[..., None].astype(jnp.int32), axis=-1)[..., 0]
+
+    return in_auto_axes(each, logits, tokens, result=lambda: spec_entries(logits)[:-1])
+
+
 @jax.jit
 def _push(
     state: DecodeState,
@@ -255,8 +266,7 @@ def _push(
         stopped = (stops == next_token[:, None]).any(axis=-1)
     logprobs = state.logprobs
     if logprobs is not None and logits is not None:
-        every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        one = jnp.take_along_axis(every, next_token[:, None], axis=-1)[:, 0]
+        one = log_probabilities(logits, next_token)
         logprobs = logprobs.at[rows, at].set(jnp.where(state.finished, logprobs[rows, at], one))
     # A full sequence is finished too: there is no slot to go on in.
     return dataclasses.replace(

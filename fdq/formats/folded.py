@@ -87,6 +87,29 @@ class FoldedWeight:
         """The decoded kernel."""
         return self.dequantize(dtype)
 
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """Refused: NumPy would make an array of one object."""
+        raise TypeError(f"{self!r} is no array of numbers: decode it, np.asarray(w.dequantize()).")
+
+    def get_value(self) -> FoldedWeight:
+        """Itself, as of a QTensor."""
+        return self
+
+    @property
+    def value(self) -> FoldedWeight:
+        """Itself, as of a QTensor."""
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.q.size
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales included, by weight."""
+        return self.q.bits_per_weight
+
     @property
     def T(self) -> QTensor:
         """`q`, of a kernel `[out, in]`."""
@@ -96,7 +119,13 @@ class FoldedWeight:
     def __matmul__(self, x: Any) -> Any:
         """`w [out, in] @ x`, x `[in]` or `[in, M]`."""
         self._check_transposed("@")
-        return (jnp.asarray(x).T @ self.q).T
+        x = x if hasattr(x, "shape") else jnp.asarray(x)
+        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"{self!r} @ x: expected x [{self.shape[1]}] or [{self.shape[1]}, M], found "
+                f"{list(x.shape)}."
+            )
+        return (x.T @ self.q).T
 
     def __rmatmul__(self, x: Any) -> Any:
         """Refused unless the kernel is one: `x @ w` contracts its last axis but one."""

@@ -132,7 +132,8 @@ class Format(abc.ABC):
         """
         if spec.scale_dtype == "float16":
             return self.reach(spec) * 2.0**-17, self.reach(spec) * 65504.0
-        return self.reach(spec) * 2.0**-117, 2.0**126
+        # Ops multiply scales by the factor that is missing in the values.
+        return self.reach(spec) * 2.0**-117, 2.0**126 / max(1.0, self.unit_factor)
 
     def check(self, spec: WeightSpec, k: int, n: int, path: str = "<array>") -> None:
         """Raises ValueError if a `[k, n]` weight cannot be grouped as `spec` says."""

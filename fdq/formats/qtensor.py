@@ -80,6 +80,15 @@ class QuantizedWeight:
         """The decoded weight, as `dequantize` gives it."""
         return dequantize(self, dtype)
 
+    def get_value(self) -> QuantizedWeight:
+        """Itself: modules ask the Variable that it takes the place of for its value."""
+        return self
+
+    @property
+    def value(self) -> QuantizedWeight:
+        """Itself, as `get_value`."""
+        return self
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         """Refused: NumPy would make an array of one object."""
         raise TypeError(
@@ -140,8 +149,7 @@ class QuantizedWeight:
                 "everything by fdq.dequantize(q)."
             )
         for i, size in zip(indices, lead, strict=False):
-            if isinstance(i, int | np.integer) and not -size <= i < size:
-                raise IndexError(f"{self!r}: index {i} is out of range for an axis of {size}.")
+            _check_index(self, i, size)
         q = materialize(self)
         return jax.tree.map(lambda a: a[indices], q) if indices else q
 
@@ -193,6 +201,23 @@ class QuantizedWeight:
         if self.layout != "canonical":
             parts.append(f"layout {self.layout!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _check_index(q: QuantizedWeight, index: Any, size: int) -> None:
+    """An index of a leading axis: a slice, or integers within it, as far as they are known.
+
+    Raises:
+      IndexError: it is something else, or out of range.
+    """
+    if isinstance(index, slice | Tracer):
+        return
+    found = np.asarray(jax.device_get(index))
+    if found.dtype == bool and found.shape == (size,):
+        return  # a mask
+    if not np.issubdtype(found.dtype, np.integer):
+        raise IndexError(f"{q!r}: expected an index of integers or a slice, found {index!r:.80}.")
+    if found.size and (found.min() < -size or found.max() >= size):
+        raise IndexError(f"{q!r}: index {index!s:.80} is out of range for an axis of {size}.")
 
 
 class QTensor(QuantizedWeight):
@@ -298,9 +323,13 @@ def dequantize(q: QuantizedWeight, dtype: Any = jnp.float32) -> Any:
     q = materialize(q)
     if q.is_abstract:
         return jax.eval_shape(lambda q: dequantize(q, dtype), q)
-    q = q.canonical()
-    arrays = {name: _without_derivative(array, name) for name, array in q.arrays().items()}
-    return FORMATS[q.spec.format].decode(arrays, q.spec, padding=q.padding, dtype=dtype)
+    q = differentiable(q.canonical())
+    return FORMATS[q.spec.format].decode(q.arrays(), q.spec, padding=q.padding, dtype=dtype)
+
+
+def differentiable(q: QTensor) -> QTensor:
+    """The same, but differentiating by arrays of it that are 8-bit floats raises."""
+    return q.replace(**{name: _without_derivative(a, name) for name, a in q.arrays().items()})
 
 
 def _without_derivative(array: Any, name: str) -> Any:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding
@@ -13,7 +12,7 @@ from jax.sharding import NamedSharding
 from fdq import nn
 from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
 from fdq.models.config import DecoderConfig
-from fdq.nn.embedding import check_vocabulary
+from fdq.nn.embedding import check_vocabulary, token_array
 from fdq.ops.placement import mesh_of
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
@@ -92,12 +91,21 @@ class Decoder(nnx.Module):
         with mesh_of(nn.value(self.embed_tokens.embedding), inputs_embeds):
             x = self._embedded(tokens, inputs_embeds)
             b, length, _ = x.shape
-            if not b * length and not return_hidden_states:
-                return jnp.zeros((b, length, self.config.vocab_size), jnp.float32)
+            if not b * length:
+                return self._of_nothing(x, return_hidden_states)
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
             states: dict[str, jax.Array] | None = {} if return_hidden_states else None
             hidden, _ = self._layers(x, positions, states=states)
             return (self.head(hidden), states) if return_hidden_states else self.head(hidden)
+
+    def _of_nothing(self, x: jax.Array, return_hidden_states: bool) -> Any:
+        """What `__call__` returns of an empty batch or of no tokens, for which nothing runs."""
+        logits = jnp.zeros((*x.shape[:-1], self.config.vocab_size), jnp.float32)
+        names = ["embed_tokens", "norm"]
+        for i, layer in enumerate(self.layers):
+            has_norm = hasattr(layer, "input_layernorm")
+            names += [f"layers.{i}", *([f"layers.{i}.self_attn"] if has_norm else [])]
+        return (logits, dict.fromkeys(names, x)) if return_hidden_states else logits
 
     def extend(
         self,
@@ -193,7 +201,7 @@ class Decoder(nnx.Module):
             isinstance(tokens, Tracer) or not tokens.is_fully_addressable
         ):
             return tokens
-        found = np.asarray(tokens)
+        found = token_array("tokens", tokens)
         self._shape(found)
         check_vocabulary("tokens", found, self.config.vocab_size)
         return tokens if isinstance(tokens, jax.Array) else jnp.asarray(found, jnp.int32)
@@ -214,15 +222,12 @@ class Decoder(nnx.Module):
             self._shape(tokens)
             with jax.named_scope("embed_tokens"):
                 return self.embed_tokens(tokens, dtype)
-        shape, width = jnp.shape(inputs_embeds), self.config.hidden_size
-        if (
-            len(shape) != 3
-            or shape[-1] != width
-            or not jnp.issubdtype(inputs_embeds.dtype, jnp.floating)
-        ):
+        shape, width = getattr(inputs_embeds, "shape", ()), self.config.hidden_size
+        kind = getattr(inputs_embeds, "dtype", None)
+        if len(shape) != 3 or shape[-1] != width or not jnp.issubdtype(kind or int, jnp.floating):
             raise ValueError(
-                f"inputs_embeds: expected floats [B, L, {width}], found {inputs_embeds.dtype} of "
-                f"shape {shape}."
+                f"inputs_embeds: expected an array of floats [B, L, {width}], found "
+                f"{kind or type(inputs_embeds).__name__} of shape {shape}."
             )
         return inputs_embeds.astype(dtype)
 

@@ -23,6 +23,17 @@ def check_vocabulary(what: str, tokens: np.ndarray, size: int) -> None:
         )
 
 
+def token_array(what: str, tokens: Any) -> np.ndarray:
+    """Tokens as an array; ValueError where their rows differ in length."""
+    try:
+        return np.asarray(tokens)
+    except ValueError:  # NumPy's words are about shapes
+        raise ValueError(
+            f"{what}: expected an array of integers, found rows of different lengths. Pad them on "
+            "the right; fdq.prefill and fdq.generate take lengths= and lists of prompts."
+        ) from None
+
+
 class Embedding(nnx.Module):
     """A table `embedding [vocab, features]`, looked up by token.
 

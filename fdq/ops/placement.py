@@ -102,12 +102,18 @@ def mesh_of(*trees: Any) -> Iterator[None]:
     """Inside, the mesh that arrays lie on is the current one, if it has Explicit axes and none is.
 
     `jax.make_mesh` makes such meshes, and arrays carry theirs along; ops ask for the current one,
-    which `jax.set_mesh` sets. Does nothing while tracing: then the caller's mesh counts.
+    which `jax.set_mesh` sets. While tracing it is the mesh of the arrays' types.
     """
-    current = jax.sharding.get_abstract_mesh()
-    mesh = None if _tracing() or not current.empty else _explicit_mesh(trees)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    if not jax.sharding.get_abstract_mesh().empty:
         yield
+    elif _tracing():
+        mesh = _traced_mesh(trees)
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+            yield
+    else:
+        mesh = _explicit_mesh(trees)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            yield
 
 
 def _tracing() -> bool:
@@ -117,6 +123,14 @@ def _tracing() -> bool:
     except ValueError:
         return True
     return False
+
+
+def _traced_mesh(trees: Any) -> Any:
+    for array in jax.tree.leaves(trees):
+        mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
 
 
 def _explicit_mesh(trees: Any) -> Any:

@@ -15,8 +15,6 @@ from fdq.schemes import assignment
 from fdq.schemes.assignment import Leaf
 from fdq.schemes.scheme import Scheme
 
-_SMALLEST = 1e-10  # an input that was always 0 still needs a scale that can be divided by
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
@@ -87,7 +85,16 @@ class LayerInputs:
             )
         if not (np.isfinite(absmax) & (absmax >= 0)).all():
             raise ValueError(f"{path}: the absmax of its input is {absmax}; expected numbers >= 0.")
-        scale = np.maximum(absmax, _SMALLEST) / np.float32(spec.bound)
+        if not absmax.any():
+            raise ValueError(
+                f"{path}: its input was 0 throughout calibration, which says nothing about its "
+                "range. Calibrate on other samples, use dynamic activations (drop '-static'), or "
+                "leave this tensor out by a rule."
+            )
+        # Of a stack of experts some may have seen nothing: they take the widest range there is.
+        scale = np.where(absmax > 0, absmax, absmax.max()) / np.float32(spec.bound)
+        if not (scale >= np.finfo(np.float32).tiny).all():
+            raise ValueError(f"{path}: the absmax of its input is {absmax}, too small for a scale.")
         return jnp.asarray(np.broadcast_to(scale, lead), jnp.float32)
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from fdq.schemes import path_pattern
 from fdq.schemes.kinds import QUANTIZERS
 from fdq.schemes.scheme import Scheme
@@ -61,8 +63,11 @@ def read_rule(rule: Any) -> tuple[Any, ...]:
 
 def _read_axes(pattern: str, contract: Any, stacked: Any) -> tuple[int, ...] | None:
     """Axes of a rule: one, or several."""
-    axes = (contract,) if isinstance(contract, int) else contract
+    axes = (contract,) if isinstance(contract, int | np.integer) else contract
     axes = tuple(axes) if isinstance(axes, (tuple, list)) else axes
+    if isinstance(axes, tuple):
+        axes = tuple(int(axis) if isinstance(axis, np.integer) else axis for axis in axes)
+    stacked = int(stacked) if isinstance(stacked, np.integer) else stacked
     good = axes is None or (axes and all(type(axis) is int for axis in axes))
     if not good or type(stacked) is not int or stacked < 0 or (stacked and axes is None):
         raise ValueError(

@@ -160,7 +160,7 @@ def per_rank(folder, tensors):
 
 
 def two_files(folder, tensors):
-    builders.write(folder / "other.safetensors", tensors)
+    builders.write(folder / "model.fp16.safetensors", tensors)
 
 
 def lone_shard(folder, tensors):

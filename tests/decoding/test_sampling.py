@@ -117,10 +117,10 @@ def test_out_of_range(fields, message):
     [
         ({"top_k": 2.5}, "top_k: expected an integer, found 2.5"),
         ({"top_k": "5"}, "top_k: expected an integer, found '5'"),
-        ({"temperature": "0.7"}, "temperature: expected a number, found '0.7'"),
-        ({"temperature": None}, "temperature: expected a number, found None"),
-        ({"top_p": [0.9]}, r"top_p: expected a number, found \[0.9\]"),
-        ({"min_p": True}, "min_p: expected a number, found True"),
+        ({"temperature": "0.7"}, "temperature: expected a number or an array of them, found '0.7'"),
+        ({"temperature": None}, "temperature: expected a number or an array of them, found None"),
+        ({"top_p": [0.9]}, r"top_p: expected a number or an array of them, found \[0.9\]"),
+        ({"min_p": True}, "min_p: expected a number or an array of them, found True"),
     ],
 )
 def test_no_numbers(fields, message):

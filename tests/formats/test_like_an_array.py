@@ -144,7 +144,7 @@ def test_rows_out_of_range(stack):
     np.testing.assert_array_equal(clipped, whole[[-1, -1, 0, 0]])
     with pytest.raises(ValueError, match=r"expected a weight \[K, N\], found \(3, 256, 512\)"):
         fdq.take(stack, ids)
-    with pytest.raises(TypeError, match="integer ids, found float32"):
+    with pytest.raises(TypeError, match="ids: expected integers, found float32"):
         fdq.take(q, jnp.ones(2))
     with pytest.raises(ValueError, match="mode='wrap'"):
         fdq.take(q, ids, mode="wrap")

@@ -15,6 +15,7 @@ from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile, TensorIn
 MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 # Files that are no part of the model that they are beside: PEFT's, and the same weights under their
 # publisher's names.
 _BESIDE = ("adapter_model", "consolidated")
@@ -49,6 +50,11 @@ _CONFIG_LIMITS = {
     "moe_num_experts": (0, 2**16),
     "moe_num_shared_experts": (0, 2**12),
 }
+
+
+def _is_beside_whole(name: str) -> bool:
+    """Whether a file is no part of the model in `model.safetensors`: neither shard nor variant."""
+    return not name.startswith(("model", "pytorch_model"))
 
 
 class SourceDirectory:
@@ -155,6 +161,11 @@ class SourceDirectory:
         if own := [name for name in files if not name.startswith(_BESIDE)]:
             files = own
             indices = [name for name in indices if not name.startswith(_BESIDE)]
+        if _WHOLE in files:
+            # An index that was left over names shards that are not there.
+            indices = [name for name in indices if self._has_shards(name, files)]
+            if not indices:
+                files = [name for name in files if not _is_beside_whole(name)]
         if len(indices) > 1:
             raise CheckpointError(f"{self.path}: several indices {indices}; keep one.")
         if indices:
@@ -173,6 +184,12 @@ class SourceDirectory:
             )
         file = self._open(files[0])
         self._file_of = dict.fromkeys(file.tensors, file)
+
+    def _has_shards(self, index_name: str, files: list[str]) -> bool:
+        """Whether a file that an index names is there."""
+        index = strict_json.read_object(self._checked(index_name), max_bytes=MAX_INDEX_BYTES)
+        shards = index.get("weight_map")
+        return not isinstance(shards, dict) or not set(files).isdisjoint(map(str, shards.values()))
 
     def _nothing_to_read(self, names: list[str]) -> str:
         pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]

@@ -26,6 +26,9 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES, BATCHES = 16 * 2**20, 256 * 2**20, 32
 
 # Where to put an array: one sharding for all, by the array's dotted path, or a function of that
 # path and the abstract array. None is the default device.
+_PARTS_OF_SHARDINGS = (jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.sharding.PartitionSpec)
+_NO_SHARDING = "expected jax.sharding.NamedSharding(mesh, PartitionSpec(...)), found {}."
+
 Shardings = (
     jax.sharding.Sharding
     | Mapping[str, jax.sharding.Sharding]
@@ -175,16 +178,38 @@ def _stored_arrays(entries: Iterable[TensorEntry]) -> dict[Path, ArrayEntry]:
 def sharding_of(
     shardings: Shardings, path: Path, array: np.ndarray
 ) -> jax.sharding.Sharding | None:
-    """The sharding of one array."""
-    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-        return shardings
-    if isinstance(shardings, Mapping):
-        return shardings.get(dotted(path))
-    return shardings(dotted(path), jax.ShapeDtypeStruct(array.shape, array.dtype))
+    """The sharding of one array; CheckpointError where it does not fit it."""
+    if shardings is None:
+        return None
+    if isinstance(shardings, jax.sharding.Sharding):
+        found = shardings
+    elif isinstance(shardings, Mapping):
+        found = shardings.get(dotted(path))
+    else:
+        found = shardings(dotted(path), jax.ShapeDtypeStruct(array.shape, array.dtype))
+    if found is None:
+        return None
+    if not isinstance(found, jax.sharding.Sharding):
+        raise CheckpointError(f"sharding of {dotted(path)}: {_NO_SHARDING.format(found)}")
+    try:
+        found.shard_shape(array.shape)
+    except (ValueError, IndexError, TypeError) as error:
+        hint = ""
+        if found is shardings:
+            hint = "; give a function (path, array) -> sharding, or a mapping by path"
+        raise CheckpointError(
+            f"sharding of {dotted(path)}, {array.dtype} {list(array.shape)}: {found} does not fit "
+            f"it ({str(error).splitlines()[0] if str(error) else type(error).__name__}){hint}."
+        ) from None
+    return found
 
 
 def check_shardings(shardings: Shardings, arrays: Iterable[tuple[Path, Mapping[str, Any]]]) -> None:
-    """Raise CheckpointError if a mapping names an array that no tensor of the checkpoint has."""
+    """Raises CheckpointError for what gives no shardings, or not of arrays that there are."""
+    is_function = callable(shardings) and not isinstance(shardings, _PARTS_OF_SHARDINGS)
+    kinds = (jax.sharding.Sharding, Mapping)
+    if shardings is not None and not isinstance(shardings, kinds) and not is_function:
+        raise CheckpointError(f"sharding: {_NO_SHARDING.format(shardings)}")
     if isinstance(shardings, Mapping):
         known = {dotted(array_path(path, name)) for path, names in arrays for name in names}
         for name in shardings:

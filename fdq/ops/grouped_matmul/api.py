@@ -24,7 +24,7 @@ from fdq.ops.placement import in_auto_axes, leading_axes, spec_entry
 from fdq.ops.rows import Sums, as_array
 from fdq.ops.transposing import is_traced, transposable
 from fdq.schemes.scheme import ActivationSpec
-from pallas_kernels.typing import Array, Float, Int, Shaped
+from pallas_kernels.typing import Array, Float, Shaped
 
 GROUPED_MATMUL: Op[GroupedProduct] = Op("grouped_matmul", MosaicGpu(), Xla())
 
@@ -32,7 +32,7 @@ GROUPED_MATMUL: Op[GroupedProduct] = Op("grouped_matmul", MosaicGpu(), Xla())
 def grouped_matmul(
     x: Shaped[Array, "t k"],
     w: QuantizedWeight | Float[Array, "e k n"],
-    expert_index: Int[Array, " t"] | Int[Array, "t picks"],
+    expert_index: Any,
     *,
     activation: ActivationSpec | str | None = None,
     activation_scale: jax.Array | None = None,
@@ -50,7 +50,7 @@ def grouped_matmul(
     Args:
       x: `[T, K]`.
       w: `[E, K, N]`, an array, a QTensor or a prepared weight.
-      expert_index: int `[T]`, or `[T, picks]` for several experts a row; each in `0 .. E - 1`.
+      expert_index: integers `[T]`, or `[T, picks]` for several experts a row; each in `0 .. E - 1`.
       activation: as in `matmul`.
       activation_scale: one scale for all experts, or `[E]`.
       implementation: as in `matmul`.
@@ -60,11 +60,29 @@ def grouped_matmul(
     Returns:
       `[T, N]`, or `[T, picks, N]`. Derivatives, forward and reverse, are those of the decoded
       weights, as in `matmul`.
+
+    Raises:
+      ValueError: shapes that do not match, or an expert that there is not; the latter only where
+        values are known, not under `jax.jit`.
+      TypeError: `expert_index` holds no integers; and as `matmul`.
     """
     settings = {"dtype": out_dtype, "path": path}
     spec = parse_activation(activation)
     arguments = GroupedProduct(x, w, spec, activation_scale, index=expert_index, **settings)
+    _check_experts(arguments)
     return grouped_product(arguments, implementation=implementation)[0].value()
+
+
+def _check_experts(a: GroupedProduct) -> None:
+    """ValueError for an index that no expert has, as far as values are known."""
+    if is_traced(a.index) or not a.index.is_fully_addressable or not a.index.size:
+        return
+    found, experts = jax.device_get(a.index), a.w.shape[0]
+    if found.min() < 0 or found.max() >= experts:
+        raise ValueError(
+            f"{a.path}: expert_index ranges over {found.min()} ... {found.max()}, expected "
+            f"0 ... {experts - 1}."
+        )
 
 
 def grouped_product(

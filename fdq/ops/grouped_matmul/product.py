@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.ops.implementation import Implementation
+from fdq.ops.indices import as_indices
 from fdq.ops.matmul.product import Product
 from fdq.ops.rows import Sums
 
@@ -26,6 +27,11 @@ class GroupedProduct(Product):
     axes: tuple[str, ...] = ()
     shard: bool = False
 
+    def __post_init__(self):
+        """Also takes the experts as int32."""
+        vars(self).update(index=as_indices(self.index, f"{self.path}: expert_index"))
+        super().__post_init__()
+
     def _check(self, x: tuple[int, ...], w: tuple[int, ...]) -> None:
         if len(w) != 3 or len(x) < 2 or x[-1] != w[1]:
             raise ValueError(
@@ -38,7 +44,6 @@ class GroupedProduct(Product):
             raise ValueError(
                 f"{self.path}: expected one expert a row, [{rows}], or several, found {index}."
             )
-        vars(self).update(index=self.index.astype(jnp.int32))
 
     @property
     def picks(self) -> int:

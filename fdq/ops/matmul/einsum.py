@@ -10,31 +10,63 @@ import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.matmul.api import matmul
+from fdq.ops.matmul.product import as_dtype, as_rows, as_weight
 from fdq.ops.matmul.transposed import transposed_product
+from fdq.schemes.scheme import ActivationSpec
 
 
-def einsum(equation: str, x: jax.Array, w: Any, **options: Any) -> jax.Array:
+def einsum(
+    equation: str,
+    x: jax.Array,
+    w: Any,
+    *,
+    activation: ActivationSpec | str | None = None,
+    activation_scale: jax.Array | None = None,
+    implementation: str | None = None,
+    out_dtype: Any = None,
+    path: str = "fdq.einsum",
+) -> jax.Array:
     """`jnp.einsum(equation, x, w)` for a quantized `w [..., K, N]`, without decoding it whole.
 
     Args:
       equation: of two operands and a result, such as `"btk,kn->btn"` or, with experts,
         `"etk,ekn->etn"`. The contracted axis is K, or N (`"btn,kn->btk"`, as with tied embeddings);
         leading axes of `w` are those of the result. `...` stands for axes of x.
-      x: floats.
-      w: a QTensor or a prepared weight; with an array it is `jnp.einsum`.
-      options: `activation`, `activation_scale`, `implementation`, `out_dtype` and `path` of
-        `matmul`; over N there is `out_dtype` only.
+      x: as in `matmul`.
+      w: a QTensor or a prepared weight; with an array of floats it is `jnp.einsum`.
+      activation: as in `matmul`; not over N, and not with an array.
+      activation_scale: as in `matmul`.
+      implementation: as in `matmul`; not over N, and not with an array.
+      out_dtype: as in `matmul`.
+      path: as in `matmul`.
 
     Raises:
-      ValueError: another equation, or shapes that do not match it.
+      ValueError: another equation, shapes that do not match it, or an argument that has no meaning
+        with it.
+      TypeError: x or w is no array of real numbers.
 
     Examples:
       >>> q = fdq.quantize(jnp.ones((256, 64)), "W4A16")
       >>> fdq.einsum("btk,kn->btn", jnp.ones((2, 3, 256)), q).shape
       (2, 3, 64)
     """
+    if isinstance(x, QuantizedWeight):
+        raise TypeError(f"{path}: the quantized weight is the second operand, x the first.")
+    x = as_rows(x, path)
+    of_matmul = {
+        "activation": activation,
+        "activation_scale": activation_scale,
+        "implementation": implementation,
+    }
+    given = {name: value for name, value in of_matmul.items() if value is not None}
     if not isinstance(w, QuantizedWeight):
-        return jnp.einsum(equation, x, w, **options)
+        w = as_weight(w, path)
+        if given:
+            raise ValueError(
+                f"{path}: {', '.join(given)}= is for quantized weights, w is an array."
+            )
+        y = jnp.einsum(equation, x, w)
+        return y if out_dtype is None else y.astype(as_dtype(out_dtype, path))
     inputs, weight, output = _axes(equation, x.ndim, w.ndim)
     lead, (k, n) = weight[:-2], weight[-2:]
     contracted, made = (k, n) if k in inputs else (n, k)
@@ -46,6 +78,13 @@ def einsum(equation: str, x: jax.Array, w: Any, **options: Any) -> jax.Array:
             f"fdq.einsum: {equation!r} is no product with a quantized weight: of its axes [..., "
             f"{k}, {n}] one of the last two is contracted and all others are in the result, once."
         )
+    if given and contracted == n:
+        raise ValueError(
+            f"{path}: {', '.join(given)}= is for products over K; {equation!r} contracts N."
+        )
+    options = {"out_dtype": out_dtype}
+    if contracted == k:
+        options |= {**given, "path": path}
     x = jnp.transpose(x, [inputs.index(axis) for axis in (*batch, *rows, contracted)])
 
     def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:

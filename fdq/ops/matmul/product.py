@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fdq.formats import FORMATS
+from fdq.formats.folded import FoldedWeight
 from fdq.formats.qtensor import QuantizedWeight, materialize
 from fdq.ops.rows import Gated, Normed, Rows, Sums
 from fdq.schemes.scheme import ActivationSpec
@@ -38,9 +40,9 @@ class Product:
             x = as_rows(x, self.path)
         vars(self).update(
             x=x,
-            w=materialize(self.w) if self.quantized else _as_weight(self.w, self.path),
-            activation_scale=None if scale is None else jnp.asarray(scale),
-            dtype=jnp.dtype(x.dtype if self.dtype is None else self.dtype),
+            w=materialize(self.w) if self.quantized else as_weight(self.w, self.path),
+            activation_scale=None if scale is None else _as_scale(scale, self.path),
+            dtype=jnp.dtype(x.dtype) if self.dtype is None else as_dtype(self.dtype, self.path),
         )
         self._check(tuple(self.x.shape), tuple(self.w.shape))
 
@@ -62,15 +64,41 @@ class Product:
         return isinstance(self.w, QuantizedWeight)
 
 
+def _as_scale(scale: Any, path: str) -> jax.Array:
+    """A calibrated scale, checked as far as its value is known."""
+    scale = jnp.asarray(scale)
+    if not isinstance(scale, Tracer) and scale.is_fully_addressable:
+        found = jax.device_get(scale)
+        if not (np.isfinite(found) & (found > 0)).all():
+            raise ValueError(f"{path}: activation_scale={found}; expected finite numbers above 0.")
+    return scale
+
+
+def as_dtype(dtype: Any, path: str) -> Any:
+    """A dtype that a product can be returned in."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"{path}: out_dtype={dtype!r}; expected a dtype of floats.")
+    return found
+
+
 def _is_float(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def _as_weight(w: Any, path: str) -> jax.Array:
+def as_weight(w: Any, path: str) -> jax.Array:
     """An array as a weight: floats of 16 bits and more as they are, those of 8 in float32."""
     if not hasattr(w, "dtype") or not _is_float(w):
         found = getattr(w, "dtype", type(w).__name__)
         raise TypeError(f"{path}: expected a QTensor or a float array w, found {found}.")
+    if isinstance(w, FoldedWeight):
+        raise TypeError(
+            f"{path}: {w!r} has its axes in another order; use the QTensor w.q [..., K, N] in it, "
+            "or w.dequantize()."
+        )
     return w if w.dtype.itemsize > 1 else w.astype(jnp.float32)
 
 
@@ -81,7 +109,8 @@ def as_rows(x: Any, path: str) -> jax.Array:
             f"{path}: expected an array x [..., K], found a {type(x).__name__}; "
             "jnp.asarray makes one."
         )
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    real = (jnp.integer, jnp.floating, jnp.bool_)
+    if not any(jnp.issubdtype(x.dtype, kind) for kind in real):
         raise TypeError(f"{path}: expected x of real numbers, found {x.dtype}.")
     x = jnp.asarray(x) if isinstance(x, np.ndarray) else x  # float64 as this JAX has it
     if _is_float(x) and x.dtype.itemsize > 1:
@@ -99,4 +128,9 @@ def takes_integers(w: QuantizedWeight, activation: ActivationSpec | None) -> boo
 
 def parse_activation(activation: ActivationSpec | str | None) -> ActivationSpec | None:
     """An ActivationSpec from itself, from its name (`"int8"`, `"fp8-x128"`), or None."""
+    if activation is not None and not isinstance(activation, ActivationSpec | str):
+        raise TypeError(
+            f"activation={activation!r}: expected an ActivationSpec, its name, such as 'int8' or "
+            "'fp8-x128', or None."
+        )
     return ActivationSpec.parse(activation) if isinstance(activation, str) else activation

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fdq.formats.qtensor import QuantizedWeight, dequantize, materialize
+from fdq.formats.qtensor import QuantizedWeight, dequantize, differentiable, materialize
 from fdq.ops.dots import exact_dot
+from fdq.ops.indices import as_indices
 from fdq.ops.matmul.derivative import wide_dtype
-from fdq.ops.matmul.product import as_rows
-from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
+from fdq.ops.matmul.product import as_dtype, as_rows, as_weight
+from fdq.ops.placement import in_auto_axes, mesh_of, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight, WordsWeight
 from fdq.ops.weight_view import WeightView, decode_planes, view_weight, view_words
 
@@ -42,7 +43,7 @@ def take(
 
     Raises:
       ValueError: a stack of weights, or an unknown mode.
-      TypeError: ids that are no integers.
+      TypeError: ids that are no integers, or a dtype of anything but floats.
 
     Examples:
       >>> q = fdq.quantize(jnp.ones((256, 64)), "W8A16")
@@ -51,21 +52,21 @@ def take(
     """
     if mode not in ("fill", "clip"):
         raise ValueError(f"take: mode={mode!r}; use 'fill' or 'clip'.")
-    ids = jnp.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"take: expected integer ids, found {ids.dtype}.")
+    ids = as_indices(ids, "take: ids")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"take: dtype={jnp.dtype(dtype)}; expected a dtype of floats.")
     if w.ndim != 2:
         raise ValueError(
             f"take: expected a weight [K, N], found {tuple(w.shape)}; pick from leading axes first "
             "(q[i]), or map over them with jax.vmap."
         )
     if not isinstance(w, QuantizedWeight):
-        return jnp.take(w, ids, axis=0, mode=mode)
+        return jnp.take(as_weight(w, "take"), ids, axis=0, mode=mode)
     w, (k, n) = materialize(w), w.shape
 
     def rows(ids: jax.Array, w: QuantizedWeight) -> jax.Array:
         row = jnp.clip(jnp.where(ids < 0, ids + k, ids), 0, k - 1)
-        found = _rows(w, row.reshape(-1).astype(jnp.int32)).astype(dtype)
+        found = _rows(w, row.reshape(-1)).astype(dtype)
         found = found.reshape(*ids.shape, n)
         if mode == "fill":
             inside = ((ids >= -k) & (ids < k))[..., None]
@@ -76,7 +77,8 @@ def take(
     def axes() -> list[Any]:
         return [*spec_entries(ids), spec_entry(jax.tree.leaves(w)[0], -1)]
 
-    return in_auto_axes(rows, ids, w, result=axes)
+    with mesh_of(w, ids):
+        return in_auto_axes(rows, ids, w, result=axes)
 
 
 def _rows(w: QuantizedWeight, row: jax.Array) -> jax.Array:
@@ -107,7 +109,7 @@ def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = Non
     counts in `matmul`, by default.
     """
     x, w, k = as_rows(x, "fdq.einsum"), materialize(w), w.shape[-2]
-    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    out_dtype = jnp.dtype(x.dtype) if out_dtype is None else as_dtype(out_dtype, "fdq.einsum")
 
     def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1]).astype(wide_dtype(x))
@@ -118,9 +120,11 @@ def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = Non
             y = _by_tiles(rows, view)[:, :k]
         return y.reshape(*x.shape[:-1], k).astype(out_dtype)
 
-    return in_auto_axes(
-        product, x, w, result=lambda: [*spec_entries(x)[:-1], spec_entry(jax.tree.leaves(w)[0], -2)]
-    )
+    def axes() -> list[Any]:
+        return [*spec_entries(x)[:-1], spec_entry(jax.tree.leaves(w)[0], -2)]
+
+    with mesh_of(w, x):
+        return in_auto_axes(product, x, w, result=axes)
 
 
 def _by_tiles(x: jax.Array, view: WeightView) -> jax.Array:
@@ -154,4 +158,6 @@ def _by_tiles(x: jax.Array, view: WeightView) -> jax.Array:
 
 def _view(w: QuantizedWeight) -> WeightView | None:
     """How packed units are read where they lie, a checkpoint's or a kernel's."""
-    return view_words(w.data) if isinstance(w, WordsWeight) else view_weight(w.canonical())
+    if isinstance(w, WordsWeight):
+        return view_words(w.data)
+    return view_weight(differentiable(w.canonical()))
