@@ -8,10 +8,12 @@ from typing import Any
 
 from fdq.text_table import aligned, folded
 from fdq_checkpoints import tree_paths
+from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import importer_of, open_source
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
+from fdq_checkpoints.sources.quantized_model import QUANTIZED_MODELS
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
 from fdq_checkpoints.store import adapters
 from fdq_checkpoints.store import manifest as manifests
@@ -180,13 +182,27 @@ def _verify(stored: StoredTensors) -> None:
 
 def _inspect_source(folder: pathlib.Path, subtree: str | None) -> Inspection:
     importer = importer_of(folder)
+    problem = None
     if importer is not FLOAT_MODELS or subtree is not None:
-        with open_source(folder, subtree=subtree) as source:
-            rows = tuple(_row(tensor) for tensor in tree_paths.flatten(source.tree))
-            path = source.folder
-        return Inspection(str(path), importer.name, None, rows, bytes_in(path))
+        try:
+            with open_source(folder, subtree=subtree) as source:
+                rows = tuple(_row(tensor) for tensor in tree_paths.flatten(source.tree))
+                path, release = source.folder, getattr(source, "release", None)
+            if release is None:
+                return Inspection(str(path), importer.name, None, rows, bytes_in(path))
+            advice = (
+                "fdq loads it as it is: fdq.load(DIR), or fdq convert DIR OUT without --scheme."
+            )
+            kind, size = importer.name, bytes_in(path)
+            return Inspection(str(path), kind, str(release), rows, size, advice=advice)
+        except CheckpointError as error:
+            if importer is not QUANTIZED_MODELS:
+                raise
+            problem = str(error)  # its tensors can be shown all the same
     with SourceDirectory(folder) as directory:
-        infos, release = directory.tensors.values(), QuantizedRelease.of(directory)
+        infos = directory.tensors.values()
+        release = QuantizedRelease.of(directory.path, directory.config)
+        release = release or QuantizedRelease.unnamed(directory.path, infos)
     rows = []
     for info in infos:
         weights = None if release is None else release.weights(info)
@@ -196,7 +212,9 @@ def _inspect_source(folder: pathlib.Path, subtree: str | None) -> Inspection:
     if release is None:
         return Inspection(str(folder), "float model", None, table, size)
     kind = "model quantized by another tool"
-    return Inspection(str(folder), kind, str(release), table, size, advice=release.advice())
+    return Inspection(
+        str(folder), kind, str(release), table, size, advice=problem or release.advice()
+    )
 
 
 def _row(tensor: tree_paths.Tensor) -> Row:

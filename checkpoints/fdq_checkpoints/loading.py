@@ -14,7 +14,6 @@ from fdq import models
 from fdq.calibration.observation import calibrate
 from fdq.decoding import special_tokens
 from fdq.quantizers.quantization import quantize
-from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
 from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
@@ -162,9 +161,14 @@ def _like_stored(
         tensors = tree_paths.flatten(template)
         plain = [t.path for t in tensors if not isinstance(t.value, tree_paths.QUANTIZED)]
         found = [entries[path] for path in plain if path in entries]
-        if to_quantize := [entry for entry in found if entry.spec is not None]:
+        schemes = {
+            entry.path: Scheme(weight=entry.spec, activation=entry.activation)
+            for entry in found
+            if entry.spec is not None
+        }
+        if schemes:
             abstract = nnx.eval_shape(lambda: nnx.clone(template))
-            template = quantize(abstract, _exact_recipe(to_quantize))
+            template = quantize(abstract, tree_paths.exact_recipe(schemes))
     tensors = tree_paths.flatten(template)
     tree_paths.check_same_paths(
         expected=[tensor.path for tensor in tensors], found=entries, what=str(folder)
@@ -177,15 +181,6 @@ def _like_stored(
         if problem is not None:
             raise CheckpointError(f"{folder}: {dotted(tensor.path)}: {problem}.")
     return template
-
-
-def _exact_recipe(entries: list[TensorEntry]) -> Recipe:
-    """A recipe that stores each of these tensors by its spec, and leaves all others."""
-    rules = []
-    for entry in entries:
-        pattern = "".join(f"[{char}]" if char in "*?[{" else char for char in dotted(entry.path))
-        rules.append((pattern, Scheme(weight=entry.spec, activation=entry.activation)))
-    return Recipe(rules)
 
 
 def _difference(value: Any, entry: TensorEntry, cast: bool) -> str | None:

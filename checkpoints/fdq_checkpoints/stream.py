@@ -81,6 +81,7 @@ class Job:
         """
         if scheme is None:
             return cls(source, source.tree, None, LayerInputs())
+        source = source.decoded()
         if calibration is not None and not is_statistics(calibration):
             as_it_is = cls.of(source, None)
             put = place or _on_default_device

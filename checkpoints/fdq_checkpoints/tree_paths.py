@@ -15,7 +15,8 @@ from flax import nnx
 from fdq.formats.folded import FoldedWeight
 from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.schemes.path_pattern import path_keys
-from fdq.schemes.scheme import ActivationSpec
+from fdq.schemes.recipe import Recipe
+from fdq.schemes.scheme import ActivationSpec, Scheme
 from fdq_checkpoints.errors import CheckpointError, nearest
 
 Path = tuple[str, ...]
@@ -116,6 +117,15 @@ def map_arrays(function: Callable[[Path, Any], Any], tensor: Tensor) -> Any:
         for name, array in arrays_of(tensor.value).items()
     }
     return with_arrays(tensor.value, arrays)
+
+
+def exact_recipe(schemes: Mapping[Path, Scheme]) -> Recipe:
+    """A recipe that stores each of these tensors as said, and leaves all others."""
+    rules = []
+    for path, scheme in schemes.items():
+        pattern = "".join(f"[{char}]" if char in "*?[{" else char for char in dotted(path))
+        rules.append((pattern, scheme))
+    return Recipe(rules)
 
 
 def array_path(path: Path, name: str) -> Path:

@@ -14,19 +14,36 @@ from fdq.cli import console
 from fdq.schemes.recipe import Recipe
 
 NAME = "convert"
-EXAMPLE = "Example:  fdq convert ERNIE-4.5-0.3B-PT ernie-w4a16c8 --scheme W4A16C8"
+EXAMPLE = (
+    "Example:  fdq convert ERNIE-4.5-0.3B-PT ernie-w4a16c8 --scheme W4A16C8     |     "
+    "fdq convert Qwen3-8B-AWQ qwen3-w4"
+)
 
 
 @console.command
 def run(
     source: Annotated[
         pathlib.Path,
-        typer.Argument(metavar="SRC", help="Hugging Face, Paddle or Orbax checkpoint of floats."),
+        typer.Argument(
+            metavar="SRC",
+            parser=console.path,
+            help="Hugging Face, Paddle or Orbax checkpoint.",
+        ),
     ],
     destination: Annotated[
-        pathlib.Path, typer.Argument(metavar="DST", help="Directory to make; must not exist.")
+        pathlib.Path,
+        typer.Argument(
+            metavar="DST", parser=console.path, help="Directory to make; must not exist."
+        ),
     ],
-    scheme: console.Scheme,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--scheme",
+            "-s",
+            help=f"{console.SCHEME_HELP} Without it, what another tool quantized stays as it is.",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="What chooses the codes: search, absmax, signed_max. Default: by bits."),
@@ -61,7 +78,7 @@ def run(
     """
     from fdq_checkpoints import convert, inspect
 
-    recipe = console.read_scheme(scheme)
+    recipe = None if scheme is None else console.read_scheme(scheme)
     console.checkpoint_directory(source)
     if destination.exists() and not overwrite:
         raise FileExistsError(
@@ -71,7 +88,7 @@ def run(
     if calibration_text is not None and calibration_file is not None:
         raise ValueError("--calibration-text and --calibration both give statistics; drop one.")
     given = calibration_text or calibration_file
-    if Recipe.parse(recipe).needs_calibration and given is None:
+    if recipe is not None and Recipe.parse(recipe).needs_calibration and given is None:
         raise ValueError(
             f"{scheme} has static scales: give text to calibrate them on, --calibration-text FILE."
         )
@@ -82,9 +99,15 @@ def run(
         with console.err.status("Calibrating ..."):
             calibration = calibrated(source, calibration_text, config=config, subtree=subtree)
     before = inspect(source, subtree=subtree)
+    if recipe is None and (before.scheme is None or before.kind == "fdq"):
+        raise ValueError(
+            f"{source} is not quantized: say what it is to be stored in, --scheme W4A16C8. "
+            "fdq schemes lists what there is."
+        )
     start = time.perf_counter()
     printed = io.StringIO()
-    if not json and (cost := said_cost(source, recipe, method, compat)):
+    cost = None if json or recipe is None else said_cost(source, recipe, method, compat)
+    if cost:
         console.err.print(cost, soft_wrap=True, markup=False)
     converting = console.progress("Converting", quiet=json, in_bytes=True)
     with converting as update, contextlib.redirect_stdout(printed):

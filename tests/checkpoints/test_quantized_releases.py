@@ -149,6 +149,6 @@ def test_the_command_says_what_can_be_done(tmp_path):
     builders.edit_config(tmp_path / "model", quantization_config=content)
     result = run("inspect", tmp_path / "model")
     assert "GPTQ, 4 bits in groups of 128" in result.stdout
-    assert "load or convert the float original" in result.stderr
+    assert "Load or convert the float original" in result.stderr
     table = json.loads(run("inspect", tmp_path / "model", "--json").stdout)
     assert table["scheme"] == "GPTQ, 4 bits in groups of 128" and "W4A16" in table["advice"]

@@ -20,6 +20,7 @@ from fdq.cache import CACHE_FORMATS
 from fdq.cli.app import app
 from fdq.cli.console import size
 from fdq.models import CONFIGS, FAMILIES, Decoder
+from tests.checkpoints import foreign
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 COMMANDS = (
@@ -213,6 +214,43 @@ def test_a_prompt_and_a_text_come_from_standard_input(converted):
         assert read["text"] == spelled["text"]
     content = json.loads(run("evaluate", converted, "--text", "-", "--json", stdin=TEXT).stdout)
     assert content["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (("--prompt", "-"), b"\xff\xfe", "is no text in UTF-8"),
+        (("--prompt", "\udcff"), None, "--prompt: no text in UTF-8"),
+        (("--prompt", "a", "--temperature", 1, "--seed", 10**20), None, "--seed"),
+        (("--prompt", "a", "--temperature", 1, "--seed", -1), None, "--seed"),
+    ],
+)
+def test_prompts_and_seeds_that_are_none(converted, arguments, stdin, said):
+    assert said in run("generate", converted, *arguments, stdin=stdin, code=2).stderr
+
+
+def test_an_empty_path_is_not_the_current_directory(converted, monkeypatch):
+    monkeypatch.chdir(converted)
+    for arguments in (("inspect", ""), ("convert", "", "out"), ("convert", ".", "")):
+        assert "an empty path" in run(*arguments, code=2).stderr
+
+
+def test_a_tree_of_arrays_is_no_model(tmp_path):
+    fdq.save({"w": np.ones((64, 32), np.float32)}, tmp_path / "tree")
+    for command in ("generate", "evaluate"):
+        said = run(command, tmp_path / "tree", code=2, stdin="a").stderr
+        assert "a tree of arrays, not a model that decodes" in said
+
+
+def test_what_another_tool_quantized_is_converted_without_a_scheme(tmp_path, original):
+    foreign.model("gptq", tmp_path / "gptq", np.random.default_rng(0))
+    content = json.loads(run("convert", tmp_path / "gptq", tmp_path / "kept", "--json").stdout)
+    assert content["scheme"] == "W4A16C16-g32-f16"
+    assert (
+        "say what it is to be stored in" in run("convert", original, tmp_path / "x", code=2).stderr
+    )
+    run("convert", tmp_path / "gptq", tmp_path / "other", "--scheme", "W8A16")
+    assert not (tmp_path / "x").exists()
 
 
 def test_schemes_and_models_are_listed():

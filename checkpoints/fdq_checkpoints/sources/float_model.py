@@ -13,7 +13,7 @@ from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import tell_of_adapters
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import published_names, tensor_names
-from fdq_checkpoints.sources.quantized_release import QuantizedRelease
+from fdq_checkpoints.sources.quantized_release import QUANTIZATION_KEYS, QuantizedRelease
 from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.tree_paths import Path
 
@@ -21,15 +21,14 @@ from fdq_checkpoints.tree_paths import Path
 _WRONG_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 
 
+Parts = Mapping[Path, tensor_names.Source]
+"""By target, which tensors make it."""
+
+
 class FloatModel(Source):
     """A directory of floats, seen as the tensors of an fdq model."""
 
-    def __init__(
-        self,
-        directory: SourceDirectory,
-        model: models.Decoder,
-        parts: Mapping[Path, tensor_names.Source],
-    ):
+    def __init__(self, directory: Any, model: models.Decoder, parts: Parts):
         self.directory, self.folder = directory, directory.path
         self.tree, self.config = model, model.config
         self._parts = parts
@@ -63,7 +62,7 @@ class FloatModels:
         try:
             _refuse_quantized(directory)
             tell_of_adapters(folder)
-            return _open(directory, dtype)
+            return FloatModel(directory, *parts_of(directory, dtype))
         except BaseException:
             directory.close()
             raise
@@ -72,10 +71,12 @@ class FloatModels:
 FLOAT_MODELS = FloatModels()
 
 
-def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
+def parts_of(directory: tensor_names.Tensors, dtype: Any) -> tuple[models.Decoder, Parts]:
+    """The abstract model of a directory, and where each of its tensors comes from."""
     where, hf_config = directory.path / "config.json", directory.config
+    described = {key: value for key, value in hf_config.items() if key not in QUANTIZATION_KEYS}
     try:
-        config = models.from_huggingface(hf_config)
+        config = models.from_huggingface(described)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except _WRONG_KIND as error:
@@ -100,11 +101,11 @@ def _open(directory: SourceDirectory, dtype: Any) -> FloatModel:
     )
     if tied:
         tensor_names.check_tied_head(directory, names.head, names.embedding)
-    return FloatModel(directory, model, sources)
+    return model, sources
 
 
 def _refuse_quantized(directory: SourceDirectory) -> None:
-    release = QuantizedRelease.of(directory)
+    release = QuantizedRelease.of(directory.path, directory.config)
     if release is not None:
         raise CheckpointError(
             f"{release.where} ({release.method}): the weights are quantized already: {release}. "

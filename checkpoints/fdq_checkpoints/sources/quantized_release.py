@@ -5,14 +5,15 @@ Their codes are not read here.
 
 import dataclasses
 import os
+import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fdq_checkpoints.errors import shown
 from fdq_checkpoints.readers import strict_json
 from fdq_checkpoints.readers.safetensors_reader import TensorInfo
-from fdq_checkpoints.readers.source_directory import MAX_CONFIG_BYTES, SourceDirectory
+from fdq_checkpoints.readers.source_directory import MAX_CONFIG_BYTES
 
 # By quant_method: the name that people know.
 _NAMES = {
@@ -29,6 +30,7 @@ _NAMES = {
     "nvfp4": "NVFP4",
     "torchao": "torchao",
     "hqq": "HQQ",
+    "mlx": "MLX",
     "quanto": "Quanto",
     "eetq": "EETQ",
     "aqlm": "AQLM",
@@ -40,7 +42,8 @@ _NAMES = {
     "mix_quant": "FastDeploy MixQuant",
 }
 # Of config.json; the second is what compressed-tensors used to write.
-_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_MLX_KEY = "quantization"
 _SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Formats that are the same thing in fdq, and the integers' groups that it has.
 _SCHEMES = {"fp8": "Wfp8A16", "mxfp4": "WMXFP4A16", "nvfp4": "WNVFP4A16", "nf4": "WNF4A16"}
@@ -50,7 +53,17 @@ _GROUPS = (16, 32, 64, 128)
 # Ends of tensor names: arrays of codes, and what comes with them and is no weight.
 _CODES = ("qweight", "quant_weight", "weight_packed", "_blocks", ".weight")
 _BESIDE = (
-    *("qzeros", "scales", "g_idx", "SCB", "weight_format", "absmax", "quant_map", "weight_shape"),
+    *(
+        "qzeros",
+        "scales",
+        "biases",
+        "g_idx",
+        "SCB",
+        "weight_format",
+        "absmax",
+        "quant_map",
+        "weight_shape",
+    ),
     *("_scale", "_scale_inv", "_scale_2", "_zero_point", "_global_scale", "input_scale"),
 )
 
@@ -66,6 +79,7 @@ class QuantizedRelease:
       kind: `"int"`, or the name of a format that is no integer.
       group: rows or columns that share a scale; None where a channel or a tensor does.
       where: the file that says so.
+      content: what it says.
     """
 
     method: str
@@ -74,18 +88,25 @@ class QuantizedRelease:
     kind: str
     group: int | None
     where: str
+    content: Mapping[str, Any] = dataclasses.field(repr=False, hash=False)
 
     @classmethod
-    def of(cls, directory: SourceDirectory) -> "QuantizedRelease | None":
+    def of(cls, folder: pathlib.Path, config: Mapping[str, Any]) -> "QuantizedRelease | None":
         """What config.json, or a file beside it, says; None for a model of floats."""
-        for key in _KEYS:
-            content = directory.config.get(key)
+        for key in QUANTIZATION_KEYS:
+            content = config.get(key)
+            if isinstance(content, dict) and "quant_method" not in content:
+                content = _of_mlx(config.get(_MLX_KEY)) or content
             if content is not None:
-                where = f"{directory.path / 'config.json'}: {key}"
-                known = {"quant_method": "compressed-tensors"} if key != _KEYS[0] else {}
+                where = f"{folder / 'config.json'}: {key}"
+                known = (
+                    {"quant_method": "compressed-tensors"} if key != QUANTIZATION_KEYS[0] else {}
+                )
                 return cls._read(known | (content if isinstance(content, dict) else {}), where)
+        if content := _of_mlx(config.get(_MLX_KEY)):
+            return cls._read(content, f"{folder / 'config.json'}: {_MLX_KEY}")
         for name in _SIDE_FILES:
-            path = directory.path / name
+            path = folder / name
             if os.path.lexists(path):
                 content = strict_json.read_object(path, max_bytes=MAX_CONFIG_BYTES)
                 inner = content.get("quantization")
@@ -93,6 +114,21 @@ class QuantizedRelease:
                 values = inner if isinstance(inner, dict) else content
                 return cls._read({"quant_method": fallback} | values, str(path))
         return None
+
+    @classmethod
+    def unnamed(
+        cls, folder: pathlib.Path, tensors: Iterable[TensorInfo]
+    ) -> "QuantizedRelease | None":
+        """Of a directory whose config says nothing: what its tensors are; None if they are floats.
+
+        There is no other reason for matrices of integers, or of floats of 8 bits.
+        """
+        codes = [
+            info
+            for info in tensors
+            if len(info.shape) > 1 and (info.dtype.kind in "iu" or info.dtype.itemsize == 1)
+        ]
+        return cls("?", "an unknown tool", None, "int", None, str(folder), {}) if codes else None
 
     @classmethod
     def _read(cls, content: Mapping[str, Any], where: str) -> "QuantizedRelease":
@@ -118,7 +154,7 @@ class QuantizedRelease:
         elif match := re.fullmatch(r"wint([248])", method.lower()):
             bits = int(match[1])
         group = _first_int(inner, ("group_size", "q_group_size"))
-        return cls(method, tool, bits, kind, group, where)
+        return cls(method, tool, bits, kind, group, where, content)
 
     @property
     def scheme(self) -> str | None:
@@ -141,8 +177,7 @@ class QuantizedRelease:
         """What fdq can do with such a checkpoint."""
         like = f" fdq's --scheme {self.scheme} stores it alike." if self.scheme else ""
         return (
-            f"fdq does not read the codes of {self.tool}: load or convert the float original that "
-            f"they were made of.{like}"
+            f"Load or convert the float original that the codes of {self.tool} were made of.{like}"
         )
 
     def weights(self, info: TensorInfo) -> int | None:
@@ -154,6 +189,13 @@ class QuantizedRelease:
             bits = self.bits if info.dtype.kind in "iu" and self.bits else 8
             return info.nbytes * 8 // bits
         return None
+
+
+def _of_mlx(content: Any) -> dict[str, Any] | None:
+    """What MLX writes, which names no method; None if it is something else."""
+    if not isinstance(content, dict) or not {"bits", "group_size"} <= content.keys():
+        return None
+    return {"quant_method": "mlx"} | content
 
 
 def _weights_of_groups(content: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -32,6 +32,10 @@ class Source(abc.ABC):
     def read(self, path: Path, index: int | None = None) -> np.ndarray | QTensor:
         """The tensor at `path` as it is stored, or `tensor[index]` of a stack."""
 
+    def decoded(self) -> "Source":
+        """The same in floats where it holds somebody's codes, which another scheme is made of."""
+        return self
+
     @property
     def name(self) -> str:
         """What to call it in the provenance of what is made of it."""

@@ -3,8 +3,10 @@
 import dataclasses
 import fnmatch
 import functools
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,34 @@ import numpy as np
 
 from fdq.models.family import Layout, Rule
 from fdq_checkpoints.errors import CheckpointError, nearest, shown
-from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.readers.safetensors_reader import TensorInfo
 from fdq_checkpoints.tree_paths import Path, dotted
 
 # Tensors that a file may have and no model uses: multi-token prediction heads, and the rotary
-# frequencies that old exporters wrote out.
-_ROTARY = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
-IGNORED = ("mtp*", "model.mtp*", "ernie.mtp*", "*.mtp_*", *_ROTARY)
+# frequencies and causal masks that old exporters wrote out.
+_BUFFERS = ("*rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.self_attn.bias")
+IGNORED = ("mtp*", "model.mtp*", "ernie.mtp*", "*.mtp_*", *_BUFFERS)
 _COMPARE_ROWS_BYTES = 32 * 2**20
+
+
+class Tensors(Protocol):
+    """Tensors by name, as a `SourceDirectory` has them."""
+
+    path: pathlib.Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def file_name(self, name: str) -> str:
+        """The path of the file that holds a tensor."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `[start, stop)` of the tensor's first dimension."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +58,7 @@ class Source:
     stacked: bool
     layout: Layout
 
-    def read(self, directory: SourceDirectory, expert: int | None = None) -> np.ndarray:
+    def read(self, directory: Tensors, expert: int | None = None) -> np.ndarray:
         """The target, or one expert of it, exactly as stored; holds one source tensor besides.
 
         Parts may be stored in several dtypes: the result's holds every value of all of them.
@@ -78,7 +100,7 @@ def _laid_out(array: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def sources(
-    directory: SourceDirectory,
+    directory: Tensors,
     rules: tuple[Rule, ...],
     targets: Mapping[Path, jax.ShapeDtypeStruct],
     *,
@@ -111,15 +133,17 @@ def sources(
     if unexpected:
         name = unexpected[0]
         more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
+        advice = "Check that they belong together."
+        if all(name.startswith("v_head.") for name in unexpected):
+            advice = "It is the value head of a training run: save the model without it."
         raise CheckpointError(
             f"{directory.file_name(name)}: tensor {shown(name)}{more} is not part of a "
-            f"{directory.config.get('model_type')} model with this config.json. Check that they "
-            "belong together."
+            f"{directory.config.get('model_type')} model with this config.json. {advice}"
         )
     return result
 
 
-def check_tied_head(directory: SourceDirectory, head: str, embedding: str) -> None:
+def check_tied_head(directory: Tensors, head: str, embedding: str) -> None:
     """A head in the file of a model that ties it to the embedding must be equal to it."""
     a, b = directory.tensors[head], directory.tensors[embedding]
     same = a.shape == b.shape
@@ -149,8 +173,22 @@ def _rule(path: Path, rules: tuple[Rule, ...]) -> tuple[Rule, dict[str, str]]:
     raise CheckpointError(f"{name}: checkpoints of this family have no such tensor.")
 
 
+def _renamed(name: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """What a missing tensor may be called, for errors: all names may have another beginning."""
+    _, _, rest = name.partition(".")
+    others = {known[: -len(name)] for known in tensors if known.endswith("." + name)}
+    if len(others) == 1:
+        return f" All names begin with {others.pop()!r}: save the model without that prefix."
+    if rest in tensors and not any(known.startswith("model.") for known in tensors):
+        return (
+            " All names lack 'model.' at their beginning: save the model with its head, as "
+            "AutoModelForCausalLM does."
+        )
+    return nearest(name, tensors)
+
+
 def _check_parts(
-    directory: SourceDirectory, source: Source, names: tuple[str, ...], widths: Sequence[int] | None
+    directory: Tensors, source: Source, names: tuple[str, ...], widths: Sequence[int] | None
 ) -> None:
     shape = source.shape[1:] if source.stacked else source.shape
     if widths is None or len(names) == 1:
@@ -160,7 +198,7 @@ def _check_parts(
         if info is None:
             raise CheckpointError(
                 f"{directory.path}: tensor {shown(name)} is missing, which "
-                f"{dotted(source.target)} needs.{nearest(name, directory.tensors)}"
+                f"{dotted(source.target)} needs.{_renamed(name, directory.tensors)}"
             )
         expected = (*shape[:-1], width)
         if source.layout == "transposed":

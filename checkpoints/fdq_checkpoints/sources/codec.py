@@ -1,0 +1,243 @@
+"""How a tool stores quantized linear layers in safetensors: one `Codec` a tool."""
+
+import abc
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16 by name
+import numpy as np
+
+from fdq.schemes.scheme import WeightSpec
+from fdq_checkpoints.errors import CheckpointError, shown
+from fdq_checkpoints.readers.safetensors_reader import TensorInfo
+from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
+
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+_LONGEST_PATTERN = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of somebody's config, read key by key; `where` is the file and what leads there."""
+
+    content: Mapping[str, Any]
+    where: str
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number; CheckpointError if it is something else, or missing without a default."""
+        value = self.content.get(key)
+        value = default if value is None else value
+        if type(value) is not int:
+            raise self.wrong(key, "a whole number")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.content.get(key)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(key, "true or false")
+        return default if value is None else value
+
+    def one_of(self, key: str, known: tuple[Any, ...], default: Any = None) -> Any:
+        """One of some values; null and missing count as `default`."""
+        value = self.content.get(key)
+        value = default if value is None else value
+        if not any(type(value) is type(one) and value == one for one in known):
+            raise self.wrong(key, " or ".join(map(repr, known)))
+        return value
+
+    def pair(self, key: str) -> tuple[int, int]:
+        """Two sizes above zero."""
+        value = self.content.get(key)
+        sizes = value if isinstance(value, list) else []
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise self.wrong(key, "two sizes, of out and in")
+        return sizes[0], sizes[1]
+
+    def names(self, *keys: str) -> tuple[str, ...]:
+        """The list of strings under the first of the keys that is there; empty without one."""
+        for key in keys:
+            value = self.content.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise self.wrong(key, "a list of names")
+            return tuple(value)
+        return ()
+
+    def part(self, key: str) -> "Section | None":
+        """An object under a key; None without one."""
+        value = self.content.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(key, "an object")
+        return Section(value, f"{self.where}: {key}")
+
+    def parts(self) -> Iterator["Section"]:
+        """The objects under all keys."""
+        for key in self.content:
+            part = self.part(key)
+            if part is None:
+                raise self.wrong(key, "an object")
+            yield part
+
+    def absent(self, *keys: str, because: str) -> None:
+        """Refuses a key that says something: anything but null, false or nothing at all."""
+        for key in keys:
+            if self.content.get(key):
+                raise self.wrong(key, f"nothing: {because}")
+
+    def wrong(self, key: str, expected: str) -> CheckpointError:
+        """What to raise about a value."""
+        return CheckpointError(
+            f"{self.where}: {key} = {self.content.get(key)!r:.80}, expected {expected}."
+        )
+
+
+class Codec(abc.ABC):
+    """The quantized layers of an open directory, as its config says."""
+
+    methods: ClassVar[tuple[str, ...]]
+    """The `quant_method` that it reads."""
+    codes: ClassVar[tuple[str, ...]]
+    """How the names of tensors of codes end, after the module's."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Ends of names of tensors that say nothing about weights."""
+
+    def __init__(self, directory: SourceDirectory, section: Section):
+        self.directory, self.section = directory, section
+
+    @abc.abstractmethod
+    def linear(self, module: str) -> Linear | None:
+        """A module that has codes; None for one of plain floats after all.
+
+        CheckpointError says what of it is missing, or of another shape than its codes.
+        """
+
+    @abc.abstractmethod
+    def read(self, linear: Linear) -> StoredWeight:
+        """Its weight."""
+
+    def linears(self) -> dict[str, Linear]:
+        """All quantized modules by name."""
+        found = {}
+        for name in self.directory.tensors:
+            module, _, end = name.rpartition(".")
+            if end in self.codes and (linear := self.linear(module)) is not None:
+                found[module] = linear
+        return found
+
+    def info(self, module: str, end: str) -> TensorInfo:
+        """A tensor of a module; CheckpointError if it is missing."""
+        name = f"{module}.{end}"
+        if name not in self.directory.tensors:
+            raise CheckpointError(
+                f"{self.directory.path}: tensor {shown(name)} is missing beside the codes of "
+                f"{shown(module)}. Download the model again."
+            )
+        return self.directory.tensors[name]
+
+    def has(self, module: str, end: str) -> bool:
+        """Whether a module has such a tensor."""
+        return f"{module}.{end}" in self.directory.tensors
+
+    def check(self, module: str, end: str, shape: tuple[int, ...], *dtypes: str) -> TensorInfo:
+        """A tensor of a module, of this shape and one of these dtypes."""
+        info = self.info(module, end)
+        if info.shape != shape or info.dtype.name not in dtypes:
+            raise CheckpointError(
+                f"{self.directory.file_name(info.name)}: tensor {shown(info.name)} is "
+                f"{info.dtype} {info.shape}, expected {' or '.join(dtypes)} {shape} beside the "
+                "codes."
+            )
+        return info
+
+    def read_end(self, linear: Linear, end: str) -> np.ndarray:
+        """A tensor of a module."""
+        return self.directory.read(f"{linear.module}.{end}")
+
+    def scale_of(self, linear: Linear, end: str) -> np.ndarray:
+        """A tensor of scales; CheckpointError where one is negative or not finite."""
+        scale = self.read_end(linear, end)
+        wide = scale.astype(np.float32)
+        if not np.isfinite(wide).all() or (wide < 0).any():
+            raise self.bad(linear, end, "a scale that is negative or not finite")
+        return scale
+
+    def float8_of(self, linear: Linear, end: str) -> np.ndarray:
+        """Codes of e4m3; CheckpointError where one is NaN."""
+        codes = self.read_end(linear, end)
+        if ((codes.view(np.uint8) & np.uint8(0x7F)) == 0x7F).any():
+            raise self.bad(linear, end, "NaN")
+        return codes
+
+    def bad(self, linear: Linear, end: str, what: str) -> CheckpointError:
+        """What to raise about the content of a tensor."""
+        name = f"{linear.module}.{end}"
+        return CheckpointError(
+            f"{self.directory.file_name(name)}: tensor {shown(name)} holds {what}. Download it "
+            "again, or take the float original."
+        )
+
+    def shape_problem(self, module: str, what: str) -> CheckpointError:
+        """What to raise where the shape of codes cannot be."""
+        return CheckpointError(f"{self.directory.path}: the codes of {shown(module)}: {what}.")
+
+
+def check_ignored(directory: SourceDirectory, found: Mapping[str, Any], ignored: "Names") -> None:
+    """A module that the config leaves in floats must not have codes."""
+    for module in found:
+        if ignored.match(module):
+            raise CheckpointError(
+                f"{directory.path}: {shown(module)} has codes, but config.json leaves it in "
+                "floats. Check that they belong together."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Modules by name or, after `re:`, by a regular expression that their names match."""
+
+    patterns: tuple[str, ...]
+    where: str
+
+    def match(self, module: str) -> bool:
+        """Whether a module is among them; a bare name means every module of that last name too."""
+        return any(self._matches(pattern, module) for pattern in self.patterns)
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        if not pattern.startswith("re:"):
+            return module == pattern or module.startswith(pattern + ".")
+        expression = pattern.removeprefix("re:")
+        # Repetitions of repetitions take for ever on some names.
+        if len(expression) > _LONGEST_PATTERN or re.search(r"[*+}]\s*\)\s*[*+{]", expression):
+            raise CheckpointError(
+                f"{self.where}: the pattern {expression!r:.80} is too long, or repeats what "
+                "repeats. Write the modules' names in its place."
+            )
+        try:
+            return re.match(expression, module) is not None
+        except re.error as error:
+            raise CheckpointError(
+                f"{self.where}: the pattern {expression!r:.80} is no regular expression: {error}."
+            ) from None
+
+
+def scale_dtype(info: TensorInfo, directory: SourceDirectory) -> str:
+    """The dtype of a tensor of float scales, as specs name it."""
+    if info.dtype.name not in SCALE_DTYPES:
+        raise CheckpointError(
+            f"{directory.file_name(info.name)}: tensor {shown(info.name)} is {info.dtype}, "
+            f"expected scales in {', '.join(SCALE_DTYPES)}."
+        )
+    return info.dtype.name
+
+
+def integer_spec(bits: int, group: int | None, **fields: Any) -> WeightSpec:
+    """Integers with a scale per group of rows, or per channel where `group` is None."""
+    granularity = "channel" if group is None else "group"
+    return WeightSpec(format=f"int{bits}", granularity=granularity, group_size=group, **fields)

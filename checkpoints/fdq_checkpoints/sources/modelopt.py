@@ -1,0 +1,109 @@
+"""NVIDIA ModelOpt: NVFP4, FP8 per tensor or per channel and token, FP8 in blocks.
+
+============  ==============================  ==================================================
+`quant_algo`  codes of a layer `[out, in]`    scales, which all multiply
+============  ==============================  ==================================================
+`NVFP4`       `weight` uint8 `[out, in / 2]`  e4m3 `[out, in / 16]`, `weight_scale_2` float32
+`FP8`         `weight` e4m3                   `weight_scale` float32 `()`
+`fp8_pb_wo`   the same                        float32 `[out / 128, 1, in / 128, 1]`
+============  ==============================  ==================================================
+
+Source: nvidia-modelopt 0.47 (`export`).
+"""
+
+import re
+
+import numpy as np
+
+from fdq.schemes.scheme import WeightSpec
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources.codec import Codec, Names, Section, check_ignored
+from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
+
+_BLOCK = 128
+_MOST_STARS = 4
+
+
+class ModelOpt(Codec):
+    """Weights; inputs stay in 16 bits, for their scales are static."""
+
+    methods = ("modelopt", "modelopt_fp4", "nvfp4")
+    codes = ("weight_scale",)
+    unused = ("input_scale", "k_scale", "v_scale")
+
+    def __init__(self, directory: SourceDirectory, section: Section):
+        super().__init__(directory, section)
+        self.algorithm = section.one_of("quant_algo", ("NVFP4", "FP8", "fp8_pb_wo", "FP8_PB_WO"))
+        names = section.names("ignore", "exclude_modules")
+        escaped = [f"re:{_expression(name)}" if "*" in name else name for name in names]
+        self.ignored = Names(tuple(escaped), section.where)
+
+    def linears(self) -> dict[str, Linear]:
+        """Also checks that what is to be ignored has no codes."""
+        found = super().linears()
+        check_ignored(self.directory, found, self.ignored)
+        return found
+
+    def linear(self, module: str) -> Linear:
+        """By the dtype of the codes, which says more than the config's label."""
+        info = self.info(module, "weight")
+        if len(info.shape) != 2:
+            raise self.shape_problem(module, f"{info.shape} is no matrix")
+        if info.dtype.name == "uint8":
+            if self.algorithm != "NVFP4":
+                raise self.shape_problem(
+                    module, f"uint8, which quant_algo {self.algorithm} has not"
+                )
+            n, k = info.shape[0], 2 * info.shape[1]
+            self.check(module, "weight_scale", (n, k // 16), "float8_e4m3fn")
+            self.check(module, "weight_scale_2", self._one(module, "weight_scale_2"), "float32")
+            spec = WeightSpec(
+                format="nvfp4",
+                granularity="group",
+                group_size=16,
+                scale_dtype="float8_e4m3fn",
+            )
+            ends = ("weight", "weight_scale", "weight_scale_2")
+            return Linear(module=module, shape=(n, k), spec=spec, activation=None, ends=ends)
+        n, k = info.shape
+        self.check(module, "weight", (n, k), "float8_e4m3fn")
+        scales = self.info(module, "weight_scale")
+        spec = WeightSpec(format="float8_e4m3")
+        if len(scales.shape) == 4:
+            self.check(module, "weight_scale", (-(-n // _BLOCK), 1, -(-k // _BLOCK), 1), "float32")
+            size = (_BLOCK, _BLOCK)
+            spec = WeightSpec(format="float8_e4m3", granularity="block", block_size=size)
+        elif scales.shape in ((), (1,)):
+            self.check(module, "weight_scale", scales.shape, "float32")
+            spec = WeightSpec(format="float8_e4m3", granularity="tensor")
+        else:
+            self.check(module, "weight_scale", (n,), "float32")
+        ends = ("weight", "weight_scale")
+        return Linear(module=module, shape=(n, k), spec=spec, activation=None, ends=ends)
+
+    def _one(self, module: str, end: str) -> tuple[int, ...]:
+        """The shape of one number, which has been written with and without an axis."""
+        return (1,) if self.info(module, end).shape == (1,) else ()
+
+    def read(self, linear: Linear) -> StoredWeight:
+        """Turned from `[out, in]` to `[in, out]`."""
+        k, spec, arrays = linear.shape[1], linear.spec, {}
+        if spec.format == "nvfp4":
+            codes, scale = self.read_end(linear, "weight"), self.float8_of(linear, "weight_scale")
+            arrays["global_scale"] = self.scale_of(linear, "weight_scale_2").reshape(1, 1)
+        else:
+            codes, scale = self.float8_of(linear, "weight"), self.scale_of(linear, "weight_scale")
+            if scale.ndim == 4:
+                scale = scale[:, 0, :, 0]
+            elif scale.ndim < 2:
+                scale = scale.reshape(-1, 1)
+        arrays["scale"] = np.ascontiguousarray(scale.T)
+        return StoredWeight(spec, k, np.ascontiguousarray(codes.T), arrays)
+
+
+def _expression(name: str) -> str:
+    """A name with `*` as a regular expression."""
+    if name.count("*") > _MOST_STARS:
+        raise CheckpointError(f"config.json: the pattern {name!r:.80} has too many stars.")
+    return ".*".join(map(re.escape, name.split("*"))) + "$"

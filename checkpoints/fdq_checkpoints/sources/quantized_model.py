@@ -1,0 +1,246 @@
+"""Models that other tools quantized: their codes and scales become fdq's, and are not made again.
+
+A fused layer of fdq joins several of theirs. Parts that have nothing in common, say q and k in
+codes and v in floats, are decoded, and the layer stays in floats.
+"""
+
+import collections
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fdq import models
+from fdq.formats.qtensor import QTensor, dequantize
+from fdq.quantizers.quantization import quantize
+from fdq.schemes.recipe import Recipe
+from fdq.schemes.scheme import Scheme
+from fdq_checkpoints import tree_paths
+from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers import strict_json
+from fdq_checkpoints.readers.local_directory import tell_of_adapters
+from fdq_checkpoints.readers.safetensors_reader import TensorInfo
+from fdq_checkpoints.readers.source_directory import MAX_CONFIG_BYTES, SourceDirectory
+from fdq_checkpoints.sources import float_model
+from fdq_checkpoints.sources.bitsandbytes import BitsAndBytes
+from fdq_checkpoints.sources.codec import Codec, Section
+from fdq_checkpoints.sources.compressed_tensors import CompressedTensors
+from fdq_checkpoints.sources.float8_blocks import Float8
+from fdq_checkpoints.sources.gptq import Awq, Gptq
+from fdq_checkpoints.sources.modelopt import ModelOpt
+from fdq_checkpoints.sources.quantized_release import QuantizedRelease
+from fdq_checkpoints.sources.source import Source
+from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight, joined_spec
+from fdq_checkpoints.tree_paths import Path, dotted
+
+_LOGGER = logging.getLogger("fdq")
+
+CODECS: dict[str, type[Codec]] = {
+    method: codec
+    for codec in (Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt)
+    for method in codec.methods
+}
+
+
+class LinearNames:
+    """A directory as tensor names see it: `<module>.weight` in floats, whatever it is stored as."""
+
+    def __init__(self, directory: SourceDirectory, codec: Codec, dtype: np.dtype):
+        self.directory, self.codec = directory, codec
+        self.path, self.config = directory.path, directory.config
+        self.linears = codec.linears()
+        hidden = {name for linear in self.linears.values() for name in linear.names}
+        self.tensors = {
+            name: info
+            for name, info in directory.tensors.items()
+            if name not in hidden and name.rpartition(".")[2] not in codec.unused
+        }
+        for module, linear in self.linears.items():
+            name = f"{module}.weight"
+            self.tensors[name] = TensorInfo(name, dtype, linear.shape, 0, 0)
+
+    def linear(self, name: str) -> Linear | None:
+        """The quantized layer whose weight has this name."""
+        module, _, end = name.rpartition(".")
+        return self.linears.get(module) if end == "weight" else None
+
+    def file_name(self, name: str) -> str:
+        """The path of the shard that holds a tensor, for errors."""
+        linear = self.linear(name)
+        return self.directory.file_name(name if linear is None else linear.names[0])
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in floats: codes decoded, `[out, in]`."""
+        linear = self.linear(name)
+        if linear is None:
+            return self.directory.read(name)
+        floats = np.asarray(dequantize(self.codec.read(linear).qtensor()))
+        return floats.T.astype(self.tensors[name].dtype)
+
+    def companions(self) -> list[pathlib.Path]:
+        """The config, tokenizer and generation files that are there."""
+        return self.directory.companions()
+
+    def close(self) -> None:
+        """Closes the shards."""
+        self.directory.close()
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor in floats."""
+        if self.linear(name) is None:
+            return self.directory.read_rows(name, start, stop)
+        return self.read(name)[start:stop]
+
+
+class QuantizedModel(Source):
+    """A directory of another tool's codes, seen as a quantized fdq model."""
+
+    def __init__(
+        self, names: LinearNames, model: models.Decoder, parts: Any, release: QuantizedRelease
+    ):
+        self.release = release
+        self.folder, self.config = names.path, model.config
+        self._names, self._parts = names, parts
+        self._model = model
+        self._specs = {path: spec for path in parts if (spec := self._spec(path)) is not None}
+        self.tree = quantize(model, _recipe(model, self._schemes()))
+
+    def _linears(self, path: Path) -> list[list[Linear | None]]:
+        """By expert (or once), the parts of a target."""
+        return [[self._names.linear(name) for name in names] for names in self._parts[path].parts]
+
+    def _spec(self, path: Path) -> Any:
+        experts = self._linears(path)
+        flat = [linear for parts in experts for linear in parts]
+        if all(linear is None for linear in flat):
+            return None
+        specs = {
+            None if None in parts else joined_spec([one for one in parts if one is not None])
+            for parts in experts
+        }
+        if len(specs) == 1 and None not in specs:
+            return specs.pop()
+        _LOGGER.warning(
+            "%s: %s is stored in different ways that one layer of fdq cannot hold; it is decoded "
+            "and stays in floats.",
+            self.folder,
+            dotted(path),
+        )
+        return None
+
+    def _schemes(self) -> dict[Path, Scheme]:
+        found = {}
+        for path, spec in self._specs.items():
+            linear = self._linears(path)[0][0]
+            assert linear is not None
+            found[path] = Scheme(weight=spec, activation=linear.activation)
+        return found
+
+    def decoded(self) -> Source:
+        """The same model in floats, to quantize in another way."""
+        return float_model.FloatModel(self._names, self._model, self._parts)
+
+    def read(self, path: Path, index: int | None = None) -> np.ndarray | QTensor:
+        """The weight at `path`, or one expert of it, in fdq's layout."""
+        spec = self._specs.get(path)
+        if spec is None:
+            return self._parts[path].read(self._names, index)
+        experts = self._linears(path)
+        if not self._parts[path].stacked or index is not None:
+            return self._weight(path, experts[index or 0]).qtensor()
+        first = self._weight(path, experts[0]).qtensor()
+        arrays = {
+            name: np.empty((len(experts), *array.shape), array.dtype)
+            for name, array in first.arrays().items()
+        }
+        for i, parts in enumerate(experts):
+            weight = first if i == 0 else self._weight(path, parts).qtensor()
+            for name, array in weight.arrays().items():
+                arrays[name][i] = array
+        return first.replace(**arrays)
+
+    def _weight(self, path: Path, parts: Sequence[Linear | None]) -> StoredWeight:
+        spec = self._specs[path]
+        weights = [self._names.codec.read(one).as_spec(spec) for one in parts if one is not None]
+        return weights[0].joined_with(weights[1:], f"{self.folder}: {dotted(path)}")
+
+    def companions(self) -> list[pathlib.Path]:
+        """The config, tokenizer and generation files that are there."""
+        return self._names.companions()
+
+    def close(self) -> None:
+        """Closes the shards."""
+        self._names.close()
+
+
+def _recipe(model: models.Decoder, schemes: dict[Path, Scheme]) -> Recipe:
+    """As short as it can be: one scheme for all, or one a kind of layer, or one a tensor."""
+    (most, _), *_ = collections.Counter(schemes.values()).most_common(1)
+    for recipe in (Recipe.parse(most), _by_kind(model, schemes)):
+        tensors = {tensor.path: tensor for tensor in tree_paths.flatten(quantize(model, recipe))}
+        quantized = {p: t for p, t in tensors.items() if isinstance(t.value, QTensor)}
+        if quantized.keys() == schemes.keys() and all(
+            (quantized[path].value.spec, quantized[path].activation)
+            == (scheme.weight, scheme.activation)
+            for path, scheme in schemes.items()
+        ):
+            return recipe
+    return tree_paths.exact_recipe(schemes)
+
+
+def _by_kind(model: models.Decoder, schemes: dict[Path, Scheme]) -> Recipe:
+    """The first scheme of each kind of layer."""
+    rules: dict[str, Scheme | None] = {}
+    for tensor in tree_paths.flatten(model):
+        pattern = ".".join("*" if part.isdecimal() else part for part in tensor.path)
+        if rules.get(pattern) is None:
+            rules[pattern] = schemes.get(tensor.path)
+    return Recipe([(pattern, scheme) for pattern, scheme in rules.items() if scheme is not None])
+
+
+class QuantizedModels:
+    """Claims what says in its config that it is quantized by a tool that fdq reads."""
+
+    name = "model quantized by another tool"
+
+    def claims(self, folder: pathlib.Path) -> bool:
+        """By `quant_method`."""
+        try:
+            config = strict_json.read_object(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
+            release = QuantizedRelease.of(folder, config)
+        except (CheckpointError, OSError):
+            return False  # who reads floats says what is wrong with it
+        return release is not None and release.method.lower() in CODECS
+
+    def open(self, folder: pathlib.Path, *, dtype: Any = None) -> QuantizedModel:
+        """Looks at all names, shapes and dtypes, and reads no weights."""
+        directory = SourceDirectory(folder)
+        release = QuantizedRelease.of(directory.path, directory.config)
+        assert release is not None
+        try:
+            tell_of_adapters(folder)
+            section = Section(release.content, release.where)
+            codec = CODECS[release.method.lower()](directory, section)
+            floats = directory.config.get("dtype", directory.config.get("torch_dtype"))
+            stored = np.dtype(floats if floats in ("float32", "float16", "bfloat16") else "float32")
+            names = LinearNames(directory, codec, stored)
+            if not names.linears:
+                raise CheckpointError(
+                    f"{release.where}: says {release}, but no tensor holds codes."
+                )
+            model, parts = float_model.parts_of(names, dtype)
+            return QuantizedModel(names, model, parts, release)
+        except CheckpointError as error:
+            directory.close()
+            raise CheckpointError(
+                f"{release.where} ({release.method}): the weights are quantized already: {release}"
+                f", and not as fdq reads them: {error} {release.advice()}"
+            ) from None
+        except BaseException:
+            directory.close()
+            raise
+
+
+QUANTIZED_MODELS = QuantizedModels()

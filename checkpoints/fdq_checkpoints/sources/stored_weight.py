@@ -1,0 +1,102 @@
+"""Weights as other tools store them, repacked into fdq's arrays without a detour over floats."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fdq.formats import FORMATS
+from fdq.formats.qtensor import QTensor
+from fdq.schemes.scheme import ActivationSpec, WeightSpec
+from fdq_checkpoints.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A quantized linear layer of somebody's checkpoint, before it is read.
+
+    Attributes:
+      module: its name; its tensors are `<module>.<end>`.
+      shape: `(out, in)`.
+      spec: how fdq holds it.
+      activation: how its input is quantized.
+      ends: of its tensors' names, the codes' first.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    spec: WeightSpec
+    activation: ActivationSpec | None
+    ends: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its tensors."""
+        return tuple(f"{self.module}.{end}" for end in self.ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeight:
+    """The arrays of a `QTensor` `[K, N]`, on the host; `arrays` are all but the codes, by name."""
+
+    spec: WeightSpec
+    k: int
+    codes: np.ndarray
+    arrays: Mapping[str, np.ndarray]
+
+    def qtensor(self) -> QTensor:
+        """The weight."""
+        padding = FORMATS[self.spec.format].padding(self.k)
+        return QTensor(spec=self.spec, padding=padding, codes=self.codes, **self.arrays)
+
+    def joined_with(self, others: Sequence["StoredWeight"], path: str) -> "StoredWeight":
+        """Weights of one input beside each other along N; CheckpointError where fdq has no such.
+
+        All must be of `joined_spec`; what they share, like a global scale, must be the same.
+        """
+        parts = (self, *others)
+        arrays = {}
+        for name in self.arrays:
+            found = [part.arrays[name] for part in parts]
+            if name == "global_scale":
+                if any(not np.array_equal(found[0], other) for other in found):
+                    raise CheckpointError(
+                        f"{path}: its parts have different global scales, which fdq's fused layer "
+                        "cannot hold. Load the float original."
+                    )
+                arrays[name] = found[0]
+            else:
+                arrays[name] = np.concatenate(found, axis=-1)
+        codes = np.concatenate([part.codes for part in parts], axis=-1)
+        return StoredWeight(self.spec, self.k, codes, arrays)
+
+    def as_spec(self, spec: WeightSpec) -> "StoredWeight":
+        """The same weight with a finer scale: one a column, or one a column of each block."""
+        if spec == self.spec:
+            return self
+        n, scale = self.codes.shape[-1], self.arrays["scale"]
+        rows, columns = self.spec.block_size or (self.k, n)
+        scale = np.repeat(scale, columns, axis=-1)[..., :n]
+        if spec.group_size is not None:  # which divides the rows of a block
+            scale = np.repeat(scale, rows // spec.group_size, axis=0)[: self.k // spec.group_size]
+        return StoredWeight(spec, self.k, self.codes, {**self.arrays, "scale": scale})
+
+
+def joined_spec(parts: Sequence[Linear]) -> WeightSpec | None:
+    """How fdq holds linear layers joined along N: None where they have nothing in common."""
+    first = parts[0].spec
+    if len(parts) == 1:
+        return first
+    if any(part.spec != first or part.activation != parts[0].activation for part in parts):
+        return None
+    if first.granularity == "tensor":
+        return dataclasses.replace(first, granularity="channel")
+    if first.block_size is not None:
+        rows, columns = first.block_size
+        if any(part.shape[0] % columns for part in parts[:-1]):
+            # A block would hold columns of two layers, each with a scale of its own. Groups must
+            # divide K, which blocks need not.
+            size = math.gcd(rows, parts[0].shape[1])
+            return dataclasses.replace(first, granularity="group", group_size=size, block_size=None)
+    return first

@@ -1,0 +1,264 @@
+"""Models that other tools quantized: loaded as they are, bit for bit, and decoded like theirs."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fdq
+from fdq_checkpoints import CheckpointError, convert, inspect, load
+from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources.codec import Section
+from fdq_checkpoints.sources.quantized_model import CODECS
+from tests.checkpoints import builders, foreign
+from tests.covering import slow_but
+from tests.formats.oracles import array, fixture
+
+
+def float_twin(decoded, folder, base):
+    """The same model in floats."""
+    builders.model(base, folder)
+    builders.edit_config(folder, **foreign.WIDTHS[base])
+    stored = {name: np.ascontiguousarray(array) for name, array in decoded.items()}
+    builders.write(folder / "model.safetensors", stored)
+    return load(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    slow_but({"gptq", "awq", "packed, asymmetric", "float8, blocks", "nf4"}, foreign.CONFIGS),
+)
+def test_weights_are_what_their_owners_say(kind, tmp_path, rng):
+    decoded = foreign.model(kind, tmp_path / "model", rng)
+    model, twin = load(tmp_path / "model"), float_twin(decoded, tmp_path / "twin", "llama")
+    for one, other in zip(model.layers, twin.layers, strict=True):
+        for path in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            mine, theirs = one, other
+            for name in path.split("."):
+                mine, theirs = getattr(mine, name), getattr(theirs, name)
+            q = mine.kernel.canonical()
+            wanted = np.asarray(theirs.kernel[...])
+            found = np.asarray(fdq.dequantize(q))
+            np.testing.assert_allclose(found, wanted, rtol=2e-7, atol=0)
+    assert isinstance(model.layers[0].mlp.down_proj.kernel, fdq.QTensor)
+    tokens = jnp.array([[1, 5, 9, 2, 8]])
+    if model.layers[0].mlp.down_proj.activation is None:
+        np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "fine-grained float8"])
+def test_experts_are_stacked(kind, tmp_path, rng):
+    decoded = foreign.model(kind, tmp_path / "model", rng, "qwen3_moe")
+    model, twin = load(tmp_path / "model"), float_twin(decoded, tmp_path / "twin", "qwen3_moe")
+    tokens = jnp.array([[1, 5, 9, 2, 8]])
+    experts = model.layers[0].mlp.experts.down_proj
+    assert isinstance(experts.kernel, fdq.QTensor)
+    wanted = twin.layers[0].mlp.experts.down_proj.kernel[...]
+    np.testing.assert_allclose(fdq.dequantize(experts.kernel.canonical()), wanted, rtol=2e-7)
+    if experts.activation is None:
+        np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["packed", "int8"])
+def test_a_conversion_keeps_them_and_another_scheme_is_made_of_their_values(kind, tmp_path, rng):
+    decoded = foreign.model(kind, tmp_path / "model", rng)
+    table = convert(tmp_path / "model", tmp_path / "kept", None)
+    kept, model = load(tmp_path / "kept"), load(tmp_path / "model")
+    for mine, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(model), strict=True):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+    assert kept.layers[0].mlp.down_proj.activation == model.layers[0].mlp.down_proj.activation
+    assert "W4" in str(table.scheme) or "W8" in str(table.scheme)
+    again = load(tmp_path / "model", "W8A16")
+    twin = float_twin(decoded, tmp_path / "twin", "llama")
+    wanted = fdq.quantize(twin, "W8A16").layers[0].mlp.down_proj.kernel.canonical()
+    found = again.layers[0].mlp.down_proj.kernel.canonical()
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "float8"])
+def test_inspect_says_what_it_is_and_what_to_do(kind, tmp_path, rng):
+    foreign.model(kind, tmp_path / "model", rng)
+    table = inspect(tmp_path / "model")
+    assert table.kind == "model quantized by another tool"
+    assert table.scheme.startswith("GPTQ, 4 bits" if kind == "gptq" else "compressed-tensors, 8")
+    assert "fdq.load(DIR)" in table.advice
+    assert any(row.format.startswith("W4" if kind == "gptq" else "Wfp8") for row in table.rows)
+
+
+def test_parts_that_one_layer_cannot_hold_are_decoded_and_named(tmp_path, rng, caplog):
+    decoded = foreign.model("packed", tmp_path / "model", rng)
+    stored = builders.tensors_of(tmp_path / "model/model.safetensors")
+    module = "model.layers.0.self_attn.v_proj"
+    stored = {n: a for n, a in stored.items() if not n.startswith(module)}
+    stored[f"{module}.weight"] = np.ascontiguousarray(decoded[f"{module}.weight"])
+    builders.write(tmp_path / "model/model.safetensors", stored)
+    model, twin = load(tmp_path / "model"), float_twin(decoded, tmp_path / "twin", "llama")
+    assert "layers.0.self_attn.qkv_proj.kernel is stored in different ways" in caplog.text
+    assert not isinstance(model.layers[0].self_attn.qkv_proj.kernel, fdq.QTensor)
+    tokens = jnp.array([[1, 5, 9]])
+    np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
+
+
+# What their owners' code made of the same arrays, one layer each.
+OWNERS = {
+    "gptq/b4_g32": ({"bits": 4, "group_size": 32}, "gptq"),
+    "gptq/b3_g32": ({"bits": 3, "group_size": 32}, "gptq"),
+    "gptq/b8_channel": ({"bits": 8, "group_size": -1}, "gptq"),
+    "gptq/b4_g64_asym_v2": (
+        {"bits": 4, "group_size": 64, "sym": False, "checkpoint_format": "gptq_v2"},
+        "gptq",
+    ),
+    "checkpoints/awq": ({"bits": 4, "group_size": 32}, "awq"),
+    "checkpoints/hf_fp8": ({"weight_block_size": [128, 128]}, "fp8"),
+    "checkpoints/modelopt_nvfp4": ({"quant_algo": "NVFP4"}, "modelopt"),
+    "compressed_tensors/normal/int4_g128": (("pack-quantized", 4, "group"), "compressed-tensors"),
+    "compressed_tensors/student/int4_g128_asym": (
+        ("pack-quantized", 4, "group", False),
+        "compressed-tensors",
+    ),
+    "compressed_tensors/odd/int4_channel_asym": (
+        ("pack-quantized", 4, "channel", False),
+        "compressed-tensors",
+    ),
+    "compressed_tensors/odd/int8_channel": (("int-quantized", 8, "channel"), "compressed-tensors"),
+    "compressed_tensors/odd/fp8_channel": (("float-quantized", 8, "channel"), "compressed-tensors"),
+    "compressed_tensors/odd/fp8_block": (("float-quantized", 8, "block"), "compressed-tensors"),
+    "compressed_tensors/student/fp8_tensor": (
+        ("float-quantized", 8, "tensor"),
+        "compressed-tensors",
+    ),
+    "compressed_tensors/normal/nvfp4": (("nvfp4-pack-quantized", 4, "group"), "compressed-tensors"),
+    "compressed_tensors/normal/mxfp4": (("mxfp4-pack-quantized", 4, "group"), "compressed-tensors"),
+    "compressed_tensors/normal/mxfp8": (("mxfp8-quantized", 8, "group"), "compressed-tensors"),
+}
+_FLOAT8 = ("weight", "weight_scale")
+
+
+@pytest.mark.parametrize("key", OWNERS)
+def test_owners_code_decodes_the_same(key, tmp_path):
+    """Codes are exact; a product may be rounded once more than by the owner."""
+    said, method = OWNERS[key]
+    file, _, prefix = key.partition("/")
+    arrays = fixture(file, prefix)
+    decoded = arrays.pop("decoded")
+    arrays.pop("codes", None)
+    if isinstance(said, tuple):
+        format, bits, strategy, *symmetric = said
+        weights = {"num_bits": bits, "strategy": strategy, "group_size": 128,
+                   "block_structure": [128, 128], "symmetric": not symmetric,
+                   "type": "int" if "int" in key else "float"}  # fmt: skip
+        said = foreign.of_groups(format, weights)
+    tensors = {}
+    for name, value in arrays.items():
+        is_float8 = value.dtype == np.uint8 and (
+            (name == "weight" and "fp8" in key) or (name == "weight_scale" and "nvfp4" in key)
+        )
+        tensors[f"layer.{name}"] = value.view(ml_dtypes.float8_e4m3fn) if is_float8 else value
+    builders.model("llama", tmp_path / "model")
+    builders.write(tmp_path / "model/model.safetensors", tensors)
+    with SourceDirectory(tmp_path / "model") as directory:
+        codec = CODECS[method](directory, Section({"quant_method": method} | said, "config"))
+        (linear,) = codec.linears().values()
+        q = codec.read(linear).qtensor()
+    found = np.asarray(fdq.dequantize(q))
+    # GPTQ's fixtures are [in, out] as its own layers hold them.
+    decoded = decoded if file == "gptq" else decoded.T
+    assert found.shape == decoded.shape
+    tolerance = 1e-3 if file == "gptq" else 2e-7  # its library multiplies in float16
+    np.testing.assert_allclose(
+        found, decoded, rtol=tolerance, atol=tolerance * np.abs(decoded).max()
+    )
+
+
+@pytest.mark.parametrize("case", ["gptq/b4_g32_desc_act"])
+def test_rows_in_another_order_are_refused(case, tmp_path):
+    arrays = fixture("gptq", case.partition("/")[2])
+    tensors = {f"layer.{n}": a for n, a in arrays.items() if n not in ("decoded", "codes")}
+    builders.model("llama", tmp_path / "model")
+    builders.write(tmp_path / "model/model.safetensors", tensors)
+    with SourceDirectory(tmp_path / "model") as directory:
+        section = Section({"bits": 4, "group_size": 32, "desc_act": True}, "config")
+        codec = CODECS["gptq"](directory, section)
+        (linear,) = codec.linears().values()
+        with pytest.raises(CheckpointError, match="desc_act.*Load the float original"):
+            codec.read(linear)
+
+
+def broken(kind, change, tmp_path, rng, **config):
+    foreign.model(kind, tmp_path / "model", rng)
+    path = tmp_path / "model/model.safetensors"
+    tensors = {name: np.array(a) for name, a in builders.tensors_of(path).items()}
+    change(tensors)
+    builders.write(path, tensors)
+    if config:
+        content = foreign.CONFIGS[kind][0] | config
+        builders.edit_config(tmp_path / "model", quantization_config=content)
+    return tmp_path / "model"
+
+
+def _set(end, value):
+    def change(tensors):
+        name = next(n for n in tensors if n.endswith(end))
+        tensors[name].reshape(-1)[0] = value
+
+    return change
+
+
+def _remove(end):
+    return lambda tensors: tensors.pop(next(n for n in tensors if n.endswith(end)))
+
+
+def _nothing(tensors):
+    del tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "config", "said"),
+    [
+        ("gptq", _set(".scales", np.nan), {}, "scales' holds a scale that is negative or not fin"),
+        ("gptq", _set(".scales", -1), {}, "negative"),
+        ("gptq", _remove(".qzeros"), {}, "qzeros' is missing beside the codes"),
+        ("gptq", _set(".qzeros", 0), {}, "other zero points than 8"),
+        ("gptq", _nothing, {"bits": 5}, "bits = 5, expected 2 or 3 or 4 or 8"),
+        ("gptq", _nothing, {"bits": "4"}, "bits = '4', expected"),
+        ("gptq", _nothing, {"group_size": 0}, "group_size = 0, expected"),
+        ("gptq", _nothing, {"group_size": 48}, "groups of 48 rows do not divide"),
+        ("gptq", _nothing, {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
+        ("gptq", _nothing, {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic '\\+:"),
+        ("awq", _nothing, {"version": "gemv"}, "version = 'gemv', expected gemm"),
+        ("packed", _nothing, {"config_groups": None}, "config_groups"),
+        ("packed", _nothing, {"ignore": ["re:.*down_proj"]}, "has codes, but config.json leaves"),
+        ("packed", _nothing, {"ignore": ["re:(a+)+b"]}, "repeats what"),
+        ("packed", _nothing, {"ignore": ["re:("]}, "is no regular expression"),
+        ("packed", _set("weight_shape", 7), {}, "are no 4-bit codes of"),
+        ("packed", _remove("weight_scale"), {}, "missing"),
+        ("float8", lambda t: _nan(t), {}, "holds NaN"),
+        ("fine-grained float8", _remove("weight_scale_inv"), {}, "codes without scales"),
+        ("fine-grained float8", _nothing, {"weight_block_size": [0, 128]}, "two sizes"),
+        ("fine-grained float8", _nothing, {"activation_scheme": "static"}, "static scales"),
+        ("nf4", _nothing, {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type = 'fp4'"),
+        ("nf4", _set("quant_map", 0.5), {}, "another codebook than NF4's"),
+        ("modelopt nvfp4", _set("weight_scale_2", np.inf), {}, "not finite"),
+        ("mxfp4", _set("weight_scale", 255), {}, "holds NaN"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(kind, change, config, said, tmp_path, rng):
+    folder = broken(kind, change, tmp_path, rng, **config)
+    with pytest.raises(CheckpointError, match=said):
+        load(folder)
+    assert "quantized by another tool" in inspect(folder).kind
+
+
+def _nan(tensors):
+    name = next(n for n in tensors if n.endswith("_proj.weight"))
+    tensors[name].view(np.uint8).reshape(-1)[0] = 0x7F
+
+
+def test_every_owner_is_in_the_fixtures():
+    assert array("gptq", "b4_g32/codes").dtype == np.uint8
+    methods = {method for _, method in OWNERS.values()}
+    assert methods | {"bitsandbytes", "fbgemm_fp8", "auto-round", "nvfp4", "modelopt_fp4"} == set(
+        CODECS
+    )
