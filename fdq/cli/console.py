@@ -231,6 +231,31 @@ def read_scheme(text: str) -> Any:
     return Recipe.parse(value.get("quantization_config", value))
 
 
+def loading_scheme(text: str | None) -> Any:
+    """The scheme to load a checkpoint in; None keeps its own. ValueError for static scales."""
+    if text is None:
+        return None
+    recipe = read_scheme(text)
+    if Recipe.parse(recipe).needs_calibration:
+        raise ValueError(
+            f"--scheme {text} has static scales, which are calibrated: fdq convert SRC DST "
+            f"--scheme {text} --calibration-text FILE makes a checkpoint that has them."
+        )
+    return recipe
+
+
+def check_cache(name: str | None, model: Any) -> None:
+    """ValueError for a cache format with static scales, of a model that has none."""
+    from fdq.cache.kv_cache import parse_format
+
+    spec = None if name is None else parse_format(name)
+    if spec is not None and not spec.dynamic and model.cache_scales is None:
+        raise ValueError(
+            f"--cache {name} has static scales, which this checkpoint lacks: convert the original "
+            f"to a scheme with that cache, such as W8A16{spec}, with --calibration-text FILE."
+        )
+
+
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
     """`path`, if it is a directory; else an error that says what a checkpoint is."""
     from fdq_checkpoints.readers.local_directory import local_directory

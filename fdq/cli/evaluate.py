@@ -46,7 +46,7 @@ def run(
     if against is not None:
         console.checkpoint_directory(against)
     content = read_text(text, max_bytes)
-    recipe = None if scheme is None else console.read_scheme(scheme)
+    recipe = console.loading_scheme(scheme)
     tokenizer = Tokenizer.load(directory)
     tokens = tokenizer.encode(content, bos=True)
     # Without a token that begins a text, the first one is context only.
@@ -54,6 +54,7 @@ def run(
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
         reference = None if against is None else load(against, dtype=dtype, progress=update)
+    console.check_cache(cache, model)
     with console.progress("Evaluating", quiet=json) as update:
         report = evaluate(
             model,

@@ -55,7 +55,7 @@ def run(
         raise ValueError(
             "--top-k, --top-p and --min-p choose among random draws: add --temperature 1."
         )
-    recipe = None if scheme is None else console.read_scheme(scheme)
+    recipe = console.loading_scheme(scheme)
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
     if model.tokenizer_path is None:
@@ -63,6 +63,7 @@ def run(
             f"{directory}: no tokenizer.json, which a prompt needs. Put that of the original model "
             "into the directory."
         )
+    console.check_cache(cache, model)
     pieces: list[str] = []
     first_token = None
     start = time.perf_counter()

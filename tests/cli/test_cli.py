@@ -229,6 +229,16 @@ def test_prompts_and_seeds_that_are_none(converted, arguments, stdin, said):
     assert said in run("generate", converted, *arguments, stdin=stdin, code=2).stderr
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+@pytest.mark.parametrize(
+    ("option", "name"), [("--cache", "C8-kvchannel"), ("--scheme", "W8A8-static")]
+)
+def test_static_scales_are_made_by_convert(command, option, name, original):
+    said = run(command, original, option, name, stdin="a", code=2).stderr
+    assert f"{option} {name} has static scales" in said
+    assert "--calibration-text FILE" in said
+
+
 def test_an_empty_path_is_not_the_current_directory(converted, monkeypatch):
     monkeypatch.chdir(converted)
     for arguments in (("inspect", ""), ("convert", "", "out"), ("convert", ".", "")):

@@ -9,6 +9,7 @@ import fdq
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import functional
 from fdq.decoding.loop import prefill
+from fdq.nn.parameters import bind, split
 from tests.covering import slow
 from tests.models import oracles
 
@@ -53,6 +54,20 @@ def test_a_step_is_exported_for_any_batch(scheme, format):
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         assert jax.tree.structure(state) == jax.tree.structure(like)
         assert (state.tokens == like.tokens).all()
+
+
+@pytest.mark.parametrize("scheme", [None, slow("W4A16-g32")])
+def test_a_forward_pass_is_exported_for_any_batch_and_length(scheme):
+    model = oracles.oracle("llama")[0]
+    model = model if scheme is None else fdq.quantize(model, scheme)
+    template, params = split(model)
+    b, t = jax.export.symbolic_shape("b, t")
+    forward = jax.jit(lambda params, tokens: bind(template, params)(tokens))
+    exported = jax.export.export(forward)(params, jax.ShapeDtypeStruct((b, t), np.int32))
+    restored = jax.export.deserialize(exported.serialize())
+    for shape in ((1, 3), (2, 9)):
+        tokens = np.random.default_rng(0).integers(0, 96, shape).astype(np.int32)
+        np.testing.assert_allclose(restored.call(params, tokens), model(tokens), atol=1e-4)
 
 
 def test_sampling_is_an_argument_of_what_is_exported():
