@@ -92,6 +92,13 @@ def plain(rng, n, k, *, dtype=np.int8, shape=None, name="weight_scale"):
     return {"weight": codes, name: scale}, (codes.astype(np.float32) * full).T
 
 
+def with_input(rng, n, k, *, name="input_scale", **options):
+    """Also a static scale of the input."""
+    tensors, weight = plain(rng, n, k, **options)
+    scale = rng.uniform(0.03, 0.04, (1,)).astype(np.float32)
+    return tensors | {name: scale}, weight
+
+
 def blocks(n, k):
     return -(-n // 128), -(-k // 128)
 
@@ -184,6 +191,25 @@ CONFIGS = {
         of_groups("float-quantized", FLOAT | {"strategy": "channel"}, DYNAMIC | {"type": "float"}),
         plain,
         {"dtype": ml_dtypes.float8_e4m3fn},
+    ),
+    "int8, static": (
+        of_groups(
+            "int-quantized",
+            {"num_bits": 8, "type": "int", "strategy": "channel"},
+            {"num_bits": 8, "type": "int", "dynamic": False, "strategy": "tensor"},
+        ),
+        with_input,
+        {},
+    ),
+    "float8, static": (
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        with_input,
+        {"dtype": ml_dtypes.float8_e4m3fn, "shape": lambda n, k: ()},
+    ),
+    "modelopt fp8, static": (
+        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+        with_input,
+        {"dtype": ml_dtypes.float8_e4m3fn, "shape": lambda n, k: ()},
     ),
     "float8, tensor": (
         of_groups("float-quantized", FLOAT | {"strategy": "tensor"}),

@@ -87,6 +87,27 @@ def test_inspect_says_what_it_is_and_what_to_do(kind, tmp_path, rng):
     assert any(row.format.startswith("W4" if kind == "gptq" else "Wfp8") for row in table.rows)
 
 
+@pytest.mark.parametrize("kind", ["int8, static", "float8, static", "modelopt fp8, static"])
+def test_static_scales_of_inputs_are_the_widest_of_a_fused_layer(kind, tmp_path, rng):
+    foreign.model(kind, tmp_path / "model", rng)
+    stored = builders.tensors_of(tmp_path / "model/model.safetensors")
+    model = load(tmp_path / "model")
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}.self_attn"
+        parts = [stored[f"{prefix}.{name}_proj.input_scale"].item() for name in "qkv"]
+        for linear, wanted in (
+            (layer.self_attn.qkv_proj, max(parts)),
+            (layer.self_attn.o_proj, stored[f"{prefix}.o_proj.input_scale"].item()),
+        ):
+            assert not linear.activation.dynamic
+            assert linear.activation_scale[...] == np.float32(wanted)
+    assert np.isfinite(model(jnp.array([[1, 5, 9]]))).all()
+    convert(tmp_path / "model", tmp_path / "kept", None)
+    kept = load(tmp_path / "kept")
+    for mine, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_parts_that_one_layer_cannot_hold_are_decoded_and_named(tmp_path, rng, caplog):
     decoded = foreign.model("packed", tmp_path / "model", rng)
     stored = builders.tensors_of(tmp_path / "model/model.safetensors")
@@ -237,7 +258,15 @@ def _nothing(tensors):
         ("float8", lambda t: _nan(t), {}, "holds NaN"),
         ("fine-grained float8", _remove("weight_scale_inv"), {}, "codes without scales"),
         ("fine-grained float8", _nothing, {"weight_block_size": [0, 128]}, "two sizes"),
-        ("fine-grained float8", _nothing, {"activation_scheme": "static"}, "static scales"),
+        (
+            "fine-grained float8",
+            _nothing,
+            {"activation_scheme": "static"},
+            "input_scale' is missing",
+        ),
+        ("int8, static", _set("input_scale", 0), {}, "0, which is no scale"),
+        ("int8, static", _set("input_scale", np.nan), {}, "not finite"),
+        ("int8, static", _remove("input_scale"), {}, "input_scale' is missing"),
         ("nf4", _nothing, {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type = 'fp4'"),
         ("nf4", _set("quant_map", 0.5), {}, "another codebook than NF4's"),
         ("modelopt nvfp4", _set("weight_scale_2", np.inf), {}, "not finite"),

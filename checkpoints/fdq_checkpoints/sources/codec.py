@@ -175,6 +175,25 @@ class Codec(abc.ABC):
             raise self.bad(linear, end, "NaN")
         return codes
 
+    def static_input(self, module: str, *ends: str) -> str:
+        """Which of some ends is that of the scale of a module's input: one number."""
+        end = next((end for end in ends if self.has(module, end)), ends[0])
+        info = self.info(module, end)
+        if info.shape not in ((), (1,)) or info.dtype.name not in SCALE_DTYPES:
+            raise CheckpointError(
+                f"{self.directory.file_name(info.name)}: tensor {shown(info.name)} is "
+                f"{info.dtype} {info.shape}, expected one number, the scale of the input."
+            )
+        return end
+
+    def input_scale_of(self, linear: Linear) -> np.float32:
+        """The scale of a layer's input; CheckpointError where it is none."""
+        assert linear.input_scale is not None
+        scale = np.float32(self.scale_of(linear, linear.input_scale).reshape(()))
+        if not scale > 0:
+            raise self.bad(linear, linear.input_scale, "0, which is no scale")
+        return scale
+
     def bad(self, linear: Linear, end: str, what: str) -> CheckpointError:
         """What to raise about the content of a tensor."""
         name = f"{linear.module}.{end}"

@@ -115,7 +115,17 @@ class CompressedTensors(Codec):
         spec, shape, ends = make(module, group)
         if self.has(module, "weight_shape"):
             ends = (*ends, "weight_shape")
-        return Linear(module=module, shape=shape, spec=spec, activation=group.activation, ends=ends)
+        activation, scale = group.activation, None
+        if activation is not None and not activation.dynamic:
+            scale = self.static_input(module, "input_scale")
+        return Linear(
+            module=module,
+            shape=shape,
+            spec=spec,
+            activation=activation,
+            ends=ends,
+            input_scale=scale,
+        )
 
     def _packed(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
         weights = group.weights
@@ -281,8 +291,9 @@ def _activation(part: Section | None) -> ActivationSpec | None:
     if not part.flag("symmetric", True):
         raise part.wrong("symmetric", "true")
     format = "int8" if kind == "int" else "float8_e4m3"
-    if part.content.get("dynamic") not in (True, "local"):
-        raise part.wrong("dynamic", "true: static scales of inputs are not read")
+    if part.one_of("dynamic", (True, False, "local"), False) is False:
+        part.one_of("strategy", ("tensor",), "tensor")
+        return ActivationSpec(format=format, granularity="tensor", dynamic=False)
     if part.content.get("strategy") == "group":
         return ActivationSpec(
             format=format, granularity="token_group", group_size=part.whole("group_size")

@@ -20,13 +20,15 @@ from fdq_checkpoints.sources.codec import (
 )
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 
+_OF_INPUTS = ("input_scale", "activation_scale")
+
 
 class Float8(Codec):
     """Codes of e4m3."""
 
     methods = ("fp8", "fbgemm_fp8")
     codes = ("weight_scale_inv", "weight_scale")
-    unused = ("input_scale", "k_scale", "v_scale", "activation_scale", "input_scale_ub")
+    unused = (*_OF_INPUTS, "k_scale", "v_scale", "input_scale_ub")
 
     def __init__(self, directory: SourceDirectory, section: Section):
         super().__init__(directory, section)
@@ -37,15 +39,13 @@ class Float8(Codec):
         names = section.names("modules_to_not_convert", "ignored_layers")
         self.ignored = Names(names, section.where)
         scheme = section.one_of("activation_scheme", ("dynamic", "static"), "dynamic")
+        spec = ActivationSpec(format="float8_e4m3")
         if scheme == "static":
-            raise section.wrong(
-                "activation_scheme", "'dynamic': static scales of inputs are not read"
-            )
-        self.activation = ActivationSpec(
-            format="float8_e4m3",
-            granularity="token_group" if blocks else "token",
-            group_size=self.block[1] if self.block is not None else None,
-        )
+            spec = ActivationSpec(format="float8_e4m3", granularity="tensor", dynamic=False)
+        elif self.block is not None:
+            size = self.block[1]
+            spec = ActivationSpec(format=spec.format, granularity="token_group", group_size=size)
+        self.activation = spec
 
     def linears(self) -> dict[str, Linear]:
         """Also checks that what is to be left in floats has no codes, and codes have scales."""
@@ -89,12 +89,14 @@ class Float8(Codec):
                 granularity="channel" if per_channel else "tensor",
                 scale_dtype=scale_dtype(scales, self.directory),
             )
+        static = not self.activation.dynamic
         return Linear(
             module=module,
             shape=(n, k),
             spec=spec,
             activation=self.activation,
             ends=("weight", end),
+            input_scale=self.static_input(module, *_OF_INPUTS) if static else None,
         )
 
     def read(self, linear: Linear) -> StoredWeight:

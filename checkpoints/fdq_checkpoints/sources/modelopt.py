@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from fdq.schemes.scheme import WeightSpec
+from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources.codec import Codec, Names, Section, check_ignored
@@ -26,7 +26,7 @@ _MOST_STARS = 4
 
 
 class ModelOpt(Codec):
-    """Weights; inputs stay in 16 bits, for their scales are static."""
+    """Weights, and static scales of inputs in float8; inputs in four bits stay in 16."""
 
     methods = ("modelopt", "modelopt_fp4", "nvfp4")
     codes = ("weight_scale",)
@@ -79,8 +79,18 @@ class ModelOpt(Codec):
             spec = WeightSpec(format="float8_e4m3", granularity="tensor")
         else:
             self.check(module, "weight_scale", (n,), "float32")
-        ends = ("weight", "weight_scale")
-        return Linear(module=module, shape=(n, k), spec=spec, activation=None, ends=ends)
+        activation = scale = None
+        if self.has(module, "input_scale"):
+            scale = self.static_input(module, "input_scale")
+            activation = ActivationSpec(format="float8_e4m3", granularity="tensor", dynamic=False)
+        return Linear(
+            module=module,
+            shape=(n, k),
+            spec=spec,
+            activation=activation,
+            ends=("weight", "weight_scale"),
+            input_scale=scale,
+        )
 
     def _one(self, module: str, end: str) -> tuple[int, ...]:
         """The shape of one number, which has been written with and without an axis."""

@@ -35,6 +35,7 @@ from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight, joined_spec
 from fdq_checkpoints.tree_paths import Path, dotted
 
+_INPUT_SCALE = "activation_scale"
 _LOGGER = logging.getLogger("fdq")
 
 CODECS: dict[str, type[Codec]] = {
@@ -143,7 +144,9 @@ class QuantizedModel(Source):
         return float_model.FloatModel(self._names, self._model, self._parts)
 
     def read(self, path: Path, index: int | None = None) -> np.ndarray | QTensor:
-        """The weight at `path`, or one expert of it, in fdq's layout."""
+        """The weight at `path`, or one expert of it, in fdq's layout; or the scale of an input."""
+        if path[-1] == _INPUT_SCALE:
+            return self._input_scale((*path[:-1], "kernel"))
         spec = self._specs.get(path)
         if spec is None:
             return self._parts[path].read(self._names, index)
@@ -160,6 +163,11 @@ class QuantizedModel(Source):
             for name, array in weight.arrays().items():
                 arrays[name][i] = array
         return first.replace(**arrays)
+
+    def _input_scale(self, kernel: Path) -> np.ndarray:
+        """The static scale of a fused layer's input: the widest of its parts and experts."""
+        linears = [one for parts in self._linears(kernel) for one in parts if one is not None]
+        return np.asarray(max(map(self._names.codec.input_scale_of, linears)), np.float32)
 
     def _weight(self, path: Path, parts: Sequence[Linear | None]) -> StoredWeight:
         spec = self._specs[path]

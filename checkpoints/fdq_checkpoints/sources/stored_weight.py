@@ -22,6 +22,7 @@ class Linear:
       spec: how fdq holds it.
       activation: how its input is quantized.
       ends: of its tensors' names, the codes' first.
+      input_scale: the end of the name of its input's scale, where that is static.
     """
 
     module: str
@@ -29,11 +30,13 @@ class Linear:
     spec: WeightSpec
     activation: ActivationSpec | None
     ends: tuple[str, ...]
+    input_scale: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of its tensors."""
-        return tuple(f"{self.module}.{end}" for end in self.ends)
+        ends = self.ends if self.input_scale is None else (*self.ends, self.input_scale)
+        return tuple(f"{self.module}.{end}" for end in ends)
 
 
 @dataclasses.dataclass(frozen=True)
