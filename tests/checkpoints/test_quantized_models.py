@@ -122,6 +122,37 @@ def test_parts_that_one_layer_cannot_hold_are_decoded_and_named(tmp_path, rng, c
     np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
 
 
+OWNED = builders.MODELS.parent / "quantized"
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in OWNED.iterdir()))
+def test_checkpoints_that_their_owners_code_saved(name):
+    """Weights to the last bit but one, and the logits that transformers has with them."""
+    folder, expected = OWNED / name, np.load(OWNED / name / "expected.npz")
+    model = load(folder)
+    k = model.layers[0].self_attn.qkv_proj.kernel
+    down = model.layers[1].mlp.down_proj.kernel
+    floats = [
+        fdq.dequantize(w.canonical()) if isinstance(w, fdq.QTensor) else w[...] for w in (k, down)
+    ]
+    q_width, k_width = 64, 32
+    found = {
+        "model.layers.0.self_attn.k_proj": floats[0][:, q_width : q_width + k_width],
+        "model.layers.1.mlp.down_proj": floats[1],
+    }
+    for path, weight in found.items():
+        # Its owner's code decodes NVFP4 to bfloat16.
+        rounding = 2.0**-8 if name == "nvfp4" else 3e-7
+        np.testing.assert_allclose(weight.T, expected[path], rtol=rounding, atol=1e-9)
+    for layer in model.layers:  # what inputs are rounded to is not what is compared
+        for linear in (*vars(layer.self_attn).values(), *vars(layer.mlp).values()):
+            if hasattr(linear, "activation"):
+                linear.activation = linear.activation_scale = None
+    tokens = jnp.asarray(expected["ids"], jnp.int32)
+    tolerance = 1e-2 if name == "nvfp4" else 3e-6
+    np.testing.assert_allclose(model(tokens), expected["logits"], atol=tolerance)
+
+
 # What their owners' code made of the same arrays, one layer each.
 OWNERS = {
     "gptq/b4_g32": ({"bits": 4, "group_size": 32}, "gptq"),
@@ -269,7 +300,8 @@ def _nothing(tensors):
         ("int8, static", _remove("input_scale"), {}, "input_scale' is missing"),
         ("nf4", _nothing, {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type = 'fp4'"),
         ("nf4", _set("quant_map", 0.5), {}, "another codebook than NF4's"),
-        ("modelopt nvfp4", _set("weight_scale_2", np.inf), {}, "not finite"),
+        ("modelopt nvfp4", _set("weight_scale_2", np.inf), {}, "expected one number above 0"),
+        ("nvfp4", _set("weight_global_scale", 0), {}, "expected one number above 0"),
         ("mxfp4", _set("weight_scale", 255), {}, "holds NaN"),
     ],
 )

@@ -186,6 +186,17 @@ class Codec(abc.ABC):
             )
         return end
 
+    def whole_scale(self, module: str, end: str) -> float:
+        """The scale of a module's whole matrix: one number above 0."""
+        name = self.check(module, end, self.info(module, end).shape, "float32").name
+        found = self.directory.read(name)
+        if found.size != 1 or not np.isfinite(found).all() or not found.item() > 0:
+            raise CheckpointError(
+                f"{self.directory.file_name(name)}: tensor {shown(name)} holds "
+                f"{found.tolist()!r:.80}, expected one number above 0."
+            )
+        return found.item()
+
     def input_scale_of(self, linear: Linear) -> np.float32:
         """The scale of a layer's input; CheckpointError where it is none."""
         assert linear.input_scale is not None

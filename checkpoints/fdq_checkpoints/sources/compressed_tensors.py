@@ -125,6 +125,7 @@ class CompressedTensors(Codec):
             activation=activation,
             ends=ends,
             input_scale=scale,
+            whole=self.whole_scale(module, ends[2]) if spec.format == "nvfp4" else None,
         )
 
     def _packed(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
@@ -202,7 +203,6 @@ class CompressedTensors(Codec):
             spec, ends = _spec("mxfp4", "group", 32, "float8_e8m0fnu"), ()
         else:
             self.check(module, "weight_scale", (n, k // 16), "float8_e4m3fn")
-            self.check(module, "weight_global_scale", (1,), "float32")
             spec, ends = _spec("nvfp4", "group", 16, "float8_e4m3fn"), ("weight_global_scale",)
         return spec, (n, k), ("weight_packed", "weight_scale", *ends)
 
@@ -261,10 +261,8 @@ class CompressedTensors(Codec):
         arrays = {}
         if linear.spec.format == "nvfp4":
             self.float8_of(linear, "weight_scale")
-            whole = self.scale_of(linear, "weight_global_scale")
-            if not whole > 0:
-                raise self.bad(linear, "weight_global_scale", "no positive number")
-            arrays["global_scale"] = (1 / whole).astype(np.float32).reshape(1, 1)
+            assert linear.whole is not None
+            arrays["global_scale"] = np.full((1, 1), 1 / np.float32(linear.whole), np.float32)
         else:
             if (scale == 0xFF).any():
                 raise self.bad(linear, "weight_scale", "NaN")

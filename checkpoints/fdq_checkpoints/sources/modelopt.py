@@ -57,7 +57,6 @@ class ModelOpt(Codec):
                 )
             n, k = info.shape[0], 2 * info.shape[1]
             self.check(module, "weight_scale", (n, k // 16), "float8_e4m3fn")
-            self.check(module, "weight_scale_2", self._one(module, "weight_scale_2"), "float32")
             spec = WeightSpec(
                 format="nvfp4",
                 granularity="group",
@@ -65,7 +64,14 @@ class ModelOpt(Codec):
                 scale_dtype="float8_e4m3fn",
             )
             ends = ("weight", "weight_scale", "weight_scale_2")
-            return Linear(module=module, shape=(n, k), spec=spec, activation=None, ends=ends)
+            return Linear(
+                module=module,
+                shape=(n, k),
+                spec=spec,
+                activation=None,
+                ends=ends,
+                whole=self.whole_scale(module, ends[2]),
+            )
         n, k = info.shape
         self.check(module, "weight", (n, k), "float8_e4m3fn")
         scales = self.info(module, "weight_scale")
@@ -92,16 +98,12 @@ class ModelOpt(Codec):
             input_scale=scale,
         )
 
-    def _one(self, module: str, end: str) -> tuple[int, ...]:
-        """The shape of one number, which has been written with and without an axis."""
-        return (1,) if self.info(module, end).shape == (1,) else ()
-
     def read(self, linear: Linear) -> StoredWeight:
         """Turned from `[out, in]` to `[in, out]`."""
         k, spec, arrays = linear.shape[1], linear.spec, {}
         if spec.format == "nvfp4":
             codes, scale = self.read_end(linear, "weight"), self.float8_of(linear, "weight_scale")
-            arrays["global_scale"] = self.scale_of(linear, "weight_scale_2").reshape(1, 1)
+            arrays["global_scale"] = np.full((1, 1), linear.whole, np.float32)
         else:
             codes, scale = self.float8_of(linear, "weight"), self.scale_of(linear, "weight_scale")
             if scale.ndim == 4:

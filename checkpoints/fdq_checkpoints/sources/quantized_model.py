@@ -172,7 +172,7 @@ class QuantizedModel(Source):
     def _weight(self, path: Path, parts: Sequence[Linear | None]) -> StoredWeight:
         spec = self._specs[path]
         weights = [self._names.codec.read(one).as_spec(spec) for one in parts if one is not None]
-        return weights[0].joined_with(weights[1:], f"{self.folder}: {dotted(path)}")
+        return weights[0].joined_with(weights[1:])
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""

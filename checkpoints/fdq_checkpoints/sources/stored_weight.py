@@ -9,7 +9,6 @@ import numpy as np
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor
 from fdq.schemes.scheme import ActivationSpec, WeightSpec
-from fdq_checkpoints.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +22,7 @@ class Linear:
       activation: how its input is quantized.
       ends: of its tensors' names, the codes' first.
       input_scale: the end of the name of its input's scale, where that is static.
+      whole: the scale of the matrix, where there is one besides those of groups.
     """
 
     module: str
@@ -31,6 +31,7 @@ class Linear:
     activation: ActivationSpec | None
     ends: tuple[str, ...]
     input_scale: str | None = None
+    whole: float | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,24 +54,12 @@ class StoredWeight:
         padding = FORMATS[self.spec.format].padding(self.k)
         return QTensor(spec=self.spec, padding=padding, codes=self.codes, **self.arrays)
 
-    def joined_with(self, others: Sequence["StoredWeight"], path: str) -> "StoredWeight":
-        """Weights of one input beside each other along N; CheckpointError where fdq has no such.
-
-        All must be of `joined_spec`; what they share, like a global scale, must be the same.
-        """
+    def joined_with(self, others: Sequence["StoredWeight"]) -> "StoredWeight":
+        """Weights of one input beside each other along N, all of one `joined_spec`."""
         parts = (self, *others)
-        arrays = {}
-        for name in self.arrays:
-            found = [part.arrays[name] for part in parts]
-            if name == "global_scale":
-                if any(not np.array_equal(found[0], other) for other in found):
-                    raise CheckpointError(
-                        f"{path}: its parts have different global scales, which fdq's fused layer "
-                        "cannot hold. Load the float original."
-                    )
-                arrays[name] = found[0]
-            else:
-                arrays[name] = np.concatenate(found, axis=-1)
+        arrays = dict(self.arrays)
+        for name in arrays.keys() - {"global_scale"}:  # that of all of them
+            arrays[name] = np.concatenate([part.arrays[name] for part in parts], axis=-1)
         codes = np.concatenate([part.codes for part in parts], axis=-1)
         return StoredWeight(self.spec, self.k, codes, arrays)
 
@@ -91,7 +80,8 @@ def joined_spec(parts: Sequence[Linear]) -> WeightSpec | None:
     first = parts[0].spec
     if len(parts) == 1:
         return first
-    if any(part.spec != first or part.activation != parts[0].activation for part in parts):
+    same = [(part.spec, part.activation, part.whole) for part in parts]
+    if any(one != same[0] for one in same):
         return None
     if first.granularity == "tensor":
         return dataclasses.replace(first, granularity="channel")

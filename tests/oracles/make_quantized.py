@@ -1,0 +1,216 @@
+"""Makes `quantized/<name>/`: tiny models quantized and saved by the code that owns the format.
+
+    python make_quantized.py                # all of them
+    python make_quantized.py nf4            # some
+    python make_quantized.py --check        # only reload and verify what is there
+
+Beside each checkpoint stands `expected.npz`: what the owner's code decodes two layers to, and the
+logits of a float model with all its weights decoded so.
+"""
+
+import argparse
+import pathlib
+import shutil
+import warnings
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+
+warnings.filterwarnings("ignore")
+HERE = pathlib.Path(__file__).resolve().parent / "quantized"
+CONFIG = transformers.LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    attn_implementation="eager",
+)
+IDS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(7))
+SHOWN = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
+
+INT = {"type": "int", "symmetric": True}
+FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
+TOKEN = {"strategy": "token", "dynamic": True}
+TENSOR = {"strategy": "tensor", "dynamic": False}
+# weights and inputs of a compressed-tensors scheme
+COMPRESSED = {
+    "w4": (INT | {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
+    "w4_asym": (
+        INT | {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        None,
+    ),
+    "w3": (INT | {"num_bits": 3, "strategy": "group", "group_size": 64}, None),
+    "w8": (INT | {"num_bits": 8, "strategy": "channel"}, None),
+    "w8a8": (
+        INT | {"num_bits": 8, "strategy": "channel"},
+        INT | {"num_bits": 8} | TOKEN,
+    ),
+    "w8a8_static": (
+        INT | {"num_bits": 8, "strategy": "channel"},
+        INT | {"num_bits": 8} | TENSOR,
+    ),
+    "fp8": (FLOAT | {"strategy": "channel"}, FLOAT | TOKEN),
+    "fp8_static": (FLOAT | {"strategy": "tensor"}, FLOAT | TENSOR),
+    "fp8_block": (FLOAT | {"strategy": "block", "block_structure": [128, 128]}, None),
+    "nvfp4": (
+        FLOAT | {"num_bits": 4, "strategy": "tensor_group", "group_size": 16},
+        None,
+    ),
+}
+BITSANDBYTES = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4_twice": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+}
+INPUT_SCALE = 0.02
+
+
+def floats(seed: int = 0) -> transformers.LlamaForCausalLM:
+    """The same random model each time."""
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(CONFIG).to(torch.float32).eval()
+
+
+def _ranges(weight: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest weight of what shares a scale."""
+    strategy = getattr(args.strategy, "value", args.strategy)
+    if strategy in ("group", "tensor_group"):
+        parts = weight.reshape(len(weight), -1, args.group_size)
+        return parts.amin(-1), parts.amax(-1)
+    if strategy == "channel":
+        return weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    if strategy == "block":
+        rows, columns = args.block_structure
+        missing = (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows)
+        whole = torch.nn.functional.pad(weight, missing)
+        parts = whole.reshape(whole.shape[0] // rows, rows, whole.shape[1] // columns, columns)
+        return parts.amin((1, 3)), parts.amax((1, 3))
+    return weight.amin().reshape(1), weight.amax().reshape(1)
+
+
+def compressed(name: str, folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Saves a model by compressed-tensors; its decoded weights by module."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weights, inputs = COMPRESSED[name]
+    model = floats()
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**weights),
+        input_activations=None if inputs is None else QuantizationArgs(**inputs),
+    )
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    apply_quantization_config(model, config)
+    schemes = {}
+    for path, module in model.named_modules():
+        if not hasattr(module, "weight_scale"):
+            continue
+        schemes[path] = module.quantization_scheme
+        args, whole = module.quantization_scheme.weights, None
+        low, high = _ranges(module.weight.data, args)
+        if hasattr(module, "weight_global_scale"):
+            whole = (448 * 6 / module.weight.abs().max()).reshape(1).detach()
+            module.weight_global_scale.data = whole
+        scale, zero = calculate_qparams(low, high, args, global_scale=whole)
+        for key, value in (("weight_scale", scale), ("weight_zero_point", zero)):
+            if hasattr(module, key):
+                old = getattr(module, key).data
+                getattr(module, key).data = value.reshape(old.shape).to(old.dtype)
+        if hasattr(module, "input_scale"):
+            module.input_scale.data.fill_(INPUT_SCALE)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    decoded = {}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for path, scheme in schemes.items():
+            names = [name for name in file.keys() if name.startswith(path + ".")]  # noqa: SIM118
+            ends = [name.removeprefix(path + ".") for name in names]
+            stored = {end: file.get_tensor(f"{path}.{end}") for end in ends}
+            kind = BaseCompressor.get_value_from_registry(scheme.format)
+            decoded[path] = kind.decompress(stored, scheme)["weight"].float()
+    return decoded
+
+
+def bitsandbytes(name: str, folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Saves a model by transformers with bitsandbytes; its decoded weights by module."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    source = folder.with_name(folder.name + "-floats")
+    floats().save_pretrained(source)
+    config = transformers.BitsAndBytesConfig(**BITSANDBYTES[name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, device_map="cpu", dtype=torch.float32
+    )
+    shutil.rmtree(source)
+    model.save_pretrained(folder)
+    decoded = {}
+    for path, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            decoded[path] = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        elif type(module).__name__ == "Linear8bitLt":
+            decoded[path] = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+    return decoded
+
+
+def expected(decoded: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Two decoded layers, and the logits of a float model with all of them."""
+    model = floats()
+    for path, weight in decoded.items():
+        module = model.get_submodule(path)
+        assert module.weight.shape == weight.shape
+        module.weight.data = weight
+    with torch.no_grad():
+        logits = model(IDS).logits
+    shown = {path: decoded[path].numpy() for path in SHOWN}
+    return shown | {"ids": IDS.numpy(), "logits": logits.numpy()}
+
+
+def make(name: str) -> None:
+    """Writes one checkpoint and what is expected of it."""
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    decoded = (compressed if name in COMPRESSED else bitsandbytes)(name, folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(folder / "expected.npz", **expected(decoded))
+    check(name)
+
+
+def check(name: str) -> None:
+    """The codes are there and the logits are those of the decoded weights, not of the originals."""
+    found = np.load(HERE / name / "expected.npz")
+    with torch.no_grad():
+        original = floats()(IDS).logits.numpy()
+    assert np.isfinite(found["logits"]).all()
+    assert not np.array_equal(found["logits"], original)
+    print(f"{name}: {sum(file.stat().st_size for file in (HERE / name).iterdir()):,} bytes")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    for one in arguments.names or (*COMPRESSED, *BITSANDBYTES):
+        (check if arguments.check else make)(one)
