@@ -16,6 +16,7 @@ Source: compressed-tensors 0.20. Its 3-bit words were not dense before (ten code
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +42,7 @@ _FORMATS = (
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 )
 _LINEAR = "Linear"
+_LOGGER = logging.getLogger("fdq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,12 @@ class CompressedTensors(Codec):
         sparsity = section.part("sparsity_config")
         if sparsity and sparsity.content.get("format") not in (None, "dense"):
             raise sparsity.wrong("format", "'dense': sparse weights are not read")
+        section.absent("transform_config", because="rotations of weights are not undone")
+        if section.content.get("kv_cache_scheme"):
+            _LOGGER.warning(
+                "%s: kv_cache_scheme is not read; choose the cache, such as cache='C8'.",
+                section.where,
+            )
         default = section.content.get("format")
         groups = section.part("config_groups")
         if groups is None:
@@ -80,6 +88,7 @@ class CompressedTensors(Codec):
 
     def _group(self, part: Section, default: Any) -> _Group:
         known = Section({"format": part.content.get("format") or default}, part.where)
+        part.absent("output_activations", because="outputs are not quantized here")
         targets = part.names("targets")
         weights = part.part("weights")
         if weights is None:

@@ -71,6 +71,8 @@ class Gptq(_Grouped):
         self.is_first = version != "gptq_v2"
         if section.content.get("quant_method") == "auto-round":
             section.one_of("packing_format", ("auto_round:auto_gptq",))
+        section.absent("is_marlin_format", because="Marlin's layout is not read")
+        section.one_of("pack_dtype", ("int32",), "int32")
         rules = section.part("dynamic")
         for rule in rules.content if rules else ():
             if not rule.startswith("-:"):
