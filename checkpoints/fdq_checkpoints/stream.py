@@ -156,7 +156,11 @@ class Job:
             if jnp.issubdtype(tensor.value.dtype, jax.dtypes.extended):
                 return value  # a PRNG key
             return _cast(np.asarray(value), tensor.value.dtype, tensor.path)
-        if not isinstance(value, QTensor) or value.spec != tensor.value.spec:
+        shape = tuple(tensor.value.shape)
+        if not isinstance(value, QTensor) or (value.spec, value.shape) != (
+            tensor.value.spec,
+            shape,
+        ):
             raise CheckpointError(
                 f"{dotted(tensor.path)}: read as {value!r:.80}, expected {tensor.value!r:.80}."
             )

@@ -87,6 +87,81 @@ def test_inspect_says_what_it_is_and_what_to_do(kind, tmp_path, rng):
     assert any(row.format.startswith("W4" if kind == "gptq" else "Wfp8") for row in table.rows)
 
 
+def changed(folder, change):
+    path = folder / "model.safetensors"
+    tensors = {name: np.array(a) for name, a in builders.tensors_of(path).items()}
+    change(tensors)
+    builders.write(path, tensors)
+
+
+def test_biases_of_zeros_that_no_layer_has_are_let_through(tmp_path, rng):
+    """AutoGPTQ writes one for every layer."""
+    foreign.model("gptq", tmp_path / "model", rng)
+
+    def add(tensors):
+        for name in [n for n in tensors if n.endswith(".qweight")]:
+            width = tensors[name].shape[1]
+            tensors[name.replace("qweight", "bias")] = np.zeros(width, np.float16)
+
+    changed(tmp_path / "model", add)
+    assert isinstance(load(tmp_path / "model").layers[0].mlp.down_proj.kernel, fdq.QTensor)
+
+
+def test_codes_of_a_router_and_of_an_embedding_are_decoded(tmp_path, rng):
+    """Rows of the one are looked up, the other is computed in float32."""
+    decoded = foreign.model("llm.int8", tmp_path / "model", rng, "qwen3_moe")
+    gate = "model.layers.0.mlp.gate"
+
+    def add(tensors):
+        for module in (gate, "model.embed_tokens"):
+            shape = tensors.pop(f"{module}.weight").shape
+            codes, weight = foreign.eight_bits(rng, *shape)
+            tensors.update({f"{module}.{end}": array for end, array in codes.items()})
+            decoded[f"{module}.weight"] = weight.astype(np.float32).T
+
+    changed(tmp_path / "model", add)
+    model, twin = load(tmp_path / "model"), float_twin(decoded, tmp_path / "twin", "qwen3_moe")
+    np.testing.assert_allclose(
+        model.embed_tokens.embedding[...], decoded["model.embed_tokens.weight"], rtol=1e-6
+    )
+    tokens = jnp.array([[1, 5, 9, 2, 8]])
+    np.testing.assert_allclose(model(tokens), twin(tokens), atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_of_which_no_layer_keeps_its_codes_is_one_of_floats(tmp_path, rng):
+    decoded = foreign.model("gptq", tmp_path / "model", rng)
+
+    def only_v(tensors):
+        for name in list(tensors):
+            module, _, end = name.rpartition(".")
+            if end == "qweight" and not module.endswith("v_proj"):
+                for other in [n for n in tensors if n.startswith(module + ".")]:
+                    del tensors[other]
+                tensors[f"{module}.weight"] = np.ascontiguousarray(decoded[f"{module}.weight"])
+
+    changed(tmp_path / "model", only_v)
+    model, twin = load(tmp_path / "model"), float_twin(decoded, tmp_path / "twin", "llama")
+    tokens = jnp.array([[1, 5, 9]])
+    np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
+
+
+def test_an_expert_that_calibration_never_reached_has_no_scale_of_its_input(tmp_path, rng):
+    foreign.model("modelopt fp8, static", tmp_path / "model", rng, "qwen3_moe")
+    path = "model.layers.0.mlp.experts"
+
+    def drop(tensors):
+        for part in ("gate", "up", "down"):
+            del tensors[f"{path}.0.{part}_proj.input_scale"]
+
+    changed(tmp_path / "model", drop)
+    stored = builders.tensors_of(tmp_path / "model/model.safetensors")
+    model = load(tmp_path / "model")
+    widest = max(stored[f"{path}.{expert}.down_proj.input_scale"].item() for expert in range(1, 8))
+    down = model.layers[0].mlp.experts.down_proj
+    assert not down.activation.dynamic
+    assert down.activation_scale[...] == np.float32(widest)
+
+
 @pytest.mark.parametrize("kind", ["int8, static", "float8, static", "modelopt fp8, static"])
 def test_static_scales_of_inputs_are_the_widest_of_a_fused_layer(kind, tmp_path, rng):
     foreign.model(kind, tmp_path / "model", rng)
@@ -233,9 +308,8 @@ def test_rows_in_another_order_are_refused(case, tmp_path):
     with SourceDirectory(tmp_path / "model") as directory:
         section = Section({"bits": 4, "group_size": 32, "desc_act": True}, "config")
         codec = CODECS["gptq"](directory, section)
-        (linear,) = codec.linears().values()
         with pytest.raises(CheckpointError, match="desc_act.*Load the float original"):
-            codec.read(linear)
+            codec.linears()
 
 
 def broken(kind, change, tmp_path, rng, **config):
@@ -266,6 +340,37 @@ def _nothing(tensors):
     del tensors
 
 
+def _reshape(end, shape):
+    def change(tensors):
+        name = next(n for n in tensors if n.endswith(end))
+        tensors[name] = tensors[name].reshape(shape)
+
+    return change
+
+
+def _negative(tensors):
+    name = next(n for n in tensors if n.endswith("weight_scale"))
+    tensors[name].view(np.uint8).reshape(-1)[0] |= 0x80
+
+
+def _beside(tensors):
+    tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((64, 128), np.float32)
+
+
+def _biased(tensors):
+    tensors["model.layers.0.mlp.down_proj.bias"] = np.ones(64, np.float16)
+
+
+def _permuted(tensors):
+    name = next(n for n in tensors if n.endswith("g_idx"))
+    tensors[name] = np.ascontiguousarray(tensors[name][::-1])
+
+
+def of_asymmetric():
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}
+    return foreign.of_groups("int-quantized", weights)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "config", "said"),
     [
@@ -285,7 +390,7 @@ def _nothing(tensors):
         ("gptq", _nothing, {"is_marlin_format": True}, "Marlin's layout"),
         ("gptq", _nothing, {"pack_dtype": "int16"}, "pack_dtype = 'int16'"),
         ("packed", _nothing, {"ignore": ["re:.*down_proj"]}, "has codes, but config.json leaves"),
-        ("packed", _nothing, {"ignore": ["re:(a+)+b"]}, "repeats what"),
+        ("packed", _nothing, {"ignore": ["re:(a+)+b"]}, "repeats too much"),
         ("packed", _nothing, {"ignore": ["re:("]}, "is no regular expression"),
         ("packed", _set("weight_shape", 7), {}, "are no 4-bit codes of"),
         ("packed", _remove("weight_scale"), {}, "missing"),
@@ -303,6 +408,20 @@ def _nothing(tensors):
         ("int8, static", _remove("input_scale"), {}, "input_scale' is missing"),
         ("nf4", _nothing, {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type = 'fp4'"),
         ("nf4", _set("quant_map", 0.5), {}, "another codebook than NF4's"),
+        ("nf4, twice", _reshape("nested_quant_map", (256, 1)), {}, "nested_quant_map' is float32"),
+        ("nf4, twice", _reshape("nested_quant_map", (1, 256)), {}, "nested_quant_map' is float32"),
+        ("nf4, twice", _set("nested_absmax", -9), {}, "negative"),
+        ("llm.int8", _set("weight_format", 2), {}, "another layout than rows"),
+        ("nvfp4", _negative, {}, "a scale that is negative"),
+        ("modelopt nvfp4", _negative, {}, "a scale that is negative"),
+        ("gptq", _beside, {}, "is beside the codes of the same layer"),
+        ("gptq", _biased, {}, "bias' is not part of a llama model"),
+        ("gptq", _permuted, {"desc_act": True}, "in the order of activations"),
+        ("int8", _nothing, of_asymmetric(), "weight_zero_point' is missing"),
+        ("packed", _nothing, {"ignore": [r"re:(\w|\w)*!"]}, "repeats too much"),
+        ("packed", _nothing, {"ignore": ["re:(a|aa)+!"]}, "repeats too much"),
+        ("packed", _nothing, {"ignore": ["re:(.*a){12}!"]}, "repeats too much"),
+        ("packed", _nothing, {"ignore": ["re:.*.*.*.*.*.*!"]}, "repeats too much"),
         ("modelopt nvfp4", _set("weight_scale_2", np.inf), {}, "expected one number above 0"),
         ("nvfp4", _set("weight_global_scale", 0), {}, "expected one number above 0"),
         ("mxfp4", _set("weight_scale", 255), {}, "holds NaN"),

@@ -103,6 +103,21 @@ def test_lookups_shared_by_two_rows(name, size, m, rng):
         assert error(got, row) < TOLERANCE
 
 
+@pytest.mark.parametrize("m", [1, 2])
+def test_an_outlier_costs_other_blocks_nothing(m, rng):
+    """Two rows count in steps of the largest value of a block of rows of K, not of all of K."""
+    q = fdq.quantize(jnp.asarray(rng.standard_normal((256, 64)), jnp.float32), "WNF4A16-g256")
+    x = rows(rng, m).at[:, 3].set(1e6)
+    decoded_rows = np.asarray(dequantize(q), np.float64)
+    y = compiled(("lookup", 2))(x, q)
+    # What is left without the outlier's own column of products.
+    rest = np.asarray(y, np.float64) - np.asarray(x, np.float64)[:, 3:4] * decoded_rows[3]
+    wanted = np.asarray(x.at[:, 3].set(0.0), np.float64) @ decoded_rows
+    zero = np.abs(decoded_rows[3]) == 0
+    assert zero.any()
+    assert np.abs(rest - wanted)[:, zero].max() < 0.015
+
+
 def test_lookups_of_rows_that_are_zero_or_not_finite(rng):
     x = rows(rng, 4).at[0].set(0.0).at[1, 7].set(jnp.nan).at[2, 9].set(jnp.inf)
     y = np.asarray(compiled(("lookup", 8))(x, quantized("nf4-g64")))

@@ -67,6 +67,9 @@ class BitsAndBytes(Codec):
         self.check(module, "weight.absmax", (n * k // block,), "uint8" if nested else "float32")
         spec = WeightSpec(format="nf4", granularity="group", group_size=block)
         there = _NESTED if nested else ()
+        if nested:
+            self.check(module, _NESTED[0], (self.info(module, _NESTED[0]).nbytes // 4,), "float32")
+            self.check(module, _NESTED[1], (256,), "float32")
         ends = ("weight", "weight.absmax", "weight.quant_map", _STATE, *there)
         return _linear(module, (n, k), spec, ends)
 
@@ -74,6 +77,8 @@ class BitsAndBytes(Codec):
         """Turned from `[out, in]` to `[in, out]`."""
         n, k = linear.shape
         if self.is_int8:
+            if "weight_format" in linear.ends and self.read_end(linear, "weight_format").any():
+                raise self.bad(linear, "weight_format", "another layout than rows")
             codes = self.read_end(linear, "weight").T
             scale = (self.scale_of(linear, "SCB") / np.float32(127)).reshape(1, n)
             return StoredWeight(linear.spec, k, np.ascontiguousarray(codes), {"scale": scale})
@@ -95,11 +100,11 @@ class BitsAndBytes(Codec):
         largest, book = (self.read_end(linear, end) for end in _NESTED)
         block = block if type(block) is int and block > 0 else 0
         fits = block > 0 and largest.size == -(-codes.size // max(block, 1))
-        if not fits or book.size != 256 or not isinstance(offset, float):
+        if not fits or not isinstance(offset, float):
             raise self.bad(linear, _STATE, "a description that its tensors do not fit")
         scale = book[codes] * np.repeat(largest, block)[: codes.size] + np.float32(offset)
-        if not np.isfinite(scale).all():
-            raise self.bad(linear, _NESTED[0], "what is not finite")
+        if not np.isfinite(scale).all() or (scale < 0).any():
+            raise self.bad(linear, _NESTED[0], "a scale that is negative or not finite")
         return scale.astype(np.float32)
 
     def _state(self, module: str) -> tuple[tuple[int, int], dict[str, Any]]:

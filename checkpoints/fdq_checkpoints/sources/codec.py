@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16 by name
@@ -16,7 +16,9 @@ from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
-_LONGEST_PATTERN = 512
+_LONGEST_PATTERN, _LONGEST_NAME = 512, 160
+# No repetition of a group and so many of characters: at worst a cubic number of steps a name.
+_MOST_REPETITIONS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,11 @@ class Codec(abc.ABC):
                 found[module] = linear
         return found
 
+    def unused_biases(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """Names of biases that a model need not have: those that say nothing."""
+        del modules
+        return ()
+
     def info(self, module: str, end: str) -> TensorInfo:
         """A tensor of a module; CheckpointError if it is missing."""
         name = f"{module}.{end}"
@@ -168,6 +175,13 @@ class Codec(abc.ABC):
             raise self.bad(linear, end, "a scale that is negative or not finite")
         return scale
 
+    def float8_scale_of(self, linear: Linear, end: str) -> np.ndarray:
+        """Scales in e4m3; CheckpointError where one is negative or NaN."""
+        scale = self.float8_of(linear, end)
+        if (scale.view(np.uint8) & np.uint8(0x80)).any():
+            raise self.bad(linear, end, "a scale that is negative")
+        return scale
+
     def float8_of(self, linear: Linear, end: str) -> np.ndarray:
         """Codes of e4m3; CheckpointError where one is NaN."""
         codes = self.read_end(linear, end)
@@ -190,7 +204,8 @@ class Codec(abc.ABC):
         """The scale of a module's whole matrix: one number above 0."""
         name = self.check(module, end, self.info(module, end).shape, "float32").name
         found = self.directory.read(name)
-        if found.size != 1 or not np.isfinite(found).all() or not found.item() > 0:
+        usable = np.isfinite(found).all() and (found >= np.finfo(np.float32).tiny).all()
+        if found.size != 1 or not usable:
             raise CheckpointError(
                 f"{self.directory.file_name(name)}: tensor {shown(name)} holds "
                 f"{found.tolist()!r:.80}, expected one number above 0."
@@ -230,28 +245,36 @@ def check_ignored(directory: SourceDirectory, found: Mapping[str, Any], ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Modules by name or, after `re:`, by a regular expression that their names match."""
+    """Modules by name or, after `re:`, by a regular expression that their names match.
+
+    A file may say anything: expressions are held to few repetitions, and all matches to seconds.
+    """
 
     patterns: tuple[str, ...]
     where: str
 
     def match(self, module: str) -> bool:
-        """Whether a module is among them; a bare name means every module of that last name too."""
+        """Whether a module is among them, or below one of them."""
         return any(self._matches(pattern, module) for pattern in self.patterns)
 
     def _matches(self, pattern: str, module: str) -> bool:
         if not pattern.startswith("re:"):
             return module == pattern or module.startswith(pattern + ".")
         expression = pattern.removeprefix("re:")
-        # Repetitions of repetitions take for ever on some names.
-        if len(expression) > _LONGEST_PATTERN or re.search(r"[*+}]\s*\)\s*[*+{]", expression):
+        repeated = len(re.findall(r"(?<!\\)[*+]|\{\d*,\d*\}", expression))
+        if (
+            len(expression) > _LONGEST_PATTERN
+            or len(module) > _LONGEST_NAME
+            or repeated > _MOST_REPETITIONS
+            or re.search(r"\)\s*[*+{]", expression)
+        ):
             raise CheckpointError(
-                f"{self.where}: the pattern {expression!r:.80} is too long, or repeats what "
-                "repeats. Write the modules' names in its place."
+                f"{self.where}: the pattern {expression!r:.80} is too long, or repeats too much to "
+                "be matched safely. Write the modules' names in its place."
             )
         try:
             return re.match(expression, module) is not None
-        except re.error as error:
+        except (re.error, RecursionError) as error:
             raise CheckpointError(
                 f"{self.where}: the pattern {expression!r:.80} is no regular expression: {error}."
             ) from None

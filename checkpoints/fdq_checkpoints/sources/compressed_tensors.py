@@ -179,7 +179,8 @@ class CompressedTensors(Codec):
         if group.format == "mxfp8-quantized":
             self.check(module, "weight_scale", (n, k // 32), "uint8")
             return _spec("mxfp8", "group", 32, "float8_e8m0fnu"), (n, k), ends
-        if self.has(module, "weight_zero_point"):
+        if not group.weights.flag("symmetric", True) or self.has(module, "weight_zero_point"):
+            self.info(module, "weight_zero_point")
             ends = (*ends, "weight_zero_point")
         dtype, name = scale_dtype(scales, self.directory), kind.removesuffix("fn")
         strategy = group.weights.one_of("strategy", ("tensor", "channel", "group", "block"))
@@ -269,7 +270,7 @@ class CompressedTensors(Codec):
         scale = self.read_end(linear, "weight_scale")
         arrays = {}
         if linear.spec.format == "nvfp4":
-            self.float8_of(linear, "weight_scale")
+            scale = self.float8_scale_of(linear, "weight_scale")
             assert linear.whole is not None
             arrays["global_scale"] = np.full((1, 1), 1 / np.float32(linear.whole), np.float32)
         else:

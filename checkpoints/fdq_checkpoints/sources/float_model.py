@@ -71,8 +71,13 @@ class FloatModels:
 FLOAT_MODELS = FloatModels()
 
 
-def parts_of(directory: tensor_names.Tensors, dtype: Any) -> tuple[models.Decoder, Parts]:
-    """The abstract model of a directory, and where each of its tensors comes from."""
+def parts_of(
+    directory: tensor_names.Tensors, dtype: Any, *, optional: tuple[str, ...] = ()
+) -> tuple[models.Decoder, Parts]:
+    """The abstract model of a directory, and where each of its tensors comes from.
+
+    `optional` tensors may be used or not.
+    """
     where, hf_config = directory.path / "config.json", directory.config
     described = {key: value for key, value in hf_config.items() if key not in QUANTIZATION_KEYS}
     try:
@@ -95,7 +100,7 @@ def parts_of(directory: tensor_names.Tensors, dtype: Any) -> tuple[models.Decode
     head_dim = model.config.head_dim
     q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim
     tied = config.tie_word_embeddings and names.head in directory.tensors
-    rules, also_used = (*own, *names.rules), (names.head,) if tied else ()
+    rules, also_used = (*own, *names.rules), (*optional, *((names.head,) if tied else ()))
     sources = tensor_names.sources(
         directory, rules, targets, qkv_widths=(q, kv, kv), also_used=also_used
     )

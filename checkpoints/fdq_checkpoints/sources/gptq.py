@@ -15,6 +15,9 @@ name       GPTQ                       AWQ (gemm)
 Sources: AutoGPTQ, GPTQModel (`checkpoint_format`), AutoAWQ (`packing_utils`).
 """
 
+import dataclasses
+from collections.abc import Iterable
+
 import numpy as np
 
 from fdq_checkpoints.errors import CheckpointError
@@ -30,6 +33,11 @@ class _Grouped(Codec):
     """What both have in common."""
 
     codes = ("qweight",)
+
+    def unused_biases(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """AutoGPTQ gives every layer a bias, of zeros where the model has none."""
+        names = [f"{module}.bias" for module in modules if self.has(module, "bias")]
+        return tuple(name for name in names if not self.directory.read(name).any())
 
     def __init__(self, directory: SourceDirectory, section: Section):
         super().__init__(directory, section)
@@ -63,6 +71,7 @@ class Gptq(_Grouped):
         super().__init__(directory, section)
         self.bits = section.one_of("bits", (2, 3, 4, 8))
         self.symmetric = section.flag("sym", True)
+        self.may_permute = section.flag("desc_act", False)
         version = section.content.get("checkpoint_format") or section.content.get("format")
         known = ("gptq", "gptq_v2", "auto_gptq")
         if version is not None and version not in known:
@@ -90,26 +99,30 @@ class Gptq(_Grouped):
         if n * self.bits % _WORD:
             raise self.shape_problem(module, f"{n} columns do not fill words of zero points")
         self.check(module, "qweight", info.shape, "int32")
-        if self.has(module, "g_idx"):
-            self.check(module, "g_idx", (k,), "int32", "int64")
         linear = self._linear(module, self.bits, k, n, self.symmetric)
-        ends = (*linear.ends, *(("g_idx",) if self.has(module, "g_idx") else ()))
-        return Linear(
-            module=module, shape=linear.shape, spec=linear.spec, activation=None, ends=ends
-        )
+        if not self.has(module, "g_idx"):
+            return linear
+        self.check(module, "g_idx", (k,), "int32", "int64")
+        linear = dataclasses.replace(linear, ends=(*linear.ends, "g_idx"))
+        if self.may_permute:
+            self._check_order(linear)
+        return linear
+
+    def _check_order(self, linear: Linear) -> None:
+        """CheckpointError where rows are in another order than that of the groups."""
+        order, (_, k) = self.read_end(linear, "g_idx"), linear.shape
+        if not np.array_equal(order, np.arange(k) // (linear.spec.group_size or k)):
+            raise CheckpointError(
+                f"{self.directory.file_name(f'{linear.module}.g_idx')}: {linear.module} has its "
+                "rows in the order of activations (desc_act), which is not read. Load the float "
+                "original, or a release with desc_act false."
+            )
 
     def read(self, linear: Linear) -> StoredWeight:
         """The bytes of the codes turned; zero points looked at."""
         (n, k), bits, spec = linear.shape, self.bits, linear.spec
-        group = spec.group_size or k
         if "g_idx" in linear.ends:
-            order = self.read_end(linear, "g_idx")
-            if not np.array_equal(order, np.arange(k) // group):
-                raise CheckpointError(
-                    f"{self.directory.file_name(f'{linear.module}.g_idx')}: {linear.module} has "
-                    "its rows in the order of activations (desc_act), which is not read. Load "
-                    "the float original, or a release with desc_act false."
-                )
+            self._check_order(linear)
         zero = packing.unpacked(self.read_end(linear, "qzeros"), n, bits)
         if self.is_first:
             if not self.symmetric and (zero == 2**bits - 1).any():

@@ -22,6 +22,8 @@ from fdq_checkpoints.sources.codec import Codec, Names, Section, check_ignored
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 
 _BLOCK = 128
+_PER_TOKEN = "FP8_PER_CHANNEL_PER_TOKEN"
+_ALGORITHMS = ("NVFP4", "FP8", _PER_TOKEN, "fp8_pb_wo", "FP8_PB_WO")
 _MOST_STARS = 4
 
 
@@ -34,7 +36,7 @@ class ModelOpt(Codec):
 
     def __init__(self, directory: SourceDirectory, section: Section):
         super().__init__(directory, section)
-        self.algorithm = section.one_of("quant_algo", ("NVFP4", "FP8", "fp8_pb_wo", "FP8_PB_WO"))
+        self.algorithm = section.one_of("quant_algo", _ALGORITHMS)
         names = section.names("ignore", "exclude_modules")
         escaped = [f"re:{_expression(name)}" if "*" in name else name for name in names]
         self.ignored = Names(tuple(escaped), section.where)
@@ -86,7 +88,9 @@ class ModelOpt(Codec):
         else:
             self.check(module, "weight_scale", (n,), "float32")
         activation = scale = None
-        if self.has(module, "input_scale"):
+        if self.algorithm == _PER_TOKEN:
+            activation = ActivationSpec(format="float8_e4m3")
+        elif self.has(module, "input_scale"):
             scale = self.static_input(module, "input_scale")
             activation = ActivationSpec(format="float8_e4m3", granularity="tensor", dynamic=False)
         return Linear(
@@ -102,7 +106,10 @@ class ModelOpt(Codec):
         """Turned from `[out, in]` to `[in, out]`."""
         k, spec, arrays = linear.shape[1], linear.spec, {}
         if spec.format == "nvfp4":
-            codes, scale = self.read_end(linear, "weight"), self.float8_of(linear, "weight_scale")
+            codes, scale = (
+                self.read_end(linear, "weight"),
+                self.float8_scale_of(linear, "weight_scale"),
+            )
             arrays["global_scale"] = np.full((1, 1), linear.whole, np.float32)
         else:
             codes, scale = self.float8_of(linear, "weight"), self.scale_of(linear, "weight_scale")

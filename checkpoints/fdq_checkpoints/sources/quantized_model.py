@@ -16,7 +16,7 @@ from fdq import models
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
-from fdq.schemes.scheme import Scheme
+from fdq.schemes.scheme import ActivationSpec, Scheme
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers import strict_json
@@ -60,6 +60,11 @@ class LinearNames:
         }
         for module, linear in self.linears.items():
             name = f"{module}.weight"
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"{directory.file_name(name)}: tensor {name} is beside the codes of the same "
+                    "layer, so it is not clear which counts."
+                )
             self.tensors[name] = TensorInfo(name, dtype, linear.shape, 0, 0)
 
     def linear(self, name: str) -> Linear | None:
@@ -106,7 +111,8 @@ class QuantizedModel(Source):
         self._names, self._parts = names, parts
         self._model = model
         self._specs = {path: spec for path in parts if (spec := self._spec(path)) is not None}
-        self.tree = quantize(model, _recipe(model, self._schemes()))
+        schemes = self._schemes()
+        self.tree = quantize(model, _recipe(model, schemes)) if schemes else model
 
     def _linears(self, path: Path) -> list[list[Linear | None]]:
         """By expert (or once), the parts of a target."""
@@ -121,7 +127,9 @@ class QuantizedModel(Source):
             None if None in parts else joined_spec([one for one in parts if one is not None])
             for parts in experts
         }
-        if len(specs) == 1 and None not in specs:
+        # Embeddings, whose rows are looked up, and routers are floats in fdq.
+        is_linear = self._parts[path].layout == "transposed" and "router" not in path
+        if is_linear and len(specs) == 1 and None not in specs and len(self._activations(path)) < 2:
             return specs.pop()
         _LOGGER.warning(
             "%s: %s is stored in different ways that one layer of fdq cannot hold; it is decoded "
@@ -131,12 +139,16 @@ class QuantizedModel(Source):
         )
         return None
 
+    def _activations(self, path: Path) -> set[ActivationSpec]:
+        """How the input of a target's parts is quantized, where it is."""
+        flat = [one for parts in self._linears(path) for one in parts if one is not None]
+        return {one.activation for one in flat if one.activation is not None}
+
     def _schemes(self) -> dict[Path, Scheme]:
         found = {}
         for path, spec in self._specs.items():
-            linear = self._linears(path)[0][0]
-            assert linear is not None
-            found[path] = Scheme(weight=spec, activation=linear.activation)
+            activation = next(iter(self._activations(path)), None)
+            found[path] = Scheme(weight=spec, activation=activation)
         return found
 
     def decoded(self) -> Source:
@@ -166,7 +178,12 @@ class QuantizedModel(Source):
 
     def _input_scale(self, kernel: Path) -> np.ndarray:
         """The static scale of a fused layer's input: the widest of its parts and experts."""
-        linears = [one for parts in self._linears(kernel) for one in parts if one is not None]
+        linears = [
+            one
+            for parts in self._linears(kernel)
+            for one in parts
+            if one is not None and one.input_scale is not None  # of experts that saw no token
+        ]
         return np.asarray(max(map(self._names.codec.input_scale_of, linears)), np.float32)
 
     def _weight(self, path: Path, parts: Sequence[Linear | None]) -> StoredWeight:
@@ -238,9 +255,10 @@ class QuantizedModels:
                 raise CheckpointError(
                     f"{release.where}: says {release}, but no tensor holds codes."
                 )
-            model, parts = float_model.parts_of(names, dtype)
+            optional = codec.unused_biases(names.linears)
+            model, parts = float_model.parts_of(names, dtype, optional=optional)
             return QuantizedModel(names, model, parts, release)
-        except CheckpointError as error:
+        except ValueError as error:  # and what a spec finds wrong with its fields
             directory.close()
             raise CheckpointError(
                 f"{release.where} ({release.method}): the weights are quantized already: {release}"

@@ -80,7 +80,7 @@ def joined_spec(parts: Sequence[Linear]) -> WeightSpec | None:
     first = parts[0].spec
     if len(parts) == 1:
         return first
-    same = [(part.spec, part.activation, part.whole) for part in parts]
+    same = [(part.spec, part.whole) for part in parts]
     if any(one != same[0] for one in same):
         return None
     if first.granularity == "tensor":

@@ -111,17 +111,18 @@ def _looked_up(
 def _two_looked_up(
     parts: jax.Array, values: list[np.ndarray], view: WeightView, sizes: Sizes
 ) -> list[jax.Array]:
-    """Two rows, `[2, units, unit_rows, 1]`: as 31-bit integers of their group's largest value.
+    """Two rows, `[2, units, unit_rows, 1]`, as integers: 25 bits of the largest in their block.
 
-    That is more than float32 sums keep. A step so small that it is no normal number counts as 1:
-    what it stood for is less than 2^-96.
+    A step so small that it is no normal number counts as 1: what it stood for is less than 2^-96. A
+    block with an infinity is NaN.
     """
-    groups, _, block = sizes
-    in_groups = parts.reshape(2, groups, -1)
+    groups, blocks, block = sizes
+    in_blocks = parts.reshape(2, groups * blocks, -1)
+    # Half of what 32 bits hold, for the entries are rounded.
     reach = block * sum(float(np.abs(v).max()) for v in values)
-    step = jnp.max(jnp.abs(in_groups), axis=-1, keepdims=True) * np.float32(reach / 2**30)
+    step = jnp.max(jnp.abs(in_blocks), axis=-1, keepdims=True) * np.float32(reach / 2**30)
     step = jnp.where(step < SMALLEST_NORMAL, jnp.float32(1), step)
-    scaled = lax.optimization_barrier((in_groups / step).reshape(parts.shape))
+    scaled = lax.optimization_barrier((in_blocks / step).reshape(parts.shape))
     entries = functools.reduce(jnp.add, [scaled[:, :, p] * v[None] for p, v in enumerate(values)])
     low, high = jnp.round(entries).astype(jnp.int32)
     with jax.enable_x64(True):
@@ -132,8 +133,7 @@ def _two_looked_up(
         high = lax.shift_right_arithmetic(both - _widened(low), lax.full(both.shape, 32, np.int64))
         high = lax.convert_element_type(high, np.int32)
     return [
-        total.astype(jnp.float32).reshape(groups, -1, view.columns) * of_row[:, :, None]
-        for total, of_row in zip((low, high), step, strict=True)
+        total.astype(jnp.float32) * of_row for total, of_row in zip((low, high), step, strict=True)
     ]
 
 
