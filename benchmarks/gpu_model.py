@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -222,14 +222,7 @@ def measure(case: ModelCase, settings: Settings) -> dict[str, Any]:
     step, _ = fdq.functional(module)
     difference = compare_with_xla(config, case.scheme, params, settings)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def decode(params: dict, state: fdq.DecodeState) -> fdq.DecodeState:
-        def body(state: fdq.DecodeState, _: None) -> tuple[fdq.DecodeState, None]:
-            logits, state = step(params, state)
-            return state.push(logits.argmax(-1)), None
-
-        return jax.lax.scan(body, state, None, length=steps)[0]
-
+    decode = decode_loop(step, steps)
     start = time.perf_counter()
     program = decode.lower(params, state).compile()
     compiled = time.perf_counter() - start
@@ -260,6 +253,20 @@ def measure(case: ModelCase, settings: Settings) -> dict[str, Any]:
         "difference": difference,
         "log": log,
     }
+
+
+def decode_loop(step: Any, steps: int) -> Callable[[Any, Any], Any]:
+    """`decode(params, state)`: so many greedy tokens a sequence; the state is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def decode(params: Any, state: fdq.DecodeState) -> fdq.DecodeState:
+        def body(state: fdq.DecodeState, _: None) -> tuple[fdq.DecodeState, None]:
+            logits, state = step(params, state)
+            return state.push(logits.argmax(-1)), None
+
+        return jax.lax.scan(body, state, None, length=steps)[0]
+
+    return decode
 
 
 def _listen() -> list[str]:

@@ -7,7 +7,6 @@ model what its layers do. Where the seconds before the first token go is told ap
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 import fdq
 from benchmarks.gpu_child import Emit, Settings, run_cases, section_main
-from benchmarks.gpu_model import bytes_a_step, random_parameters, random_state, tiny
+from benchmarks.gpu_model import bytes_a_step, decode_loop, random_parameters, random_state, tiny
 from fdq.analysis.startup_time import measured
 from fdq.models import CONFIGS, abstract
 
@@ -102,7 +101,7 @@ def measure(case: StepCase, settings: Settings) -> dict[str, Any]:
         if prompt:
             advance = _prompt(functions, config, prompt, slots, case.batch)
         else:
-            advance = _decode(functions.step, steps)
+            advance = decode_loop(functions.step, steps)
         held = jax.block_until_ready(advance(params, state))
         first = time.perf_counter() - start
         startup = {
@@ -130,18 +129,6 @@ def measure(case: StepCase, settings: Settings) -> dict[str, Any]:
         "seconds": float(np.median(seconds)),
         **startup,
     }
-
-
-def _decode(step: Any, steps: int) -> Callable[[Any, Any], Any]:
-    @functools.partial(jax.jit, donate_argnums=1)
-    def decode(params: Any, state: fdq.DecodeState) -> fdq.DecodeState:
-        def body(state: fdq.DecodeState, _: None) -> tuple[fdq.DecodeState, None]:
-            logits, state = step(params, state)
-            return state.push(logits.argmax(-1)), None
-
-        return jax.lax.scan(body, state, None, length=steps)[0]
-
-    return decode
 
 
 def _prompt(

@@ -246,11 +246,11 @@ def _sums(
 
     `logits` and `reference` are [batch, length, vocab], `targets` and `mask` [batch, length].
     """
-    log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     nats = -log_probabilities(logits, targets)
     if reference is None:
         kl = agree = others = jnp.zeros_like(nats)
     else:
+        log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         log_p = jax.nn.log_softmax(reference.astype(jnp.float32), axis=-1)
         # 0 * log 0 is 0: a reference may forbid a token with -inf.
         term = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)

@@ -48,7 +48,9 @@ Cache = Annotated[
 def _prompt(text: str) -> str:
     """A prompt from standard input where it is `-`, without the line end of its last line."""
     if text != "-":
-        if not text.isprintable() and any(0xD800 <= ord(char) < 0xE000 for char in text):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # of bytes of the command line that are none
             fail("--prompt: no text in UTF-8.", WRONG_USE)
         return text
     stream = typer.get_text_stream("stdin")

@@ -99,7 +99,7 @@ def run(
         with console.err.status("Calibrating ..."):
             calibration = calibrated(source, calibration_text, config=config, subtree=subtree)
     before = inspect(source, subtree=subtree)
-    if recipe is None and (before.scheme is None or before.kind == "fdq"):
+    if recipe is None and before.scheme is None:
         raise ValueError(
             f"{source} is not quantized: say what it is to be stored in, --scheme W4A16C8. "
             "fdq schemes lists what there is."

@@ -25,8 +25,7 @@ def as_indices(indices: Any, what: str) -> jax.Array:
         raise TypeError(f"{what}: expected integers, found {found.dtype}.")
     if jnp.iinfo(found.dtype).max <= _LIMITS.max:
         return jnp.asarray(found).astype(jnp.int32)
-    if isinstance(found, np.ndarray):
-        return jnp.asarray(np.clip(found, min(0, _LIMITS.min), _LIMITS.max).astype(np.int32))
-    low, high = max(_LIMITS.min, jnp.iinfo(found.dtype).min), _LIMITS.max
-    limits = (np.asarray(limit, found.dtype) for limit in (low, high))
-    return jnp.clip(found, *limits).astype(jnp.int32)
+    low = max(_LIMITS.min, jnp.iinfo(found.dtype).min)
+    limits = (np.asarray(limit, found.dtype) for limit in (low, _LIMITS.max))
+    clip = np.clip if isinstance(found, np.ndarray) else jnp.clip
+    return jnp.asarray(clip(found, *limits).astype(np.int32))

@@ -50,9 +50,7 @@ class BitsAndBytes(Codec):
     def linear(self, module: str) -> Linear:
         """By its state, or the shape of the codes."""
         if self.is_int8:
-            info = self.info(module, "weight")
-            if len(info.shape) != 2:
-                raise self.shape_problem(module, f"{info.shape} is no matrix")
+            info = self.matrix(module, "weight")
             self.check(module, "weight", info.shape, "int8")
             self.check(module, "SCB", info.shape[:1], "float32")
             ends = ("weight", "SCB", *self._there(module, "weight_format"))

@@ -148,6 +148,13 @@ class Codec(abc.ABC):
             )
         return self.directory.tensors[name]
 
+    def matrix(self, module: str, end: str) -> TensorInfo:
+        """A tensor of a module that has two axes; CheckpointError if it is missing, or has not."""
+        info = self.info(module, end)
+        if len(info.shape) != 2:
+            raise self.shape_problem(module, f"{info.shape} is no matrix")
+        return info
+
     def has(self, module: str, end: str) -> bool:
         """Whether a module has such a tensor."""
         return f"{module}.{end}" in self.directory.tensors

@@ -169,9 +169,7 @@ class CompressedTensors(Codec):
         return spec, (n, k), ends
 
     def _plain(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
-        info = self.info(module, "weight")
-        if len(info.shape) != 2:
-            raise self.shape_problem(module, f"{info.shape} is no matrix")
+        info = self.matrix(module, "weight")
         n, k = info.shape
         kind = "int8" if group.format == "int-quantized" else "float8_e4m3fn"
         self.check(module, "weight", (n, k), kind)
@@ -203,9 +201,7 @@ class CompressedTensors(Codec):
         return spec, (n, k), ends
 
     def _float4(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
-        info = self.info(module, "weight_packed")
-        if len(info.shape) != 2:
-            raise self.shape_problem(module, f"{info.shape} is no matrix")
+        info = self.matrix(module, "weight_packed")
         n, k = info.shape[0], 2 * info.shape[1]
         self.check(module, "weight_packed", info.shape, "uint8")
         if group.format == "mxfp4-pack-quantized":

@@ -63,9 +63,7 @@ class Float8(Codec):
 
     def linear(self, module: str) -> Linear:
         """By the shape of the codes."""
-        info = self.info(module, "weight")
-        if len(info.shape) != 2:
-            raise self.shape_problem(module, f"{info.shape} is no matrix")
+        info = self.matrix(module, "weight")
         n, k = info.shape
         self.check(module, "weight", (n, k), "float8_e4m3fn")
         end = self.codes[0] if self.has(module, self.codes[0]) else self.codes[1]

@@ -92,8 +92,8 @@ class Gptq(_Grouped):
 
     def linear(self, module: str) -> Linear:
         """By the shape of the codes."""
-        info = self.info(module, "qweight")
-        if len(info.shape) != 2 or info.shape[0] * _WORD % self.bits:
+        info = self.matrix(module, "qweight")
+        if info.shape[0] * _WORD % self.bits:
             raise self.shape_problem(module, f"{info.shape} is not packed {self.bits}-bit codes")
         k, n = info.shape[0] * _WORD // self.bits, info.shape[1]
         if n * self.bits % _WORD:
@@ -161,9 +161,7 @@ class Awq(_Grouped):
 
     def linear(self, module: str) -> Linear:
         """By the shape of the codes."""
-        info = self.info(module, "qweight")
-        if len(info.shape) != 2:
-            raise self.shape_problem(module, f"{info.shape} is no matrix of packed codes")
+        info = self.matrix(module, "qweight")
         k, n = info.shape[0], info.shape[1] * 8
         self.check(module, "qweight", info.shape, "int32")
         return self._linear(module, 4, k, n, symmetric=False)

@@ -16,7 +16,6 @@ import re
 import numpy as np
 
 from fdq.schemes.scheme import ActivationSpec, WeightSpec
-from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources.codec import Codec, Names, Section, check_ignored
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
@@ -24,7 +23,6 @@ from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 _BLOCK = 128
 _PER_TOKEN = "FP8_PER_CHANNEL_PER_TOKEN"
 _ALGORITHMS = ("NVFP4", "FP8", _PER_TOKEN, "fp8_pb_wo", "FP8_PB_WO")
-_MOST_STARS = 4
 
 
 class ModelOpt(Codec):
@@ -38,8 +36,11 @@ class ModelOpt(Codec):
         super().__init__(directory, section)
         self.algorithm = section.one_of("quant_algo", _ALGORITHMS)
         names = section.names("ignore", "exclude_modules")
-        escaped = [f"re:{_expression(name)}" if "*" in name else name for name in names]
-        self.ignored = Names(tuple(escaped), section.where)
+        # With `*` for anything.
+        patterns = [
+            f"re:{'.*'.join(map(re.escape, n.split('*')))}$" if "*" in n else n for n in names
+        ]
+        self.ignored = Names(tuple(patterns), section.where)
 
     def linears(self) -> dict[str, Linear]:
         """Also checks that what is to be ignored has no codes."""
@@ -49,9 +50,7 @@ class ModelOpt(Codec):
 
     def linear(self, module: str) -> Linear:
         """By the dtype of the codes, which says more than the config's label."""
-        info = self.info(module, "weight")
-        if len(info.shape) != 2:
-            raise self.shape_problem(module, f"{info.shape} is no matrix")
+        info = self.matrix(module, "weight")
         if info.dtype.name == "uint8":
             if self.algorithm != "NVFP4":
                 raise self.shape_problem(
@@ -119,10 +118,3 @@ class ModelOpt(Codec):
                 scale = scale.reshape(-1, 1)
         arrays["scale"] = np.ascontiguousarray(scale.T)
         return StoredWeight(spec, k, np.ascontiguousarray(codes.T), arrays)
-
-
-def _expression(name: str) -> str:
-    """A name with `*` as a regular expression."""
-    if name.count("*") > _MOST_STARS:
-        raise CheckpointError(f"config.json: the pattern {name!r:.80} has too many stars.")
-    return ".*".join(map(re.escape, name.split("*"))) + "$"

@@ -56,6 +56,8 @@ class StoredWeight:
 
     def joined_with(self, others: Sequence["StoredWeight"]) -> "StoredWeight":
         """Weights of one input beside each other along N, all of one `joined_spec`."""
+        if not others:
+            return self
         parts = (self, *others)
         arrays = dict(self.arrays)
         for name in arrays.keys() - {"global_scale"}:  # that of all of them

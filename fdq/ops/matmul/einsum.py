@@ -66,7 +66,7 @@ def einsum(
                 f"{path}: {', '.join(given)}= is for quantized weights, w is an array."
             )
         y = jnp.einsum(equation, x, w)
-        return y if out_dtype is None else y.astype(as_dtype(out_dtype, path))
+        return y.astype(as_dtype(out_dtype, y.dtype, path))
     inputs, weight, output = _axes(equation, x.ndim, w.ndim)
     lead, (k, n) = weight[:-2], weight[-2:]
     contracted, made = (k, n) if k in inputs else (n, k)

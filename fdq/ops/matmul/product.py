@@ -42,7 +42,7 @@ class Product:
             x=x,
             w=materialize(self.w) if self.quantized else as_weight(self.w, self.path),
             activation_scale=None if scale is None else _as_scale(scale, self.path),
-            dtype=jnp.dtype(x.dtype) if self.dtype is None else as_dtype(self.dtype, self.path),
+            dtype=as_dtype(self.dtype, x.dtype, self.path),
         )
         self._check(tuple(self.x.shape), tuple(self.w.shape))
 
@@ -74,10 +74,10 @@ def _as_scale(scale: Any, path: str) -> jax.Array:
     return scale
 
 
-def as_dtype(dtype: Any, path: str) -> Any:
-    """A dtype that a product can be returned in."""
+def as_dtype(dtype: Any, default: Any, path: str) -> Any:
+    """The dtype that a product is returned in, by default that of x as it counts."""
     try:
-        found = jnp.dtype(dtype)
+        found = jnp.dtype(default if dtype is None else dtype)
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):

@@ -109,7 +109,7 @@ def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = Non
     counts in `matmul`, by default.
     """
     x, w, k = as_rows(x, "fdq.einsum"), materialize(w), w.shape[-2]
-    out_dtype = jnp.dtype(x.dtype) if out_dtype is None else as_dtype(out_dtype, "fdq.einsum")
+    out_dtype = as_dtype(out_dtype, x.dtype, "fdq.einsum")
 
     def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1]).astype(wide_dtype(x))
