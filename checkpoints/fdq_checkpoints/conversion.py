@@ -1,19 +1,20 @@
 """`convert`: a float checkpoint to a quantized fdq checkpoint, tensor by tensor.
 
 Peak memory is about the largest quantized tensor (the experts of a layer are one) plus a batch. An
-interrupted or killed conversion leaves `<destination>.fdq-tmp`, which nothing loads; the same call
-goes on from there, and another one (other source, scheme, options or version) starts anew.
+conversion that is stopped by whatever (an interrupt, a kill, an error, a full disk) leaves
+`<destination>.fdq-tmp`, which nothing loads; the same call goes on from there, and another one
+(other source, scheme, options or version) is refused unless it may overwrite that.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,10 +22,11 @@ import numpy as np
 
 from fdq.schemes.recipe import Recipe
 from fdq_checkpoints import saving, stream, tree_paths
+from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.inspection import Inspection, inspect
 from fdq_checkpoints.readers.local_directory import tell_of_sentencepiece
 from fdq_checkpoints.sources import open_source
-from fdq_checkpoints.store import adapters, commit, manifest, orbax_store
+from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, stopping
 from fdq_checkpoints.store import journal as journals
 from fdq_checkpoints.store.journal import Journal, Pieces
 from fdq_checkpoints.store.manifest import TensorEntry
@@ -32,7 +34,9 @@ from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import Tensor
 
 # A kill loses no more than the work of so many seconds (and the matrix that is being made).
-FLUSH_SECONDS = 10.0
+FLUSH_SECONDS = 5.0
+
+_LOGGER = logging.getLogger("fdq")
 
 
 def convert(
@@ -52,7 +56,8 @@ def convert(
 ) -> Inspection:
     """What `fdq.convert` does and says."""
     stream.check_dtype(dtype)
-    commit.check_destination(pathlib.Path(dst).absolute(), overwrite=overwrite)
+    destination = pathlib.Path(dst).absolute()
+    commit.check_destination(destination, overwrite=overwrite, source=pathlib.Path(src))
     with open_source(src, dtype=dtype, config=config, subtree=subtree) as source:
         if source.config is not None:
             tell_of_sentencepiece(source.folder)
@@ -71,15 +76,21 @@ def convert(
         }
         tensors = tree_paths.flatten(made.tree)
         total = sum(saving.nbytes(tensor.value) for tensor in tensors)
-        key = _key(made, tensors, options | {"recipe": recipe.to_json()})
-        with commit.pending_directory(
-            dst,
-            overwrite=overwrite,
-            keep_unfinished=True,
-            needed_bytes=total,
-            notes=(journals.FILE_NAME,),
-        ) as folder:
-            written, resumed = _write(made, folder, key, total, progress)
+        job = {"source": source.identity, **options, "versions": saving.versions()}
+        key = _key(made, tensors, job | {"recipe": recipe.to_json()})
+        work = _Work(made, destination, key, job, total)
+        with (
+            work.told(),
+            stopping.stoppable(),
+            commit.pending_directory(
+                dst,
+                overwrite=overwrite,
+                keep=work.is_of_use,
+                needed_bytes=total,
+                notes=(journals.FILE_NAME,),
+            ) as folder,
+        ):
+            written, resumed = work.write(overwrite, progress)
             # A model keeps its own record, also of what was quantized before.
             record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
             saving.write_manifest(
@@ -108,87 +119,189 @@ def _key(made: stream.Job, tensors: list[Tensor], options: dict[str, Any]) -> st
         known = isinstance(value, jax.Array)
         digest = hashlib.sha256(np.asarray(value).tobytes()).hexdigest() if known else None
         described.append([tensor.path, repr(tensor.activation), repr(spec), *kinds, digest])
-    content = [made.source.state, described, options, saving.versions()]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([described, options]).encode()).hexdigest()
 
 
-def _write(
-    made: stream.Job, folder: pathlib.Path, key: str, total: int, progress: stream.Progress | None
-) -> tuple[dict[tree_paths.Path, TensorEntry], bool]:
-    """Write all tensors; by path what was written, and whether an earlier process wrote some."""
-    weights = folder / manifest.WEIGHTS
-    journal = Journal(folder / journals.FILE_NAME, key)
-    entries = {entry.path: entry for entry in journal.done}
-    if journal.finished and weights.is_dir():
-        return entries, True
-    resumed = journal.has_work and orbax_store.keep_only(weights, journal.batches)
-    if not resumed:
-        entries = {}
-        commit.empty(folder)
-        journal.begin()
-    fresh: list[TensorEntry] = []
+class _Work:
+    """The writing of all tensors, which an earlier process may have begun."""
 
-    def keep() -> None:
-        with _whole():
-            writer.flush()
-            pieces.flush()
+    def __init__(
+        self, made: stream.Job, dst: pathlib.Path, key: str, job: dict[str, Any], total: int
+    ):
+        self._made, self._key, self._job, self._total = made, key, job, total
+        self._destination = dst
+        self._folder = commit.pending_path(dst)
+        self._journal: Journal | None = None
+        self._refused = False
+        self._files: list[pathlib.Path] | None = None  # of the last tensor
+        self._known = {tensor.path for tensor in tree_paths.flatten(made.source.tree)}
+        self._sizes = {
+            tensor.path: saving.nbytes(tensor.value) for tensor in tree_paths.flatten(made.tree)
+        }
 
-    def record(names: list[str]) -> None:
-        journal.add(names, fresh)
-        fresh.clear()
-        pieces.drop_done()
+    def is_of_use(self) -> bool:
+        """Whether there is something to go on from."""
+        return self._journal is not None and (self._journal.has_work or self._journal.finished)
 
-    writer = orbax_store.TreeWriter(
-        weights, total_bytes=total, on_batch=record, seconds=FLUSH_SECONDS
-    )
-    pieces = Pieces(folder, journal, seconds=FLUSH_SECONDS, keep=keep)
-    try:
-        for tensor in made.tensors(progress=progress, skip=frozenset(entries), pieces=pieces):
-            with _whole():
-                entry = saving.write_tensor(writer, tensor)
-                entries[entry.path] = entry
-                fresh.append(entry)
-                writer.flush_if_full()
-        with _whole():
-            writer.finalize()
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Says with whatever ends it before its time what is kept, and how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            number = getattr(error, "number", signal.SIGINT)
+            raise stopping.Stopped(self._kept(), number=number) from None
+        except BaseException as error:
+            if self.is_of_use() and not self._refused:
+                error.add_note(self._kept())
+            raise
+
+    def write(
+        self, overwrite: bool, progress: stream.Progress | None
+    ) -> tuple[dict[tree_paths.Path, TensorEntry], bool]:
+        """By path what was written, and whether an earlier process wrote some."""
+        weights = self._folder / manifest.WEIGHTS
+        journal = self._begin(weights, overwrite)
+        resumed = journal.has_work
+        entries = {entry.path: entry for entry in journal.done}
+        if journal.finished:
+            return entries, True
+        if resumed:
+            _LOGGER.warning("%s: going on, %s.", self._destination, self._amount())
+        fresh: list[TensorEntry] = []
+
+        def keep() -> None:
+            with stopping.whole():
+                writer.flush()
+                pieces.flush()
+
+        def record(names: list[str]) -> None:
+            journal.add(names, fresh)
+            fresh.clear()
             pieces.drop_done()
-            journal.finish()
-    except KeyboardInterrupt:
-        if not journal.finished:
-            with contextlib.suppress(KeyboardInterrupt):
-                keep()
-        raise KeyboardInterrupt(_kept(made, journal, folder)) from None
-    return entries, resumed
+
+        writer = orbax_store.TreeWriter(
+            weights, total_bytes=self._total, on_batch=record, seconds=FLUSH_SECONDS
+        )
+        pieces = Pieces(self._folder, journal, seconds=FLUSH_SECONDS, keep=keep)
+        try:
+            skip = frozenset(entries)
+            for tensor in self._made.tensors(progress=progress, skip=skip, pieces=pieces):
+                with stopping.whole():
+                    self._part_files(tensor.path, writer)
+                    entry = saving.write_tensor(writer, tensor)
+                    entries[entry.path] = entry
+                    fresh.append(entry)
+                    writer.flush_if_full()
+            with stopping.whole():
+                writer.finalize()
+                pieces.drop_done()
+                journal.finish()
+        except BaseException:
+            if not journal.finished:
+                # Of a full disk, say, that fails once more; the first error is the one to tell.
+                with contextlib.suppress(KeyboardInterrupt, CheckpointError, OSError):
+                    keep()
+            raise
+        return entries, resumed
+
+    def _part_files(self, path: tree_paths.Path, writer: orbax_store.TreeWriter) -> None:
+        """No batch holds what comes of several shards: one that changes spoils few of them."""
+        if path not in self._known:
+            return
+        files = self._made.source.files_of(path)
+        if self._files is not None and files != self._files:
+            writer.flush()
+        self._files = files
+
+    def _begin(self, weights: pathlib.Path, overwrite: bool) -> Journal:
+        """What there is of this job; of another, refused or dropped."""
+        journal = self._journal = Journal(self._folder / journals.FILE_NAME)
+        states = self._made.source.states()
+        if journal.is_of(self._key):
+            usable = journal.finished and weights.is_dir()
+            changed = {name for name, state in journal.files.items() if states.get(name) != state}
+            if not changed and (
+                usable or (journal.has_work and orbax_store.keep_only(weights, journal.batches))
+            ):
+                return journal
+            if changed and not journal.finished and self._drop(journal, changed, weights, states):
+                return journal
+            reason = f"{min(changed)} of the source has changed" if changed else ""
+        else:
+            reason = _difference(journal.job, self._job)
+        if journal.has_work and reason and not overwrite:
+            self._refused = True
+            raise FileExistsError(
+                f"{self._folder}: holds {len(journal.done)} finished tensors of a conversion that "
+                f"was stopped, and cannot be gone on with: {reason}. Repeat the call that was "
+                "stopped, choose another destination, or drop them with overwrite=True "
+                "(--overwrite)."
+            )
+        if journal.has_work and reason:
+            _LOGGER.warning("%s: starting anew: %s.", self._destination, reason)
+        commit.empty(self._folder)
+        journal.begin(self._key, self._job, states)
+        return journal
+
+    def _drop(
+        self,
+        journal: Journal,
+        changed: set[str],
+        weights: pathlib.Path,
+        states: dict[str, list[int]],
+    ) -> bool:
+        """Forgets the batches that changed files have a part in; False where none is left."""
+        source = self._made.source
+
+        def is_stale(path: tree_paths.Path) -> bool:
+            if path not in self._known:
+                return False
+            names = {str(file.relative_to(source.folder)) for file in source.files_of(path)}
+            return not names.isdisjoint(changed)
+
+        before = len(journal.done)
+        if not journal.forget(is_stale) or not orbax_store.keep_only(weights, journal.batches):
+            return False
+        journal.write_again(self._key, self._job, states)
+        _LOGGER.warning(
+            "%s: %s of the source has changed; %d tensors made of it are made again.",
+            self._destination,
+            ", ".join(sorted(changed)),
+            before - len(journal.done),
+        )
+        return True
+
+    def _amount(self) -> str:
+        journal = self._journal
+        assert journal is not None
+        done = sum(self._sizes[entry.path] for entry in journal.done)
+        part = ""
+        if journal.pieces:
+            piece = journal.pieces[-1]
+            value = next(
+                t.value for t in tree_paths.flatten(self._made.tree) if t.path == piece.path
+            )
+            part = f" and {piece.stop} of the {value.shape[0]} matrices of the next"
+        return (
+            f"kept {len(journal.done)} of {len(self._sizes)} tensors "
+            f"({done / sum(self._sizes.values()):.0%} of the bytes){part}"
+        )
+
+    def _kept(self) -> str:
+        if not self.is_of_use():
+            return "Nothing was finished yet; the same call starts anew."
+        amount = self._amount()
+        return (
+            f"{amount[0].upper()}{amount[1:]} in {self._folder}. The same call goes on from there; "
+            "to drop them, remove that directory."
+        )
 
 
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Holds a Ctrl-C back until the end: a batch is written and in the journal, or neither."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def _kept(made: stream.Job, journal: Journal, folder: pathlib.Path) -> str:
-    tensors = {tensor.path: tensor for tensor in tree_paths.flatten(made.tree)}
-    sizes = {path: saving.nbytes(tensor.value) for path, tensor in tensors.items()}
-    done = sum(sizes[entry.path] for entry in journal.done)
-    if not journal.has_work:
-        return "Nothing was finished yet; the same call starts anew."
-    part = ""
-    if journal.pieces:
-        piece = journal.pieces[-1]
-        part = f" and {piece.stop} of the {tensors[piece.path].value.shape[0]} matrices of the next"
-    return (
-        f"Kept {len(journal.done)} of {len(sizes)} tensors ({done / sum(sizes.values()):.0%} of "
-        f"the bytes){part} in {folder}. The same call goes on from there; to drop them, remove "
-        "that directory."
-    )
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two jobs do not have in common, in words."""
+    names = [name for name in now if before.get(name) != now[name]]
+    if not names:
+        return "it made other tensors"
+    name = names[0]
+    return f"its {name} was {before.get(name)!r:.200}, and is {now[name]!r:.200}"

@@ -17,7 +17,7 @@ from fdq_checkpoints.sources.quantized_model import QUANTIZED_MODELS
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
 from fdq_checkpoints.store import adapters
 from fdq_checkpoints.store import manifest as manifests
-from fdq_checkpoints.store.commit import bytes_in
+from fdq_checkpoints.store.commit import bytes_in, unreplaced
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import dotted
 
@@ -149,6 +149,10 @@ def inspect(
       FileNotFoundError: no such directory.
       CheckpointError: it is damaged, or no checkpoint.
     """
+    return unreplaced(path, lambda: _inspect(path, verify, subtree))
+
+
+def _inspect(path: str | os.PathLike[str], verify: bool, subtree: str | None) -> Inspection:
     folder = local_directory(path)
     if subtree is not None or not os.path.lexists(folder / manifests.FILE_NAME):
         return _inspect_source(folder, subtree)

@@ -26,13 +26,19 @@ from fdq_checkpoints.sources import open_source, tree_view
 from fdq_checkpoints.sources.stored_tree import StoredTree
 from fdq_checkpoints.store import adapters, restore
 from fdq_checkpoints.store import manifest as manifests
+from fdq_checkpoints.store.commit import unreplaced
 from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import Shardings, StoredTensors
 from fdq_checkpoints.store.stored_model import abstract_model
 from fdq_checkpoints.tree_paths import array_path, dotted
 
 
-def load(
+def load(path: str | os.PathLike[str], scheme: Any = None, **options: Any) -> Any:
+    """What `fdq.load` does and says, but for its `prepare`; keywords as of `_load`."""
+    return unreplaced(path, lambda: _load(path, scheme, **options))
+
+
+def _load(
     path: str | os.PathLike[str],
     scheme: Any = None,
     *,
@@ -48,7 +54,6 @@ def load(
     verbose: bool = False,
     progress: stream.Progress | None = None,
 ) -> Any:
-    """What `fdq.load` does and says, but for its `prepare`."""
     stream.check_dtype(dtype)
     folder = local_directory(path)
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}

@@ -6,6 +6,7 @@ quantizer and one quantized result are in memory.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from fdq.quantizers import modules
 from fdq.quantizers.assigned import Assigned
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.schemes.assignment import Row, path_string
-from fdq_checkpoints import tree_paths
+from fdq_checkpoints import slabs, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import Source
 from fdq_checkpoints.store import restore
@@ -105,29 +106,97 @@ class Job:
         CheckpointError if one holds NaN or infinity, or needs calibration.
         """
         tensors = tree_paths.flatten(self.tree)
-        stored = self._stored
         total, done = sum(map(_float_bytes, tensors)), 0
+        sizes = itertools.accumulate(map(_float_bytes, tensors))
+        before = {tensor.path: size for tensor, size in zip(tensors, sizes, strict=True)}
         memory = Trimmer()
-        for tensor in tensors:
-            done += _float_bytes(tensor)
-            if tensor.path in skip:
-                continue
-            if tensor.path in stored:
-                # Or the next would be read and quantized beside it.
-                value = jax.block_until_ready(self._made(tensor, pieces))
-            elif isinstance(tensor.value, jax.ShapeDtypeStruct):
-                raise CheckpointError(
-                    f"{dotted(tensor.path)}: a static scale must be calibrated. Load the float "
-                    "model, run fdq.calibrate, and pass what it returns as calibration=; or use a "
-                    "dynamic scheme."
-                )
-            else:
-                value = np.asarray(tensor.value)
+        wanted = [tensor for tensor in tensors if tensor.path not in skip]
+        workers = None if self.source.concurrent else 1
+        arrays: dict[str, np.ndarray] = {}
+        for tensor, part, value in slabs.in_order(self._tasks(wanted, pieces), workers=workers):
+            if part is not None:
+                arrays = arrays or self._begun(tensor, pieces)
+                part.put(value, arrays, tensor.value.shape[-1])
+                if part.ends_matrix and pieces is not None and part.index is not None:
+                    pieces.made(tensor, arrays, part.index + 1)
+                if not part.ends_tensor:
+                    continue
+                value, arrays = tensor.value.replace(**arrays), {}
             yield dataclasses.replace(tensor, value=value)
             del value
+            done = before[tensor.path]
             memory.worked(_float_bytes(tensor))
             if progress is not None:
                 progress(done, total, dotted(tensor.path))
+
+    def _begun(self, tensor: Tensor, pieces: Pieces | None) -> dict[str, np.ndarray]:
+        if pieces is not None and tensor.value.ndim > 2:
+            return pieces.begun(tensor)[0]
+        empty = tensor.value.arrays().items()
+        return {name: np.empty(array.shape, array.dtype) for name, array in empty}
+
+    def _tasks(self, tensors: list[Tensor], pieces: Pieces | None) -> Iterator[slabs.Task]:
+        """What makes the tensors: each gives the tensor, which part of it, and that.
+
+        A part that is None is the whole. Where parts of an earlier process are all, one is made
+        again: nobody has noted the whole.
+        """
+        for tensor in tensors:
+            parts = self._parts(tensor)
+            if parts and pieces is not None and tensor.value.ndim > 2:
+                start = min(pieces.start_of(tensor), tensor.value.shape[0] - 1)
+                parts = [part for part in parts if part.index is None or part.index >= start]
+            for part in parts or [None]:
+                size = tensor.value.shape if part is None else part.shape
+                nbytes = 6 * int(np.prod(size, dtype=np.int64))  # as stored, and in float32
+                yield slabs.Task(functools.partial(self._done, tensor, part), nbytes)
+
+    def _done(self, tensor: Tensor, part: "_Part | None") -> tuple[Tensor, "_Part | None", Any]:
+        index = None if part is None else part.index
+        try:
+            if part is None:
+                # Or the next would be read and quantized beside it.
+                return tensor, part, jax.block_until_ready(self._whole(tensor))
+            q = jax.block_until_ready(self._quantized(tensor, part))
+            return tensor, part, {name: np.asarray(array) for name, array in q.arrays().items()}
+        except ValueError as error:
+            known = tensor.path in self._stored
+            place = self.source.not_finite(tensor.path, index) if known else None
+            if place is None:
+                raise
+            raise CheckpointError(
+                f"{place} ({dotted(tensor.path)}). Expected finite weights: download the file "
+                "again, or ask whoever made it."
+            ) from error
+
+    def _row(self, tensor: Tensor) -> tuple[Row, list[str]] | None:
+        if self.assigned is None or not isinstance(tensor.value, tree_paths.QUANTIZED):
+            return None
+        return self.assigned.rows.get(path_string(tensor.path))
+
+    def _parts(self, tensor: Tensor) -> list["_Part"]:
+        """Of a tensor to be quantized, its matrices, or slabs of their columns; none of others."""
+        row, target = self._row(tensor), tensor.value
+        if row is None or row[0].fold is not None or tensor.path not in self._stored:
+            return []
+        if tuple(self._stored[tensor.path].shape) != tuple(target.shape) or target.ndim > 3:
+            # What multiplies it sees it with its axes folded, so it has no slices to go by.
+            return []
+        k, n = target.shape[-2:]
+        ranges = [(0, n)]
+        assert self.assigned is not None
+        if self.source.has_columns(tensor.path) and self.assigned.columns_apart(row[0]):
+            ranges = slabs.columns(k, n)
+        indices = [None] if target.ndim == 2 else list(range(target.shape[0]))
+        if len(indices) == len(ranges) == 1:
+            return []
+        return [
+            _Part(
+                index, (k, stop - start), start, stop, stop == n, (stop, index) == (n, indices[-1])
+            )
+            for index in indices
+            for start, stop in ranges
+        ]
 
     @functools.cached_property
     def _stored(self) -> dict[Path, Any]:
@@ -145,59 +214,71 @@ class Job:
             if isinstance(role := modules.role_of(use), modules.Role)
         }
 
-    def _made(self, tensor: Tensor, pieces: Pieces | None) -> Any:
-        quantized = isinstance(tensor.value, tree_paths.QUANTIZED)
-        if self.assigned is not None and quantized:
-            found = self.assigned.rows.get(path_string(tensor.path))
-            if found is not None:
-                return self._quantized(tensor, *found, pieces)
+    def _whole(self, tensor: Tensor) -> Any:
+        """A tensor as it is to be, at once."""
+        stored = self._stored.get(tensor.path)
+        if stored is None:
+            if isinstance(tensor.value, jax.ShapeDtypeStruct):
+                raise CheckpointError(
+                    f"{dotted(tensor.path)}: a static scale must be calibrated. Load the float "
+                    "model, run fdq.calibrate, and pass what it returns as calibration=; or use a "
+                    "dynamic scheme."
+                )
+            return np.asarray(tensor.value)
+        if (found := self._row(tensor)) is not None:
+            value = self._wide(self.source.read(tensor.path), tensor.path)
+            if found[0].fold is None and tuple(stored.shape) != tuple(tensor.value.shape):
+                fold = self._folds.get(path_string(tensor.path))
+                value = value if fold is None else fold(value)
+            assert self.assigned is not None
+            return self.assigned.tensor(value, *found, inputs=self.inputs)
         value = self.source.read(tensor.path)
-        if not quantized:
+        if not isinstance(tensor.value, tree_paths.QUANTIZED):
             if jnp.issubdtype(tensor.value.dtype, jax.dtypes.extended):
                 return value  # a PRNG key
             return _cast(np.asarray(value), tensor.value.dtype, tensor.path)
-        shape = tuple(tensor.value.shape)
-        if not isinstance(value, QTensor) or (value.spec, value.shape) != (
-            tensor.value.spec,
-            shape,
-        ):
+        wanted = (tensor.value.spec, tuple(tensor.value.shape))
+        if not isinstance(value, QTensor) or (value.spec, value.shape) != wanted:
             raise CheckpointError(
                 f"{dotted(tensor.path)}: read as {value!r:.80}, expected {tensor.value!r:.80}."
             )
         return value
 
-    def _quantized(self, tensor: Tensor, row: Row, paths: list[str], pieces: Pieces | None) -> Any:
-        assigned, target = self.assigned, tensor.value
-        assert assigned is not None
-
-        def quantized(index: int | None) -> Any:
-            array = np.asarray(self.source.read(tensor.path, index))
-            if array.dtype == np.float64:  # JAX would cut it to 32 bits, and make infinity of 1e39
-                array = _cast(array, np.float32, tensor.path)
-            return assigned.tensor(array, row, paths, inputs=self.inputs, index=index)
-
-        if row.fold is not None:
-            return quantized(None)
-        if tuple(self._stored[tensor.path].shape) != tuple(target.shape):
-            # What multiplies it sees it with its axes folded, so it has no slices to go by.
-            whole = self.source.read(tensor.path)
-            fold = self._folds.get(path_string(tensor.path))
-            folded = whole if fold is None else fold(whole)
-            return assigned.tensor(folded, row, paths, inputs=self.inputs)
-        if target.ndim == 2:
-            return quantized(None)
-        arrays: dict[str, np.ndarray]
-        if pieces is None:
-            empty = target.arrays().items()
-            arrays, start = {name: np.empty(a.shape, a.dtype) for name, a in empty}, 0
+    def _quantized(self, tensor: Tensor, part: "_Part") -> Any:
+        found = self._row(tensor)
+        assert self.assigned is not None and found is not None
+        if part.shape[1] == tensor.value.shape[-1]:
+            array = self.source.read(tensor.path, part.index)
         else:
-            arrays, start = pieces.begun(tensor)
-        for index in range(start, target.shape[0]):
-            for name, array in quantized(index).arrays().items():
-                arrays[name][index] = np.asarray(array)
-            if pieces is not None:
-                pieces.made(tensor, arrays, index + 1)
-        return target.replace(**arrays)
+            array = self.source.read_columns(tensor.path, part.index, part.start, part.stop)
+        array = self._wide(array, tensor.path)
+        return self.assigned.tensor(array, *found, inputs=self.inputs, index=part.index)
+
+    def _wide(self, value: Any, path: Path) -> np.ndarray:
+        array = np.asarray(value)
+        if array.dtype == np.float64:  # JAX would cut it to 32 bits, and make infinity of 1e39
+            array = _cast(array, np.float32, path)
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Columns `[start, stop)` of one matrix (that of `index` in a stack), `shape` its own."""
+
+    index: int | None
+    shape: tuple[int, int]
+    start: int
+    stop: int
+    ends_matrix: bool
+    ends_tensor: bool
+
+    def put(self, made: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], n: int) -> None:
+        """Its arrays to their place in those of the tensor, whose last axis is `n` or blocks."""
+        for name, array in made.items():
+            whole = arrays[name] if self.index is None else arrays[name][self.index]
+            # Scales of blocks are fewer than columns, and a slab begins where a block does.
+            start = self.start * whole.shape[-1] // n if self.start else 0
+            whole[..., start : start + array.shape[-1]] = array
 
 
 def is_statistics(calibration: Any) -> bool:

@@ -118,7 +118,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:  # a conversion says what it kept
             text = f"Interrupted. {error}".strip()
             err.print(rich.text.Text(text, style="red"), soft_wrap=True)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(128 + getattr(error, "number", INTERRUPTED - 128)) from None
         except BrokenPipeError:
             # The reader (head, less) has left; nothing is wrong and nobody listens.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -284,6 +284,7 @@ def decoder_directory(path: pathlib.Path) -> pathlib.Path:
 
 
 def _one_line(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}."
+    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())

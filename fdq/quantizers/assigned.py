@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from fdq.cache.kv_cache import abstract_scales
+from fdq.formats import FORMATS
 from fdq.formats.folded import FoldedWeight
 from fdq.quantizers import modules
 from fdq.quantizers.fastdeploy_rounding import FASTDEPLOY
@@ -134,6 +135,15 @@ class Assigned:
             statistics=inputs.statistics(paths, index),
             path=row.path,
         )
+
+    def columns_apart(self, row: Row) -> bool:
+        """Whether slabs of 128 columns of a weight quantize to those of the whole."""
+        assert row.scheme is not None and row.scheme.weight is not None
+        spec = row.scheme.weight
+        if row.quantizer is None and self.compat is not None:
+            return FORMATS[spec.format].columns_apart(spec)
+        quantizer = pick(spec, row.quantizer or self.method, row.path, row.dtype)
+        return quantizer.columns_apart and FORMATS[spec.format].columns_apart(spec)
 
     def _quantize_tree(self, inputs: LayerInputs, donate: bool) -> Any:
         """A leaf used twice is quantized once."""

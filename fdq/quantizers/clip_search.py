@@ -31,6 +31,7 @@ class ClipSearch(Quantizer):
     name = "search"
     statistics = ("mean_square",)
     one_at_a_time = True
+    columns_apart = True
 
     def unsupported(self, spec: WeightSpec, dtype: Any = jnp.float32) -> str | None:
         """A format that proposes no scales cannot be searched."""

@@ -39,12 +39,15 @@ class Quantizer(abc.ABC):
       statistics: those that it uses where they are known.
       required: those of them without which it cannot work.
       one_at_a_time: a stack is taken one matrix after the other, to save memory.
+      columns_apart: what it makes of a column does not depend on the others, where the format
+        keeps them apart too.
     """
 
     name: str
     statistics: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     one_at_a_time: bool = False
+    columns_apart: bool = False
 
     @abc.abstractmethod
     def unsupported(self, spec: WeightSpec, dtype: Any = jnp.float32) -> str | None:

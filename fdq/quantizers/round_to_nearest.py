@@ -18,6 +18,8 @@ from fdq.schemes.scheme import WeightSpec
 class RoundToNearest(Quantizer):
     """A quantizer whose scales are a formula of the weight (`fit`)."""
 
+    columns_apart = True
+
     @abc.abstractmethod
     def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """The parameters, as stored, of a float32 weight `[..., K, N]`."""

@@ -84,6 +84,13 @@ def shard(folder: pathlib.Path, tensors: dict[str, np.ndarray], shards: int = 2)
     return weight_map
 
 
+def write_sharded(folder: pathlib.Path, shards: dict[str, dict[str, np.ndarray]]) -> None:
+    """Shards by name, and their index."""
+    for name, tensors in shards.items():
+        write(folder / name, tensors)
+    write_index(folder, {key: name for name, tensors in shards.items() for key in tensors})
+
+
 def write_index(folder: pathlib.Path, weight_map: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 

@@ -1,6 +1,7 @@
-"""Directories that appear whole: two writers at once, replaced checkpoints, links, full disks."""
+"""Directories that appear whole: readers and other writers meanwhile, links, full disks."""
 
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +36,10 @@ def test_overwriting_keeps_what_is_not_ours(tmp_path):
     assert set(load(tmp_path / "kept")) == {"a"} and set(load(tmp_path / "out")) == {"b"}
     mine = tmp_path / "out.fdq-old"
     mine.mkdir()
+    (mine / "notes").touch()
     with pytest.raises(FileExistsError, match="is not an fdq checkpoint"):
         save({"c": jnp.ones(2)}, tmp_path / "out", overwrite=True)
-    mine.rmdir()
+    shutil.rmtree(mine)
     assert set(load(tmp_path / "out")) == {"b"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out"]
     (tmp_path / "new.fdq-tmp").symlink_to(tmp_path / "kept")
@@ -52,7 +54,7 @@ def test_what_is_written_already_needs_no_more_disk(tmp_path, monkeypatch):
     pending = tmp_path / "out.fdq-tmp"
     pending.mkdir()
     (pending / "batch").write_bytes(bytes(5000))
-    with commit.pending_directory(tmp_path / "out", keep_unfinished=True, needed_bytes=6000):
+    with commit.pending_directory(tmp_path / "out", keep=lambda: True, needed_bytes=6000):
         pass
     with (
         pytest.raises(
@@ -85,6 +87,34 @@ def test_another_subtree_starts_anew(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "source", tmp_path / "out", None, subtree="params", progress=interrupt)
     assert (tmp_path / "out.fdq-tmp").is_dir()
-    convert(tmp_path / "source", tmp_path / "out", None, subtree="average")
+    again = {"subtree": "average", "overwrite": True}
+    convert(tmp_path / "source", tmp_path / "out", None, **again)
     for name, value in load(tmp_path / "out").items():
         np.testing.assert_array_equal(value["kernel"], average[name]["kernel"])
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_reader_meanwhile_sees_the_old_or_the_new(tmp_path, can_exchange, monkeypatch):
+    if not can_exchange:
+        monkeypatch.setattr(commit, "_exchanged", lambda *_: False)
+    out, wrong, seen, stop = tmp_path / "out", [], set(), threading.Event()
+    save({"a": jnp.zeros(100_000)}, out)
+
+    def reading():
+        while not stop.is_set():
+            try:
+                values = np.asarray(load(out)["a"])
+                assert (values == values[0]).all()
+                seen.add(float(values[0]))
+            except Exception as error:
+                wrong.append(error)
+                return
+
+    thread = threading.Thread(target=reading)
+    thread.start()
+    for number in range(1, 13):
+        save({"a": jnp.full(100_000, number, jnp.float32)}, out, overwrite=True)
+    stop.set()
+    thread.join()
+    assert not wrong and len(seen) > 2, wrong
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

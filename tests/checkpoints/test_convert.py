@@ -79,16 +79,20 @@ def test_static_scales_come_from_sample_tokens(tmp_path):
     assert bool(jnp.isfinite(logits).all())
 
 
-def test_errors_leave_nothing(tmp_path):
+def test_errors_before_anything_is_finished_leave_nothing(tmp_path):
     tensors = builders.model("llama", tmp_path / "model")
-    bad = tensors["model.layers.1.mlp.down_proj.weight"].copy()
-    bad[0, 0] = np.nan
+    bad = tensors["model.layers.0.self_attn.k_proj.weight"].copy()
+    bad[2, 1] = np.nan
     builders.write(
         tmp_path / "model" / "model.safetensors",
-        tensors | {"model.layers.1.mlp.down_proj.weight": bad},
+        tensors | {"model.layers.0.self_attn.k_proj.weight": bad},
     )
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.kernel: .*NaN"):
-        convert(tmp_path / "model", tmp_path / "out", "W8A16")
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.safetensors: tensor 'model\.layers\.0\.self_attn\.k_proj\.weight' holds nan "
+        r"at \[2, 1\] \(layers\.0\.self_attn\.qkv_proj\.kernel\)\. Expected finite weights",
+    ):
+        load(tmp_path / "model", "W8A16")
     with pytest.raises(ValueError, match="Unknown quantization scheme"):
         convert(tmp_path / "model", tmp_path / "out", "W5A16")
     with pytest.raises(ValueError, match="matches no"):
@@ -96,9 +100,17 @@ def test_errors_leave_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="a static scale must be calibrated"):
         convert(tmp_path / "model", tmp_path / "out", "W8A8-static")
     (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError):
+    (tmp_path / "there" / "notes").touch()
+    with pytest.raises(FileExistsError, match="exists already"):
         convert(SOURCE, tmp_path / "there", "W8A16")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
+    for inside in ("model", "model/out", "model/../model/out"):
+        with pytest.raises(FileExistsError, match="is inside the source"):
+            convert(tmp_path / "model", tmp_path / inside, "W8A16", overwrite=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {"out.fdq-tmp"} == {"model", "there"}
+    (tmp_path / "empty").mkdir()
+    convert(SOURCE, tmp_path / "empty", "W8A16")
+    assert load(tmp_path / "empty").scheme == "W8A16C16"
 
 
 def test_a_saved_float_model_can_be_converted_or_quantized_while_loading(tmp_path):

@@ -105,13 +105,13 @@ def test_what_is_old_is_written_however_small_it_is(tmp_path, monkeypatch):
 
     def progress(done, total, path):
         kept.append(sum(batches(tmp_path / "out.fdq-tmp")))
-        clock[0] += 4.0
+        clock[0] += 2.0
         if len(kept) == 8:
             raise RuntimeError(path)
 
     with pytest.raises(RuntimeError):
         convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
-    # Every third tensor is more than ten seconds after the last batch.
+    # Every third tensor is more than five seconds after the last batch.
     assert kept == [0, 0, 0, 4, 4, 4, 7, 7]
 
 
@@ -128,7 +128,7 @@ def test_the_matrices_of_a_stack_are_kept_one_by_one(tmp_path, monkeypatch, by_t
             raise SystemExit if by_time else KeyboardInterrupt
         if index is not None:
             seen.append((row.path, index))
-            clock[0] += 6.0
+            clock[0] += 3.0
         return quantize(self, array, row, paths, inputs=inputs, index=index)
 
     monkeypatch.setattr(conversion.stream.Assigned, "tensor", slow)

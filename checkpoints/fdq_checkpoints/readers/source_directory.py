@@ -89,6 +89,12 @@ class SourceDirectory:
         """The path of the shard that holds a tensor, for errors."""
         return self._file(name).path
 
+    has_rows = True  # are read without the others
+
+    def files(self, name: str) -> set[str]:
+        """The paths of all files that a tensor is read from."""
+        return {self.file_name(name)}
+
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in its stored dtype."""
         return self._file(name).read(name)

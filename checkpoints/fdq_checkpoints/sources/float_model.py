@@ -28,6 +28,8 @@ Parts = Mapping[Path, tensor_names.Source]
 class FloatModel(Source):
     """A directory of floats, seen as the tensors of an fdq model."""
 
+    concurrent = True
+
     def __init__(self, directory: Any, model: models.Decoder, parts: Parts):
         self.directory, self.folder = directory, directory.path
         self.tree, self.config = model, model.config
@@ -36,6 +38,34 @@ class FloatModel(Source):
     def read(self, path: Path, index: int | None = None) -> np.ndarray:
         """The tensor at `path`, or one expert of it, in the stored dtype."""
         return self._parts[path].read(self.directory, index)
+
+    def has_columns(self, path: Path) -> bool:
+        """Columns of a kernel are rows of what is stored."""
+        return self.directory.has_rows and self._parts[path].layout == "transposed"
+
+    def read_columns(self, path: Path, index: int | None, start: int, stop: int) -> np.ndarray:
+        """Columns of a kernel, or of an expert's."""
+        return self._parts[path].read_columns(self.directory, index, start, stop)
+
+    def not_finite(self, path: Path, index: int | None) -> str | None:
+        """The stored tensor, the position in it and its shard."""
+        return self._parts[path].not_finite(self.directory, index)
+
+    def weight_files(self) -> list[pathlib.Path]:
+        """The shards, and what says which tensors are where."""
+        names = {file for path in self._parts for file in self._files_of(path)}
+        return sorted({*map(pathlib.Path, names), *self._described_by()})
+
+    def files_of(self, path: Path) -> list[pathlib.Path]:
+        """Those of its shards, and the config."""
+        return sorted({*map(pathlib.Path, self._files_of(path)), *self._described_by()})
+
+    def _files_of(self, path: Path) -> set[str]:
+        parts = self._parts[path].parts
+        return {file for names in parts for name in names for file in self.directory.files(name)}
+
+    def _described_by(self) -> list[pathlib.Path]:
+        return [self.folder / "config.json"]
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""

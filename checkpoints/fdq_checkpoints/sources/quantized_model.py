@@ -77,6 +77,14 @@ class LinearNames:
         linear = self.linear(name)
         return self.directory.file_name(name if linear is None else linear.names[0])
 
+    has_rows = False  # codes are decoded as a whole
+
+    def files(self, name: str) -> set[str]:
+        """The paths of all shards that a tensor, or its codes, scales and so on, are read from."""
+        linear = self.linear(name)
+        names = (name,) if linear is None else linear.names
+        return {self.directory.file_name(one) for one in names}
+
     def read(self, name: str) -> np.ndarray:
         """A tensor in floats: codes decoded, `[out, in]`."""
         linear = self.linear(name)

@@ -14,6 +14,8 @@ from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.tree_paths import Path
 
+_NOTES = (".md", ".txt", ".png", ".jpg", ".pdf")
+
 
 class Source(abc.ABC):
     """An open checkpoint of somebody's; a context manager.
@@ -32,6 +34,38 @@ class Source(abc.ABC):
     def read(self, path: Path, index: int | None = None) -> np.ndarray | QTensor:
         """The tensor at `path` as it is stored, or `tensor[index]` of a stack."""
 
+    # Whether several threads may read at a time.
+    concurrent: bool = False
+
+    def has_columns(self, path: Path) -> bool:
+        """Whether `read_columns` reads no more than it gives."""
+        del path
+        return False
+
+    def read_columns(self, path: Path, index: int | None, start: int, stop: int) -> np.ndarray:
+        """Columns `[start, stop)` of the last axis of a matrix of floats."""
+        found = self.read(path, index)
+        assert isinstance(found, np.ndarray)
+        return found[..., start:stop]
+
+    def not_finite(self, path: Path, index: int | None) -> str | None:
+        """Where in the source's files the first NaN or infinity of a tensor is; None without."""
+        del path, index
+        return None
+
+    def files_of(self, path: Path) -> list[pathlib.Path]:
+        """The files that a tensor is read from; all that have weights where it is not known."""
+        del path
+        return self.weight_files()
+
+    def weight_files(self) -> list[pathlib.Path]:
+        """All files that hold weights, or say where they are: but for notes and hidden files."""
+        return sorted(
+            path
+            for path in self.folder.glob("**/*")
+            if path.is_file() and path.suffix.lower() not in _NOTES and path.name[0] != "."
+        )
+
     def decoded(self) -> "Source":
         """The same in floats where it holds somebody's codes, which another scheme is made of."""
         return self
@@ -49,15 +83,17 @@ class Source(abc.ABC):
         """Lets go of open files."""
 
     @property
-    def state(self) -> list[Any]:
-        """JSON values that are equal as long as nobody touched the source."""
-        states: list[Any] = [str(self.folder.resolve())]
-        for path in sorted(self.folder.glob("**/*")):
-            if path.is_file():
-                status = path.stat()
-                name = str(path.relative_to(self.folder))
-                states.append([name, status.st_size, status.st_mtime_ns])
-        return states
+    def identity(self) -> list[Any]:
+        """JSON values that are equal for the same part of the same source."""
+        return [str(self.folder.resolve())]
+
+    def states(self) -> dict[str, list[int]]:
+        """By name of a file of weights, numbers that are equal as long as nobody touched it."""
+        found = {}
+        for path in self.weight_files():
+            status = path.stat()
+            found[str(path.relative_to(self.folder))] = [status.st_size, status.st_mtime_ns]
+        return found
 
     def __enter__(self) -> "Source":
         return self
@@ -136,6 +172,6 @@ class TreeSource(Source):
         raise NotImplementedError
 
     @property
-    def state(self) -> list[Any]:
+    def identity(self) -> list[Any]:
         """The subtree as well."""
-        return [self._subtree, *super().state]
+        return [self._subtree, *super().identity]

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,13 @@ class Tensors(Protocol):
         """The path of the file that holds a tensor."""
         ...
 
+    has_rows: bool
+    """Whether rows are read without the others."""
+
+    def files(self, name: str) -> set[str]:
+        """The paths of all files that a tensor is read from."""
+        ...
+
     def read(self, name: str) -> np.ndarray:
         """The whole tensor."""
         ...
@@ -63,7 +71,7 @@ class Source:
 
         Parts may be stored in several dtypes: the result's holds every value of all of them.
         """
-        dtype = _exact_dtype(directory.tensors[name].dtype for part in self.parts for name in part)
+        dtype = self._dtype(directory)
         if self.stacked and expert is None:
             result = np.empty(self.shape, dtype)
             for index in range(len(self.parts)):
@@ -79,6 +87,42 @@ class Source:
             result[..., start : start + part.shape[-1]] = part
             start += part.shape[-1]
         return result
+
+    def read_columns(
+        self, directory: Tensors, expert: int | None, start: int, stop: int
+    ) -> np.ndarray:
+        """Columns of the target, or of one expert: rows of the parts, which are `transposed`."""
+        assert self.layout == "transposed"
+        found, before = [], 0
+        for name in self.parts[expert or 0]:
+            rows = directory.tensors[name].shape[0]
+            first, last = max(start - before, 0), min(stop - before, rows)
+            if first < last:
+                found.append(directory.read_rows(name, first, last))
+            before += rows
+        result = np.empty((found[0].shape[1], stop - start), self._dtype(directory))
+        before = 0
+        for rows in found:
+            result[:, before : before + len(rows)] = rows.T
+            before += len(rows)
+        return result
+
+    def not_finite(self, directory: Tensors, expert: int | None) -> str | None:
+        """Where the first NaN or infinity of the parts is, in words; None where all are finite."""
+        experts = self.parts if self.stacked and expert is None else (self.parts[expert or 0],)
+        for name in itertools.chain(*experts):
+            found = directory.read(name)
+            if not np.issubdtype(found.dtype, np.number) and found.dtype.kind != "V":
+                continue
+            finite = np.isfinite(found.astype(np.float32, copy=False))
+            if not finite.all():
+                at = [int(i) for i in np.unravel_index(int(np.argmin(finite)), found.shape)]
+                where = f"{directory.file_name(name)}: tensor {shown(name)}"
+                return f"{where} holds {found[tuple(at)]} at {at}"
+        return None
+
+    def _dtype(self, directory: Tensors) -> np.dtype:
+        return _exact_dtype(directory.tensors[name].dtype for part in self.parts for name in part)
 
 
 def _exact_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:

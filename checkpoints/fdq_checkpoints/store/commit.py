@@ -1,24 +1,30 @@
 """A directory that appears whole or not at all.
 
 Everything is written into the sibling `<destination>.fdq-tmp`, synced to disk, and renamed. A
-process that dies leaves the sibling, which nothing loads; an error removes it.
+process that dies leaves the sibling, which nothing loads; an error removes it, unless it is of use.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from fdq.text_table import size
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.store import journal as journals
 from fdq_checkpoints.store import manifest
 
 SUFFIX = ".fdq-tmp"
 _LOCK = "lock"
 _SPARE_BYTES = 16 * 2**20
+_TRIES = 100
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextlib.contextmanager
@@ -26,22 +32,22 @@ def pending_directory(
     destination: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    keep_unfinished: bool = False,
+    keep: Callable[[], bool] | None = None,
     needed_bytes: int = 0,
     notes: tuple[str, ...] = (),
 ) -> Iterator[pathlib.Path]:
     """A context that yields the temporary sibling of `destination` and renames it at the end.
 
     `overwrite` replaces an fdq checkpoint that is there (it stays until the new one is complete).
-    `keep_unfinished` yields what a killed process left, instead of an empty directory, and leaves
-    it when interrupted from the keyboard. `needed_bytes` estimates what will be written. `notes`
-    are names of files that are of use until the end, and removed then.
+    `keep` says after an error whether what was written is of use; with it, the context begins with
+    what is there instead of an empty directory. `needed_bytes` estimates what will be written.
+    `notes` are names of files that are of use until the end, and removed then.
     """
     final = pathlib.Path(destination).absolute()
     check_destination(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     pending = pending_path(final)
-    needed_bytes -= bytes_in(pending) if keep_unfinished else 0
+    needed_bytes -= bytes_in(pending) if keep is not None else 0
     free = shutil.disk_usage(final.parent).free
     if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
         raise CheckpointError(
@@ -53,7 +59,8 @@ def pending_directory(
         raise CheckpointError(f"{pending}: a link; it would be emptied. Remove it.")
     pending.mkdir(exist_ok=True)
     with _locked(pending):
-        if not keep_unfinished:
+        if keep is None:
+            _check_droppable(pending, overwrite)
             empty(pending)
         try:
             yield pending
@@ -62,17 +69,19 @@ def pending_directory(
             # Not before: without its lock, another process would take the directory and empty it.
             for name in (*notes, _LOCK):
                 (final / name).unlink(missing_ok=True)
-        except KeyboardInterrupt as error:
-            if not keep_unfinished:
-                shutil.rmtree(pending)
-            elif not error.args:
-                raise KeyboardInterrupt(
-                    f"Kept what was written in {pending}. The same call goes on from there."
-                ) from None
-            raise
         except BaseException:
-            shutil.rmtree(pending, ignore_errors=True)
+            if keep is None or not keep():
+                shutil.rmtree(pending, ignore_errors=True)
             raise
+
+
+def _check_droppable(pending: pathlib.Path, overwrite: bool) -> None:
+    """FileExistsError where a conversion that was stopped would lose its work."""
+    if (pending / journals.FILE_NAME).is_file() and not overwrite:
+        raise FileExistsError(
+            f"{pending}: holds the work of a conversion that was stopped. Finish it, choose "
+            "another destination, or drop it with overwrite=True (--overwrite)."
+        )
 
 
 def pending_path(destination: str | os.PathLike[str]) -> pathlib.Path:
@@ -81,9 +90,20 @@ def pending_path(destination: str | os.PathLike[str]) -> pathlib.Path:
     return final.with_name(final.name + SUFFIX)
 
 
-def check_destination(final: pathlib.Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError unless `final` is free, or an fdq checkpoint to overwrite."""
-    if not os.path.lexists(final):
+def check_destination(
+    final: pathlib.Path, *, overwrite: bool, source: pathlib.Path | None = None
+) -> None:
+    """Raise FileExistsError unless `final` is free, empty, or an fdq checkpoint to overwrite.
+
+    What is read (`source`) must not be written into: it would be part of itself.
+    """
+    if source is not None and source.is_dir():
+        inside = pathlib.Path(os.path.realpath(final)), source.resolve()
+        if inside[0] == inside[1] or inside[1] in inside[0].parents:
+            raise FileExistsError(
+                f"{final}: is inside the source, {source}. Choose a destination outside of it."
+            )
+    if not os.path.lexists(final) or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
         raise FileExistsError(
@@ -148,6 +168,7 @@ def _sync_path(path: str | os.PathLike[str]) -> None:
 
 
 def _rename(pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool) -> None:
+    """`final` is at any time what it was or what it is to be, where the system can exchange two."""
     check_destination(final, overwrite=overwrite)
     if not os.path.lexists(final):
         os.rename(pending, final)
@@ -155,18 +176,72 @@ def _rename(pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool) -> N
         return
     old = final.with_name(final.name + ".fdq-old")
     _remove(old)
-    os.rename(final, old)
-    try:
-        os.rename(pending, final)
-    except OSError:
-        os.rename(old, final)
-        raise
+    if final.is_symlink() or not _exchanged(pending, final):
+        os.rename(final, old)
+        try:
+            os.rename(pending, final)
+        except OSError:
+            os.rename(old, final)
+            raise
+    else:
+        os.rename(pending, old)
     _sync_path(final.parent)
     _remove(old)
 
 
+def _exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether two directories have changed places, at once (Linux, most file systems)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    done = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return done == 0
+
+
+def unreplaced(path: str | os.PathLike[str], read: Callable[[], Any]) -> Any:
+    """What `read` gives of an fdq checkpoint that nobody replaced meanwhile.
+
+    Where another process put a new one in its place, what was read of both is dropped, and read
+    again.
+    """
+    for _ in range(_TRIES):
+        before = _state(path)
+        try:
+            result = read()
+        except (CheckpointError, OSError):
+            if not _replaced(path, before):
+                raise
+        else:
+            if before is None or _state(path) == before:
+                return result
+    raise CheckpointError(f"{path}: other processes replace it all the time. Try again.")
+
+
+def _state(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """Equal for the same checkpoint; None where there is none."""
+    try:
+        found = os.stat(os.path.join(path, manifest.FILE_NAME))
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _replaced(path: str | os.PathLike[str], before: tuple[int, ...] | None) -> bool:
+    """Whether another one is there, or about to be: between two renames there may be none."""
+    old = os.fspath(path).rstrip("/") + ".fdq-old"
+    for _ in range(_TRIES):
+        after = _state(path)
+        if after is not None:
+            return after != before
+        if not os.path.lexists(old):
+            return False
+        time.sleep(0.01)
+    return False
+
+
 def _remove(old: pathlib.Path) -> None:
-    """Remove a replaced checkpoint, or the link to one (what it leads to stays)."""
+    """Remove a replaced checkpoint, empty directory, or link (what it leads to stays)."""
     if old.is_symlink():
         old.unlink()
     elif old.exists():

@@ -1,6 +1,7 @@
 """What of an unfinished job is on disk: its journal, and the pieces of the stack in the making."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fdq.formats.qtensor import QTensor
+from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.store import manifest
 from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.tree_paths import Path, Tensor
@@ -33,35 +35,79 @@ class Journal:
     """A line of JSON for the job, one for each batch and piece, one for the end.
 
     `done` are the tensors that were written, `batches` the directories that hold them, `pieces`
-    those of the stack that is not: of an earlier process too, if it had the same `key`.
+    those of the stack that is not; `job` and `files` are what `begin` was told.
     """
 
-    def __init__(self, path: pathlib.Path, key: str):
-        self._path, self._key = path, key
+    def __init__(self, path: pathlib.Path):
+        self._path, self._key = path, None
         self.done: list[TensorEntry] = []
         self.batches: list[str] = []
         self.pieces: list[Piece] = []
         self.finished = False
-        lines = self._read() if path.is_file() else []
-        if not lines or lines[0].get("key") != key:
+        self.job: dict[str, Any] = {}
+        self.files: dict[str, Any] = {}
+        self._lines = self._read() if path.is_file() else []
+        if not self._lines:
             return
-        for line in lines[1:]:
+        first = self._lines[0]
+        self._key, self.job = first.get("key"), first.get("job", {})
+        self.files = first.get("files", {})
+        self._take(self._lines[1:])
+
+    def _take(self, lines: list[dict[str, Any]]) -> None:
+        self.done, self.batches, self.pieces, self.finished = [], [], [], False
+        for line in lines:
             self.finished = "finished" in line
             self.batches = line.get("batches", self.batches)
             written = line.get("tensors", [])
-            self._note([manifest.tensor_from_json(entry, str(path)) for entry in written])
+            self._note([manifest.tensor_from_json(entry, str(self._path)) for entry in written])
             if "file" in line:
                 self.pieces.append(Piece(tuple(line["path"]), line["file"], line["stop"]))
+
+    def is_of(self, key: str) -> bool:
+        """Whether an equal job wrote it."""
+        return self._key == key
 
     @property
     def has_work(self) -> bool:
         """Whether there is anything to go on from."""
         return bool(self.done or self.pieces)
 
-    def begin(self) -> None:
-        """Forgets what an earlier process did."""
-        self.done, self.batches, self.pieces, self.finished = [], [], [], False
-        self._append({"key": self._key})
+    def begin(self, key: str, job: dict[str, Any], files: Mapping[str, Any]) -> None:
+        """Forgets what an earlier process did; `job` is for people, `files` what is read."""
+        self._take([])
+        self._key, self.job, self.files = key, job, dict(files)
+        self._append({"key": key, "job": job, "files": self.files})
+
+    def forget(self, is_stale: Callable[[Path], bool]) -> bool:
+        """Takes the batches with a stale tensor, and the pieces, out; False if none were left.
+
+        Nothing is written before `write_again`.
+        """
+        kept, batches, before = [], [], []
+        for line in self._lines[1:]:
+            if "batches" not in line:
+                continue
+            new = [name for name in line["batches"] if name not in before]
+            before = line["batches"]
+            if not any(is_stale(tuple(entry["path"])) for entry in line["tensors"]):
+                batches = sorted([*batches, *new])
+                kept.append({"batches": batches, "tensors": line["tensors"]})
+        if kept:
+            self._lines[1:] = kept
+            self._take(kept)
+        return bool(kept)
+
+    def write_again(self, key: str, job: dict[str, Any], files: Mapping[str, Any]) -> None:
+        """Writes anew what is left of it, whole or not at all."""
+        self.files = dict(files)
+        lines = [{"key": key, "job": job, "files": self.files}, *self._lines[1:]]
+        beside = self._path.with_name(self._path.name + ".new")
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self._path)
 
     def add(self, batches: list[str], tensors: list[TensorEntry]) -> None:
         """A batch of tensors is on disk, in these directories together with all before."""
@@ -87,9 +133,16 @@ class Journal:
 
     def _append(self, content: dict[str, Any]) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+            try:
+                file.write(json.dumps(content) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                os.truncate(self._path, size)  # the next line must not begin in this one's middle
+                raise CheckpointError(
+                    f"{self._path}: could not be written: {error.strerror}."
+                ) from error
 
     def _read(self) -> list[dict[str, Any]]:
         lines, texts = [], self._path.read_text(encoding="utf-8").splitlines()
@@ -119,6 +172,17 @@ class Pieces:
         self._written = 0  # matrices of the stack that are on disk
         self._made: tuple[Tensor, Mapping[str, np.ndarray], int] | None = None
 
+    def start_of(self, tensor: Tensor) -> int:
+        """How many matrices of a stack an earlier process made."""
+        found = itertools.takewhile(self._is_there, self._of(tensor))
+        return max((piece.stop for piece in found), default=0)
+
+    def _of(self, tensor: Tensor) -> list[Piece]:
+        return [piece for piece in self._journal.pieces if piece.path == tensor.path]
+
+    def _is_there(self, piece: Piece) -> bool:
+        return (self._folder / piece.file).is_file()
+
     def begun(self, tensor: Tensor) -> tuple[dict[str, np.ndarray], int]:
         """The arrays of a quantized stack, filled as far as an earlier process came, and how far.
 
@@ -130,11 +194,8 @@ class Pieces:
             for name, array in tensor.value.arrays().items()
         }
         start = 0
-        for piece in self._journal.pieces:
-            path = self._folder / piece.file
-            if piece.path != tensor.path or not path.is_file():
-                break
-            with np.load(path) as stored:
+        for piece in itertools.takewhile(self._is_there, self._of(tensor)):
+            with np.load(self._folder / piece.file) as stored:
                 for name, array in arrays.items():
                     part = array[start : piece.stop]
                     part[...] = stored[name].view(array.dtype).reshape(part.shape)

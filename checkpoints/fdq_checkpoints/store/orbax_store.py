@@ -7,6 +7,8 @@ batches (`ocp.partial`).
 """
 
 import contextlib
+import gc
+import logging
 import math
 import os
 import pathlib
@@ -26,7 +28,7 @@ from fdq_checkpoints.errors import CheckpointError
 # The cost of a partial save grows with the number of those before it, so there are at most 64
 # (and one remainder); a batch stays in memory until it is written.
 MAX_BATCHES = 64
-MIN_BATCH_BYTES = 256 * 2**20
+MIN_BATCH_BYTES = 64 * 2**20
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax renames what is complete
 _TREE, _CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"  # what it writes beside either
@@ -39,7 +41,7 @@ class TreeWriter:
     """Writes a tree of `total_bytes` array by array; nothing is at `path` before `finalize`.
 
     `on_batch` gets after each batch the names of the directories beside `path` that hold all so
-    far. With `seconds`, no array waits longer than that, or than 20 times what its writing takes.
+    far. With `seconds`, no array waits longer than that, or than 8 times what its writing takes.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class TreeWriter:
 
     def flush_if_full(self) -> None:
         """Write the batch when it is large or old enough; call it between whole tensors."""
-        patience = max(self._seconds, 20 * self._took)
+        patience = max(self._seconds, 8 * self._took)
         if self._batch_bytes >= self._limit or time.monotonic() - self._last >= patience:
             self.flush()
 
@@ -221,23 +223,49 @@ def _context() -> ocp.Context:
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
     try:
-        with _context():
+        with _context(), _quiet():
             yield
     except _DAMAGE as error:
-        raise CheckpointError(f"{path}: could not be written: {error}") from error
+        raise CheckpointError(f"{path}: could not be written: {_reason(error)}.") from error
 
 
 @contextlib.contextmanager
 def _reading(path: pathlib.Path) -> Iterator[None]:
     try:
-        with _context():
+        with _context(), _quiet():
             yield
     except _DAMAGE as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path}: Orbax cannot read it, files are missing or damaged ({reason}). "
+            f"{path}: Orbax cannot read it, files are missing or damaged ({_reason(error)}). "
             "Copy or convert the checkpoint again."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line; of the operating system's errors, which come in several others, its own words."""
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    return str(error).splitlines()[0][:300].rstrip(".") if str(error) else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What is raised here is not printed as well, by each thread that it went through."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+
+    def is_no_traceback(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or record.exc_info[0] is None
+
+    for logger in loggers:
+        logger.addFilter(is_no_traceback)
+    try:
+        yield
+    except BaseException:
+        gc.collect()  # tasks that failed unseen say so when they go
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_no_traceback)
 
 
 def steps(path: pathlib.Path) -> list[str]:

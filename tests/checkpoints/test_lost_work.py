@@ -1,0 +1,188 @@
+"""Whatever ends a conversion: what was finished stays, and the next run goes on from it."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from fdq_checkpoints import CheckpointError, conversion, convert, load, save
+from fdq_checkpoints.store import commit, orbax_store, stopping
+from tests.checkpoints import builders
+from tests.checkpoints.test_interrupts import SOURCE, TENSORS, interrupt_after
+from tests.checkpoints.test_stored_trees import assert_same
+
+KEPT = r"Kept {} of 18 tensors .*out\.fdq-tmp\. The same call goes on from there; to drop them"
+
+
+def notes(error):
+    return " ".join(getattr(error.value, "__notes__", ()))
+
+
+def going_on(destination, caplog, **options):
+    """Converts, and how many tensors were not made again."""
+    made = []
+    caplog.clear()
+    convert(
+        options.pop("source", SOURCE),
+        destination,
+        options.pop("scheme", "W8A16"),
+        progress=lambda *told: made.append(told[2]),
+        **options,
+    )
+    return TENSORS - len(made)
+
+
+@contextlib.contextmanager
+def file_size_limit(nbytes):
+    """Files that grow beyond it fail with EFBIG, as those on a full disk do with ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setattr(orbax_store, "MIN_BATCH_BYTES", 1)
+    limit = contextlib.ExitStack()
+
+    def progress(done, total, path):
+        if path == "layers.0.self_attn.qkv_proj.kernel":
+            limit.enter_context(file_size_limit(5_000))
+
+    with (
+        limit,
+        pytest.raises(CheckpointError, match="could not be written: File too large") as error,
+    ):
+        convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err + said.out + caplog.text
+    kept = int(notes(error).split()[1])
+    assert 0 < kept < TENSORS
+    assert going_on(tmp_path / "out", caplog) == kept
+    assert f"going on, kept {kept} of {TENSORS} tensors" in caplog.text
+    assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
+
+
+def test_a_weight_that_is_not_finite_in_the_last_layer(tmp_path, caplog):
+    """The shard is downloaded again: what came of the others is not made again."""
+    tensors = builders.model("qwen3", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    name = "model.layers.1.mlp.down_proj.weight"
+    first = {key: value for key, value in tensors.items() if ".layers.1." not in key}
+    last = {key: value for key, value in tensors.items() if ".layers.1." in key}
+    bad = last[name].copy()
+    bad[3, 4] = np.inf
+    shards = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": last}
+    builders.write_sharded(tmp_path / "model", shards)
+    builders.write(tmp_path / "model" / "model-00002-of-00002.safetensors", last | {name: bad})
+    source = tmp_path / "model"
+    place = rf"model-00002-of-00002\.safetensors: tensor '{name}' holds inf at \[3, 4\]"
+    with pytest.raises(CheckpointError, match=place) as error:
+        convert(source, tmp_path / "out", "W8A16")
+    kept = int(notes(error).split()[1])
+    with pytest.raises(CheckpointError, match=place):  # nothing has changed, nothing is lost
+        convert(source, tmp_path / "out", "W8A16")
+    builders.write(source / "model-00002-of-00002.safetensors", last)
+    resumed = going_on(tmp_path / "out", caplog, source=source)
+    assert "model-00002-of-00002.safetensors of the source has changed" in caplog.text
+    assert 0 < resumed < kept
+    assert_same(load(source, "W8A16"), load(tmp_path / "out"))
+
+
+def test_only_batches_of_a_changed_shard_are_made_again(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(orbax_store, "MIN_BATCH_BYTES", 1)
+    tensors = builders.model("qwen3", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    parts = {
+        f"model-0000{i + 1}-of-00002.safetensors": {
+            key: value for key, value in tensors.items() if (".layers.1." in key) == bool(i)
+        }
+        for i in range(2)
+    }
+    builders.write_sharded(tmp_path / "model", parts)
+    progress, _ = interrupt_after(14)
+    with pytest.raises(KeyboardInterrupt, match="Kept 14"):
+        convert(tmp_path / "model", tmp_path / "out", "W8A16", progress=progress)
+    changed = {key: value * 2 for key, value in parts["model-00002-of-00002.safetensors"].items()}
+    builders.write(tmp_path / "model" / "model-00002-of-00002.safetensors", changed)
+    (tmp_path / "model" / "README.md").write_text("What it is.")
+    resumed = going_on(tmp_path / "out", caplog, source=tmp_path / "model")
+    assert 0 < resumed < 14
+    assert f"{14 - resumed} tensors made of it are made again" in caplog.text
+    assert_same(load(tmp_path / "model", "W8A16"), load(tmp_path / "out"))
+
+
+def test_a_sync_that_fails_and_a_readme_that_came(tmp_path, monkeypatch, caplog):
+    shutil.copytree(SOURCE, tmp_path / "model")
+
+    def fails(folder):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commit, "_sync", fails)
+        with pytest.raises(OSError, match="Input/output error") as error:
+            convert(tmp_path / "model", tmp_path / "out", "W8A16")
+    assert "Kept 18 of 18 tensors (100% of the bytes)" in notes(error)
+    (tmp_path / "model" / "README.md").write_text("What it is.")
+    assert going_on(tmp_path / "out", caplog, source=tmp_path / "model") == TENSORS
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_it_like_an_interrupt(tmp_path, number):
+    def usual(*_):
+        raise AssertionError("the handler of before")
+
+    progress, _ = interrupt_after(5, by=number)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(stopping.Stopped, match=KEPT.format(5)) as error:
+            convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+        assert error.value.number == number
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, usual)  # somebody else's is left alone
+        progress, _ = interrupt_after(2, by=number)
+        with pytest.raises(AssertionError, match="the handler of before"):
+            convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    finally:
+        signal.signal(number, before)
+
+
+def test_another_job_does_not_take_the_place_of_one_that_was_stopped(tmp_path, caplog):
+    progress, _ = interrupt_after(4)
+    shutil.copytree(SOURCE, tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "model", tmp_path / "out", "W8A16", progress=progress)
+    holds = r"out\.fdq-tmp: holds 4 finished tensors of a conversion that was stopped, and cannot "
+    with pytest.raises(
+        FileExistsError, match=holds + r".*its scheme was 'W8A16', and is 'W4A16-g16'"
+    ):
+        convert(tmp_path / "model", tmp_path / "out", "W4A16-g16")
+    with pytest.raises(FileExistsError, match="holds the work of a conversion that was stopped"):
+        save({"a": np.ones(2, np.float32)}, tmp_path / "out")
+    os.utime(tmp_path / "model" / "model.safetensors", (0, 0))
+    with pytest.raises(FileExistsError, match=r"model\.safetensors of the source has changed"):
+        convert(tmp_path / "model", tmp_path / "out", "W8A16")
+    assert going_on(tmp_path / "out", caplog, scheme="W4A16-g16", overwrite=True) == 0
+    assert "starting anew: its source was" in caplog.text
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["model", "out"]
+
+
+def test_what_is_kept_is_there_after_a_kill_at_any_batch(tmp_path, caplog, monkeypatch):
+    """The same bytes come out however often it was stopped."""
+    monkeypatch.setattr(orbax_store, "MIN_BATCH_BYTES", 1)
+    for count in (1, 5, 2, 7):
+        progress, _ = interrupt_after(count)
+        with pytest.raises(KeyboardInterrupt):
+            convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    assert going_on(tmp_path / "out", caplog) == 15
+    convert(SOURCE, tmp_path / "whole", "W8A16")
+    assert_same(load(tmp_path / "whole"), load(tmp_path / "out"))
+    assert conversion.FLUSH_SECONDS <= 10
