@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-SLAB_WEIGHTS = 1 << 22
+SLAB_WEIGHTS = 1 << 21
 """Weights of a slab: enough to keep a core busy, few enough that a dozen are a small memory."""
 SLAB_COLUMNS = 128
 """A slab's columns are a multiple of it: no block of a format lies in two slabs."""
-AHEAD_BYTES = 48 * 2**20
+AHEAD_BYTES = 32 * 2**20
 """Of what is worked on or waits to be taken, for each core."""
 
 

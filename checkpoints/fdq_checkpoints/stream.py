@@ -183,12 +183,12 @@ class Job:
             # What multiplies it sees it with its axes folded, so it has no slices to go by.
             return []
         k, n = target.shape[-2:]
-        ranges = [(0, n)]
+        ranges, by_columns = [(0, n)], self.source.has_columns(tensor.path)
         assert self.assigned is not None
-        if self.source.has_columns(tensor.path) and self.assigned.columns_apart(row[0]):
+        if by_columns and self.assigned.columns_apart(row[0]):
             ranges = slabs.columns(k, n)
         indices = [None] if target.ndim == 2 else list(range(target.shape[0]))
-        if len(indices) == len(ranges) == 1:
+        if len(indices) == len(ranges) == 1 and not by_columns:
             return []
         return [
             _Part(
@@ -247,10 +247,10 @@ class Job:
     def _quantized(self, tensor: Tensor, part: "_Part") -> Any:
         found = self._row(tensor)
         assert self.assigned is not None and found is not None
-        if part.shape[1] == tensor.value.shape[-1]:
-            array = self.source.read(tensor.path, part.index)
-        else:
+        if self.source.has_columns(tensor.path):
             array = self.source.read_columns(tensor.path, part.index, part.start, part.stop)
+        else:
+            array = self.source.read(tensor.path, part.index)
         array = self._wide(array, tensor.path)
         return self.assigned.tensor(array, *found, inputs=self.inputs, index=part.index)
 

@@ -317,8 +317,8 @@ DIRECTORIES = [
     (swapped_heads, "q_proj.weight' has shape (32, 64), expected (64, 64)"),
     (integer_weight, "is int8, expected floats of 16 bits or more"),
     (float8_weight, "is float8_e4m3fn, expected floats of 16 bits or more"),
-    (nan_norm, "norm.scale: NaN or infinity, first at [0]"),
-    (nan_weight, "layers.1.mlp.gate_up_proj.kernel: 1 of 12288 values are NaN or infinite"),
+    (nan_norm, "tensor 'model.norm.weight' holds nan at [0] (norm.scale). Expected finite"),
+    (nan_weight, "holds inf at [3, 4] (layers.1.mlp.gate_up_proj.kernel)"),
     (tied_but_different, "'lm_head.weight' differs from 'model.embed_tokens.weight'"),
 ]
 

@@ -43,6 +43,7 @@ MAX_NAME_LENGTH = 512
 MAX_RANK = 8
 MAX_DIMENSION = 2**40
 _DOWNLOAD_AGAIN = "Download it again."
+_ALIGNMENT = 64
 _READ_BYTES = 64 * 2**20  # one system call; Linux reads at most 2 GiB at a time
 
 _PICKLES = (b"\x02", b"\x03", b"\x04", b"\x05")
@@ -125,7 +126,9 @@ class SafetensorsFile:
             ) from None
 
     def _read_bytes(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        data = np.empty(stop - start, np.uint8)
+        # JAX takes what is aligned as it is, and copies other arrays.
+        raw = np.empty(stop - start + _ALIGNMENT, np.uint8)
+        data = raw[-raw.ctypes.data % _ALIGNMENT :][: stop - start]
         view = memoryview(data)
         done = 0
         while done < len(view):

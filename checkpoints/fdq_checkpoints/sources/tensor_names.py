@@ -91,7 +91,10 @@ class Source:
     def read_columns(
         self, directory: Tensors, expert: int | None, start: int, stop: int
     ) -> np.ndarray:
-        """Columns of the target, or of one expert: rows of the parts, which are `transposed`."""
+        """Columns of the target, or of one expert: rows of the parts, which are `transposed`.
+
+        As they are stored: the array is a view in Fortran's order.
+        """
         assert self.layout == "transposed"
         found, before = [], 0
         for name in self.parts[expert or 0]:
@@ -100,12 +103,9 @@ class Source:
             if first < last:
                 found.append(directory.read_rows(name, first, last))
             before += rows
-        result = np.empty((found[0].shape[1], stop - start), self._dtype(directory))
-        before = 0
-        for rows in found:
-            result[:, before : before + len(rows)] = rows.T
-            before += len(rows)
-        return result
+        dtype = self._dtype(directory)
+        parts = [part.astype(dtype, copy=False) for part in found]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).T
 
     def not_finite(self, directory: Tensors, expert: int | None) -> str | None:
         """Where the first NaN or infinity of the parts is, in words; None where all are finite."""

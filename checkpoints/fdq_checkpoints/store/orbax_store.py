@@ -28,7 +28,7 @@ from fdq_checkpoints.errors import CheckpointError
 # The cost of a partial save grows with the number of those before it, so there are at most 64
 # (and one remainder); a batch stays in memory until it is written.
 MAX_BATCHES = 64
-MIN_BATCH_BYTES = 64 * 2**20
+MIN_BATCH_BYTES = 48 * 2**20
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax renames what is complete
 _TREE, _CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"  # what it writes beside either
