@@ -34,7 +34,12 @@ def run(
     if result.advice is not None:
         console.err.print(result.advice, style="yellow", markup=False, soft_wrap=True)
     problem = None
-    if verify:
+    if verify and result.kind not in ("model", "params"):
+        console.err.print(
+            "There is nothing to compare: only fdq checkpoints have checksums of their content.",
+            style="yellow",
+        )
+    elif verify:
         try:
             with console.err.status("Comparing checksums ..."):
                 result = inspect(directory, verify=True)

@@ -74,7 +74,7 @@ class ConfigReader:
         found = {key: self.config[key] for key in keys if self.config.get(key) is not None}
         values = list(found.values())
         if any(value != values[0] for value in values[1:]):
-            both = " and ".join(f"{key}={value!r}" for key, value in found.items())
+            both = " and ".join(f"{key}={value!r:.200}" for key, value in found.items())
             raise ValueError(
                 f"{self.family} config: {both} are spellings of one thing; remove the wrong one"
             )
@@ -115,14 +115,14 @@ class ConfigReader:
     def wrong(self, keys: tuple[str, ...], expected: str, found: Any) -> ValueError:
         """The error for a value of `keys` that is not what was expected."""
         name = next((key for key in keys if self.config.get(key) is not None), keys[0])
-        return ValueError(f"{self.family} config: {name} must be {expected}, got {found!r}")
+        return ValueError(f"{self.family} config: {name} must be {expected}, got {found!r:.200}")
 
     def must_be(self, key: str, *allowed: Any) -> None:
         """Refuses a value of `key` other than `allowed`; a missing key is taken as allowed."""
         found = self.get(key, default=allowed[0])
         if found not in allowed or isinstance(found, bool) is not isinstance(allowed[0], bool):
             raise ValueError(
-                f"{self.family} config: {key}={found!r} is not supported; "
+                f"{self.family} config: {key}={found!r:.200} is not supported; "
                 f"expected {' or '.join(map(repr, allowed))}"
             )
 

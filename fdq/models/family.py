@@ -105,6 +105,6 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; supported are " + ", ".join(FAMILIES)
+            f"model_type {model_type!r:.200} is not supported; supported are " + ", ".join(FAMILIES)
         )
     return FAMILIES[model_type].from_huggingface(config)

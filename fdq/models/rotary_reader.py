@@ -164,7 +164,7 @@ def read_rotary(
     types = {name: name for name in ROPE_TYPES} if types is None else types
     if not isinstance(spelled, str) or spelled not in types:
         raise ValueError(
-            f"{reader.family} config: rope_type {spelled!r} is not supported; supported are "
+            f"{reader.family} config: rope_type {spelled!r:.200} is not supported; supported are "
             + ", ".join(map(repr, types))
         )
     rope_type = types[spelled]
@@ -183,7 +183,7 @@ def read_rotary(
     if unknown:
         raise ValueError(
             f"{reader.family} config: rope parameters {sorted(unknown)} are unknown for "
-            f"rope_type {rope_type!r}"
+            f"rope_type {rope_type!r:.200}"
         )
     # What the original context is said to be means nothing to the types that do not read it.
     reader.neutral(_ORIGINAL)

@@ -34,7 +34,12 @@ def parse(data: bytes, *, where: str) -> Any:
         raise CheckpointError(f"{where}: {name} is not a JSON number.")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{where}: half a surrogate pair, which is no text.") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{where}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg})."
@@ -65,6 +70,7 @@ def read_object(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, An
     return value
 
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 

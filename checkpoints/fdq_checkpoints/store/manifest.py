@@ -33,6 +33,7 @@ FORMAT = "fdq-checkpoint"
 FORMAT_VERSION = 1
 MAX_BYTES = 256_000_000
 MAX_RANK = 32
+_READ_BYTES = 2**20
 MAX_SIZE = 2**60  # NumPy refuses larger arrays, those without elements too
 
 KINDS = ("model", "params")
@@ -58,6 +59,14 @@ class ArrayEntry:
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """A file under `weights/`: its bytes, and their CRC-32 (None in the first checkpoints)."""
+
+    bytes: int
+    crc32: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +112,8 @@ class Manifest:
 
     `kind` is `"model"` (`config`, as of `DecoderConfig.to_dict`, builds it) or `"params"` (any
     tree). `scheme` is a name for people; the truth is in the tensors' specs. `files` are those
-    copied beside the weights: `name -> {"bytes": …, "sha256": …}`. `data` has the bytes of each
-    file under `weights/`; `write` fills it in. `tensors` are in the tree's order.
+    copied beside the weights: `name -> {"bytes": …, "sha256": …}`. `data` are the files under
+    `weights/`, Orbax's own too; `write` fills it in. `tensors` are in the tree's order.
     """
 
     fdq_version: str = "unknown"
@@ -113,7 +122,7 @@ class Manifest:
     config: dict[str, Any] | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    data: dict[str, int] = dataclasses.field(default_factory=dict)
+    data: dict[str, FileEntry] = dataclasses.field(default_factory=dict)
     tensors: tuple[TensorEntry, ...]
 
 
@@ -128,17 +137,30 @@ def checksum(array: np.ndarray) -> int:
 def write(manifest: Manifest, folder: pathlib.Path) -> None:
     """Write `fdq.json` beside the finished `weights/`, whose files it lists."""
     weights = folder / WEIGHTS
-    sizes = {
-        path.relative_to(weights).as_posix(): path.stat().st_size
+    data = {
+        path.relative_to(weights).as_posix(): dataclasses.asdict(_file_entry(path))
         for path in sorted(weights.rglob("*"))
         if path.is_file()
     }
     tensors = [tensor_to_json(tensor) for tensor in manifest.tensors]
     content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    content |= vars(manifest) | {"data": sizes, "tensors": tensors}
+    content |= vars(manifest) | {"data": data, "tensors": tensors}
     content["sha256"] = _digest(content)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _file_entry(path: pathlib.Path) -> FileEntry:
+    return FileEntry(path.stat().st_size, file_checksum(path))
+
+
+def file_checksum(path: pathlib.Path) -> int:
+    """CRC-32 of a file."""
+    found, buffer = 0, bytearray(_READ_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found = zlib.crc32(memoryview(buffer)[:count], found)
+    return found
 
 
 def read(folder: pathlib.Path) -> Manifest:
@@ -281,11 +303,17 @@ def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
             raise CheckpointError(f"{path}: no hash of {shown(name)}.")
         if pathlib.PurePath(name).name != name or name in ("", ".", "..", FILE_NAME):
             raise CheckpointError(f"{path}: {shown(name)} is not a file name.")
-    for name, size in content["data"].items():
+    data = {}
+    for name, file in content["data"].items():
         if ".." in pathlib.PurePosixPath(name).parts or name.startswith("/"):
             raise CheckpointError(f"{path}: {shown(name)} is not a path under {WEIGHTS}/.")
-        _integer(size, f"{path}: {shown(name)}")
-    fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"tensors": tensors}
+        where = f"{path}: {shown(name)}"
+        if isinstance(file, dict) and file.keys() == {"bytes", "crc32"}:
+            data[name] = FileEntry(_integer(file["bytes"], where), _integer(file["crc32"], where))
+        else:
+            data[name] = FileEntry(_integer(file, where))
+    fields: dict[str, Any] = {name: content[name] for name in _FIELDS}
+    fields |= {"tensors": tensors, "data": data}
     return Manifest(**fields)
 
 

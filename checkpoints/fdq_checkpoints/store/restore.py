@@ -16,13 +16,14 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError, nearest
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import file_digest
+from fdq_checkpoints.store.host_memory import Trimmer
 from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
 from fdq_checkpoints.store.orbax_store import TreeReader
 from fdq_checkpoints.tree_paths import Path, array_path, dotted
 
 # What is read at once: each reading costs Orbax some 20 ms, and what it reads is in memory twice
 # until it is on its device.
-MIN_BATCH_BYTES, MAX_BATCH_BYTES, BATCHES = 16 * 2**20, 256 * 2**20, 32
+MIN_BATCH_BYTES, MAX_BATCH_BYTES, BATCHES = 16 * 2**20, 128 * 2**20, 64
 
 # Where to put an array: one sharding for all, by the array's dotted path, or a function of that
 # path and the abstract array. None is the default device.
@@ -92,7 +93,7 @@ class StoredTensors:
 
         `paths` are those that the shardings know the tensors by, where they are not the stored.
         """
-        result = {}
+        result, memory = {}, Trimmer()
         for entry, arrays in self.read(verify=verify):
             path = entry.path if paths is None else paths[entry.path]
             placed = {
@@ -102,16 +103,25 @@ class StoredTensors:
             if entry.prng is not None:
                 placed["value"] = jax.random.wrap_key_data(placed["value"], impl=entry.prng)
             result[entry.path] = tree_paths.with_arrays(entry.abstract(), placed)
+            del arrays, placed
+            memory.worked(entry.nbytes)
         return result
 
     def verify(self) -> None:
         """Compare all checksums; CheckpointError names the first thing missing or changed."""
-        for _ in self.read(verify=True):
-            pass
+        memory = Trimmer()
+        for entry, _ in self.read(verify=True):
+            memory.worked(entry.nbytes)
+        # What no array is in, too: a reader of tomorrow may look at it.
+        for name, file in self.manifest.data.items():
+            path = self.folder / WEIGHTS / name
+            if file.crc32 is not None and manifests.file_checksum(path) != file.crc32:
+                raise CheckpointError(
+                    f"{path}: changed since the checkpoint was written. Copy or convert the "
+                    "checkpoint again."
+                )
         for name, expected in self.manifest.files.items():
             path = self.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing, though fdq.json lists it.")
             if file_digest(path) != expected["sha256"]:
                 raise CheckpointError(f"{path}: changed since the checkpoint was written.")
 
@@ -134,8 +144,14 @@ class StoredTensors:
         weights = self.folder / WEIGHTS
         if not weights.is_dir():
             raise CheckpointError(f"{weights}: missing. Copy or convert the checkpoint again.")
-        for name, size in self.manifest.data.items():
-            path = weights / name
+        for name in self.manifest.files:
+            if not (self.folder / name).is_file():
+                raise CheckpointError(
+                    f"{self.folder / name}: missing, though fdq.json lists it. Copy it back, or "
+                    "convert the checkpoint again."
+                )
+        for name, file in self.manifest.data.items():
+            path, size = weights / name, file.bytes
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 state = "missing" if found is None else f"{found:,} bytes"
