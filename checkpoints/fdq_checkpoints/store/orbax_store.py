@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -245,6 +246,8 @@ def _reason(error: Exception) -> str:
     """One line; of the operating system's errors, which come in several others, its own words."""
     if number := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(number[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error).splitlines()[0][:300].rstrip(".") if str(error) else type(error).__name__
 
 
@@ -253,19 +256,39 @@ def _quiet() -> Iterator[None]:
     """What is raised here is not printed as well, by each thread that it went through."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
 
-    def is_no_traceback(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or record.exc_info[0] is None
+    def nothing(record: logging.LogRecord) -> bool:
+        del record
+        return False
 
     for logger in loggers:
-        logger.addFilter(is_no_traceback)
+        logger.addFilter(nothing)
     try:
         yield
     except BaseException:
+        _drop_late_callbacks()
         gc.collect()  # tasks that failed unseen say so when they go
         raise
     finally:
         for logger in loggers:
-            logger.removeFilter(is_no_traceback)
+            logger.removeFilter(nothing)
+
+
+def _drop_late_callbacks() -> None:
+    """When one of several writes or reads fails, Orbax closes its event loop under the others.
+
+    Each of those prints a traceback, at any time later (Orbax 0.12.8).
+    """
+    before = sys.unraisablehook
+    if getattr(before, "drops_late_callbacks", False):
+        return
+
+    def hook(raised: Any) -> None:
+        is_late = isinstance(raised.exc_value, RuntimeError)
+        if not (is_late and str(raised.exc_value) == "Event loop is closed"):
+            before(raised)
+
+    hook.drops_late_callbacks = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 def steps(path: pathlib.Path) -> list[str]:
