@@ -89,6 +89,12 @@ class Job:
             values = {t.path: put(t) for t in as_it_is.tensors(progress=progress)}
             calibration = calibrate(tree_paths.fill(source.tree, values), calibration)
         assigned = Assigned.of(source.tree, scheme, compat=compat, method=method)
+        for row in assigned.table.quantized:
+            if row.scheme is not None and row.scheme.weight and row.scheme.weight.row_order:
+                raise ValueError(
+                    f"{row.path}: {row.scheme} says that rows are in an order which came with the "
+                    "codes. Quantizers choose none: leave out -rows."
+                )
         inputs = LayerInputs.of(assigned.leaves, calibration=calibration)
         return cls(source, assigned.quantize(inputs), assigned, inputs)
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats import distortion, exact_arithmetic, grouping, packing
+from fdq.formats import distortion, exact_arithmetic, grouping, packing, row_order
 from fdq.schemes.kinds import WEIGHT_FORMATS as FORMATS
 from fdq.schemes.scheme import WeightSpec
 
@@ -67,6 +67,7 @@ class Format(abc.ABC):
       scale_dtypes: what scales may be stored in.
       fixed: group size and dtype of the scale are part of the format's definition.
       double_quantization: a spec may ask for scales in 8 bits.
+      row_order: codes in groups may come with the order of their rows.
       unit_factor: a power of two that is missing in the values of `decode_unit`.
     """
 
@@ -83,6 +84,7 @@ class Format(abc.ABC):
     scale_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     fixed: bool = False
     double_quantization: bool = False
+    row_order: bool = False
     unit_factor: float = 1.0
 
     def spec_fields(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +119,8 @@ class Format(abc.ABC):
         if spec.double_quantization and not self.double_quantization:
             able = (format.name for format in FORMATS.values() if format.double_quantization)
             return f"double_quantization is for {', '.join(able)} only"
+        if spec.row_order and not (self.row_order and spec.granularity == "group"):
+            return "row_order is for integers in groups only"
         return None
 
     def reach(self, spec: WeightSpec) -> float:
@@ -141,7 +145,8 @@ class Format(abc.ABC):
 
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """What a `QTensor` of such a spec holds, in the order of its pytree."""
-        return ("codes", "scale", "zero") if spec.zero_point == "integer" else ("codes", "scale")
+        zero = ("zero",) if spec.zero_point == "integer" else ()
+        return ("codes", "scale", *zero, *(("row_order",) if spec.row_order else ()))
 
     def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """Parameters of a float32 weight `[..., K, N]` from its largest magnitudes."""
@@ -216,7 +221,8 @@ class Format(abc.ABC):
     def abstract(self, shape: tuple[int, ...], spec: WeightSpec) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays of a weight of `shape`, without computing anything."""
         w = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-        return jax.eval_shape(lambda w: self.encode(w, spec), w)
+        arrays = jax.eval_shape(lambda w: self.encode(w, spec), w)
+        return arrays | row_order.abstract(shape, spec)
 
     def bits_per_weight(self, spec: WeightSpec, shape: tuple[int, ...]) -> float:
         """Stored bits, codes and everything beside them, by the number of weights in `shape`."""

@@ -28,7 +28,7 @@ SEARCH_POINTS = 48
 class Integer(ScaledFormat):
     """Uniform integers of `bits` bits."""
 
-    searchable = True
+    searchable = row_order = True
     granularities = ("tensor", "channel", "group")
 
     def __init__(

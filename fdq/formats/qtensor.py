@@ -1,11 +1,13 @@
 """QTensor: a quantized weight, as a JAX pytree.
 
 Invariant: `dequantize(q)[k, n] = (code[k, n] - zero[k // g, n]) * scale[k // g, n]`; each module of
-`fdq.formats` says what its formats add to this.
+`fdq.formats` says what its formats add to this. With a `row_order` the left side is its row
+`row_order[k]`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from fdq.formats import FORMATS
+from fdq.formats import FORMATS, row_order
 from fdq.schemes.scheme import WeightSpec
 
 
@@ -50,6 +52,10 @@ class QuantizedWeight:
     def canonical(self) -> QTensor:
         """The same weight as checkpoints hold it, with plain arrays."""
         raise NotImplementedError
+
+    def without_order(self) -> tuple[Any, Any]:
+        """The weight with its rows as the codes have them; their order or None (`row_order`)."""
+        return self, None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -198,6 +204,8 @@ class QuantizedWeight:
         if all(hasattr(array, "shape") for array in self.arrays().values()):
             parts.insert(0, "[" + ", ".join(map(str, self.shape)) + "]")
             parts.append(f"{self.bits_per_weight:.4g} bits per weight")
+        if self.spec.row_order:
+            parts.append("rows in another order")
         if self.layout != "canonical":
             parts.append(f"layout {self.layout!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -278,6 +286,15 @@ class QTensor(QuantizedWeight):
         """With plain arrays."""
         return materialize(self)
 
+    def without_order(self) -> tuple[QTensor, Any]:
+        """The weight of the codes' rows, and their order."""
+        if not self.spec.row_order:
+            return self, None
+        arrays = self.arrays()
+        order = arrays.pop(row_order.NAME)
+        spec = dataclasses.replace(self.spec, row_order=False)
+        return QTensor(spec=spec, padding=self.padding, **arrays), order
+
 
 class QCodes(nnx.Variable):
     """The codes of a `QTensor` that a module holds."""
@@ -323,8 +340,9 @@ def dequantize(q: QuantizedWeight, dtype: Any = jnp.float32) -> Any:
     q = materialize(q)
     if q.is_abstract:
         return jax.eval_shape(lambda q: dequantize(q, dtype), q)
-    q = differentiable(q.canonical())
-    return FORMATS[q.spec.format].decode(q.arrays(), q.spec, padding=q.padding, dtype=dtype)
+    q, order = differentiable(q.canonical()).without_order()
+    w = FORMATS[q.spec.format].decode(q.arrays(), q.spec, padding=q.padding, dtype=dtype)
+    return w if order is None else row_order.of_weight(w, order)
 
 
 def differentiable(q: QTensor) -> QTensor:

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
+from fdq.formats import row_order
 from fdq.formats.qtensor import QTensor, QuantizedWeight, materialize
 from fdq.ops.prepared_weight import PreparedWeight
 from fdq.ops.rows import Order
@@ -77,7 +78,8 @@ def _reordered(arrays: dict[str, Any], n: int, order: Order, back: bool) -> dict
             array, order, back
         )
 
-    return {name: moved(array) for name, array in arrays.items()}
+    # Of rows, not columns, however many.
+    return {n: a if n == row_order.NAME else moved(a) for n, a in arrays.items()}
 
 
 def _moved(array: jax.Array, order: Order, back: bool) -> jax.Array:
@@ -111,7 +113,8 @@ def interleave_in_place(module: nnx.Module) -> None:
             w = getattr(layer, "kernel", None)
             if not isinstance(w, QTensor) or w.ndim != 2 or w.is_abstract:
                 continue
-            shards, scales = shards_of_columns(w), materialize(w).arrays().values()
+            held, _ = materialize(w).without_order()
+            shards, scales = shards_of_columns(w), held.arrays().values()
             even = shards > 1 and all(part % (shards * unit) == 0 for part in parts)
             # Scales of blocks of columns cannot follow their columns.
             if not even or any(a.ndim and a.shape[-1] not in (1, w.shape[-1]) for a in scales):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdq.formats import row_order
 from fdq.formats.qtensor import QTensor, QuantizedWeight, materialize
 from fdq.schemes.scheme import WeightSpec
 
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PreparedWeight(QuantizedWeight):
-    """A weight in the layout of a device; `data` is a pytree, in a module a Variable of it."""
+    """A weight in the layout of a device; `data` is a pytree, in a module a Variable of it.
+
+    The data are of the rows as the codes have them, `row_order` is as in a QTensor.
+    """
 
     data: Any
+    row_order: Any = dataclasses.field(default=None, kw_only=True)
     spec: WeightSpec = dataclasses.field(kw_only=True, metadata={"static": True})
     padding: int = dataclasses.field(default=0, kw_only=True, metadata={"static": True})
 
@@ -38,16 +43,25 @@ class PreparedWeight(QuantizedWeight):
     @classmethod
     def of(cls, q: QuantizedWeight) -> Self:
         """A weight in this layout; a QTensor of `jax.ShapeDtypeStruct` s gives an abstract one."""
-        q = q.canonical()
+        spec = q.spec
+        q, order = q.canonical().without_order()
         convert = functools.partial(cls._convert, spec=q.spec, shape=(q.shape[-2], q.shape[-1]))
         data = jax.eval_shape(convert, q.arrays()) if q.is_abstract else convert(q.arrays())
-        return cls(data, spec=q.spec, padding=q.padding)
+        return cls(data, row_order=order, spec=spec, padding=q.padding)
 
     def canonical(self) -> QTensor:
         """The inverse of `of`, bit for bit."""
-        data, convert = materialize(self).data, self._restore
-        arrays = jax.eval_shape(convert, data) if self.is_abstract else convert(data)
-        return QTensor(spec=self.spec, padding=self.padding, **arrays)
+        held, convert = materialize(self), self._restore
+        arrays = jax.eval_shape(convert, held.data) if self.is_abstract else convert(held.data)
+        order = {} if held.row_order is None else {row_order.NAME: held.row_order}
+        return QTensor(spec=self.spec, padding=self.padding, **arrays, **order)
+
+    def without_order(self) -> tuple[Self, Any]:
+        """The weight of the codes' rows, and their order."""
+        if not self.spec.row_order:
+            return self, None
+        spec = dataclasses.replace(self.spec, row_order=False)
+        return self.replace(spec=spec, row_order=None), self.row_order
 
     @staticmethod
     def _convert(arrays: dict[str, Any], *, spec: WeightSpec, shape: tuple[int, int]) -> Any:
@@ -58,8 +72,9 @@ class PreparedWeight(QuantizedWeight):
         raise NotImplementedError
 
     def arrays(self) -> dict[str, Any]:
-        """The data."""
-        return {"data": self.data}
+        """The data, and the order of rows where there is one."""
+        order = {} if self.row_order is None else {row_order.NAME: self.row_order}
+        return {"data": self.data, **order}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other data."""

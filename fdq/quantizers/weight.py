@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fdq.formats import FORMATS
+from fdq.formats import FORMATS, row_order
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers.quantizer import Quantizer, Statistics, pick
 from fdq.schemes.grammar import COMPATS
@@ -76,6 +76,11 @@ def quantize_array(
         raise ValueError(
             f"{path}: unknown weight format {spec.format!r}; known are {', '.join(FORMATS)}."
         )
+    if spec.row_order and not isinstance(w, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{path}: {spec} says that rows are in an order which came with the codes. Quantizers "
+            "choose none: leave out -rows."
+        )
     format = FORMATS[spec.format]
     k, n = w.shape[-2:]
     format.check(spec, k, n, path)
@@ -108,7 +113,8 @@ def quantize_array(
     traced = any(isinstance(value, Tracer) for value in (w, *given.values()))
     if traced and not isinstance(w, jax.ShapeDtypeStruct):
         arrays = _poisoned(arrays, w, bounds, given)
-    return QTensor(**arrays, spec=spec, padding=format.padding(k))
+    order = row_order.abstract(tuple(w.shape), spec)
+    return QTensor(**arrays, **order, spec=spec, padding=format.padding(k))
 
 
 def _compatible(spec: WeightSpec, compat: str, dtype: Any, path: str) -> Quantizer:

@@ -41,6 +41,7 @@ _WORDS: dict[str, tuple[str, str, Fields]] = {
     **{k: ("w", "the zero point", {"zero_point": v}) for k, v in ZERO_SUFFIXES.items()},
     **{k: ("w", "the scale's dtype", {"scale_dtype": v}) for k, v in SCALE_SUFFIXES.items()},
     "dq": ("w", "double quantization", {"double_quantization": True}),
+    "rows": ("w", "the order of rows", {"row_order": True}),
     "token": ("a", "what shares a scale", {"granularity": "token"}),
     "static": ("a", "what shares a scale", {"granularity": "tensor", "dynamic": False}),
     **{
@@ -107,7 +108,7 @@ def weight_suffixes(spec) -> list[str]:
         suffixes += [name for name, zero in ZERO_SUFFIXES.items() if zero == spec.zero_point]
     if spec.scale_dtype != format.spec_fields(fields)["scale_dtype"]:
         suffixes += [name for name, dtype in SCALE_SUFFIXES.items() if dtype == spec.scale_dtype]
-    return suffixes + ["dq"] * spec.double_quantization
+    return suffixes + ["dq"] * spec.double_quantization + ["rows"] * spec.row_order
 
 
 def activation_fields(format: str, block_size: tuple[int, int] | None) -> Fields:

@@ -13,6 +13,7 @@ size, scale dtype, zero points) is a field of a spec and a suffix of the name::
                    -sym -half -asym                                     zero point
                    -f32 -bf16 -f16 -ue8m0                               dtype of the scale
                    -dq                                                  double quantization (NF4)
+                   -rows                                                an order of rows (GPTQ)
     suffixes of A  -token -x<channels> -static                          what shares a scale
     suffixes of C  -kvtoken -kvchannel -kvhead                          what shares a scale
 
@@ -48,6 +49,8 @@ class WeightSpec:
       scale_dtype: what the scale is rounded to before codes are chosen. `float8_e8m0fnu` is a
         power of two, `uint4` the packed local scale of `cc2`.
       double_quantization: the scales are themselves stored in 8 bits (`nf4`).
+      row_order: rows of the codes are in another order than those of the weight, which is stored
+        (`desc_act` of GPTQ); integers in groups. Quantizers never make it.
 
     Raises:
       ValueError: on construction, if the fields contradict each other or the format.
@@ -60,6 +63,7 @@ class WeightSpec:
     zero_point: ZeroPoint = "none"
     scale_dtype: str = "float32"
     double_quantization: bool = False
+    row_order: bool = False
 
     def __post_init__(self):
         if isinstance(self.block_size, list):  # JSON has no tuples

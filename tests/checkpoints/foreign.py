@@ -33,9 +33,15 @@ def repeated(scale: np.ndarray, rows: int, k: int) -> np.ndarray:
     return np.repeat(scale.astype(np.float32), rows, axis=0)[:k]
 
 
-def gptq(rng, n, k, *, bits=4, group=32, symmetric=True, first=True):
+def order_of(k, group):
+    """Groups of rows that lie apart: one order for all layers of as many inputs."""
+    return np.random.default_rng(k).permutation(k) // group
+
+
+def gptq(rng, n, k, *, bits=4, group=32, symmetric=True, first=True, ordered=False):
     codes = rng.integers(0, 2**bits, (k, n))
     groups = k // group
+    index = order_of(k, group) if ordered else np.arange(k) // group
     zero = np.full((groups, n), 2 ** (bits - 1))
     if not symmetric:
         zero = rng.integers(1, 2**bits, (groups, n))
@@ -45,9 +51,9 @@ def gptq(rng, n, k, *, bits=4, group=32, symmetric=True, first=True):
         "qweight": np.ascontiguousarray(stream(codes.T, bits).T),
         "qzeros": stream(stored, bits),
         "scales": scale,
-        "g_idx": (np.arange(k) // group).astype(np.int32),
+        "g_idx": index.astype(np.int32),
     }
-    return tensors, (codes - repeated(zero, group, k)) * repeated(scale, group, k)
+    return tensors, (codes - zero[index]) * scale.astype(np.float32)[index]
 
 
 def awq(rng, n, k, *, group=32):
@@ -171,6 +177,17 @@ CONFIGS = {
         {"symmetric": False, "first": False},
     ),
     "gptq, 3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": 32}, gptq, {"bits": 3}),
+    "gptq, desc_act": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+        gptq,
+        {"ordered": True},
+    ),
+    "gptq v2, desc_act, 3 bits": (
+        {"quant_method": "gptq", "bits": 3, "group_size": 32, "desc_act": True, "sym": False,
+         "checkpoint_format": "gptq_v2"},
+        gptq,
+        {"bits": 3, "ordered": True, "symmetric": False, "first": False},
+    ),
     "gptq, 2 bits": ({"quant_method": "gptq", "bits": 2, "group_size": 32}, gptq, {"bits": 2}),
     "gptq, 8 bits": ({"quant_method": "gptq", "bits": 8, "group_size": 32}, gptq, {"bits": 8}),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq, {}),

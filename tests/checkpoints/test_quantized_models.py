@@ -27,7 +27,10 @@ def float_twin(decoded, folder, base):
 
 @pytest.mark.parametrize(
     "kind",
-    slow_but({"gptq", "awq", "packed, asymmetric", "float8, blocks", "nf4"}, foreign.CONFIGS),
+    slow_but(
+        {"gptq", "gptq, desc_act", "awq", "packed, asymmetric", "float8, blocks", "nf4"},
+        foreign.CONFIGS,
+    ),
 )
 def test_weights_are_what_their_owners_say(kind, tmp_path, rng):
     decoded = foreign.model(kind, tmp_path / "model", rng)
@@ -233,6 +236,25 @@ OWNERS = {
     "gptq/b4_g32": ({"bits": 4, "group_size": 32}, "gptq"),
     "gptq/b3_g32": ({"bits": 3, "group_size": 32}, "gptq"),
     "gptq/b8_channel": ({"bits": 8, "group_size": -1}, "gptq"),
+    "gptq/b4_g32_desc_act": ({"bits": 4, "group_size": 32, "desc_act": True}, "gptq"),
+    "gptq/b2_g32_asym_v2": (
+        {"bits": 2, "group_size": 32, "desc_act": True, "sym": False, "format": "gptq_v2"},
+        "gptq",
+    ),
+    **{
+        f"gptq/b{bits}_g32{'' if symmetric else '_asym'}_order": (
+            {
+                "bits": bits,
+                "group_size": 32,
+                "desc_act": True,
+                "sym": symmetric,
+                "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+            },
+            "gptq",
+        )
+        for bits in (2, 3, 4, 8)
+        for symmetric in (True, False)
+    },
     "gptq/b4_g64_asym_v2": (
         {"bits": 4, "group_size": 64, "sym": False, "checkpoint_format": "gptq_v2"},
         "gptq",
@@ -297,19 +319,6 @@ def test_owners_code_decodes_the_same(key, tmp_path):
     np.testing.assert_allclose(
         found, decoded, rtol=tolerance, atol=tolerance * np.abs(decoded).max()
     )
-
-
-@pytest.mark.parametrize("case", ["gptq/b4_g32_desc_act"])
-def test_rows_in_another_order_are_refused(case, tmp_path):
-    arrays = fixture("gptq", case.partition("/")[2])
-    tensors = {f"layer.{n}": a for n, a in arrays.items() if n not in ("decoded", "codes")}
-    builders.model("llama", tmp_path / "model")
-    builders.write(tmp_path / "model/model.safetensors", tensors)
-    with SourceDirectory(tmp_path / "model") as directory:
-        section = Section({"bits": 4, "group_size": 32, "desc_act": True}, "config")
-        codec = CODECS["gptq"](directory, section)
-        with pytest.raises(CheckpointError, match="desc_act.*Load the float original"):
-            codec.linears()
 
 
 def broken(kind, change, tmp_path, rng, **config):
@@ -383,7 +392,12 @@ def of_asymmetric():
         ("gptq", _nothing, {"group_size": 0}, "group_size = 0, expected"),
         ("gptq", _nothing, {"group_size": 48}, "groups of 48 rows do not divide"),
         ("gptq", _nothing, {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
-        ("gptq", _nothing, {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic '\\+:"),
+        ("gptq", _nothing, {"dynamic": {"+:.*down.*": {"bits": 8}}}, "qzeros' is int32"),
+        ("gptq", _nothing, {"dynamic": {"-:.*down.*": {}}}, "has codes, but config.json leaves"),
+        ("gptq", _nothing, {"dynamic": {"(a+)+b": {"bits": 8}}}, "repeats too much"),
+        ("gptq", _nothing, {"dynamic": {".*up.*": {"rotation": "x"}}}, "rotation = 'x', expected"),
+        ("gptq", _nothing, {"dynamic": {".*up.*": {"bits": 5}}}, "bits = 5, expected"),
+        ("gptq", _nothing, {"dynamic": {".*up.*": 8}}, "an object"),
         ("awq", _nothing, {"version": "gemv"}, "version = 'gemv', expected gemm"),
         ("packed", _nothing, {"config_groups": None}, "config_groups"),
         ("packed", _nothing, {"transform_config": {"R1": {}}}, "rotations of weights are not und"),
@@ -416,7 +430,10 @@ def of_asymmetric():
         ("modelopt nvfp4", _negative, {}, "a scale that is negative"),
         ("gptq", _beside, {}, "is beside the codes of the same layer"),
         ("gptq", _biased, {}, "bias' is not part of a llama model"),
-        ("gptq", _permuted, {"desc_act": True}, "in the order of activations"),
+        ("gptq", _permuted, {"desc_act": False}, "another order of rows, but desc_act is false"),
+        ("gptq", _remove("g_idx"), {"desc_act": True}, "g_idx' is missing beside the codes"),
+        ("gptq", _set("g_idx", 2), {"desc_act": True}, "groups that are not all of 32 rows"),
+        ("gptq", _set("g_idx", -1), {"desc_act": True}, "no groups of 0 ... 3 for 128 rows"),
         ("int8", _nothing, of_asymmetric(), "weight_zero_point' is missing"),
         ("packed", _nothing, {"ignore": [r"re:(\w|\w)*!"]}, "repeats too much"),
         ("packed", _nothing, {"ignore": ["re:(a|aa)+!"]}, "repeats too much"),

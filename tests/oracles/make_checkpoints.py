@@ -20,6 +20,17 @@ GPTQ_CASES = {  # name -> (bits, group size, desc_act, symmetric, checkpoint_for
     "b8_channel": (8, -1, False, True, "gptq"),
     "b3_g32": (3, 32, False, True, "gptq"),
     "b2_g32_asym_v2": (2, 32, True, False, "gptq_v2"),
+    **{
+        f"b{width}_g32{'' if sym else '_asym'}_order": (
+            width,
+            32,
+            True,
+            sym,
+            "gptq" if sym else "gptq_v2",
+        )
+        for width in (2, 3, 4, 8)
+        for sym in (True, False)
+    },
 }
 GPTQ_KEYS = {
     "<case>/qweight": "int32 [in*bits/32, out], packed along in, little endian",

@@ -1,7 +1,7 @@
 """Makes `quantized/<name>/`: tiny models quantized and saved by the code that owns the format.
 
     python make_quantized.py                # all of them
-    python make_quantized.py nf4            # some
+    python make_quantized.py nf4            # some; gptq_order needs requirements-gptq.txt
     python make_quantized.py --check        # only reload and verify what is there
 
 Beside each checkpoint stands `expected.npz`: what the owner's code decodes two layers to, and the
@@ -9,6 +9,7 @@ logits of a float model with all its weights decoded so.
 """
 
 import argparse
+import os
 import pathlib
 import shutil
 import warnings
@@ -71,6 +72,24 @@ BITSANDBYTES = {
     },
     "int8": {"load_in_8bit": True},
 }
+GPTQ = {
+    "gptq_order": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "desc_act": True,
+        "checkpoint_format": "gptq",
+        "lm_head": True,
+        "dynamic": {
+            "+:.*down_proj.*": {"bits": 8, "group_size": 64},
+            "lm_head": {"bits": 8, "desc_act": False},
+            r"-:.*\.1\.self_attn\.o_proj": {},
+        },
+    }
+}
+MAKERS = dict.fromkeys(COMPRESSED, "compressed") | dict.fromkeys(BITSANDBYTES, "bitsandbytes")
+MAKERS |= dict.fromkeys(GPTQ, "gptq")
 INPUT_SCALE = 0.02
 
 
@@ -171,15 +190,72 @@ def bitsandbytes(name: str, folder: pathlib.Path) -> dict[str, torch.Tensor]:
     return decoded
 
 
-def expected(decoded: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Two decoded layers, and the logits of a float model with all of them."""
+def gptq(name: str, folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Packs a model by gptqmodel, rows in an order; its decoded weights by module.
+
+    `dynamic` gives some layers other bits and groups, one stays in floats, the head is quantized.
+    """
+    os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"  # do not compile anything
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization.config import dynamic_get
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+    from safetensors.torch import save_file
+
+    model, config = floats(), GPTQ[name]
+    state, decoded = dict(model.state_dict()), {}
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        if dynamic_get(config["dynamic"], path) is False:
+            continue
+        settings = {
+            key: dynamic_get(config["dynamic"], path, key, config[key])
+            for key in ("bits", "group_size", "sym", "desc_act")
+        }
+        bits, rows = settings["bits"], module.in_features
+        group = rows if settings["group_size"] == -1 else settings["group_size"]
+        g_idx = torch.arange(rows) // group
+        if settings["desc_act"]:  # one order for all layers of an input
+            generator = torch.Generator().manual_seed(rows + ("o_proj" in path))
+            g_idx = g_idx[torch.randperm(rows, generator=generator)]
+        parts = module.weight.data[:, torch.argsort(g_idx, stable=True)]
+        parts = parts.reshape(len(parts), -1, group)
+        scale = (parts.abs().amax(-1) / (2 ** (bits - 1) - 0.5)).half().float()
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+        linear = TorchLinear(
+            *(bits, settings["group_size"], settings["sym"], settings["desc_act"]),
+            *(rows, module.out_features),
+            bias=False,
+        )
+        linear.pack_block(module, scale, zero, g_idx.to(torch.int32))
+        linear.post_init()
+        stored, linear.scales = linear.scales, linear.scales.float()
+        decoded[path] = linear.dequantize_weight().float().T.contiguous()
+        convert_gptq_v2_to_v1_format_module(linear, linear)  # it reads bits, pack_dtype
+        del state[f"{path}.weight"]
+        state |= {f"{path}.{key}": getattr(linear, key) for key in ("qweight", "qzeros", "g_idx")}
+        state[f"{path}.scales"] = stored
+    model.config.quantization_config = config
+    model.config.save_pretrained(folder)
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return decoded
+
+
+def _with(decoded: dict[str, torch.Tensor]) -> transformers.LlamaForCausalLM:
+    """The float model with decoded weights in it."""
     model = floats()
     for path, weight in decoded.items():
         module = model.get_submodule(path)
         assert module.weight.shape == weight.shape
         module.weight.data = weight
+    return model
+
+
+def expected(decoded: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Two decoded layers, and the logits of a float model with all of them."""
     with torch.no_grad():
-        logits = model(IDS).logits
+        logits = _with(decoded)(IDS).logits
     shown = {path: decoded[path].numpy() for path in SHOWN}
     return shown | {"ids": IDS.numpy(), "logits": logits.numpy()}
 
@@ -189,7 +265,7 @@ def make(name: str) -> None:
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    decoded = (compressed if name in COMPRESSED else bitsandbytes)(name, folder)
+    decoded = globals()[MAKERS[name]](name, folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     np.savez_compressed(folder / "expected.npz", **expected(decoded))
     check(name)
@@ -212,5 +288,5 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    for one in arguments.names or (*COMPRESSED, *BITSANDBYTES):
+    for one in arguments.names or MAKERS:
         (check if arguments.check else make)(one)

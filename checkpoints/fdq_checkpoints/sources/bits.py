@@ -38,6 +38,12 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.asarray(packing.pack(jnp.asarray(codes), bits))
 
 
+def in_order(codes: np.ndarray, k: int, bits: int, order: np.ndarray) -> np.ndarray:
+    """Packed codes of `[K, N]` with their rows taken in an order `[K]`."""
+    plain = packing.unpack(jnp.asarray(codes), bits, packing.padding_rows(k, bits))
+    return packed(np.asarray(plain)[order], bits)
+
+
 def signed(codes: np.ndarray) -> np.ndarray:
     """8-bit codes in offset binary -> int8."""
     return (codes ^ np.uint8(0x80)).view(np.int8)

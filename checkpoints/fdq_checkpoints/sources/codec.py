@@ -93,6 +93,12 @@ class Section:
             if self.content.get(key):
                 raise self.wrong(key, f"nothing: {because}")
 
+    def only(self, *keys: str) -> None:
+        """Refuses keys that are not among these."""
+        for key in self.content:
+            if key not in keys:
+                raise self.wrong(key, "no such key: it is not read")
+
     def wrong(self, key: str, expected: str) -> CheckpointError:
         """What to raise about a value."""
         return CheckpointError(
@@ -244,10 +250,15 @@ def check_ignored(directory: SourceDirectory, found: Mapping[str, Any], ignored:
     """A module that the config leaves in floats must not have codes."""
     for module in found:
         if ignored.match(module):
-            raise CheckpointError(
-                f"{directory.path}: {shown(module)} has codes, but config.json leaves it in "
-                "floats. Check that they belong together."
-            )
+            raise codes_of_ignored(directory, module)
+
+
+def codes_of_ignored(directory: SourceDirectory, module: str) -> CheckpointError:
+    """What to raise about a module that should have none."""
+    return CheckpointError(
+        f"{directory.path}: {shown(module)} has codes, but config.json leaves it in floats. Check "
+        "that they belong together."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

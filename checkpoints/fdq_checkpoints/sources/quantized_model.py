@@ -5,6 +5,7 @@ codes and v in floats, are decoded, and the layer stays in floats.
 """
 
 import collections
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from fdq import models
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
-from fdq.schemes.scheme import ActivationSpec, Scheme
+from fdq.schemes.scheme import ActivationSpec, Scheme, WeightSpec
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers import strict_json
@@ -136,6 +137,7 @@ class QuantizedModel(Source):
             for parts in experts
         }
         # Embeddings, whose rows are looked up, and routers are floats in fdq.
+        specs = _with_order(specs)
         is_linear = self._parts[path].layout == "transposed" and "router" not in path
         if is_linear and len(specs) == 1 and None not in specs and len(self._activations(path)) < 2:
             return specs.pop()
@@ -206,6 +208,15 @@ class QuantizedModel(Source):
     def close(self) -> None:
         """Closes the shards."""
         self._names.close()
+
+
+def _with_order(specs: set[WeightSpec | None]) -> set[WeightSpec | None]:
+    """The same specs, but an order for all experts where some have their rows in one."""
+    known = [spec for spec in specs if spec is not None]
+    plain = {dataclasses.replace(spec, row_order=False) for spec in known}
+    if len(known) < len(specs) or len(plain) > 1 or not any(spec.row_order for spec in known):
+        return specs
+    return {dataclasses.replace(known[0], row_order=True)}
 
 
 def _recipe(model: models.Decoder, schemes: dict[Path, Scheme]) -> Recipe:

@@ -23,6 +23,7 @@ class Linear:
       ends: of its tensors' names, the codes' first.
       input_scale: the end of the name of its input's scale, where that is static.
       whole: the scale of the matrix, where there is one besides those of groups.
+      order: digest of the order of its rows, where `spec` says that there is one.
     """
 
     module: str
@@ -32,6 +33,7 @@ class Linear:
     ends: tuple[str, ...]
     input_scale: str | None = None
     whole: float | None = None
+    order: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,15 +62,22 @@ class StoredWeight:
             return self
         parts = (self, *others)
         arrays = dict(self.arrays)
-        for name in arrays.keys() - {"global_scale"}:  # that of all of them
+        for name in arrays.keys() - {"global_scale", "row_order"}:  # those of all of them
             arrays[name] = np.concatenate([part.arrays[name] for part in parts], axis=-1)
         codes = np.concatenate([part.codes for part in parts], axis=-1)
         return StoredWeight(self.spec, self.k, codes, arrays)
 
     def as_spec(self, spec: WeightSpec) -> "StoredWeight":
-        """The same weight with a finer scale: one a column, or one a column of each block."""
+        """The same weight with a finer scale, one a column, or one a column of each block.
+
+        Or with an order of its rows, which they are in.
+        """
         if spec == self.spec:
             return self
+        if spec.row_order and not self.spec.row_order:
+            order = np.arange(self.k, dtype=np.int32)
+            arrays = {**self.arrays, "row_order": order}
+            return StoredWeight(spec, self.k, self.codes, arrays)
         n, scale = self.codes.shape[-1], self.arrays["scale"]
         rows, columns = self.spec.block_size or (self.k, n)
         scale = np.repeat(scale, columns, axis=-1)[..., :n]
@@ -82,7 +91,7 @@ def joined_spec(parts: Sequence[Linear]) -> WeightSpec | None:
     first = parts[0].spec
     if len(parts) == 1:
         return first
-    same = [(part.spec, part.whole) for part in parts]
+    same = [(part.spec, part.whole, part.order) for part in parts]
     if any(one != same[0] for one in same):
         return None
     if first.granularity == "tensor":

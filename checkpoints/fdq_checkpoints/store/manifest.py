@@ -203,6 +203,8 @@ def tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
     }
     if tensor.spec is not None:
         entry["spec"] = dataclasses.asdict(tensor.spec)
+        if not tensor.spec.row_order:  # what older fdq does not know is there only if it counts
+            del entry["spec"]["row_order"]
         entry["padding"] = tensor.padding
     if tensor.activation is not None:
         entry["activation"] = dataclasses.asdict(tensor.activation)
@@ -324,7 +326,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _spec_from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for flag in ("double_quantization", "dynamic"):
+    for flag in ("double_quantization", "dynamic", "row_order"):
         if not isinstance(fields.get(flag, False), bool):
             raise CheckpointError(f"{where}: {flag} is {fields[flag]!r}, expected true or false.")
     try:

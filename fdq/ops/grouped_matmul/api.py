@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,7 +21,7 @@ from fdq.ops.matmul import api as matmul
 from fdq.ops.matmul import derivative
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.matmul.wide_rows import in_float32
-from fdq.ops.placement import in_auto_axes, leading_axes, spec_entry
+from fdq.ops.placement import in_auto_axes, leading_axes, mesh_of, spec_entry
 from fdq.ops.rows import Sums, as_array
 from fdq.ops.transposing import is_traced, transposable
 from fdq.schemes.scheme import ActivationSpec
@@ -92,7 +93,8 @@ def grouped_product(
 
     With `weights`, float32 `[T, picks]`, the picks of a row are added up: `[T, N]`.
     """
-    a, beside = arguments, arguments.beside
+    a = _in_order_of_codes(arguments)
+    beside = a.beside
     run: Any = GROUPED_MATMUL.choose(a, implementation)
     joined = beside is not None and run.joins(a)
     other = (beside.x, beside.w) if beside is not None and joined else None
@@ -110,6 +112,25 @@ def grouped_product(
     if beside is None:
         return sums, None
     return sums, Sums(more, beside.bias, beside.dtype) if joined else matmul.product(beside)
+
+
+def _in_order_of_codes(a: GroupedProduct) -> GroupedProduct:
+    """As of `matmul`; each pick has its own order, and so its own rows of x."""
+    if a.beside is not None:
+        a = dataclasses.replace(a, beside=matmul.in_order_of_codes(a.beside))
+    w, order = a.w.without_order() if a.quantized else (a.w, None)
+    if order is None:
+        return a
+
+    def gathered(x: jax.Array, order: jax.Array, index: jax.Array) -> jax.Array:
+        rows = _row_a_pick(x, a.picks)
+        rows = jnp.take_along_axis(rows, order[index.reshape(-1)], axis=-1, mode="clip")
+        return rows.reshape(*index.shape, -1)
+
+    x = as_array(a.x)
+    with mesh_of(x, order):
+        x = in_auto_axes(gathered, x, order, a.index, result=lambda: [*_axes(a)[1:-1], None])
+    return dataclasses.replace(a, x=x, w=w)
 
 
 def _axes(a: GroupedProduct) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fdq.formats import row_order
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.implementation import Op
 from fdq.ops.interleaved_weight import InterleavedWeight
@@ -17,7 +18,7 @@ from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.matmul.wide_rows import in_float32
 from fdq.ops.matmul.xla import Xla
-from fdq.ops.placement import in_auto_axes, spec_entries, spec_entry
+from fdq.ops.placement import in_auto_axes, mesh_of, spec_entries, spec_entry
 from fdq.ops.prepared_weight import TransposedWeight
 from fdq.ops.rows import Gated, Normed, Rows, Sums, as_array
 from fdq.ops.transposing import is_traced, transposable
@@ -102,6 +103,7 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
     if isinstance(arguments.w, InterleavedWeight):
         order = arguments.w.order
         arguments = dataclasses.replace(arguments, w=arguments.w.inner)
+    arguments = in_order_of_codes(arguments)
     run, a = MATMUL.choose(arguments, implementation), arguments
     call = functools.partial(_of_quantized if a.quantized else _parts, run, a.activation, a.path)
 
@@ -112,6 +114,17 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
     with jax.named_scope("matmul"):
         parts = in_auto_axes(call, a.x, a.w, a.activation_scale, result=axes)
     return Sums(parts, a.bias, a.dtype, order)
+
+
+def in_order_of_codes(a: Product) -> Product:
+    """The same product, rows of the weight and channels of x in the order of the codes."""
+    w, order = a.w.without_order() if a.quantized else (a.w, None)
+    if order is None:
+        return a
+    x = as_array(a.x)
+    with mesh_of(x, order):
+        x = in_auto_axes(row_order.along, x, order, result=lambda: [*row_axes(x), None])
+    return dataclasses.replace(a, x=x, w=w)
 
 
 def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fdq.formats import row_order
 from fdq.formats.qtensor import QuantizedWeight, dequantize, differentiable, materialize
 from fdq.ops.dots import exact_dot
 from fdq.ops.indices import as_indices
@@ -65,8 +66,11 @@ def take(
     w, (k, n) = materialize(w), w.shape
 
     def rows(ids: jax.Array, w: QuantizedWeight) -> jax.Array:
-        row = jnp.clip(jnp.where(ids < 0, ids + k, ids), 0, k - 1)
-        found = _rows(w, row.reshape(-1)).astype(dtype)
+        w, order = w.without_order()
+        row = jnp.clip(jnp.where(ids < 0, ids + k, ids), 0, k - 1).reshape(-1)
+        if order is not None:
+            row = row_order.along(row_order.inverse(order), row)
+        found = _rows(w, row).astype(dtype)
         found = found.reshape(*ids.shape, n)
         if mode == "fill":
             inside = ((ids >= -k) & (ids < k))[..., None]
@@ -112,12 +116,15 @@ def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = Non
     out_dtype = as_dtype(out_dtype, x.dtype, "fdq.einsum")
 
     def product(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+        w, order = w.without_order()
         rows = x.reshape(-1, x.shape[-1]).astype(wide_dtype(x))
         view = None if isinstance(w, TransposedWeight) else _view(w)
         if view is None or view.columns != rows.shape[-1]:
             y = exact_dot(rows, dequantize(w).astype(rows.dtype), axis=1)
         else:
             y = _by_tiles(rows, view)[:, :k]
+        if order is not None:
+            y = row_order.along(y, row_order.inverse(order))
         return y.reshape(*x.shape[:-1], k).astype(out_dtype)
 
     def axes() -> list[Any]:
