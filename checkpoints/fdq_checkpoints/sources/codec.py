@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16 by name
 import numpy as np
 
-from fdq.schemes.scheme import WeightSpec
+from fdq.schemes.scheme import CacheSpec, WeightSpec
 from fdq_checkpoints.errors import CheckpointError, shown
 from fdq_checkpoints.readers.safetensors_reader import TensorInfo
 from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources.stored_cache import StoredCache
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
@@ -115,6 +116,10 @@ class Codec(abc.ABC):
     """How the names of tensors of codes end, after the module's."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Ends of names of tensors that say nothing about weights."""
+    out_first: ClassVar[bool] = True
+    """Whether floats beside the codes are `[out, in]`."""
+    floats_are_meant: bool = False
+    """Whether a directory may be without any codes."""
 
     def __init__(self, directory: SourceDirectory, section: Section):
         self.directory, self.section = directory, section
@@ -138,6 +143,14 @@ class Codec(abc.ABC):
             if end in self.codes and (linear := self.linear(module)) is not None:
                 found[module] = linear
         return found
+
+    def cache(self, config: Any) -> StoredCache | CacheSpec | None:
+        """How keys and values are to be stored, with scales where these are static.
+
+        `config` is that of fdq's model.
+        """
+        del config
+        return None
 
     def unused_biases(self, modules: Iterable[str]) -> tuple[str, ...]:
         """Names of biases that a model need not have: those that say nothing."""

@@ -28,11 +28,13 @@ from fdq_checkpoints.sources import float_model
 from fdq_checkpoints.sources.bitsandbytes import BitsAndBytes
 from fdq_checkpoints.sources.codec import Codec, Section
 from fdq_checkpoints.sources.compressed_tensors import CompressedTensors
+from fdq_checkpoints.sources.fastdeploy import FastDeploy
 from fdq_checkpoints.sources.float8_blocks import Float8
 from fdq_checkpoints.sources.gptq import Awq, Gptq
 from fdq_checkpoints.sources.modelopt import ModelOpt
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
 from fdq_checkpoints.sources.source import Source
+from fdq_checkpoints.sources.stored_cache import StoredCache
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight, joined_spec
 from fdq_checkpoints.tree_paths import Path, dotted
 
@@ -41,7 +43,7 @@ _LOGGER = logging.getLogger("fdq")
 
 CODECS: dict[str, type[Codec]] = {
     method: codec
-    for codec in (Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt)
+    for codec in (Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt, FastDeploy)
     for method in codec.methods
 }
 
@@ -66,7 +68,8 @@ class LinearNames:
                     f"{directory.file_name(name)}: tensor {name} is beside the codes of the same "
                     "layer, so it is not clear which counts."
                 )
-            self.tensors[name] = TensorInfo(name, dtype, linear.shape, 0, 0)
+            shape = linear.shape if codec.out_first else linear.shape[::-1]
+            self.tensors[name] = TensorInfo(name, dtype, shape, 0, 0)
 
     def linear(self, name: str) -> Linear | None:
         """The quantized layer whose weight has this name."""
@@ -87,12 +90,13 @@ class LinearNames:
         return {self.directory.file_name(one) for one in names}
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in floats: codes decoded, `[out, in]`."""
+        """A tensor in floats: codes decoded, `[out, in]` (as the codec has floats)."""
         linear = self.linear(name)
         if linear is None:
             return self.directory.read(name)
         floats = np.asarray(dequantize(self.codec.read(linear).qtensor()))
-        return floats.T.astype(self.tensors[name].dtype)
+        floats = floats.T if self.codec.out_first else floats
+        return floats.astype(self.tensors[name].dtype)
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""
@@ -120,8 +124,13 @@ class QuantizedModel(Source):
         self._names, self._parts = names, parts
         self._model = model
         self._specs = {path: spec for path in parts if (spec := self._spec(path)) is not None}
-        schemes = self._schemes()
-        self.tree = quantize(model, _recipe(model, schemes)) if schemes else model
+        schemes, cache = self._schemes(), names.codec.cache(model.config)
+        self._cache = cache if isinstance(cache, StoredCache) else None
+        recipe = _recipe(model, schemes) if schemes else Recipe()
+        if cache is not None:
+            spec = cache.spec if isinstance(cache, StoredCache) else cache
+            recipe = Recipe(recipe.rules, recipe.default, cache=spec)
+        self.tree = quantize(model, recipe) if schemes or cache is not None else model
 
     def _linears(self, path: Path) -> list[list[Linear | None]]:
         """By expert (or once), the parts of a target."""
@@ -138,7 +147,7 @@ class QuantizedModel(Source):
         }
         # Embeddings, whose rows are looked up, and routers are floats in fdq.
         specs = _with_order(specs)
-        is_linear = self._parts[path].layout == "transposed" and "router" not in path
+        is_linear = path[-1] == "kernel" and "router" not in path
         if is_linear and len(specs) == 1 and None not in specs and len(self._activations(path)) < 2:
             return specs.pop()
         _LOGGER.warning(
@@ -169,6 +178,8 @@ class QuantizedModel(Source):
         """The weight at `path`, or one expert of it, in fdq's layout; or the scale of an input."""
         if path[-1] == _INPUT_SCALE:
             return self._input_scale((*path[:-1], "kernel"))
+        if self._cache is not None and path[-1] in self._cache.names:
+            return self._cache.read(int(path[1]), path[-1])  # layers.{i}.self_attn
         spec = self._specs.get(path)
         if spec is None:
             return self._parts[path].read(self._names, index)
@@ -270,7 +281,7 @@ class QuantizedModels:
             floats = directory.config.get("dtype", directory.config.get("torch_dtype"))
             stored = np.dtype(floats if floats in ("float32", "float16", "bfloat16") else "float32")
             names = LinearNames(directory, codec, stored)
-            if not names.linears:
+            if not names.linears and not codec.floats_are_meant:
                 raise CheckpointError(
                     f"{release.where}: says {release}, but no tensor holds codes."
                 )

@@ -40,6 +40,7 @@ _NAMES = {
     "wint4": "FastDeploy WINT4",
     "wint2": "FastDeploy WINT2",
     "mix_quant": "FastDeploy MixQuant",
+    "block_wise_fp8": "FastDeploy FP8",
 }
 # Of config.json; the second is what compressed-tensors used to write.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
