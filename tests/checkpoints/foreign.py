@@ -68,18 +68,46 @@ def awq(rng, n, k, *, group=32):
     return tensors, (codes - repeated(zero, group, k)) * repeated(scale, group, k)
 
 
-def packed(rng, n, k, *, bits=4, group=32, symmetric=True):
+def words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes along the last axis as int32 words of `32 // bits` whole codes, as files once had."""
+    each = 32 // bits
+    missing = -codes.shape[-1] % each
+    rows = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
+    rows = rows.reshape(*codes.shape[:-1], -1, each).astype(np.uint32)
+    return (rows << np.arange(0, each * bits, bits, dtype=np.uint32)).sum(-1, np.uint32).view("i4")
+
+
+def packed(rng, n, k, *, bits=4, group=32, symmetric=True, ordered=False, pack=stream):
     codes, half = rng.integers(0, 2**bits, (n, k)), 2 ** (bits - 1)
     scale = rng.uniform(0.01, 0.02, (n, k // group)).astype(ml_dtypes.bfloat16)
     zero = rng.integers(0, 2**bits, scale.shape) if not symmetric else np.full(scale.shape, half)
     tensors = {
-        "weight_packed": stream(codes, bits),
+        "weight_packed": pack(codes, bits),
         "weight_scale": scale,
         "weight_shape": np.array([n, k], np.int64),
     }
     if not symmetric:
-        tensors["weight_zero_point"] = np.ascontiguousarray(stream(zero.T, bits).T)
-    return tensors, (codes.T - repeated(zero.T, group, k)) * repeated(scale.T, group, k)
+        tensors["weight_zero_point"] = np.ascontiguousarray(pack(zero.T, bits).T)
+    index = np.arange(k) // group
+    if ordered:
+        index = order_of(k, group)
+        tensors["weight_g_idx"] = index.astype(np.int32)
+    return tensors, ((codes - zero[:, index]) * scale.astype(np.float32)[:, index]).T
+
+
+def awq_of_modelopt(rng, n, k, *, group=32, factor=False):
+    """Two's complement nibbles, rows 2r and 2r + 1 of out in a byte."""
+    codes = rng.integers(-8, 8, (n, k))
+    scale = rng.uniform(0.01, 0.02, (n, k // group)).astype(np.float32)
+    tensors = {
+        "weight": (codes[::2] & 15 | (codes[1::2] & 15) << 4).astype(np.uint8),
+        "weight_scale": scale,
+    }
+    weight = (codes * np.repeat(scale, group, axis=1)).T
+    if not factor:
+        return tensors, weight
+    tensors["pre_quant_scale"] = rng.uniform(0.5, 2, k).astype(ml_dtypes.bfloat16)
+    return tensors, tensors["pre_quant_scale"].astype(np.float32)[:, None] * weight
 
 
 def plain(rng, n, k, *, dtype=np.int8, shape=None, name="weight_scale"):
@@ -90,7 +118,7 @@ def plain(rng, n, k, *, dtype=np.int8, shape=None, name="weight_scale"):
         codes = rng.standard_normal((n, k)).astype(ml_dtypes.float8_e4m3fn)
     sizes = (n, 1) if shape is None else shape(n, k)
     scale = rng.uniform(0.01, 0.02, sizes).astype(np.float32)
-    full = scale.reshape(1, 1) if scale.ndim < 2 else scale
+    full = scale.reshape(-1, 1) if scale.ndim < 2 else scale
     rows, columns = (-(-size // count) for size, count in zip((n, k), full.shape, strict=True))
     if shape is blocks:
         rows = columns = 128
@@ -199,6 +227,26 @@ CONFIGS = {
         packed,
         {"symmetric": False},
     ),
+    "packed, 5 bits, asymmetric": (
+        of_groups("pack-quantized", INT | {"num_bits": 5, "symmetric": False}),
+        packed,
+        {"bits": 5, "symmetric": False},
+    ),
+    "packed, 6 bits, actorder": (
+        of_groups("pack-quantized", INT | {"num_bits": 6, "actorder": "group"}),
+        packed,
+        {"bits": 6, "ordered": True},
+    ),
+    "packed, 7 bits, whole codes": (
+        of_groups("pack-quantized", INT | {"num_bits": 7, "symmetric": False}),
+        packed,
+        {"bits": 7, "symmetric": False, "pack": words},
+    ),
+    "packed, actorder": (
+        of_groups("pack-quantized", INT | {"num_bits": 4, "symmetric": False, "actorder": "group"}),
+        packed,
+        {"symmetric": False, "ordered": True},
+    ),
     "int8": (
         of_groups("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, DYNAMIC),
         plain,
@@ -259,6 +307,21 @@ CONFIGS = {
         {"nested": True},
     ),
     "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, eight_bits, {}),
+    "modelopt awq": (
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 32},
+        awq_of_modelopt,
+        {},
+    ),
+    "modelopt awq, factors": (
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 32},
+        awq_of_modelopt,
+        {"factor": True},
+    ),
+    "modelopt int8": (
+        {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"},
+        with_input,
+        {"shape": lambda n, k: (n,)},
+    ),
     "modelopt nvfp4": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
         float4,

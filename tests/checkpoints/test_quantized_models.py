@@ -13,7 +13,7 @@ from fdq_checkpoints.sources.codec import Section
 from fdq_checkpoints.sources.fastdeploy import FastDeploy
 from fdq_checkpoints.sources.quantized_model import CODECS
 from tests.checkpoints import builders, foreign
-from tests.covering import slow_but
+from tests.covering import slow, slow_but
 from tests.formats.oracles import array, fixture
 
 
@@ -26,13 +26,13 @@ def float_twin(decoded, folder, base):
     return load(folder)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    slow_but(
-        {"gptq", "gptq, desc_act", "awq", "packed, asymmetric", "float8, blocks", "nf4"},
-        foreign.CONFIGS,
-    ),
-)
+DEFAULT = {
+    *("gptq", "gptq, desc_act", "awq", "packed, asymmetric", "packed, 6 bits, actorder"),
+    *("float8, blocks", "nf4", "modelopt awq"),
+}
+
+
+@pytest.mark.parametrize("kind", slow_but(DEFAULT, foreign.CONFIGS))
 def test_weights_are_what_their_owners_say(kind, tmp_path, rng):
     decoded = foreign.model(kind, tmp_path / "model", rng)
     model, twin = load(tmp_path / "model"), float_twin(decoded, tmp_path / "twin", "llama")
@@ -41,11 +41,10 @@ def test_weights_are_what_their_owners_say(kind, tmp_path, rng):
             mine, theirs = one, other
             for name in path.split("."):
                 mine, theirs = getattr(mine, name), getattr(theirs, name)
-            q = mine.kernel.canonical()
-            wanted = np.asarray(theirs.kernel[...])
-            found = np.asarray(fdq.dequantize(q))
-            np.testing.assert_allclose(found, wanted, rtol=2e-7, atol=0)
-    assert isinstance(model.layers[0].mlp.down_proj.kernel, fdq.QTensor)
+            q, wanted = mine.kernel, np.asarray(theirs.kernel[...])
+            assert isinstance(q, fdq.QTensor) == (kind != "modelopt awq, factors")
+            found = fdq.dequantize(q.canonical()) if isinstance(q, fdq.QTensor) else q[...]
+            np.testing.assert_allclose(np.asarray(found), wanted, rtol=2e-7, atol=0)
     tokens = jnp.array([[1, 5, 9, 2, 8]])
     if model.layers[0].mlp.down_proj.activation is None:
         np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
@@ -199,6 +198,113 @@ def test_parts_that_one_layer_cannot_hold_are_decoded_and_named(tmp_path, rng, c
     assert not isinstance(model.layers[0].self_attn.qkv_proj.kernel, fdq.QTensor)
     tokens = jnp.array([[1, 5, 9]])
     np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
+
+
+def _other_order(tensors):
+    """v alone has its rows in another order."""
+    name = "model.layers.0.self_attn.v_proj.g_idx"
+    tensors[name] = np.ascontiguousarray(tensors[name][::-1])
+
+
+def test_rows_in_an_order_stay_in_it_and_parts_share_one(tmp_path, rng, caplog):
+    decoded = foreign.model("gptq, desc_act", tmp_path / "model", rng)
+    model, index = load(tmp_path / "model"), foreign.order_of(64, 32)
+    q = model.layers[0].self_attn.qkv_proj.kernel.canonical()
+    assert str(q.spec) == "W4-g32-f16-rows"
+    np.testing.assert_array_equal(q.row_order, np.argsort(index, kind="stable"))
+    table = convert(tmp_path / "model", tmp_path / "kept", None)
+    assert "-rows" in str(table.scheme)
+    kept = load(tmp_path / "kept")
+    for mine, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert not caplog.text
+    changed(tmp_path / "model", _other_order)
+    model = load(tmp_path / "model")
+    assert "layers.0.self_attn.qkv_proj.kernel is stored in different ways" in caplog.text
+    kernel = model.layers[0].self_attn.qkv_proj.kernel
+    assert not isinstance(kernel, fdq.QTensor)
+    k = decoded["model.layers.0.self_attn.k_proj.weight"]
+    np.testing.assert_allclose(kernel[...][:, 64 : 64 + len(k)], k.T, rtol=2e-7)
+
+
+def test_experts_may_be_in_order_or_not(tmp_path, rng):
+    decoded = foreign.model("gptq, desc_act", tmp_path / "model", rng, "qwen3_moe")
+    name = "model.layers.0.mlp.experts.{}.{}_proj"
+
+    def in_order(tensors):
+        for part in ("gate", "up"):
+            module = name.format(1, part)
+            tensors[f"{module}.g_idx"] = np.sort(tensors[f"{module}.g_idx"])
+
+    changed(tmp_path / "model", in_order)
+    q = load(tmp_path / "model").layers[0].mlp.experts.gate_up_proj.kernel.canonical()
+    np.testing.assert_array_equal(q.row_order[1], np.arange(64))
+    gate = decoded[f"{name.format(2, 'gate')}.weight"]
+    np.testing.assert_allclose(fdq.dequantize(q[2])[:, : len(gate)], gate.T, rtol=2e-7)
+
+
+def test_layers_of_one_model_may_be_of_several_algorithms(tmp_path, rng):
+    foreign.model("modelopt fp8", tmp_path / "model", rng)
+    path = tmp_path / "model/model.safetensors"
+    tensors, layers, wanted = builders.tensors_of(path), {}, {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        module = name.removesuffix(".weight")
+        layers[module] = {"quant_algo": "FP8"}
+        if ".down_proj" in module:
+            layers[module] = {"quant_algo": "W4A16_AWQ", "group_size": 32}
+            made, wanted[module] = foreign.awq_of_modelopt(rng, *tensors[name].shape)
+            tensors |= {f"{module}.{end}": np.ascontiguousarray(a) for end, a in made.items()}
+    builders.write(path, tensors)
+    said = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    builders.edit_config(tmp_path / "model", quantization_config=said)
+    model = load(tmp_path / "model")
+    down = model.layers[1].mlp.down_proj.kernel.canonical()
+    assert (down.spec.format, model.layers[1].mlp.gate_up_proj.kernel.spec.format) == (
+        "int4",
+        "float8_e4m3",
+    )
+    weight = wanted["model.layers.1.mlp.down_proj"]
+    np.testing.assert_allclose(fdq.dequantize(down), weight, rtol=2e-7)
+    layers.pop("model.layers.0.mlp.up_proj")
+    builders.edit_config(tmp_path / "model", quantization_config=said)
+    with pytest.raises(CheckpointError, match="up_proj' has codes, but config.json leaves it"):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "names"),
+    [
+        (
+            "packed",
+            {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}},
+            ("k_scale", "v_scale"),
+        ),
+        slow("modelopt fp8", {"kv_cache_quant_algo": "FP8"}, ("k_proj.k_scale", "v_proj.v_scale")),
+    ],
+)
+def test_static_scales_of_the_cache(kind, said, names, tmp_path, rng, caplog):
+    foreign.model(kind, tmp_path / "model", rng)
+    scales = {}
+
+    def add(tensors):
+        for i, part in enumerate(names):
+            for layer in range(len(load(tmp_path / "model").layers)):
+                name = f"model.layers.{layer}.self_attn.{part}"
+                tensors[name] = np.array([0.25 * (i + 1) + layer], np.float32)
+                scales[layer, "kv"[i]] = tensors[name]
+
+    changed(tmp_path / "model", add)
+    config = foreign.CONFIGS[kind][0] | said
+    builders.edit_config(tmp_path / "model", quantization_config=config)
+    model = load(tmp_path / "model")
+    assert str(model.cache_spec) == "Cfp8-kvhead"
+    for (layer, part), scale in scales.items():
+        found = getattr(model.cache_scales[layer], part)
+        np.testing.assert_array_equal(found, np.broadcast_to(scale, (2, 1)))
+    assert model.init_cache(1, 8).layers[0].k.spec == model.cache_spec
+    changed(tmp_path / "model", lambda tensors: tensors.pop(f"model.layers.1.self_attn.{names[1]}"))
+    assert load(tmp_path / "model").cache_spec is None
+    assert f"layers.1.self_attn.{names[1]} is missing" in caplog.text
 
 
 OWNED = builders.MODELS.parent / "quantized"
@@ -442,6 +548,14 @@ def of_asymmetric():
         ("packed", _nothing, {"ignore": ["re:.*.*.*.*.*.*!"]}, "repeats too much"),
         ("modelopt nvfp4", _set("weight_scale_2", np.inf), {}, "expected one number above 0"),
         ("nvfp4", _set("weight_global_scale", 0), {}, "expected one number above 0"),
+        ("packed", _nothing, {"format": "mxfp6-pack-quantized"}, "format = 'mxfp6-pack-quantized'"),
+        ("packed, actorder", _remove("weight_g_idx"), {}, "weight_g_idx' is missing"),
+        ("packed, actorder", _set("weight_g_idx", 9), {}, "no groups of 0 ... 3 for 128 rows"),
+        ("modelopt awq, factors", _set("pre_quant_scale", np.nan), {}, "NaN or infinity"),
+        ("modelopt awq", _nothing, {"group_size": 48}, "groups of 48 rows do not divide"),
+        ("modelopt awq", _nothing, {"quant_algo": "W4A8_AWQ"}, "quant_algo = 'W4A8_AWQ'"),
+        ("modelopt awq", _nothing, {"quant_algo": "MIXED_PRECISION"}, "quantized_layers"),
+        ("modelopt int8", _remove("input_scale"), {}, "input_scale' is missing"),
         ("mxfp4", _set("weight_scale", 255), {}, "holds NaN"),
     ],
 )

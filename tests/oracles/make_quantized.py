@@ -46,6 +46,11 @@ COMPRESSED = {
         None,
     ),
     "w3": (INT | {"num_bits": 3, "strategy": "group", "group_size": 64}, None),
+    "w6": (INT | {"num_bits": 6, "strategy": "group", "group_size": 32}, None),
+    "w5_asym": (
+        INT | {"num_bits": 5, "strategy": "group", "group_size": 64, "symmetric": False},
+        None,
+    ),
     "w8": (INT | {"num_bits": 8, "strategy": "channel"}, None),
     "w8a8": (
         INT | {"num_bits": 8, "strategy": "channel"},

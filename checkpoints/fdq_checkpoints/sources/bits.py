@@ -33,6 +33,27 @@ def unpacked(words: np.ndarray, count: int, bits: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(codes).T)
 
 
+def words_unpacked(words: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """`[rows, words]` of int32 -> uint8 codes `[rows, count]`, of any number of bits up to 8.
+
+    The width says whether they are one stream or, as old files have it, whole codes in each word.
+    """
+    each = 32 // bits
+    if words.shape[1] == -(-count * bits // 32):
+        stream = np.ascontiguousarray(words).view(np.uint8)
+        flat = np.unpackbits(stream, axis=1, bitorder="little", count=count * bits)
+        parts = flat.reshape(len(words), count, bits)
+        return np.packbits(parts, axis=-1, bitorder="little")[..., 0]
+    shifts = np.arange(0, each * bits, bits, dtype=np.uint32)
+    plain = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
+    return plain.astype(np.uint8).reshape(len(words), -1)[:, :count]
+
+
+def words_of(count: int, bits: int) -> tuple[int, int]:
+    """How many words hold codes: as one stream, and as whole codes in each."""
+    return -(-count * bits // 32), -(-count // (32 // bits))
+
+
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """uint8 codes `[K, N]` -> fdq's packed codes `[bytes, N]`."""
     return np.asarray(packing.pack(jnp.asarray(codes), bits))

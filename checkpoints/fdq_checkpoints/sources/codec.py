@@ -246,6 +246,17 @@ class Codec(abc.ABC):
             raise self.bad(linear, linear.input_scale, "0, which is no scale")
         return scale
 
+    def factor_of(self, linear: Linear) -> np.ndarray:
+        """What multiplies a layer's input, float32 `[in]`; CheckpointError where it is not finite.
+
+        The weight that has it in its rows multiplies the input itself.
+        """
+        assert linear.input_factor is not None
+        factor = self.read_end(linear, linear.input_factor).astype(np.float32)
+        if not np.isfinite(factor).all():
+            raise self.bad(linear, linear.input_factor, "NaN or infinity")
+        return factor
+
     def bad(self, linear: Linear, end: str, what: str) -> CheckpointError:
         """What to raise about the content of a tensor."""
         name = f"{linear.module}.{end}"

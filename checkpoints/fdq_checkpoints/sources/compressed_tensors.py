@@ -4,6 +4,7 @@
 `format`                   codes of a layer `[out, in]`                                scales
 =========================  ==========================================================  ==========
 `pack-quantized`           `weight_packed` int32 `[out, in bits / 32]`, offset binary  `[out, G]`
+                           (2 to 8 bits; `weight_g_idx` int32 `[in]` with `actorder`)
 `int-quantized`            `weight` int8                                               `[out, G]`
 `float-quantized`,         `weight` e4m3                                               `[out, 1]`,
 `naive-quantized`                                                                      `[1]`, blocks
@@ -12,7 +13,8 @@
 `mxfp8-quantized`          `weight` e4m3                                               e8m0 as uint8
 =========================  ==========================================================  ==========
 
-Source: compressed-tensors 0.20. Its 3-bit words were not dense before (ten codes in 32 bits).
+Source: compressed-tensors 0.20. Words of 3, 5, 6 and 7 bits were not dense before (ten codes of 3
+bits in 32). fdq holds codes of 5, 6 and 7 bits as int8.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fdq.schemes.scheme import ActivationSpec, WeightSpec
+from fdq.schemes.scheme import ActivationSpec, CacheSpec, WeightSpec
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import bits as packing
@@ -34,6 +36,8 @@ from fdq_checkpoints.sources.codec import (
     integer_spec,
     scale_dtype,
 )
+from fdq_checkpoints.sources.group_index import in_order_of_groups, order_of_rows
+from fdq_checkpoints.sources.stored_cache import StoredCache, plain_scales
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 
 _FLOATS = ("float-quantized", "naive-quantized")
@@ -42,6 +46,13 @@ _FORMATS = (
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 )
 _LINEAR = "Linear"
+_G_IDX, _ZERO = "weight_g_idx", "weight_zero_point"
+_BITS = (2, 3, 4, 5, 6, 7, 8)
+_INTEGERS = ("int2", "int3", "int4", "int8")
+# Both have two names; `weight` and `static` leave groups of rows that lie together.
+_BY_GROUP = ("group", "dynamic", True)
+_ACTORDER = (*_BY_GROUP, "weight", "static", False)
+_CACHES: dict[Any, str] = {("float", 8): "Cfp8-kvhead", ("int", 8): "C8-kvhead"}
 _LOGGER = logging.getLogger("fdq")
 
 
@@ -74,11 +85,6 @@ class CompressedTensors(Codec):
         if sparsity and sparsity.content.get("format") not in (None, "dense"):
             raise sparsity.wrong("format", "'dense': sparse weights are not read")
         section.absent("transform_config", because="rotations of weights are not undone")
-        if section.content.get("kv_cache_scheme"):
-            _LOGGER.warning(
-                "%s: kv_cache_scheme is not read; choose the cache, such as cache='C8'.",
-                section.where,
-            )
         default = section.content.get("format")
         groups = section.part("config_groups")
         if groups is None:
@@ -110,13 +116,7 @@ class CompressedTensors(Codec):
 
     def linear(self, module: str) -> Linear | None:
         """By the first group that a module is of."""
-        group = next((one for one in self.groups if one.targets.match(module)), None)
-        group = group or next((one for one in self.groups if one.all_linear), None)
-        if group is None:
-            raise CheckpointError(
-                f"{self.directory.path}: {module} has codes, but no config group of "
-                f"{self.section.where} is about it."
-            )
+        group = self._group_of(module)
         if "pack" in group.format:
             make = self._packed if group.format == "pack-quantized" else self._float4
         else:
@@ -124,10 +124,12 @@ class CompressedTensors(Codec):
         spec, shape, ends = make(module, group)
         if self.has(module, "weight_shape"):
             ends = (*ends, "weight_shape")
+        if self.has(module, _G_IDX):
+            ends = (*ends, _G_IDX)
         activation, scale = group.activation, None
         if activation is not None and not activation.dynamic:
             scale = self.static_input(module, "input_scale")
-        return Linear(
+        linear = Linear(
             module=module,
             shape=shape,
             spec=spec,
@@ -136,20 +138,60 @@ class CompressedTensors(Codec):
             input_scale=scale,
             whole=self.whole_scale(module, ends[2]) if spec.format == "nvfp4" else None,
         )
+        return self._ordered(linear, group.weights)
+
+    def _group_of(self, module: str) -> _Group:
+        """The first group that a module is of."""
+        group = next((one for one in self.groups if one.targets.match(module)), None)
+        group = group or next((one for one in self.groups if one.all_linear), None)
+        if group is None:
+            raise CheckpointError(
+                f"{self.directory.path}: {module} has codes, but no config group of "
+                f"{self.section.where} is about it."
+            )
+        return group
+
+    def _ordered(self, linear: Linear, weights: Section) -> Linear:
+        """The layer with an order of its rows, where its groups are of rows that lie apart."""
+        order = weights.one_of("actorder", _ACTORDER, False)
+        if not self.has(linear.module, _G_IDX):
+            if order in _BY_GROUP and linear.spec.granularity == "group":
+                self.info(linear.module, _G_IDX)  # is missing
+            return linear
+        self.check(linear.module, _G_IDX, linear.shape[1:], "int32", "int64")
+        if (self.read_end(linear, _G_IDX) == -1).all():  # as it was before calibration
+            return linear
+        if linear.spec.granularity == "group" and linear.spec.format not in _INTEGERS:
+            raise self.shape_problem(linear.module, f"{linear.spec} takes no {_G_IDX}")
+        return in_order_of_groups(self, linear, _G_IDX)
+
+    def cache(self, config: Any) -> StoredCache | None:
+        """By `kv_cache_scheme`: static scales of a tensor, or of each head."""
+        part = self.section.part("kv_cache_scheme")
+        if part is None:
+            return None
+        kind = _CACHES.get((part.content.get("type"), part.content.get("num_bits")))
+        dynamic = part.content.get("dynamic")
+        if kind is None or dynamic or not part.flag("symmetric", True):
+            _LOGGER.warning(
+                "%s: kv_cache_scheme is none of fdq's static ones and left out; choose the cache, "
+                "such as cache='C8'.",
+                self.section.where,
+            )
+            return None
+        prefix, spec = "model.layers.{i}.self_attn.", CacheSpec.parse(kind)
+        assert spec is not None
+        names = (f"{prefix}k_scale", f"{prefix}v_scale")
+        return plain_scales(self.directory, config, spec, *names, self.section.where)
 
     def _packed(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
         weights = group.weights
-        bits = weights.one_of("num_bits", (2, 3, 4, 8))
+        bits = weights.one_of("num_bits", _BITS)
         weights.one_of("type", ("int",), "int")
-        if self.has(module, "weight_g_idx"):
-            raise CheckpointError(
-                f"{self.directory.path}: {module} has its rows in the order of activations "
-                "(weight_g_idx), which is not read. Load the float original."
-            )
         words = self.check(module, "weight_packed", self.info(module, "weight_packed").shape,
                            "int32")  # fmt: skip
         n, k = self._shape(module)
-        if words.shape not in ((n, -(-k * bits // 32)), (n, -(-k // (32 // bits)))):
+        if len(words.shape) != 2 or words.shape not in [(n, w) for w in packing.words_of(k, bits)]:
             raise self.shape_problem(module, f"{words.shape} are no {bits}-bit codes of [{n}, {k}]")
         size = self._group_size(module, weights, k)
         groups = k // size
@@ -157,11 +199,12 @@ class CompressedTensors(Codec):
         symmetric = weights.flag("symmetric", True)
         ends = ("weight_packed", "weight_scale")
         if not symmetric:
-            zero = (-(-n * bits // 32), groups)
-            self.check(module, "weight_zero_point", zero, "int32")
-            ends = (*ends, "weight_zero_point")
+            found, (dense, padded) = self.info(module, _ZERO).shape, packing.words_of(n, bits)
+            zero = (padded if found == (padded, groups) else dense, groups)
+            self.check(module, _ZERO, zero, "int32")
+            ends = (*ends, _ZERO)
         spec = integer_spec(
-            bits,
+            8 if bits > 4 else bits,
             None if groups == 1 else size,
             zero_point="none" if symmetric else "integer",
             scale_dtype=scale_dtype(scales, self.directory),
@@ -177,9 +220,9 @@ class CompressedTensors(Codec):
         if group.format == "mxfp8-quantized":
             self.check(module, "weight_scale", (n, k // 32), "uint8")
             return _spec("mxfp8", "group", 32, "float8_e8m0fnu"), (n, k), ends
-        if not group.weights.flag("symmetric", True) or self.has(module, "weight_zero_point"):
-            self.info(module, "weight_zero_point")
-            ends = (*ends, "weight_zero_point")
+        if not group.weights.flag("symmetric", True) or self.has(module, _ZERO):
+            self.info(module, _ZERO)
+            ends = (*ends, _ZERO)
         dtype, name = scale_dtype(scales, self.directory), kind.removesuffix("fn")
         strategy = group.weights.one_of("strategy", ("tensor", "channel", "group", "block"))
         expected: tuple[int, ...] = (n, 1)
@@ -239,27 +282,29 @@ class CompressedTensors(Codec):
         if "weight" in linear.ends:
             is_float = spec.format != "int8"
             codes = (self.float8_of if is_float else self.read_end)(linear, "weight")
-            zero = "weight_zero_point"
-            if zero in linear.ends and self.read_end(linear, zero).any():
-                raise self.bad(linear, zero, "zero points that are not 0")
-            return StoredWeight(spec, k, np.ascontiguousarray(codes.T), arrays)
-        bits = int(spec.format.removeprefix("int"))
-        words = self.read_end(linear, "weight_packed")
-        if words.shape[1] == -(-k * bits // 32):
+            if _ZERO in linear.ends and self.read_end(linear, _ZERO).any():
+                raise self.bad(linear, _ZERO, "zero points that are not 0")
+            codes = np.ascontiguousarray(codes.T)
+            if spec.row_order:
+                arrays["row_order"] = order = order_of_rows(self, linear, _G_IDX)
+                codes = codes[order]
+            return StoredWeight(spec, k, codes, arrays)
+        bits = self._group_of(linear.module).weights.whole("num_bits")
+        words, held = self.read_end(linear, "weight_packed"), int(spec.format.removeprefix("int"))
+        if held == bits and words.shape[1] == packing.words_of(k, bits)[0]:
             codes = packing.along_in(words, k, bits)
-        else:  # whole codes in each word
-            each = 32 // bits
-            wide = words.view(np.uint32)[..., None] >> np.arange(
-                0, each * bits, bits, dtype=np.uint32
-            )
-            plain = (wide & np.uint32(2**bits - 1)).astype(np.uint8).reshape(n, -1)[:, :k]
-            codes = packing.packed(np.ascontiguousarray(plain.T), bits)
+        else:
+            plain = np.ascontiguousarray(packing.words_unpacked(words, k, bits).T)
+            codes = packing.packed(plain, held)
         if spec.zero_point == "integer":
-            columns = self.read_end(linear, "weight_zero_point").T
-            zero = packing.unpacked(np.ascontiguousarray(columns), n, bits)
+            columns = np.ascontiguousarray(self.read_end(linear, _ZERO).T)
+            zero = packing.words_unpacked(columns, n, bits)
             arrays["zero"] = np.ascontiguousarray(zero)
-        elif bits == 8:
-            codes = packing.signed(codes)
+        if spec.row_order:
+            arrays["row_order"] = order = order_of_rows(self, linear, _G_IDX)
+            codes = packing.in_order(codes, k, held, order)
+        if spec.zero_point == "none" and held == 8:
+            codes = (codes - np.uint8(2 ** (bits - 1))).view(np.int8)
         return StoredWeight(spec, k, codes, arrays)
 
     def _read_small_float(self, linear: Linear) -> StoredWeight:

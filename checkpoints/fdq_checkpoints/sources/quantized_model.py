@@ -95,6 +95,8 @@ class LinearNames:
         if linear is None:
             return self.directory.read(name)
         floats = np.asarray(dequantize(self.codec.read(linear).qtensor()))
+        if linear.input_factor is not None:
+            floats = floats * self.codec.factor_of(linear)[:, None]
         floats = floats.T if self.codec.out_first else floats
         return floats.astype(self.tensors[name].dtype)
 
@@ -123,6 +125,7 @@ class QuantizedModel(Source):
         self.folder, self.config = names.path, model.config
         self._names, self._parts = names, parts
         self._model = model
+        self._tell_of_factors()
         self._specs = {path: spec for path in parts if (spec := self._spec(path)) is not None}
         schemes, cache = self._schemes(), names.codec.cache(model.config)
         self._cache = cache if isinstance(cache, StoredCache) else None
@@ -141,6 +144,8 @@ class QuantizedModel(Source):
         flat = [linear for parts in experts for linear in parts]
         if all(linear is None for linear in flat):
             return None
+        if any(linear is not None and linear.input_factor for linear in flat):
+            return None
         specs = {
             None if None in parts else joined_spec([one for one in parts if one is not None])
             for parts in experts
@@ -157,6 +162,18 @@ class QuantizedModel(Source):
             dotted(path),
         )
         return None
+
+    def _tell_of_factors(self) -> None:
+        linears = self._names.linears.values()
+        modules = [linear.module for linear in linears if linear.input_factor]
+        if modules:
+            _LOGGER.warning(
+                "%s: %s and %d more layers multiply channels of their input (pre_quant_scale), "
+                "which fdq's do not; they are decoded and stay in floats.",
+                self.folder,
+                modules[0],
+                len(modules) - 1,
+            )
 
     def _activations(self, path: Path) -> set[ActivationSpec]:
         """How the input of a target's parts is quantized, where it is."""

@@ -23,6 +23,8 @@ class Linear:
       ends: of its tensors' names, the codes' first.
       input_scale: the end of the name of its input's scale, where that is static.
       whole: the scale of the matrix, where there is one besides those of groups.
+      input_factor: the end of the name of what multiplies channels of its input, `[in]`, which
+        fdq's layers do not.
       order: digest of the order of its rows, where `spec` says that there is one.
     """
 
@@ -34,6 +36,7 @@ class Linear:
     input_scale: str | None = None
     whole: float | None = None
     order: str | None = None
+    input_factor: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
