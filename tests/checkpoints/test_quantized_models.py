@@ -487,6 +487,10 @@ def of_asymmetric():
     return foreign.of_groups("int-quantized", weights)
 
 
+def of_bits(format, bits, type):
+    return foreign.of_groups(format, {"num_bits": bits, "type": type, "strategy": "channel"})
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "config", "said"),
     [
@@ -548,6 +552,17 @@ def of_asymmetric():
         ("packed", _nothing, {"ignore": ["re:.*.*.*.*.*.*!"]}, "repeats too much"),
         ("modelopt nvfp4", _set("weight_scale_2", np.inf), {}, "expected one number above 0"),
         ("nvfp4", _set("weight_global_scale", 0), {}, "expected one number above 0"),
+        ("nf4", _nothing, {"llm_int8_skip_modules": ["down_proj"]}, "has codes, but config.json"),
+        ("nf4, twice", _set("nested_quant_map", np.nan), {}, "negative or not finite"),
+        ("int8", _nothing, of_bits("int-quantized", 4, "int"), "num_bits = 4, expected 8"),
+        ("float8", _nothing, of_bits("float-quantized", 8, "int"), "type = 'int', expected"),
+        ("nvfp4", _nothing, of_bits("nvfp4-pack-quantized", 8, "float"), "num_bits = 8, expect"),
+        (
+            "modelopt fp8, static",
+            _remove("o_proj.input_scale"),
+            {},
+            "o_proj.input_scale' is missing",
+        ),
         ("packed", _nothing, {"format": "mxfp6-pack-quantized"}, "format = 'mxfp6-pack-quantized'"),
         ("packed, actorder", _remove("weight_g_idx"), {}, "weight_g_idx' is missing"),
         ("packed, actorder", _set("weight_g_idx", 9), {}, "no groups of 0 ... 3 for 128 rows"),
@@ -564,6 +579,65 @@ def test_what_cannot_be_is_refused_by_name(kind, change, config, said, tmp_path,
     with pytest.raises(CheckpointError, match=said):
         load(folder)
     assert "quantized by another tool" in inspect(folder).kind
+
+
+@pytest.mark.parametrize("end", ["codes", "companion", "float", "layer"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "packed", "float8, blocks", "nf4", "modelopt awq"])
+def test_tensors_that_do_not_fit_the_rest_are_refused(kind, end, tmp_path, rng):
+    """Codes without scales and the other way round, norms of integers, layers too many."""
+    foreign.model(kind, tmp_path / "model", rng)
+    module, absent = "model.layers.1.mlp.down_proj", "model.layers.9.mlp.down_proj"
+
+    def change(tensors):
+        ends = [n[len(module) + 1 :] for n in tensors if n.startswith(module + ".")]
+        first = next(e for e in ends if e in ("qweight", "weight_packed", "weight"))
+        others = [e for e in ends if "scale" in e or "absmax" in e]
+        if end == "codes":
+            del tensors[f"{module}.{first}"]
+        elif end == "companion":
+            del tensors[f"{module}.{others[0]}"]
+        elif end == "float":
+            tensors["model.norm.weight"] = np.ones(64, np.int32)
+        else:
+            tensors.update({f"{absent}.{e}": tensors[f"{module}.{e}"] for e in ends})
+
+    changed(tmp_path / "model", change)
+    with pytest.raises(CheckpointError, match=r"model\.(norm|layers)"):
+        load(tmp_path / "model")
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path, rng):
+    foreign.model("awq", tmp_path / "model", rng)
+    side = tmp_path / "model/quant_config.json"
+    side.write_text('{"w_bit": 4, "q_group_size": 32, "version": "GEMM"}')
+    load(tmp_path / "model")
+    side.write_text('{"w_bit": 4, "q_group_size": 128, "version": "GEMM"}')
+    with pytest.raises(CheckpointError, match="group_size is 128, but .* says 32"):
+        load(tmp_path / "model")
+
+
+def test_what_is_left_out_or_in_floats_is_told(tmp_path, rng, caplog):
+    decoded = foreign.model("packed", tmp_path / "model", rng)
+    module = "model.layers.1.self_attn.o_proj"
+
+    def change(tensors):
+        for name in [n for n in tensors if n.startswith(module)]:
+            del tensors[name]
+        tensors[f"{module}.weight"] = np.ascontiguousarray(decoded[f"{module}.weight"])
+        tensors["model.layers.0.self_attn.k_scale"] = np.ones(1, np.float32)
+
+    changed(tmp_path / "model", change)
+    model = load(tmp_path / "model")
+    assert f"{module} and 0 more layers are in floats, which the config does not say" in caplog.text
+    assert "self_attn.k_scale and 0 more scales of a KV cache are left out" in caplog.text
+    assert not isinstance(model.layers[1].self_attn.o_proj.kernel, fdq.QTensor)
+    caplog.clear()
+    said = foreign.CONFIGS["packed"][0]
+    builders.edit_config(
+        tmp_path / "model", quantization_config=said | {"ignore": ["lm_head", module]}
+    )
+    load(tmp_path / "model")
+    assert "in floats" not in caplog.text
 
 
 def _nan(tensors):

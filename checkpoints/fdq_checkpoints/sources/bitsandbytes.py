@@ -16,7 +16,7 @@ from fdq.schemes.scheme import WeightSpec
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import bits as packing
-from fdq_checkpoints.sources.codec import Codec, Section
+from fdq_checkpoints.sources.codec import Codec, Names, Section, codes_of_ignored
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -31,6 +31,8 @@ class BitsAndBytes(Codec):
 
     def __init__(self, directory: SourceDirectory, section: Section):
         super().__init__(directory, section)
+        names = section.names("llm_int8_skip_modules", "modules_to_not_convert")
+        self.ignored = Names(names, section.where)
         self.is_int8 = section.flag("load_in_8bit", False)
         if self.is_int8 == section.flag("load_in_4bit", False):
             raise section.wrong("load_in_4bit", "true, or load_in_8bit")
@@ -44,8 +46,14 @@ class BitsAndBytes(Codec):
             end = ".SCB" if self.is_int8 else ".weight.absmax"
             if name.endswith(end):
                 module = name.removesuffix(end)
+                if self.leaves(module):
+                    raise codes_of_ignored(self.directory, module)
                 found[module] = self.linear(module)
         return found
+
+    def leaves(self, module: str) -> bool:
+        """What the config names, whole or by its end."""
+        return self.ignored.match(module) or module.endswith(self.ignored.patterns)
 
     def linear(self, module: str) -> Linear:
         """By its state, or the shape of the codes."""
@@ -101,7 +109,7 @@ class BitsAndBytes(Codec):
         if not fits or not isinstance(offset, float):
             raise self.bad(linear, _STATE, "a description that its tensors do not fit")
         scale = book[codes] * np.repeat(largest, block)[: codes.size] + np.float32(offset)
-        if not np.isfinite(scale).all() or (scale < 0).any():
+        if not np.isfinite(book).all() or not np.isfinite(scale).all() or (scale < 0).any():
             raise self.bad(linear, _NESTED[0], "a scale that is negative or not finite")
         return scale.astype(np.float32)
 

@@ -61,15 +61,16 @@ class Section:
         return sizes[0], sizes[1]
 
     def names(self, *keys: str) -> tuple[str, ...]:
-        """The list of strings under the first of the keys that is there; empty without one."""
+        """The lists of strings under these keys, as one; empty without any."""
+        found: list[str] = []
         for key in keys:
             value = self.content.get(key)
             if value is None:
                 continue
             if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
                 raise self.wrong(key, "a list of names")
-            return tuple(value)
-        return ()
+            found += value
+        return tuple(found)
 
     def part(self, key: str) -> "Section | None":
         """An object under a key; None without one."""
@@ -143,6 +144,11 @@ class Codec(abc.ABC):
             if end in self.codes and (linear := self.linear(module)) is not None:
                 found[module] = linear
         return found
+
+    def leaves(self, module: str) -> bool:
+        """Whether the config says that a module is in floats, or says nothing of the kind."""
+        del module
+        return True
 
     def cache(self, config: Any) -> StoredCache | CacheSpec | None:
         """How keys and values are to be stored, with scales where these are static.

@@ -184,6 +184,11 @@ class CompressedTensors(Codec):
         names = (f"{prefix}k_scale", f"{prefix}v_scale")
         return plain_scales(self.directory, config, spec, *names, self.section.where)
 
+    def leaves(self, module: str) -> bool:
+        """What is to be ignored, or no group is about."""
+        named = any(one.all_linear or one.targets.match(module) for one in self.groups)
+        return self.ignored.match(module) or not named
+
     def _packed(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
         weights = group.weights
         bits = weights.one_of("num_bits", _BITS)
@@ -214,7 +219,10 @@ class CompressedTensors(Codec):
     def _plain(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
         info = self.matrix(module, "weight")
         n, k = info.shape
-        kind = "int8" if group.format == "int-quantized" else "float8_e4m3fn"
+        group.weights.one_of("num_bits", (8,))
+        types = {"int-quantized": ("int",), "naive-quantized": ("int", "float")}
+        is_int = group.weights.one_of("type", types.get(group.format, ("float",))) == "int"
+        kind = "int8" if is_int else "float8_e4m3fn"
         self.check(module, "weight", (n, k), kind)
         scales, ends = self.info(module, "weight_scale"), ("weight", "weight_scale")
         if group.format == "mxfp8-quantized":
@@ -244,6 +252,8 @@ class CompressedTensors(Codec):
         return spec, (n, k), ends
 
     def _float4(self, module: str, group: _Group) -> tuple[WeightSpec, tuple[int, int], Any]:
+        group.weights.one_of("num_bits", (4,))
+        group.weights.one_of("type", ("float",))
         info = self.matrix(module, "weight_packed")
         n, k = info.shape[0], 2 * info.shape[1]
         self.check(module, "weight_packed", info.shape, "uint8")

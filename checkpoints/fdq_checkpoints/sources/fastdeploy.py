@@ -81,13 +81,18 @@ class FastDeploy(Codec):
         self.recipe = Recipe.from_fastdeploy(
             said, num_layers=layers if isinstance(layers, int) else None
         )
-        self.floats_are_meant = said.get("is_quantized") is False
+        of_experts = said.get("is_moe_quantized") is True
+        self.floats_are_meant = said.get("is_quantized") is False or of_experts
         if said.get("quantization") == "wint2":
             _LOGGER.warning(
                 "%s: how wint2 is stored is known from FastDeploy's code alone, and was not "
                 "checked against a published file. Look at what the model says.",
                 section.where,
             )
+
+    def leaves(self, module: str) -> bool:
+        """What no method is given to; everything where FastDeploy is to quantize it."""
+        return self.floats_are_meant or self.recipe.scheme_for(_path(module)) is None
 
     def linear(self, module: str) -> Linear:
         """By the method of the layer, which says what shape its codes have."""

@@ -61,6 +61,10 @@ class Float8(Codec):
                     )
         return found
 
+    def leaves(self, module: str) -> bool:
+        """What the config names."""
+        return self.ignored.match(module)
+
     def linear(self, module: str) -> Linear:
         """By the shape of the codes."""
         info = self.matrix(module, "weight")

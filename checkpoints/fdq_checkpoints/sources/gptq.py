@@ -210,10 +210,14 @@ class Awq(_Grouped):
             raise section.wrong("zero_point", "true")
         self.ignored = Names(section.names("modules_to_not_convert"), section.where)
 
+    def leaves(self, module: str) -> bool:
+        """What the config names, as AutoAWQ matches it."""
+        return any(name in module for name in self.ignored.patterns)
+
     def linear(self, module: str) -> Linear:
         """By the shape of the codes."""
         info = self.matrix(module, "qweight")
-        if any(name in module for name in self.ignored.patterns):  # AutoAWQ's way of matching
+        if self.leaves(module):
             raise codes_of_ignored(self.directory, module)
         k, n = info.shape[0], info.shape[1] * 8
         self.check(module, "qweight", info.shape, "int32")

@@ -99,7 +99,16 @@ class ModelOpt(Codec):
         """Also checks that what is to be ignored has no codes."""
         found = super().linears()
         check_ignored(self.directory, found, self.ignored)
+        if any(linear.input_scale for linear in found.values()):
+            for module, linear in found.items():  # but of experts that saw no token
+                static = linear.spec.format == "float8_e4m3" and linear.activation is None
+                if static and ".experts." not in module:
+                    self.static_input(module, "input_scale")
         return found
+
+    def leaves(self, module: str) -> bool:
+        """What is to be ignored; of several algorithms, what has none."""
+        return self.ignored.match(module) or module not in (self.of_layers or {module})
 
     def linear(self, module: str) -> Linear:
         """By the dtype of the codes, which says more than the config's label."""

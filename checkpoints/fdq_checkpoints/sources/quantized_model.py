@@ -39,6 +39,8 @@ from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight, joined_s
 from fdq_checkpoints.tree_paths import Path, dotted
 
 _INPUT_SCALE = "activation_scale"
+_OF_CACHES = (".k_scale", ".v_scale", "k_matmul.activation_scale", "v_matmul.activation_scale")
+_SAY_CACHES = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_type")
 _LOGGER = logging.getLogger("fdq")
 
 CODECS: dict[str, type[Codec]] = {
@@ -126,6 +128,7 @@ class QuantizedModel(Source):
         self._names, self._parts = names, parts
         self._model = model
         self._tell_of_factors()
+        self._tell_of_the_rest()
         self._specs = {path: spec for path in parts if (spec := self._spec(path)) is not None}
         schemes, cache = self._schemes(), names.codec.cache(model.config)
         self._cache = cache if isinstance(cache, StoredCache) else None
@@ -162,6 +165,35 @@ class QuantizedModel(Source):
             dotted(path),
         )
         return None
+
+    def _tell_of_the_rest(self) -> None:
+        """Scales of a cache that nobody asked for; layers in floats that nobody named."""
+        names, codec = self._names, self._names.codec
+        scales = [name for name in names.directory.tensors if name.endswith(_OF_CACHES)]
+        if scales and not any(map(codec.section.content.get, _SAY_CACHES)):
+            _LOGGER.warning(
+                "%s: %s and %d more scales of a KV cache are left out: the config does not say "
+                "what they are. Choose the cache, such as cache='C8'.",
+                self.folder,
+                scales[0],
+                len(scales) - 1,
+            )
+        floats = [
+            name.rpartition(".")[0]
+            for path, source in self._parts.items()
+            for parts in source.parts
+            for name in parts
+            if path[0] == "layers" and path[-1] == "kernel" and "router" not in path
+            if names.linear(name) is None and not codec.leaves(name.rpartition(".")[0])
+        ]
+        if floats:
+            _LOGGER.warning(
+                "%s: %s and %d more layers are in floats, which the config does not say; they stay "
+                "so.",
+                self.folder,
+                floats[0],
+                len(floats) - 1,
+            )
 
     def _tell_of_factors(self) -> None:
         linears = self._names.linears.values()
@@ -292,6 +324,7 @@ class QuantizedModels:
         release = QuantizedRelease.of(directory.path, directory.config)
         assert release is not None
         try:
+            release.check_side_files(directory.path)
             tell_of_adapters(folder)
             section = Section(release.content, release.where)
             codec = CODECS[release.method.lower()](directory, section)

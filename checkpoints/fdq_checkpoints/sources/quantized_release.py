@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fdq_checkpoints.errors import shown
+from fdq_checkpoints.errors import CheckpointError, shown
 from fdq_checkpoints.readers import strict_json
 from fdq_checkpoints.readers.safetensors_reader import TensorInfo
 from fdq_checkpoints.readers.source_directory import MAX_CONFIG_BYTES
@@ -46,6 +46,15 @@ _NAMES = {
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _MLX_KEY = "quantization"
 _SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# What both may say, by all names of it.
+_SAID_TWICE = (
+    ("bits", "w_bit"),
+    ("group_size", "q_group_size"),
+    ("desc_act",),
+    ("sym",),
+    ("quant_algo",),
+    ("kv_cache_quant_algo",),
+)
 # Formats that are the same thing in fdq, and the integers' groups that it has.
 _SCHEMES = {"fp8": "Wfp8A16", "mxfp4": "WMXFP4A16", "nvfp4": "WNVFP4A16", "nf4": "WNF4A16"}
 _INTEGERS = (2, 3, 4, 8)
@@ -157,6 +166,23 @@ class QuantizedRelease:
         group = _first_int(inner, ("group_size", "q_group_size"))
         return cls(method, tool, bits, kind, group, where, content)
 
+    def check_side_files(self, folder: pathlib.Path) -> None:
+        """CheckpointError where a file beside config.json says something else than this."""
+        for name in _SIDE_FILES:
+            path = folder / name
+            if str(path) == self.where or not os.path.lexists(path):
+                continue
+            content = strict_json.read_object(path, max_bytes=MAX_CONFIG_BYTES)
+            inner = content.get("quantization")
+            other = inner if isinstance(inner, dict) else content
+            for key, *synonyms in _SAID_TWICE:
+                mine, theirs = (_said(one, (key, *synonyms)) for one in (self.content, other))
+                if None not in (mine, theirs) and mine != theirs:
+                    raise CheckpointError(
+                        f"{path}: {key} is {theirs!r:.80}, but {self.where} says {mine!r:.80}. "
+                        "Keep the file that the weights belong to."
+                    )
+
     @property
     def scheme(self) -> str | None:
         """The scheme of fdq that stores weights most alike, if one does."""
@@ -206,6 +232,11 @@ def _weights_of_groups(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if isinstance(group, dict) and isinstance(group.get("weights"), dict):
             return group["weights"]
     return None
+
+
+def _said(content: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first of some keys that is not null."""
+    return next((content[name] for name in names if content.get(name) is not None), None)
 
 
 def _first_int(content: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
