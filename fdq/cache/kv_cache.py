@@ -62,17 +62,36 @@ class LayerScales:
     v_zero: Any = None
 
 
+type Stored = tuple[tuple[int, int], tuple[int, int]]
+"""Heads and channels of what a layer stores of a token, for the one half and the other."""
+
+
+def stored_by(config: Any) -> list[Stored]:
+    """What each layer stores: keys and values of all KV heads, or what `config.stored` says."""
+    usual = (config.num_kv_heads, config.head_dim)
+    ask = getattr(config, "stored", lambda layer: (usual, usual))
+    return [ask(layer) for layer in range(config.num_layers)]
+
+
 def abstract_scales(config: Any, spec: CacheSpec) -> list[LayerScales]:
     """The scales that a static spec needs, as ShapeDtypeStructs; one `LayerScales` a layer."""
-    shape = spec.static_shape(config.num_kv_heads, config.head_dim)
-    scale = jax.ShapeDtypeStruct(shape, SCALE_DTYPE)
-    zero = jax.ShapeDtypeStruct(scale.shape, ZERO_DTYPE) if spec.zero_point else None
-    layer = LayerScales(k=scale, v=scale, k_zero=zero, v_zero=zero)
-    return [layer] * config.num_layers
+
+    def of(stored: Stored) -> LayerScales:
+        shapes = [spec.static_shape(heads, width) for heads, width in stored]
+        k, v = (jax.ShapeDtypeStruct(shape, SCALE_DTYPE) for shape in shapes)
+        k_zero, v_zero = (
+            jax.ShapeDtypeStruct(shape, ZERO_DTYPE) if spec.zero_point else None for shape in shapes
+        )
+        return LayerScales(k=k, v=v, k_zero=k_zero, v_zero=v_zero)
+
+    return [of(stored) for stored in stored_by(config)]
 
 
 class LayerCache(NamedTuple):
-    """What one layer has stored: keys (after the rotation) and values."""
+    """What one layer has stored: keys (after the rotation) and values.
+
+    Latent attention stores a latent, which makes both, and the rotated channels of keys.
+    """
 
     k: CacheTensor
     v: CacheTensor
@@ -88,7 +107,7 @@ class KVCache:
 
     Attributes:
       layers: a pair of CacheTensors `[batch, kv_heads, slots, head_dim]` a layer; layers may
-        differ in format.
+        differ in format, and both halves in heads and channels.
       length: `[batch]` int32, how many tokens each sequence has in the cache.
     """
 
@@ -111,7 +130,7 @@ class KVCache:
 
         Args:
           config: anything with `num_layers`, `num_kv_heads`, `head_dim` and `dtype`, such as
-            `model.config`.
+            `model.config`; its `stored(layer)`, if there is one, is asked for heads and channels.
           batch: number of sequences.
           max_length: slots, in tokens.
           format: `C16`, `C8`, `Cfp8`, `C4`, one of the static kinds, or a CacheSpec; or one of
@@ -120,8 +139,8 @@ class KVCache:
             whose format is static.
           dtype: of C16; by default `config.dtype`.
           sharding: of keys and values `[batch, kv_heads, slots, head_dim]`, such as
-            `NamedSharding(mesh, P("data", "tp"))`; scales and lengths follow. By default the
-            default device.
+            `NamedSharding(mesh, P("data", "tp"))`; scales and lengths follow, and a single head
+            (a latent, say) is on every device. By default the default device.
 
         Raises:
           ValueError: an unknown format; scales missing, or given where no format is static; a
@@ -142,7 +161,7 @@ class KVCache:
             raise ValueError(f"KV cache format {format} computes its scales; got scales as well")
         if scales is not None and len(scales) != count:
             raise ValueError(f"got scales of {len(scales)} layers, expected {count}")
-        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+        stored = stored_by(config)
         dtype = jnp.dtype(dtype or config.dtype)
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
             raise ValueError(
@@ -151,11 +170,13 @@ class KVCache:
             )
         length = jnp.zeros((batch,), jnp.int32)
         if not isinstance(length, Tracer):
-            _check_memory(shape, specs, scales, dtype, _shards(sharding))
+            heads = max((heads for layer in stored for heads, _ in layer), default=1)
+            shards = _shards(sharding, heads)
+            _check_memory(batch, max_length, stored, specs, scales, dtype, shards)
 
         def make(scales: Sequence[LayerScales | None]) -> KVCache:
-            pairs = zip(specs, scales, strict=True)
-            layers = tuple(_empty_layer(shape, spec, scale, dtype) for spec, scale in pairs)
+            each = zip(stored, specs, scales, strict=True)
+            layers = tuple(_empty_layer(batch, max_length, *one, dtype) for one in each)
             return cls(layers, length)
 
         scales = list(scales or [None] * count)
@@ -265,8 +286,8 @@ def batch_rows(rows: Any, batch: int, *, ndim: int | None = None) -> jax.Array:
     return jnp.asarray(found, jnp.int32)
 
 
-def _shards(sharding: NamedSharding | None) -> int:
-    """Into how many parts of their own keys and values are cut."""
+def _shards(sharding: NamedSharding | None, heads: int) -> int:
+    """Into how many parts of their own keys and values are cut; a single head is not."""
     if sharding is None:
         return 1
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) > 4:
@@ -274,7 +295,8 @@ def _shards(sharding: NamedSharding | None) -> int:
             f"KV cache sharding: expected a NamedSharding of [batch, kv_heads, slots, head_dim], "
             f"found {sharding}."
         )
-    names = [name for entry in sharding.spec for name in _names(entry)]
+    entries = [entry for i, entry in enumerate(sharding.spec) if i != 1 or heads > 1]
+    names = [name for entry in entries for name in _names(entry)]
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
@@ -284,12 +306,14 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 def _shardings(cache: KVCache, sharding: NamedSharding) -> KVCache:
     """A cache of shardings: scales and lengths are cut as the keys and values that they go with."""
-    batch, heads, slots, channels = (*sharding.spec, *[None] * (4 - len(sharding.spec)))
+    batch, by_head, slots, channels = (*sharding.spec, *[None] * (4 - len(sharding.spec)))
 
     def of(*entries: Any) -> NamedSharding:
         return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
     def of_tensor(tensor: CacheTensor) -> CacheTensor:
+        heads = by_head if tensor.shape[1] > 1 else None
+
         def small(array: Any) -> NamedSharding | None:
             if array is None:
                 return None
@@ -308,39 +332,48 @@ def _shardings(cache: KVCache, sharding: NamedSharding) -> KVCache:
 
 
 def _check_memory(
-    shape: tuple[int, int, int, int],
+    batch: int,
+    slots: int,
+    stored: list[Stored],
     specs: list[CacheSpec | None],
     scales: Any,
     dtype: Any,
     shards: int,
 ) -> None:
     """ValueError where the memory has no room for the slots; small caches are not looked at."""
-    *_, slots, _ = shape
-    if 2 * len(specs) * math.prod(shape) * dtype.itemsize < _SMALL_BYTES:
+    numbers = sum(math.prod(half) for layer in stored for half in layer)
+    if batch * slots * numbers * dtype.itemsize < _SMALL_BYTES:
         return
-    kinds = dict(zip(specs, scales or [None] * len(specs), strict=True))
+    kinds = list(zip(stored, specs, strict=True))
+    given = dict(zip(kinds, scales or [None] * len(specs), strict=True))
 
-    def bytes_of(spec: CacheSpec | None, slots: int) -> int:
-        made = functools.partial(_empty_layer, (*shape[:2], slots, shape[3]), spec, kinds[spec])
+    def bytes_of(kind: tuple[Stored, CacheSpec | None], slots: int) -> int:
+        made = functools.partial(_empty_layer, batch, slots, *kind, given[kind])
         return sum(tensor.nbytes for tensor in jax.eval_shape(lambda: made(dtype)))
 
     # A static scale is none of a slot's.
-    a_slot = {spec: (bytes_of(spec, 256) - bytes_of(spec, 128)) / 128 for spec in kinds}
-    limits.refuse_what_does_not_fit(slots, sum(a_slot[spec] for spec in specs) / shards)
+    a_slot = {kind: (bytes_of(kind, 256) - bytes_of(kind, 128)) / 128 for kind in given}
+    limits.refuse_what_does_not_fit(slots, sum(a_slot[kind] for kind in kinds) / shards)
 
 
 def _empty_layer(
-    shape: tuple[int, int, int, int], spec: CacheSpec | None, scales: LayerScales | None, dtype: Any
+    batch: int,
+    slots: int,
+    stored: Stored,
+    spec: CacheSpec | None,
+    scales: LayerScales | None,
+    dtype: Any,
 ) -> LayerCache:
+    shapes = [(batch, heads, slots, width) for heads, width in stored]
     if spec is None or spec.dynamic:
-        return LayerCache(*(CacheTensor.empty(shape, spec, dtype=dtype) for _ in "kv"))
+        return LayerCache(*(CacheTensor.empty(shape, spec, dtype=dtype) for shape in shapes))
     if scales is None:
         raise ValueError(
             f"KV cache {spec.format} with static scales per {spec.granularity} needs scales: "
             "pass scales=calibration.cache_scales(spec), or use a dynamic format such as C8"
         )
     pair = []
-    for name in ("k", "v"):
+    for name, shape in zip("kv", shapes, strict=True):
         given = {"scale": _static(getattr(scales, name), name, shape, SCALE_DTYPE)}
         if spec.zero_point:
             zero = f"{name}_zero"

@@ -86,10 +86,11 @@ class _Observed(nnx.Module):
 class _CacheObserver(nnx.Module):
     """The range of keys and values, per KV head and channel."""
 
-    def __init__(self, heads: int, head_dim: int):
+    def __init__(self, keys: tuple[int, int], values: tuple[int, int]):
         for name in ("k_min", "v_min", "k_max", "v_max"):
             start = _LARGEST if name.endswith("min") else -_LARGEST
-            setattr(self, name, Observed(jnp.full((heads, head_dim), start, jnp.float32)))
+            shape = keys if name.startswith("k") else values
+            setattr(self, name, Observed(jnp.full(shape, start, jnp.float32)))
 
     def __call__(self, k: jax.Array, v: jax.Array) -> None:
         real = _real_rows(k, 2)
@@ -228,8 +229,8 @@ def _insert_observers(root: nnx.Module) -> tuple[dict[str, _InputObserver], list
     observers: dict[str, _InputObserver] = {}
     attentions = []
     for path, node in sorted(nodes, key=lambda item: _order(item[0])):
-        if isinstance(node, nn.Attention):
-            node.kv_observer = _CacheObserver(node.num_kv_heads, node.head_dim)
+        if isinstance(node, nn.Attention | nn.LatentAttention):
+            node.kv_observer = _CacheObserver(*node.stored)
             attentions.append(node.kv_observer)
         observer = _observer_of(node)
         if observer is not None and path:

@@ -1,6 +1,18 @@
 """One config-driven decoder, and a small file per model family."""
 
-from fdq.models import ernie4_5, ernie4_5_moe, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from fdq.models import (
+    deepseek_v2,
+    deepseek_v3,
+    ernie4_5,
+    ernie4_5_moe,
+    glm4_moe,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from fdq.models.config import DecoderConfig as DecoderConfig
 from fdq.models.decoder import Decoder as Decoder
 from fdq.models.decoder import abstract as abstract
@@ -17,5 +29,17 @@ from fdq.models.parts import DecoderLayer as DecoderLayer
 from fdq.models.parts import MoEConfig as MoEConfig
 from fdq.models.parts import Part as Part
 
-for _family in (ernie4_5, ernie4_5_moe, llama, mistral, phi3, qwen2, qwen3, qwen3_moe):
+for _family in (
+    ernie4_5,
+    ernie4_5_moe,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+):
     FAMILIES.register(_family.FAMILY)

@@ -117,6 +117,10 @@ class DecoderConfig:
         """The part of a layer that follows its attention: `moe` or `mlp`."""
         return self.moe if self.moe is not None and layer in self.moe.layers else self.mlp
 
+    def stored(self, layer: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and channels of what a cache has of a token in a layer: keys and values."""
+        return self.attention.stored(self, layer)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, numbers and strings: what a manifest stores.
 

@@ -46,6 +46,12 @@ class Part(abc.ABC):
         del config
         return layer
 
+    def stored(self, config: Any, layer: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of an attention: heads and channels of the two halves that a cache has of a token."""
+        del layer
+        keys = config.num_kv_heads, config.head_dim
+        return keys, keys
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupedQuery(Part):

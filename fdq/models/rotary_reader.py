@@ -150,6 +150,17 @@ _TYPES: dict[str, Callable[[_Parameters], dict[str, Any]]] = {
 }
 
 
+def score_factor(reader: "ConfigReader", rotary: RotaryConfig) -> float:
+    """What DeepSeek multiplies scores by besides: 1, or of a stretched context by `mscale_all_dim`.
+
+    `rotary` is what `read_rotary` read. Families that do not say so have nothing of the kind.
+    """
+    of_all = _Parameters(reader).optional("mscale_all_dim", zero=True)
+    if of_all is None or rotary.rope_type == "default" or rotary.factor <= 1:
+        return 1.0
+    return (0.1 * of_all * math.log(rotary.factor) + 1) ** 2
+
+
 def read_rotary(
     reader: "ConfigReader",
     *,

@@ -10,6 +10,7 @@ from fdq.nn.experts import Experts as Experts
 from fdq.nn.general import QuantizedEinsum as QuantizedEinsum
 from fdq.nn.general import QuantizedLinear as QuantizedLinear
 from fdq.nn.general import QuantizedLinearGeneral as QuantizedLinearGeneral
+from fdq.nn.latent_attention import LatentAttention as LatentAttention
 from fdq.nn.linear import Linear as Linear
 from fdq.nn.mlp import MLP as MLP
 from fdq.nn.mlp import MoE as MoE

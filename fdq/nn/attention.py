@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdq.cache.kv_cache import LayerCache, LayerScales
+from fdq.cache.kv_cache import LayerCache
+from fdq.nn.caching import Caching
 from fdq.nn.handing_on import sums_of, takes_rows
 from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
-from fdq.nn.parameters import CacheScale, value
+from fdq.nn.parameters import value
 from fdq.ops.attention.api import attention
 from fdq.ops.rope_append.api import rope_append
 from fdq.ops.rope_append.xla import rotated_heads
@@ -28,17 +29,20 @@ QUERY_BLOCK = 1024
 def causal_attention(
     q: Float[Array, "b t heads d"],
     k: Float[Array, "b t kv_heads d"],
-    v: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads width"],
     *,
     sliding_window: int | None = None,
-) -> Float[Array, "b t heads d"]:
+    scale: float | None = None,
+) -> Float[Array, "b t heads width"]:
     """Softmax attention of every position to itself and those before it; differentiable.
 
     Head `h` attends to KV head `h // (heads / kv_heads)`. The dtype is that of `q`; scores and
-    softmax are float32. `sliding_window` counts the positions that each sees, its own included.
+    softmax are float32. `sliding_window` counts the positions that each sees, its own included;
+    `scale` multiplies the scores, `d ** -0.5` if None.
     """
     b, t, heads, d = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, width = v.shape[2:]
+    factor = d**-0.5 if scale is None else scale
     q = q.reshape(b, t, kv_heads, heads // kv_heads, d)
     highest = jax.lax.Precision.HIGHEST
 
@@ -52,34 +56,30 @@ def causal_attention(
         if sliding_window is not None:
             visible &= jnp.arange(t)[None, :] > position[:, None] - sliding_window
         # Finite, as jax_debug_infs would stop at an infinity that is meant.
-        scores = jnp.where(visible[None, None, None], scores * d**-0.5, jnp.float32(_MASKED))
+        scores = jnp.where(visible[None, None, None], scores * factor, jnp.float32(_MASKED))
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum(
             "bhgrs,bshd->brhgd", weights, v, precision=highest, preferred_element_type=jnp.float32
         ).astype(rows.dtype)
 
     if not isinstance(t, int) or t <= QUERY_BLOCK:  # a symbol, in an export for any length
-        return block(q, 0).reshape(b, t, heads, d)
+        return block(q, 0).reshape(b, t, heads, width)
     count = -(-t // QUERY_BLOCK)
     padded = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - t), (0, 0), (0, 0), (0, 0)))
     blocks = jnp.moveaxis(padded.reshape(b, count, QUERY_BLOCK, *q.shape[2:]), 1, 0)
     firsts = jnp.arange(count) * QUERY_BLOCK
     out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), (blocks, firsts))
-    return jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, d)[:, :t]
+    return jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, width)[:, :t]
 
 
-class Attention(nnx.Module):
+class Attention(Caching):
     """Self-attention with rotary positions, optional biases and optional norms of q and k.
 
     Attributes:
       qkv_proj: `Linear` to q | k | v, fused on N in this order.
       o_proj: `Linear` back to the hidden size.
       q_norm, k_norm: `RMSNorm` over head_dim before the rotation (Qwen3), or None.
-      k_cache_scale, v_cache_scale, k_cache_zero, v_cache_zero: what a KV cache of a static format
-        is made with, see `fdq.cache.LayerScales`; None without calibration. They travel with the
-        model and are not read by the layer itself.
       sliding_window: positions that a query sees, its own included; None for all before it.
-      kv_observer: called with the keys and values that a cache would store; for calibration.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Attention(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        super().__init__()
         width = (num_heads + 2 * num_kv_heads) * head_dim
         self.qkv_proj = Linear(hidden_size, width, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(
@@ -108,11 +109,6 @@ class Attention(nnx.Module):
             k_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=dtype)
         self.q_norm: Any = nnx.data(q_norm)
         self.k_norm: Any = nnx.data(k_norm)
-        self.k_cache_scale: Any = nnx.data(None)
-        self.v_cache_scale: Any = nnx.data(None)
-        self.k_cache_zero: Any = nnx.data(None)
-        self.v_cache_zero: Any = nnx.data(None)
-        self.kv_observer: Any = nnx.data(None)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -120,25 +116,10 @@ class Attention(nnx.Module):
         self.sliding_window = sliding_window
 
     @property
-    def cache_scales(self) -> LayerScales | None:
-        """The calibrated scales of what this layer stores; None without calibration."""
-        if self.k_cache_scale is None:
-            return None
-        held = (self.k_cache_scale, self.v_cache_scale, self.k_cache_zero, self.v_cache_zero)
-        k, v, k_zero, v_zero = map(value, held)
-        return LayerScales(k=k, v=v, k_zero=k_zero, v_zero=v_zero)
-
-    def set_cache_scales(self, scales: LayerScales | None) -> None:
-        """Keeps the scales of a static cache format, or abstract ones; None takes them away."""
-
-        def kept(array: Any) -> Any:
-            if array is not None and not isinstance(array, jax.ShapeDtypeStruct):
-                array = jnp.asarray(array)
-            return nnx.data(None if array is None else CacheScale(array))
-
-        scales = LayerScales(k=None, v=None) if scales is None else scales
-        self.k_cache_scale, self.k_cache_zero = kept(scales.k), kept(scales.k_zero)
-        self.v_cache_scale, self.v_cache_zero = kept(scales.v), kept(scales.v_zero)
+    def stored(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and channels of the keys and of the values that a cache has of a token."""
+        keys = self.num_kv_heads, self.head_dim
+        return keys, keys
 
     def fused_parts(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Of fused layers, the widths of their parts, and columns that stay together: a head."""

@@ -13,6 +13,7 @@ from fdq.nn.handing_on import hand_on, reads_rows, sums_of, takes_rows
 from fdq.nn.linear import Linear, initial_kernel
 from fdq.nn.parameters import value
 from fdq.ops.route.api import route
+from fdq.ops.route.scoring import SOFTMAX, Scoring
 from fdq.ops.rows import Gated, Rows, flattened
 
 
@@ -61,22 +62,24 @@ class Router(nnx.Module):
         normalize: bool = True,
         norm_min: float = 0.0,
         correction_bias: bool = False,
+        scoring: Scoring = SOFTMAX,
         rngs: nnx.Rngs,
     ):
+        scoring.check(num_experts, top_k)
         self.kernel: Any = nnx.data(initial_kernel(rngs, (hidden_size, num_experts), jnp.float32))
         bias = nnx.Param(jnp.zeros((num_experts,), jnp.float32)) if correction_bias else None
         self.correction_bias: Any = nnx.data(bias)
         self.top_k = top_k
         self.normalize = normalize
         self.norm_min = norm_min
+        self.scoring = scoring
 
     @takes_rows
     def __call__(self, x: Rows) -> tuple[jax.Array, jax.Array]:
         """`x [T, H]` -> experts [T, top_k] int32 and weights [T, top_k] float32."""
         kernel, bias = value(self.kernel), value(self.correction_bias)
-        return route(
-            x, kernel, bias, top_k=self.top_k, normalize=self.normalize, norm_min=self.norm_min
-        )
+        options = {"normalize": self.normalize, "norm_min": self.norm_min, "scoring": self.scoring}
+        return route(x, kernel, bias, top_k=self.top_k, **options)
 
 
 class MoE(nnx.Module):

@@ -40,6 +40,14 @@ def fill(model, tensors):
         linear(module.gate_up_proj, prefix, "gate_proj", "up_proj")
         linear(module.down_proj, prefix, "down_proj")
 
+    def latent(module, prefix):
+        for name in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"):
+            if getattr(module, name) is not None:
+                linear(getattr(module, name), prefix, name)
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            if getattr(module, name) is not None:
+                put(getattr(module, name).scale, left.pop(f"{prefix}.{name}.weight"))
+
     done = []
     put(model.embed_tokens.embedding, left.pop("model.embed_tokens.weight"))
     put(model.norm.scale, left.pop("model.norm.weight"))
@@ -48,9 +56,12 @@ def fill(model, tensors):
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}"
         attention = layer.self_attn
-        linear(attention.qkv_proj, f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj")
         linear(attention.o_proj, f"{prefix}.self_attn", "o_proj")
-        if attention.q_norm is not None:
+        if hasattr(attention, "kv_b_proj"):
+            latent(attention, f"{prefix}.self_attn")
+        else:
+            linear(attention.qkv_proj, f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj")
+        if getattr(attention, "q_norm", None) is not None:
             put(attention.q_norm.scale, left.pop(f"{prefix}.self_attn.q_norm.weight"))
             put(attention.k_norm.scale, left.pop(f"{prefix}.self_attn.k_norm.weight"))
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -61,8 +72,9 @@ def fill(model, tensors):
             continue
         put(block.router.kernel, take(f"{prefix}.gate.weight"))
         if block.router.correction_bias is not None:
-            bias = left.pop(f"{prefix}.moe_statics.e_score_correction_bias")
-            put(block.router.correction_bias, bias[0])
+            names = (f"{prefix}.{room}.e_score_correction_bias" for room in ("moe_statics", "gate"))
+            (name,) = (name for name in names if name in left)
+            put(block.router.correction_bias, left.pop(name).reshape(-1))
         experts = range(block.experts.down_proj.kernel.shape[0])
         names = [[f"{prefix}.experts.{e}.{n}_proj.weight" for n in ("gate", "up")] for e in experts]
         put(block.experts.gate_up_proj.kernel, np.stack([take(*pair) for pair in names]))

@@ -36,6 +36,14 @@ COMMON = {
     "eos_token_id": 2,
     "attn_implementation": "eager",
 }
+LATENT = COMMON | {
+    "hidden_size": 32,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -152,12 +160,89 @@ MODELS = {
         decoder_sparse_step=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **LATENT,
+        vocab_size=96,
+        num_hidden_layers=3,
+        intermediate_size=48,
+        q_lora_rank=24,
+        first_k_dense_replace=1,
+        moe_intermediate_size=8,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,  # so that both cosines and scores are scaled
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "deepseek_v3_plain": transformers.DeepseekV3Config(
+        **LATENT,
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        q_lora_rank=None,
+        first_k_dense_replace=1,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        attention_bias=True,
+        rope_interleave=False,
+        rms_norm_eps=1e-3,  # not that of the norms of latents
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "deepseek_v2": transformers.DeepseekV2Config(
+        **LATENT,
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        q_lora_rank=24,
+        first_k_dense_replace=1,
+        moe_intermediate_size=8,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=4.0,
+        n_shared_experts=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "glm4_moe": transformers.Glm4MoeConfig(
+        **COMMON | {"hidden_size": 48},
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        head_dim=16,
+        attention_bias=True,
+        use_qk_norm=True,
+        first_k_dense_replace=1,
+        moe_intermediate_size=8,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        routed_scaling_factor=1.5,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
 }
 
 
 def randomize(model: torch.nn.Module, rng: np.random.Generator) -> None:
     """Overwrites every parameter of `model`; the spread depends on what the parameter does."""
-    for name, parameter in model.named_parameters():
+    biases = [item for item in model.named_buffers() if "e_score_correction_bias" in item[0]]
+    for name, parameter in [*model.named_parameters(), *biases]:
         value = rng.standard_normal(tuple(parameter.shape))
         if "e_score_correction_bias" in name:
             value *= 0.15
@@ -181,9 +266,19 @@ def route_margins(model: torch.nn.Module) -> Iterator[list[float]]:
     margins: list[float] = []
 
     def hook(router, args, output):
-        score = torch.softmax(output[0].float(), dim=-1)
+        logits = output[0].float()
+        bias = getattr(router, "e_score_correction_bias", None)
+        score = torch.softmax(logits, dim=-1) if bias is None else logits.sigmoid() + bias
         if hasattr(router, "moe_statics"):
             score = score + router.moe_statics.e_score_correction_bias.reshape(1, -1)
+        if (getattr(router, "num_group", None) or 1) > 1:
+            groups = score.reshape(len(score), router.num_group, -1)
+            best = groups.topk(1 if bias is None else 2, dim=-1).values.sum(-1)
+            kept = best.sort(dim=-1, descending=True)
+            edge = kept.values[:, router.topk_group - 1 : router.topk_group + 1]
+            margins.append(float((edge[:, 0] - edge[:, 1]).min()))
+            mask = torch.ones_like(best).scatter(1, kept.indices[:, : router.topk_group], 0)
+            score = groups.masked_fill(mask.bool()[..., None], -1).flatten(1)
         ordered = score.sort(dim=-1, descending=True).values
         margins.append(float((ordered[:, router.top_k - 1] - ordered[:, router.top_k]).min()))
 
@@ -289,8 +384,11 @@ def check(name: str) -> None:
             again = model(ids, use_cache=False).logits[:, prompt.shape[1] - 1 : -1].numpy()
             np.testing.assert_array_equal(again.argmax(-1), greedy)
             np.testing.assert_allclose(again, arrays["greedy_logits" + suffix], rtol=0, atol=5e-5)
-        for router in [m for m in model.modules() if hasattr(m, "moe_statics")]:
-            router.moe_statics.e_score_correction_bias.zero_()
+        for router in model.modules():
+            held = getattr(router, "moe_statics", router)
+            if not hasattr(held, "e_score_correction_bias"):
+                continue
+            held.e_score_correction_bias.zero_()
             unbiased = model(torch.from_numpy(arrays["input_ids"]).long()).logits.numpy()
             assert abs(unbiased - logits).max() > 0.1, f"{name}: correction bias has no effect"
         if getattr(model.config, "sliding_window", None):

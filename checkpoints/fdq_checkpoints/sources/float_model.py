@@ -131,8 +131,15 @@ def parts_of(
     q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim
     tied = config.tie_word_embeddings and names.head in directory.tensors
     rules, also_used = (*own, *names.rules), (*optional, *((names.head,) if tied else ()))
+    ahead = hf_config.get("num_nextn_predict_layers", hf_config.get("num_mtp_layers"))
+    layers = config.num_layers
     sources = tensor_names.sources(
-        directory, rules, targets, qkv_widths=(q, kv, kv), also_used=also_used
+        directory,
+        rules,
+        targets,
+        qkv_widths=(q, kv, kv),
+        also_used=also_used,
+        extra_layers=(layers, layers + ahead if isinstance(ahead, int) else layers),
     )
     if tied:
         tensor_names.check_tied_head(directory, names.head, names.embedding)

@@ -150,10 +150,13 @@ def sources(
     *,
     qkv_widths: tuple[int, int, int],
     also_used: tuple[str, ...] = (),
+    extra_layers: tuple[int, int] = (0, 0),
 ) -> dict[Path, Source]:
     """For each target of a model, where it comes from; `also_used` are expected besides.
 
-    CheckpointError where a tensor is missing, unexpected, or has another shape or dtype.
+    Layers of the file from the first of `extra_layers` to before the second are left out: they
+    predict tokens further ahead. CheckpointError where a tensor is missing, unexpected, or has
+    another shape or dtype.
     """
     result = {}
     used = set(also_used)
@@ -171,6 +174,7 @@ def sources(
             used.update(names)
         result[path] = source
     left = [name for name in directory.tensors if name not in used]
+    left = [name for name in left if not _is_of_layers(name, *extra_layers)]
     unexpected = [
         name for name in left if not any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED)
     ]
@@ -185,6 +189,11 @@ def sources(
             f"{directory.config.get('model_type')} model with this config.json. {advice}"
         )
     return result
+
+
+def _is_of_layers(name: str, first: int, end: int) -> bool:
+    found = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return found is not None and first <= int(found[1]) < end
 
 
 def check_tied_head(directory: Tensors, head: str, embedding: str) -> None:

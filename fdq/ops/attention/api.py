@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
+from fdq.ops.attention.joined import JoinedKeys
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
 from fdq.ops.attention.xla import AttentionArguments, Xla
 from fdq.ops.implementation import Op
@@ -16,8 +17,8 @@ ATTENTION: Op[AttentionArguments] = Op("attention", MosaicGpu(), Xla())
 
 def attention(
     q: Float[Array, "b t h d"],
-    k: CacheTensor | Float[Array, "b kh s width"],
-    v: CacheTensor | Float[Array, "b kh s width"],
+    k: CacheTensor | JoinedKeys | Float[Array, "b kh s width"],
+    v: CacheTensor | Float[Array, "b kh s other"],
     *,
     lengths: Int[Array, " b"],
     offset: Int[Array, " b"] | None = None,
@@ -25,7 +26,7 @@ def attention(
     scale: float | None = None,
     block_size: int | None = None,
     implementation: str | None = None,
-) -> Float[Array, "b t h d"]:
+) -> Float[Array, "b t h out"]:
     """Each query attends to the slots up to its own position.
 
     Query t of sequence b stands at slot `offset[b] + t` and sees slots `s` with
@@ -35,8 +36,8 @@ def attention(
     Args:
       q: float `[B, T, H, D]`, after the rotation.
       k: `[B, KH, S, D]`: a CacheTensor, or an array of floats; head h reads KV head
-        `h // (H / KH)`.
-      v: as k.
+        `h // (H / KH)`. `JoinedKeys` have their channels in one or several CacheTensors.
+      v: `[B, KH, S, E]`, as k; E is D unless keys are joined.
       lengths: int32 `[B]`, valid slots, those of this chunk included.
       offset: int32 `[B]`, slot of the first query; `lengths - T` if None.
       sliding_window: slots a query sees, its own included; None for all.
@@ -45,16 +46,18 @@ def attention(
       implementation: as in `fdq.matmul`.
 
     Returns:
-      `[B, T, H, D]` in the dtype of q; scores, softmax and sums are float32. A query that sees
+      `[B, T, H, E]` in the dtype of q; scores, softmax and sums are float32. A query that sees
       no slot gets zeros.
 
     Raises:
       ValueError: q, k and v that do not belong together, or a window below 1.
     """
-    k, v = (a if isinstance(a, CacheTensor) else CacheTensor(a) for a in (k, v))
+    k = k if isinstance(k, CacheTensor | JoinedKeys) else CacheTensor(k)
+    v = v if isinstance(v, CacheTensor) else CacheTensor(v)
     b, t, h, d = q.shape
-    expected = (b, *k.codes.shape[1:3], d)
-    if k.shape != expected or v.shape != expected or h % k.shape[1]:
+    expected = (b, *k.shape[1:3], d)
+    width = v.shape[3] if isinstance(k, JoinedKeys) else d
+    if k.shape != expected or v.shape != (*expected[:3], width) or h % k.shape[1]:
         raise ValueError(
             f"attention: q {q.shape} needs k and v [B, KH, S, {d}] with KH dividing H={h}, "
             f"found k {k.shape} and v {v.shape}."

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor, quantize_cache, sample_scales
 from fdq.ops import self_check
+from fdq.ops.attention.joined import JoinedKeys
 from fdq.ops.attention.xla import AttentionArguments, attention_reference
 from fdq.ops.kernels import Kernel, cache_unsupported, kernel_arrays, kind_of, slower, tuned
 from fdq.ops.placement import sharded
@@ -23,12 +24,14 @@ class MosaicGpu(Kernel[AttentionArguments]):
         a = arguments
         if a.q.shape[1] != 1:
             return f"the kernel takes one query per sequence, found {a.q.shape[1]}"
+        if isinstance(a.k, JoinedKeys) or a.k.head_dim != a.v.head_dim:
+            return "the kernel takes keys in one tensor, and values as wide as they are"
         return cache_unsupported(a.k, a.v) or sharded(a.q, a.k, a.v)
 
     def declined(self, arguments: AttentionArguments) -> str | None:
         """The tuning table's word, and the self-check's."""
         reason = slower("decode_attention", *_size(arguments))
-        return reason or self.failure(arguments.q, arguments.k)
+        return reason or self.failure(arguments.q, _keys(arguments))
 
     def __call__(self, arguments: AttentionArguments) -> jax.Array:
         """One launch, or two where a sequence is shared by several programs."""
@@ -36,7 +39,7 @@ class MosaicGpu(Kernel[AttentionArguments]):
 
         a = arguments
         settings: Any = tuned("decode_attention", *_size(a)).config
-        q, k, v = a.q[:, 0], kernel_arrays(a.k), kernel_arrays(a.v)
+        q, k, v = a.q[:, 0], kernel_arrays(_keys(a)), kernel_arrays(a.v)
         lengths = jnp.minimum(a.lengths, a.offset + 1)
         out = decode_attention(
             q, k, v, lengths=lengths, sliding_window=a.sliding_window, scale=a.scale, **settings
@@ -68,7 +71,12 @@ class MosaicGpu(Kernel[AttentionArguments]):
         return self_check.failure("decode_attention", detail, device, case, tolerance=0.02)
 
 
+def _keys(arguments: AttentionArguments) -> CacheTensor:
+    assert isinstance(arguments.k, CacheTensor)  # joined ones are not supported
+    return arguments.k
+
+
 def _size(arguments: AttentionArguments) -> tuple[str, int, int]:
     """What the tuning table looks a cache up by; numbers count, whatever their codes pack."""
     b, kv_heads, slots, head_dim = arguments.k.shape
-    return kind_of(arguments.k), arguments.q.shape[0], b * kv_heads * slots * head_dim
+    return kind_of(_keys(arguments)), arguments.q.shape[0], b * kv_heads * slots * head_dim

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor, join_planes
+from fdq.ops.attention.joined import JoinedKeys, side_of
 from fdq.ops.attention.sides import MOST_SUMMED, Side
 from fdq.ops.choice import Program, choose_program, trace_target, traced_for
 from fdq.ops.implementation import Implementation
@@ -34,7 +35,7 @@ class AttentionArguments:
     """Checked arguments of `fdq.attention`, with nothing left out; see there."""
 
     q: jax.Array
-    k: CacheTensor
+    k: CacheTensor | JoinedKeys
     v: CacheTensor
     lengths: jax.Array
     offset: jax.Array
@@ -54,18 +55,19 @@ class AttentionArguments:
 
 def attention_reference(
     q: Float[Array, "b t h d"],
-    k: CacheTensor | Float[Array, "b kh s d"],
-    v: CacheTensor | Float[Array, "b kh s d"],
+    k: CacheTensor | JoinedKeys | Float[Array, "b kh s d"],
+    v: CacheTensor | Float[Array, "b kh s width"],
     *,
     lengths: Int[Array, " b"],
     offset: Int[Array, " b"] | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
-) -> Float[Array, "b t h d"]:
+) -> Float[Array, "b t h width"]:
     """The meaning of `fdq.attention`: decode the cache, one softmax over all slots, float32."""
     t, h, d = q.shape[1:]
     keys, values = (
-        a.dequantize() if isinstance(a, CacheTensor) else a.astype(jnp.float32) for a in (k, v)
+        a.dequantize() if isinstance(a, CacheTensor | JoinedKeys) else a.astype(jnp.float32)
+        for a in (k, v)
     )
     keys, values = (jnp.repeat(a, h // a.shape[1], axis=1) for a in (keys, values))
     offset = lengths - t if offset is None else offset
@@ -91,7 +93,7 @@ class Xla(Implementation[AttentionArguments]):
         """Traced with Auto axes; the result is sharded like the queries."""
         a = arguments
         if any(isinstance(n, int) and n == 0 for n in (*a.q.shape, a.k.shape[2])):
-            return jnp.zeros_like(a.q)
+            return jnp.zeros((*a.q.shape[:3], a.v.head_dim), a.q.dtype)
         settings = (a.sliding_window, a.scale, a.block_size, traced_for())
         parts = a.program().name == "parts"
         attend = functools.partial(_by_parts if parts else _attend, settings)
@@ -119,8 +121,9 @@ def _attend(settings, q, k, v, lengths, offset, *, decoded: bool = False) -> jax
     sliding_window, scale, block_size, _ = settings
     a = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size)
     program = Program("decoded", block_size or _BLOCK) if decoded else a.program()
-    key, value = (Side(tensor, program.name) for tensor in (a.k, a.v))
+    key, value = side_of(a.k, program.name), Side(a.v, program.name)
     b, t, h, d = q.shape
+    width = a.v.head_dim
     kh, slots = a.k.shape[1:3]
     group = h // kh
     block = key.block(program.size, t * group)
@@ -176,7 +179,7 @@ def _attend(settings, q, k, v, lengths, offset, *, decoded: bool = False) -> jax
     start_state = (
         jnp.full((*rows, 1), _MASKED, jnp.float32),
         jnp.zeros((*rows, 1), jnp.float32),
-        [jnp.zeros((*rows, d // value.planes), jnp.float32) for _ in range(value.planes)],
+        [jnp.zeros((*rows, width // value.planes), jnp.float32) for _ in range(value.planes)],
     )
 
     def in_blocks(state):
@@ -196,5 +199,5 @@ def _attend(settings, q, k, v, lengths, offset, *, decoded: bool = False) -> jax
     if value.static_zero is not None:
         seen = (total > 0).astype(jnp.float32)
         out = out - seen * value.static_zero_output()
-    out = out.reshape(b, kh, t, group, d).transpose(0, 2, 1, 3, 4)
-    return out.reshape(b, t, h, d).astype(q.dtype)
+    out = out.reshape(b, kh, t, group, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(b, t, h, width).astype(q.dtype)

@@ -11,6 +11,7 @@ from fdq.ops import self_check
 from fdq.ops.kernels import Kernel, slower
 from fdq.ops.matmul.mosaic_gpu import staged
 from fdq.ops.placement import sharded
+from fdq.ops.route.scoring import SOFTMAX
 from fdq.ops.route.xla import Routing
 from pallas_kernels.device import MOST_ROWS, default_device
 
@@ -19,9 +20,11 @@ class MosaicGpu(Kernel[Routing]):
     """XLA takes three launches for the norm, two for the product and five for the choice."""
 
     def unsupported(self, arguments: Routing) -> str | None:
-        """Other numbers of rows and experts than the kernels are made for, and sharded arrays."""
+        """Other scores, rows and experts than the kernels are made for, and sharded arrays."""
         from pallas_kernels.router.routing import supports_router
 
+        if arguments.scoring != SOFTMAX:
+            return f"the kernels choose by a softmax over all experts, found {arguments.scoring}"
         x, kernel = arguments.x, arguments.kernel
         hidden, experts = kernel.shape
         if kernel.dtype != jnp.float32 or not supports_router(experts, hidden):

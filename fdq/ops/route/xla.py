@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entry
+from fdq.ops.route.scoring import SOFTMAX, Scoring
 from fdq.ops.rows import Rows, as_array
 
 
@@ -22,10 +23,11 @@ class Routing:
     top_k: int
     normalize: bool
     norm_min: float
+    scoring: Scoring = SOFTMAX
 
 
 class Xla(Implementation[Routing]):
-    """A float32 product, a softmax and a sort."""
+    """A float32 product, scores and a sort."""
 
     name = "xla"
 
@@ -39,9 +41,8 @@ class Xla(Implementation[Routing]):
 
         # A token's scores are needed together, also where the kernel is sharded over experts.
         logits = in_auto_axes(product, x, a.kernel, result=lambda: [spec_entry(x, 0), None])
-        return choose_experts(
-            logits, a.correction_bias, top_k=a.top_k, normalize=a.normalize, norm_min=a.norm_min
-        )
+        options = {"normalize": a.normalize, "norm_min": a.norm_min, "scoring": a.scoring}
+        return choose_experts(logits, a.correction_bias, top_k=a.top_k, **options)
 
 
 def choose_experts(
@@ -51,15 +52,16 @@ def choose_experts(
     top_k: int,
     normalize: bool = True,
     norm_min: float = 0.0,
+    scoring: Scoring = SOFTMAX,
 ) -> tuple[jax.Array, jax.Array]:
     """`route` from its logits `[T, E]` float32."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
+    probabilities = scoring.scores(logits)
     scores = probabilities
     if correction_bias is not None:
         scores = probabilities + correction_bias[None, :]
-    experts = jax.lax.top_k(scores, top_k)[1]
+    experts = jax.lax.top_k(scoring.allowed(scores), top_k)[1]
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     if normalize:
         total = weights.sum(axis=-1, keepdims=True)
         weights = weights / jnp.maximum(total, norm_min)
-    return experts, weights
+    return experts, weights if scoring.scale == 1 else weights * scoring.scale

@@ -1,0 +1,33 @@
+"""DeepSeek-V2: latent attention, softmax scores, groups of experts in the large model."""
+
+import dataclasses
+
+from fdq.models.config import DecoderConfig
+from fdq.models.config_reader import ConfigReader
+from fdq.models.deepseek_v3 import latent_names, read_base, read_experts
+from fdq.models.family import Family
+from fdq.models.scored_router import ScoredRouter
+
+_GREEDY, _BY_GROUP = "greedy", "group_limited_greedy"
+
+
+def _read(reader: ConfigReader) -> DecoderConfig:
+    """A group is as good as its best expert; weights are never made to sum to 1."""
+    reader.usual(
+        max_position_embeddings=2048, q_lora_rank=1536, first_k_dense_replace=0,
+        n_shared_experts=2, topk_method=_GREEDY,
+    )  # fmt: skip
+    fields = read_base(reader, interleaved=True)
+    reader.must_be("mlp_bias", False)
+    reader.must_be("norm_topk_prob", False)
+    reader.must_be("scoring_func", "softmax")
+    reader.must_be("topk_method", _GREEDY, _BY_GROUP)
+    groups, best = (reader.integer(key, default=1, least=1) for key in ("n_group", "topk_group"))
+    router = ScoredRouter(scale=reader.number("routed_scaling_factor", default=1.0))
+    if reader.get("topk_method") == _BY_GROUP:
+        router = dataclasses.replace(router, groups=groups, top_groups=best, best_of_group=1)
+    moe = read_experts(reader, fields["num_layers"], router, normalize=False)
+    return DecoderConfig(**fields, moe=moe)
+
+
+FAMILY = Family(name="deepseek_v2", read=_read, tensor_names=latent_names())
