@@ -4,7 +4,7 @@ import dataclasses
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
-from fdq.models.deepseek_v3 import latent_names, read_base, read_experts
+from fdq.models.deepseek_v3 import USUAL, latent_names, read_base, read_experts
 from fdq.models.family import Family
 from fdq.models.scored_router import ScoredRouter
 
@@ -14,8 +14,8 @@ _GREEDY, _BY_GROUP = "greedy", "group_limited_greedy"
 def _read(reader: ConfigReader) -> DecoderConfig:
     """A group is as good as its best expert; weights are never made to sum to 1."""
     reader.usual(
-        max_position_embeddings=2048, q_lora_rank=1536, first_k_dense_replace=0,
-        n_shared_experts=2, topk_method=_GREEDY,
+        **USUAL, max_position_embeddings=2048, first_k_dense_replace=0, n_shared_experts=2,
+        n_routed_experts=64, moe_intermediate_size=1407, topk_method=_GREEDY,
     )  # fmt: skip
     fields = read_base(reader, interleaved=True)
     reader.must_be("mlp_bias", False)

@@ -10,6 +10,15 @@ from fdq.models.parts import MoEConfig, Part
 from fdq.models.rotary_reader import score_factor
 from fdq.models.scored_router import ScoredRouter
 
+USUAL = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+"""What is meant where a config of latent attention is silent."""
+
 # How it was trained or is run, not what it computes.
 _NEUTRAL = ("aux_loss_alpha", "ep_size", "num_mtp_layers", "seq_aux")
 
@@ -76,8 +85,9 @@ def read_sigmoid_router(reader: ConfigReader) -> ScoredRouter:
 
 def _read(reader: ConfigReader) -> DecoderConfig:
     reader.usual(
-        max_position_embeddings=4096, q_lora_rank=1536, n_group=8, topk_group=4,
-        routed_scaling_factor=2.5, first_k_dense_replace=3, n_shared_experts=1,
+        **USUAL, max_position_embeddings=4096, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+        first_k_dense_replace=3, n_shared_experts=1, n_routed_experts=256, num_experts_per_tok=8,
+        moe_intermediate_size=2048,
     )  # fmt: skip
     interleaved = reader.flag("rope_interleave", default=True)
     fields = read_base(reader, interleaved=interleaved)

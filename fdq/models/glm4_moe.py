@@ -10,7 +10,8 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     reader.usual(
         num_key_value_heads=8, max_position_embeddings=131072, partial_rotary_factor=0.5,
         n_group=1, topk_group=1, routed_scaling_factor=1.0, first_k_dense_replace=1,
-        n_shared_experts=1,
+        n_shared_experts=1, n_routed_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=1408,
     )  # fmt: skip
     reader.neutral("num_mtp_layers")
     reader.full_attention()

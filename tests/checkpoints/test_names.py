@@ -39,10 +39,17 @@ def test_every_tensor_lands_in_its_place(family):
     for i in range(config["num_hidden_layers"]):
         old, new = f"model.layers.{i}.", f"layers.{i}."
         attention = old + "self_attn."
-        np.testing.assert_array_equal(
-            found[new + "self_attn.qkv_proj.kernel"],
-            joined(source, *(f"{attention}{x}_proj" for x in "qkv")),
-        )
+        if attention + "kv_b_proj.weight" in source:
+            names = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+            parts = [(name, (name,)) for name in names if f"{attention}{name}.weight" in source]
+            assert len(parts) in (3, 4)
+        else:
+            parts = [("qkv_proj", ("q_proj", "k_proj", "v_proj"))]
+        for path, theirs in parts:
+            np.testing.assert_array_equal(
+                found[f"{new}self_attn.{path}.kernel"],
+                joined(source, *(attention + name for name in theirs)),
+            )
         np.testing.assert_array_equal(
             found[new + "self_attn.o_proj.kernel"], joined(source, attention + "o_proj")
         )

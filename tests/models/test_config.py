@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fdq import models
-from fdq.models import config_reader, ernie4_5, ernie4_5_moe
+from fdq.models import config_reader, deepseek_v3, ernie4_5, ernie4_5_moe
 from tests.models import oracles
 
 
@@ -30,6 +30,9 @@ SIZES = {  # billions of parameters, from the models' names and papers
     "qwen3-8b": 8.19,
     "qwen3-32b": 32.8,
     "qwen3-30b-a3b": 30.5,
+    "deepseek-v2-lite": 15.7,
+    "deepseek-v3": 671,
+    "glm-4.5-air": 106.85,
 }
 
 
@@ -210,7 +213,12 @@ WRONG = {
 }
 
 
-NEUTRAL = {*config_reader._NEUTRAL, *ernie4_5._NEUTRAL, *ernie4_5_moe._NEUTRAL}
+NEUTRAL = {
+    *config_reader._NEUTRAL,
+    *ernie4_5._NEUTRAL,
+    *ernie4_5_moe._NEUTRAL,
+    *deepseek_v3._NEUTRAL,
+}
 
 
 @pytest.mark.parametrize("name", oracles.NAMES)

@@ -13,6 +13,7 @@ from flax import nnx
 import fdq
 from fdq import models, nn
 from fdq.models import ATTENTIONS, BLOCKS, MLPS, ROUTERS, Decoder, DecoderConfig, MoEConfig, Part
+from fdq.models.parts import GroupedQuery, SoftmaxRouter
 from tests.closeness import assert_close
 from tests.models.emulation import array, attention, feed_forward, norm, turns
 
@@ -207,7 +208,10 @@ def test_usual_parts_and_windows_are_not_stored():
     """So that what was stored before there were others stays what it was, and is read as it was."""
     for config in models.CONFIGS.values():
         stored = config.to_dict()
-        assert not {"block", "attention", "mlp", "sliding_windows"} & stored.keys()
-        assert "router" not in stored.get("moe", {})
+        assert not {"block", "mlp", "sliding_windows"} & stored.keys()
+        usual = config.attention == GroupedQuery()
+        assert usual is ("attention" not in stored) is (config.num_kv_heads > 1)
+        usual = config.moe is None or config.moe.router == SoftmaxRouter()
+        assert usual is ("router" not in stored.get("moe", {}))
         assert DecoderConfig.from_dict(stored | {"moe": stored.get("moe")}) == config
     assert CONFIG.to_dict()["sliding_windows"] == [3, None, 5]
