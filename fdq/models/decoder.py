@@ -26,7 +26,8 @@ class Decoder(nnx.Module):
     `layers.{i}.post_attention_layernorm.scale`, `layers.{i}.mlp.{gate_up_proj,down_proj}.kernel`
     or `layers.{i}.mlp.{router,experts.gate_up_proj,experts.down_proj,
     shared_experts.gate_up_proj,shared_experts.down_proj}.kernel`, `norm.scale` and, unless the
-    embeddings are tied, `lm_head.kernel`; a `.bias` beside a kernel where the model has one.
+    embeddings are tied, `lm_head.kernel`; a `.bias` beside a kernel where the model has one. Latent
+    attention has the kernels that `fdq.nn.LatentAttention` names in place of `qkv_proj`.
 
     Attributes:
       config: sizes; `config.dtype` is the dtype of activations.

@@ -118,9 +118,8 @@ class LatentAttention(Caching):
             self.kv_observer(latent, rope)
         if cache is None:
             with jax.named_scope("attention"):
-                k, v = self._expanded(latent[:, :, 0], rope[:, :, 0])
-                q = jnp.concatenate([q, q_rope], axis=-1)
-                y = causal_attention(q, k, v, scale=self.scale)
+                k, v = self._expanded(latent[:, :, 0], rope)
+                y = causal_attention(_joined(q, q_rope), k, v, scale=self.scale)
         elif start is None:
             raise ValueError("attention over a cache needs start, the first slot to write")
         else:
@@ -158,27 +157,24 @@ class LatentAttention(Caching):
         return q, q_rope, latent, rope
 
     def _expanded(self, latent: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values `[B, S, H, .]` of latents `[B, S, rank]` and keys `[B, S, rope_dim]`."""
+        """Keys and values `[B, S, H, .]` of latents `[B, S, rank]` and rotated `[B, S, 1, .]`."""
         b, s, _ = latent.shape
         made = self.kv_b_proj(latent).reshape(b, s, self.num_heads, -1)
         k, v = made[..., : self.nope_dim], made[..., self.nope_dim :]
-        rope = jnp.broadcast_to(rope[:, :, None], (b, s, self.num_heads, self.rope_dim))
-        return jnp.concatenate([k, rope], axis=-1), v
+        return _joined(k, rope), v
 
     def _attended(
         self, q: jax.Array, q_rope: jax.Array, cache: LayerCache, seen: dict[str, Any]
     ) -> jax.Array:
         """Values `[B, T, H, value_dim]` over what the cache holds."""
         if not reads_rows(self.kv_b_proj):
-            latent, rope = (side.dequantize(q.dtype)[:, 0] for side in cache)
-            k, v = (a.swapaxes(1, 2) for a in self._expanded(latent, rope))
-            keys = JoinedKeys((CacheTensor(k),))
-            return attention(jnp.concatenate([q, q_rope], axis=-1), keys, v, **seen)
+            latent, rope = (side.dequantize(q.dtype).swapaxes(1, 2) for side in cache)
+            k, v = (a.swapaxes(1, 2) for a in self._expanded(latent[:, :, 0], rope))
+            return attention(_joined(q, q_rope), JoinedKeys((CacheTensor(k),)), v, **seen)
         with jax.named_scope("kv_b_proj"):
             of_keys, of_values = self._halves(q.dtype)
             q = _by_head("bthd,rhd->bthr", q, of_keys)
-        q = jnp.concatenate([q, q_rope], axis=-1)
-        y = attention(q, JoinedKeys(tuple(cache)), cache.k, **seen)
+        y = attention(_joined(q, q_rope), JoinedKeys(tuple(cache)), cache.k, **seen)
         with jax.named_scope("kv_b_proj"):
             return _by_head("bthr,rhd->bthd", y, of_values)
 
@@ -188,6 +184,16 @@ class LatentAttention(Caching):
         w = dequantize(w, dtype) if isinstance(w, QuantizedWeight) else w.astype(dtype)
         w = w.reshape(self.rank, self.num_heads, -1)
         return w[..., : self.nope_dim], w[..., self.nope_dim :]
+
+
+def _joined(x: jax.Array, rope: jax.Array) -> jax.Array:
+    """`x [B, T, H, .]` with the channels of `rope [B, T, H or 1, .]` after its own."""
+
+    def join(x: jax.Array, rope: jax.Array) -> jax.Array:
+        rope = jnp.broadcast_to(rope, (*x.shape[:3], rope.shape[3]))
+        return jnp.concatenate([x, rope], axis=-1)
+
+    return in_auto_axes(join, x, rope, result=lambda: [*spec_entries(x)[:3], None])
 
 
 def _by_head(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

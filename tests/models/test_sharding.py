@@ -13,13 +13,17 @@ from tests.models import oracles
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("axis_type", "is_set"),
-    [(AxisType.Explicit, False), (AxisType.Auto, True)],
+    ("name", "axis_type", "is_set"),
+    [
+        ("ernie4_5_moe", AxisType.Explicit, False),
+        ("ernie4_5_moe", AxisType.Auto, True),
+        ("deepseek_v3", AxisType.Explicit, False),
+    ],
     ids=str,
 )
-def test_weights_sharded_over_output_channels(axis_type, is_set):
+def test_weights_sharded_over_output_channels(name, axis_type, is_set):
     """Also on a mesh that nobody has set: arrays carry it along."""
-    model, expected = oracles.oracle("ernie4_5_moe")
+    model, expected = oracles.oracle(name)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
 
     def put(array):
