@@ -6,7 +6,7 @@ from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family, Rule
 from fdq.models.latent import Latent
-from fdq.models.parts import MoEConfig, Part
+from fdq.models.parts import MoEConfig
 from fdq.models.rotary_reader import score_factor
 from fdq.models.scored_router import ScoredRouter
 
@@ -55,14 +55,19 @@ def read_base(reader: ConfigReader, *, interleaved: bool) -> dict[str, Any]:
     return {**fields, "rotary": rotary, "attention": attention}
 
 
-def read_experts(reader: ConfigReader, layers: int, router: Part, **fields: Any) -> MoEConfig:
+def read_experts(
+    reader: ConfigReader, layers: int, router: ScoredRouter, **fields: Any
+) -> MoEConfig:
     """Layer `l` has experts when `l >= first_k_dense_replace` and `l % moe_layer_freq == 0`."""
+    experts = reader.integer("n_routed_experts", "num_local_experts", least=1)
+    top_k = reader.integer("num_experts_per_tok", least=1)
+    router.scoring.check(experts, top_k)
     width = reader.integer("moe_intermediate_size", least=1)
     first = reader.integer("first_k_dense_replace")
     every = reader.integer("moe_layer_freq", default=1, least=1)
     return MoEConfig(
-        num_experts=reader.integer("n_routed_experts", "num_local_experts", least=1),
-        top_k=reader.integer("num_experts_per_tok", least=1),
+        num_experts=experts,
+        top_k=top_k,
         intermediate_size=width,
         layers=tuple(layer for layer in range(first, layers) if layer % every == 0),
         shared_intermediate_size=width * reader.integer("n_shared_experts", default=0),

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 import fdq
+from fdq import nn
 from fdq.models import CONFIGS, from_huggingface
 from fdq.models.scored_router import ScoredRouter
 from fdq.ops.route.scoring import Scoring
@@ -112,9 +114,11 @@ def test_scores_that_are_none_are_refused(fields, message):
 
 def test_experts_that_do_not_fall_into_groups_are_refused():
     with pytest.raises(ValueError, match="8 experts do not fall into 3 groups alike"):
-        fdq.models.abstract(changed("deepseek_v3", n_group=3))
+        changed("deepseek_v3", n_group=3)
     with pytest.raises(ValueError, match="1 groups of 2 experts have fewer than the 3"):
-        fdq.models.abstract(changed("deepseek_v3", topk_group=1))
+        changed("deepseek_v3", topk_group=1)
+    with pytest.raises(ValueError, match="expected 1 to 4, the number of experts, found 5"):
+        nn.Router(8, 4, top_k=5, rngs=nnx.Rngs(params=0))
 
 
 def changed(name, **changes):

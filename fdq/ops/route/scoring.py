@@ -47,6 +47,10 @@ class Scoring:
     def check(self, experts: int, top_k: int) -> None:
         """ValueError where so many experts do not fall into the groups, or too few are left."""
         size, left = divmod(experts, self.groups)
+        if not 1 <= top_k <= experts:
+            raise ValueError(
+                f"experts of a token: expected 1 to {experts}, the number of experts, found {top_k}"
+            )
         if left:
             raise ValueError(f"{experts} experts do not fall into {self.groups} groups alike")
         if top_k > self.top_groups * size:
