@@ -6,6 +6,7 @@ from fdq.models import (
     ernie4_5,
     ernie4_5_moe,
     glm4_moe,
+    glm4_moe_lite,
     llama,
     mistral,
     phi3,
@@ -41,5 +42,6 @@ for _family in (
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
+    glm4_moe_lite,
 ):
     FAMILIES.register(_family.FAMILY)

@@ -4,7 +4,7 @@ import dataclasses
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
-from fdq.models.deepseek_v3 import USUAL, latent_names, read_base, read_experts
+from fdq.models.deepseek_v3 import USUAL, latent_names, read_base, read_experts, sparse_layers
 from fdq.models.family import Family
 from fdq.models.scored_router import ScoredRouter
 
@@ -26,7 +26,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     router = ScoredRouter(scale=reader.number("routed_scaling_factor", default=1.0))
     if reader.get("topk_method") == _BY_GROUP:
         router = dataclasses.replace(router, groups=groups, top_groups=best, best_of_group=1)
-    moe = read_experts(reader, fields["num_layers"], router, normalize=False)
+    moe = read_experts(reader, sparse_layers(reader, fields["num_layers"]), router, normalize=False)
     return DecoderConfig(**fields, moe=moe)
 
 

@@ -55,21 +55,26 @@ def read_base(reader: ConfigReader, *, interleaved: bool) -> dict[str, Any]:
     return {**fields, "rotary": rotary, "attention": attention}
 
 
-def read_experts(
-    reader: ConfigReader, layers: int, router: ScoredRouter, **fields: Any
-) -> MoEConfig:
+def sparse_layers(reader: ConfigReader, count: int) -> tuple[int, ...]:
     """Layer `l` has experts when `l >= first_k_dense_replace` and `l % moe_layer_freq == 0`."""
+    first = reader.integer("first_k_dense_replace")
+    every = reader.integer("moe_layer_freq", default=1, least=1)
+    return tuple(layer for layer in range(first, count) if layer % every == 0)
+
+
+def read_experts(
+    reader: ConfigReader, layers: tuple[int, ...], router: ScoredRouter, **fields: Any
+) -> MoEConfig:
+    """The experts of `layers`."""
     experts = reader.integer("n_routed_experts", "num_local_experts", least=1)
     top_k = reader.integer("num_experts_per_tok", least=1)
     router.scoring.check(experts, top_k)
     width = reader.integer("moe_intermediate_size", least=1)
-    first = reader.integer("first_k_dense_replace")
-    every = reader.integer("moe_layer_freq", default=1, least=1)
     return MoEConfig(
         num_experts=experts,
         top_k=top_k,
         intermediate_size=width,
-        layers=tuple(layer for layer in range(first, layers) if layer % every == 0),
+        layers=layers,
         shared_intermediate_size=width * reader.integer("n_shared_experts", default=0),
         router=router,
         **fields,
@@ -98,7 +103,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     fields = read_base(reader, interleaved=interleaved)
     moe = read_experts(
         reader,
-        fields["num_layers"],
+        sparse_layers(reader, fields["num_layers"]),
         read_sigmoid_router(reader),
         normalize=reader.flag("norm_topk_prob", default=True),
         norm_min=1e-20,

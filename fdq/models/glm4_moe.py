@@ -2,7 +2,12 @@
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
-from fdq.models.deepseek_v3 import correction_bias, read_experts, read_sigmoid_router
+from fdq.models.deepseek_v3 import (
+    correction_bias,
+    read_experts,
+    read_sigmoid_router,
+    sparse_layers,
+)
 from fdq.models.family import Family
 
 
@@ -20,7 +25,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     fields["qk_norm"] = reader.flag("use_qk_norm", default=False)
     moe = read_experts(
         reader,
-        fields["num_layers"],
+        sparse_layers(reader, fields["num_layers"]),
         read_sigmoid_router(reader),
         normalize=reader.flag("norm_topk_prob", default=True),
         norm_min=1e-20,

@@ -217,6 +217,18 @@ MODELS = {
         n_shared_experts=2,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
+    "glm4_moe_lite": transformers.Glm4MoeLiteConfig(
+        **LATENT | {"v_head_dim": 24},  # wider than keys
+        vocab_size=96,
+        num_hidden_layers=3,
+        intermediate_size=32,
+        q_lora_rank=12,
+        mlp_layer_types=["dense", "sparse", "dense"],
+        moe_intermediate_size=8,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
     "glm4_moe": transformers.Glm4MoeConfig(
         **COMMON | {"hidden_size": 48},
         vocab_size=96,
