@@ -5,8 +5,10 @@ from fdq.models import (
     deepseek_v3,
     ernie4_5,
     ernie4_5_moe,
+    gemma3,
     glm4_moe,
     glm4_moe_lite,
+    gpt_oss,
     llama,
     mistral,
     phi3,
@@ -31,17 +33,8 @@ from fdq.models.parts import MoEConfig as MoEConfig
 from fdq.models.parts import Part as Part
 
 for _family in (
-    ernie4_5,
-    ernie4_5_moe,
-    llama,
-    mistral,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    deepseek_v2,
-    deepseek_v3,
-    glm4_moe,
-    glm4_moe_lite,
+    *(ernie4_5.FAMILY, ernie4_5_moe.FAMILY, gemma3.FAMILY, gemma3.MULTIMODAL, gpt_oss.FAMILY),
+    *(llama.FAMILY, mistral.FAMILY, phi3.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY),
+    *(deepseek_v2.FAMILY, deepseek_v3.FAMILY, glm4_moe.FAMILY, glm4_moe_lite.FAMILY),
 ):
-    FAMILIES.register(_family.FAMILY)
+    FAMILIES.register(_family)

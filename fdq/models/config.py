@@ -33,6 +33,8 @@ _STRETCHES = (
     "partial_factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor",
     "long_factor",
 )  # fmt: skip
+# Likewise of few decoders.
+_RARE = ("sliding_windows", "local_rotary", "embedding_scale", "norm_dtype", *_PARTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,12 @@ class DecoderConfig:
       num_heads, num_kv_heads, head_dim: attention; `num_heads * head_dim` need not be
         `hidden_size`.
       rms_norm_epsilon: of every norm.
+      norm_dtype: of every norm's scale; None for `dtype`.
       rotary: how positions turn into angles.
+      local_rotary: the same in layers with a sliding window, where that is another (Gemma 3).
       max_position: tokens the model was made for; not enforced.
       tie_word_embeddings: the output head is the embedding table.
+      embedding_scale: what the embeddings of tokens are multiplied by, in `dtype` (Gemma).
       qkv_bias, output_bias, mlp_bias: which linear layers have a bias; `output_bias` is that of
         the attention's output projection.
       qk_norm: RMSNorm over head_dim of queries and keys (Qwen3).
@@ -72,6 +77,9 @@ class DecoderConfig:
     rotary: RotaryConfig
     max_position: int = 131072
     tie_word_embeddings: bool = False
+    norm_dtype: str | None = None
+    local_rotary: RotaryConfig | None = None
+    embedding_scale: float = 1.0
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -95,6 +103,15 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim (={self.head_dim}) must be even")
         self.rotary.rotated(self.head_dim)
+        if self.local_rotary is not None:
+            self.local_rotary.rotated(self.head_dim)
+            if self.local_rotary.by_length:
+                raise ValueError(
+                    f"local_rotary: rope_type {self.local_rotary.rope_type!r} depends on the "
+                    "length of a sequence, which is not supported in sliding windows"
+                )
+            if self.local_rotary.interleaved != self.rotary.interleaved:
+                raise ValueError("local_rotary and rotary must both be interleaved, or neither")
         if self.sliding_windows and len(self.sliding_windows) < self.num_layers:
             raise ValueError(
                 f"sliding_windows has {len(self.sliding_windows)} entries, expected one for each "
@@ -102,8 +119,9 @@ class DecoderConfig:
             )
         if any(window is not None and window < 1 for window in self.sliding_windows):
             raise ValueError(f"sliding_windows (={self.sliding_windows}) must be positive or None")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype {self.dtype!r}: expected float32, bfloat16 or float16")
+        for name, found in (("dtype", self.dtype), ("norm_dtype", self.norm_dtype or self.dtype)):
+            if found not in ("float32", "bfloat16", "float16"):
+                raise ValueError(f"{name} {found!r}: expected float32, bfloat16 or float16")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -112,6 +130,11 @@ class DecoderConfig:
     def sliding_window(self, layer: int) -> int | None:
         """The sliding window of a layer, in tokens; None sees all."""
         return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def rotary_of(self, layer: int) -> RotaryConfig:
+        """How positions turn into angles in a layer."""
+        local = self.local_rotary if self.sliding_window(layer) is not None else None
+        return self.rotary if local is None else local
 
     def feed_forward(self, layer: int) -> Part:
         """The part of a layer that follows its attention: `moe` or `mlp`."""
@@ -136,8 +159,11 @@ class DecoderConfig:
         Raises:
           ValueError: unknown or missing fields, named; a part that no registry has.
         """
-        rotary = _construct(RotaryConfig, "rotary", fields.get("rotary"))
-        return _construct(cls, "config", {**fields, "rotary": rotary})
+        rotaries = {"rotary": fields.get("rotary"), "local_rotary": fields.get("local_rotary")}
+        for key, found in rotaries.items():
+            if found is not None or key == "rotary":
+                rotaries[key] = _construct(RotaryConfig, key, found)
+        return _construct(cls, "config", {**fields, **rotaries})
 
 
 def _stored(obj: Any) -> Any:
@@ -148,7 +174,7 @@ def _stored(obj: Any) -> Any:
     for field in dataclasses.fields(obj):
         found = getattr(obj, field.name)
         new = isinstance(obj, RotaryConfig) and field.name in _STRETCHES
-        if (new or field.name in (*_PARTS, "sliding_windows")) and found == field.default:
+        if (new or field.name in _RARE) and found == field.default:
             continue
         fields[field.name] = _stored(found)
         if field.name in _PARTS and found.name != _PARTS[field.name][1].name:

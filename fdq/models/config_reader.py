@@ -1,13 +1,16 @@
 """Reads a Hugging Face config.json key by key, and complains about what nobody read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fdq.models.rotary_reader import is_number, read_rotary
 from fdq.nn.rotary import RotaryConfig
 
 _REQUIRED = object()
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What `layer_types` calls layers that see everything, and those with a window."""
+
+_SILU = ("hidden_act", "silu", "swish")
 
 # Keys of any model that say how it was trained, stored or is to be run, never what it computes:
 # also what older programs wrote of generation, which has a file of its own.
@@ -167,7 +170,7 @@ class ConfigReader:
             first = layers
             if self._window() is not None:
                 first = self.integer("max_window_layers")
-            kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
+            kinds = [SLIDING if layer >= first else FULL for layer in range(layers)]
         return self._windows(kinds, layers)
 
     def window_of_all(self, layers: int, *, by_layer: bool = False) -> tuple[int | None, ...]:
@@ -177,7 +180,7 @@ class ConfigReader:
         """
         self.neutral("use_sliding_window")
         window = self._window()
-        usual = [_FULL if window is None else _SLIDING] * layers
+        usual = [FULL if window is None else SLIDING] * layers
         kinds = self.get("layer_types", default=usual)
         if kinds != usual and not by_layer:
             raise ValueError(
@@ -185,6 +188,14 @@ class ConfigReader:
                 f"sliding_window={window} this family has {usual[0]!r} in all {layers} layers"
             )
         return self._windows(kinds, layers)
+
+    def window_by_layer(self, usual: Sequence[str]) -> tuple[int | None, ...]:
+        """As `sliding_windows`, where `layer_types` alone says which layers have a window.
+
+        `usual` are the types of the layers where the config does not say.
+        """
+        self.neutral("use_sliding_window")
+        return self._windows(self.get("layer_types", default=list(usual)), len(usual))
 
     def _window(self) -> int | None:
         if self.get("sliding_window", default=None) is None:
@@ -194,17 +205,17 @@ class ConfigReader:
     def _windows(self, kinds: Any, layers: int) -> tuple[int | None, ...]:
         if not isinstance(kinds, list | tuple):
             raise self.wrong(("layer_types",), "a list of names", kinds)
-        unknown = sorted(set(map(str, kinds)) - {_FULL, _SLIDING})
+        unknown = sorted(set(map(str, kinds)) - {FULL, SLIDING})
         if unknown or len(kinds) != layers:
             raise ValueError(
                 f"{self.family} config: layer_types has {len(kinds)} entries"
-                f"{f', {unknown} among them' if unknown else ''}; expected {_FULL!r} or "
-                f"{_SLIDING!r} for each of {layers} layers"
+                f"{f', {unknown} among them' if unknown else ''}; expected {FULL!r} or "
+                f"{SLIDING!r} for each of {layers} layers"
             )
-        if _SLIDING not in kinds:
+        if SLIDING not in kinds:
             return ()
         window = self.integer("sliding_window", least=1)
-        return tuple(window if kind == _SLIDING else None for kind in kinds)
+        return tuple(window if kind == SLIDING else None for kind in kinds)
 
     def full_attention(self) -> None:
         """Refuses sliding windows, where the family has none."""
@@ -212,7 +223,7 @@ class ConfigReader:
         kinds = self.get("layer_types", default=())
         if not isinstance(kinds, list | tuple):
             raise self.wrong(("layer_types",), "a list of names", kinds)
-        kinds = set(map(str, kinds)) - {_FULL}
+        kinds = set(map(str, kinds)) - {FULL}
         if kinds:
             raise ValueError(
                 f"{self.family} config: layer_types {sorted(kinds)} are not supported; "
@@ -254,12 +265,15 @@ class ConfigReader:
             raise self.wrong((key,), "an object", found)
         return found
 
-    def base(self, *, epsilon: float, tie: bool) -> dict[str, Any]:
+    def base(
+        self, *, epsilon: float, tie: bool, activation: tuple[str, ...] = _SILU
+    ) -> dict[str, Any]:
         """The fields that every family spells alike.
 
         `epsilon` of the norms and `tie` (tied embeddings) are meant where the config says nothing.
+        `activation` is a key and the names that it may have for what the family has.
         """
-        self.must_be("hidden_act", "silu", "swish")
+        self.must_be(*activation)
         heads = self.integer("num_attention_heads", least=1)
         hidden_size = self.integer("hidden_size", least=1)
         return {

@@ -23,7 +23,8 @@ class Decoder(nnx.Module):
 
     Paths of its parameters: `embed_tokens.embedding`, `layers.{i}.input_layernorm.scale`,
     `layers.{i}.self_attn.{qkv_proj,o_proj}.kernel`, `layers.{i}.self_attn.{q,k}_norm.scale`,
-    `layers.{i}.post_attention_layernorm.scale`, `layers.{i}.mlp.{gate_up_proj,down_proj}.kernel`
+    `layers.{i}.self_attn.sinks`, `layers.{i}.post_attention_layernorm.scale` (Gemma's also
+    `{pre,post}_feedforward_layernorm.scale`), `layers.{i}.mlp.{gate_up_proj,down_proj}.kernel`
     or `layers.{i}.mlp.{router,experts.gate_up_proj,experts.down_proj,
     shared_experts.gate_up_proj,shared_experts.down_proj}.kernel`, `norm.scale` and, unless the
     embeddings are tied, `lm_head.kernel`; a `.bias` beside a kernel where the model has one. Latent
@@ -56,7 +57,8 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             [config.block.build(config, index, dtype=kind, rngs=rngs) for index in layers]
         )
-        self.norm = nn.RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=kind)
+        norm_kind = config.norm_dtype or kind
+        self.norm = nn.RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=norm_kind)
         head = None
         if not config.tie_word_embeddings:
             head = nn.Linear(config.hidden_size, config.vocab_size, dtype=kind, rngs=rngs)
@@ -75,7 +77,8 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: [B, L] int.
-          inputs_embeds: [B, L, H] float, instead of tokens: what the first layer reads.
+          inputs_embeds: [B, L, H] float, instead of tokens: what the first layer reads, scaled
+            already where the family scales embeddings.
           return_hidden_states: also return what the layers read and made, `[B, L, H]` each:
             `embed_tokens`, `layers.{i}` (its output), `layers.{i}.self_attn` (what attention reads,
             after its norm) and `norm`. In `jax.jit` what nobody uses is not computed.
@@ -222,7 +225,8 @@ class Decoder(nnx.Module):
         if inputs_embeds is None:
             self._shape(tokens)
             with jax.named_scope("embed_tokens"):
-                return self.embed_tokens(tokens, dtype)
+                x, scale = self.embed_tokens(tokens, dtype), self.config.embedding_scale
+                return x if scale == 1 else x * jnp.asarray(scale, dtype)
         shape, width = getattr(inputs_embeds, "shape", ()), self.config.hidden_size
         kind = getattr(inputs_embeds, "dtype", None)
         if len(shape) != 3 or shape[-1] != width or not jnp.issubdtype(kind or int, jnp.floating):
@@ -243,7 +247,11 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         kept: dict[str, jax.Array] = {} if states is None else states
-        angles = nn.rotary_angles(positions, config.rotary, config.head_dim, lengths=lengths)
+        kinds = [config.rotary_of(index) for index in range(len(self.layers))]
+        angles = {
+            one: nn.rotary_angles(positions, one, config.head_dim, lengths=lengths)
+            for one in dict.fromkeys(kinds)
+        }
         kept["embed_tokens"] = x
         # Unrolled: each weight is an argument of its own, and slicing stacked weights copies.
         stored = []
@@ -253,7 +261,7 @@ class Decoder(nnx.Module):
             if states is not None and norm is not None:
                 states[f"layers.{index}.self_attn"] = norm(x)
             with jax.named_scope(f"layers.{index}"):
-                x, one = layer(x, angles, one, start=start)
+                x, one = layer(x, angles[kinds[index]], one, start=start)
             kept[f"layers.{index}"] = x
             stored.append(one)
         if cache is not None:

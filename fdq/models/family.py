@@ -11,8 +11,9 @@ from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.registry import Registry
 
-# As stored; a matrix stored [out, in]; a vector stored with a leading axis of one.
-Layout = Literal["same", "transposed", "row"]
+# As stored; a matrix stored [out, in]; a vector stored with a leading axis of one; two parts whose
+# columns are stored in turns; float32 numbers that are stored less 1.
+Layout = Literal["same", "transposed", "row", "interleaved", "plus_one"]
 Widths = Literal["qkv", "equal"]
 
 
@@ -42,12 +43,17 @@ class Family:
       configs: its published models by name, beside those of `published.json`.
       tensor_names: where its tensors are in Hugging Face checkpoints, where that is not what most
         families call them; these rules are asked first.
+      roots: beginnings that names may have in place of `model.`, each with that of the head in
+        place of `lm_head.`.
+      left_out: patterns of tensors that are no part of the decoder, such as a vision tower.
     """
 
     name: str
     read: Callable[[ConfigReader], DecoderConfig]
     configs: Mapping[str, DecoderConfig] = dataclasses.field(default_factory=dict)
     tensor_names: tuple[Rule, ...] = ()
+    roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
         """The DecoderConfig of a config.json of this family; raises as `from_huggingface` does."""
@@ -105,6 +111,22 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r:.200} is not supported; supported are " + ", ".join(FAMILIES)
+            f"model_type {model_type!r:.200} is not supported{_of_several(config)}; supported are "
+            + ", ".join(FAMILIES)
         )
     return FAMILIES[model_type].from_huggingface(config)
+
+
+def _of_several(config: Mapping[str, Any]) -> str:
+    """What a config of another family is of, where it is of more than text."""
+    kinds = {
+        key: inner.get("model_type")
+        for key, inner in config.items()
+        if isinstance(key, str) and key.endswith("_config") and isinstance(inner, Mapping)
+    }
+    of_text = kinds.get("text_config", kinds.get("llm_config"))
+    if "text_config" not in kinds and "llm_config" not in kinds:
+        return ""
+    others = sorted(kinds.keys() - {"text_config", "llm_config", "quantization_config"})
+    beside = f" beside {', '.join(others)}" if others else ""
+    return f": it is a multimodal model, of text {of_text!r}{beside}, and fdq has no part of it"

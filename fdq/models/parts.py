@@ -19,6 +19,7 @@ from fdq import nn
 from fdq.cache.kv_cache import LayerCache
 from fdq.nn.handing_on import hand_on
 from fdq.nn.norm import normed
+from fdq.ops.gates import ClampedSwiGLU, Gate, geglu, swiglu
 from fdq.registry import Registry
 
 
@@ -58,9 +59,16 @@ class GroupedQuery(Part):
     """Grouped-query attention with rotary positions, in a layer's sliding window or without.
 
     The module is called as `attention(x, angles, cache, start=)`, see `fdq.nn.Attention`.
+
+    Attributes:
+      scale: multiplies the scores; None for `head_dim ** -0.5`.
+      sinks: whether each head has a learned score beside those of the tokens (gpt-oss).
     """
 
     name = "grouped_query"
+
+    scale: float | None = None
+    sinks: bool = False
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Attention:
@@ -73,6 +81,9 @@ class GroupedQuery(Part):
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,
             qk_norm_epsilon=config.rms_norm_epsilon if config.qk_norm else None,
+            norm_dtype=config.norm_dtype,
+            sinks=self.sinks,
+            scale=self.scale,
             sliding_window=config.sliding_window(layer),
             dtype=dtype,
             rngs=rngs,
@@ -88,6 +99,7 @@ class SwiGLU(Part):
     """A dense MLP of `config.intermediate_size`; the module is called as `mlp(x)`."""
 
     name = "swiglu"
+    gate: ClassVar[Gate] = staticmethod(swiglu)
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.MLP:
@@ -95,6 +107,7 @@ class SwiGLU(Part):
             config.hidden_size,
             config.intermediate_size,
             use_bias=config.mlp_bias,
+            gate=self.gate,
             dtype=dtype,
             rngs=rngs,
         )
@@ -104,11 +117,23 @@ class SwiGLU(Part):
         return self
 
 
+class GeGLU(SwiGLU):
+    """As `SwiGLU`, with a GELU for its SiLU."""
+
+    name = "geglu"
+    gate = staticmethod(geglu)
+
+
 @dataclasses.dataclass(frozen=True)
 class SoftmaxRouter(Part):
-    """Picks by softmax; the module is called as `router(rows)` and gives experts and weights."""
+    """Picks by softmax; the module is called as `router(rows)` and gives experts and weights.
+
+    With `bias` its product has one.
+    """
 
     name = "softmax"
+
+    bias: bool = False
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Router:
@@ -120,6 +145,7 @@ class SoftmaxRouter(Part):
             normalize=moe.normalize,
             norm_min=moe.norm_min,
             correction_bias=moe.correction_bias,
+            use_bias=self.bias,
             rngs=rngs,
         )
 
@@ -166,13 +192,42 @@ class MoEConfig(Part):
         hidden, width = config.hidden_size, self.shared_intermediate_size
         return nn.MoE(
             self.router.build(config, layer, dtype=dtype, rngs=rngs),
-            nn.Experts(self.num_experts, hidden, self.intermediate_size, dtype=dtype, rngs=rngs),
+            nn.Experts(
+                self.num_experts,
+                hidden,
+                self.intermediate_size,
+                **self.expert_settings(),
+                dtype=dtype,
+                rngs=rngs,
+            ),
             nn.MLP(hidden, width, dtype=dtype, rngs=rngs) if width else None,
         )
+
+    def expert_settings(self) -> dict[str, Any]:
+        """What else `nn.Experts` are made with: by default they are SwiGLU without biases."""
+        return {}
 
     @override
     def layer_kind(self, config: Any, layer: int) -> Hashable:
         return self, self.router.layer_kind(config, layer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClampedMoE(MoEConfig):
+    """Experts with biases and a clamped SwiGLU (gpt-oss).
+
+    Attributes:
+      alpha, limit: see `fdq.ops.gates.ClampedSwiGLU`.
+    """
+
+    name = "clamped_mixture"
+
+    alpha: float
+    limit: float
+
+    @override
+    def expert_settings(self) -> dict[str, Any]:
+        return {"use_bias": True, "gate": ClampedSwiGLU(alpha=self.alpha, limit=self.limit)}
 
 
 class DecoderLayer(nnx.Module):
@@ -225,13 +280,8 @@ class PreNorm(Part):
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> DecoderLayer:
-        hidden, epsilon = config.hidden_size, config.rms_norm_epsilon
-        return DecoderLayer(
-            input_layernorm=nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype),
-            self_attn=config.attention.build(config, layer, dtype=dtype, rngs=rngs),
-            post_attention_layernorm=nn.RMSNorm(hidden, epsilon=epsilon, dtype=dtype),
-            mlp=config.feed_forward(layer).build(config, layer, dtype=dtype, rngs=rngs),
-        )
+        norms = ("input_layernorm", "post_attention_layernorm")
+        return DecoderLayer(**_half_modules(config, layer, norms, dtype, rngs))
 
     @override
     def layer_kind(self, config: Any, layer: int) -> Hashable:
@@ -239,13 +289,85 @@ class PreNorm(Part):
         return self, *(half.layer_kind(config, layer) for half in halves)
 
 
-BLOCKS: Registry[type[Part]] = Registry("block", PreNorm)
+def _half_modules(
+    config: Any, layer: int, norms: tuple[str, ...], dtype: Any, rngs: nnx.Rngs
+) -> dict[str, Any]:
+    """The two halves of a layer by name, and norms of the hidden size."""
+    settings = {"epsilon": config.rms_norm_epsilon, "dtype": config.norm_dtype or dtype}
+    return {
+        "self_attn": config.attention.build(config, layer, dtype=dtype, rngs=rngs),
+        "mlp": config.feed_forward(layer).build(config, layer, dtype=dtype, rngs=rngs),
+        **{name: nn.RMSNorm(config.hidden_size, **settings) for name in norms},
+    }
+
+
+class SandwichLayer(nnx.Module):
+    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`, each norm another.
+
+    Attributes:
+      input_layernorm, post_attention_layernorm: around the attention.
+      pre_feedforward_layernorm, post_feedforward_layernorm: around the MLP.
+      self_attn, mlp: as in `DecoderLayer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layernorm: nn.RMSNorm,
+        self_attn: Any,
+        post_attention_layernorm: nn.RMSNorm,
+        pre_feedforward_layernorm: nn.RMSNorm,
+        mlp: Any,
+        post_feedforward_layernorm: nn.RMSNorm,
+    ):
+        self.input_layernorm = input_layernorm
+        self.self_attn = self_attn
+        self.post_attention_layernorm = post_attention_layernorm
+        self.pre_feedforward_layernorm = pre_feedforward_layernorm
+        self.mlp = mlp
+        self.post_feedforward_layernorm = post_feedforward_layernorm
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: LayerCache | None = None,
+        *,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`x [B, T, H]` -> the same shape, and the updated cache; see `fdq.nn.Attention`."""
+        with jax.named_scope("self_attn"):
+            rows = normed(self.input_layernorm, x)
+            y, cache = hand_on(self.self_attn, rows, angles, cache, start=start)
+            x = x + self.post_attention_layernorm(y)
+        with jax.named_scope("mlp"):
+            y = hand_on(self.mlp, normed(self.pre_feedforward_layernorm, x))
+            return x + self.post_feedforward_layernorm(y), cache
+
+
+class Sandwich(PreNorm):
+    """A layer that normalizes what its halves read and what they give (Gemma 2 and 3).
+
+    The module is called as `layer(x, angles, cache, start=)`, see `SandwichLayer`.
+    """
+
+    name = "sandwich"
+
+    @override
+    def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> Any:
+        around_attention = ("input_layernorm", "post_attention_layernorm")
+        around_mlp = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        norms = (*around_attention, *around_mlp)
+        return SandwichLayer(**_half_modules(config, layer, norms, dtype, rngs))
+
+
+BLOCKS: Registry[type[Part]] = Registry("block", PreNorm, Sandwich)
 """Orders of norms and residuals, by name."""
 
 ATTENTIONS: Registry[type[Part]] = Registry("attention", GroupedQuery)
 """Kinds of attention, by name."""
 
-MLPS: Registry[type[Part]] = Registry("MLP", SwiGLU, MoEConfig)
+MLPS: Registry[type[Part]] = Registry("MLP", SwiGLU, GeGLU, MoEConfig, ClampedMoE)
 """Kinds of feed-forward halves, dense ones and mixtures, by name."""
 
 ROUTERS: Registry[type[Part]] = Registry("router", SoftmaxRouter)

@@ -15,6 +15,7 @@ from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
 from fdq.nn.parameters import value
 from fdq.ops.attention.api import attention
+from fdq.ops.attention.xla import softmax_beside
 from fdq.ops.rope_append.api import rope_append
 from fdq.ops.rope_append.xla import rotated_heads
 from fdq.ops.rows import Rows
@@ -33,12 +34,13 @@ def causal_attention(
     *,
     sliding_window: int | None = None,
     scale: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "b t heads width"]:
     """Softmax attention of every position to itself and those before it; differentiable.
 
     Head `h` attends to KV head `h // (heads / kv_heads)`. The dtype is that of `q`; scores and
     softmax are float32. `sliding_window` counts the positions that each sees, its own included;
-    `scale` multiplies the scores, `d ** -0.5` if None.
+    `scale` and `sinks` are as in `fdq.attention`.
     """
     b, t, heads, d = q.shape
     kv_heads, width = v.shape[2:]
@@ -57,7 +59,8 @@ def causal_attention(
             visible &= jnp.arange(t)[None, :] > position[:, None] - sliding_window
         # Finite, as jax_debug_infs would stop at an infinity that is meant.
         scores = jnp.where(visible[None, None, None], scores * factor, jnp.float32(_MASKED))
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        column = None if sinks is None else sinks.reshape(1, kv_heads, -1, 1, 1)
+        weights = softmax_beside(scores, column).astype(v.dtype)
         return jnp.einsum(
             "bhgrs,bshd->brhgd", weights, v, precision=highest, preferred_element_type=jnp.float32
         ).astype(rows.dtype)
@@ -79,7 +82,9 @@ class Attention(Caching):
       qkv_proj: `Linear` to q | k | v, fused on N in this order.
       o_proj: `Linear` back to the hidden size.
       q_norm, k_norm: `RMSNorm` over head_dim before the rotation (Qwen3), or None.
+      sinks: `nnx.Param` of `[num_heads]`, see `fdq.attention`, or None.
       sliding_window: positions that a query sees, its own included; None for all before it.
+      scale: multiplies the scores; None for `head_dim ** -0.5`.
     """
 
     def __init__(
@@ -93,6 +98,9 @@ class Attention(Caching):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_epsilon: float | None = None,
+        norm_dtype: Any = None,
+        sinks: bool = False,
+        scale: float | None = None,
         sliding_window: int | None = None,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -105,15 +113,17 @@ class Attention(Caching):
         )
         q_norm = k_norm = None
         if qk_norm_epsilon is not None:
-            q_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=dtype)
-            k_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=dtype)
+            q_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=norm_dtype or dtype)
+            k_norm = RMSNorm(head_dim, epsilon=qk_norm_epsilon, dtype=norm_dtype or dtype)
         self.q_norm: Any = nnx.data(q_norm)
         self.k_norm: Any = nnx.data(k_norm)
+        self.sinks: Any = nnx.data(nnx.Param(jnp.zeros((num_heads,), dtype)) if sinks else None)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.interleaved = interleaved
         self.sliding_window = sliding_window
+        self.scale = scale
 
     @property
     def stored(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -148,7 +158,9 @@ class Attention(Caching):
         """
         b, t, _ = x.shape
         with jax.named_scope("qkv_proj"):
-            qkv, window = sums_of(self.qkv_proj, x), self.sliding_window
+            qkv = sums_of(self.qkv_proj, x)
+        seen: dict[str, Any] = {"sliding_window": self.sliding_window, "scale": self.scale}
+        seen["sinks"] = value(self.sinks)
         settings: dict[str, Any] = {"interleaved": self.interleaved}
         if self.q_norm is not None:
             settings["epsilon"] = self.q_norm.epsilon
@@ -162,7 +174,7 @@ class Attention(Caching):
                 self.kv_observer(k, v)
             if cache is None:
                 with jax.named_scope("attention"):
-                    y = causal_attention(q, k, v, sliding_window=window)
+                    y = causal_attention(q, k, v, **seen)
                 with jax.named_scope("o_proj"):
                     return self.o_proj(y.reshape(b, t, -1)), None
         if start is None:
@@ -170,6 +182,6 @@ class Attention(Caching):
         # Write first, then attend: reading the old cache beside the new one copies it.
         q, *pair = rope_append(qkv, angles, *cache, start, **settings)
         offset = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
-        y = attention(q, *pair, lengths=offset + t, offset=offset, sliding_window=window)
+        y = attention(q, *pair, lengths=offset + t, offset=offset, **seen)
         with jax.named_scope("o_proj"):
             return self.o_proj(y.reshape(b, t, -1)), LayerCache(*pair)

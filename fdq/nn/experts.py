@@ -11,6 +11,7 @@ from flax import nnx
 from fdq.nn.handing_on import reads_rows, sums_of, takes_rows
 from fdq.nn.linear import initial_kernel
 from fdq.nn.parameters import value
+from fdq.ops.gates import Gate, swiglu
 from fdq.ops.grouped_matmul.api import grouped_product
 from fdq.ops.grouped_matmul.product import GroupedProduct, combined
 from fdq.ops.matmul.product import Product
@@ -19,10 +20,11 @@ from fdq.schemes.scheme import ActivationSpec
 
 
 class ExpertLinear(nnx.Module):
-    """`y[t] = x[t] @ kernel[expert_index[t]]` with `kernel [E, K, N]`.
+    """`y[t] = x[t] @ kernel[e] + bias[e]` with `e = expert_index[t]` and `kernel [E, K, N]`.
 
     Attributes:
       kernel: `nnx.Param` of `[E, K, N]`, or a quantized weight that stands for it.
+      bias: `nnx.Param` of `[E, N]`, or None.
       activation, activation_scale: as in `Linear`; one scale serves all experts.
       observer: called with `x` as an array, a row a pick; for calibration.
       expert_axes: names of the mesh axes over which experts are sharded, with commas; `split` notes
@@ -35,11 +37,14 @@ class ExpertLinear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        use_bias: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         shape = (num_experts, in_features, out_features)
         self.kernel: Any = nnx.data(initial_kernel(rngs, shape, dtype))
+        bias = nnx.Param(jnp.zeros((num_experts, out_features), dtype)) if use_bias else None
+        self.bias: Any = nnx.data(bias)
         self.activation: ActivationSpec | None = None
         self.activation_scale: Any = nnx.data(None)
         self.observer: Any = nnx.data(None)
@@ -54,12 +59,13 @@ class ExpertLinear(nnx.Module):
         self, x: Rows, expert_index: jax.Array, beside: Product | None = None
     ) -> GroupedProduct:
         """Of the op that computes the layer, with another product `beside` it."""
-        w, scale = value(self.kernel), value(self.activation_scale)
+        w, scale, bias = value(self.kernel), value(self.activation_scale), value(self.bias)
         arguments = GroupedProduct(
             x,
             w,
             self.activation,
             scale,
+            bias,
             index=expert_index,
             beside=beside,
             dtype=x.dtype,
@@ -71,7 +77,7 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts: `gate_up_proj [E, H, 2 I]` (gate first) and `down_proj [E, I, H]`."""
+    """Gated experts: `gate_up_proj [E, H, 2 I]` (gate first) and `down_proj [E, I, H]`."""
 
     def __init__(
         self,
@@ -79,15 +85,17 @@ class Experts(nnx.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
+        use_bias: bool = False,
+        gate: Gate = swiglu,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        settings: dict[str, Any] = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
         self.gate_up_proj = ExpertLinear(
-            num_experts, hidden_size, 2 * intermediate_size, dtype=dtype, rngs=rngs
+            num_experts, hidden_size, 2 * intermediate_size, **settings
         )
-        self.down_proj = ExpertLinear(
-            num_experts, intermediate_size, hidden_size, dtype=dtype, rngs=rngs
-        )
+        self.down_proj = ExpertLinear(num_experts, intermediate_size, hidden_size, **settings)
+        self.gate = gate
 
     @takes_rows
     def __call__(
@@ -103,9 +111,10 @@ class Experts(nnx.Module):
             up, down = shared.gate_up_proj, shared.down_proj
         with jax.named_scope("gate_up_proj"):
             picked, beside = _products(self.gate_up_proj, x, experts, up, x)
-        rows = None if beside is None else Gated(beside)
+        rows = None if shared is None or beside is None else Gated(beside, shared.gate)
         with jax.named_scope("down_proj"):
-            y, z = _products(self.down_proj, Gated(picked), experts, down, rows, weights)
+            gated = Gated(picked, self.gate)
+            y, z = _products(self.down_proj, gated, experts, down, rows, weights)
             return y.value() if z is None else y.value() + z.value()
 
 

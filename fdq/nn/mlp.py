@@ -12,13 +12,14 @@ from fdq.nn.experts import Experts
 from fdq.nn.handing_on import hand_on, reads_rows, sums_of, takes_rows
 from fdq.nn.linear import Linear, initial_kernel
 from fdq.nn.parameters import value
+from fdq.ops.gates import Gate, swiglu
 from fdq.ops.route.api import route
 from fdq.ops.route.scoring import SOFTMAX, Scoring
 from fdq.ops.rows import Gated, Rows, flattened
 
 
 class MLP(nnx.Module):
-    """SwiGLU: `(silu(x W_gate) * (x W_up)) W_down`, gate and up fused on N in this order."""
+    """`gate(x W_gate, x W_up) W_down`, by default SwiGLU; both fused on N in this order."""
 
     def __init__(
         self,
@@ -26,6 +27,7 @@ class MLP(nnx.Module):
         intermediate_size: int,
         *,
         use_bias: bool = False,
+        gate: Gate = swiglu,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -36,6 +38,7 @@ class MLP(nnx.Module):
             intermediate_size, hidden_size, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
         self.intermediate_size = intermediate_size
+        self.gate = gate
 
     def fused_parts(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """As `Attention.fused_parts`: gate and up, by columns."""
@@ -45,13 +48,16 @@ class MLP(nnx.Module):
     def __call__(self, x: Rows) -> jax.Array:
         """`x [..., H]` -> the same shape and dtype."""
         with jax.named_scope("gate_up_proj"):
-            rows = Gated(sums_of(self.gate_up_proj, x))
+            rows = Gated(sums_of(self.gate_up_proj, x), self.gate)
         with jax.named_scope("down_proj"):
             return hand_on(self.down_proj, rows)
 
 
 class Router(nnx.Module):
-    """`kernel [H, E]` and optionally `correction_bias [E]`, float32 whatever the model's dtype."""
+    """`kernel [H, E]`, and optionally `bias [E]` and `correction_bias [E]`: see `route`.
+
+    All float32 whatever the model's dtype.
+    """
 
     def __init__(
         self,
@@ -63,12 +69,17 @@ class Router(nnx.Module):
         norm_min: float = 0.0,
         correction_bias: bool = False,
         scoring: Scoring = SOFTMAX,
+        use_bias: bool = False,
         rngs: nnx.Rngs,
     ):
         scoring.check(num_experts, top_k)
+
+        def zeros(wanted: bool) -> Any:
+            return nnx.data(nnx.Param(jnp.zeros((num_experts,), jnp.float32)) if wanted else None)
+
         self.kernel: Any = nnx.data(initial_kernel(rngs, (hidden_size, num_experts), jnp.float32))
-        bias = nnx.Param(jnp.zeros((num_experts,), jnp.float32)) if correction_bias else None
-        self.correction_bias: Any = nnx.data(bias)
+        self.bias: Any = zeros(use_bias)
+        self.correction_bias: Any = zeros(correction_bias)
         self.top_k = top_k
         self.normalize = normalize
         self.norm_min = norm_min
@@ -77,9 +88,16 @@ class Router(nnx.Module):
     @takes_rows
     def __call__(self, x: Rows) -> tuple[jax.Array, jax.Array]:
         """`x [T, H]` -> experts [T, top_k] int32 and weights [T, top_k] float32."""
-        kernel, bias = value(self.kernel), value(self.correction_bias)
-        options = {"normalize": self.normalize, "norm_min": self.norm_min, "scoring": self.scoring}
-        return route(x, kernel, bias, top_k=self.top_k, **options)
+        return route(
+            x,
+            value(self.kernel),
+            value(self.correction_bias),
+            bias=value(self.bias),
+            top_k=self.top_k,
+            normalize=self.normalize,
+            norm_min=self.norm_min,
+            scoring=self.scoring,
+        )
 
 
 class MoE(nnx.Module):

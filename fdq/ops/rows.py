@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fdq.ops.gates import Gate, swiglu
 from fdq.ops.placement import in_auto_axes, spec_entries
 
 
@@ -151,9 +152,10 @@ def _biased(y: jax.Array, bias: Any) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """SwiGLU to come: `silu(gate) * up` of the sums `[..., 2 I]` of gate and up, gate first."""
+    """A gate to come, by default SwiGLU: of the sums `[..., 2 I]` of gate and up, gate first."""
 
     sums: Sums
+    gate: Gate = dataclasses.field(default=swiglu, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -168,13 +170,12 @@ class Gated:
 
     def value(self) -> jax.Array:
         """`[..., I]` in `dtype`."""
-        with jax.named_scope("swiglu"):
-            gate, up = self.sums.pieces((self.shape[-1],) * 2)
-            return jax.nn.silu(gate) * up
+        with jax.named_scope(getattr(self.gate, "__name__", "gate")):
+            return self.gate(*self.sums.pieces((self.shape[-1],) * 2))
 
     def reshape(self, *lead: int) -> Gated:
         """The same rows with other leading axes."""
-        return Gated(self.sums.reshape(*lead))
+        return Gated(self.sums.reshape(*lead), self.gate)
 
 
 Rows = jax.Array | Normed | Sums | Gated

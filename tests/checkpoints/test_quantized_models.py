@@ -649,5 +649,5 @@ def test_every_owner_is_in_the_fixtures():
     assert array("gptq", "b4_g32/codes").dtype == np.uint8
     methods = {method for _, method in OWNERS.values()}
     of_fastdeploy = set(FastDeploy.methods)  # by Paddle's bytes, in a file of their own
-    others = {"bitsandbytes", "fbgemm_fp8", "auto-round", "nvfp4", "modelopt_fp4"}
+    others = {"bitsandbytes", "fbgemm_fp8", "auto-round", "nvfp4", "modelopt_fp4", "mxfp4"}
     assert methods | others | of_fastdeploy == set(CODECS)

@@ -26,6 +26,11 @@ def fill(model, tensors):
     def take(*names):
         return np.concatenate([left.pop(name).T for name in names], axis=-1)
 
+    def scale(name):
+        """A norm's scale; Gemma stores it less 1."""
+        stored = left.pop(name)
+        return stored + np.float32(1) if model.config.model_type == "gemma3_text" else stored
+
     def put(variable, array):
         assert variable.shape == array.shape, (variable.shape, array.shape)
         variable.set_value(jnp.asarray(array, variable.dtype))
@@ -48,9 +53,19 @@ def fill(model, tensors):
             if getattr(module, name) is not None:
                 put(getattr(module, name).scale, left.pop(f"{prefix}.{name}.weight"))
 
+    def gpt_oss(block, prefix):
+        linear(block.router, prefix, "router")
+        for name in ("gate_up_proj", "down_proj"):
+            module = getattr(block.experts, name)
+            for variable, end in ((module.kernel, ""), (module.bias, "_bias")):
+                stored = left.pop(f"{prefix}.experts.{name}{end}")
+                if name == "gate_up_proj":
+                    stored = np.concatenate([stored[..., ::2], stored[..., 1::2]], axis=-1)
+                put(variable, stored)
+
     done = []
     put(model.embed_tokens.embedding, left.pop("model.embed_tokens.weight"))
-    put(model.norm.scale, left.pop("model.norm.weight"))
+    put(model.norm.scale, scale("model.norm.weight"))
     if model.lm_head is not None:
         put(model.lm_head.kernel, take("lm_head.weight"))
     for index, layer in enumerate(model.layers):
@@ -62,13 +77,18 @@ def fill(model, tensors):
         else:
             linear(attention.qkv_proj, f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj")
         if getattr(attention, "q_norm", None) is not None:
-            put(attention.q_norm.scale, left.pop(f"{prefix}.self_attn.q_norm.weight"))
-            put(attention.k_norm.scale, left.pop(f"{prefix}.self_attn.k_norm.weight"))
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            put(getattr(layer, norm).scale, left.pop(f"{prefix}.{norm}.weight"))
+            put(attention.q_norm.scale, scale(f"{prefix}.self_attn.q_norm.weight"))
+            put(attention.k_norm.scale, scale(f"{prefix}.self_attn.k_norm.weight"))
+        if getattr(attention, "sinks", None) is not None:
+            put(attention.sinks, left.pop(f"{prefix}.self_attn.sinks"))
+        for norm in (name for name in vars(layer) if name.endswith("layernorm")):
+            put(getattr(layer, norm).scale, scale(f"{prefix}.{norm}.weight"))
         block, prefix = layer.mlp, f"{prefix}.mlp"
         if not hasattr(block, "router"):
             mlp(block, prefix)
+            continue
+        if block.router.bias is not None:
+            gpt_oss(block, prefix)
             continue
         put(block.router.kernel, take(f"{prefix}.gate.weight"))
         if block.router.correction_bias is not None:

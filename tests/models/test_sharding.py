@@ -18,6 +18,7 @@ from tests.models import oracles
         ("ernie4_5_moe", AxisType.Explicit, False),
         ("ernie4_5_moe", AxisType.Auto, True),
         ("deepseek_v3", AxisType.Explicit, False),
+        ("gpt_oss", AxisType.Explicit, False),
     ],
     ids=str,
 )

@@ -89,6 +89,40 @@ MODELS = {
         moe_layer_start_index=1,
         tie_word_embeddings=False,
     ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **COMMON | {"hidden_size": 48},
+        vocab_size=96,
+        num_hidden_layers=3,
+        intermediate_size=64,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+        },
+    ),
+    "gpt_oss": transformers.GptOssConfig(
+        **COMMON | {"hidden_size": 32},
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        head_dim=16,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        sliding_window=6,
+        swiglu_limit=1.5,  # which some reach
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "llama": transformers.LlamaConfig(
         **COMMON,
         vocab_size=112,
@@ -258,14 +292,22 @@ def randomize(model: torch.nn.Module, rng: np.random.Generator) -> None:
         value = rng.standard_normal(tuple(parameter.shape))
         if "e_score_correction_bias" in name:
             value *= 0.15
+        elif name.endswith("sinks"):
+            pass
+        elif "norm" in name and model.config.model_type.startswith("gemma"):
+            # 1 is added; what is added to the residual must outweigh the scaled embeddings, or
+            # each token is followed by itself.
+            value = 0.25 * value + (1.0 if "post_" in name else 0.0)
         elif "embed_tokens" in name or "lm_head" in name:
-            value *= 0.35
+            value *= 0.12 if model.config.model_type.startswith("gemma") else 0.35
         elif "norm" in name:
             value = 1.0 + 0.25 * value
         elif name.endswith("bias"):
             value *= 0.3
-        elif name.endswith("mlp.gate.weight"):
+        elif name.endswith(("mlp.gate.weight", "mlp.router.weight")):
             value *= 1.5 / np.sqrt(parameter.shape[-1])
+        elif model.config.model_type == "gpt_oss" and ".experts." in name:
+            value *= 1.3 / np.sqrt(parameter.shape[-2])  # stored [in, out]
         else:
             value *= 1.3 / np.sqrt(parameter.shape[-1])
         with torch.no_grad():
@@ -295,7 +337,9 @@ def route_margins(model: torch.nn.Module) -> Iterator[list[float]]:
         margins.append(float((ordered[:, router.top_k - 1] - ordered[:, router.top_k]).min()))
 
     routers = [
-        m for n, m in model.named_modules() if n.endswith("mlp.gate") and hasattr(m, "top_k")
+        m
+        for n, m in model.named_modules()
+        if n.endswith(("mlp.gate", "mlp.router")) and hasattr(m, "top_k")
     ]
     handles = [m.register_forward_hook(hook) for m in routers]
     yield margins
@@ -339,6 +383,9 @@ def old_spelling(config: dict) -> dict:
     """The keys that transformers 4 wrote and that most published checkpoints still carry."""
     config = dict(config)
     rope = dict(config.pop("rope_parameters"))
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")

@@ -134,10 +134,10 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def read(self, linear: Linear) -> StoredWeight:
-        """Its weight."""
+        """Its weight; of a stack that of its `expert`."""
 
     def linears(self) -> dict[str, Linear]:
-        """All quantized modules by name."""
+        """All quantized modules by name, stacks by the name of their weight in floats."""
         found = {}
         for name in self.directory.tensors:
             module, _, end = name.rpartition(".")

@@ -1,5 +1,7 @@
 """Models of floats as Hugging Face and Paddle publish them: config.json and safetensors."""
 
+import fnmatch
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +22,8 @@ from fdq_checkpoints.tree_paths import Path
 # What reading a config raises when it holds, say, a list in place of a number.
 _WRONG_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 
+
+_LOGGER = logging.getLogger("fdq")
 
 Parts = Mapping[Path, tensor_names.Source]
 """By target, which tensors make it."""
@@ -117,8 +121,10 @@ def parts_of(
     except _WRONG_KIND as error:
         raise CheckpointError(f"{where}: a value of a wrong kind ({error}).") from error
     is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
-    names = published_names.PADDLE if is_paddle else published_names.HUGGING_FACE
-    own = () if is_paddle else models.FAMILIES[config.model_type].tensor_names
+    family = models.FAMILIES[config.model_type]
+    names = published_names.PADDLE
+    if not is_paddle:
+        names = published_names.HUGGING_FACE.of_family(family, directory.tensors)
     if dtype is None and not ({"dtype", "torch_dtype"} & hf_config.keys()):
         embedding = directory.tensors.get(names.embedding)
         dtype = None if embedding is None else embedding.dtype
@@ -130,12 +136,13 @@ def parts_of(
     head_dim = model.config.head_dim
     q, kv = model.config.num_heads * head_dim, model.config.num_kv_heads * head_dim
     tied = config.tie_word_embeddings and names.head in directory.tensors
-    rules, also_used = (*own, *names.rules), (*optional, *((names.head,) if tied else ()))
+    left_out = _left_out(directory, family)
+    also_used = (*optional, *((names.head,) if tied else ()), *left_out)
     ahead = hf_config.get("num_nextn_predict_layers", hf_config.get("num_mtp_layers"))
     layers = config.num_layers
     sources = tensor_names.sources(
         directory,
-        rules,
+        names.rules,
         targets,
         qkv_widths=(q, kv, kv),
         also_used=also_used,
@@ -144,6 +151,23 @@ def parts_of(
     if tied:
         tensor_names.check_tied_head(directory, names.head, names.embedding)
     return model, sources
+
+
+def _left_out(directory: tensor_names.Tensors, family: models.Family) -> list[str]:
+    """Names of what a model has beside its decoder; says what they are of."""
+    found: dict[str, list[str]] = {}
+    for pattern in family.left_out:
+        names = [name for name in directory.tensors if fnmatch.fnmatchcase(name, pattern)]
+        if names:
+            found[pattern] = names
+    if found:
+        _LOGGER.warning(
+            "%s: a %s model is read as one of text; left out: %s.",
+            directory.path,
+            family.name,
+            ", ".join(f"{pattern} ({len(names)} tensors)" for pattern, names in found.items()),
+        )
+    return [name for names in found.values() for name in names]
 
 
 def _refuse_quantized(directory: SourceDirectory) -> None:

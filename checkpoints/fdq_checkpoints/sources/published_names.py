@@ -6,8 +6,9 @@ for the tensors that it has. Weights are never permuted for RoPE.
 """
 
 import dataclasses
+from collections.abc import Collection, Mapping
 
-from fdq.models.family import Layout, Rule, Widths
+from fdq.models.family import Family, Layout, Rule, Widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,29 @@ class Names:
     embedding: str
     head: str
     rules: tuple[Rule, ...]
+
+    def of_family(self, family: Family, tensors: Collection[str]) -> "Names":
+        """With a family's own rules first, and the beginning of names that `tensors` have."""
+        rules = (*family.tensor_names, *self.rules)
+        for root, head in family.roots.items():
+            renamed = {"model.": root, "lm_head.": head}
+            embedding = _renamed(self.embedding, renamed)
+            if embedding in tensors:
+                rules = tuple(
+                    dataclasses.replace(
+                        rule, names=tuple(_renamed(name, renamed) for name in rule.names)
+                    )
+                    for rule in rules
+                )
+                return Names(embedding, _renamed(self.head, renamed), rules)
+        return dataclasses.replace(self, rules=rules)
+
+
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def _names(root: str, layout: Layout, qkv: tuple[str, ...], gate_up: tuple[str, ...]) -> Names:

@@ -32,10 +32,12 @@ from fdq_checkpoints.sources.fastdeploy import FastDeploy
 from fdq_checkpoints.sources.float8_blocks import Float8
 from fdq_checkpoints.sources.gptq import Awq, Gptq
 from fdq_checkpoints.sources.modelopt import ModelOpt
+from fdq_checkpoints.sources.mxfp4 import Mxfp4
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
 from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.sources.stored_cache import StoredCache
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight, joined_spec
+from fdq_checkpoints.sources.tensor_names import laid_out
 from fdq_checkpoints.tree_paths import Path, dotted
 
 _INPUT_SCALE = "activation_scale"
@@ -45,7 +47,10 @@ _LOGGER = logging.getLogger("fdq")
 
 CODECS: dict[str, type[Codec]] = {
     method: codec
-    for codec in (Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt, FastDeploy)
+    for codec in (
+        *(Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt),
+        *(Mxfp4, FastDeploy),
+    )
     for method in codec.methods
 }
 
@@ -63,20 +68,22 @@ class LinearNames:
             for name, info in directory.tensors.items()
             if name not in hidden and name.rpartition(".")[2] not in codec.unused
         }
-        for module, linear in self.linears.items():
-            name = f"{module}.weight"
+        for linear in self.linears.values():
+            name = linear.floats
             if name in self.tensors:
                 raise CheckpointError(
                     f"{directory.file_name(name)}: tensor {name} is beside the codes of the same "
                     "layer, so it is not clear which counts."
                 )
-            shape = linear.shape if codec.out_first else linear.shape[::-1]
+            shape = linear.float_shape
+            if not codec.out_first:
+                shape = shape[::-1]
             self.tensors[name] = TensorInfo(name, dtype, shape, 0, 0)
+        self._by_weight = {linear.floats: linear for linear in self.linears.values()}
 
     def linear(self, name: str) -> Linear | None:
         """The quantized layer whose weight has this name."""
-        module, _, end = name.rpartition(".")
-        return self.linears.get(module) if end == "weight" else None
+        return self._by_weight.get(name)
 
     def file_name(self, name: str) -> str:
         """The path of the shard that holds a tensor, for errors."""
@@ -96,6 +103,8 @@ class LinearNames:
         linear = self.linear(name)
         if linear is None:
             return self.directory.read(name)
+        if linear.experts is not None:
+            return self.read_rows(name, 0, linear.experts)
         floats = np.asarray(dequantize(self.codec.read(linear).qtensor()))
         if linear.input_factor is not None:
             floats = floats * self.codec.factor_of(linear)[:, None]
@@ -111,10 +120,16 @@ class LinearNames:
         self.directory.close()
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor in floats."""
-        if self.linear(name) is None:
+        """Rows of a tensor in floats, or experts of a stack."""
+        linear = self.linear(name)
+        if linear is None:
             return self.directory.read_rows(name, start, stop)
-        return self.read(name)[start:stop]
+        if linear.experts is None:
+            return self.read(name)[start:stop]
+        result = np.empty((stop - start, *linear.float_shape[1:]), self.tensors[name].dtype)
+        for row, expert in zip(result, linear.each()[start:stop], strict=True):
+            row[:] = dequantize(self.codec.read(expert).qtensor())
+        return result
 
 
 class QuantizedModel(Source):
@@ -140,7 +155,11 @@ class QuantizedModel(Source):
 
     def _linears(self, path: Path) -> list[list[Linear | None]]:
         """By expert (or once), the parts of a target."""
-        return [[self._names.linear(name) for name in names] for names in self._parts[path].parts]
+        found = [[self._names.linear(name) for name in names] for names in self._parts[path].parts]
+        first = found[0][0]
+        if first is None or first.experts is None:
+            return found
+        return [[one] for one in first.each()]
 
     def _spec(self, path: Path) -> Any:
         experts = self._linears(path)
@@ -233,7 +252,7 @@ class QuantizedModel(Source):
         if spec is None:
             return self._parts[path].read(self._names, index)
         experts = self._linears(path)
-        if not self._parts[path].stacked or index is not None:
+        if len(self._parts[path].shape) == 2 or index is not None:
             return self._weight(path, experts[index or 0]).qtensor()
         first = self._weight(path, experts[0]).qtensor()
         arrays = {
@@ -259,7 +278,11 @@ class QuantizedModel(Source):
     def _weight(self, path: Path, parts: Sequence[Linear | None]) -> StoredWeight:
         spec = self._specs[path]
         weights = [self._names.codec.read(one).as_spec(spec) for one in parts if one is not None]
-        return weights[0].joined_with(weights[1:])
+        joined, layout = weights[0].joined_with(weights[1:]), self._parts[path].layout
+        if layout == "transposed":  # as codecs read
+            return joined
+        arrays = {name: laid_out(array, layout) for name, array in joined.arrays.items()}
+        return dataclasses.replace(joined, codes=laid_out(joined.codes, layout), arrays=arrays)
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""

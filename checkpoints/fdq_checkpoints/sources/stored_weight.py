@@ -26,6 +26,9 @@ class Linear:
       input_factor: the end of the name of what multiplies channels of its input, `[in]`, which
         fdq's layers do not.
       order: digest of the order of its rows, where `spec` says that there is one.
+      weight: the end of the name that the weight has in a model of floats.
+      experts: of a stack `[experts, in, out]`, how many it holds, each with a matrix of `shape`.
+      expert: which of them is meant.
     """
 
     module: str
@@ -37,6 +40,25 @@ class Linear:
     whole: float | None = None
     order: str | None = None
     input_factor: str | None = None
+    weight: str = "weight"
+    experts: int | None = None
+    expert: int | None = None
+
+    @property
+    def floats(self) -> str:
+        """The name of the weight in a model of floats."""
+        return f"{self.module}.{self.weight}"
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Its shape there."""
+        return self.shape if self.experts is None else (self.experts, *self.shape[::-1])
+
+    def each(self) -> list["Linear"]:
+        """The experts of a stack, one by one; or itself."""
+        if self.experts is None:
+            return [self]
+        return [dataclasses.replace(self, expert=expert) for expert in range(self.experts)]
 
     @property
     def names(self) -> tuple[str, ...]:

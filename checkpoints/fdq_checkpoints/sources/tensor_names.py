@@ -57,7 +57,8 @@ class Source:
     """How to assemble one target, a path in fdq's tree, from source tensors.
 
     `parts` has for each expert (or only one, if not `stacked` over experts along the first axis)
-    the names joined along the last axis; `shape` is that of the whole target.
+    the names joined along the last axis; `shape` is that of the whole target. A target of experts
+    that is not `stacked` is one source tensor of all of them.
     """
 
     target: Path
@@ -77,13 +78,18 @@ class Source:
             for index in range(len(self.parts)):
                 result[index] = self.read(directory, index)
             return result
-        names = self.parts[expert or 0]
+        names = self.parts[expert or 0 if self.stacked else 0]
         if len(names) == 1:
-            return _laid_out(directory.read(names[0]), self.layout).astype(dtype, copy=False)
+            if expert is None or self.stacked:
+                stored = directory.read(names[0])
+            else:
+                stored = directory.read_rows(names[0], expert, expert + 1)[0]
+            laid = laid_out(stored, self.layout)
+            return laid if self.layout == "plus_one" else laid.astype(dtype, copy=False)
         result = np.empty(self.shape[1:] if self.stacked else self.shape, dtype)
         start = 0
         for name in names:
-            part = _laid_out(directory.read(name), self.layout)
+            part = laid_out(directory.read(name), self.layout)
             result[..., start : start + part.shape[-1]] = part
             start += part.shape[-1]
         return result
@@ -137,9 +143,14 @@ def _exact_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     return functools.reduce(np.promote_types, kinds, np.dtype(np.float32))
 
 
-def _laid_out(array: np.ndarray, layout: Layout) -> np.ndarray:
+def laid_out(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """A stored array in fdq's layout; all but `plus_one` keep its dtype."""
     if layout == "transposed":
         return np.ascontiguousarray(array.T)
+    if layout == "interleaved":
+        return np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
+    if layout == "plus_one":
+        return array.astype(np.float32) + np.float32(1)
     return array.reshape(array.shape[1:]) if layout == "row" else array
 
 

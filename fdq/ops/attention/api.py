@@ -24,6 +24,7 @@ def attention(
     offset: Int[Array, " b"] | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
     block_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t h out"]:
@@ -42,6 +43,8 @@ def attention(
       offset: int32 `[B]`, slot of the first query; `lengths - T` if None.
       sliding_window: slots a query sees, its own included; None for all.
       scale: multiplies the scores; `D ** -0.5` if None.
+      sinks: float `[H]`, a score of each head beside those of the slots, with a value of 0: it
+        takes its share of the softmax (gpt-oss). None for none.
       block_size: slots read at a time by XLA; chosen for the device if None.
       implementation: as in `fdq.matmul`.
 
@@ -50,7 +53,7 @@ def attention(
       no slot gets zeros.
 
     Raises:
-      ValueError: q, k and v that do not belong together, or a window below 1.
+      ValueError: q, k, v and sinks that do not belong together, or a window below 1.
     """
     k = k if isinstance(k, CacheTensor | JoinedKeys) else CacheTensor(k)
     v = v if isinstance(v, CacheTensor) else CacheTensor(v)
@@ -66,9 +69,13 @@ def attention(
         raise ValueError(
             f"attention: sliding_window={sliding_window}, expected 1 or more, or None."
         )
+    if sinks is not None and tuple(sinks.shape) != (h,):
+        raise ValueError(f"attention: expected sinks [{h}], one a head, found {sinks.shape}.")
     lengths = lengths.astype(jnp.int32)
     offset = lengths - t if offset is None else offset.astype(jnp.int32)
     factor = d**-0.5 if scale is None else scale
-    arguments = AttentionArguments(q, k, v, lengths, offset, sliding_window, factor, block_size)
+    arguments = AttentionArguments(
+        q, k, v, lengths, offset, sliding_window, factor, block_size, sinks
+    )
     with jax.named_scope("attention"):
         return ATTENTION.choose(arguments, implementation)(arguments)

@@ -221,6 +221,12 @@ class Side:
             scores = scores - query_sum[:, :, None] * self._of_slots(self.token_zero, start, size)
         return scores * self._of_slots(self.token_scale, start, size)
 
+    def left_out(self, queries: jax.Array) -> jax.Array | float:
+        """`[B, KH, R, 1]` that `finish_scores` leaves in all scores of `scaled` queries alike."""
+        if self.static_zero is None:
+            return 0.0
+        return jnp.sum(queries * self.static_zero, axis=-1, keepdims=True)
+
     def kept(self, x: jax.Array) -> jax.Array:
         """An intermediate that every reader is to read, where each would compute it again."""
         return lax.optimization_barrier(x) if self.chunked else x
@@ -243,7 +249,7 @@ class Side:
         return [s - shift for s in sums]
 
     def static_zero_output(self) -> jax.Array:
-        """`[1, KH, 1, D or 1]`: what zero points add to an output whose weights sum to one."""
+        """`[1, KH, 1, D or 1]`: what zero points take from outputs, times the sum of weights."""
         assert self.static_zero is not None and self.static_scale is not None
         return self.static_zero * self.static_scale
 

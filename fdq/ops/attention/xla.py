@@ -42,6 +42,7 @@ class AttentionArguments:
     sliding_window: int | None
     scale: float
     block_size: int | None = None
+    sinks: jax.Array | None = None
 
     def program(self) -> Program:
         """How the cache is read, so many slots at a time; see `fdq.ops.choice.Program`."""
@@ -62,6 +63,7 @@ def attention_reference(
     offset: Int[Array, " b"] | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
 ) -> Float[Array, "b t h width"]:
     """The meaning of `fdq.attention`: decode the cache, one softmax over all slots, float32."""
     t, h, d = q.shape[1:]
@@ -79,9 +81,20 @@ def attention_reference(
     highest = lax.Precision.HIGHEST
     scores = jnp.einsum("bthd,bhsd->bhts", q.astype(jnp.float32), keys, precision=highest)
     scores = jnp.where(visible, scores * (d**-0.5 if scale is None else scale), _MASKED)
-    weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0.0)
+    weights = softmax_beside(scores, None if sinks is None else sinks.reshape(1, h, 1, 1))
+    weights = jnp.where(visible, weights, 0.0)
     out = jnp.einsum("bhts,bhsd->bthd", weights, values, precision=highest)
     return out.astype(q.dtype)
+
+
+def softmax_beside(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """The softmax of `scores [..., S]` over S, where one more score `[..., 1]` takes its share."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.astype(scores.dtype)
+    largest = lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
+    weights = jnp.exp(scores - largest)
+    return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest))
 
 
 class Xla(Implementation[AttentionArguments]):
@@ -97,14 +110,14 @@ class Xla(Implementation[AttentionArguments]):
         settings = (a.sliding_window, a.scale, a.block_size, traced_for())
         parts = a.program().name == "parts"
         attend = functools.partial(_by_parts if parts else _attend, settings)
-        arrays = (a.q, a.k, a.v, a.lengths, a.offset)
+        arrays = (a.q, a.k, a.v, a.lengths, a.offset, a.sinks)
         return in_auto_axes(attend, *arrays, result=lambda: spec_entries(a.q))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_parts(settings, q, k, v, lengths, offset) -> jax.Array:
+def _by_parts(settings, q, k, v, lengths, offset, sinks) -> jax.Array:
     """Parts of floats are rounded, which has no derivative: that is of the decoded cache's."""
-    return _attend(settings, q, k, v, lengths, offset)
+    return _attend(settings, q, k, v, lengths, offset, sinks)
 
 
 @_by_parts.defjvp
@@ -113,13 +126,13 @@ def _(settings, primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="decoded")
-def _attend(settings, q, k, v, lengths, offset, *, decoded: bool = False) -> jax.Array:
+def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False) -> jax.Array:
     """Traced once for all layers; `settings` are all else that it depends on.
 
     With `decoded` by the program of that name, whatever suits the CPU.
     """
     sliding_window, scale, block_size, _ = settings
-    a = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size)
+    a = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size, sinks)
     program = Program("decoded", block_size or _BLOCK) if decoded else a.program()
     key, value = side_of(a.k, program.name), Side(a.v, program.name)
     b, t, h, d = q.shape
@@ -176,11 +189,16 @@ def _attend(settings, q, k, v, lengths, offset, *, decoded: bool = False) -> jax
         return new_largest, total, out
 
     rows = (b, kh, t * group)
-    start_state = (
-        jnp.full((*rows, 1), _MASKED, jnp.float32),
-        jnp.zeros((*rows, 1), jnp.float32),
-        [jnp.zeros((*rows, width // value.planes), jnp.float32) for _ in range(value.planes)],
-    )
+    nothing = [jnp.zeros((*rows, width // value.planes), jnp.float32) for _ in range(value.planes)]
+    if sinks is None:
+        sink = jnp.full((*rows, 1), _MASKED, jnp.float32)
+        start_state = sink, jnp.zeros((*rows, 1), jnp.float32), nothing
+    else:  # as if a slot with that score had been seen, of value 0
+        sink = jnp.broadcast_to(
+            sinks.astype(jnp.float32).reshape(1, kh, 1, group), (b, kh, t, group)
+        )
+        sink = sink.reshape(*rows, 1) + key.left_out(queries)
+        start_state = sink, jnp.ones((*rows, 1), jnp.float32), nothing
 
     def in_blocks(state):
         return lax.fori_loop(first, last, lambda i, state: read(i, state, block), state)
@@ -189,15 +207,17 @@ def _attend(settings, q, k, v, lengths, offset, *, decoded: bool = False) -> jax
         return read(0, state, slots)
 
     if block == slots:
-        _, total, out = whole(start_state)
+        largest, total, out = whole(start_state)
     elif a.block_size or not few:
-        _, total, out = in_blocks(start_state)
+        largest, total, out = in_blocks(start_state)
     else:
         most = 2 * block * (last - first) > slots
-        _, total, out = lax.cond(most, whole, in_blocks, start_state)
+        largest, total, out = lax.cond(most, whole, in_blocks, start_state)
     out = value.scaled(join_planes(out) / jnp.where(total == 0, jnp.float32(1), total))
     if value.static_zero is not None:
         seen = (total > 0).astype(jnp.float32)
+        if sinks is not None:
+            seen = 1 - jnp.exp(sink - largest) / total
         out = out - seen * value.static_zero_output()
     out = out.reshape(b, kh, t, group, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(b, t, h, width).astype(q.dtype)

@@ -107,6 +107,9 @@ def grouped_product(
         found = in_auto_axes(call, *arrays, result=lambda: _axes(a))
     parts, more = found if joined else (found, None)
     sums = Sums(parts, dtype=a.dtype)
+    if a.bias is not None:
+        arrays = (sums, a.bias, a.index)
+        sums = Sums.of(in_auto_axes(_biased, *arrays, result=lambda: _axes(a)[1:]))
     if weights is not None:
         sums = Sums.of(run.combine(sums, weights))
     if beside is None:
@@ -131,6 +134,11 @@ def _in_order_of_codes(a: GroupedProduct) -> GroupedProduct:
     with mesh_of(x, order):
         x = in_auto_axes(gathered, x, order, a.index, result=lambda: [*_axes(a)[1:-1], None])
     return dataclasses.replace(a, x=x, w=w)
+
+
+def _biased(sums: Sums, bias: jax.Array, index: jax.Array) -> jax.Array:
+    """The sums, rounded, and each with the bias of its expert, as a `Product` has it."""
+    return sums.value() + bias.astype(sums.dtype)[index]
 
 
 def _axes(a: GroupedProduct) -> list[Any]:

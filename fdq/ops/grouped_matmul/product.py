@@ -15,11 +15,12 @@ from fdq.ops.rows import Sums
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class GroupedProduct(Product):
-    """`x[t] @ w[index[t, p]]` of each row and pick, without a bias: see `fdq.grouped_matmul`.
+    """`x[t] @ w[index[t, p]]` of each row and pick: see `fdq.grouped_matmul`.
 
-    One launch may take along the product `beside`, of a weight that is not picked. `axes` are the
-    mesh axes over which experts are known to be sharded. In a `shard` of them, rows with the index
-    E are of none of these: what is returned for them does not count.
+    The bias is `[E, N]`, one an expert; `grouped_product` adds it, not its implementations. One
+    launch may take along the product `beside`, of a weight that is not picked. `axes` are the mesh
+    axes over which experts are known to be sharded. In a `shard` of them, rows with the index E are
+    of none of these: what is returned for them does not count.
     """
 
     index: jax.Array
@@ -37,6 +38,10 @@ class GroupedProduct(Product):
             raise ValueError(
                 f"{self.path}: grouped_matmul expects x [T, K] and w [E, K, N], found x {x} "
                 f"and w {w}."
+            )
+        if self.bias is not None and tuple(self.bias.shape) != (w[0], w[2]):
+            raise ValueError(
+                f"{self.path}: expected a bias [{w[0]}, {w[2]}], found {tuple(self.bias.shape)}."
             )
         lead, index = x[:-1], tuple(self.index.shape)
         if lead not in (index, index[:-1]):

@@ -14,6 +14,7 @@ from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.ops import self_check
 from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import trace_target
+from fdq.ops.gates import swiglu
 from fdq.ops.kernels import Kernel, slower, tuned
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.placement import sharded
@@ -86,7 +87,7 @@ def staged(x: Rows) -> Any:
     x = flattened(x)
     if isinstance(x, Normed):
         return row_sources.Normed(x.x.reshape(x.shape), x.scale, x.epsilon)
-    if isinstance(x, Gated) and x.sums.bias is None and x.sums.order is None:
+    if isinstance(x, Gated) and x.gate is swiglu and x.sums.bias is None and x.sums.order is None:
         return row_sources.Gated(x.sums.parts, x.dtype)
     return as_array(x)
 

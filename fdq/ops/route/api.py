@@ -23,15 +23,17 @@ def route(
     top_k: int,
     normalize: bool = True,
     norm_min: float = 0.0,
+    bias: Float[Array, " e"] | None = None,
     scoring: Scoring = SOFTMAX,
     implementation: str | None = None,
 ) -> tuple[Int[Array, "*t top"], Float[Array, "*t top"]]:
     """Which experts a token goes to, and with what weights.
 
-    `p = softmax(x @ kernel)`; the chosen are the `top_k` largest of `p + correction_bias`; their
-    weights are the unbiased `p`, divided by `max(sum, norm_min)` when `normalize` (ERNIE-4.5;
-    Qwen3-MoE has no bias). With another `scoring` (DeepSeek, GLM) p is that, the chosen are those
-    of the best groups, and weights are scaled at last. All of it is computed in float32.
+    `p = softmax(x @ kernel + bias)`; the chosen are the `top_k` largest of `p + correction_bias`;
+    their weights are `p` without that, divided by `max(sum, norm_min)` when `normalize` (ERNIE-4.5;
+    Qwen3-MoE has no bias; gpt-oss has `bias`, and its softmax over the chosen logits is `p` divided
+    by its sum). With another `scoring` (DeepSeek, GLM) p is that, the chosen are those of the best
+    groups, and weights are scaled at last. All of it is computed in float32.
 
     Args:
       x: `[T, H]`.
@@ -40,6 +42,7 @@ def route(
       top_k: experts per token.
       normalize: whether the weights of a token are made to sum to 1.
       norm_min: the least that they are divided by.
+      bias: float `[E]` of the product, or None.
       scoring: another p than a softmax, groups of experts, a factor of the weights.
       implementation: as in `fdq.matmul`.
 
@@ -50,6 +53,6 @@ def route(
       ValueError: experts that do not fall into the groups of `scoring`.
     """
     scoring.check(kernel.shape[1], top_k)
-    arguments = Routing(x, kernel, correction_bias, top_k, normalize, norm_min, scoring)
+    arguments = Routing(x, kernel, correction_bias, top_k, normalize, norm_min, scoring, bias)
     with jax.named_scope("route"):
         return ROUTE.choose(arguments, implementation)(arguments)

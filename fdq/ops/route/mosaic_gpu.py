@@ -26,6 +26,8 @@ class MosaicGpu(Kernel[Routing]):
         if arguments.scoring != SOFTMAX:
             return f"the kernels choose by a softmax over all experts, found {arguments.scoring}"
         x, kernel = arguments.x, arguments.kernel
+        if arguments.bias is not None:
+            return "no kernel adds a bias to the product"
         hidden, experts = kernel.shape
         if kernel.dtype != jnp.float32 or not supports_router(experts, hidden):
             return f"no kernel routes {kernel.dtype.name} [{hidden}, {experts}]"

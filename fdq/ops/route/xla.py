@@ -24,6 +24,7 @@ class Routing:
     normalize: bool
     norm_min: float
     scoring: Scoring = SOFTMAX
+    bias: jax.Array | None = None
 
 
 class Xla(Implementation[Routing]):
@@ -35,12 +36,13 @@ class Xla(Implementation[Routing]):
         """Experts and weights."""
         a, x = arguments, as_array(arguments.x)
 
-        def product(x, kernel):
+        def product(x, kernel, bias):
             highest = jax.lax.Precision.HIGHEST
-            return jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=highest)
+            y = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=highest)
+            return y if bias is None else y + bias.astype(jnp.float32)[None, :]
 
         # A token's scores are needed together, also where the kernel is sharded over experts.
-        logits = in_auto_axes(product, x, a.kernel, result=lambda: [spec_entry(x, 0), None])
+        logits = in_auto_axes(product, x, a.kernel, a.bias, result=lambda: [spec_entry(x, 0), None])
         options = {"normalize": a.normalize, "norm_min": a.norm_min, "scoring": a.scoring}
         return choose_experts(logits, a.correction_bias, top_k=a.top_k, **options)
 
