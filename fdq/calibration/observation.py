@@ -117,7 +117,7 @@ def calibrate(
 
     Observed are `fdq.nn.Linear`, the experts of `fdq.nn.Experts`, `nnx.Linear`, scan-stacked ones
     too, `nnx.LinearGeneral` that contracts its last axes, and the keys and values of
-    `fdq.nn.Attention`.
+    `fdq.nn.Attention` (the latents of `fdq.nn.LatentAttention`).
 
     Args:
       model: any NNX module.

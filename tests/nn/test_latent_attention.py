@@ -167,6 +167,7 @@ def test_static_scales_come_from_calibration(rng):
     assert (shapes.k.shape, shapes.v_zero.shape) == ((1, RANK), (1, ROPE))
 
 
+@pytest.mark.slow
 def test_latents_are_on_every_device_and_heads_may_be_sharded():
     model, expected = oracles.oracle("deepseek_v3")
     mesh = jax.make_mesh((2,), ("tp",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
