@@ -5,6 +5,7 @@ from fdq.models import (
     deepseek_v3,
     ernie4_5,
     ernie4_5_moe,
+    gemma2,
     gemma3,
     glm4_moe,
     glm4_moe_lite,
@@ -33,7 +34,8 @@ from fdq.models.parts import MoEConfig as MoEConfig
 from fdq.models.parts import Part as Part
 
 for _family in (
-    *(ernie4_5.FAMILY, ernie4_5_moe.FAMILY, gemma3.FAMILY, gemma3.MULTIMODAL, gpt_oss.FAMILY),
+    *(ernie4_5.FAMILY, ernie4_5_moe.FAMILY, gemma2.FAMILY, gemma3.FAMILY, gemma3.MULTIMODAL),
+    gpt_oss.FAMILY,
     *(llama.FAMILY, mistral.FAMILY, phi3.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY),
     *(deepseek_v2.FAMILY, deepseek_v3.FAMILY, glm4_moe.FAMILY, glm4_moe_lite.FAMILY),
 ):

@@ -34,7 +34,10 @@ _STRETCHES = (
     "long_factor",
 )  # fmt: skip
 # Likewise of few decoders.
-_RARE = ("sliding_windows", "local_rotary", "embedding_scale", "norm_dtype", *_PARTS)
+_RARE = (
+    *("sliding_windows", "local_rotary", "embedding_scale", "norm_dtype", "logit_softcap"),
+    *_PARTS,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class DecoderConfig:
       max_position: tokens the model was made for; not enforced.
       tie_word_embeddings: the output head is the embedding table.
       embedding_scale: what the embeddings of tokens are multiplied by, in `dtype` (Gemma).
+      logit_softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); None leaves them.
       qkv_bias, output_bias, mlp_bias: which linear layers have a bias; `output_bias` is that of
         the attention's output projection.
       qk_norm: RMSNorm over head_dim of queries and keys (Qwen3).
@@ -80,6 +84,7 @@ class DecoderConfig:
     norm_dtype: str | None = None
     local_rotary: RotaryConfig | None = None
     embedding_scale: float = 1.0
+    logit_softcap: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False

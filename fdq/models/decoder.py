@@ -13,6 +13,7 @@ from fdq import nn
 from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
 from fdq.models.config import DecoderConfig
 from fdq.nn.embedding import check_vocabulary, token_array
+from fdq.ops.attention.xla import softcapped
 from fdq.ops.placement import mesh_of
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import CacheSpec
@@ -146,9 +147,8 @@ class Decoder(nnx.Module):
     def head(self, hidden: jax.Array) -> jax.Array:
         """`hidden [..., H]` from `extend` -> logits `[..., vocab]` float32."""
         with jax.named_scope("lm_head"):
-            if self.lm_head is None:
-                return self.embed_tokens.attend(hidden, out_dtype=jnp.float32)
-            return self.lm_head(hidden, out_dtype=jnp.float32)
+            head = self.embed_tokens.attend if self.lm_head is None else self.lm_head
+            return softcapped(head(hidden, out_dtype=jnp.float32), self.config.logit_softcap)
 
     @property
     def cache_spec(self) -> CacheSpec | None:

@@ -1,18 +1,14 @@
-"""Gemma 3: norms around both halves, scales that are stored less 1, two bases of rotary positions.
+"""Gemma 3: Gemma 2 with norms of queries and keys, and two bases of rotary positions.
 
 Of a multimodal one its text half.
 """
 
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import FULL, SLIDING, ConfigReader
-from fdq.models.family import Family, Rule
-from fdq.models.parts import GeGLU, GroupedQuery, Sandwich
+from fdq.models.family import Family
+from fdq.models.gemma2 import TENSOR_NAMES, read_base
 from fdq.nn.rotary import RotaryConfig
 
-_LAYER_NORMS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-    "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm",
-)  # fmt: skip
 # What a multimodal config says of images, and what of the whole holds for its text.
 _OF_IMAGES = (
     "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
@@ -26,35 +22,18 @@ _OF_THE_WHOLE = (
 def _read(reader: ConfigReader) -> DecoderConfig:
     reader.usual(
         vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096,
-        bos_token_id=2, eos_token_id=1, pad_token_id=0,
+        num_attention_heads=8, num_key_value_heads=4,
     )  # fmt: skip
-    gelu = ("hidden_activation", "gelu_pytorch_tanh")
-    fields = reader.base(epsilon=1e-6, tie=True, activation=gelu)
-    layers = range(fields["num_layers"])
     pattern = reader.integer(
         "sliding_window_pattern", "_sliding_window_pattern", default=6, least=1
     )
-    windows = reader.window_by_layer([SLIDING if (i + 1) % pattern else FULL for i in layers])
-    rotary = _rotary(reader, FULL, "rope_theta", 1_000_000.0)
-    local = _rotary(reader, SLIDING, "rope_local_base_freq", 10_000.0)
-    bias = reader.flag("attention_bias", default=False)
-    for softcap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        reader.must_be(softcap, None)
-    scalar = reader.integer("query_pre_attn_scalar", default=256, least=1)
+    reader.must_be("attn_logit_softcapping", None)  # which transformers does not apply
+    fields = read_base(reader, pattern)
     return DecoderConfig(
         **fields,
-        qkv_bias=bias,
-        output_bias=bias,
         qk_norm=True,
-        norm_dtype="float32",
-        embedding_scale=fields["hidden_size"] ** 0.5,
-        rotary=rotary,
-        local_rotary=local,
-        sliding_windows=windows,
-        block=Sandwich(),
-        attention=GroupedQuery(scale=scalar**-0.5),
-        mlp=GeGLU(),
+        rotary=_rotary(reader, FULL, "rope_theta", 1_000_000.0),
+        local_rotary=_rotary(reader, SLIDING, "rope_local_base_freq", 10_000.0),
     )
 
 
@@ -91,20 +70,12 @@ def _read_multimodal(reader: ConfigReader) -> DecoderConfig:
     return config.replace(model_type=reader.family)
 
 
-_NORMS = (
-    Rule("norm.scale", ("model.norm.weight",), "plus_one"),
-    *(
-        Rule(f"layers.{{i}}.{norm}.scale", (f"model.layers.{{i}}.{norm}.weight",), "plus_one")
-        for norm in _LAYER_NORMS
-    ),
-)
-
-FAMILY = Family(name="gemma3_text", read=_read, tensor_names=_NORMS)
+FAMILY = Family(name="gemma3_text", read=_read, tensor_names=TENSOR_NAMES)
 
 MULTIMODAL = Family(
     name="gemma3",
     read=_read_multimodal,
-    tensor_names=_NORMS,
+    tensor_names=TENSOR_NAMES,
     roots={
         "model.language_model.": "lm_head.",
         "language_model.model.": "language_model.lm_head.",

@@ -63,12 +63,14 @@ class GroupedQuery(Part):
     Attributes:
       scale: multiplies the scores; None for `head_dim ** -0.5`.
       sinks: whether each head has a learned score beside those of the tokens (gpt-oss).
+      softcap: of the scores, see `fdq.attention`; None for none (Gemma 2).
     """
 
     name = "grouped_query"
 
     scale: float | None = None
     sinks: bool = False
+    softcap: float | None = None
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Attention:
@@ -84,6 +86,7 @@ class GroupedQuery(Part):
             norm_dtype=config.norm_dtype,
             sinks=self.sinks,
             scale=self.scale,
+            softcap=self.softcap,
             sliding_window=config.sliding_window(layer),
             dtype=dtype,
             rngs=rngs,

@@ -15,7 +15,7 @@ from fdq.nn.linear import Linear
 from fdq.nn.norm import RMSNorm
 from fdq.nn.parameters import value
 from fdq.ops.attention.api import attention
-from fdq.ops.attention.xla import softmax_beside
+from fdq.ops.attention.xla import softcapped, softmax_beside
 from fdq.ops.rope_append.api import rope_append
 from fdq.ops.rope_append.xla import rotated_heads
 from fdq.ops.rows import Rows
@@ -35,12 +35,13 @@ def causal_attention(
     sliding_window: int | None = None,
     scale: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b t heads width"]:
     """Softmax attention of every position to itself and those before it; differentiable.
 
     Head `h` attends to KV head `h // (heads / kv_heads)`. The dtype is that of `q`; scores and
     softmax are float32. `sliding_window` counts the positions that each sees, its own included;
-    `scale` and `sinks` are as in `fdq.attention`.
+    `scale`, `sinks` and `softcap` are as in `fdq.attention`.
     """
     b, t, heads, d = q.shape
     kv_heads, width = v.shape[2:]
@@ -58,7 +59,8 @@ def causal_attention(
         if sliding_window is not None:
             visible &= jnp.arange(t)[None, :] > position[:, None] - sliding_window
         # Finite, as jax_debug_infs would stop at an infinity that is meant.
-        scores = jnp.where(visible[None, None, None], scores * factor, jnp.float32(_MASKED))
+        scores = softcapped(scores * factor, softcap)
+        scores = jnp.where(visible[None, None, None], scores, jnp.float32(_MASKED))
         column = None if sinks is None else sinks.reshape(1, kv_heads, -1, 1, 1)
         weights = softmax_beside(scores, column).astype(v.dtype)
         return jnp.einsum(
@@ -85,6 +87,7 @@ class Attention(Caching):
       sinks: `nnx.Param` of `[num_heads]`, see `fdq.attention`, or None.
       sliding_window: positions that a query sees, its own included; None for all before it.
       scale: multiplies the scores; None for `head_dim ** -0.5`.
+      softcap: of the scores, see `fdq.attention`; None for none.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Attention(Caching):
         norm_dtype: Any = None,
         sinks: bool = False,
         scale: float | None = None,
+        softcap: float | None = None,
         sliding_window: int | None = None,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -124,6 +128,7 @@ class Attention(Caching):
         self.interleaved = interleaved
         self.sliding_window = sliding_window
         self.scale = scale
+        self.softcap = softcap
 
     @property
     def stored(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -160,7 +165,7 @@ class Attention(Caching):
         with jax.named_scope("qkv_proj"):
             qkv = sums_of(self.qkv_proj, x)
         seen: dict[str, Any] = {"sliding_window": self.sliding_window, "scale": self.scale}
-        seen["sinks"] = value(self.sinks)
+        seen |= {"sinks": value(self.sinks), "softcap": self.softcap}
         settings: dict[str, Any] = {"interleaved": self.interleaved}
         if self.q_norm is not None:
             settings["epsilon"] = self.q_norm.epsilon

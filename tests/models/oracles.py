@@ -29,7 +29,7 @@ def fill(model, tensors):
     def scale(name):
         """A norm's scale; Gemma stores it less 1."""
         stored = left.pop(name)
-        return stored + np.float32(1) if model.config.model_type == "gemma3_text" else stored
+        return stored + np.float32(1) if model.config.model_type.startswith("gemma") else stored
 
     def put(variable, array):
         assert variable.shape == array.shape, (variable.shape, array.shape)

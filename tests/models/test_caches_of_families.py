@@ -1,4 +1,4 @@
-"""gpt-oss and Gemma 3 quantized: caches of every format, and decoding over one in 8 bits."""
+"""gpt-oss and Gemma quantized: caches of every format, and decoding over one in 8 bits."""
 
 import functools
 
@@ -12,7 +12,7 @@ from fdq.cache.kv_cache import KVCache
 from tests.covering import slow_but
 from tests.models import oracles
 
-NAMES = ("gemma3", "gpt_oss")
+NAMES = ("gemma2", "gemma3", "gpt_oss")
 # What a cache may change in logits, root mean square, by their spread: other experts included.
 CACHES = {"C16": 1e-5, "C8": 0.02, "Cfp8": 0.1, "C4": 0.5}
 

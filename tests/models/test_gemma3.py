@@ -43,7 +43,7 @@ def test_the_older_spelling_stretches_layers_that_see_everything():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping must be a positive number"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"hidden_activation": "silu"}, "expected 'gelu_pytorch_tanh'"),
@@ -59,6 +59,15 @@ def test_the_older_spelling_stretches_layers_that_see_everything():
 def test_what_is_not_computed_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         read({**CONFIG, **changes})
+
+
+def test_gemma_2_caps_scores_and_logits_unless_its_config_says_null():
+    config = oracles.read_config("gemma2")
+    silent = {key: found for key, found in config.items() if "softcapping" not in key}
+    assert (read(silent).attention.softcap, read(silent).logit_softcap) == (50.0, 30.0)
+    null = read(silent | {"attn_logit_softcapping": None, "final_logit_softcapping": None})
+    assert (null.attention.softcap, null.logit_softcap) == (None, None)
+    assert read(silent | {"layer_types": None, "num_hidden_layers": 3}).sliding_windows[1] is None
 
 
 def test_embeddings_are_scaled_in_their_own_dtype_and_norms_stay_exact():

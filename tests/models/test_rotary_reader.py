@@ -178,6 +178,7 @@ SILENT = {  # of transformers' config classes: key-value heads of 32, head_dim, 
     "deepseek_v3": (1, 64, 4096),
     "glm4_moe": (8, 16, 131072),
     "glm4_moe_lite": (1, 64, 202752),
+    "gemma2": (4, 256, 8192),
     "gemma3_text": (4, 256, 131072),
     "gpt_oss": (8, 64, 131072),
 }

@@ -1,4 +1,4 @@
-"""A score of each head beside those of the slots: `attention(..., sinks=)` against one softmax."""
+"""`attention(..., sinks=)`, a score of each head beside those of the slots, and `softcap=`."""
 
 import functools
 
@@ -15,14 +15,16 @@ from tests.covering import slow_but
 from tests.ops.test_attention import KH, SPECS, B, D, H, quantized
 
 
-def by_hand(q, k, v, sinks, lengths):
+def by_hand(q, k, v, sinks, lengths, softcap=None):
     """In float64, with a column for the sink that is left out of the sum."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out = np.zeros(q.shape)
     for b, t, h in np.ndindex(*q.shape[:3]):
         seen = max(int(lengths[b]) - q.shape[1] + t + 1, 0)
         keys, values = (a[b, h // (H // KH), :seen] for a in (k, v))
-        scores = np.append(keys @ q[b, t, h] * D**-0.5, np.float64(sinks[h]))
+        scores = keys @ q[b, t, h] * D**-0.5
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+        scores = np.append(scores, np.float64(sinks[h]))
         weights = np.exp(scores - scores.max())
         out[b, t, h] = (weights / weights.sum())[:-1] @ values
     return out
@@ -39,14 +41,30 @@ def problem(rng, spec):
 def test_takes_its_share_whatever_the_cache_and_the_program(name, rng):
     """Static zero points too, which a softmax without sinks need not subtract from scores."""
     q, k, v, sinks, lengths = problem(rng, SPECS[name])
-    wanted = by_hand(q, k.dequantize(), v.dequantize(), sinks, lengths)
-    assert np.abs(wanted).max() > 0.3
-    reference = ops.attention_reference(q, k, v, lengths=lengths, sinks=sinks)
-    assert error(reference, wanted) < 2e-6
-    for program, block in (("decoded", 16), ("parts", 16), ("lanes", 512)):
+    for program, block, softcap in (("decoded", 16, 0.7), ("parts", 16, None), ("lanes", 512, 2.0)):
+        wanted = by_hand(q, k.dequantize(), v.dequantize(), sinks, lengths, softcap)
+        assert np.abs(wanted).max() > 0.3
+        settings = {"lengths": lengths, "sinks": sinks}
+        reference = ops.attention_reference(q, k, v, softcap=softcap, **settings)
+        assert error(reference, wanted) < 2e-6
         with ops.forced_program(program, block):
-            y = jax.jit(functools.partial(fdq.attention))(q, k, v, lengths=lengths, sinks=sinks)
+            y = jax.jit(functools.partial(fdq.attention, softcap=softcap))(q, k, v, **settings)
         assert error(y, wanted) < 3e-6, program
+
+
+@pytest.mark.parametrize("name", slow_but(("int4 static",), ("C16", "int8 channel", "int4 static")))
+def test_a_softcap_sees_the_scores_themselves(name, rng):
+    """Static zero points too, which a plain softmax need not subtract from scores."""
+    q, k, v, _, lengths = problem(rng, SPECS[name])
+    settings = {"lengths": lengths, "softcap": 0.8}
+    nothing = np.full(H, -np.inf)
+    wanted = by_hand(q, k.dequantize(), v.dequantize(), nothing, lengths, 0.8)
+    y = jax.jit(functools.partial(fdq.attention, softcap=0.8, block_size=16))(
+        q, k, v, lengths=lengths
+    )
+    assert error(y, wanted) < 2e-6
+    assert error(ops.attention_reference(q, k, v, **settings), wanted) < 2e-6
+    assert error(ops.attention_reference(q, k, v, lengths=lengths), wanted) > 1e-2
 
 
 def test_in_a_window_and_of_no_slot(rng):
@@ -81,5 +99,10 @@ def test_one_a_head_and_no_kernel_of_them(rng):
     q, k, v, sinks, lengths = problem(rng, None)
     with pytest.raises(ValueError, match=r"expected sinks \[4\], one a head, found \(3,\)"):
         fdq.attention(q, k, v, lengths=lengths, sinks=sinks[:3])
+    with pytest.raises(ValueError, match=r"softcap=0, expected a positive number"):
+        fdq.attention(q, k, v, lengths=lengths, softcap=0)
+    kernel = {"lengths": lengths, "implementation": "mosaic_gpu"}
     with pytest.raises(NotImplementedError, match="no kernel has attention sinks"):
-        fdq.attention(q[:, :1], k, v, lengths=lengths, sinks=sinks, implementation="mosaic_gpu")
+        fdq.attention(q[:, :1], k, v, sinks=sinks, **kernel)
+    with pytest.raises(NotImplementedError, match="no kernel caps scores"):
+        fdq.attention(q[:, :1], k, v, softcap=50.0, **kernel)

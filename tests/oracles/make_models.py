@@ -89,6 +89,18 @@ MODELS = {
         moe_layer_start_index=1,
         tie_word_embeddings=False,
     ),
+    "gemma2": transformers.Gemma2Config(
+        **COMMON | {"hidden_size": 48},
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        attn_logit_softcapping=1.5,  # both bend what they cap
+        final_logit_softcapping=2.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
     "gemma3": transformers.Gemma3TextConfig(
         **COMMON | {"hidden_size": 48},
         vocab_size=96,

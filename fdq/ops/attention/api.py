@@ -25,6 +25,7 @@ def attention(
     sliding_window: int | None = None,
     scale: float | None = None,
     sinks: Float[Array, " h"] | None = None,
+    softcap: float | None = None,
     block_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t h out"]:
@@ -45,6 +46,7 @@ def attention(
       scale: multiplies the scores; `D ** -0.5` if None.
       sinks: float `[H]`, a score of each head beside those of the slots, with a value of 0: it
         takes its share of the softmax (gpt-oss). None for none.
+      softcap: scaled scores become `softcap * tanh(scores / softcap)` (Gemma 2); None for none.
       block_size: slots read at a time by XLA; chosen for the device if None.
       implementation: as in `fdq.matmul`.
 
@@ -53,7 +55,8 @@ def attention(
       no slot gets zeros.
 
     Raises:
-      ValueError: q, k, v and sinks that do not belong together, or a window below 1.
+      ValueError: q, k, v and sinks that do not belong together, a window below 1, or a softcap
+        that is not positive.
     """
     k = k if isinstance(k, CacheTensor | JoinedKeys) else CacheTensor(k)
     v = v if isinstance(v, CacheTensor) else CacheTensor(v)
@@ -69,13 +72,15 @@ def attention(
         raise ValueError(
             f"attention: sliding_window={sliding_window}, expected 1 or more, or None."
         )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap={softcap}, expected a positive number, or None.")
     if sinks is not None and tuple(sinks.shape) != (h,):
         raise ValueError(f"attention: expected sinks [{h}], one a head, found {sinks.shape}.")
     lengths = lengths.astype(jnp.int32)
     offset = lengths - t if offset is None else offset.astype(jnp.int32)
     factor = d**-0.5 if scale is None else scale
     arguments = AttentionArguments(
-        q, k, v, lengths, offset, sliding_window, factor, block_size, sinks
+        q, k, v, lengths, offset, sliding_window, factor, block_size, sinks, softcap
     )
     with jax.named_scope("attention"):
         return ATTENTION.choose(arguments, implementation)(arguments)

@@ -20,10 +20,12 @@ class MosaicGpu(Kernel[AttentionArguments]):
     """`pallas_kernels.attention`."""
 
     def unsupported(self, arguments: AttentionArguments) -> str | None:
-        """One query, no sinks, caches that the kernels read, nothing sharded."""
+        """One query, plain scores, caches that the kernels read, nothing sharded."""
         a = arguments
         if a.sinks is not None:
             return "no kernel has attention sinks"
+        if a.softcap is not None:
+            return "no kernel caps scores"
         if a.q.shape[1] != 1:
             return f"the kernel takes one query per sequence, found {a.q.shape[1]}"
         if isinstance(a.k, JoinedKeys) or a.k.head_dim != a.v.head_dim:

@@ -221,10 +221,10 @@ class Side:
             scores = scores - query_sum[:, :, None] * self._of_slots(self.token_zero, start, size)
         return scores * self._of_slots(self.token_scale, start, size)
 
-    def left_out(self, queries: jax.Array) -> jax.Array | float:
-        """`[B, KH, R, 1]` that `finish_scores` leaves in all scores of `scaled` queries alike."""
+    def left_in(self, queries: jax.Array) -> jax.Array | None:
+        """What `finish_scores` leaves in all scores of `scaled` queries alike, `[B, KH, R, 1]`."""
         if self.static_zero is None:
-            return 0.0
+            return None
         return jnp.sum(queries * self.static_zero, axis=-1, keepdims=True)
 
     def kept(self, x: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ class AttentionArguments:
     scale: float
     block_size: int | None = None
     sinks: jax.Array | None = None
+    softcap: float | None = None
 
     def program(self) -> Program:
         """How the cache is read, so many slots at a time; see `fdq.ops.choice.Program`."""
@@ -64,6 +65,7 @@ def attention_reference(
     sliding_window: int | None = None,
     scale: float | None = None,
     sinks: Float[Array, " h"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b t h width"]:
     """The meaning of `fdq.attention`: decode the cache, one softmax over all slots, float32."""
     t, h, d = q.shape[1:]
@@ -80,11 +82,17 @@ def attention_reference(
         visible &= slot > position - sliding_window
     highest = lax.Precision.HIGHEST
     scores = jnp.einsum("bthd,bhsd->bhts", q.astype(jnp.float32), keys, precision=highest)
-    scores = jnp.where(visible, scores * (d**-0.5 if scale is None else scale), _MASKED)
+    scores = softcapped(scores * (d**-0.5 if scale is None else scale), softcap)
+    scores = jnp.where(visible, scores, _MASKED)
     weights = softmax_beside(scores, None if sinks is None else sinks.reshape(1, h, 1, 1))
     weights = jnp.where(visible, weights, 0.0)
     out = jnp.einsum("bhts,bhsd->bthd", weights, values, precision=highest)
     return out.astype(q.dtype)
+
+
+def softcapped(scores: jax.Array, cap: float | None) -> jax.Array:
+    """`cap * tanh(scores / cap)`: what is far below the cap stays as it is; None leaves all."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def softmax_beside(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
@@ -107,7 +115,7 @@ class Xla(Implementation[AttentionArguments]):
         a = arguments
         if any(isinstance(n, int) and n == 0 for n in (*a.q.shape, a.k.shape[2])):
             return jnp.zeros((*a.q.shape[:3], a.v.head_dim), a.q.dtype)
-        settings = (a.sliding_window, a.scale, a.block_size, traced_for())
+        settings = (a.sliding_window, a.scale, a.block_size, a.softcap, traced_for())
         parts = a.program().name == "parts"
         attend = functools.partial(_by_parts if parts else _attend, settings)
         arrays = (a.q, a.k, a.v, a.lengths, a.offset, a.sinks)
@@ -131,7 +139,7 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
 
     With `decoded` by the program of that name, whatever suits the CPU.
     """
-    sliding_window, scale, block_size, _ = settings
+    sliding_window, scale, block_size, softcap, _ = settings
     a = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size, sinks)
     program = Program("decoded", block_size or _BLOCK) if decoded else a.program()
     key, value = side_of(a.k, program.name), Side(a.v, program.name)
@@ -148,6 +156,8 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
     position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
     queries = key.scaled(queries)
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
+    # A softmax does not see what all scores have in common; sinks and caps do.
+    common = None if sinks is None and softcap is None else key.left_in(queries)
     query_rows = key.rows(queries)
     # A whole cache is read where nobody has to write its codes once more, as narrower ones.
     few = (
@@ -176,6 +186,8 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
         visible = (slot >= unseen) & (slot < upper[:, None, :, None])
         scores = key.dots(query_rows, start, block)
         scores = key.finish_scores(scores, query_sum, start, block)
+        scores = scores if common is None else scores - common[:, :, None]
+        scores = softcapped(scores, softcap)
         scores = key.kept(jnp.where(visible[:, None], scores, jnp.float32(_MASKED)))
         new_largest = jnp.max(jnp.max(scores, axis=-1, keepdims=True), axis=2)
         new_largest = jnp.maximum(largest, new_largest)
@@ -197,7 +209,7 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
         sink = jnp.broadcast_to(
             sinks.astype(jnp.float32).reshape(1, kh, 1, group), (b, kh, t, group)
         )
-        sink = sink.reshape(*rows, 1) + key.left_out(queries)
+        sink = sink.reshape(*rows, 1)
         start_state = sink, jnp.ones((*rows, 1), jnp.float32), nothing
 
     def in_blocks(state):
