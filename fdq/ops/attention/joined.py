@@ -83,6 +83,12 @@ class JoinedSide:
         del query_sum, start, size
         return scores
 
+    def left_in(self, queries: jax.Array) -> jax.Array | None:
+        """As `Side.left_in`: what all parts leave."""
+        pairs = zip(self.sides, self._cut(queries), strict=True)
+        found = [left for side, part in pairs if (left := side.left_in(part)) is not None]
+        return functools.reduce(jnp.add, found) if found else None
+
     def _cut(self, x: jax.Array) -> list[jax.Array]:
         return jnp.split(x, self.ends, axis=-1)
 
