@@ -178,8 +178,8 @@ def test_weights_are_what_the_definition_says(kind, tmp_path, rng, caplog):
         np.testing.assert_allclose(found, wanted[...], rtol=3e-7, atol=1e-12)
     assert isinstance(weights(model)[-1], fdq.QTensor)
     assert ("not checked against a published file" in caplog.text) == (kind == "wint2")
-    tokens = jnp.array([[1, 5, 9, 2, 8]])
-    if "fp8" not in kind:  # whose inputs are quantized too
+    if kind in ("wint8", "experts"):  # the same path for others, but quantized inputs of float8
+        tokens = jnp.array([[1, 5, 9, 2, 8]])
         np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-3, rtol=1e-3)
 
 
@@ -210,7 +210,7 @@ def cache_scales(rng, size, zero=False):
     [
         ("int8", KV * D, (KV, D), 127),
         slow("float8_e4m3fn", KV, (KV, 1), 448),
-        ("int4_zp", KV, (KV, 1), 1),
+        slow("int4_zp", KV, (KV, 1), 1),
     ],
 )
 def test_scales_of_the_cache_are_those_of_the_model(kind, size, shape, bound, tmp_path, rng):

@@ -509,6 +509,18 @@ def of_bits(format, bits, type):
         ("gptq", _nothing, {"dynamic": {".*up.*": {"rotation": "x"}}}, "rotation = 'x', expected"),
         ("gptq", _nothing, {"dynamic": {".*up.*": {"bits": 5}}}, "bits = 5, expected"),
         ("gptq", _nothing, {"dynamic": {".*up.*": 8}}, "an object"),
+        (
+            "gptq",
+            _nothing,
+            {"extra_config": {"model.layers.1.mlp": {"bits": 16}}},
+            "has codes, but",
+        ),
+        (
+            "gptq",
+            _nothing,
+            {"extra_config": {"model.layers.1.mlp": {"bits": 8}}},
+            "qzeros' is int32",
+        ),
         ("awq", _nothing, {"version": "gemv"}, "version = 'gemv', expected gemm"),
         ("packed", _nothing, {"config_groups": None}, "config_groups"),
         ("packed", _nothing, {"transform_config": {"R1": {}}}, "rotations of weights are not und"),

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -309,13 +310,7 @@ class Names:
         if not pattern.startswith("re:"):
             return module == pattern or module.startswith(pattern + ".")
         expression = pattern.removeprefix("re:")
-        repeated = len(re.findall(r"(?<!\\)[*+]|\{\d*,\d*\}", expression))
-        if (
-            len(expression) > _LONGEST_PATTERN
-            or len(module) > _LONGEST_NAME
-            or repeated > _MOST_REPETITIONS
-            or re.search(r"\)\s*[*+{]", expression)
-        ):
+        if len(module) > _LONGEST_NAME or not _is_safe(expression):
             raise CheckpointError(
                 f"{self.where}: the pattern {expression!r:.80} is too long, or repeats too much to "
                 "be matched safely. Write the modules' names in its place."
@@ -326,6 +321,14 @@ class Names:
             raise CheckpointError(
                 f"{self.where}: the pattern {expression!r:.80} is no regular expression: {error}."
             ) from None
+
+
+@functools.lru_cache(maxsize=8192)
+def _is_safe(expression: str) -> bool:
+    """Whether a regular expression is matched in few steps, whatever the name."""
+    repeated = len(re.findall(r"(?<!\\)[*+]|\{\d*,\d*\}", expression))
+    few = len(expression) <= _LONGEST_PATTERN and repeated <= _MOST_REPETITIONS
+    return few and not re.search(r"\)\s*[*+{]", expression)
 
 
 def scale_dtype(info: TensorInfo, directory: SourceDirectory) -> str:

@@ -39,8 +39,10 @@ _BITS = (2, 3, 4, 8)
 # How codes were chosen, which says nothing about what they mean.
 _OF_MAKING = (
     *("mse", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential"),
-    *("act_group_aware", "adapter", "smooth", "v2", "method"),
+    *("act_group_aware", "adapter", "smooth", "v2", "method", "gptaq", "foem", "fallback"),
+    *("failsafe", "hessian", "hessian_chunk_size", "meta"),
 )
+_MOST_RULES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +113,15 @@ class Gptq(_Grouped):
         if section.content.get("quant_method") == "auto-round":
             section.one_of("packing_format", ("auto_round:auto_gptq",))
         section.absent("is_marlin_format", because="Marlin's layout is not read")
-        section.absent("extra_config", because="bits of single layers are not read from there")
         section.one_of("pack_dtype", ("int32",), "int32")
-        self.rules = list(self._rules(section))
+        self.rules = [*self._rules(section), *self._named(section)]
         self.ignored = Names(section.names("modules_to_not_convert"), section.where)
 
     def _rules(self, section: Section) -> Iterator[tuple[Names, _Settings | None]]:
         """What `dynamic` says: which layers, and their settings; None leaves them in floats."""
         rules = section.part("dynamic")
+        if rules and len(rules.content) > _MOST_RULES:
+            raise section.wrong("dynamic", f"at most {_MOST_RULES} rules")
         for rule in rules.content if rules else ():
             names = Names(("re:" + rule.removeprefix("+:").removeprefix("-:"),), section.where)
             if rule.startswith("-:"):
@@ -129,6 +132,15 @@ class Gptq(_Grouped):
                 raise section.wrong("dynamic", "an object for each pattern")
             part.only("bits", "group_size", "sym", "desc_act", *_OF_MAKING)
             yield names, _Settings.of(part, self.settings)
+
+    def _named(self, section: Section) -> Iterator[tuple[Names, _Settings | None]]:
+        """What AutoRound's `extra_config` says, by the names of layers; 16 bits are floats."""
+        layers = section.part("extra_config")
+        for name, part in zip(layers.content, layers.parts(), strict=True) if layers else ():
+            part.one_of("act_bits", (16, 32), 16)
+            is_float = part.content.get("bits") in (16, 32)
+            names = Names((name,), section.where)
+            yield names, None if is_float else _Settings.of(part, self.settings)
 
     def _settings(self, module: str) -> _Settings | None:
         """By the first rule that a layer is of."""
