@@ -111,6 +111,8 @@ ROWS = (
         0.008990,
         0.016074,
     ),
+    Row("INT4 g64 affine", _group("int4", 64, zero_point="offset"), "absmax"),
+    Row("INT4 g64 affine", _group("int4", 64, zero_point="offset"), "search"),
     Row("NF4 g64", _group("nf4", 64), "absmax", 0.008469, 0.010981),
     Row(
         "NF4 g64 double quantized",

@@ -46,6 +46,8 @@ TOGETHER = {
     "fdq_checkpoints.loading": "fdq_checkpoints.__init__",
     "fdq_checkpoints.inspection": "fdq_checkpoints.__init__",
     "fdq_checkpoints.conversion": "fdq_checkpoints.__init__",
+    "fdq_checkpoints.export": "fdq_checkpoints.__init__",
+    "fdq_checkpoints.exporting": "fdq_checkpoints.__init__",
 }
 COLUMNS = (
     "fdq_checkpoints",

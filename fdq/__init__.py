@@ -43,6 +43,7 @@ from fdq.schemes.scheme import CacheSpec as CacheSpec
 from fdq.schemes.scheme import Scheme as Scheme
 from fdq.schemes.scheme import WeightSpec as WeightSpec
 from fdq.storage import convert as convert
+from fdq.storage import export as export
 from fdq.storage import load as load
 from fdq.storage import save as save
 

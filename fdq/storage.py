@@ -1,4 +1,4 @@
-"""`fdq.load`, `fdq.convert` and `fdq.save`: the door to `fdq_checkpoints`, imported when used."""
+"""`load`, `convert`, `save` and `export`: the door to `fdq_checkpoints`, imported when used."""
 
 from __future__ import annotations
 
@@ -194,3 +194,57 @@ def save(
     Examples:
       >>> fdq.save(model, "ernie-w4a16c8")  # doctest: +SKIP
     """
+
+
+def export(
+    model: Any,
+    dst: str | os.PathLike[str],
+    *,
+    to: str,
+    dtype: Any = None,
+    shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Any:
+    """Writes a model as transformers, vLLM and others load it, its codes repacked bit for bit.
+
+    Nothing is quantized again: what the layout cannot hold exactly is refused before anything is
+    written. Of a checkpoint about one tensor is in memory.
+
+    Args:
+      model: the path of an fdq checkpoint (or of anything else that fdq loads as a model), or an
+        fdq model.
+      dst: the directory to make, beside the checkpoint. It appears when it is complete.
+      to: `"compressed-tensors"`, `"gptq"`, `"gptq_v2"`, `"mxfp4"`, `"nvfp4"`, `"fp8"`,
+        `"bitsandbytes"` (NF4), `"gguf"`, `"dense"` (decoded), or another of
+        `fdq_checkpoints.export.EXPORTERS`.
+      dtype: with `"dense"` `"float32"`, `"bfloat16"` or `"float16"` of what is decoded; by default
+        that of the model.
+      shard_bytes: the most bytes of tensors in one file.
+      overwrite: replace an earlier export at `dst`.
+      progress: called after each tensor with (bytes done, bytes in all, path).
+
+    Returns:
+      An `fdq_checkpoints.exporting.Exported`: path, bytes, what is stored how, and notes.
+
+    Raises:
+      FileExistsError: `dst` exists.
+      FileNotFoundError: there is no such checkpoint.
+      fdq_checkpoints.CheckpointError: a tensor that the layout cannot hold (the message names one
+        that can), a damaged checkpoint, a disk that is too small. Nothing is left behind.
+      ValueError: an unknown `to` or dtype.
+
+    Examples:
+      >>> fdq.export("qwen3-w4", "qwen3-gptq", to="gptq")  # doctest: +SKIP
+    """
+    from fdq_checkpoints import exporting
+
+    return exporting.export(
+        model,
+        dst,
+        to=to,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )

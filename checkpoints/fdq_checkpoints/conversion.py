@@ -257,7 +257,7 @@ class _Work:
         def is_stale(path: tree_paths.Path) -> bool:
             if path not in self._known:
                 return False
-            names = {str(file.relative_to(source.folder)) for file in source.files_of(path)}
+            names = {source.key_of(file) for file in source.files_of(path)}
             return not names.isdisjoint(changed)
 
         before = len(journal.done)

@@ -204,6 +204,10 @@ class Job:
             for start, stop in ranges
         ]
 
+    def value(self, tensor: Tensor) -> Any:
+        """One of the tensors of `tree`, with its values, on the host."""
+        return self._done(tensor, None)[2]
+
     @functools.cached_property
     def _stored(self) -> dict[Path, Any]:
         return {tensor.path: tensor.value for tensor in tree_paths.flatten(self.source.tree)}

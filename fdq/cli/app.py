@@ -5,7 +5,18 @@ from typing import Annotated
 import typer
 
 import fdq
-from fdq.cli import convert, demo, evaluate, generate, inspect, kernels, models, plan, schemes
+from fdq.cli import (
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    kernels,
+    models,
+    plan,
+    schemes,
+)
 
 app = typer.Typer(
     name="fdq",
@@ -32,5 +43,5 @@ def _options(
     pass
 
 
-for module in (demo, convert, inspect, generate, evaluate, plan, schemes, models, kernels):
+for module in (demo, convert, export, inspect, generate, evaluate, plan, schemes, models, kernels):
     app.command(module.NAME, epilog=module.EXAMPLE)(module.run)

@@ -86,7 +86,8 @@ Scheme = Annotated[str, typer.Option("--scheme", "-s", help=SCHEME_HELP)]
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def _dtype(name: str | None) -> str | None:
+def check_dtype(name: str | None) -> str | None:
+    """The name of a dtype that models compute in, or None; else it ends the program."""
     if name is not None and name not in _DTYPES:
         fail(f"--dtype {name!r}: expected one of {', '.join(_DTYPES)}.", WRONG_USE)
     return name
@@ -95,7 +96,7 @@ def _dtype(name: str | None) -> str | None:
 Dtype = Annotated[
     str | None,
     typer.Option(
-        callback=_dtype,
+        callback=check_dtype,
         help="Dtype of what is not quantized: " + ", ".join(_DTYPES) + ". Default: the file's.",
     ),
 ]
@@ -263,6 +264,17 @@ def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
     from fdq_checkpoints.readers.local_directory import local_directory
 
     return local_directory(path)
+
+
+def text_directory(path: pathlib.Path) -> pathlib.Path:
+    """Where the tokenizer of a checkpoint is; of a model in GGUF it is made of what that says."""
+    from fdq_checkpoints.sources import open_source
+    from fdq_checkpoints.sources.gguf import GGUF_MODELS
+
+    if not GGUF_MODELS.claims(path):
+        return path
+    with open_source(path) as source:
+        return source.companions()[0].parent
 
 
 def decoder_directory(path: pathlib.Path) -> pathlib.Path:

@@ -47,7 +47,7 @@ def run(
         console.checkpoint_directory(against)
     content = read_text(text, max_bytes)
     recipe = console.loading_scheme(scheme)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(console.text_directory(directory))
     tokens = tokenizer.encode(content, bos=True)
     # Without a token that begins a text, the first one is context only.
     scored = content if tokenizer.bos_token_id is not None else tokenizer.decode(tokens[1:])

@@ -59,9 +59,10 @@ def run(
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, scheme=recipe, dtype=dtype, progress=update)
     if model.tokenizer_path is None:
+        what = "no tokenizer that fdq reads" if directory.is_file() else "no tokenizer.json"
         raise ValueError(
-            f"{directory}: no tokenizer.json, which a prompt needs. Put that of the original model "
-            "into the directory."
+            f"{directory}: {what}, which a prompt needs. Put that of the original model into the "
+            "directory of a model in safetensors or of fdq's."
         )
     console.check_cache(cache, model)
     pieces: list[str] = []

@@ -38,7 +38,7 @@ def integral(format: Any, spec: WeightSpec, fit: Fit, k: int) -> float:
     `k` rows of the weight are the size of a group per channel; per tensor it is `k * k`.
     """
     size = max(2, grouping.group_rows(spec, k, k))
-    extremes = 2 if spec.zero_point == "integer" else 1
+    extremes = 1 if spec.symmetric else 2
     if extremes == 2:
         low, high = _range_nodes(size)
     else:
@@ -59,7 +59,8 @@ def integral(format: Any, spec: WeightSpec, fit: Fit, k: int) -> float:
         parameters = fit(example, spec)
         scale = format.multiplier(parameters, spec)[0, 0]
         zero = parameters["zero"][0, 0].astype(jnp.float32) if "zero" in parameters else None
-        return x - format.project(x / scale, spec, zero) * scale
+        offset = parameters["offset"][0, 0].astype(jnp.float32) if "offset" in parameters else 0.0
+        return x - offset - format.project((x - offset) / scale, spec, zero) * scale
 
     points = (np.arange(POINTS) + 0.5) / POINTS
     x = low[:, None] + (high - low)[:, None] * points
@@ -96,8 +97,11 @@ def searched(format: Any, spec: WeightSpec, k: int) -> float:
         scale = format.multiplier(parameters, spec)[..., None, :] * sign
         zero = parameters.get("zero")
         zero = None if zero is None else zero.astype(jnp.float32)[..., None, :]
-        level = format.project(groups / scale, spec, zero)
-        return jnp.sum(jnp.square(groups - level * scale), axis=-2)
+        above = groups
+        if "offset" in parameters:
+            above = groups - parameters["offset"].astype(jnp.float32)[..., None, :]
+        level = format.project(above / scale, spec, zero)
+        return jnp.sum(jnp.square(above - level * scale), axis=-2)
 
     signs = (1.0, -1.0) if format.lopsided(spec) else (1.0,)
     least = jnp.full(groups.shape[:-2] + groups.shape[-1:], jnp.inf)

@@ -145,8 +145,9 @@ class Format(abc.ABC):
 
     def array_names(self, spec: WeightSpec) -> tuple[str, ...]:
         """What a `QTensor` of such a spec holds, in the order of its pytree."""
-        zero = ("zero",) if spec.zero_point == "integer" else ()
-        return ("codes", "scale", *zero, *(("row_order",) if spec.row_order else ()))
+        beside = {"integer": ("zero",), "offset": ("offset",)}
+        names = ("codes", "scale", *beside.get(spec.zero_point, ()))
+        return (*names, "row_order") if spec.row_order else names
 
     def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """Parameters of a float32 weight `[..., K, N]` from its largest magnitudes."""
@@ -168,6 +169,7 @@ class Format(abc.ABC):
 
     # How an op reads a weight without decoding it first, if the format has a `unit`. Invariant:
     # decode[k, n] = unit_factor * (decode_unit[k, n] - zero[k // g, n]) * multiplier[k // g, n]
+    #                + offset[k // g, n]
 
     @property
     def unit(self) -> tuple[int, int] | None:
@@ -232,7 +234,7 @@ class Format(abc.ABC):
 
 
 class ScaledFormat(Format):
-    """A format with levels of its own and one scale per group: `w ~= scale * level`.
+    """A format with levels of its own and one scale per group: `w ~= scale * level (+ offset)`.
 
     Subclasses say what the levels are (`project`), how a level is stored (`to_codes` and
     `from_codes`) and which scales to try.
@@ -240,7 +242,7 @@ class ScaledFormat(Format):
 
     @abc.abstractmethod
     def project(self, u: jax.Array, spec: WeightSpec, zero: Any = None) -> jax.Array:
-        """The level nearest to `u = w / scale` (float32, any shape); `zero` broadcasts."""
+        """The level nearest to `u = (w - offset) / scale` (float32); `zero` broadcasts."""
 
     @abc.abstractmethod
     def to_codes(self, levels: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
@@ -284,8 +286,9 @@ class ScaledFormat(Format):
         # XLA may leave out a rounding to a short dtype that is followed by a conversion back.
         stored: Arrays = jax.lax.optimization_barrier(parameters)
         scale = grouping.expand(self.multiplier(stored, spec), spec, k, n)
-        zero = self._expanded_zero(stored, spec, k, n)
-        levels = self.project(exact_arithmetic.quotient(w, scale), spec, zero)
+        zero, offset = (_expanded(stored, name, spec, k, n) for name in ("zero", "offset"))
+        above = w if offset is None else w - offset
+        levels = self.project(exact_arithmetic.quotient(above, scale), spec, zero)
         codes = self.to_codes(levels, spec, zero)
         return {"codes": packing.pack(codes, self.bits), **stored}
 
@@ -296,8 +299,11 @@ class ScaledFormat(Format):
         codes = packing.unpack(arrays["codes"], self.bits, padding)
         k, n = codes.shape[-2:]
         scale = grouping.expand(self.multiplier(arrays, spec), spec, k, n)
-        zero = self._expanded_zero(arrays, spec, k, n)
-        return (self.from_codes(codes, spec, zero) * scale).astype(dtype)
+        zero, offset = (_expanded(arrays, name, spec, k, n) for name in ("zero", "offset"))
+        levels = self.from_codes(codes, spec, zero)
+        if offset is None:
+            return (levels * scale).astype(dtype)
+        return (exact_arithmetic.product(levels, scale) + offset).astype(dtype)
 
     def shape_from_codes(self, codes: tuple[int, ...], padding: int) -> tuple[int, ...]:
         """Shape of the codes -> shape of the weight."""
@@ -308,10 +314,6 @@ class ScaledFormat(Format):
         """Rows that fill it."""
         return packing.padding_rows(k, self.bits)
 
-    def _expanded_zero(self, parameters: Arrays, spec: WeightSpec, k: int, n: int) -> Any:
-        zero = parameters.get("zero")
-        return None if zero is None else grouping.expand(zero.astype(jnp.float32), spec, k, n)
-
     def columns_apart(self, spec: WeightSpec) -> bool:
         """Unless a scale serves several columns."""
         return spec.granularity in ("channel", "group") and not spec.double_quantization
@@ -319,3 +321,9 @@ class ScaledFormat(Format):
     def search_distortion(self, spec: WeightSpec, k: int) -> float:
         """Simulated: the best candidate of every group of a seeded sample."""
         return distortion.searched(self, spec, k)
+
+
+def _expanded(parameters: Arrays, name: str, spec: WeightSpec, k: int, n: int) -> Any:
+    """A float32 array beside the scale as it meets a `[..., k, n]` weight; None without one."""
+    found = parameters.get(name)
+    return None if found is None else grouping.expand(found.astype(jnp.float32), spec, k, n)

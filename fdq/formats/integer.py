@@ -1,4 +1,4 @@
-"""Integers of 8, 4, 3 and 2 bits: uniform levels, `w ~= (code - zero) * scale`.
+"""Integers of 8, 4, 3 and 2 bits: uniform levels, `w ~= (code - zero) * scale (+ offset)`.
 
 ==============  =======================  =====================================================
 `zero_point`    levels                   stored codes
@@ -6,6 +6,8 @@
 `none`          -2^(b-1) .. 2^(b-1) - 1  int8 (8 bits), else offset binary: level + 2^(b-1)
 `half`          odd multiples of 1/2     as `none`; zero is the constant -1/2, not stored
 `integer`       code - zero              unsigned, 0 .. 2^b - 1; `zero` is uint8
+`offset`        code                     as `integer`; `w ~= code * scale + offset`, the offset of
+                                         the scale's shape and dtype (MLX, GGUF's Q4_1 and Q4_K)
 ==============  =======================  =====================================================
 """
 
@@ -36,7 +38,7 @@ class Integer(ScaledFormat):
         bits: int,
         group_size: int | None,
         *aliases: str,
-        zero_points: tuple[str, ...] = ("none", "half", "integer"),
+        zero_points: tuple[str, ...] = ("none", "half", "integer", "offset"),
     ):
         self.bits = bits
         self.name, self.grammar_name = f"int{bits}", str(bits)
@@ -54,12 +56,16 @@ class Integer(ScaledFormat):
             return jnp.clip(jnp.floor(u), self.lowest, self.highest) + jnp.float32(0.5)
         if spec.zero_point == "integer":
             return jnp.clip(jnp.round(u), 0.0 - zero, 2.0**self.bits - 1.0 - zero)
+        if spec.zero_point == "offset":
+            return jnp.clip(jnp.round(u), 0.0, 2.0**self.bits - 1.0)
         return jnp.clip(jnp.round(u), self.lowest, self.highest)
 
     def to_codes(self, levels: jax.Array, spec: WeightSpec, zero: Any) -> jax.Array:
         """Levels -> int8 (8 bits, signed) or unsigned uint8 codes, not yet packed."""
         if spec.zero_point == "integer":
             return (levels + zero).astype(jnp.uint8)
+        if spec.zero_point == "offset":
+            return levels.astype(jnp.uint8)
         if spec.zero_point == "half":
             levels = levels - jnp.float32(0.5)
         if self.bits == 8:
@@ -75,12 +81,20 @@ class Integer(ScaledFormat):
     def integer_offset(self, spec: WeightSpec) -> float:
         """Half of the codes, and the half of half-integer levels."""
         half = 0.5 if spec.zero_point == "half" else 0.0
-        unsigned = self.bits < 8 and spec.zero_point != "integer"
-        return (2.0 ** (self.bits - 1) if unsigned else 0.0) - half
+        shifted = self.bits < 8 and spec.zero_point in ("none", "half")
+        return (2.0 ** (self.bits - 1) if shifted else 0.0) - half
+
+    def magnitudes(self, spec: WeightSpec) -> tuple[float, float]:
+        """An offset is as large as the weights, and a scale may be a part of what it could be."""
+        low, high = super().magnitudes(spec)
+        limited = spec.zero_point == "offset" and spec.scale_dtype == "float16"
+        return (4.0 * low, 65504.0) if limited else (low, high)
 
     def fit(self, w: jax.Array, spec: WeightSpec) -> Arrays:
         """The largest magnitude is the highest level; with zero points the range is all codes."""
         groups = grouping.to_groups(w, spec)
+        if spec.zero_point == "offset":
+            return self._affine(jnp.float32(1.0), *_half_ends(groups), spec)
         if spec.zero_point == "integer":
             half_range, low = _range(groups)
             scale = exact_arithmetic.quotient(half_range, (2**self.bits - 1) / 2)
@@ -95,6 +109,11 @@ class Integer(ScaledFormat):
         if spec.zero_point == "integer":
             half_range, low = _range(groups)
             full = half_range / jnp.float32((2**self.bits - 1) / 2)
+        elif spec.zero_point == "offset":
+            ends = _half_ends(groups)
+            return Candidates.of_fractions(
+                SEARCH_FRACTIONS, SEARCH_POINTS, lambda part: self._affine(part, *ends, spec)
+            )
         else:
             low = None
             full = grouping.absolute_maximum(groups) / jnp.float32(2 ** (self.bits - 1) - 0.5)
@@ -124,6 +143,25 @@ class Integer(ScaledFormat):
         zero = jnp.clip(zero, 0.0, 2.0**self.bits - 1.0)
         return {**parameters, "zero": zero.astype(jnp.uint8)}
 
+    def _affine(
+        self, fraction: jax.Array, high: jax.Array, low: jax.Array, spec: WeightSpec
+    ) -> Arrays:
+        """Codes over a fraction of each group's range around its middle, from half of its ends."""
+        half_range = (high - low) * fraction
+        parameters = self.with_multiplier(
+            {}, exact_arithmetic.quotient(half_range, (2**self.bits - 1) / 2), spec
+        )
+        # Rounded to 22 bits, so that XLA cannot fuse the product into the sum.
+        less = jax.lax.reduce_precision((high - low) * (1.0 - fraction), 8, 22)
+        lowest = low + low + less
+        offset = grouping.round_scale(lowest, spec.scale_dtype, empty=0.0)
+        return {**parameters, "offset": offset.astype(spec.scale_dtype)}
+
+
+def _half_ends(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Half of the largest and of the smallest of each group, halved for `_range`'s reason."""
+    return jnp.max(groups, axis=-2) * 0.5, jnp.min(groups, axis=-2) * 0.5
+
 
 def _range(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Half of the largest less the smallest (0 counts) of each group, and the smallest."""
@@ -137,4 +175,4 @@ INT8 = Integer(8, None, "weight_only_int8")
 INT4 = Integer(4, 128, "weight_only_int4")
 INT3 = Integer(3, 128)
 # Four levels are best at odd multiples of scale / 2.
-INT2 = Integer(2, 128, zero_points=("half", "none", "integer"))
+INT2 = Integer(2, 128, zero_points=("half", "none", "integer", "offset"))

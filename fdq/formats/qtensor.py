@@ -1,8 +1,8 @@
 """QTensor: a quantized weight, as a JAX pytree.
 
-Invariant: `dequantize(q)[k, n] = (code[k, n] - zero[k // g, n]) * scale[k // g, n]`; each module of
-`fdq.formats` says what its formats add to this. With a `row_order` the left side is its row
-`row_order[k]`.
+Invariant: `dequantize(q)[k, n] = (code[k, n] - zero[k // g, n]) * scale[k // g, n]`, to which an
+`offset[k // g, n]` is added where there is one; each module of `fdq.formats` says what its formats
+add to this. With a `row_order` the left side is its row `row_order[k]`.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ class QTensor(QuantizedWeight):
     It has the arrays of its format, each an attribute and a child of the pytree: `codes` (packed or
     plain; packing is along K, axis -2, the lower index in the lower bits), `scale` (`[..., G, N]`
     with `G` groups along K, 1 per channel; `[..., 1, 1]` per tensor; `[..., ceil(K / bk),
-    ceil(N / bn)]` per block), `zero` (of the shape of `scale`) where the spec has zero points, and
-    what the format says besides.
+    ceil(N / bn)]` per block), `zero` (of the shape of `scale`) or `offset` (of its shape and dtype)
+    where the spec has zero points, and what the format says besides.
     """
 
     def __init__(self, *, spec: WeightSpec, padding: int = 0, **arrays: Any):

@@ -38,4 +38,8 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-FAMILY = Family(name="ernie4_5", read=_read)
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return {"use_bias": config.mlp_bias}
+
+
+FAMILY = Family(name="ernie4_5", read=_read, architecture="Ernie4_5ForCausalLM", write=_write)

@@ -1,5 +1,7 @@
 """ERNIE-4.5 with experts: a correction bias that only selects, and shared experts."""
 
+from typing import Any
+
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.ernie4_5 import read_base
@@ -43,4 +45,25 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, moe=moe)
 
 
-FAMILY = Family(name="ernie4_5_moe", read=_read)
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    moe = config.moe
+    assert moe is not None
+    step = moe.layers[1] - moe.layers[0] if len(moe.layers) > 1 else 1
+    return {
+        "use_bias": False,
+        "moe_num_experts": moe.num_experts,
+        "moe_k": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "moe_layer_start_index": min(moe.layers),
+        "moe_layer_end_index": max(moe.layers),
+        "moe_layer_interval": step,
+        "moe_num_shared_experts": moe.shared_intermediate_size // moe.intermediate_size,
+        "moe_norm_gate_logits": moe.normalize,
+        "moe_norm_min": moe.norm_min,
+        "moe_use_aux_free": moe.correction_bias,
+    }
+
+
+FAMILY = Family(
+    name="ernie4_5_moe", read=_read, architecture="Ernie4_5_MoeForCausalLM", write=_write
+)

@@ -46,6 +46,10 @@ class Family:
       roots: beginnings that names may have in place of `model.`, each with that of the head in
         place of `lm_head.`.
       left_out: patterns of tensors that are no part of the decoder, such as a vision tower.
+      architecture: the class of transformers that its config.json names; None where transformers
+        has none.
+      write: the inverse of `read`: what config.json says beside what all families say alike
+        (`fdq.models.config_writer.base`), or in its place.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Family:
     tensor_names: tuple[Rule, ...] = ()
     roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    architecture: str | None = None
+    write: Callable[[DecoderConfig], Mapping[str, Any]] | None = None
 
     def from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
         """The DecoderConfig of a config.json of this family; raises as `from_huggingface` does."""

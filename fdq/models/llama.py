@@ -1,5 +1,7 @@
 """Llama 3, 3.1, 3.2 and everything that calls itself `llama`."""
 
+from typing import Any
+
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
@@ -17,4 +19,8 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-FAMILY = Family(name="llama", read=_read)
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+
+
+FAMILY = Family(name="llama", read=_read, architecture="LlamaForCausalLM", write=_write)

@@ -1,5 +1,6 @@
 """Mistral: Llama without biases, with a sliding window in all layers or in some."""
 
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
@@ -13,4 +14,9 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows)
 
 
-FAMILY = Family(name="mistral", read=_read)
+FAMILY = Family(
+    name="mistral",
+    read=_read,
+    architecture="MistralForCausalLM",
+    write=config_writer.windows,
+)

@@ -1,5 +1,8 @@
 """Phi-3 and Phi-4-mini: queries, keys and values in one tensor, heads that may turn in part."""
 
+from typing import Any
+
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family, Rule
@@ -18,9 +21,19 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows)
 
 
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    rotary = config.rotary
+    original = {"original_max_position_embeddings": rotary.original_max_position}
+    return config_writer.windows(config, by_layer=False) | (
+        original if rotary.rope_type != "default" else {}
+    )
+
+
 FAMILY = Family(
     name="phi3",
     read=_read,
+    architecture="Phi3ForCausalLM",
+    write=_write,
     tensor_names=(
         Rule(
             "layers.{i}.self_attn.qkv_proj.kernel",

@@ -1,5 +1,8 @@
 """Qwen2 and Qwen2.5: biases on q, k and v only."""
 
+from typing import Any
+
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
@@ -15,4 +18,9 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows, qkv_bias=True)
 
 
-FAMILY = Family(name="qwen2", read=_read)
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    windows = config_writer.windows(config)
+    return {"use_sliding_window": windows["sliding_window"] is not None, **windows}
+
+
+FAMILY = Family(name="qwen2", read=_read, architecture="Qwen2ForCausalLM", write=_write)

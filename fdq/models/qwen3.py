@@ -1,5 +1,8 @@
 """Qwen3, dense: norms of queries and keys per head."""
 
+from typing import Any
+
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
@@ -17,4 +20,10 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=rotary, sliding_windows=windows)
 
 
-FAMILY = Family(name="qwen3", read=_read)
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    windows = config_writer.windows(config)
+    used = windows["sliding_window"] is not None
+    return {"attention_bias": config.qkv_bias, "use_sliding_window": used, **windows}
+
+
+FAMILY = Family(name="qwen3", read=_read, architecture="Qwen3ForCausalLM", write=_write)

@@ -1,5 +1,8 @@
 """Qwen3-MoE: Qwen3 attention, experts without shared ones and without a correction bias."""
 
+from typing import Any
+
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
@@ -35,4 +38,22 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=rotary, moe=moe)
 
 
-FAMILY = Family(name="qwen3_moe", read=_read)
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    """Layers without experts are named one by one."""
+    moe = config.moe
+    assert moe is not None
+    windows = config_writer.windows(config, by_layer=False)
+    return {
+        "attention_bias": config.qkv_bias,
+        "use_sliding_window": windows["sliding_window"] is not None,
+        **windows,
+        "mlp_only_layers": [i for i in range(config.num_layers) if i not in moe.layers],
+        "decoder_sparse_step": 1,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.normalize,
+    }
+
+
+FAMILY = Family(name="qwen3_moe", read=_read, architecture="Qwen3MoeForCausalLM", write=_write)

@@ -115,6 +115,8 @@ class RotaryConfig:
     def warn_of_growth(self, known: int, capacity: int) -> None:
         """Warns where a sequence of `known` tokens may get other frequencies before it is full."""
         original = self.original_max_position
+        if self.short_factor == self.long_factor:
+            return
         if self.rope_type == "longrope" and known <= original < capacity:
             warnings.warn(
                 f"longrope: a sequence of {known} tokens in a cache of {capacity} slots may grow "

@@ -15,7 +15,7 @@ from jax import lax
 
 from fdq.formats.exact_arithmetic import quotient
 from fdq.formats.grouping import repeat_last
-from fdq.ops.weight_view import WeightView, pad_rows
+from fdq.ops.weight_view import WeightView, add_offsets, pad_rows
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Int, Num
 
@@ -113,7 +113,10 @@ def padded_integer_dot(x: Int[Array, "m k"], w: Int[Array, "k n"]) -> Int[Array,
 
 
 def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n"]:
-    """`sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])`, int32 in a group."""
+    """`sum_g scale[g, n] * sum_{k in g} x[m, k] * (code[k, n] - zero[g, n])`, int32 in a group.
+
+    Plus `sum_g offset[g, n] * sum_{k in g} x[m, k]`.
+    """
     x = pad_rows(x, view)
     m, n = x.shape[0], view.columns
     groups = view.scale.shape[-2]
@@ -150,5 +153,7 @@ def integer_product(x: Int[Array, "m k"], view: WeightView) -> Float[Array, "m n
             acc = acc - (twice // 2) * x_sum
         if view.zero is not None:
             acc = acc - (view.zero.astype(jnp.int32)[:, None, :] - shift) * x_sum
+        elif shift:
+            acc = acc + shift * x_sum
     scale = (view.scale * multiplier)[:, None, :]
-    return jnp.sum(acc.astype(jnp.float32) * scale, axis=0)
+    return add_offsets(jnp.sum(acc.astype(jnp.float32) * scale, axis=0), x, view)

@@ -95,6 +95,8 @@ class WordsWeight(PreparedWeight):
     @classmethod
     def unsupported(cls, q: QuantizedWeight) -> str | None:
         """Where no kernel reads the format."""
+        if q.spec.zero_point == "offset":
+            return "no kernel reads codes with offsets"
         from pallas_kernels.weights.kernel_weight import unsupported
 
         return unsupported(q.spec.format, **_scaling(q.spec))

@@ -3,7 +3,7 @@
 `Format.decode_unit` turns the bytes of a unit (one with 1, 2 or 4 rows of K, or three with 8) into
 a float32 array per row, so that XLA fuses it into whatever consumes the rows. Invariant:
 
-`dequantize(q)[k, n] = unit_factor * (value[k, n] - zero[k // g, n]) * scale[k // g, n]`
+`dequantize(q)[k, n] = unit_factor * (value[k, n] - zero[k // g, n]) * scale[k // g, n] (+ offset)`
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fdq.formats import FORMATS, grouping
 from fdq.formats.format import Format, Tables, Unit
 from fdq.formats.packing import unit_codes
 from fdq.formats.qtensor import QTensor
+from fdq.ops.dots import exact_dot
 from fdq.schemes.scheme import WeightSpec
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class WeightView:
     """A quantized `[K, N]` weight as ops read it; `spec` is None for the view of an array.
 
     `codes` are `[units * unit_bytes, N]` uint8 (int8 for `int8`; floats of an array), `scale`, with
-    all that multiplies folded in, and `zero` float32 `[G, N]` or `[G, 1]`, `tables` `[1, N]` each.
+    all that multiplies folded in, `zero` and `offset` float32 `[G, N]` or `[G, 1]`, `tables`
+    `[1, N]` each.
     """
 
     codes: jax.Array
@@ -58,6 +60,7 @@ class WeightView:
     tables: Tables
     format: Any = dataclasses.field(metadata={"static": True})
     spec: WeightSpec | None = dataclasses.field(metadata={"static": True})
+    offset: jax.Array | None = None
 
     @property
     def unit_bytes(self) -> int:
@@ -113,9 +116,9 @@ class WeightView:
         groups = self.scale.shape[-2]
         if groups > 1:
             units = self.units // groups
-            changes["scale"] = cut(self.scale, start // units, count // units)
-            if self.zero is not None:
-                changes["zero"] = cut(self.zero, start // units, count // units)
+            for name in ("scale", "zero", "offset"):
+                if (of_groups := getattr(self, name)) is not None:
+                    changes[name] = cut(of_groups, start // units, count // units)
         return dataclasses.replace(self, **changes)
 
 
@@ -134,7 +137,9 @@ def view_weight(q: QTensor) -> WeightView | None:
     n = codes.shape[-1]
     unit_bytes, unit_rows = format.unit
     rows = codes.shape[-2] // unit_bytes * unit_rows
-    zero = q.zero.astype(jnp.float32) if "zero" in arrays else None
+    zero, offset = (
+        arrays[name].astype(jnp.float32) if name in arrays else None for name in ("zero", "offset")
+    )
     scale = format.multiplier(arrays, spec)
     if spec.granularity == "block":
         assert spec.block_size is not None
@@ -148,13 +153,26 @@ def view_weight(q: QTensor) -> WeightView | None:
         group = (rows - q.padding) // scale.shape[-2]
         if group % unit_rows:
             return None
-    return WeightView(codes, scale, zero, format.unit_tables(arrays, spec), format, spec)
+    return WeightView(codes, scale, zero, format.unit_tables(arrays, spec), format, spec, offset)
 
 
 def pad_rows(x: jax.Array, view: WeightView) -> jax.Array:
     """Zeros for the unused rows of the weight's last unit: `[M, K] -> [M, view.rows]`."""
     missing = view.rows - x.shape[-1]
     return jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
+
+
+def add_offsets(y: jax.Array, x: jax.Array, view: WeightView) -> jax.Array:
+    """`y [M, N]`, a product without them, plus the offsets by the sums of x over their groups.
+
+    `x [M, view.rows]` are floats or integers.
+    """
+    if view.offset is None:
+        return y
+    exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    groups = x.astype(exact).reshape(x.shape[0], view.offset.shape[0], -1)
+    sums = jnp.sum(groups, axis=-1, dtype=exact)
+    return y + exact_dot(sums.astype(jnp.float32), view.offset)
 
 
 def view_array(w: jax.Array) -> WeightView:
@@ -171,8 +189,8 @@ def decode_planes(view: WeightView, *, with_scale: bool = True, looked_up: bool 
     """The weight as `unit_rows` float32 planes `[units, N]`, of rows `p, p + unit_rows, ...` each.
 
     Not one matrix: interleaving rows costs a copy, taking every P-th column of x costs nothing.
-    `with_scale=False` leaves out scale and unit factor, but not zero. With `looked_up` the values
-    of a byte come from a table of all 256, where the view has one.
+    `with_scale=False` leaves out scale, unit factor and offset, but not zero. With `looked_up` the
+    values of a byte come from a table of all 256, where the view has one.
     """
     if looked_up and has_table(view):
         index = view.codes.astype(jnp.int32)
@@ -190,6 +208,7 @@ def decode_planes(view: WeightView, *, with_scale: bool = True, looked_up: bool 
             plane = plane - view.zero[:, None, :]
         if with_scale:
             plane = plane * (view.scale * view.format.unit_factor)[:, None, :]
+            plane = plane if view.offset is None else plane + view.offset[:, None, :]
         return plane.reshape(view.units, view.columns)
 
     return [finish(plane) for plane in planes]

@@ -81,16 +81,20 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
         rows = jnp.broadcast_to(importance[:, None], w.shape)
         h = grouping.to_groups(rows, spec)
 
-    def levels(parameters: Arrays, sign: float) -> tuple[jax.Array, jax.Array]:
-        scale = format.multiplier(parameters, spec) / largest
+    def levels(parameters: Arrays, sign: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The level of every weight, the scale, and what levels and scale stand for."""
+        above, scale = relative, format.multiplier(parameters, spec) / largest
+        if "offset" in parameters:
+            above = relative - (parameters["offset"].astype(jnp.float32) / largest)[..., None, :]
         zero = parameters.get("zero")
         zero = None if zero is None else zero.astype(jnp.float32)[..., None, :]
-        u = relative * (1.0 / scale)[..., None, :]
-        return format.project(u * jnp.float32(sign), spec, zero) * jnp.float32(sign), scale
+        u = above * (1.0 / scale)[..., None, :]
+        level = format.project(u * jnp.float32(sign), spec, zero) * jnp.float32(sign)
+        return level, scale, above
 
     def error(parameters: Arrays, sign: float) -> jax.Array:
-        level, scale = levels(parameters, sign)
-        difference = relative - level * scale[..., None, :]
+        level, scale, above = levels(parameters, sign)
+        difference = above - level * scale[..., None, :]
         squares = difference * difference
         return jnp.sum(squares if h is None else squares * h, axis=-2)
 
@@ -118,9 +122,9 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
     best = jax.lax.fori_loop(0, candidates.count, step, start)
     if candidates.refit:
         for _ in range(REFITS):
-            level, scale = levels(best[1], 1.0)
+            level, scale, above = levels(best[1], 1.0)
             weighted = level if h is None else level * h
-            numerator = jnp.sum(weighted * relative, axis=-2)
+            numerator = jnp.sum(weighted * above, axis=-2)
             denominator = jnp.sum(weighted * level, axis=-2)
             fitted = jnp.where(denominator > 0, numerator / denominator, scale) * largest
             # A sum's last bits depend on how XLA orders it (under vmap, sharded ...); what is

@@ -18,7 +18,7 @@ Fields = dict[str, Any]
 ACTIVATION_FORMATS = ("int8", "float8_e4m3")
 
 SCALE_SUFFIXES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "ue8m0": "float8_e8m0fnu"}
-ZERO_SUFFIXES = {"sym": "none", "half": "half", "asym": "integer"}
+ZERO_SUFFIXES = {"sym": "none", "half": "half", "asym": "integer", "affine": "offset"}
 CACHE_SUFFIXES = {"kvtoken": "token_head", "kvchannel": "channel", "kvhead": "head"}
 
 # Names of FastDeploy's methods and of its documentation that say more than a weight's format (whose

@@ -10,7 +10,7 @@ size, scale dtype, zero points) is a field of a spec and a suffix of the name::
     A  16 8 fp8               needs a quantized W
     C  16 8 4 fp8
     suffixes of W  -g<rows> -channel -tensor -b<n> -b<rows>x<columns>   what shares a scale
-                   -sym -half -asym                                     zero point
+                   -sym -half -asym -affine                             zero point
                    -f32 -bf16 -f16 -ue8m0                               dtype of the scale
                    -dq                                                  double quantization (NF4)
                    -rows                                                an order of rows (GPTQ)
@@ -30,7 +30,7 @@ from fdq.schemes import grammar
 from fdq.schemes.kinds import CACHE_FORMATS, WEIGHT_FORMATS
 
 Granularity = Literal["tensor", "channel", "group", "block"]
-ZeroPoint = Literal["none", "half", "integer"]
+ZeroPoint = Literal["none", "half", "integer", "offset"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class WeightSpec:
       group_size: rows of K that share a scale; only with granularity `group`.
       block_size: `(rows of K, columns of N)`; only with granularity `block`.
       zero_point: `none` (codes are signed), `half` (levels at odd multiples of scale / 2,
-        best for 2 bits), or `integer` (asymmetric; one stored code per scale).
+        best for 2 bits), `integer` (asymmetric; one stored code per scale) or `offset` (affine:
+        one stored number per scale that is added, in its dtype).
       scale_dtype: what the scale is rounded to before codes are chosen. `float8_e8m0fnu` is a
         power of two, `uint4` the packed local scale of `cc2`.
       double_quantization: the scales are themselves stored in 8 bits (`nf4`).
@@ -75,7 +76,7 @@ class WeightSpec:
     @property
     def symmetric(self) -> bool:
         """True when no zero point is stored."""
-        return self.zero_point != "integer"
+        return self.zero_point in ("none", "half")
 
     @classmethod
     def parse(cls, name: str) -> WeightSpec | None:

@@ -21,6 +21,7 @@ NAMES = {
     np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
     np.dtype(np.int8): "I8",
     np.dtype(np.int32): "I32",
+    np.dtype(np.uint32): "U32",
     np.dtype(np.uint8): "U8",
     np.dtype(np.int64): "I64",
     np.dtype(np.bool_): "BOOL",

@@ -183,6 +183,56 @@ def eight_bits(rng, n, k):
     return tensors, (codes * scb[:, None] / 127).T
 
 
+def mlx(rng, n, k, *, bits=4, group=32, mode="affine"):
+    if mode != "affine":
+        tensors, weight = float4(rng, n, k, group=group)
+        words = np.ascontiguousarray(tensors["weight_packed"]).view(np.uint32)
+        scales = tensors["weight_scale"].view(np.uint8)
+        # There is no scale of the matrix.
+        return {"weight": words, "scales": scales}, weight * (2.0**14 if group == 16 else 1)
+    codes = rng.integers(0, 2**bits, (n, k))
+    sign = rng.choice([-1.0, 1.0], (n, k // group))
+    scale = (sign * rng.uniform(0.01, 0.02, sign.shape)).astype(ml_dtypes.bfloat16)
+    bias = rng.uniform(-0.1, 0.1, sign.shape).astype(ml_dtypes.bfloat16)
+    tensors = {"weight": stream(codes, bits).view(np.uint32), "scales": scale, "biases": bias}
+    return tensors, codes.T * repeated(scale.T, group, k) + repeated(bias.T, group, k)
+
+
+def hqq(rng, n, k, *, bits=4, group=32):
+    codes, rows = rng.integers(0, 2**bits, (n, k)), n * k // group
+    scale = rng.uniform(0.01, 0.02, (rows, 1)).astype(np.float16)
+    zero = rng.uniform(0, 2**bits - 1, (rows, 1)).astype(np.float16)
+    each = {8: 1, 4: 2, 3: 10, 2: 4}[bits]
+    parts = np.zeros((-(-rows // each) * each, group), np.int32)
+    parts[:rows] = codes.reshape(rows, group)
+    words = np.zeros((len(parts) // each, group), np.int32)
+    for part in np.split(parts, each):
+        words = words << bits | part
+    name = {8: b"8bit_u8", 4: b"4bit_u8", 3: b"3bit_32", 2: b"2bit_u8"}[bits]
+    tensors = {
+        "W_q": words if bits == 3 else words.astype(np.uint8),
+        "scale": scale,
+        "zero": zero,
+        "shape": np.array([n, k]),
+        "packing": np.frombuffer(name, np.uint8),
+        "view_as_float": np.array(0, np.uint8),
+        **{
+            key: np.array(value, np.int32)
+            for key, value in {"nbits": bits, "group_size": group, "axis": 1}.items()
+        },
+    }
+    centred = codes.reshape(rows, group) - zero.astype(np.float64)
+    return tensors, (centred * scale).reshape(n, k).T
+
+
+def gemma(rng, n, k, *, bits=4):
+    codes, half = rng.integers(0, 2**bits, (n, k)), 2 ** (bits - 1)
+    packed = stream(codes, bits).view(np.uint8) if bits < 8 else (codes - half).astype(np.int8)
+    scale = rng.uniform(0.01, 0.02, (n, 1)).astype(np.float32)
+    inputs = {f"{side}put_activation_scale": np.array(0.5, np.float32) for side in ("in", "out")}
+    return {"weight": packed, "weight_scale": scale, **inputs}, ((codes - half) * scale).T
+
+
 def of_groups(format, weights, activation=None):
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activation}
     return {
@@ -332,6 +382,20 @@ CONFIGS = {
         plain,
         {"dtype": ml_dtypes.float8_e4m3fn, "shape": lambda n, k: ()},
     ),
+    "mlx": ({"bits": 4, "group_size": 32}, mlx, {}),
+    "mlx, 3 bits": ({"bits": 3, "group_size": 32}, mlx, {"bits": 3}),
+    "mlx, 5 bits": ({"bits": 5, "group_size": 32}, mlx, {"bits": 5}),
+    "mlx, 6 bits": ({"bits": 6, "group_size": 64}, mlx, {"bits": 6, "group": 64}),
+    "mlx, nvfp4": (
+        {"bits": 4, "group_size": 16, "mode": "nvfp4"}, mlx, {"mode": "nvfp4", "group": 16}
+    ),
+    "mlx, mxfp4": (
+        {"bits": 4, "group_size": 32, "mode": "mxfp4"}, mlx, {"mode": "mxfp4", "group": 32}
+    ),
+    "hqq": ({"quant_method": "hqq", "quant_config": {}}, hqq, {}),
+    "hqq, 3 bits": ({"quant_method": "hqq", "quant_config": {}}, hqq, {"bits": 3, "group": 64}),
+    "gemma": ({"quant_method": "gemma", "modules_to_not_convert": ["lm_head"]}, gemma, {}),
+    "gemma, 2 bits": ({"quant_method": "gemma", "num_bits": 2}, gemma, {"bits": 2}),
 }  # fmt: skip
 """By name: quantization_config, what makes a layer's tensors and its weight, options of that."""
 

@@ -50,7 +50,7 @@ def test_the_command_says_it_too(tmp_path, monkeypatch, command):
         assert name in result.stderr
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     result = run(command, "model-Q4_K_M.gguf", *more, code=2)
-    assert "a GGUF file, which fdq does not read" in result.stderr
+    assert "truncated: 4 bytes, too short for GGUF" in result.stderr
 
 
 def test_a_directory_that_is_there_is_no_name(tmp_path, monkeypatch):
@@ -62,10 +62,9 @@ def test_a_directory_that_is_there_is_no_name(tmp_path, monkeypatch):
 
 
 FILES = {
-    "model-Q4_K_M.gguf": "a GGUF file.*with --scheme W4A16, which has as many bits",
-    "model-IQ3_XS.GGUF": "with --scheme W3A16",
-    "model-f16.gguf": "safetensors release of the model instead",
-    "renamed": "a GGUF file",
+    "model-Q4_K_M.gguf": "not GGUF: it does not begin with 'GGUF'",
+    "MODEL.GGUF": "not GGUF",
+    "renamed": "truncated: 4 bytes, too short for GGUF",
     "pytorch_model.bin": "pickled weights, which can run code",
     "model.safetensors": "a file of a checkpoint; give the directory that holds it",
     "fdq.json": "a file of a checkpoint; give the directory that holds it",
@@ -84,12 +83,24 @@ def test_a_file_is_named_for_what_it_is(tmp_path, name):
 
 def gguf(folder):
     (folder / "model-Q8_0.gguf").write_bytes(b"GGUF")
-    return "a GGUF file, .*with --scheme W8A16"
+    return "model-Q8_0.gguf: truncated: 4 bytes, too short for GGUF"
 
 
 def gguf_beside_a_config(folder):
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return gguf(folder)
+
+
+def ggufs(folder):
+    for name in ("a-Q8_0.gguf", "a-Q4_K_M.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+    return "2 models in GGUF: a-Q4_K_M.gguf, a-Q8_0.gguf. Name one of them"
+
+
+def gguf_beside_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "model-Q8_0.gguf").write_bytes(b"GGUF")
+    return "safetensors without a config.json, and model-Q8_0.gguf. Name the GGUF"
 
 
 def peft(folder):
@@ -114,7 +125,11 @@ def nothing(folder):
 
 
 @pytest.mark.parametrize(
-    "make", [gguf, gguf_beside_a_config, peft, cache_of_the_hub, folder_above, nothing]
+    "make",
+    [
+        *(gguf, gguf_beside_a_config, ggufs, gguf_beside_safetensors),
+        *(peft, cache_of_the_hub, folder_above, nothing),
+    ],
 )
 def test_a_directory_of_something_else(tmp_path, make):
     folder = tmp_path / "given"

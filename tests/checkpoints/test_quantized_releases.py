@@ -56,6 +56,21 @@ RELEASES = {
     "mxfp4": ({}, "MXFP4, 4 bits", "WMXFP4A16"),
     "modelopt": ({"quant_algo": "NVFP4"}, "ModelOpt, 4 bits (nvfp4)", "WNVFP4A16"),
     "hqq": ({"nbits": 5}, "HQQ, 5 bits", None),
+    "hqq, as saved": (
+        {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}},
+        "HQQ, 4 bits",
+        "W4A16",
+    ),
+    "torchao": (
+        {"quant_type": {"default": {"_data": {"weight_dtype": {"_data": "int4"}}}}},
+        "torchao, 4 bits",
+        "W4A16",
+    ),
+    "torchao, float8": (
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}}},
+        "torchao, 8 bits (fp8)",
+        "Wfp8A16",
+    ),
     "fastdeploy": ({"quantization": "wint4", "quant_method": ...}, "FastDeploy WINT4, 4", "W4A16"),
     "of tomorrow": ({"bits": "four", "config_groups": 3}, "'of tomorrow', bits unknown", None),
 }

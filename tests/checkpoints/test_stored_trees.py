@@ -21,7 +21,16 @@ from fdq_checkpoints import CheckpointError, inspect, load, save, tree_paths, ve
 # Every format, and every array that a QTensor can have.
 SPECS = [
     *(f"W{name}" for name in ("8", "4", "4-g64", "3", "2", "fp8", "fp8e5m2", "NF4", "CC2")),
-    *("W4-asym", "W2-asym", "Wfp8-tensor", "Wfp8-b128", "Wfp8-b128-ue8m0", "WNF4-dq"),
+    *(
+        "W4-asym",
+        "W2-asym",
+        "W4-affine",
+        "W8-g64-affine",
+        "Wfp8-tensor",
+        "Wfp8-b128",
+        "Wfp8-b128-ue8m0",
+        "WNF4-dq",
+    ),
     *("WMXFP4", "WMXFP8", "WNVFP4"),
 ]
 DTYPES = [

@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 COMMANDS = (
     "demo",
     "convert",
+    "export",
     "inspect",
     "generate",
     "evaluate",

@@ -72,6 +72,9 @@ CASES = (
     Case("int4-g128", spec("int4", 128), product=False),
     Case("int4-g64", spec("int4", 64), "signed_max"),
     Case("int4-g32-asym", spec("int4", 32, zero_point="integer"), "absmax"),
+    Case("int4-g64-affine", spec("int4", 64, zero_point="offset"), "absmax"),
+    Case("int8-g16-affine", spec("int8", 16, "float16", zero_point="offset"), "absmax"),
+    Case("int3-channel-affine", spec("int3", zero_point="offset"), "absmax"),
     Case("int4-channel", spec("int4"), "absmax"),
     Case("int3-g64", spec("int3", 64), "absmax"),
     Case("int3-channel-asym", spec("int3", zero_point="integer"), "absmax", product=False),
@@ -128,11 +131,11 @@ def spread(scale: np.ndarray, s: WeightSpec, k: int, n: int) -> np.ndarray:
 
 
 def levels_of(s: WeightSpec) -> np.ndarray:
-    """Every level of the format (zero point integer: before the zero is subtracted)."""
+    """Every level of the format, before a zero is subtracted or an offset added."""
     if s.format.startswith("int"):
         bits = int(s.format[3:])
-        shift = {"none": -(2 ** (bits - 1)), "half": -(2 ** (bits - 1)) + 0.5, "integer": 0}
-        return np.arange(2**bits) + float(shift[s.zero_point])
+        shift = {"none": -(2 ** (bits - 1)), "half": -(2 ** (bits - 1)) + 0.5}
+        return np.arange(2**bits) + float(shift.get(s.zero_point, 0))
     if s.format == "nf4":
         return NF4.astype(np.float64)
     if s.format in ("mxfp4", "nvfp4"):
@@ -174,6 +177,8 @@ def defined_value(q: QTensor, k: int, n: int) -> np.ndarray:
         codes = levels_of(s)[codes].astype(np.float32)
     if s.zero_point == "integer":
         codes = codes - spread(a["zero"].astype(np.float32), s, k, n)
+    if s.zero_point == "offset":
+        return codes * scale + spread(a["offset"].astype(np.float32), s, k, n)
     return codes * scale
 
 

@@ -63,11 +63,14 @@ def test_every_weight_has_its_nearest_level(case):
         pytest.skip("cc2 codes four weights at once; see test_convolutional.py")
     q, w = case.quantized, case.weight.astype(np.float64)
     scale = scale_of(q, case.k, case.n).astype(np.float64)
-    offset = 0.0
-    if case.spec.zero_point == "integer":
-        offset = spread(np.asarray(q.zero, np.float64), case.spec, case.k, case.n)
+    zero, offset = (
+        spread(np.asarray(getattr(q, name), np.float64), case.spec, case.k, case.n)
+        if case.spec.zero_point == kind
+        else np.float64(0)
+        for kind, name in (("integer", "zero"), ("offset", "offset"))
+    )
     levels = np.unique(levels_of(case.spec))
-    u = w / scale + offset
+    u = (w - offset) / scale + zero
     right = np.clip(np.searchsorted(levels, u), 1, len(levels) - 1)
     nearest = np.minimum(np.abs(u - levels[right]), np.abs(u - levels[right - 1]))
     found = np.abs(np.asarray(decode(q), np.float64) - w)
@@ -78,8 +81,9 @@ def test_every_weight_has_its_nearest_level(case):
         clipped = (u < levels[0]) | (u > levels[-1])
         assert np.all((found <= half) | clipped)
         if pick(case.spec, case.method).name == "absmax":
-            # Only what the rounding of scale (and zero) moved out of range was clipped.
+            # Only what the rounding of scale (zero, offset) moved out of range was clipped.
             excess = 2.0**-8 * np.abs(w) + (case.spec.zero_point == "integer") * half
+            excess += 2.0**-8 * (np.abs(w - offset) + np.abs(offset)) * (offset != 0)
             assert np.all(found <= half + excess)
 
 

@@ -19,6 +19,7 @@ SCALES = {
     "int8": ("scale",),
     "int4-g64": ("scale",),
     "int8-g32-asym": ("scale",),
+    "int4-g64-affine": ("scale", "offset"),
     "int2-g32-half": ("scale",),
     "fp8": ("scale",),
     "fp8-block": ("scale",),

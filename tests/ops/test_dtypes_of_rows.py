@@ -45,7 +45,9 @@ def test_every_dtype_of_rows(name, rng):
         if name == "array":  # of an array the wider dtype of the two
             assert y.dtype == (dtype if dtype in WIDE else "float32")
         assert y.dtype == (jnp.dtype(dtype) if dtype in WIDE else jnp.float32)
-        limit = {"bfloat16": 4e-3, "float16": 5e-4}.get(dtype, 1e-6)
+        # Of positive rows the sums of codes and those of offsets cancel.
+        usual = 2e-6 if name.endswith("affine") else 1e-6
+        limit = {"bfloat16": 4e-3, "float16": 5e-4}.get(dtype, usual)
         assert error(y, expected) < limit, dtype
     with pytest.raises(TypeError, match="complex"):
         fdq.matmul(jnp.ones((2, 256), jnp.complex64), q)

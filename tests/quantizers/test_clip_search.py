@@ -24,6 +24,7 @@ def errors(w, s, method, importance=None):
     [
         (spec("int4", 128), ("absmax", "signed_max")),
         slow(spec("int4", 128, zero_point="integer"), ("absmax",)),
+        slow(spec("int3", 128, zero_point="offset"), ("absmax",)),
         (spec("int2", 64, zero_point="half"), ("absmax",)),
         (spec("nf4", 64), ("absmax",)),
         slow(spec("mxfp4", 32, "float8_e8m0fnu"), ("absmax",)),

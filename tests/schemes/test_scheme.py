@@ -88,6 +88,7 @@ MISSION = {
     "W4Afp8": (weight("int4", **GROUPS_OF_128), FP8, None),
     "W4A8C8": (weight("int4", **GROUPS_OF_128), INT8, C8),
     "W2": (weight("int2", zero_point="half", **GROUPS_OF_128), None, None),
+    "W4-affine": (weight("int4", zero_point="offset", **GROUPS_OF_128), None, None),
     "WINT8": (weight("int8"), None, None),
     "WInt4": (weight("int4", **GROUPS_OF_128), None, None),
     "wint3": (weight("int3", **GROUPS_OF_128), None, None),

@@ -10,7 +10,7 @@ from fdq_checkpoints.errors import CheckpointError, shown
 _LOGGER = logging.getLogger("fdq")
 _EXPECTED = (
     "Expected the directory of a checkpoint: a Hugging Face one (config.json and *.safetensors), "
-    "one that `fdq convert` made (fdq.json), or Orbax's."
+    "one that `fdq convert` made (fdq.json), Orbax's, or a model in GGUF."
 )
 # As owner/name on the hub; a path of two parts may look like one.
 _REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -20,11 +20,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 
 
 def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path, if it is a directory.
+    """The path, if it is a directory, or a model in GGUF.
 
     Raises:
       FileNotFoundError: there is none; says how to download what looks like a name on a hub.
-      CheckpointError: it is a file; says which directory to give, or what to do with a GGUF.
+      CheckpointError: it is another file; says which directory to give.
       TypeError: no path.
     """
     if not isinstance(path, str | os.PathLike):
@@ -32,7 +32,7 @@ def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
     if not os.fspath(path):
         raise FileNotFoundError(f"an empty path. {_EXPECTED}")  # not the current directory
     folder = pathlib.Path(path)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and is_gguf(folder)):
         return folder
     if os.path.lexists(folder):
         raise CheckpointError(_of_file(folder))
@@ -63,8 +63,6 @@ def _download(repository: str) -> str:
 
 
 def _of_file(path: pathlib.Path) -> str:
-    if is_gguf(path):
-        return gguf_advice(path)
     if path.suffix in _PICKLES:
         return (
             f"{path} is a file of pickled weights, which can run code when loaded, so fdq does not "
@@ -85,21 +83,54 @@ def is_gguf(path: pathlib.Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def gguf_advice(path: pathlib.Path) -> str:
-    """What to do with a GGUF file, whose name says how many bits its weights have."""
-    match = re.search(r"[^A-Za-z0-9](?:I?Q)([2348])(?:_|\.|$)", path.name)
-    like = f" with --scheme W{match[1]}A16, which has as many bits," if match else ""
-    return (
-        f"{path}: a GGUF file, which fdq does not read. Load or convert the safetensors release of "
-        f"the model{like} instead."
-    )
+def gguf_parts(path: pathlib.Path) -> list[pathlib.Path]:
+    """All files of a model in GGUF, of which `path` is one: `<name>-00001-of-00003.gguf`.
+
+    Raises:
+      CheckpointError: parts are missing.
+    """
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
+    if match is None:
+        return [path]
+    count = int(match[3])
+    names = (f"{match[1]}-{i:05}-of-{match[3]}{match[4]}" for i in range(1, count + 1))
+    parts = [path.with_name(name) for name in names]
+    if missing := next((part.name for part in parts if not part.is_file()), None):
+        raise CheckpointError(
+            f"{path}: one of {count} parts, and {missing} is missing beside it. Download "
+            "all of them."
+        )
+    return parts
+
+
+def model_gguf(path: pathlib.Path) -> pathlib.Path:
+    """The GGUF that is meant: a file, or the only model in a directory (in parts its first).
+
+    Raises:
+      CheckpointError: there are several.
+    """
+    if not path.is_dir():
+        return gguf_parts(path)[0]
+    names = [name for name in sorted(os.listdir(path)) if name.lower().endswith(".gguf")]
+    # Encoders of images lie beside the models that they are for.
+    names = [name for name in names if not name.lower().startswith("mmproj")] or names
+    found = list(dict.fromkeys(gguf_parts(path / name)[0] for name in names))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{path}: {len(found)} models in GGUF: {', '.join(file.name for file in found)}. Name "
+            f"one of them, such as {found[0]}."
+        )
+    return found[0]
 
 
 def without_config(folder: pathlib.Path) -> str | None:
     """Where the checkpoint is that somebody means by a directory without config.json, if seen."""
     names = sorted(os.listdir(folder))
     if gguf := [name for name in names if name.lower().endswith(".gguf")]:
-        return gguf_advice(folder / gguf[0])
+        return (
+            f"{folder}: safetensors without a config.json, and {gguf[0]}. Name the GGUF if it is "
+            "meant."
+        )
     if "adapter_config.json" in names:
         return (
             f"{folder}: adapters (PEFT) without their model. Merge them into it (merge_and_unload "

@@ -51,7 +51,7 @@ _OTHER_KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file. Run `git lfs pull` first"),
     (b"PK\x03\x04", "a zip archive (a PyTorch pickle?). Convert it to safetensors"),
     *((b"\x80" + version, "a Python pickle. Convert it to safetensors") for version in _PICKLES),
-    (b"GGUF", "a GGUF file. Use the safetensors release of the model"),
+    (b"GGUF", "a GGUF file. Give it a name that ends in .gguf"),
     (b"\x1f\x8b", "a gzip archive. Unpack it first"),
 )
 

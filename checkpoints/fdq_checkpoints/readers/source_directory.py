@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import stat
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,19 @@ _CONFIG_LIMITS = {
 }
 
 
+def check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """CheckpointError where a config asks for a model of sizes that none has."""
+    for key, (least, most) in _CONFIG_LIMITS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]  # some ERNIE keys are lists
+        if not all(type(number) is int and least <= number <= most for number in values):
+            raise CheckpointError(
+                f"{where}: {key} = {value!r} is not a whole number in {least}…{most}."
+            )
+
+
 def _is_beside_whole(name: str) -> bool:
     """Whether a file is no part of the model in `model.safetensors`: neither shard nor variant."""
     return not name.startswith(("model", "pytorch_model"))
@@ -67,6 +81,8 @@ def _is_beside_whole(name: str) -> bool:
 
 class SourceDirectory:
     """The tensors of all shards in a directory of safetensors; a context manager."""
+
+    config_name = "config.json"
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = local_directory.local_directory(path)
@@ -99,7 +115,7 @@ class SourceDirectory:
 
     has_rows = True  # are read without the others
 
-    def files(self, name: str) -> set[str]:
+    def files_of(self, name: str) -> set[str]:
         """The paths of all files that a tensor is read from."""
         return {self.file_name(name)}
 
@@ -110,6 +126,10 @@ class SourceDirectory:
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `[start, stop)` of the tensor's first dimension."""
         return self._file(name).read_rows(name, start, stop)
+
+    def metadata_of(self, name: str) -> dict[str, str]:
+        """What the file that holds a tensor says of itself."""
+        return self._file(name).metadata
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""
@@ -154,16 +174,7 @@ class SourceDirectory:
                 "model's config.json and .safetensors files."
             )
         config = strict_json.read_object(self._checked("config.json"), max_bytes=MAX_CONFIG_BYTES)
-        for key, (least, most) in _CONFIG_LIMITS.items():
-            value = config.get(key)
-            if value is None:
-                continue
-            values = value if isinstance(value, list) else [value]  # some ERNIE keys are lists
-            if not all(type(number) is int and least <= number <= most for number in values):
-                raise CheckpointError(
-                    f"{self.path / 'config.json'}: {key} = {value!r} is not a whole number in "
-                    f"{least}…{most}."
-                )
+        check_sizes(config, str(self.path / "config.json"))
         return config
 
     def _open_shards(self) -> None:
@@ -218,8 +229,6 @@ class SourceDirectory:
                 f"{self.path}: weights split per rank (rank0/ …), which cannot be put together "
                 "again. Use the unsplit release of the model."
             )
-        if gguf := [name for name in names if name.lower().endswith(".gguf")]:
-            return local_directory.gguf_advice(self.path / gguf[0])
         return f"{self.path}: no .safetensors file."
 
     def _open(self, name: str) -> SafetensorsFile:

@@ -26,6 +26,20 @@ def along_rows(words: np.ndarray, k: int, bits: int) -> np.ndarray:
     return np.ascontiguousarray(packed[: -(-k // rows) * size])
 
 
+def words_along_in(codes: np.ndarray, k: int, bits: int) -> np.ndarray:
+    """Packed codes `[bytes, N]` of K rows -> int32 `[N, words]`, a dense stream along K."""
+    stream = np.ascontiguousarray(codes.view(np.uint8).T)
+    size = 4 * -(-k * bits // 32)
+    if stream.shape[1] < size:
+        stream = np.pad(stream, [(0, 0), (0, size - stream.shape[1])])
+    return np.ascontiguousarray(stream[:, :size]).view(np.int32)
+
+
+def words_along_rows(codes: np.ndarray, k: int, bits: int) -> np.ndarray:
+    """Packed codes `[bytes, N]` of K rows -> int32 `[words, N]`, a dense stream along K."""
+    return np.ascontiguousarray(words_along_in(codes, k, bits).T)
+
+
 def unpacked(words: np.ndarray, count: int, bits: int) -> np.ndarray:
     """`[rows, words]` of a dense little-endian stream -> uint8 codes `[rows, count]`."""
     stream = along_in(words, count, bits)

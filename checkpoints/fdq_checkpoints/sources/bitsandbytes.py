@@ -94,7 +94,7 @@ class BitsAndBytes(Codec):
         if _NESTED[0] in linear.ends:
             scale = self._nested(linear)
         else:
-            scale = self.scale_of(linear, "weight.absmax")
+            scale = self.scale_of(linear, "weight.absmax", signed=True)
         scale = np.ascontiguousarray(scale.reshape(n, -1).T)
         return StoredWeight(linear.spec, k, np.ascontiguousarray(codes.T), {"scale": scale})
 

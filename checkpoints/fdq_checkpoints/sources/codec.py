@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16 by name
+import ml_dtypes  # and makes NumPy know bfloat16 by name
 import numpy as np
 
 from fdq.schemes.scheme import CacheSpec, WeightSpec
@@ -20,7 +20,7 @@ from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_PATTERN, _LONGEST_NAME = 512, 160
 # No repetition of a group and so many of characters: at worst a cubic number of steps a name.
-_MOST_REPETITIONS = 3
+MOST_REPETITIONS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,15 +198,26 @@ class Codec(abc.ABC):
 
     def read_end(self, linear: Linear, end: str) -> np.ndarray:
         """A tensor of a module."""
-        return self.directory.read(f"{linear.module}.{end}")
+        return self.directory.read(f"{linear.stored_as}.{end}")
 
-    def scale_of(self, linear: Linear, end: str) -> np.ndarray:
-        """A tensor of scales; CheckpointError where one is negative or not finite."""
+    def scale_of(self, linear: Linear, end: str, *, signed: bool = False) -> np.ndarray:
+        """A tensor of scales; CheckpointError where one is not finite, or negative.
+
+        With `signed` they may be negative.
+        """
         scale = self.read_end(linear, end)
         wide = scale.astype(np.float32)
-        if not np.isfinite(wide).all() or (wide < 0).any():
-            raise self.bad(linear, end, "a scale that is negative or not finite")
+        if not np.isfinite(wide).all() or (not signed and (wide < 0).any()):
+            kind = "not finite" if signed else "negative or not finite"
+            raise self.bad(linear, end, f"a scale that is {kind}")
         return scale
+
+    def power_of(self, linear: Linear, end: str) -> np.ndarray:
+        """Scales in e8m0, stored so or as bytes; CheckpointError where one is NaN."""
+        scale = self.read_end(linear, end).view(np.uint8)
+        if (scale == 0xFF).any():
+            raise self.bad(linear, end, "NaN")
+        return scale.view(ml_dtypes.float8_e8m0fnu)
 
     def float8_scale_of(self, linear: Linear, end: str) -> np.ndarray:
         """Scales in e4m3; CheckpointError where one is negative or NaN."""
@@ -216,8 +227,8 @@ class Codec(abc.ABC):
         return scale
 
     def float8_of(self, linear: Linear, end: str) -> np.ndarray:
-        """Codes of e4m3; CheckpointError where one is NaN."""
-        codes = self.read_end(linear, end)
+        """Codes of e4m3, stored so or as bytes; CheckpointError where one is NaN."""
+        codes = self.read_end(linear, end).view(ml_dtypes.float8_e4m3fn)
         if ((codes.view(np.uint8) & np.uint8(0x7F)) == 0x7F).any():
             raise self.bad(linear, end, "NaN")
         return codes
@@ -266,7 +277,7 @@ class Codec(abc.ABC):
 
     def bad(self, linear: Linear, end: str, what: str) -> CheckpointError:
         """What to raise about the content of a tensor."""
-        name = f"{linear.module}.{end}"
+        name = f"{linear.stored_as}.{end}"
         return CheckpointError(
             f"{self.directory.file_name(name)}: tensor {shown(name)} holds {what}. Download it "
             "again, or take the float original."
@@ -309,25 +320,31 @@ class Names:
     def _matches(self, pattern: str, module: str) -> bool:
         if not pattern.startswith("re:"):
             return module == pattern or module.startswith(pattern + ".")
-        expression = pattern.removeprefix("re:")
-        if len(module) > _LONGEST_NAME or not _is_safe(expression):
-            raise CheckpointError(
-                f"{self.where}: the pattern {expression!r:.80} is too long, or repeats too much to "
-                "be matched safely. Write the modules' names in its place."
-            )
-        try:
-            return re.match(expression, module) is not None
-        except (re.error, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.where}: the pattern {expression!r:.80} is no regular expression: {error}."
-            ) from None
+        return matcher(pattern.removeprefix("re:"), module, self.where).match(module) is not None
+
+
+def matcher(
+    expression: str, name: str, where: str, *, repetitions: int = MOST_REPETITIONS
+) -> re.Pattern[str]:
+    """A regular expression of a file, compiled; CheckpointError if `name` may take it for ever."""
+    if len(name) > _LONGEST_NAME or not _is_safe(expression, repetitions):
+        raise CheckpointError(
+            f"{where}: the pattern {expression!r:.80} is too long, or repeats too much to be "
+            "matched safely. Write the modules' names in its place."
+        )
+    try:
+        return re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(
+            f"{where}: the pattern {expression!r:.80} is no regular expression: {error}."
+        ) from None
 
 
 @functools.lru_cache(maxsize=8192)
-def _is_safe(expression: str) -> bool:
+def _is_safe(expression: str, repetitions: int) -> bool:
     """Whether a regular expression is matched in few steps, whatever the name."""
     repeated = len(re.findall(r"(?<!\\)[*+]|\{\d*,\d*\}", expression))
-    few = len(expression) <= _LONGEST_PATTERN and repeated <= _MOST_REPETITIONS
+    few = len(expression) <= _LONGEST_PATTERN and repeated <= repetitions
     return few and not re.search(r"\)\s*[*+{]", expression)
 
 

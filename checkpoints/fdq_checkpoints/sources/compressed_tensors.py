@@ -286,7 +286,8 @@ class CompressedTensors(Codec):
         (n, k), spec = linear.shape, linear.spec
         if spec.format in ("mxfp4", "mxfp8", "nvfp4"):
             return self._read_small_float(linear)
-        scale = self.scale_of(linear, "weight_scale")
+        lopsided = spec.format.startswith("int") and spec.zero_point == "none"
+        scale = self.scale_of(linear, "weight_scale", signed=lopsided)
         scale = scale.reshape(1, 1) if spec.granularity == "tensor" else scale.T
         arrays = {"scale": np.ascontiguousarray(scale)}
         if "weight" in linear.ends:

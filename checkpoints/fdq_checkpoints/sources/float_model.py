@@ -15,7 +15,7 @@ from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import tell_of_adapters
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import published_names, tensor_names
-from fdq_checkpoints.sources.quantized_release import QUANTIZATION_KEYS, QuantizedRelease
+from fdq_checkpoints.sources.quantized_release import QuantizedRelease, without_quantization
 from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.tree_paths import Path
 
@@ -66,10 +66,10 @@ class FloatModel(Source):
 
     def _files_of(self, path: Path) -> set[str]:
         parts = self._parts[path].parts
-        return {file for names in parts for name in names for file in self.directory.files(name)}
+        return {file for names in parts for name in names for file in self.directory.files_of(name)}
 
     def _described_by(self) -> list[pathlib.Path]:
-        return [self.folder / "config.json"]
+        return [self.folder / "config.json"] if self.folder.is_dir() else []
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""
@@ -106,25 +106,32 @@ FLOAT_MODELS = FloatModels()
 
 
 def parts_of(
-    directory: tensor_names.Tensors, dtype: Any, *, optional: tuple[str, ...] = ()
+    directory: tensor_names.Tensors,
+    dtype: Any,
+    *,
+    optional: tuple[str, ...] = (),
+    names: published_names.Names | None = None,
 ) -> tuple[models.Decoder, Parts]:
     """The abstract model of a directory, and where each of its tensors comes from.
 
-    `optional` tensors may be used or not.
+    `optional` tensors may be used or not; `names` are theirs, where it is no Hugging Face's or
+    Paddle's directory.
     """
-    where, hf_config = directory.path / "config.json", directory.config
-    described = {key: value for key, value in hf_config.items() if key not in QUANTIZATION_KEYS}
+    where, hf_config = directory.path, directory.config
+    if names is None:
+        where = where / directory.config_name
     try:
-        config = models.from_huggingface(described)
+        config = models.from_huggingface(without_quantization(hf_config))
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except _WRONG_KIND as error:
         raise CheckpointError(f"{where}: a value of a wrong kind ({error}).") from error
-    is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
-    family = models.FAMILIES[config.model_type]
-    names = published_names.PADDLE
-    if not is_paddle:
-        names = published_names.HUGGING_FACE.of_family(family, directory.tensors)
+    if names is None:
+        is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
+        family = models.FAMILIES[config.model_type]
+        names = published_names.PADDLE
+        if not is_paddle:
+            names = published_names.HUGGING_FACE.of_family(family, directory.tensors)
     if dtype is None and not ({"dtype", "torch_dtype"} & hf_config.keys()):
         embedding = directory.tensors.get(names.embedding)
         dtype = None if embedding is None else embedding.dtype

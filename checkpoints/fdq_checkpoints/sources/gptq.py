@@ -184,7 +184,7 @@ class Gptq(_Grouped):
                 )
             zero = (zero + np.uint8(1)) & np.uint8(2**bits - 1)
         codes = packing.along_rows(self.read_end(linear, "qweight"), k, bits)
-        arrays = {"scale": self.scale_of(linear, "scales")}
+        arrays = {"scale": self.scale_of(linear, "scales", signed=symmetric)}
         if symmetric:
             if (zero != 2 ** (bits - 1)).any():
                 raise self.bad(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fdq import models
-from fdq.formats.qtensor import QTensor, dequantize
+from fdq.formats.qtensor import QTensor
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import ActivationSpec, Scheme, WeightSpec
@@ -22,7 +22,6 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers import strict_json
 from fdq_checkpoints.readers.local_directory import tell_of_adapters
-from fdq_checkpoints.readers.safetensors_reader import TensorInfo
 from fdq_checkpoints.readers.source_directory import MAX_CONFIG_BYTES, SourceDirectory
 from fdq_checkpoints.sources import float_model
 from fdq_checkpoints.sources.bitsandbytes import BitsAndBytes
@@ -30,14 +29,19 @@ from fdq_checkpoints.sources.codec import Codec, Section
 from fdq_checkpoints.sources.compressed_tensors import CompressedTensors
 from fdq_checkpoints.sources.fastdeploy import FastDeploy
 from fdq_checkpoints.sources.float8_blocks import Float8
+from fdq_checkpoints.sources.gemma import Gemma
 from fdq_checkpoints.sources.gptq import Awq, Gptq
+from fdq_checkpoints.sources.hqq import Hqq
+from fdq_checkpoints.sources.linear_names import LinearNames
+from fdq_checkpoints.sources.mlx import Mlx
 from fdq_checkpoints.sources.modelopt import ModelOpt
 from fdq_checkpoints.sources.mxfp4 import Mxfp4
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
 from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.sources.stored_cache import StoredCache
-from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight, joined_spec
+from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 from fdq_checkpoints.sources.tensor_names import laid_out
+from fdq_checkpoints.sources.torchao import TorchAo
 from fdq_checkpoints.tree_paths import Path, dotted
 
 _INPUT_SCALE = "activation_scale"
@@ -49,103 +53,25 @@ CODECS: dict[str, type[Codec]] = {
     method: codec
     for codec in (
         *(Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt),
-        *(Mxfp4, FastDeploy),
+        *(Mxfp4, FastDeploy, Mlx, Hqq, TorchAo, Gemma),
     )
     for method in codec.methods
 }
-
-
-class LinearNames:
-    """A directory as tensor names see it: `<module>.weight` in floats, whatever it is stored as."""
-
-    def __init__(self, directory: SourceDirectory, codec: Codec, dtype: np.dtype):
-        self.directory, self.codec = directory, codec
-        self.path, self.config = directory.path, directory.config
-        self.linears = codec.linears()
-        hidden = {name for linear in self.linears.values() for name in linear.names}
-        self.tensors = {
-            name: info
-            for name, info in directory.tensors.items()
-            if name not in hidden and name.rpartition(".")[2] not in codec.unused
-        }
-        for linear in self.linears.values():
-            name = linear.floats
-            if name in self.tensors:
-                raise CheckpointError(
-                    f"{directory.file_name(name)}: tensor {name} is beside the codes of the same "
-                    "layer, so it is not clear which counts."
-                )
-            shape = linear.float_shape
-            if not codec.out_first:
-                shape = shape[::-1]
-            self.tensors[name] = TensorInfo(name, dtype, shape, 0, 0)
-        self._by_weight = {linear.floats: linear for linear in self.linears.values()}
-
-    def linear(self, name: str) -> Linear | None:
-        """The quantized layer whose weight has this name."""
-        return self._by_weight.get(name)
-
-    def file_name(self, name: str) -> str:
-        """The path of the shard that holds a tensor, for errors."""
-        linear = self.linear(name)
-        return self.directory.file_name(name if linear is None else linear.names[0])
-
-    has_rows = False  # codes are decoded as a whole
-
-    def files(self, name: str) -> set[str]:
-        """The paths of all shards that a tensor, or its codes, scales and so on, are read from."""
-        linear = self.linear(name)
-        names = (name,) if linear is None else linear.names
-        return {self.directory.file_name(one) for one in names}
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in floats: codes decoded, `[out, in]` (as the codec has floats)."""
-        linear = self.linear(name)
-        if linear is None:
-            return self.directory.read(name)
-        if linear.experts is not None:
-            return self.read_rows(name, 0, linear.experts)
-        floats = np.asarray(dequantize(self.codec.read(linear).qtensor()))
-        if linear.input_factor is not None:
-            floats = floats * self.codec.factor_of(linear)[:, None]
-        floats = floats.T if self.codec.out_first else floats
-        return floats.astype(self.tensors[name].dtype)
-
-    def companions(self) -> list[pathlib.Path]:
-        """The config, tokenizer and generation files that are there."""
-        return self.directory.companions()
-
-    def close(self) -> None:
-        """Closes the shards."""
-        self.directory.close()
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor in floats, or experts of a stack."""
-        linear = self.linear(name)
-        if linear is None:
-            return self.directory.read_rows(name, start, stop)
-        if linear.experts is None:
-            return self.read(name)[start:stop]
-        result = np.empty((stop - start, *linear.float_shape[1:]), self.tensors[name].dtype)
-        for row, expert in zip(result, linear.each()[start:stop], strict=True):
-            row[:] = dequantize(self.codec.read(expert).qtensor())
-        return result
 
 
 class QuantizedModel(Source):
     """A directory of another tool's codes, seen as a quantized fdq model."""
 
     def __init__(
-        self, names: LinearNames, model: models.Decoder, parts: Any, release: QuantizedRelease
+        self, names: Any, model: models.Decoder, parts: Any, release: QuantizedRelease | str | None
     ):
-        self.release = release
+        self.release: QuantizedRelease | str | None = release
         self.folder, self.config = names.path, model.config
         self._names, self._parts = names, parts
         self._model = model
-        self._tell_of_factors()
-        self._tell_of_the_rest()
+        self._tell()
         self._specs = {path: spec for path in parts if (spec := self._spec(path)) is not None}
-        schemes, cache = self._schemes(), names.codec.cache(model.config)
+        schemes, cache = self._schemes(), names.cache(model.config)
         self._cache = cache if isinstance(cache, StoredCache) else None
         recipe = _recipe(model, schemes) if schemes else Recipe()
         if cache is not None:
@@ -169,21 +95,29 @@ class QuantizedModel(Source):
         if any(linear is not None and linear.input_factor for linear in flat):
             return None
         specs = {
-            None if None in parts else joined_spec([one for one in parts if one is not None])
+            None if None in parts else self._names.joined_spec([x for x in parts if x is not None])
             for parts in experts
         }
-        # Embeddings, whose rows are looked up, and routers are floats in fdq.
         specs = _with_order(specs)
-        is_linear = path[-1] == "kernel" and "router" not in path
-        if is_linear and len(specs) == 1 and None not in specs and len(self._activations(path)) < 2:
+        if (
+            self._is_linear(path)
+            and len(specs) == 1
+            and None not in specs
+            and len(self._activations(path)) < 2
+        ):
             return specs.pop()
+        why = "is stored in different ways that one layer of fdq cannot hold"
+        if not self._is_linear(path):
+            why = "has codes, which fdq holds in floats"
         _LOGGER.warning(
-            "%s: %s is stored in different ways that one layer of fdq cannot hold; it is decoded "
-            "and stays in floats.",
-            self.folder,
-            dotted(path),
+            "%s: %s %s; it is decoded and stays in floats.", self.folder, dotted(path), why
         )
         return None
+
+    def _tell(self) -> None:
+        """Says what of the source is left out, or otherwise than its config says."""
+        self._tell_of_factors()
+        self._tell_of_the_rest()
 
     def _tell_of_the_rest(self) -> None:
         """Scales of a cache that nobody asked for; layers in floats that nobody named."""
@@ -225,6 +159,10 @@ class QuantizedModel(Source):
                 modules[0],
                 len(modules) - 1,
             )
+
+    def _is_linear(self, path: Path) -> bool:
+        """Embeddings, whose rows are looked up, and routers are floats in fdq."""
+        return path[-1] == "kernel" and "router" not in path
 
     def _activations(self, path: Path) -> set[ActivationSpec]:
         """How the input of a target's parts is quantized, where it is."""
@@ -273,11 +211,11 @@ class QuantizedModel(Source):
             for one in parts
             if one is not None and one.input_scale is not None  # of experts that saw no token
         ]
-        return np.asarray(max(map(self._names.codec.input_scale_of, linears)), np.float32)
+        return np.asarray(max(map(self._names.input_scale, linears)), np.float32)
 
     def _weight(self, path: Path, parts: Sequence[Linear | None]) -> StoredWeight:
         spec = self._specs[path]
-        weights = [self._names.codec.read(one).as_spec(spec) for one in parts if one is not None]
+        weights = [self._names.weight(one).as_spec(spec) for one in parts if one is not None]
         joined, layout = weights[0].joined_with(weights[1:]), self._parts[path].layout
         if layout == "transposed":  # as codecs read
             return joined

@@ -31,6 +31,7 @@ _NAMES = {
     "torchao": "torchao",
     "hqq": "HQQ",
     "mlx": "MLX",
+    "gemma": "Gemma",
     "quanto": "Quanto",
     "eetq": "EETQ",
     "aqlm": "AQLM",
@@ -56,8 +57,15 @@ _SAID_TWICE = (
     ("kv_cache_quant_algo",),
 )
 # Formats that are the same thing in fdq, and the integers' groups that it has.
-_SCHEMES = {"fp8": "Wfp8A16", "mxfp4": "WMXFP4A16", "nvfp4": "WNVFP4A16", "nf4": "WNF4A16"}
+_SCHEMES = {
+    "mxfp8": "WMXFP8A16",
+    "fp8": "Wfp8A16",
+    "mxfp4": "WMXFP4A16",
+    "nvfp4": "WNVFP4A16",
+    "nf4": "WNF4A16",
+}
 _INTEGERS = (2, 3, 4, 8)
+_LONGEST_TEXT = 10_000
 _GROUPS = (16, 32, 64, 128)
 
 # Ends of tensor names: arrays of codes, and what comes with them and is no weight.
@@ -106,7 +114,7 @@ class QuantizedRelease:
         for key in QUANTIZATION_KEYS:
             content = config.get(key)
             if isinstance(content, dict) and "quant_method" not in content:
-                content = _of_mlx(config.get(_MLX_KEY)) or content
+                content = _of_mlx(config.get(_MLX_KEY)) or _of_mlx(content) or content
             if content is not None:
                 where = f"{folder / 'config.json'}: {key}"
                 known = (
@@ -134,21 +142,24 @@ class QuantizedRelease:
         There is no other reason for matrices of integers, or of floats of 8 bits.
         """
         codes = [
-            info
+            info.name
             for info in tensors
             if len(info.shape) > 1 and (info.dtype.kind in "iu" or info.dtype.itemsize == 1)
         ]
-        return cls("?", "an unknown tool", None, "int", None, str(folder), {}) if codes else None
+        tool = "HQQ" if any(name.endswith(".W_q") for name in codes) else "an unknown tool"
+        return cls("?", tool, None, "int", None, str(folder), {}) if codes else None
 
     @classmethod
     def _read(cls, content: Mapping[str, Any], where: str) -> "QuantizedRelease":
         named = content.get("quant_method", content.get("quantization"))
         method = named if isinstance(named, str) else "?"
         tool = _NAMES.get(method.lower(), shown(method))
-        inner = _weights_of_groups(content) or content
+        inner = _weights_of_groups(content) or _of_hqq(content) or content
         text = " ".join(
             str(content.get(key, "")).lower()
-            for key in ("quant_algo", "format", "fmt", "bnb_4bit_quant_type", "quant_method")
+            for key in (
+                *("quant_algo", "format", "fmt", "bnb_4bit_quant_type", "quant_method", "mode"),
+            )
         )
         text += f" {inner.get('type', '')}"
         bits = _first_int(inner, ("num_bits", "bits", "w_bit", "wbits", "nbits"))
@@ -156,13 +167,18 @@ class QuantizedRelease:
         if kind == "int" and inner.get("type") == "float" and bits == 8:
             kind = "fp8"
         if bits is None:
-            bits = {"fp8": 8, "mxfp4": 4, "nvfp4": 4, "nf4": 4}.get(kind)
+            bits = {"fp8": 8, "mxfp8": 8, "mxfp4": 4, "nvfp4": 4, "nf4": 4}.get(kind)
         if content.get("load_in_4bit") is True:
             bits = 4
         elif content.get("load_in_8bit") is True:
             bits, kind = 8, "int"
         elif match := re.fullmatch(r"wint([248])", method.lower()):
             bits = int(match[1])
+        elif method == "torchao":
+            said = str(content.get("quant_type"))[:_LONGEST_TEXT]
+            of_weights = re.search(r"'weight_dtype': {'_data': '(int|float)(\d)", said)
+            if match := of_weights or re.search(r"'_type': '(Int|Float)(\d)", said):
+                bits, kind = int(match[2]), "fp8" if match[1].lower() == "float" else "int"
         group = _first_int(inner, ("group_size", "q_group_size"))
         return cls(method, tool, bits, kind, group, where, content)
 
@@ -202,6 +218,12 @@ class QuantizedRelease:
 
     def advice(self) -> str:
         """What fdq can do with such a checkpoint."""
+        if self.method == "?" and self.tool == "HQQ":
+            # What its own code saves.
+            return (
+                "config.json does not say that HQQ made the codes: add "
+                '"quantization_config": {"quant_method": "hqq"} to it.'
+            )
         like = f" fdq's --scheme {self.scheme} stores it alike." if self.scheme else ""
         return (
             f"Load or convert the float original that the codes of {self.tool} were made of.{like}"
@@ -218,11 +240,24 @@ class QuantizedRelease:
         return None
 
 
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what tools say of their codes."""
+    mlx = () if _of_mlx(config.get(_MLX_KEY)) is None else (_MLX_KEY,)
+    return {key: value for key, value in config.items() if key not in (*QUANTIZATION_KEYS, *mlx)}
+
+
 def _of_mlx(content: Any) -> dict[str, Any] | None:
     """What MLX writes, which names no method; None if it is something else."""
     if not isinstance(content, dict) or not {"bits", "group_size"} <= content.keys():
         return None
     return {"quant_method": "mlx"} | content
+
+
+def _of_hqq(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """HQQ's `quant_config.weight_quant_params`."""
+    config = content.get("quant_config")
+    weights = config.get("weight_quant_params") if isinstance(config, dict) else None
+    return weights if isinstance(weights, dict) else None
 
 
 def _weights_of_groups(content: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -11,7 +11,7 @@ from fdq import models
 from fdq.formats.qtensor import QTensor
 from fdq.registry import Registry
 from fdq_checkpoints.errors import CheckpointError
-from fdq_checkpoints.readers.local_directory import local_directory
+from fdq_checkpoints.readers.local_directory import gguf_parts, local_directory
 from fdq_checkpoints.tree_paths import Path
 
 _NOTES = (".md", ".txt", ".png", ".jpg", ".pdf")
@@ -60,6 +60,8 @@ class Source(abc.ABC):
 
     def weight_files(self) -> list[pathlib.Path]:
         """All files that hold weights, or say where they are: but for notes and hidden files."""
+        if not self.folder.is_dir():
+            return gguf_parts(self.folder)
         return sorted(
             path
             for path in self.folder.glob("**/*")
@@ -87,12 +89,16 @@ class Source(abc.ABC):
         """JSON values that are equal for the same part of the same source."""
         return [str(self.folder.resolve())]
 
+    def key_of(self, path: pathlib.Path) -> str:
+        """A file of the source by its name in it."""
+        return str(path.relative_to(self.folder)) if self.folder.is_dir() else path.name
+
     def states(self) -> dict[str, list[int]]:
         """By name of a file of weights, numbers that are equal as long as nobody touched it."""
         found = {}
         for path in self.weight_files():
             status = path.stat()
-            found[str(path.relative_to(self.folder))] = [status.st_size, status.st_mtime_ns]
+            found[self.key_of(path)] = [status.st_size, status.st_mtime_ns]
         return found
 
     def __enter__(self) -> "Source":

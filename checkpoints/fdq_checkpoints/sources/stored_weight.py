@@ -29,6 +29,7 @@ class Linear:
       weight: the end of the name that the weight has in a model of floats.
       experts: of a stack `[experts, in, out]`, how many it holds, each with a matrix of `shape`.
       expert: which of them is meant.
+      stack: the module that holds its tensors, where that has those of all experts.
     """
 
     module: str
@@ -43,6 +44,7 @@ class Linear:
     weight: str = "weight"
     experts: int | None = None
     expert: int | None = None
+    stack: str | None = None
 
     @property
     def floats(self) -> str:
@@ -61,10 +63,15 @@ class Linear:
         return [dataclasses.replace(self, expert=expert) for expert in range(self.experts)]
 
     @property
+    def stored_as(self) -> str:
+        """The module whose tensors hold it."""
+        return self.stack or self.module
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of its tensors."""
         ends = self.ends if self.input_scale is None else (*self.ends, self.input_scale)
-        return tuple(f"{self.module}.{end}" for end in ends)
+        return tuple(f"{self.stored_as}.{end}" for end in ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +87,34 @@ class StoredWeight:
         """The weight."""
         padding = FORMATS[self.spec.format].padding(self.k)
         return QTensor(spec=self.spec, padding=padding, codes=self.codes, **self.arrays)
+
+    @classmethod
+    def of(cls, q: QTensor) -> "StoredWeight":
+        """A weight `[K, N]` whose arrays are on the host."""
+        arrays = {name: np.asarray(array) for name, array in q.arrays().items()}
+        return cls(q.spec, q.shape[-2], arrays.pop("codes"), arrays)
+
+    def columns(self, start: int, stop: int) -> "StoredWeight":
+        """Some of its columns: the inverse of `joined_with`.
+
+        ValueError where a scale is that of columns inside and outside of them.
+        """
+        n = self.codes.shape[-1]
+        if (start, stop) == (0, n):
+            return self
+        each = {"tensor": n, "block": (self.spec.block_size or (1, 1))[1]}
+        width = each.get(self.spec.granularity, 1)
+        whole = width == n
+        if not whole and (start % width or (stop % width and stop != n)):
+            raise ValueError(f"blocks of {width} columns lie across columns {start} to {stop}")
+        arrays = {
+            name: array
+            if whole or array.shape[-1] == 1
+            else np.ascontiguousarray(array[..., start // width : -(-stop // width)])
+            for name, array in self.arrays.items()
+        }
+        codes = np.ascontiguousarray(self.codes[..., start:stop])
+        return StoredWeight(self.spec, self.k, codes, arrays)
 
     def joined_with(self, others: Sequence["StoredWeight"]) -> "StoredWeight":
         """Weights of one input beside each other along N, all of one `joined_spec`."""

@@ -22,6 +22,7 @@ from fdq_checkpoints.tree_paths import Path, dotted
 # frequencies and causal masks that old exporters wrote out.
 _BUFFERS = ("*rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.self_attn.bias")
 IGNORED = ("mtp*", "model.mtp*", "ernie.mtp*", "*.mtp_*", *_BUFFERS)
+_INVERTIBLE = ("same", "transposed", "row")
 _COMPARE_ROWS_BYTES = 32 * 2**20
 
 
@@ -30,6 +31,7 @@ class Tensors(Protocol):
 
     path: pathlib.Path
     config: dict[str, Any]
+    config_name: str  # what says so, for errors
     tensors: dict[str, TensorInfo]
 
     def file_name(self, name: str) -> str:
@@ -39,7 +41,7 @@ class Tensors(Protocol):
     has_rows: bool
     """Whether rows are read without the others."""
 
-    def files(self, name: str) -> set[str]:
+    def files_of(self, name: str) -> set[str]:
         """The paths of all files that a tensor is read from."""
         ...
 
@@ -197,7 +199,8 @@ def sources(
             advice = "It is the value head of a training run: save the model without it."
         raise CheckpointError(
             f"{directory.file_name(name)}: tensor {shown(name)}{more} is not part of a "
-            f"{directory.config.get('model_type')} model with this config.json. {advice}"
+            f"{directory.config.get('model_type')} model with this {directory.config_name}. "
+            f"{advice}"
         )
     return result
 
@@ -228,6 +231,75 @@ def check_tied_head(directory: Tensors, head: str, embedding: str) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor of somebody's checkpoint as part of a target: the inverse of a `Source`.
+
+    It has columns `[start, stop)` of the target, or of its `expert`; `pattern` is its name with
+    `{i}` and `{e}` in place of the layer and the expert.
+    """
+
+    name: str
+    pattern: str
+    expert: int | None
+    start: int
+    stop: int
+    layout: Layout
+
+    def of(self, target: np.ndarray) -> np.ndarray:
+        """The tensor as it is stored, of the target (or of its expert)."""
+        return _stored(target[..., self.start : self.stop], self.layout)
+
+    def shape(self, target: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of `of` a target (or expert) of a shape."""
+        part = (*target[:-1], self.stop - self.start)
+        return {"transposed": part[::-1], "row": (1, *part)}.get(self.layout, part)
+
+
+def pieces(
+    path: Path,
+    shape: tuple[int, ...],
+    rules: tuple[Rule, ...],
+    *,
+    qkv_widths: tuple[int, int, int],
+) -> list[Piece]:
+    """Where the target at `path`, of a `shape`, goes in a checkpoint of these rules, in order.
+
+    CheckpointError where no rule is about it.
+    """
+    rule, values = _rule(path, rules)
+    if rule.layout not in _INVERTIBLE or rule.widths not in ("qkv", "equal"):
+        raise CheckpointError(
+            f"{dotted(path)}: published in a layout ({rule.layout}, {rule.widths}) that is read "
+            "here and not written."
+        )
+    stacked = any("{e}" in name for name in rule.names)
+    widths = qkv_widths if rule.widths == "qkv" else None
+    shares = _shares(shape[-1], rule.names, widths)
+    found = []
+    for expert in range(shape[0]) if stacked else (None,):
+        start = 0
+        for pattern, width in zip(rule.names, shares, strict=True):
+            name = pattern.format(e=expert, **values)
+            found.append(Piece(name, pattern, expert, start, start + width, rule.layout))
+            start += width
+    return found
+
+
+def _stored(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """The inverse of `_laid_out`."""
+    if layout == "transposed":
+        return np.ascontiguousarray(array.T)
+    return array[None] if layout == "row" else np.ascontiguousarray(array)
+
+
+def _shares(size: int, names: tuple[str, ...], widths: Sequence[int] | None) -> tuple[int, ...]:
+    """How many columns of a target each of the tensors has that are joined to it."""
+    if widths is None or len(names) == 1:
+        return (size // len(names),) * len(names)
+    return tuple(widths)
+
+
 def _rule(path: Path, rules: tuple[Rule, ...]) -> tuple[Rule, dict[str, str]]:
     name = dotted(path)
     for rule in rules:
@@ -255,9 +327,7 @@ def _check_parts(
     directory: Tensors, source: Source, names: tuple[str, ...], widths: Sequence[int] | None
 ) -> None:
     shape = source.shape[1:] if source.stacked else source.shape
-    if widths is None or len(names) == 1:
-        widths = (shape[-1] // len(names),) * len(names)
-    for name, width in zip(names, widths, strict=True):
+    for name, width in zip(names, _shares(shape[-1], names, widths), strict=True):
         info = directory.tensors.get(name)
         if info is None:
             raise CheckpointError(
@@ -272,7 +342,7 @@ def _check_parts(
         if info.shape != expected:
             raise CheckpointError(
                 f"{directory.file_name(name)}: tensor {shown(name)} has shape {info.shape}, "
-                f"expected {expected} from config.json."
+                f"expected {expected} from {directory.config_name}."
             )
         if not jnp.issubdtype(info.dtype, jnp.floating) or info.dtype.itemsize < 2:
             raise CheckpointError(

@@ -6,6 +6,7 @@ process that dies leaves the sibling, which nothing loads; an error removes it, 
 
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 from fdq.text_table import size
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.local_directory import gguf_parts
 from fdq_checkpoints.store import journal as journals
 from fdq_checkpoints.store import manifest
 
@@ -35,6 +37,7 @@ def pending_directory(
     keep: Callable[[], bool] | None = None,
     needed_bytes: int = 0,
     notes: tuple[str, ...] = (),
+    replaces: "Replaceable | None" = None,
 ) -> Iterator[pathlib.Path]:
     """A context that yields the temporary sibling of `destination` and renames it at the end.
 
@@ -42,9 +45,11 @@ def pending_directory(
     `keep` says after an error whether what was written is of use; with it, the context begins with
     what is there instead of an empty directory. `needed_bytes` estimates what will be written.
     `notes` are names of files that are of use until the end, and removed then.
+    `replaces` says what else than an fdq checkpoint may be replaced.
     """
     final = pathlib.Path(destination).absolute()
-    check_destination(final, overwrite=overwrite)
+    replaces = FDQ_CHECKPOINT if replaces is None else replaces
+    check_destination(final, overwrite=overwrite, replaces=replaces)
     final.parent.mkdir(parents=True, exist_ok=True)
     pending = pending_path(final)
     needed_bytes -= bytes_in(pending) if keep is not None else 0
@@ -65,7 +70,7 @@ def pending_directory(
         try:
             yield pending
             _sync(pending)
-            _rename(pending, final, overwrite=overwrite)
+            _rename(pending, final, overwrite=overwrite, replaces=replaces)
             # Not before: without its lock, another process would take the directory and empty it.
             for name in (*notes, _LOCK):
                 (final / name).unlink(missing_ok=True)
@@ -90,10 +95,27 @@ def pending_path(destination: str | os.PathLike[str]) -> pathlib.Path:
     return final.with_name(final.name + SUFFIX)
 
 
+@dataclasses.dataclass(frozen=True)
+class Replaceable:
+    """What may be overwritten: a word for it, and whether a directory is one."""
+
+    word: str
+    is_one: Callable[[pathlib.Path], bool]
+
+
+FDQ_CHECKPOINT = Replaceable(
+    "an fdq checkpoint", lambda folder: (folder / manifest.FILE_NAME).is_file()
+)
+
+
 def check_destination(
-    final: pathlib.Path, *, overwrite: bool, source: pathlib.Path | None = None
+    final: pathlib.Path,
+    *,
+    overwrite: bool,
+    source: pathlib.Path | None = None,
+    replaces: Replaceable = FDQ_CHECKPOINT,
 ) -> None:
-    """Raise FileExistsError unless `final` is free, empty, or an fdq checkpoint to overwrite.
+    """Raise FileExistsError unless `final` is free, empty, or what it `replaces`, to overwrite.
 
     What is read (`source`) must not be written into: it would be part of itself.
     """
@@ -108,10 +130,10 @@ def check_destination(
     if not overwrite:
         raise FileExistsError(
             f"{final}: exists already. Choose another destination, or pass overwrite=True to "
-            "replace an fdq checkpoint."
+            f"replace {replaces.word}."
         )
-    if not (final / manifest.FILE_NAME).is_file():
-        raise FileExistsError(f"{final}: exists and is not an fdq checkpoint; not overwritten.")
+    if not replaces.is_one(final):
+        raise FileExistsError(f"{final}: exists and is not {replaces.word}; not overwritten.")
 
 
 def empty(pending: pathlib.Path) -> None:
@@ -148,7 +170,9 @@ def _locked(pending: pathlib.Path) -> Iterator[None]:
 
 
 def bytes_in(folder: pathlib.Path) -> int:
-    """Of all files, at any depth."""
+    """Of all files, at any depth; of a model in GGUF of its own."""
+    if folder.is_file():
+        return sum(path.stat().st_size for path in gguf_parts(folder))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -167,15 +191,17 @@ def _sync_path(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def _rename(pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool) -> None:
+def _rename(
+    pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool, replaces: Replaceable
+) -> None:
     """`final` is at any time what it was or what it is to be, where the system can exchange two."""
-    check_destination(final, overwrite=overwrite)
+    check_destination(final, overwrite=overwrite, replaces=replaces)
     if not os.path.lexists(final):
         os.rename(pending, final)
         _sync_path(final.parent)
         return
     old = final.with_name(final.name + ".fdq-old")
-    _remove(old)
+    _remove(old, replaces)
     if final.is_symlink() or not _exchanged(pending, final):
         os.rename(final, old)
         try:
@@ -186,7 +212,7 @@ def _rename(pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool) -> N
     else:
         os.rename(pending, old)
     _sync_path(final.parent)
-    _remove(old)
+    _remove(old, replaces)
 
 
 def _exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:
@@ -240,12 +266,12 @@ def _replaced(path: str | os.PathLike[str], before: tuple[int, ...] | None) -> b
     return False
 
 
-def _remove(old: pathlib.Path) -> None:
+def _remove(old: pathlib.Path, replaces: Replaceable) -> None:
     """Remove a replaced checkpoint, empty directory, or link (what it leads to stays)."""
     if old.is_symlink():
         old.unlink()
     elif old.exists():
-        check_destination(old, overwrite=True)
+        check_destination(old, overwrite=True, replaces=replaces)
         shutil.rmtree(old)
 
 

@@ -19,7 +19,7 @@ from jax import lax
 from fdq.formats.format import Format
 from fdq.formats.grouping import SMALLEST_NORMAL
 from fdq.ops.dots import exact_dot, sum_in_chains
-from fdq.ops.weight_view import WeightView, has_table, pad_rows
+from fdq.ops.weight_view import WeightView, add_offsets, has_table, pad_rows
 
 Unit = list[jax.Array]
 Sizes = tuple[int, int, int]
@@ -68,7 +68,7 @@ def fused_product(x: jax.Array, view: WeightView, block_units: int, *, dot: bool
         # What takes more to decode leaves no registers for several sums.
         return [functools.reduce(jnp.add, products, total)]
 
-    return _summed(total, rows, view, dot=dot)
+    return add_offsets(_summed(total, rows, view, dot=dot), x, view)
 
 
 def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.Array:
@@ -97,7 +97,7 @@ def looked_up_product(x: jax.Array, view: WeightView, block_units: int) -> jax.A
         in_blocks = jnp.sum(sums.reshape(-1, *sizes, 1), axis=3)
         return [total - zero * of_row for total, of_row in zip(totals, in_blocks, strict=True)]
 
-    return _summed(total, rows, view, dot=True, together=2)
+    return add_offsets(_summed(total, rows, view, dot=True, together=2), x, view)
 
 
 def _looked_up(

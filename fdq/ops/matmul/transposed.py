@@ -103,7 +103,10 @@ def _rows(w: QuantizedWeight, row: jax.Array) -> jax.Array:
     if view.zero is not None:
         found = found - jnp.take(view.zero, group, axis=0)
     factor = jnp.float32(view.format.unit_factor)
-    return (found * (jnp.take(view.scale, group, axis=0) * factor))[:, : w.shape[-1]]
+    found = found * (jnp.take(view.scale, group, axis=0) * factor)
+    if view.offset is not None:
+        found = found + jnp.take(view.offset, group, axis=0)
+    return found[:, : w.shape[-1]]
 
 
 def transposed_product(x: jax.Array, w: QuantizedWeight, *, out_dtype: Any = None) -> jax.Array:
@@ -150,8 +153,10 @@ def _by_tiles(x: jax.Array, view: WeightView) -> jax.Array:
 
         part = dataclasses.replace(view, codes=cut(view.codes, view.codes.shape[0] // pieces))
         if groups > 1:
-            zero = None if view.zero is None else cut(view.zero, 1)
-            part = dataclasses.replace(part, scale=cut(view.scale, 1), zero=zero)
+            scale, zero, offset = (
+                None if a is None else cut(a, 1) for a in (view.scale, view.zero, view.offset)
+            )
+            part = dataclasses.replace(part, scale=scale, zero=zero, offset=offset)
         planes = [exact_dot(x, plane.astype(x.dtype), axis=1) for plane in decode_planes(part)]
         return jnp.stack(planes, axis=-1).reshape(m, wanted * size)
 

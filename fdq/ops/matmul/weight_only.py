@@ -18,7 +18,7 @@ from jax import lax
 from fdq.ops.activation import integer_product
 from fdq.ops.dots import exact_dot, join_rows, left_dot, split_rows
 from fdq.ops.prepared_weight import TransposedWeight
-from fdq.ops.weight_view import WeightView, decode_planes, pad_rows
+from fdq.ops.weight_view import WeightView, add_offsets, decode_planes, pad_rows
 
 Product = Callable[[jax.Array, WeightView], jax.Array]
 
@@ -33,9 +33,9 @@ def plane_product(
 ) -> jax.Array:
     """Float `[M, K]` -> float32 `[M, N]`: decodes the planes of the weight, sums one dot a plane.
 
-    Operands of the dots are rounded to `dtype`; a scale per channel is applied after them. With
-    `joined` there is one dot over the planes one below the other: for parts of K so small that the
-    dots of planes would be too short. `looked_up` as in `decode_planes`.
+    Operands of the dots are rounded to `dtype`; a scale (and offset) per channel is applied after
+    them. With `joined` there is one dot over the planes one below the other: for parts of K so
+    small that the dots of planes would be too short. `looked_up` as in `decode_planes`.
     """
     x, row_scale = pad_rows(x, view), None
     if dtype == jnp.float16 and x.dtype != jnp.float16:
@@ -47,8 +47,12 @@ def plane_product(
     if dtype == jnp.float16 and not per_channel:
         # Scales relative to the largest of their channel keep weights inside float16's range.
         largest = jnp.max(jnp.abs(view.scale), axis=-2, keepdims=True)
+        if view.offset is not None:
+            of_offset = jnp.max(jnp.abs(view.offset), axis=-2, keepdims=True)
+            largest = jnp.maximum(largest, of_offset)
         largest = jnp.where(largest == 0, jnp.float32(1), largest)
-        relative = dataclasses.replace(view, scale=view.scale / largest)
+        offset = None if view.offset is None else view.offset / largest
+        relative = dataclasses.replace(view, scale=view.scale / largest, offset=offset)
         decoded, after = decode_planes(relative, looked_up=looked_up), largest
     elif per_channel:
         decoded = decode_planes(view, with_scale=False, looked_up=looked_up)
@@ -65,6 +69,7 @@ def plane_product(
         for p in range(1, view.unit_rows):
             y = y + exact_dot(parts[..., p], planes[p])
     y = y if after is None else y * after
+    y = add_offsets(y, x, view) if per_channel else y
     return y if row_scale is None else jnp.ldexp(y, row_scale)
 
 

@@ -1,0 +1,442 @@
+"""Models go out in other programs' layouts: bit for bit, whole or not at all, or refused by name.
+
+What those programs make of them `tests/oracles/check_exports.py` says, which needs their code.
+"""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fdq
+from fdq import models
+from fdq.models.config_writer import to_huggingface
+from fdq.nn.rotary import RotaryConfig
+from fdq_checkpoints import CheckpointError, convert, load, tree_paths
+from fdq_checkpoints.export import EXPORTERS, Plan
+from fdq_checkpoints.exporting import export
+from fdq_checkpoints.tree_paths import dotted
+from tests.checkpoints import builders, foreign
+from tests.cli.test_cli import run
+from tests.covering import slow_but
+
+OWNED = builders.MODELS.parent / "quantized"
+WIDE = models.DecoderConfig(
+    model_type="llama",
+    vocab_size=32,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    rms_norm_epsilon=1e-5,
+    rotary=RotaryConfig(),
+    dtype="float32",
+)
+NARROW = WIDE.replace(
+    hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=2, head_dim=16
+)
+
+
+def model_of(config=NARROW, scheme=None, seed=0, **options):
+    """A random model; codes by the rule that compiles soonest where there is one."""
+    floats = models.Decoder(config, rngs=nnx.Rngs(seed))
+    return floats if scheme is None else fdq.quantize(floats, scheme, **options)
+
+
+def stored(folder):
+    """All tensors of a directory, by name."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= builders.tensors_of(file)
+    return found
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def differences(one, other):
+    """Paths of tensors that are not the same, array by array, and in what."""
+    mine, theirs = ({t.path: t for t in tree_paths.flatten(m)} for m in (one, other))
+    assert mine.keys() == theirs.keys()
+    found = {}
+    for path, tensor in mine.items():
+        a, b = tensor.value, theirs[path].value
+        if tensor.activation != theirs[path].activation:
+            found[dotted(path)] = "activation"
+        if getattr(a, "spec", None) != getattr(b, "spec", None):
+            found[dotted(path)] = "spec"
+            continue
+        for name, array in tree_paths.arrays_of(a).items():
+            x, y = np.asarray(array), np.asarray(tree_paths.arrays_of(b)[name])
+            if (x.dtype, x.shape, x.tobytes()) != (y.dtype, y.shape, y.tobytes()):
+                found[dotted(path)] = name
+    return found
+
+
+# By kind of foreign model, the exporters that hold what fdq makes of it.
+ROUND_TRIPS = {
+    "gptq": ("gptq", "gptq_v2", "compressed-tensors"),
+    "gptq v2, 4 bits": ("gptq_v2", "compressed-tensors"),
+    "gptq, 3 bits": ("gptq", "compressed-tensors"),
+    "gptq, 2 bits": ("gptq", "compressed-tensors"),
+    "gptq, 8 bits": ("gptq", "compressed-tensors"),
+    "awq": ("gptq_v2", "compressed-tensors"),
+    "packed": ("gptq", "compressed-tensors"),
+    "packed, 8 bits": ("gptq", "compressed-tensors"),
+    "packed, 3 bits": ("gptq", "compressed-tensors"),
+    "packed, asymmetric": ("gptq_v2", "compressed-tensors"),
+    "int8": ("compressed-tensors",),
+    "int8, static": ("compressed-tensors",),
+    "float8": ("compressed-tensors", "fp8"),
+    "mxfp4": ("mxfp4", "compressed-tensors"),
+    "nf4": ("bitsandbytes",),
+    "nf4, twice": ("bitsandbytes",),
+    "llm.int8": ("compressed-tensors",),
+}
+PAIRS = [(kind, to) for kind, targets in ROUND_TRIPS.items() for to in targets]
+QUICK = {
+    ("gptq", "gptq"),
+    ("gptq v2, 4 bits", "gptq_v2"),
+    ("int8, static", "compressed-tensors"),
+    ("mxfp4", "mxfp4"),
+    ("nf4, twice", "bitsandbytes"),
+}
+
+
+@pytest.mark.parametrize("pair", slow_but({str(pair) for pair in QUICK}, PAIRS), ids=str)
+def test_what_is_written_is_read_as_it_was(pair, tmp_path, rng):
+    """Every array, and how inputs are quantized; from fdq's checkpoint, or straight from theirs."""
+    kind, to = pair
+    source = tmp_path / "theirs"
+    foreign.model(kind, source, rng)
+    if "static" in kind:
+        convert(source, tmp_path / "kept", None)
+        source = tmp_path / "kept"
+    made = export(source, tmp_path / "out", to=to)
+    assert sum(made.formats.values()) > 10
+    before, after = load(source), load(tmp_path / "out")
+    assert not differences(before, after)
+    assert sum(isinstance(t.value, fdq.QTensor) for t in tree_paths.flatten(after)) >= 8
+
+
+@pytest.mark.parametrize(("kind", "to"), [("gptq", "gptq"), ("packed", "compressed-tensors")])
+def test_experts_come_apart_and_together_again(kind, to, tmp_path, rng):
+    """Without a checkpoint of fdq's between: from one layout into the other."""
+    decoded = foreign.model(kind, tmp_path / "theirs", rng, "qwen3_moe")
+    export(tmp_path / "theirs", tmp_path / "out", to=to, shard_bytes=50_000)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    assert not differences(load(tmp_path / "theirs"), load(tmp_path / "out"))
+    said = config_of(tmp_path / "out")["quantization_config"]
+    if to == "compressed-tensors":
+        assert said["ignore"] == ["model.layers.0.mlp.gate", "model.layers.2.mlp.gate", "lm_head"]
+    assert said["quant_method"] == to
+    export(tmp_path / "theirs", tmp_path / "floats", to="dense", dtype="float32")
+    floats = stored(tmp_path / "floats")
+    assert floats.keys() == decoded.keys()
+    for name, array in decoded.items():
+        np.testing.assert_allclose(floats[name], array, rtol=2e-7)
+
+
+# By checkpoint that its owner saved, the exporter, and what it may say otherwise.
+FIXTURES = {
+    "w4": "compressed-tensors",
+    "w4_asym": "compressed-tensors",
+    "w3": "compressed-tensors",
+    "w8": "compressed-tensors",
+    "w8a8": "compressed-tensors",
+    "w8a8_static": "compressed-tensors",
+    "fp8": "fp8",
+    "nf4": "bitsandbytes",
+}
+UNSAID = {"version", "sparsity_config", "transform_config", "moe_sparsity_config"}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_files_of_their_owners_come_out_as_they_went_in(name, tmp_path):
+    """compressed-tensors and bitsandbytes wrote them: each tensor has the same bytes again."""
+    export(OWNED / name, tmp_path / "out", to=FIXTURES[name])
+    theirs, ours = stored(OWNED / name), stored(tmp_path / "out")
+    if name == "nf4":  # JSON in bytes
+        state = "quant_state.bitsandbytes__nf4"
+        for key in [key for key in theirs if key.endswith(state)]:
+            a, b = (json.loads(bytes(found.pop(key))) for found in (theirs, ours))
+            assert a == b
+    assert theirs.keys() == ours.keys()
+    for key, array in theirs.items():
+        same = (array.dtype, array.shape, array.tobytes())
+        assert same == (ours[key].dtype, ours[key].shape, ours[key].tobytes()), key
+    wanted, found = config_of(OWNED / name), config_of(tmp_path / "out")
+    said, meant = found.pop("quantization_config"), wanted.pop("quantization_config")
+    assert found == wanted
+    if FIXTURES[name] != "bitsandbytes":
+        assert said == {key: value for key, value in meant.items() if key not in UNSAID}
+
+
+@pytest.mark.parametrize("name", slow_but({"fp8_static"}, ["fp8_static", "fp8_block", "nvfp4"]))
+def test_layers_that_fdq_does_not_join_come_out_as_they_went_in(name, tmp_path):
+    """Scales of q, k and v become those of channels or groups: other layers are the same bytes."""
+    export(OWNED / name, tmp_path / "out", to="compressed-tensors")
+    theirs, ours = stored(OWNED / name), stored(tmp_path / "out")
+    compared = [key for key in theirs if ".o_proj." in key or ".down_proj." in key]
+    assert len(compared) >= 8
+    for key in compared:
+        same = (theirs[key].dtype, theirs[key].shape, theirs[key].tobytes())
+        assert same == (ours[key].dtype, ours[key].shape, ours[key].tobytes()), key
+    assert not differences(load(OWNED / name), load(tmp_path / "out"))
+
+
+def test_blocks_as_deepseek_publishes_them(tmp_path):
+    model = model_of(WIDE, "block_wise_fp8")
+    export(model, tmp_path / "out", to="fp8")
+    tensors = stored(tmp_path / "out")
+    module = "model.layers.0.self_attn.k_proj"
+    assert tensors[f"{module}.weight_scale_inv"].shape == (1, 1)
+    kernel = model.layers[0].self_attn.qkv_proj.kernel.canonical()
+    np.testing.assert_array_equal(tensors[f"{module}.weight"].T, kernel.codes[:, 128:256])
+    assert not differences(model, load(tmp_path / "out"))
+    assert config_of(tmp_path / "out")["quantization_config"] == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+@pytest.mark.slow
+def test_blocks_across_two_layers_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="blocks lie across .*gate_proj .* --to dense dec"):
+        export(model_of(NARROW, "block_wise_fp8"), tmp_path / "no", to="fp8")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("bits", "to"), [(2, "gptq"), (4, "compressed-tensors")])
+def test_halves_are_the_odd_numbers_of_more_bits(bits, to, tmp_path):
+    scheme = f"W{bits}A16-g32-half-f16"
+    model = model_of(NARROW, scheme, method="absmax")
+    made = export(model, tmp_path / "out", to=to)
+    assert f"have no counterpart in {bits} bits" in " ".join(made.notes)
+    for before, after in zip(model.layers, load(tmp_path / "out").layers, strict=True):
+        a, b = before.mlp.down_proj.kernel.canonical(), after.mlp.down_proj.kernel.canonical()
+        assert (a.spec.zero_point, b.spec.zero_point) == ("half", "none")
+        assert b.spec.format == {2: "int4", 4: "int8"}[bits]
+        np.testing.assert_array_equal(fdq.dequantize(a), fdq.dequantize(b))
+
+
+def test_scales_of_both_signs_are_kept(tmp_path):
+    """A search chooses them, where -8 is a code and 8 is none."""
+    model = model_of(NARROW, "W4A16-g16-f16", method="absmax")
+    kernel = model.layers[0].mlp.down_proj.kernel
+    kernel.scale.set_value(-kernel.scale.get_value())
+    for to in ("gptq", "compressed-tensors"):
+        export(model, tmp_path / to, to=to)
+        assert not differences(model, load(tmp_path / to))
+
+
+def test_several_schemes_are_several_groups(tmp_path):
+    recipe = {"*.down_proj": "W8A8", "*.o_proj": None, "*": "W4A16-g16"}
+    rules = fdq.Recipe.parse(list(recipe.items()))
+    model = model_of(NARROW.replace(num_layers=2), rules, method="absmax")
+    export(model, tmp_path / "out", to="compressed-tensors")
+    said = config_of(tmp_path / "out")["quantization_config"]
+    assert said["format"] == "mixed-precision"
+    targets = {g["format"]: g["targets"] for g in said["config_groups"].values()}
+    assert targets["int-quantized"] == [r"re:^model\.layers\.\d+\.mlp\.down_proj$"]
+    assert len(targets["pack-quantized"]) == 5
+    assert said["ignore"] == [
+        *(f"model.layers.{i}.self_attn.o_proj" for i in range(2)),
+        "lm_head",
+    ]
+    assert not differences(model, load(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"down_proj.kernel \(W8A8\).*GPTQ's config has no"):
+        export(model, tmp_path / "no", to="gptq")
+
+
+@pytest.mark.parametrize("base", slow_but({"ernie4_5_bias"}, ["ernie4_5_moe", "ernie4_5_bias"]))
+def test_dense_is_what_it_stands_for(base, tmp_path):
+    """Of experts, shared ones, biases and a tied embedding; floats come back as they were."""
+    model = fdq.quantize(load(builders.MODELS / base), "W8A8", method="absmax")
+    made = export(model, tmp_path / "out", to="dense", dtype="float32")
+    assert any("inputs stay in floats" in note for note in made.notes)
+    floats = {t.path: t.value for t in tree_paths.flatten(load(tmp_path / "out"))}
+    for tensor in tree_paths.flatten(model):
+        value = tensor.value
+        wanted = fdq.dequantize(value) if isinstance(value, fdq.QTensor) else value
+        np.testing.assert_array_equal(floats[tensor.path], wanted)
+    assert "quantization_config" not in config_of(tmp_path / "out")
+    tied = config_of(tmp_path / "out")["tie_word_embeddings"]
+    assert tied == ("lm_head.weight" not in stored(tmp_path / "out"))
+
+
+def test_dense_in_sixteen_bits_says_so(tmp_path):
+    model = model_of(NARROW, "W8A16", method="absmax")
+    export(model, tmp_path / "out", to="dense", dtype="bfloat16")
+    assert config_of(tmp_path / "out")["torch_dtype"] == "bfloat16"
+    kernel = load(tmp_path / "out").layers[0].mlp.down_proj.kernel[...]
+    wanted = fdq.dequantize(model.layers[0].mlp.down_proj.kernel.canonical(), jnp.bfloat16)
+    np.testing.assert_array_equal(kernel.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
+def test_static_scales_of_a_float8_cache_go_along(tmp_path):
+    floats = model_of()
+    scheme = "W8A8Cfp8-kvhead"
+    tokens = np.arange(8).reshape(2, 4)
+    model = fdq.quantize(floats, scheme, calibration=fdq.calibrate(floats, tokens), method="absmax")
+    export(model, tmp_path / "out", to="compressed-tensors")
+    said = config_of(tmp_path / "out")["quantization_config"]["kv_cache_scheme"]
+    assert (said["type"], said["strategy"], said["dynamic"]) == ("float", "attn_head", False)
+    name = "model.layers.0.self_attn.k_scale"
+    wanted = model.layers[0].self_attn.k_cache_scale[...]
+    np.testing.assert_array_equal(stored(tmp_path / "out")[name][..., 0], wanted)
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_a_config_is_written_as_it_is_read(name):
+    config = models.CONFIGS[name]
+    assert models.from_huggingface(to_huggingface(config)) == config
+
+
+def test_a_config_that_no_file_can_say_is_refused():
+    config = NARROW.replace(qk_norm=True)
+    with pytest.raises(ValueError, match="no config.json of llama says qk_norm=True"):
+        to_huggingface(config)
+
+
+def test_text_files_are_copied_and_the_config_is_the_models_own(tmp_path):
+    folder = tmp_path / "theirs"
+    builders.model("qwen3", folder)
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        (folder / name).write_text('{"eos_token_id": 2}')
+    builders.edit_config(folder, license="mit", auto_map={"AutoModel": "code.Model"})
+    convert(folder, tmp_path / "kept", "W8A16", method="absmax")
+    made = export(tmp_path / "kept", tmp_path / "out", to="compressed-tensors")
+    assert not made.notes
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    config = config_of(tmp_path / "out")
+    assert (config["license"], config["architectures"]) == ("mit", ["Qwen3ForCausalLM"])
+    assert "auto_map" not in config
+    (tmp_path / "kept/tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: missing, or changed"):
+        export(tmp_path / "kept", tmp_path / "again", to="compressed-tensors")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return model_of(NARROW, "W8A16", method="absmax")
+
+
+REFUSED = [
+    # scheme, exporter, what is said
+    ("W8A16", "gptq", r"W8A16\) \(and 3 more\): scales in float32.*16 bits; --to compressed-tens"),
+    ("W8A8-f16", "gptq", "no word for quantized inputs; --to compressed-tensors"),
+    ("W8A16", "fp8", "is no float8.*Quantize it so first.*compressed-tensors"),
+    ("W8A16", "mxfp4", "is not in mxfp4"),
+    ("W8A16", "bitsandbytes", "has NF4 alone; --to compressed-tensors"),
+    ("Wfp8e5m2A16", "compressed-tensors", "no such weights; --to dense decodes it"),
+    (None, "compressed-tensors", "nothing in it is quantized.*--to dense"),
+    ("W8A16", "gguff", "Unknown exporter 'gguff'.*Known: compressed-tensors, gptq"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "to", "said"), REFUSED, ids=lambda x: str(x)[:20])
+def test_what_a_layout_cannot_hold_is_refused_by_name(scheme, to, said, tmp_path):
+    model = model_of(NARROW, scheme, method="absmax")
+    with pytest.raises(ValueError, match=said):
+        export(model, tmp_path / "out", to=to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_zero_point_of_zero_is_for_the_second_version(tmp_path):
+    model = model_of(NARROW, "W4A16-g32-asym-f16", method="absmax")
+    zero = model.layers[0].mlp.down_proj.kernel.zero
+    zero.set_value(zero.get_value().at[0, 0].set(0))
+    with pytest.raises(CheckpointError, match="a zero point of 0.*--to gptq_v2 holds it"):
+        export(model, tmp_path / "out", to="gptq")
+    assert not list(tmp_path.iterdir())  # found while it was written
+
+
+def test_a_destination_is_whole_or_not_there(plain, tmp_path):
+    fdq.save(plain, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="written into .*saved, or over it"):
+        export(tmp_path / "saved", tmp_path / "saved/out", to="dense")
+    export(tmp_path / "saved", tmp_path / "out", to="dense")
+    with pytest.raises(FileExistsError, match="pass overwrite=True to replace an export to dense"):
+        export(plain, tmp_path / "out", to="dense")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(plain, tmp_path / "other", to="dense", progress=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(plain, tmp_path / "out", to="dense", overwrite=True, progress=interrupt)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "saved"]
+    export(plain, tmp_path / "out", to="compressed-tensors", overwrite=True)
+    assert "quantization_config" in config_of(tmp_path / "out")
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an export to dense; not overwritten"):
+        export(plain, tmp_path / "out", to="dense", overwrite=True)
+    with pytest.raises(FileExistsError, match="not an export"):
+        export(plain, tmp_path / "saved", to="dense", overwrite=True)
+
+
+def test_damage_is_found_and_nothing_is_left(plain, tmp_path):
+    fdq.save(plain, tmp_path / "saved")
+    data = max((p for p in (tmp_path / "saved/weights").rglob("*") if p.is_file()),
+               key=lambda p: p.stat().st_size)  # fmt: skip
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        export(tmp_path / "saved", tmp_path / "out", to="dense")
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+class Counted(Plan):
+    def __init__(self, origin):
+        self.nbytes, self.formats = 10, {"counted": len(origin.tensors)}
+
+    def write(self, folder, progress):
+        (folder / "count.txt").write_text(str(self.formats["counted"]))
+
+
+class Count:
+    """An exporter that writes how many tensors there are."""
+
+    name = "count"
+
+    def plan(self, origin, options):
+        return Counted(origin)
+
+    def wrote(self, file):
+        return file.name == "count.txt"
+
+
+def test_an_exporter_of_ones_own(plain, tmp_path):
+    with EXPORTERS.registered(Count()):
+        for _ in range(2):
+            export(plain, tmp_path / "out", to="count", overwrite=True)
+    assert int((tmp_path / "out/count.txt").read_text()) == len(tree_paths.flatten(plain))
+
+
+def test_the_command(plain, tmp_path):
+    fdq.save(plain, tmp_path / "saved")
+    out = tmp_path / "out"
+    told = run("export", tmp_path / "saved", out, "--to", "compressed-tensors").stdout
+    assert "pack-quantized (W8A16)" in told and "No tokenizer" in told
+    again = ["export", tmp_path / "saved", out, "--to", "compressed-tensors"]
+    assert "replace an earlier export with --overwrite" in run(*again, code=2).stderr
+    found = json.loads(run(*again, "--overwrite", "--json").stdout)
+    assert found["formats"]["pack-quantized (W8A16)"] == 7 and found["bytes"] > 1000
+    wrong = run("export", tmp_path / "saved", tmp_path / "no", "--to", "gtpq", code=2).stderr
+    assert "Did you mean 'gptq'?" in wrong
+    wrong = run("export", tmp_path / "saved", tmp_path / "no", "--to", "gptq", code=2).stderr
+    assert "--to compressed-tensors holds it" in " ".join(wrong.split())
+    run("export", tmp_path / "saved", tmp_path / "no", "--to", "dense", "--shard-size", "0", code=2)
+    assert not (tmp_path / "no").exists()
