@@ -26,6 +26,7 @@ from fdq_checkpoints.sources import published_names, tensor_names
 from fdq_checkpoints.sources.quantized_release import QUANTIZATION_KEYS
 from fdq_checkpoints.sources.stored_weight import StoredWeight
 from fdq_checkpoints.sources.tensor_names import Piece
+from fdq_checkpoints.store.host_memory import Trimmer
 from fdq_checkpoints.stream import Progress
 from fdq_checkpoints.tree_paths import Path, Tensor, dotted
 
@@ -155,11 +156,12 @@ class _Plan(Plan):
     def write(self, folder: pathlib.Path, progress: Progress | None) -> None:
         """Tensor by tensor of fdq's tree: about one of them is in memory."""
         sizes = {p: _nbytes(t) for p, t in self._origin.tensors.items()}
-        total, done = sum(sizes.values()), 0
+        total, done, memory = sum(sizes.values()), 0, Trimmer()
         shard_bytes = self._options.shard_bytes
         with SafetensorsWriter(folder, self._tensors, shard_bytes=shard_bytes) as writer:
             for path in self._origin.tensors:
                 self._write(writer, path)
+                memory.worked(sizes[path])
                 done += sizes[path]
                 if progress is not None:
                     progress(done, total, dotted(path))
