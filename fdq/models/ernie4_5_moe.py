@@ -48,14 +48,15 @@ def _read(reader: ConfigReader) -> DecoderConfig:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     moe = config.moe
     assert moe is not None
-    step = moe.layers[1] - moe.layers[0] if len(moe.layers) > 1 else 1
+    layers = moe.layers or (config.num_layers,)
+    step = layers[1] - layers[0] if len(layers) > 1 else 1
     return {
         "use_bias": False,
         "moe_num_experts": moe.num_experts,
         "moe_k": moe.top_k,
         "moe_intermediate_size": moe.intermediate_size,
-        "moe_layer_start_index": min(moe.layers),
-        "moe_layer_end_index": max(moe.layers),
+        "moe_layer_start_index": layers[0],
+        "moe_layer_end_index": layers[-1],
         "moe_layer_interval": step,
         "moe_num_shared_experts": moe.shared_intermediate_size // moe.intermediate_size,
         "moe_norm_gate_logits": moe.normalize,
