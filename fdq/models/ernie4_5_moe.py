@@ -48,7 +48,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     moe = config.moe
     assert moe is not None
-    layers = moe.layers or (config.num_layers,)
+    layers = list(moe.layers) or [config.num_layers]
     step = layers[1] - layers[0] if len(layers) > 1 else 1
     return {
         "use_bias": False,
