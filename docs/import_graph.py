@@ -49,7 +49,7 @@ LEVELS = (
     "fdq.storage",
     "fdq.analysis",
     "fdq.__init__",
-    "fdq_checkpoints.errors",
+    "fdq_checkpoints.errors fdq_checkpoints.slabs",
     "fdq_checkpoints.tree_paths",
     "fdq_checkpoints.readers",
     "fdq_checkpoints.store",
