@@ -233,9 +233,9 @@ class Words:
         return self.layout.words.bits
 
     def integer_offset(self, spec: Any) -> float:
-        """What `unit_codes` are offset by; 8-bit codes are read as signed."""
-        signed = self.bits == 8 and self.layout.zero_point != "integer"
-        return self.layout.bias - (128.0 if signed else 0.0)
+        """What `unit_codes`, which are unsigned, are offset by."""
+        del spec
+        return self.layout.bias
 
     def unit_codes(self, unit: Unit) -> Unit:
         """The rows of a unit of an integer format, as uint8."""

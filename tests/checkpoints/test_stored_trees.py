@@ -229,6 +229,7 @@ def test_destination_exists(tmp_path):
     save({"a": jnp.zeros(3)}, tmp_path / "a", overwrite=True)
     assert load(tmp_path / "a")["a"].sum() == 0
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
     with pytest.raises(FileExistsError, match="not an fdq checkpoint"):
         save({"a": jnp.zeros(3)}, tmp_path / "other", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "other"]

@@ -126,9 +126,9 @@ def parts_of(
         raise CheckpointError(f"{where}: {error}") from error
     except _WRONG_KIND as error:
         raise CheckpointError(f"{where}: a value of a wrong kind ({error}).") from error
+    family = models.FAMILIES[config.model_type]
     if names is None:
         is_paddle = any(name.startswith("ernie.") for name in directory.tensors)
-        family = models.FAMILIES[config.model_type]
         names = published_names.PADDLE
         if not is_paddle:
             names = published_names.HUGGING_FACE.of_family(family, directory.tensors)

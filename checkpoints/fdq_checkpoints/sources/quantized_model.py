@@ -51,9 +51,10 @@ _LOGGER = logging.getLogger("fdq")
 
 CODECS: dict[str, type[Codec]] = {
     method: codec
+    # FastDeploy's names are those of others too, which come after it.
     for codec in (
-        *(Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt),
-        *(Mxfp4, FastDeploy, Mlx, Hqq, TorchAo, Gemma),
+        *(FastDeploy, Gptq, Awq, CompressedTensors, Float8, BitsAndBytes, ModelOpt),
+        *(Mxfp4, Mlx, Hqq, TorchAo, Gemma),
     )
     for method in codec.methods
 }

@@ -122,7 +122,7 @@ class Source:
             found = directory.read(name)
             if not np.issubdtype(found.dtype, np.number) and found.dtype.kind != "V":
                 continue
-            finite = np.isfinite(found.astype(np.float32, copy=False))
+            finite = np.isfinite(found)
             if not finite.all():
                 at = [int(i) for i in np.unravel_index(int(np.argmin(finite)), found.shape)]
                 where = f"{directory.file_name(name)}: tensor {shown(name)}"

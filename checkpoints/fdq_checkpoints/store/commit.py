@@ -248,7 +248,7 @@ def _state(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
     """Equal for the same checkpoint; None where there is none."""
     try:
         found = os.stat(os.path.join(path, manifest.FILE_NAME))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # what is no path is said by whoever reads
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
