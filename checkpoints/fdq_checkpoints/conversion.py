@@ -168,20 +168,15 @@ class _Work:
             return entries, True
         if resumed:
             _LOGGER.warning("%s: going on, %s.", self._destination, self._amount())
-        fresh: list[TensorEntry] = []
 
         def keep() -> None:
             with stopping.whole():
                 writer.flush()
+                pieces.drop_done()
                 pieces.flush()
 
-        def record(names: list[str]) -> None:
-            journal.add(names, fresh)
-            fresh.clear()
-            pieces.drop_done()
-
         writer = orbax_store.TreeWriter(
-            weights, total_bytes=self._total, on_batch=record, seconds=FLUSH_SECONDS
+            weights, total_bytes=self._total, on_batch=journal.add, seconds=FLUSH_SECONDS
         )
         pieces = Pieces(self._folder, journal, seconds=FLUSH_SECONDS, keep=keep)
         try:
@@ -191,7 +186,7 @@ class _Work:
                     self._part_files(tensor.path, writer)
                     entry = saving.write_tensor(writer, tensor)
                     entries[entry.path] = entry
-                    fresh.append(entry)
+                    writer.note(entry)
                     writer.flush_if_full()
             with stopping.whole():
                 writer.finalize()
@@ -211,7 +206,7 @@ class _Work:
             return
         files = self._made.source.files_of(path)
         if self._files is not None and files != self._files:
-            writer.flush()
+            writer.cut()
         self._files = files
 
     def _begin(self, weights: pathlib.Path, overwrite: bool) -> Journal:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-SLAB_WEIGHTS = 1 << 21
+SLAB_WEIGHTS = 1 << 22
 """Weights of a slab: enough to keep a core busy, few enough that a dozen are a small memory."""
 SLAB_COLUMNS = 128
 """A slab's columns are a multiple of it: no block of a format lies in two slabs."""
@@ -54,7 +54,7 @@ def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[A
         try:
             for task in tasks:
                 while waiting and (
-                    ahead + task.nbytes > workers * AHEAD_BYTES or len(waiting) > 2 * workers
+                    ahead + task.nbytes > workers * AHEAD_BYTES or len(waiting) > 4 * workers
                 ):
                     future, nbytes = waiting.popleft()
                     yield future.result()

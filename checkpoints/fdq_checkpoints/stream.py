@@ -22,6 +22,7 @@ from fdq.nn.general import Fold
 from fdq.quantizers import modules
 from fdq.quantizers.assigned import Assigned
 from fdq.quantizers.layer_inputs import LayerInputs
+from fdq.quantizers.weight import largest_magnitude
 from fdq.schemes.assignment import Row, path_string
 from fdq_checkpoints import slabs, tree_paths
 from fdq_checkpoints.errors import CheckpointError
@@ -327,6 +328,8 @@ def _cast(array: np.ndarray, dtype: Any, path: Path) -> np.ndarray:
 
 def _not_finite(array: np.ndarray) -> list[int] | None:
     """Where the first NaN or infinity is; looks at a piece at a time, for its memory."""
+    if array.dtype.itemsize in (2, 4) and np.isfinite(largest_magnitude(array)):
+        return None
     flat = array.reshape(-1)
     for start in range(0, flat.size, _FINITE_CHECK_ELEMENTS):
         finite = np.isfinite(flat[start : start + _FINITE_CHECK_ELEMENTS])

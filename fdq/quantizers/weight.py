@@ -200,18 +200,23 @@ _CHUNK = 1 << 17  # numbers at a time, in a core's cache
 
 def _largest_on_host(w: np.ndarray) -> np.ndarray:
     """`_largest` of floats of 16 or 32 bits, a tenth of what it takes XLA on a CPU."""
-    whole = _BITS[w.dtype.itemsize]
-    magnitude = whole(np.iinfo(whole).max >> 1)
-    largest, buffer = np.zeros(w.shape[:-2], whole), np.empty(_CHUNK, whole)
+    largest = np.zeros(w.shape[:-2], np.float32)
     for index in np.ndindex(w.shape[:-2]):
         matrix = w[index]
-        matrix = matrix.T if matrix.flags.f_contiguous else np.ascontiguousarray(matrix)
-        flat = matrix.view(whole).reshape(-1)
-        for start in range(0, flat.size, _CHUNK):
-            part = flat[start : start + _CHUNK]
-            found = np.bitwise_and(part, magnitude, out=buffer[: part.size]).max()
-            largest[index] = max(found, largest[index])
-    return largest.view(w.dtype).astype(np.float32)
+        largest[index] = largest_magnitude(matrix.T if matrix.flags.f_contiguous else matrix)
+    return largest
+
+
+def largest_magnitude(array: np.ndarray) -> float:
+    """Of floats of 16 or 32 bits on the host, by their bits; NaN where there is one."""
+    whole = _BITS[array.dtype.itemsize]
+    magnitude, buffer = whole(np.iinfo(whole).max >> 1), np.empty(_CHUNK, whole)
+    flat, largest = np.ascontiguousarray(array).reshape(-1).view(whole), whole(0)
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        found = np.bitwise_and(part, magnitude, out=buffer[: part.size]).max()
+        largest = max(found, largest)
+    return float(np.asarray(largest).view(array.dtype)[()])
 
 
 def _on_device(w: np.ndarray) -> jax.Array:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,6 +41,7 @@ class Journal:
 
     def __init__(self, path: pathlib.Path):
         self._path, self._key = path, None
+        self._lock = threading.Lock()  # batches are noted by the thread that wrote them
         self.done: list[TensorEntry] = []
         self.batches: list[str] = []
         self.pieces: list[Piece] = []
@@ -132,7 +134,7 @@ class Journal:
         self.pieces = [piece for piece in self.pieces if piece.path not in paths]
 
     def _append(self, content: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
+        with self._lock, open(self._path, "a", encoding="utf-8") as file:
             size = os.fstat(file.fileno()).st_size
             try:
                 file.write(json.dumps(content) + "\n")

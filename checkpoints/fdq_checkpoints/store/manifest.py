@@ -5,6 +5,7 @@ Each array's dtype, shape and CRC-32 are here too, because Orbax neither refuses
 notices a flipped bit. The file carries the SHA-256 of its own content.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -137,11 +138,12 @@ def checksum(array: np.ndarray) -> int:
 def write(manifest: Manifest, folder: pathlib.Path) -> None:
     """Write `fdq.json` beside the finished `weights/`, whose files it lists."""
     weights = folder / WEIGHTS
-    data = {
-        path.relative_to(weights).as_posix(): dataclasses.asdict(_file_entry(path))
-        for path in sorted(weights.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(weights.rglob("*")) if path.is_file()]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        data = {
+            path.relative_to(weights).as_posix(): dataclasses.asdict(entry)
+            for path, entry in zip(paths, threads.map(_file_entry, paths), strict=True)
+        }
     tensors = [tensor_to_json(tensor) for tensor in manifest.tensors]
     content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
     content |= vars(manifest) | {"data": data, "tensors": tensors}

@@ -6,6 +6,7 @@ whatever the caller asks for. Trees are nested dicts only; one larger than memor
 batches (`ocp.partial`).
 """
 
+import concurrent.futures
 import contextlib
 import gc
 import logging
@@ -27,9 +28,9 @@ from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 
 # The cost of a partial save grows with the number of those before it, so there are at most 64
-# (and one remainder); a batch stays in memory until it is written.
+# (and one remainder). A batch stays in memory until it is written, and the next beside it.
 MAX_BATCHES = 64
-MIN_BATCH_BYTES = 48 * 2**20
+MIN_BATCH_BYTES = 64 * 2**20
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax renames what is complete
 _TREE, _CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"  # what it writes beside either
@@ -41,8 +42,10 @@ _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError,
 class TreeWriter:
     """Writes a tree of `total_bytes` array by array; nothing is at `path` before `finalize`.
 
-    `on_batch` gets after each batch the names of the directories beside `path` that hold all so
-    far. With `seconds`, no array waits longer than that, or than 8 times what its writing takes.
+    A batch is written while the next one is gathered. `on_batch` gets after each, in a thread of
+    its own, the names of the directories beside `path` that hold all so far, and what was noted
+    (`note`) since the batch before. With `seconds`, no array waits longer than that, or than 8
+    times what its writing takes.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class TreeWriter:
         path: pathlib.Path,
         *,
         total_bytes: int,
-        on_batch: Callable[[list[str]], None] | None = None,
+        on_batch: Callable[[list[str], list[Any]], None] | None = None,
         seconds: float = math.inf,
     ):
         self._path = path.absolute()
@@ -58,6 +61,9 @@ class TreeWriter:
         self._on_batch = on_batch
         self._batch: dict[tree_paths.Path, np.ndarray] = {}
         self._batch_bytes = 0
+        self._notes: list[Any] = []
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "fdq-writer")
+        self._writing: concurrent.futures.Future[None] | None = None
         self._seconds, self._took, self._last = seconds, 0.0, time.monotonic()
 
     def add(self, path: tree_paths.Path, array: Any) -> None:
@@ -66,29 +72,49 @@ class TreeWriter:
         self._batch[path] = host
         self._batch_bytes += host.nbytes
 
+    def note(self, note: Any) -> None:
+        """Something to be told of with the batch that has what was added last."""
+        self._notes.append(note)
+
     def flush_if_full(self) -> None:
         """Write the batch when it is large or old enough; call it between whole tensors."""
         patience = max(self._seconds, 8 * self._took)
         if self._batch_bytes >= self._limit or time.monotonic() - self._last >= patience:
-            self.flush()
+            self.cut()
 
     def flush(self) -> None:
-        """Write the batch."""
+        """Write the batch, and wait until it is on disk."""
+        self.cut()
+        self._wait()
+
+    def cut(self) -> None:
+        """Begin to write the batch, when the one before is written."""
+        self._wait()
         if not self._batch:
             return
+        batch, notes = self._batch, self._notes
+        self._batch, self._notes, self._batch_bytes = {}, [], 0
+        self._last = time.monotonic()
+        self._writing = self._thread.submit(self._write, batch, notes)
+
+    def _wait(self) -> None:
+        """CheckpointError of the last batch, where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, batch: dict[tree_paths.Path, np.ndarray], notes: list[Any]) -> None:
         start = time.monotonic()
         with _writing(self._path):
-            ocp.partial.save(str(self._path), tree_paths.nested(self._batch))
-        self._batch = {}
-        self._batch_bytes = 0
+            ocp.partial.save(str(self._path), tree_paths.nested(batch))
         if self._on_batch is not None:
-            self._on_batch(pending_directories(self._path))
-        self._last = time.monotonic()
-        self._took = self._last - start
+            self._on_batch(pending_directories(self._path), notes)
+        self._took = time.monotonic() - start
 
     def finalize(self) -> None:
         """Write what is left and put everything together at `path`."""
         self.flush()
+        self._thread.shutdown()
         with _writing(self._path):
             ocp.partial.finalize(str(self._path))
 
