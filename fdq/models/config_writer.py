@@ -4,11 +4,13 @@ In the older spelling (`rope_theta`, `rope_scaling`, `torch_dtype`), which trans
 """
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 from fdq.models.config import DecoderConfig
 from fdq.models.family import FAMILIES, from_huggingface
+from fdq.models.parts import GeGLU, Part
 from fdq.nn.rotary import RotaryConfig
 
 # By rope_type, the fields of a RotaryConfig that it reads, and their keys.
@@ -29,9 +31,12 @@ _PARAMETERS: dict[str, dict[str, str]] = {
 def to_huggingface(config: DecoderConfig) -> dict[str, Any]:
     """The content of a config.json that `from_huggingface` reads as this config.
 
+    Of a family that is `written_as` another it is read as that.
+
     Raises:
       ValueError: an unknown family, or a config that its config.json cannot say; names the field.
     """
+    config = as_written(config)
     family = FAMILIES[config.model_type]
     more = family.write(config) if family.write is not None else {}
     named = {} if family.architecture is None else {"architectures": [family.architecture]}
@@ -50,14 +55,15 @@ def to_huggingface(config: DecoderConfig) -> dict[str, Any]:
     return written
 
 
+def as_written(config: DecoderConfig) -> DecoderConfig:
+    """The config of what is written of a model: of a multimodal one that of its text."""
+    name = FAMILIES[config.model_type].written_as
+    return config if name is None else config.replace(model_type=name)
+
+
 def base(config: DecoderConfig) -> dict[str, Any]:
     """What most families spell alike; keys that mean nothing are left out."""
-    eos = config.eos_token_ids
-    tokens = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
-    }
+    gelu = isinstance(config.mlp, GeGLU)
     return {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -67,13 +73,23 @@ def base(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        **({"hidden_activation": "gelu_pytorch_tanh"} if gelu else {"hidden_act": "silu"}),
         "rms_norm_eps": config.rms_norm_epsilon,
         "max_position_embeddings": config.max_position,
         "tie_word_embeddings": config.tie_word_embeddings,
         **rotary(config.rotary),
-        **{key: found for key, found in tokens.items() if found is not None},
+        **{key: found for key, found in tokens(config).items() if found is not None},
         "torch_dtype": config.dtype,
+    }
+
+
+def tokens(config: DecoderConfig) -> dict[str, Any]:
+    """Special tokens; null where there is none."""
+    eos = config.eos_token_ids
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": config.pad_token_id,
     }
 
 
@@ -104,6 +120,29 @@ def windows(config: DecoderConfig, *, by_layer: bool = True) -> dict[str, Any]:
         names = ("full_attention", "sliding_attention")
         said["layer_types"] = [names[kind is not None] for kind in kinds]
     return said
+
+
+def window_by_layer(config: DecoderConfig) -> dict[str, Any]:
+    """`layer_types` also of a model without windows, whose family means some where it is silent."""
+    said = windows(config)
+    if said["sliding_window"] is None:
+        return {"layer_types": ["full_attention"] * config.num_layers}
+    return said
+
+
+def part[P: Part](config: DecoderConfig, field: str, kind: type[P]) -> P:
+    """The part in a field of a config (`moe.router`), if it is of the kind that a family has.
+
+    Raises:
+      ValueError: it is of another kind, or none.
+    """
+    found = operator.attrgetter(field)(config)
+    if not isinstance(found, kind):
+        raise ValueError(
+            f"no config.json of {config.model_type} says {field}={found!r:.120}: expected a part "
+            f"of kind {kind.name!r}"
+        )
+    return found
 
 
 def _plain(value: Any) -> Any:

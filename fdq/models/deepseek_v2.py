@@ -1,10 +1,21 @@
 """DeepSeek-V2: latent attention, softmax scores, groups of experts in the large model."""
 
 import dataclasses
+from typing import Any
 
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
-from fdq.models.deepseek_v3 import USUAL, latent_names, read_base, read_experts, sparse_layers
+from fdq.models.deepseek_v3 import (
+    USUAL,
+    latent_names,
+    read_base,
+    read_experts,
+    sparse_layers,
+    write_base,
+    write_experts,
+    write_sparse_layers,
+)
 from fdq.models.family import Family
 from fdq.models.scored_router import ScoredRouter
 
@@ -30,4 +41,25 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, moe=moe)
 
 
-FAMILY = Family(name="deepseek_v2", read=_read, tensor_names=latent_names())
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    base, experts = write_base(config), write_experts(config)
+    router = config_writer.part(config, "moe.router", ScoredRouter)
+    return {
+        **base,
+        **experts,
+        **write_sparse_layers(config),
+        "scoring_func": "softmax",
+        "topk_method": _BY_GROUP if router.best_of_group == 1 else _GREEDY,
+        "n_group": router.groups,
+        "topk_group": router.top_groups,
+        "routed_scaling_factor": router.scale,
+    }
+
+
+FAMILY = Family(
+    name="deepseek_v2",
+    read=_read,
+    tensor_names=latent_names(),
+    architecture="DeepseekV2ForCausalLM",
+    write=_write,
+)

@@ -1,13 +1,16 @@
 """DeepSeek-V3 and R1: latent attention, sigmoid scores, experts chosen from the best groups."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family, Rule
 from fdq.models.latent import Latent
 from fdq.models.parts import MoEConfig
-from fdq.models.rotary_reader import score_factor
+from fdq.models.rotary_reader import score_factor, yarn_magnitude
 from fdq.models.scored_router import ScoredRouter
 
 USUAL = {
@@ -55,11 +58,74 @@ def read_base(reader: ConfigReader, *, interleaved: bool) -> dict[str, Any]:
     return {**fields, "rotary": rotary, "attention": attention}
 
 
+def write_base(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `read_base`."""
+    attention = config_writer.part(config, "attention", Latent)
+    return {
+        "num_key_value_heads": config.num_heads,
+        "q_lora_rank": attention.query_rank,
+        "kv_lora_rank": attention.rank,
+        "qk_nope_head_dim": attention.nope_dim,
+        "qk_rope_head_dim": attention.rope_dim,
+        "v_head_dim": attention.value_dim,
+        "attention_bias": config.qkv_bias,
+        **_write_score_factor(config, attention),
+    }
+
+
+def _write_score_factor(config: DecoderConfig, attention: Latent) -> dict[str, Any]:
+    """`rope_scaling` with the `mscale_all_dim` that makes the scale of the scores, and `mscale`.
+
+    Without them where nothing makes it: then what is written does not read as the config.
+    """
+    scaling = config_writer.rotary(config.rotary).get("rope_scaling")
+    usual, factor = (attention.nope_dim + attention.rope_dim) ** -0.5, config.rotary.factor
+    if scaling is None or attention.scale is None or attention.scale == usual or factor <= 1:
+        return {}
+    magnitude = (attention.scale / usual) ** 0.5
+    of_all = _mscale(attention.scale, magnitude, factor, lambda found: usual * found**2)
+    if of_all is None:
+        return {}
+    scaling["mscale_all_dim"] = of_all
+    wanted = scaling.get("attention_factor")
+    if wanted is not None:
+        base = yarn_magnitude(of_all, factor)
+        mscale = _mscale(wanted, wanted * base, factor, lambda found: found / base)
+        if mscale is not None:  # vLLM reads it, and no attention_factor
+            scaling["mscale"] = mscale
+            del scaling["attention_factor"]
+    return {"rope_scaling": scaling}
+
+
+def _mscale(
+    wanted: float, magnitude: float, factor: float, of: Callable[[float], float]
+) -> float | None:
+    """The shortest number whose magnitude, which is about `magnitude`, makes exactly `wanted`."""
+    near = (magnitude - 1) / (yarn_magnitude(1, factor) - 1)
+    numbers = [float(f"{near:.{digits}g}") for digits in range(1, 18)]
+    numbers += [math.nextafter(near, end, steps=n) for n in (1, 2, 3) for end in (0, math.inf)]
+    found = (x for x in numbers if x > 0 and of(yarn_magnitude(x, factor)) == wanted)
+    return next(found, None)
+
+
 def sparse_layers(reader: ConfigReader, count: int) -> tuple[int, ...]:
     """Layer `l` has experts when `l >= first_k_dense_replace` and `l % moe_layer_freq == 0`."""
     first = reader.integer("first_k_dense_replace")
-    every = reader.integer("moe_layer_freq", default=1, least=1)
-    return tuple(layer for layer in range(first, count) if layer % every == 0)
+    return _every(first, reader.integer("moe_layer_freq", default=1, least=1), count)
+
+
+def write_sparse_layers(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `sparse_layers`; `moe_layer_freq` only where it is not 1."""
+    layers = config_writer.part(config, "moe", MoEConfig).layers
+    count = config.num_layers
+    first = layers[0] if layers else count
+    steps = range(1, count + 1)
+    every = next((step for step in steps if _every(first, step, count) == layers), 1)
+    return {"first_k_dense_replace": first} | ({"moe_layer_freq": every} if every > 1 else {})
+
+
+def _every(first: int, step: int, count: int) -> tuple[int, ...]:
+    return tuple(layer for layer in range(first, count) if layer % step == 0)
 
 
 def read_experts(
@@ -81,6 +147,18 @@ def read_experts(
     )
 
 
+def write_experts(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `read_experts`, and `norm_topk_prob`."""
+    moe = config_writer.part(config, "moe", MoEConfig)
+    return {
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "n_shared_experts": moe.shared_intermediate_size // moe.intermediate_size,
+        "norm_topk_prob": moe.normalize,
+    }
+
+
 def read_sigmoid_router(reader: ConfigReader) -> ScoredRouter:
     """The router of DeepSeek-V3, and of families that took it over."""
     reader.must_be("scoring_func", "sigmoid")
@@ -91,6 +169,18 @@ def read_sigmoid_router(reader: ConfigReader) -> ScoredRouter:
         top_groups=reader.integer("topk_group", default=1, least=1),
         scale=reader.number("routed_scaling_factor"),
     )
+
+
+def write_sigmoid_router(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `read_sigmoid_router`."""
+    router = config_writer.part(config, "moe.router", ScoredRouter)
+    return {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": router.groups,
+        "topk_group": router.top_groups,
+        "routed_scaling_factor": router.scale,
+    }
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
@@ -110,6 +200,16 @@ def _read(reader: ConfigReader) -> DecoderConfig:
         correction_bias=True,
     )
     return DecoderConfig(**fields, moe=moe)
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        **write_base(config),
+        **write_experts(config),
+        **write_sparse_layers(config),
+        **write_sigmoid_router(config),
+        "rope_interleave": config.rotary.interleaved,
+    }
 
 
 def correction_bias() -> Rule:
@@ -137,4 +237,10 @@ def latent_names() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-FAMILY = Family(name="deepseek_v3", read=_read, tensor_names=(*latent_names(), correction_bias()))
+FAMILY = Family(
+    name="deepseek_v3",
+    read=_read,
+    tensor_names=(*latent_names(), correction_bias()),
+    architecture="DeepseekV3ForCausalLM",
+    write=_write,
+)

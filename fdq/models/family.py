@@ -50,6 +50,8 @@ class Family:
         has none.
       write: the inverse of `read`: what config.json says beside what all families say alike
         (`fdq.models.config_writer.base`), or in its place.
+      written_as: the family whose config.json and names are written, where it is another: that of
+        a multimodal model's text.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Family:
     left_out: tuple[str, ...] = ()
     architecture: str | None = None
     write: Callable[[DecoderConfig], Mapping[str, Any]] | None = None
+    written_as: str | None = None
 
     def from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
         """The DecoderConfig of a config.json of this family; raises as `from_huggingface` does."""

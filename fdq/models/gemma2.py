@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import FULL, SLIDING, ConfigReader
 from fdq.models.family import Family, Rule
@@ -47,6 +48,20 @@ def read_base(reader: ConfigReader, pattern: int) -> dict[str, Any]:
     }
 
 
+def write_base(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `read_base`; a key that is silent would mean what Gemma usually has."""
+    attention = config_writer.part(config, "attention", GroupedQuery)
+    scale = config.head_dim**-0.5 if attention.scale is None else attention.scale
+    return {
+        **config_writer.tokens(config),
+        **config_writer.window_by_layer(config),
+        "attention_bias": config.qkv_bias,
+        "query_pre_attn_scalar": round(scale**-2),
+        "attn_logit_softcapping": attention.softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+
+
 def _softcap(reader: ConfigReader, key: str) -> float | None:
     """A number above 0; null is none."""
     if reader.get(key, default=None) is None:
@@ -64,4 +79,10 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=reader.rotary(theta=10000.0))
 
 
-FAMILY = Family(name="gemma2", read=_read, tensor_names=TENSOR_NAMES)
+FAMILY = Family(
+    name="gemma2",
+    read=_read,
+    tensor_names=TENSOR_NAMES,
+    architecture="Gemma2ForCausalLM",
+    write=write_base,
+)

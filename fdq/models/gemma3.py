@@ -3,10 +3,13 @@
 Of a multimodal one its text half.
 """
 
+from typing import Any
+
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import FULL, SLIDING, ConfigReader
 from fdq.models.family import Family
-from fdq.models.gemma2 import TENSOR_NAMES, read_base
+from fdq.models.gemma2 import TENSOR_NAMES, read_base, write_base
 from fdq.nn.rotary import RotaryConfig
 
 # What a multimodal config says of images, and what of the whole holds for its text.
@@ -59,6 +62,24 @@ def _rotary(reader: ConfigReader, kind: str, key: str, theta: float) -> RotaryCo
     return one.rotary(theta=beside)
 
 
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    """Only `rope_parameters` say that positions in a window are stretched."""
+    whole, local = config.rotary, config.local_rotary or config.rotary
+    said = {"rope_local_base_freq": local.theta}
+    if local.rope_type != "default":
+        kinds = {FULL: whole, SLIDING: local}
+        said |= {
+            "rope_scaling": None,
+            "rope_parameters": {kind: _parameters(one) for kind, one in kinds.items()},
+        }
+    return write_base(config) | said
+
+
+def _parameters(rotary: RotaryConfig) -> dict[str, Any]:
+    said = config_writer.rotary(rotary)
+    return {"rope_type": "default", **said.pop("rope_scaling", {}), **said}
+
+
 def _read_multimodal(reader: ConfigReader) -> DecoderConfig:
     text = {"model_type": "gemma3_text", **reader.mapping("text_config")}
     whole = {key: reader.get(key, default=None) for key in _OF_THE_WHOLE}
@@ -70,11 +91,18 @@ def _read_multimodal(reader: ConfigReader) -> DecoderConfig:
     return config.replace(model_type=reader.family)
 
 
-FAMILY = Family(name="gemma3_text", read=_read, tensor_names=TENSOR_NAMES)
+FAMILY = Family(
+    name="gemma3_text",
+    read=_read,
+    tensor_names=TENSOR_NAMES,
+    architecture="Gemma3ForCausalLM",
+    write=_write,
+)
 
 MULTIMODAL = Family(
     name="gemma3",
     read=_read_multimodal,
+    written_as=FAMILY.name,
     tensor_names=TENSOR_NAMES,
     roots={
         "model.language_model.": "lm_head.",

@@ -1,5 +1,7 @@
 """GLM-4.5: grouped queries that are rotated in half, and the router of DeepSeek-V3."""
 
+from typing import Any
+
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.deepseek_v3 import (
@@ -7,6 +9,9 @@ from fdq.models.deepseek_v3 import (
     read_experts,
     read_sigmoid_router,
     sparse_layers,
+    write_experts,
+    write_sigmoid_router,
+    write_sparse_layers,
 )
 from fdq.models.family import Family
 
@@ -35,4 +40,21 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, rotary=rotary, moe=moe)
 
 
-FAMILY = Family(name="glm4_moe", read=_read, tensor_names=(correction_bias(),))
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "attention_bias": config.qkv_bias,
+        "use_qk_norm": config.qk_norm,
+        "partial_rotary_factor": config.rotary.partial_factor,
+        **write_experts(config),
+        **write_sparse_layers(config),
+        **write_sigmoid_router(config),
+    }
+
+
+FAMILY = Family(
+    name="glm4_moe",
+    read=_read,
+    tensor_names=(correction_bias(),),
+    architecture="Glm4MoeForCausalLM",
+    write=_write,
+)

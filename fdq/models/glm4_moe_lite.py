@@ -1,5 +1,8 @@
 """GLM-4.7-Flash: DeepSeek's latent attention and router, dense layers by name."""
 
+from typing import Any
+
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.deepseek_v3 import (
@@ -8,8 +11,12 @@ from fdq.models.deepseek_v3 import (
     read_base,
     read_experts,
     read_sigmoid_router,
+    write_base,
+    write_experts,
+    write_sigmoid_router,
 )
 from fdq.models.family import Family
+from fdq.models.parts import MoEConfig
 
 _DENSE, _SPARSE = "dense", "sparse"
 
@@ -46,4 +53,23 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, moe=moe)
 
 
-FAMILY = Family(name="glm4_moe_lite", read=_read, tensor_names=(*latent_names(), correction_bias()))
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    layers = config_writer.part(config, "moe", MoEConfig).layers
+    kinds = [_SPARSE if i in layers else _DENSE for i in range(config.num_layers)]
+    return {
+        **write_base(config),
+        **write_experts(config),
+        **write_sigmoid_router(config),
+        "mlp_layer_types": kinds,
+        "first_k_dense_replace": layers[0] if layers else config.num_layers,
+        "rope_interleave": config.rotary.interleaved,
+    }
+
+
+FAMILY = Family(
+    name="glm4_moe_lite",
+    read=_read,
+    tensor_names=(*latent_names(), correction_bias()),
+    architecture="Glm4MoeLiteForCausalLM",
+    write=_write,
+)

@@ -1,5 +1,8 @@
 """gpt-oss: attention sinks, a window in every other layer, biased experts with a clamped gate."""
 
+from typing import Any
+
+from fdq.models import config_writer
 from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import FULL, SLIDING, ConfigReader
 from fdq.models.family import Family, Layout, Rule
@@ -49,6 +52,19 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     )
 
 
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    moe, rotary = config_writer.part(config, "moe", ClampedMoE), config.rotary
+    return {
+        "attention_bias": config.qkv_bias,
+        **config_writer.window_by_layer(config),
+        **({"rope_scaling": {"rope_type": "default"}} if rotary.rope_type == "default" else {}),
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "swiglu_alpha": moe.alpha,
+        "swiglu_limit": moe.limit,
+    }
+
+
 _EXPERTS: tuple[tuple[str, str, Layout], ...] = (
     ("gate_up_proj.kernel", "gate_up_proj", "interleaved"),
     ("gate_up_proj.bias", "gate_up_proj_bias", "interleaved"),
@@ -59,6 +75,8 @@ _EXPERTS: tuple[tuple[str, str, Layout], ...] = (
 FAMILY = Family(
     name="gpt_oss",
     read=_read,
+    architecture="GptOssForCausalLM",
+    write=_write,
     tensor_names=(
         Rule(f"{_TARGET}self_attn.sinks", (f"{_LAYER}self_attn.sinks",)),
         Rule(f"{_TARGET}mlp.router.kernel", (f"{_LAYER}mlp.router.weight",), "transposed"),

@@ -116,7 +116,7 @@ def _yarn(given: _Parameters) -> dict[str, Any]:
     mscale, of_all = (given.optional(key, zero=True) for key in ("mscale", "mscale_all_dim"))
     if attention_factor is None and mscale and of_all and factor > 1:
         # DeepSeek's way to say it.
-        scale, scale_of_all = (0.1 * m * math.log(factor) + 1 for m in (mscale, of_all))
+        scale, scale_of_all = (yarn_magnitude(m, factor) for m in (mscale, of_all))
         attention_factor = scale / scale_of_all
     betas = {key: given.optional(key, zero=True) for key in ("beta_fast", "beta_slow")}
     fields |= {key: found for key, found in betas.items() if found is not None}
@@ -150,6 +150,11 @@ _TYPES: dict[str, Callable[[_Parameters], dict[str, Any]]] = {
 }
 
 
+def yarn_magnitude(mscale: float, factor: float) -> float:
+    """What DeepSeek makes of `mscale` where a context is stretched by a factor above 1."""
+    return 0.1 * mscale * math.log(factor) + 1
+
+
 def score_factor(reader: "ConfigReader", rotary: RotaryConfig) -> float:
     """What DeepSeek multiplies scores by besides: 1, or of a stretched context by `mscale_all_dim`.
 
@@ -158,7 +163,7 @@ def score_factor(reader: "ConfigReader", rotary: RotaryConfig) -> float:
     of_all = _Parameters(reader).optional("mscale_all_dim", zero=True)
     if of_all is None or rotary.rope_type == "default" or rotary.factor <= 1:
         return 1.0
-    return (0.1 * of_all * math.log(rotary.factor) + 1) ** 2
+    return yarn_magnitude(of_all, rotary.factor) ** 2
 
 
 def read_rotary(

@@ -3,7 +3,9 @@
 What those programs make of them `tests/oracles/check_exports.py` says, which needs their code.
 """
 
+import dataclasses
 import json
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +15,18 @@ from flax import nnx
 import fdq
 from fdq import models
 from fdq.models.config_writer import to_huggingface
+from fdq.models.family import Layout, Rule
+from fdq.models.latent import Latent
 from fdq.nn.rotary import RotaryConfig
 from fdq_checkpoints import CheckpointError, convert, load, tree_paths
 from fdq_checkpoints.export import EXPORTERS, Plan
 from fdq_checkpoints.exporting import export
+from fdq_checkpoints.sources import tensor_names
 from fdq_checkpoints.tree_paths import dotted
 from tests.checkpoints import builders, foreign
 from tests.cli.test_cli import run
 from tests.covering import slow_but
+from tests.models.test_gemma3 import multimodal
 
 OWNED = builders.MODELS.parent / "quantized"
 WIDE = models.DecoderConfig(
@@ -257,9 +263,18 @@ def test_several_schemes_are_several_groups(tmp_path):
         export(model, tmp_path / "no", to="gptq")
 
 
-@pytest.mark.parametrize("base", slow_but({"ernie4_5_bias"}, ["ernie4_5_moe", "ernie4_5_bias"]))
+DENSE = (
+    *("ernie4_5_moe", "ernie4_5_bias", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"),
+    *("gemma2", "gemma3", "gpt_oss"),
+)
+
+
+@pytest.mark.parametrize("base", slow_but({"ernie4_5_bias", "deepseek_v3", "gemma3"}, DENSE))
 def test_dense_is_what_it_stands_for(base, tmp_path):
-    """Of experts, shared ones, biases and a tied embedding; floats come back as they were."""
+    """Of experts, shared ones, biases and a tied embedding; floats come back as they were.
+
+    So do latents, norms that are stored less 1, and stacks of experts whose halves are interleaved.
+    """
     model = fdq.quantize(load(builders.MODELS / base), "W8A8", method="absmax")
     made = export(model, tmp_path / "out", to="dense", dtype="float32")
     assert any("inputs stay in floats" in note for note in made.notes)
@@ -269,8 +284,8 @@ def test_dense_is_what_it_stands_for(base, tmp_path):
         wanted = fdq.dequantize(value) if isinstance(value, fdq.QTensor) else value
         np.testing.assert_array_equal(floats[tensor.path], wanted)
     assert "quantization_config" not in config_of(tmp_path / "out")
-    tied = config_of(tmp_path / "out")["tie_word_embeddings"]
-    assert tied == ("lm_head.weight" not in stored(tmp_path / "out"))
+    assert model.config.tie_word_embeddings == ("lm_head.weight" not in stored(tmp_path / "out"))
+    assert stored(tmp_path / "out").keys() == stored(builders.MODELS / base).keys()
 
 
 def test_dense_in_sixteen_bits_says_so(tmp_path):
@@ -301,10 +316,98 @@ def test_a_config_is_written_as_it_is_read(name):
     assert models.from_huggingface(to_huggingface(config)) == config
 
 
+YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+RARE = [
+    # oracle, changes of its config.json
+    ("deepseek_v2", {"q_lora_rank": None, "attention_bias": True, "moe_layer_freq": 2}),
+    ("deepseek_v2", {"topk_method": "greedy", "routed_scaling_factor": 16.0}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.3}}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale_all_dim": 1.0}}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.3}, "norm_topk_prob": False}),
+    ("deepseek_v3", {"rope_interleave": False, "n_group": 1, "topk_group": 1}),
+    ("deepseek_v3", {"first_k_dense_replace": 3, "n_shared_experts": 0}),
+    ("glm4_moe", {"use_qk_norm": True, "attention_bias": False, "rope_parameters": {}}),
+    ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 5e5}}),
+    ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense", "sparse"], "num_hidden_layers": 3}),
+    ("gemma2", {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, **NO_TOKENS}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma3", {"rope_parameters": {"sliding_attention": LINEAR, "full_attention": YARN}}),
+    ("gemma3", {"final_logit_softcapping": 30.0, "eos_token_id": [1, 106]}),
+    ("gpt_oss", {"rope_parameters": {"rope_type": "default"}, "attention_bias": False}),
+    ("gpt_oss", {"swiglu_limit": 5.0, "swiglu_alpha": 1.5, "layer_types": ["full_attention"] * 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), RARE, ids=str)
+def test_a_rare_config_is_written_as_it_is_read(name, changes):
+    known = json.loads((builders.MODELS / name / "config.json").read_text())
+    if "mlp_layer_types" in changes:
+        known.pop("first_k_dense_replace", None)
+    config, usual = models.from_huggingface(known | changes), models.from_huggingface(known)
+    assert config != usual
+    assert models.from_huggingface(to_huggingface(config)) == config
+
+
 def test_a_config_that_no_file_can_say_is_refused():
     config = NARROW.replace(qk_norm=True)
     with pytest.raises(ValueError, match="no config.json of llama says qk_norm=True"):
         to_huggingface(config)
+    config = models.CONFIGS["deepseek-v3"]
+    with pytest.raises(ValueError, match=r"says moe.router=SoftmaxRouter.* part of kind 'scored'"):
+        to_huggingface(config.replace(moe=models.CONFIGS["qwen3-30b-a3b"].moe))
+    assert isinstance(config.attention, Latent)
+    odd = dataclasses.replace(config.attention, scale=0.5)
+    with pytest.raises(ValueError, match=r"no config.json of deepseek_v3 says attention=Latent"):
+        to_huggingface(config.replace(attention=odd, rotary=RotaryConfig(interleaved=True)))
+    with pytest.raises(ValueError, match="no config.json of gpt_oss says moe=None"):
+        to_huggingface(models.CONFIGS["gpt-oss-20b"].replace(moe=None))
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_a_tensor_is_stored_in_the_layout_that_it_is_read_from(layout, rng):
+    stored_as = rng.standard_normal((1, 6)).astype(np.float32)
+    target = tensor_names.laid_out(stored_as, layout)
+    shape = tuple(target.shape)
+    (piece,) = tensor_names.pieces(
+        ("kernel",), shape, (Rule("kernel", ("weight",), layout),), qkv_widths=(0, 0, 0)
+    )
+    again = piece.of(target)
+    assert again.shape == piece.shape(shape) == stored_as.shape and again.dtype == np.float32
+    np.testing.assert_array_equal(tensor_names.laid_out(again, layout), target)
+    np.testing.assert_allclose(again, stored_as, rtol=0, atol=2.0**-24)
+
+
+def test_stacks_of_experts_are_decoded_and_no_other_tool_has_codes_of_them(tmp_path):
+    """Codes of a release of gpt-oss; transformers decoded what they are compared with."""
+    folder = builders.MODELS.parent / "gpt_oss_mxfp4"
+    expected = dict(np.load(folder / "expected.npz"))
+    export(folder, tmp_path / "out", to="dense", dtype="float32")
+    floats = stored(tmp_path / "out")
+    for name in ("gate_up_proj", "down_proj"):
+        found = floats[f"model.layers.1.mlp.experts.{name}"]
+        np.testing.assert_array_equal(found[2], expected[name])
+    assert load(tmp_path / "out").config == load(folder, dtype="float32").config
+    for to in ("compressed-tensors", "mxfp4"):
+        with pytest.raises(
+            CheckpointError, match=r"experts.*more\): gpt_oss.*one tensor.*--to dense"
+        ):
+            export(folder, tmp_path / "no", to=to)
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_a_multimodal_model_the_text_is_written(tmp_path):
+    folder = multimodal(tmp_path / "model", "model.language_model.")
+    made = export(folder, tmp_path / "out", to="dense")
+    assert "Of gemma3 the text model alone is written, as gemma3_text." in made.notes
+    config = config_of(tmp_path / "out")
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    assert stored(tmp_path / "out").keys() == stored(builders.MODELS / "gemma3").keys()
+    before, after = load(folder), load(tmp_path / "out")
+    assert after.config == before.config.replace(model_type="gemma3_text")
+    assert not differences(before, after)
 
 
 def test_text_files_are_copied_and_the_config_is_the_models_own(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 
 from fdq import models
 from fdq.formats.qtensor import QTensor, dequantize
-from fdq.models.config_writer import same_model, to_huggingface
+from fdq.models.config_writer import as_written, same_model, to_huggingface
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.export.exporter import Options, Plan
@@ -65,6 +65,7 @@ class _Parts:
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.floats: dict[Path, list[Piece]] = {}
         self.layers: dict[Path, list[Layer]] = {}
+        self.stacks: dict[Path, Piece] = {}  # experts of one tensor, which has no codes
         self.cache: list[Path] = []
         self.input_scales: dict[Path, Path] = {}
         for path, tensor in origin.tensors.items():
@@ -76,7 +77,9 @@ class _Parts:
                 continue
             shape = tuple(tensor.value.shape)
             pieces = tensor_names.pieces(path, shape, rules, qkv_widths=(q, kv, kv))
-            if isinstance(tensor.value, tree_paths.QUANTIZED):
+            if isinstance(tensor.value, QTensor) and _is_stack(pieces, shape):
+                self.stacks[path] = pieces[0]
+            elif isinstance(tensor.value, tree_paths.QUANTIZED):
                 self.layers[path] = _layers(tensor, pieces, origin)
             else:
                 self.floats[path] = pieces
@@ -95,6 +98,10 @@ class _Parts:
     def flat(self) -> list[Layer]:
         """All quantized layers, in order."""
         return [layer for layers in self.layers.values() for layer in layers]
+
+
+def _is_stack(pieces: list[Piece], shape: tuple[int, ...]) -> bool:
+    return len(pieces) == 1 and pieces[0].expert is None and len(shape) == 3
 
 
 def _layers(tensor: Tensor, pieces: list[Piece], origin: Origin) -> list[Layer]:
@@ -120,6 +127,7 @@ class _Plan(Plan):
         self._layout = layout
         flat = parts.flat()
         if layout is not None:
+            _check_stacks(name, origin, parts.stacks)
             _check(name, origin, layout, flat)
         self._dtype = np.dtype(options.dtype or origin.config.dtype)
         cache, stored = self._cache(), []
@@ -142,6 +150,9 @@ class _Plan(Plan):
             for piece in parts.floats[path]:
                 shape = tuple(tensor.value.shape)[piece.expert is not None :]
                 yield Planned(piece.name, dtype, piece.shape(shape))
+        if path in parts.stacks:
+            piece = parts.stacks[path]
+            yield Planned(piece.name, self._dtype, piece.shape(tuple(tensor.value.shape)))
         for layer in parts.layers.get(path, ()):
             if self._layout is None:
                 yield Planned(layer.piece.name, self._dtype, (layer.n, layer.k))
@@ -178,6 +189,12 @@ class _Plan(Plan):
                 writer.write(
                     piece.name, piece.of(value if piece.expert is None else value[piece.expert])
                 )
+        elif path in parts.stacks:
+            q, piece = self._origin.read(path), parts.stacks[path]
+            stack = np.empty(q.shape, self._dtype)
+            for expert in range(len(stack)):
+                stack[expert] = piece.of(self._prepared(q[expert], path))
+            writer.write(piece.name, stack)
         elif layers:
             q = self._origin.read(path)
             source = parts.input_scales.get(path)
@@ -231,8 +248,11 @@ class _Plan(Plan):
         if spec is not None and not self._keeps_cache:
             scales = "" if spec.dynamic else " and its static scales"
             yield f"The KV cache's format ({spec}){scales} are left out: who runs it chooses one."
-        if self._layout is None and any(layer.activation is not None for layer in layers):
+        stacks = [self._origin.tensors[path] for path in self._parts.stacks]
+        if self._layout is None and any(x.activation is not None for x in (*layers, *stacks)):
             yield "Weights are decoded, and inputs stay in floats: the scheme's are not rounded."
+        if (own := self._origin.config.model_type) != (text := self.config["model_type"]):
+            yield f"Of {own} the text model alone is written, as {text}."
         if not any(f.name.startswith("tokenizer") for f in self._origin.companions()):
             yield "No tokenizer is beside the model, so none is written."
 
@@ -241,13 +261,15 @@ class _Plan(Plan):
             f"{self._dtype.name} (decoded)" if self._layout is None else self._layout.word(layer)
             for layer in layers
         )
+        if self._parts.stacks:
+            counts[f"{self._dtype.name} (decoded)"] += len(self._parts.stacks)
         for path, pieces in self._parts.floats.items():
             counts[np.dtype(self._origin.tensors[path].value.dtype).name] += len(pieces)
         return counts
 
     def _config_json(self, quantization: dict[str, Any] | None) -> dict[str, Any]:
         """The model's own where it still describes it, or else one that is made."""
-        config, found = self._origin.config, self._origin.published_config or {}
+        config, found = as_written(self._origin.config), self._origin.published_config or {}
         content = {k: v for k, v in found.items() if k not in (*QUANTIZATION_KEYS, "auto_map")}
         if not same_model(content, config):
             try:
@@ -261,6 +283,18 @@ class _Plan(Plan):
         content.pop("torch_dtype", None)
         content[key] = self._dtype.name if self._layout is None else config.dtype
         return content | ({} if quantization is None else {"quantization_config": quantization})
+
+
+def _check_stacks(name: str, origin: Origin, stacks: dict[Path, Piece]) -> None:
+    """CheckpointError where there are any: what names modules, and cuts them, has no stacks."""
+    if stacks:
+        path, more = next(iter(stacks)), len(stacks) - 1
+        raise CheckpointError(
+            f"{origin.where}: {dotted(path)} ({origin.tensors[path].value.spec})"
+            f"{f' (and {more} more)' if more else ''}: {origin.config.model_type} has all experts "
+            f"of a layer in one tensor, and {name} codes of single matrices alone. Export it --to "
+            "dense, which decodes it."
+        )
 
 
 def _check(name: str, origin: Origin, layout: Layout, layers: Sequence[Layer]) -> None:

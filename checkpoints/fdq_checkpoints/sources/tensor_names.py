@@ -22,7 +22,6 @@ from fdq_checkpoints.tree_paths import Path, dotted
 # frequencies and causal masks that old exporters wrote out.
 _BUFFERS = ("*rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.self_attn.bias")
 IGNORED = ("mtp*", "model.mtp*", "ernie.mtp*", "*.mtp_*", *_BUFFERS)
-_INVERTIBLE = ("same", "transposed", "row")
 _COMPARE_ROWS_BYTES = 32 * 2**20
 
 
@@ -268,11 +267,6 @@ def pieces(
     CheckpointError where no rule is about it.
     """
     rule, values = _rule(path, rules)
-    if rule.layout not in _INVERTIBLE or rule.widths not in ("qkv", "equal"):
-        raise CheckpointError(
-            f"{dotted(path)}: published in a layout ({rule.layout}, {rule.widths}) that is read "
-            "here and not written."
-        )
     stacked = any("{e}" in name for name in rule.names)
     widths = qkv_widths if rule.widths == "qkv" else None
     shares = _shares(shape[-1], rule.names, widths)
@@ -287,9 +281,18 @@ def pieces(
 
 
 def _stored(array: np.ndarray, layout: Layout) -> np.ndarray:
-    """The inverse of `_laid_out`."""
+    """The inverse of `laid_out`; keeps the dtype.
+
+    What is read of `plus_one` in float32 is what was written, of scales that were read so. Others
+    below 1/2 may have bits beyond those of 1, which are rounded off.
+    """
     if layout == "transposed":
         return np.ascontiguousarray(array.T)
+    if layout == "interleaved":
+        halves = array.reshape(*array.shape[:-1], 2, array.shape[-1] // 2)
+        return np.ascontiguousarray(halves.swapaxes(-1, -2)).reshape(array.shape)
+    if layout == "plus_one":
+        return (array.astype(np.float32) - np.float32(1)).astype(array.dtype)
     return array[None] if layout == "row" else np.ascontiguousarray(array)
 
 
