@@ -398,6 +398,18 @@ def test_stacks_of_experts_are_decoded_and_no_other_tool_has_codes_of_them(tmp_p
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
+def test_stacks_in_floats_are_left_out_by_name(tmp_path):
+    rules = fdq.Recipe([("*.self_attn.*", "W8A16-g16"), ("*", None)])
+    model = fdq.quantize(load(builders.MODELS / "gpt_oss"), rules, method="absmax")
+    export(model, tmp_path / "out", to="compressed-tensors")
+    ignored = config_of(tmp_path / "out")["quantization_config"]["ignore"]
+    layers = range(model.config.num_layers)
+    assert {f"model.layers.{i}.mlp.experts" for i in layers} <= set(ignored)
+    assert len(set(ignored)) == len(ignored) == 2 * len(layers) + 1
+    assert not differences(model, load(tmp_path / "out"))
+
+
 def test_of_a_multimodal_model_the_text_is_written(tmp_path):
     folder = multimodal(tmp_path / "model", "model.language_model.")
     made = export(folder, tmp_path / "out", to="dense")

@@ -2,6 +2,7 @@
 
 import abc
 import collections
+import dataclasses
 import json
 import pathlib
 import re
@@ -91,6 +92,9 @@ class _Parts:
             for piece in pieces
             if piece.layout == "transposed" and piece.name.endswith(_WEIGHT)
         ]
+        for path, pieces in self.floats.items():
+            if path[-1] == "kernel" and _is_stack(pieces, tuple(origin.tensors[path].value.shape)):
+                self.linears.append(_module_of(pieces[0]))
         if config.tie_word_embeddings:
             name = published_names.HUGGING_FACE.head
             self.linears.append(Piece(name, name, None, 0, config.vocab_size, "transposed"))
@@ -102,6 +106,12 @@ class _Parts:
 
 def _is_stack(pieces: list[Piece], shape: tuple[int, ...]) -> bool:
     return len(pieces) == 1 and pieces[0].expert is None and len(shape) == 3
+
+
+def _module_of(stack: Piece) -> Piece:
+    """The experts as the linear layer that they are to who matches names."""
+    name, pattern = (one.rpartition(".")[0] for one in (stack.name, stack.pattern))
+    return dataclasses.replace(stack, name=name, pattern=pattern)
 
 
 def _layers(tensor: Tensor, pieces: list[Piece], origin: Origin) -> list[Layer]:

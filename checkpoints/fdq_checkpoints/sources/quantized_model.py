@@ -245,7 +245,11 @@ def _recipe(model: models.Decoder, schemes: dict[Path, Scheme]) -> Recipe:
     """As short as it can be: one scheme for all, or one a kind of layer, or one a tensor."""
     (most, _), *_ = collections.Counter(schemes.values()).most_common(1)
     for recipe in (Recipe.parse(most), _by_kind(model, schemes)):
-        tensors = {tensor.path: tensor for tensor in tree_paths.flatten(quantize(model, recipe))}
+        try:
+            quantized_so = quantize(model, recipe)
+        except ValueError:  # of a layer that is in floats, and that it does not fit
+            continue
+        tensors = {tensor.path: tensor for tensor in tree_paths.flatten(quantized_so)}
         quantized = {p: t for p, t in tensors.items() if isinstance(t.value, QTensor)}
         if quantized.keys() == schemes.keys() and all(
             (quantized[path].value.spec, quantized[path].activation)
