@@ -8,6 +8,8 @@ block `[..., ceil(K / bk), bk * bn, ceil(N / bn)]` with zeros beyond the edges.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,14 +128,25 @@ def floor_log2(x: Float[Array, "*m"]) -> Int[Array, "*m"]:
 
 def absolute_maximum(groups: Float[Array, "*m count g n"]) -> Float[Array, "*m count n"]:
     """`[..., G, g, M]` -> `[..., G, M]`."""
-    magnitudes = jnp.abs(groups)
+    return _reduced(jnp.abs(groups), jnp.maximum, jnp.max)
+
+
+def total(groups: Float[Array, "*m count g n"]) -> Float[Array, "*m count n"]:
+    """`[..., G, g, M]` -> `[..., G, M]`, sums in pairs."""
+    return _reduced(groups, jnp.add, jnp.sum)
+
+
+def _reduced(groups: jax.Array, pair: Callable[..., jax.Array], whole: Any) -> jax.Array:
+    """Over the rows of groups.
+
+    A reduction of another axis than the last is a slow loop on CPUs; one of halves is a fused one.
+    """
     *lead, g, columns = groups.shape
     halvings = min((g & -g).bit_length() - 1, _HALVINGS)
     if not halvings or columns == 1 or not jax.typeof(groups).sharding.mesh.empty:
-        return jnp.max(magnitudes, axis=-2)
-    # A maximum over another axis than the last is a slow loop on CPUs; of halves it is a fused one.
-    magnitudes = magnitudes.reshape(*lead, g >> halvings, 1 << halvings, columns)
-    while magnitudes.shape[-2] > 1:
-        half = magnitudes.shape[-2] // 2
-        magnitudes = jnp.maximum(magnitudes[..., :half, :], magnitudes[..., half:, :])
-    return jnp.max(magnitudes[..., 0, :], axis=-2)
+        return whole(groups, axis=-2)
+    groups = groups.reshape(*lead, g >> halvings, 1 << halvings, columns)
+    while groups.shape[-2] > 1:
+        half = groups.shape[-2] // 2
+        groups = pair(groups[..., :half, :], groups[..., half:, :])
+    return whole(groups[..., 0, :], axis=-2)

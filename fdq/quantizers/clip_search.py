@@ -96,7 +96,7 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
         level, scale, above = levels(parameters, sign)
         difference = above - level * scale[..., None, :]
         squares = difference * difference
-        return jnp.sum(squares if h is None else squares * h, axis=-2)
+        return grouping.total(squares if h is None else squares * h)
 
     def better(best, parameters: Arrays, found: jax.Array):
         least, kept = best
@@ -124,8 +124,8 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
         for _ in range(REFITS):
             level, scale, above = levels(best[1], 1.0)
             weighted = level if h is None else level * h
-            numerator = jnp.sum(weighted * above, axis=-2)
-            denominator = jnp.sum(weighted * level, axis=-2)
+            numerator = grouping.total(weighted * above)
+            denominator = grouping.total(weighted * level)
             fitted = jnp.where(denominator > 0, numerator / denominator, scale) * largest
             # A sum's last bits depend on how XLA orders it (under vmap, sharded ...); what is
             # stored should not: ten bits of a fitted scale suffice, and a gain must be real.
