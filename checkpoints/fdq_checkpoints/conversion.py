@@ -105,7 +105,7 @@ def convert(
                 shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)
             if resumed:
                 # What the killed process wrote was never looked at again.
-                StoredTensors(folder).verify()
+                work.verify()
     return inspect(dst)
 
 
@@ -132,7 +132,7 @@ class _Work:
         self._destination = dst
         self._folder = commit.pending_path(dst)
         self._journal: Journal | None = None
-        self._refused = False
+        self._refused = self._spoiled = False
         self._files: list[pathlib.Path] | None = None  # of the last tensor
         self._known = {tensor.path for tensor in tree_paths.flatten(made.source.tree)}
         self._sizes = {
@@ -141,7 +141,26 @@ class _Work:
 
     def is_of_use(self) -> bool:
         """Whether there is something to go on from."""
-        return self._journal is not None and (self._journal.has_work or self._journal.finished)
+        if self._journal is None:  # not read yet: nobody knows what it holds
+            return (self._folder / journals.FILE_NAME).is_file()
+        if self._spoiled:
+            return False
+        weights = self._folder / manifest.WEIGHTS
+        there = set(orbax_store.pending_directories(weights))
+        whole = self._journal.has_work and set(self._journal.batches) <= there
+        return self._journal.finished or weights.is_dir() or whole
+
+    def verify(self) -> None:
+        """Compares all checksums; what does not match is not kept."""
+        try:
+            StoredTensors(self._folder).verify()
+        except CheckpointError:
+            self._spoiled = True
+            raise
+
+    def _owns(self) -> bool:
+        """Whether what is there is of this job."""
+        return self._journal is not None and self._journal.is_of(self._key)
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -152,7 +171,7 @@ class _Work:
             number = getattr(error, "number", signal.SIGINT)
             raise stopping.Stopped(self._kept(), number=number) from None
         except BaseException as error:
-            if self.is_of_use() and not self._refused:
+            if self.is_of_use() and self._owns() and not self._refused:
                 error.add_note(self._kept())
             raise
 
@@ -198,6 +217,9 @@ class _Work:
                 with contextlib.suppress(KeyboardInterrupt, CheckpointError, OSError):
                     keep()
             raise
+        finally:
+            with stopping.whole():
+                writer.close()
         return entries, resumed
 
     def _part_files(self, path: tree_paths.Path, writer: orbax_store.TreeWriter) -> None:
@@ -206,16 +228,20 @@ class _Work:
             return
         files = self._made.source.files_of(path)
         if self._files is not None and files != self._files:
-            writer.cut()
+            writer.part()
         self._files = files
 
     def _begin(self, weights: pathlib.Path, overwrite: bool) -> Journal:
         """What there is of this job; of another, refused or dropped."""
-        journal = self._journal = Journal(self._folder / journals.FILE_NAME)
+        journal = self._journal = self._read(overwrite)
         states = self._made.source.states()
         if journal.is_of(self._key):
-            usable = journal.finished and weights.is_dir()
             changed = {name for name, state in journal.files.items() if states.get(name) != state}
+            # It appears when it is whole.
+            complete = weights.is_dir() and len(journal.done) == len(self._sizes)
+            if complete and not journal.finished and not changed:
+                journal.finish()
+            usable = journal.finished and weights.is_dir()
             if not changed and (
                 usable or (journal.has_work and orbax_store.keep_only(weights, journal.batches))
             ):
@@ -233,11 +259,28 @@ class _Work:
                 "stopped, choose another destination, or drop them with overwrite=True "
                 "(--overwrite)."
             )
-        if journal.has_work and reason:
-            _LOGGER.warning("%s: starting anew: %s.", self._destination, reason)
+        if journal.has_work:
+            why = reason or "batches that were written are missing"
+            _LOGGER.warning("%s: starting anew: %s.", self._destination, why)
         commit.empty(self._folder)
         journal.begin(self._key, self._job, states)
         return journal
+
+    def _read(self, overwrite: bool) -> Journal:
+        """The journal; FileExistsError where another version of fdq wrote it, say."""
+        path = self._folder / journals.FILE_NAME
+        try:
+            return Journal(path)
+        except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+            if not overwrite:
+                self._refused = True
+                raise FileExistsError(
+                    f"{path}: cannot be read ({' '.join(str(error).split())[:200]}), so that it is "
+                    "not known what was kept. Go on with the fdq that wrote it, choose another "
+                    "destination, or drop it with overwrite=True (--overwrite)."
+                ) from error
+        commit.empty(self._folder)
+        return Journal(path)
 
     def _drop(
         self,
@@ -284,6 +327,8 @@ class _Work:
         )
 
     def _kept(self) -> str:
+        if self.is_of_use() and not self._owns():
+            return f"{self._folder} is as it was."
         if not self.is_of_use():
             return "Nothing was finished yet; the same call starts anew."
         amount = self._amount()

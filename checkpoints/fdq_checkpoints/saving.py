@@ -18,7 +18,7 @@ from fdq.formats.folded import FoldedWeight
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.source_directory import COMPANION_FILES
-from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, processes
+from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, processes, stopping
 from fdq_checkpoints.store.adapters import Parts
 from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
 from fdq_checkpoints.tree_paths import Tensor
@@ -77,10 +77,14 @@ def _write(folder: pathlib.Path, tensors: list[Tensor]) -> list[TensorEntry]:
     total = sum(nbytes(tensor.value) for tensor in tensors)
     writer = orbax_store.TreeWriter(folder / WEIGHTS, total_bytes=total)
     entries = []
-    for tensor in tensors:
-        entries.append(write_tensor(writer, processes.gathered(tensor)))
-        writer.flush_if_full()
-    writer.finalize()
+    try:
+        for tensor in tensors:
+            entries.append(write_tensor(writer, processes.gathered(tensor)))
+            writer.flush_if_full()
+        writer.finalize()
+    finally:
+        with stopping.whole():
+            writer.close()
     return entries
 
 

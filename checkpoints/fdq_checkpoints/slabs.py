@@ -14,6 +14,7 @@ SLAB_WEIGHTS = 1 << 22
 """Weights of a slab: enough to keep a core busy, few enough that a dozen are a small memory."""
 SLAB_COLUMNS = 128
 """A slab's columns are a multiple of it: no block of a format lies in two slabs."""
+_MOST_WORKERS = 16
 AHEAD_BYTES = 32 * 2**20
 """Of what is worked on or waits to be taken, for each core."""
 
@@ -56,9 +57,8 @@ def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[A
                 while waiting and (
                     ahead + task.nbytes > workers * AHEAD_BYTES or len(waiting) > 4 * workers
                 ):
-                    future, nbytes = waiting.popleft()
-                    yield future.result()
-                    ahead -= nbytes
+                    ahead -= waiting[0][1]
+                    yield waiting.popleft()[0].result()  # and nobody here holds it any more
                 waiting.append((pool.submit(run, task), task.nbytes))
                 ahead += task.nbytes
             while waiting:
@@ -71,5 +71,5 @@ def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[A
 def _cores() -> int:
     """That this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    return min(os.cpu_count() or 1, _MOST_WORKERS)

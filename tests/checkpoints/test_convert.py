@@ -58,7 +58,9 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(tmp_path, poi
     convert(SOURCE, destination, "W8A16", progress=lambda *step: fresh.append(step[2]))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # 28 tensors; what the journal has is not made again.
-    assert len(fresh) == {"tensor:1": 27, "tensor:9": 19, "unrecorded": 25, "finalized": 0}[point]
+    least = {"tensor:1": 27, "tensor:9": 19, "unrecorded": 25, "finalized": 0}[point]
+    # The last batches were being written.
+    assert least <= len(fresh) <= (least and least + 2)
     assert_same(load(SOURCE, "W8A16"), load(destination))
     assert sorted(path.name for path in destination.iterdir()) == [
         "config.json",

@@ -555,3 +555,21 @@ def test_the_command(plain, tmp_path):
     assert "--to compressed-tensors holds it" in " ".join(wrong.split())
     run("export", tmp_path / "saved", tmp_path / "no", "--to", "dense", "--shard-size", "0", code=2)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "reason"),
+    [
+        ("mlx", "compressed-tensors", "codes with offsets"),
+        ("mlx", "gptq", "codes with offsets"),
+        ("gptq, desc_act", "gptq", "rows in an order of their own"),
+        ("gptq, desc_act", "gguf", "dense"),
+    ],
+)
+def test_what_no_layout_holds_is_refused_before_anything_is_written(
+    kind, to, reason, tmp_path, rng
+):
+    foreign.model(kind, tmp_path / "model", rng)
+    with pytest.raises(CheckpointError, match=reason):
+        fdq.export(tmp_path / "model", tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -152,7 +152,7 @@ def no_more_memory_than(nbytes):
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-CASES = [(kind, block) for kind in KINDS for block in range(20)]
+CASES = [(kind, block) for kind in KINDS for block in range(5)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -101,6 +101,13 @@ def test_what_is_old_is_written_however_small_it_is(tmp_path, monkeypatch):
     """Nobody flushes after a kill: batches must have been written by time."""
     clock = [0.0]
     monkeypatch.setattr(orbax_store.time, "monotonic", lambda: clock[0])
+    cut = orbax_store.TreeWriter.cut
+
+    def cut_and_wait(writer):
+        cut(writer)
+        writer._wait()
+
+    monkeypatch.setattr(orbax_store.TreeWriter, "cut", cut_and_wait)
     kept = []
 
     def progress(done, total, path):

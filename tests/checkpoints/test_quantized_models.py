@@ -51,7 +51,7 @@ def test_weights_are_what_their_owners_say(kind, tmp_path, rng):
             least = 2e-8 if has_offset else 0
             np.testing.assert_allclose(np.asarray(found), wanted, rtol=2e-7, atol=least)
     tokens = jnp.array([[1, 5, 9, 2, 8]])
-    if model.layers[0].mlp.down_proj.activation is None:
+    if model.layers[0].mlp.down_proj.activation is None and kind in DEFAULT:
         np.testing.assert_allclose(model(tokens), twin(tokens), atol=2e-4, rtol=1e-4)
 
 

@@ -65,7 +65,8 @@ def type_of(spec: WeightSpec) -> str | None:
     if spec.format == "mxfp4":
         return "MXFP4"
     grouped = spec.granularity == "channel" or (spec.group_size or 1) % _BLOCK == 0
-    if not grouped or spec.block_size is not None or spec.scale_dtype != "float16":
+    other = spec.row_order or spec.block_size is not None or spec.scale_dtype != "float16"
+    if other or not grouped:
         return None
     return {
         ("int8", "none"): "Q8_0",

@@ -16,6 +16,7 @@ import numpy as np
 from fdq import models
 from fdq.formats.qtensor import QTensor, dequantize
 from fdq.models.config_writer import as_written, same_model, to_huggingface
+from fdq.schemes.scheme import WeightSpec
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.export.exporter import Options, Plan
@@ -307,6 +308,15 @@ def _check_stacks(name: str, origin: Origin, stacks: dict[Path, Piece]) -> None:
         )
 
 
+def _unheld(spec: WeightSpec) -> str | None:
+    """What no layout of safetensors that fdq writes has."""
+    if spec.zero_point == "offset":
+        return "codes with offsets, which no such layout has. Export it --to dense."
+    if spec.row_order:
+        return "rows in an order of their own, which is not written. Export it --to dense."
+    return None
+
+
 def _check(name: str, origin: Origin, layout: Layout, layers: Sequence[Layer]) -> None:
     """CheckpointError for what the layout cannot hold."""
     if not layers:
@@ -314,7 +324,11 @@ def _check(name: str, origin: Origin, layout: Layout, layers: Sequence[Layer]) -
             f"{origin.where}: nothing in it is quantized, so there is nothing for {name} to hold. "
             "Export it --to dense, or quantize it first."
         )
-    problems = [(layer, why) for layer in layers if (why := layout.problem(layer)) is not None]
+    problems = [
+        (layer, why)
+        for layer in layers
+        if (why := _unheld(layer.spec) or layout.problem(layer)) is not None
+    ]
     if problems:
         layer, why = problems[0]
         paths = len({other.path for other, _ in problems}) - 1

@@ -93,6 +93,8 @@ def gguf_parts(path: pathlib.Path) -> list[pathlib.Path]:
     if match is None:
         return [path]
     count = int(match[3])
+    if not 1 <= int(match[2]) <= count:
+        raise CheckpointError(f"{path}: its name says part {int(match[2])} of {count}.")
     names = (f"{match[1]}-{i:05}-of-{match[3]}{match[4]}" for i in range(1, count + 1))
     parts = [path.with_name(name) for name in names]
     if missing := next((part.name for part in parts if not part.is_file()), None):

@@ -13,9 +13,13 @@ from fdq import models
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import tell_of_adapters
-from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.readers.source_directory import INDEX_NAME, SourceDirectory
 from fdq_checkpoints.sources import published_names, tensor_names
-from fdq_checkpoints.sources.quantized_release import QuantizedRelease, without_quantization
+from fdq_checkpoints.sources.quantized_release import (
+    SIDE_FILES,
+    QuantizedRelease,
+    without_quantization,
+)
 from fdq_checkpoints.sources.source import Source
 from fdq_checkpoints.tree_paths import Path
 
@@ -69,7 +73,10 @@ class FloatModel(Source):
         return {file for names in parts for name in names for file in self.directory.files_of(name)}
 
     def _described_by(self) -> list[pathlib.Path]:
-        return [self.folder / "config.json"] if self.folder.is_dir() else []
+        if not self.folder.is_dir():
+            return []
+        names = ("config.json", INDEX_NAME, *SIDE_FILES)
+        return [file for name in names if (file := self.folder / name).is_file()]
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""

@@ -90,7 +90,7 @@ class Metadata:
     def must_be(self, key: str, *allowed: Any) -> None:
         """Refuses another value; a missing key is taken as allowed."""
         value = self.get(key)
-        if value is not None and value not in allowed:
+        if value is not None and (isinstance(value, np.ndarray | list) or value not in allowed):
             raise self.wrong(f"{self.architecture}.{key}", " or ".join(map(repr, allowed)))
 
     def has(self, tensor: str) -> bool:
@@ -113,14 +113,14 @@ class Metadata:
             is_off = isinstance(value, int | float | str) and not value
             if key.startswith(f"{self.architecture}.") and key not in self._read and not is_off:
                 raise CheckpointError(
-                    f"{self.path}: metadata {shown(key)} = {value!r:.60} is not known to fdq, and "
-                    "may change what the model computes."
+                    f"{self.path}: metadata {shown(key)} = {_in_a_line(value)} is not known to "
+                    "fdq, and may change what the model computes."
                 )
 
     def wrong(self, key: str, expected: str) -> CheckpointError:
         """What to raise about a value."""
-        found = self.content.get(key)
-        return CheckpointError(f"{self.path}: metadata {key} = {found!r:.80}, expected {expected}.")
+        found = _in_a_line(self.content.get(key))
+        return CheckpointError(f"{self.path}: metadata {key} = {found}, expected {expected}.")
 
 
 def huggingface_config(
@@ -187,11 +187,17 @@ def huggingface_config(
     return architecture, {key: value for key, value in config.items() if value is not None}
 
 
+def _in_a_line(value: Any) -> str:
+    """A value for an error; arrays print themselves in several lines."""
+    return " ".join(repr(value).split())[:80]
+
+
 def _scaling(
     metadata: Metadata, rope: Mapping[str, np.ndarray], head_dim: int
 ) -> dict[str, Any] | None:
-    kind = metadata.get("rope.scaling.type") or "none"
-    if kind not in ("none", "linear", "yarn", "longrope"):
+    kind = metadata.get("rope.scaling.type")
+    kind = "none" if kind is None else kind
+    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn", "longrope"):
         raise metadata.wrong(f"{metadata.architecture}.rope.scaling.type", "none, linear, yarn")
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     original = metadata.whole("rope.scaling.original_context_length", least=0, default=0)

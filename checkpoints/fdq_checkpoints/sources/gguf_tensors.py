@@ -24,6 +24,7 @@ from fdq_checkpoints.sources.published_names import Names
 from fdq_checkpoints.sources.stored_weight import Linear
 
 _CHUNK_BYTES = 32 * 2**20
+_MOST_MATRICES = 2**18
 _MOST_EXPERTS = 2**12
 _EXPERT = re.compile(r"(.+)\[(\d+)\]")
 PERMUTED = re.compile(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)")
@@ -115,8 +116,9 @@ class GgufTensors:
         self.metadata = first.metadata
         found: dict[str, GgufFile] = {}
         for number, file in enumerate(self.files):
-            place = (file.metadata.get("split.no", 0), file.metadata.get("split.count", 1) or 1)
-            if place != (number, len(self.files)):
+            place = (file.metadata.get("split.no", 0), file.metadata.get("split.count", 1))
+            is_whole = [type(one) for one in place] == [int, int]
+            if not is_whole or (place[0], place[1] or 1) != (number, len(self.files)):
                 raise CheckpointError(
                     f"{file.path}: says that it is part {place[0]} (from 0) of {place[1]}, found "
                     f"as {number} of {len(self.files)}. Keep the parts' names, and all of them."
@@ -167,6 +169,10 @@ class GgufTensors:
                 raise CheckpointError(
                     f"{file.path}: tensor {shown(tensor.name)} has {shape[0]} experts, more than "
                     f"{_MOST_EXPERTS}."
+                )
+            if len(self._stored) + shape[0] > _MOST_MATRICES:
+                raise CheckpointError(
+                    f"{file.path}: more than {_MOST_MATRICES} matrices of experts."
                 )
             for expert in range(shape[0]):
                 rows = _Stored(file, tensor, expert * shape[1], shape[1:])

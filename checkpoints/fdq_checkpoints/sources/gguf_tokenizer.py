@@ -84,7 +84,7 @@ def companions(
         try:
             if f"{_KEY}model" in metadata:
                 files |= _files(metadata)
-        except Unusable as reason:
+        except (Unusable, TypeError, ValueError) as reason:  # values of other kinds than expected
             _LOGGER.warning(
                 "%s: its tokenizer is not read, so text is not either (token ids are): %s.",
                 path,
@@ -93,7 +93,12 @@ def companions(
         new = pathlib.Path(tempfile.mkdtemp(dir=_root()))
         for name, content in files.items():
             (new / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:  # another thread has just made it
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(new, ignore_errors=True)
     return sorted(folder.iterdir())
 
 

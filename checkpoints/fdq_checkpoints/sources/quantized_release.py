@@ -46,7 +46,7 @@ _NAMES = {
 # Of config.json; the second is what compressed-tensors used to write.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _MLX_KEY = "quantization"
-_SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # What both may say, by all names of it.
 _SAID_TWICE = (
     ("bits", "w_bit"),
@@ -123,7 +123,7 @@ class QuantizedRelease:
                 return cls._read(known | (content if isinstance(content, dict) else {}), where)
         if content := _of_mlx(config.get(_MLX_KEY)):
             return cls._read(content, f"{folder / 'config.json'}: {_MLX_KEY}")
-        for name in _SIDE_FILES:
+        for name in SIDE_FILES:
             path = folder / name
             if os.path.lexists(path):
                 content = strict_json.read_object(path, max_bytes=MAX_CONFIG_BYTES)
@@ -184,7 +184,7 @@ class QuantizedRelease:
 
     def check_side_files(self, folder: pathlib.Path) -> None:
         """CheckpointError where a file beside config.json says something else than this."""
-        for name in _SIDE_FILES:
+        for name in SIDE_FILES:
             path = folder / name
             if str(path) == self.where or not os.path.lexists(path):
                 continue

@@ -109,7 +109,7 @@ class StoredWeight:
             raise ValueError(f"blocks of {width} columns lie across columns {start} to {stop}")
         arrays = {
             name: array
-            if whole or array.shape[-1] == 1
+            if whole or name == "row_order" or array.shape[-1] == 1
             else np.ascontiguousarray(array[..., start // width : -(-stop // width)])
             for name, array in self.arrays.items()
         }
@@ -138,12 +138,23 @@ class StoredWeight:
             order = np.arange(self.k, dtype=np.int32)
             arrays = {**self.arrays, "row_order": order}
             return StoredWeight(spec, self.k, self.codes, arrays)
-        n, scale = self.codes.shape[-1], self.arrays["scale"]
+        n = self.codes.shape[-1]
         rows, columns = self.spec.block_size or (self.k, n)
-        scale = np.repeat(scale, columns, axis=-1)[..., :n]
-        if spec.group_size is not None:  # which divides the rows of a block
-            scale = np.repeat(scale, rows // spec.group_size, axis=0)[: self.k // spec.group_size]
-        return StoredWeight(spec, self.k, self.codes, {**self.arrays, "scale": scale})
+
+        def spread(array: np.ndarray) -> np.ndarray:
+            array = np.repeat(array, columns, axis=-1)[..., :n]
+            size = spec.group_size
+            if size is None:
+                return array
+            # It divides the rows of a block.
+            return np.repeat(array, rows // size, axis=0)[: self.k // size]
+
+        finer = {
+            name: spread(self.arrays[name])
+            for name in ("scale", "zero", "offset")
+            if name in self.arrays
+        }
+        return StoredWeight(spec, self.k, self.codes, {**self.arrays, **finer})
 
 
 def joined_spec(parts: Sequence[Linear]) -> WeightSpec | None:

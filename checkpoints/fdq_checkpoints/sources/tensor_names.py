@@ -116,7 +116,9 @@ class Source:
 
     def not_finite(self, directory: Tensors, expert: int | None) -> str | None:
         """Where the first NaN or infinity of the parts is, in words; None where all are finite."""
-        experts = self.parts if self.stacked and expert is None else (self.parts[expert or 0],)
+        # Where experts are one tensor, they are one part.
+        one = self.parts[expert or 0 if self.stacked else 0]
+        experts = self.parts if self.stacked and expert is None else (one,)
         for name in itertools.chain(*experts):
             found = directory.read(name)
             if not np.issubdtype(found.dtype, np.number) and found.dtype.kind != "V":

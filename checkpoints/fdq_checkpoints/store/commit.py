@@ -20,7 +20,7 @@ from fdq.text_table import size
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import gguf_parts
 from fdq_checkpoints.store import journal as journals
-from fdq_checkpoints.store import manifest
+from fdq_checkpoints.store import manifest, stopping
 
 SUFFIX = ".fdq-tmp"
 _LOCK = "lock"
@@ -50,6 +50,8 @@ def pending_directory(
     final = pathlib.Path(destination).absolute()
     replaces = FDQ_CHECKPOINT if replaces is None else replaces
     check_destination(final, overwrite=overwrite, replaces=replaces)
+    if overwrite:
+        check_destination(_old(final), overwrite=True, replaces=replaces)
     final.parent.mkdir(parents=True, exist_ok=True)
     pending = pending_path(final)
     needed_bytes -= bytes_in(pending) if keep is not None else 0
@@ -70,14 +72,17 @@ def pending_directory(
         try:
             yield pending
             _sync(pending)
-            _rename(pending, final, overwrite=overwrite, replaces=replaces)
-            # Not before: without its lock, another process would take the directory and empty it.
-            for name in (*notes, _LOCK):
-                (final / name).unlink(missing_ok=True)
+            with stopping.whole():
+                old = _rename(pending, final, overwrite=overwrite, replaces=replaces)
+                # Not before: without its lock, another process would take and empty the directory.
+                for name in (*notes, _LOCK):
+                    (final / name).unlink(missing_ok=True)
         except BaseException:
             if keep is None or not keep():
                 shutil.rmtree(pending, ignore_errors=True)
             raise
+        if old is not None:
+            _remove(old, replaces)
 
 
 def _check_droppable(pending: pathlib.Path, overwrite: bool) -> None:
@@ -193,14 +198,17 @@ def _sync_path(path: str | os.PathLike[str]) -> None:
 
 def _rename(
     pending: pathlib.Path, final: pathlib.Path, *, overwrite: bool, replaces: Replaceable
-) -> None:
-    """`final` is at any time what it was or what it is to be, where the system can exchange two."""
+) -> pathlib.Path | None:
+    """Where what was replaced is now; None where nothing was.
+
+    `final` is at any time what it was or what it is to be, where the system can exchange two.
+    """
     check_destination(final, overwrite=overwrite, replaces=replaces)
+    old = _old(final)
     if not os.path.lexists(final):
         os.rename(pending, final)
         _sync_path(final.parent)
-        return
-    old = final.with_name(final.name + ".fdq-old")
+        return None
     _remove(old, replaces)
     if final.is_symlink() or not _exchanged(pending, final):
         os.rename(final, old)
@@ -212,7 +220,12 @@ def _rename(
     else:
         os.rename(pending, old)
     _sync_path(final.parent)
-    _remove(old, replaces)
+    return old
+
+
+def _old(final: pathlib.Path) -> pathlib.Path:
+    """Where what is replaced is, until it is removed."""
+    return final.with_name(final.name + ".fdq-old")
 
 
 def _exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:
@@ -232,7 +245,7 @@ def unreplaced(path: str | os.PathLike[str], read: Callable[[], Any]) -> Any:
     again.
     """
     for _ in range(_TRIES):
-        before = _state(path)
+        before, result = _state(path), None
         try:
             result = read()
         except (CheckpointError, OSError):
@@ -272,7 +285,13 @@ def _remove(old: pathlib.Path, replaces: Replaceable) -> None:
         old.unlink()
     elif old.exists():
         check_destination(old, overwrite=True, replaces=replaces)
-        shutil.rmtree(old)
+        # What tells that it is ours goes last: a removal that was stopped goes on.
+        for entry in sorted(old.iterdir(), key=lambda entry: entry.name == manifest.FILE_NAME):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        old.rmdir()
 
 
 def file_digest(path: pathlib.Path) -> str:

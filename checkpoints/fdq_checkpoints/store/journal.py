@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,27 +135,32 @@ class Journal:
         self.pieces = [piece for piece in self.pieces if piece.path not in paths]
 
     def _append(self, content: dict[str, Any]) -> None:
-        with self._lock, open(self._path, "a", encoding="utf-8") as file:
+        data = (json.dumps(content) + "\n").encode()
+        with self._lock, open(self._path, "ab", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                file.write(json.dumps(content) + "\n")
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError as error:
-                os.truncate(self._path, size)  # the next line must not begin in this one's middle
+                os.ftruncate(file.fileno(), size)  # no line begins in another's middle
                 raise CheckpointError(
                     f"{self._path}: could not be written: {error.strerror}."
                 ) from error
 
     def _read(self) -> list[dict[str, Any]]:
-        lines, texts = [], self._path.read_text(encoding="utf-8").splitlines()
-        for index, text in enumerate(texts):
+        lines, good, data = [], 0, self._path.read_bytes()
+        for line in data.splitlines(keepends=True):
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the process was killed while it wrote this line
-                whole = "".join(f"{line}\n" for line in texts[:index])
-                self._path.write_text(whole, encoding="utf-8")
+                content = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                content = None
+            if not isinstance(content, dict):  # the process was killed while it wrote this line
                 break
+            lines.append(content)
+            good += len(line)
+        if good < len(data):
+            os.truncate(self._path, good)
         return lines
 
 
@@ -202,7 +208,7 @@ class Pieces:
                     part = array[start : piece.stop]
                     part[...] = stored[name].view(array.dtype).reshape(part.shape)
             start = piece.stop
-        self._written, self._made = start, None
+        self._written, self._made, self._last = start, None, time.monotonic()
         return arrays, start
 
     def made(self, tensor: Tensor, arrays: Mapping[str, np.ndarray], stop: int) -> None:
@@ -219,7 +225,8 @@ class Pieces:
             return
         tensor, arrays, stop = self._made
         self._folder.mkdir(exist_ok=True)
-        name = f"{len(self._journal.done)}-{stop}.npz"
+        mark = zlib.crc32("\0".join(tensor.path).encode())
+        name = f"{len(self._journal.done)}-{mark:08x}-{stop}.npz"
         # As bytes: NumPy's files know no bfloat16.
         parts = {
             key: np.ascontiguousarray(array[self._written : stop]).reshape(-1).view(np.uint8)

@@ -64,6 +64,8 @@ class TreeWriter:
         self._notes: list[Any] = []
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "fdq-writer")
         self._writing: concurrent.futures.Future[None] | None = None
+        self._failed: Exception | None = None
+        self._batches = 0
         self._seconds, self._took, self._last = seconds, 0.0, time.monotonic()
 
     def add(self, path: tree_paths.Path, array: Any) -> None:
@@ -79,7 +81,14 @@ class TreeWriter:
     def flush_if_full(self) -> None:
         """Write the batch when it is large or old enough; call it between whole tensors."""
         patience = max(self._seconds, 8 * self._took)
-        if self._batch_bytes >= self._limit or time.monotonic() - self._last >= patience:
+        due = time.monotonic() - self._last >= patience
+        idle = self._writing is None or self._writing.done()
+        if self._batch_bytes >= self._limit or (due and idle):
+            self.cut()
+
+    def part(self) -> None:
+        """Write the batch, as long as batches are few: there is a reason to part it from others."""
+        if self._batches < MAX_BATCHES:
             self.cut()
 
     def flush(self) -> None:
@@ -90,18 +99,32 @@ class TreeWriter:
     def cut(self) -> None:
         """Begin to write the batch, when the one before is written."""
         self._wait()
+        if self._failed is not None:  # or a later batch would be noted, without this one
+            raise self._failed
         if not self._batch:
             return
+        self._batches += 1
         batch, notes = self._batch, self._notes
         self._batch, self._notes, self._batch_bytes = {}, [], 0
         self._last = time.monotonic()
         self._writing = self._thread.submit(self._write, batch, notes)
+        if jax.process_count() > 1:
+            self._wait()  # collectives of two threads would come in another order elsewhere
 
     def _wait(self) -> None:
         """CheckpointError of the last batch, where it could not be written."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+        except Exception as error:
+            self._failed = error
+            raise
+        self._writing = None
+
+    def close(self) -> None:
+        """Wait for the batch in the making, whatever becomes of it."""
+        self._thread.shutdown(wait=True)
 
     def _write(self, batch: dict[tree_paths.Path, np.ndarray], notes: list[Any]) -> None:
         start = time.monotonic()

@@ -1,11 +1,13 @@
 """Signals that stop a job: INT, TERM and HUP end it alike, and wait while something is written."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_LOGGER = logging.getLogger("fdq")
 _TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -49,8 +51,14 @@ def whole() -> Iterator[None]:
         for number in _TO_STOP
         if callable(handler := signal.getsignal(number))  # what is ignored or kills does so
     }
+
+    def wait(number: int, _: FrameType | None) -> None:
+        if not came:
+            _LOGGER.warning("Stopping when what is being written is on disk ...")
+        came.append(number)
+
     for number in before:
-        signal.signal(number, lambda number, _: came.append(number))
+        signal.signal(number, wait)
     try:
         yield
     finally:
