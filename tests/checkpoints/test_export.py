@@ -25,7 +25,7 @@ from fdq_checkpoints.sources import tensor_names
 from fdq_checkpoints.tree_paths import dotted
 from tests.checkpoints import builders, foreign
 from tests.cli.test_cli import run
-from tests.covering import slow_but
+from tests.covering import slow, slow_but
 from tests.models.test_gemma3 import multimodal
 
 OWNED = builders.MODELS.parent / "quantized"
@@ -221,7 +221,7 @@ def test_blocks_across_two_layers_are_refused(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize(("bits", "to"), [(2, "gptq"), (4, "compressed-tensors")])
+@pytest.mark.parametrize(("bits", "to"), [slow(2, "gptq"), (4, "compressed-tensors")])
 def test_halves_are_the_odd_numbers_of_more_bits(bits, to, tmp_path):
     scheme = f"W{bits}A16-g32-half-f16"
     model = model_of(NARROW, scheme, method="absmax")

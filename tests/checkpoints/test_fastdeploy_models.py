@@ -165,7 +165,7 @@ def weights(model):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", slow_but({"mix_quant", "fp8", "wint2"}, KINDS))
+@pytest.mark.parametrize("kind", slow_but({"fp8", "wint2"}, KINDS))
 def test_weights_are_what_the_definition_says(kind, tmp_path, rng, caplog):
     model = load(offline(kind, tmp_path / "model", rng))
     twin = load(tmp_path / "twin")

@@ -35,6 +35,7 @@ def test_log_probabilities_and_evaluation(models):
     assert abs(reports[0].nats_per_token - reports[1].nats_per_token) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_functions_of_functional(models):
     found = []
     for model in models:

@@ -24,8 +24,7 @@ def quantized(name):
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
-        ("gpt_oss", "C8"),
-        *(slow("gpt_oss", cache) for cache in ("C16", "Cfp8", "C4")),
+        *(slow("gpt_oss", cache) for cache in ("C16", "C8", "Cfp8", "C4")),
         *(slow(name, "C8") for name in ("gemma2", "gemma3")),
     ],
 )

@@ -38,7 +38,7 @@ def test_an_order_is_undone():
 @pytest.mark.parametrize(
     ("name", "scheme", "axis_type"),
     [
-        ("llama", "W4A16-g32", AxisType.Auto),
+        slow("llama", "W4A16-g32", AxisType.Auto),
         ("llama", "W8A8", AxisType.Explicit),
         slow("qwen2", "W4A16-asym-g32", AxisType.Auto),
         slow("qwen3", "WNF4A16-g32", AxisType.Auto),
