@@ -1,6 +1,6 @@
 """`convert`: a float checkpoint to a quantized fdq checkpoint, tensor by tensor.
 
-Peak memory is about the largest quantized tensor (the experts of a layer are one) plus a batch. An
+Peak memory is about the largest quantized tensor (the experts of a layer are one) plus a batch. A
 conversion that is stopped by whatever (an interrupt, a kill, an error, a full disk) leaves
 `<destination>.fdq-tmp`, which nothing loads; the same call goes on from there, and another one
 (other source, scheme, options or version) is refused unless it may overwrite that.
@@ -75,10 +75,9 @@ def convert(
             "calibration": None if seen is None else seen.digest,
         }
         tensors = tree_paths.flatten(made.tree)
-        total = sum(saving.nbytes(tensor.value) for tensor in tensors)
         job = {"source": source.identity, **options, "versions": saving.versions()}
         key = _key(made, tensors, job | {"recipe": recipe.to_json()})
-        work = _Work(made, destination, key, job, total)
+        work = _Work(made, tensors, destination, key, job)
         with (
             work.told(),
             stopping.stoppable(),
@@ -86,7 +85,7 @@ def convert(
                 dst,
                 overwrite=overwrite,
                 keep=work.is_of_use,
-                needed_bytes=total,
+                needed_bytes=work.nbytes,
                 notes=(journals.FILE_NAME,),
             ) as folder,
         ):
@@ -126,18 +125,23 @@ class _Work:
     """The writing of all tensors, which an earlier process may have begun."""
 
     def __init__(
-        self, made: stream.Job, dst: pathlib.Path, key: str, job: dict[str, Any], total: int
+        self,
+        made: stream.Job,
+        tensors: list[Tensor],
+        dst: pathlib.Path,
+        key: str,
+        job: dict[str, Any],
     ):
-        self._made, self._key, self._job, self._total = made, key, job, total
+        self._made, self._key, self._job = made, key, job
         self._destination = dst
         self._folder = commit.pending_path(dst)
         self._journal: Journal | None = None
         self._refused = self._spoiled = False
         self._files: list[pathlib.Path] | None = None  # of the last tensor
         self._known = {tensor.path for tensor in tree_paths.flatten(made.source.tree)}
-        self._sizes = {
-            tensor.path: saving.nbytes(tensor.value) for tensor in tree_paths.flatten(made.tree)
-        }
+        self._tensors = {tensor.path: tensor.value for tensor in tensors}
+        self._sizes = {path: saving.nbytes(value) for path, value in self._tensors.items()}
+        self.nbytes = sum(self._sizes.values())
 
     def is_of_use(self) -> bool:
         """Whether there is something to go on from."""
@@ -195,7 +199,7 @@ class _Work:
                 pieces.flush()
 
         writer = orbax_store.TreeWriter(
-            weights, total_bytes=self._total, on_batch=journal.add, seconds=FLUSH_SECONDS
+            weights, total_bytes=self.nbytes, on_batch=journal.add, seconds=FLUSH_SECONDS
         )
         pieces = Pieces(self._folder, journal, seconds=FLUSH_SECONDS, keep=keep)
         try:
@@ -317,20 +321,18 @@ class _Work:
         part = ""
         if journal.pieces:
             piece = journal.pieces[-1]
-            value = next(
-                t.value for t in tree_paths.flatten(self._made.tree) if t.path == piece.path
-            )
-            part = f" and {piece.stop} of the {value.shape[0]} matrices of the next"
+            count = self._tensors[piece.path].shape[0]
+            part = f" and {piece.stop} of the {count} matrices of the next"
         return (
             f"kept {len(journal.done)} of {len(self._sizes)} tensors "
-            f"({done / sum(self._sizes.values()):.0%} of the bytes){part}"
+            f"({done / self.nbytes:.0%} of the bytes){part}"
         )
 
     def _kept(self) -> str:
-        if self.is_of_use() and not self._owns():
-            return f"{self._folder} is as it was."
         if not self.is_of_use():
             return "Nothing was finished yet; the same call starts anew."
+        if not self._owns():
+            return f"{self._folder} is as it was."
         amount = self._amount()
         return (
             f"{amount[0].upper()}{amount[1:]} in {self._folder}. The same call goes on from there; "

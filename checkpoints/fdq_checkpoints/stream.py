@@ -113,9 +113,9 @@ class Job:
         CheckpointError if one holds NaN or infinity, or needs calibration.
         """
         tensors = tree_paths.flatten(self.tree)
-        total, done = sum(map(_float_bytes, tensors)), 0
         sizes = itertools.accumulate(map(_float_bytes, tensors))
-        before = {tensor.path: size for tensor, size in zip(tensors, sizes, strict=True)}
+        done = {tensor.path: size for tensor, size in zip(tensors, sizes, strict=True)}
+        total = max(done.values(), default=0)
         memory = Trimmer()
         wanted = [tensor for tensor in tensors if tensor.path not in skip]
         workers = None if self.source.concurrent else 1
@@ -131,10 +131,9 @@ class Job:
                 value, arrays = tensor.value.replace(**arrays), {}
             yield dataclasses.replace(tensor, value=value)
             del value
-            done = before[tensor.path]
             memory.worked(_float_bytes(tensor))
             if progress is not None:
-                progress(done, total, dotted(tensor.path))
+                progress(done[tensor.path], total, dotted(tensor.path))
 
     def _begun(self, tensor: Tensor, pieces: Pieces | None) -> dict[str, np.ndarray]:
         if pieces is not None and tensor.value.ndim > 2:

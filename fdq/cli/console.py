@@ -37,6 +37,10 @@ Directory = Annotated[
     pathlib.Path,
     typer.Argument(parser=path, help="A checkpoint: Hugging Face or made by fdq convert."),
 ]
+Destination = Annotated[
+    pathlib.Path,
+    typer.Argument(metavar="DST", parser=path, help="Directory to make; must not exist."),
+]
 LoadScheme = Annotated[
     str | None, typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it.")
 ]

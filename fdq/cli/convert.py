@@ -30,12 +30,7 @@ def run(
             help="Hugging Face, Paddle or Orbax checkpoint.",
         ),
     ],
-    destination: Annotated[
-        pathlib.Path,
-        typer.Argument(
-            metavar="DST", parser=console.path, help="Directory to make; must not exist."
-        ),
-    ],
+    destination: console.Destination,
     scheme: Annotated[
         str | None,
         typer.Option(

@@ -25,12 +25,7 @@ def run(
             help="A model: made by fdq convert, or any other that fdq loads.",
         ),
     ],
-    destination: Annotated[
-        pathlib.Path,
-        typer.Argument(
-            metavar="DST", parser=console.path, help="Directory to make; must not exist."
-        ),
-    ],
+    destination: console.Destination,
     to: Annotated[
         str,
         typer.Option(

@@ -159,8 +159,19 @@ def write_experts(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def read_sigmoid_router(reader: ConfigReader) -> ScoredRouter:
-    """The router of DeepSeek-V3, and of families that took it over."""
+def read_sigmoid_experts(reader: ConfigReader, layers: tuple[int, ...]) -> MoEConfig:
+    """The experts of DeepSeek-V3, and of families that took them over with their router."""
+    return read_experts(
+        reader,
+        layers,
+        _read_sigmoid_router(reader),
+        normalize=reader.flag("norm_topk_prob", default=True),
+        norm_min=1e-20,
+        correction_bias=True,
+    )
+
+
+def _read_sigmoid_router(reader: ConfigReader) -> ScoredRouter:
     reader.must_be("scoring_func", "sigmoid")
     reader.must_be("topk_method", "noaux_tc")
     return ScoredRouter(
@@ -172,7 +183,7 @@ def read_sigmoid_router(reader: ConfigReader) -> ScoredRouter:
 
 
 def write_sigmoid_router(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `read_sigmoid_router`."""
+    """What `read_sigmoid_experts` reads of a router."""
     router = config_writer.part(config, "moe.router", ScoredRouter)
     return {
         "scoring_func": "sigmoid",
@@ -191,14 +202,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     )  # fmt: skip
     interleaved = reader.flag("rope_interleave", default=True)
     fields = read_base(reader, interleaved=interleaved)
-    moe = read_experts(
-        reader,
-        sparse_layers(reader, fields["num_layers"]),
-        read_sigmoid_router(reader),
-        normalize=reader.flag("norm_topk_prob", default=True),
-        norm_min=1e-20,
-        correction_bias=True,
-    )
+    moe = read_sigmoid_experts(reader, sparse_layers(reader, fields["num_layers"]))
     return DecoderConfig(**fields, moe=moe)
 
 

@@ -6,8 +6,7 @@ from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.deepseek_v3 import (
     correction_bias,
-    read_experts,
-    read_sigmoid_router,
+    read_sigmoid_experts,
     sparse_layers,
     write_experts,
     write_sigmoid_router,
@@ -28,14 +27,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     fields = reader.base(epsilon=1e-5, tie=False)
     fields["qkv_bias"] = reader.flag("attention_bias", default=False)
     fields["qk_norm"] = reader.flag("use_qk_norm", default=False)
-    moe = read_experts(
-        reader,
-        sparse_layers(reader, fields["num_layers"]),
-        read_sigmoid_router(reader),
-        normalize=reader.flag("norm_topk_prob", default=True),
-        norm_min=1e-20,
-        correction_bias=True,
-    )
+    moe = read_sigmoid_experts(reader, sparse_layers(reader, fields["num_layers"]))
     rotary = reader.rotary(theta=10000.0, partial=True)
     return DecoderConfig(**fields, rotary=rotary, moe=moe)
 

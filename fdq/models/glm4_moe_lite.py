@@ -9,8 +9,7 @@ from fdq.models.deepseek_v3 import (
     correction_bias,
     latent_names,
     read_base,
-    read_experts,
-    read_sigmoid_router,
+    read_sigmoid_experts,
     write_base,
     write_experts,
     write_sigmoid_router,
@@ -42,14 +41,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
         moe_intermediate_size=1536, rms_norm_eps=1e-5,
     )  # fmt: skip
     fields = read_base(reader, interleaved=reader.flag("rope_interleave", default=True))
-    moe = read_experts(
-        reader,
-        _sparse_layers(reader, fields["num_layers"]),
-        read_sigmoid_router(reader),
-        normalize=reader.flag("norm_topk_prob", default=True),
-        norm_min=1e-20,
-        correction_bias=True,
-    )
+    moe = read_sigmoid_experts(reader, _sparse_layers(reader, fields["num_layers"]))
     return DecoderConfig(**fields, moe=moe)
 
 

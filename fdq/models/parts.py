@@ -127,6 +127,20 @@ class GeGLU(SwiGLU):
     gate = staticmethod(geglu)
 
 
+def router_of(config: Any, **options: Any) -> nn.Router:
+    """A router of a model's experts; `options` are what its kind adds, and `rngs`."""
+    moe = config.moe
+    return nn.Router(
+        config.hidden_size,
+        moe.num_experts,
+        top_k=moe.top_k,
+        normalize=moe.normalize,
+        norm_min=moe.norm_min,
+        correction_bias=moe.correction_bias,
+        **options,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class SoftmaxRouter(Part):
     """Picks by softmax; the module is called as `router(rows)` and gives experts and weights.
@@ -140,17 +154,7 @@ class SoftmaxRouter(Part):
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Router:
-        moe = config.moe
-        return nn.Router(
-            config.hidden_size,
-            moe.num_experts,
-            top_k=moe.top_k,
-            normalize=moe.normalize,
-            norm_min=moe.norm_min,
-            correction_bias=moe.correction_bias,
-            use_bias=self.bias,
-            rngs=rngs,
-        )
+        return router_of(config, use_bias=self.bias, rngs=rngs)
 
     @override
     def layer_kind(self, config: Any, layer: int) -> Hashable:

@@ -7,7 +7,7 @@ from typing import Any, override
 from flax import nnx
 
 from fdq import nn
-from fdq.models.parts import ROUTERS, Part
+from fdq.models.parts import ROUTERS, Part, router_of
 from fdq.ops.route.scoring import Scoring
 
 
@@ -36,17 +36,7 @@ class ScoredRouter(Part):
 
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> nn.Router:
-        moe = config.moe
-        return nn.Router(
-            config.hidden_size,
-            moe.num_experts,
-            top_k=moe.top_k,
-            normalize=moe.normalize,
-            norm_min=moe.norm_min,
-            correction_bias=moe.correction_bias,
-            scoring=self.scoring,
-            rngs=rngs,
-        )
+        return router_of(config, scoring=self.scoring, rngs=rngs)
 
     @override
     def layer_kind(self, config: Any, layer: int) -> Hashable:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fdq_checkpoints.errors import CheckpointError, nearest, shown
+from fdq_checkpoints.readers.open_file import OpenFile
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -30,7 +31,6 @@ MAX_NESTING = 3
 MAX_METADATA_BYTES = 2**27
 MAX_RANK = 4
 MAX_DIMENSION = 2**40
-_READ_BYTES = 64 * 2**20
 _DOWNLOAD_AGAIN = "Download it again."
 
 
@@ -85,36 +85,14 @@ class GgufTensor:
         return self.shape[-1] // self.type.weights * self.type.nbytes
 
 
-class GgufFile:
+class GgufFile(OpenFile):
     """One open GGUF file whose header has been checked; a context manager.
 
     `metadata` has str, int, float and bool, lists of str, and NumPy arrays of numbers.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.fspath(path)
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be opened ({error.strerror}).") from error
-        try:
-            self.metadata, self.tensors = self._read_header()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "GgufFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; reading afterwards fails."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def _open(self) -> None:
+        self.metadata, self.tensors = self._read_header()
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `[start, stop)` of all rows of a tensor: uint8 `[rows, bytes of a row]`."""
@@ -125,16 +103,9 @@ class GgufFile:
             )
         if not 0 <= start <= stop <= math.prod(tensor.shape[:-1]):
             raise ValueError(f"{self.path}: tensor {shown(name)} has no rows [{start}, {stop}).")
-        data = np.empty((stop - start, tensor.row_bytes), np.uint8)
-        view = memoryview(data.reshape(-1))
-        done = 0
-        while done < len(view):
-            part = view[done : done + _READ_BYTES]
-            count = os.preadv(self._fd, [part], tensor.start + start * tensor.row_bytes + done)
-            if count == 0:
-                raise self._error(f"tensor {shown(name)}: the file became shorter while it is read")
-            done += count
-        return data
+        first, last = (tensor.start + row * tensor.row_bytes for row in (start, stop))
+        data = self.read_bytes(first, last, f"tensor {shown(name)}")
+        return data.reshape(stop - start, tensor.row_bytes)
 
     def _error(self, reason: str, hint: str = "") -> CheckpointError:
         return CheckpointError(f"{self.path}: {reason}.{' ' + hint if hint else ''}")

@@ -2,7 +2,7 @@
 
 A file is an 8-byte little-endian header length, a JSON header `name -> {dtype, shape,
 data_offsets}`, and the tensors' bytes. The header is checked against the file's size before any
-memory is allocated. Pages of a memory map would count as this process's memory.
+memory is allocated.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from fdq_checkpoints.errors import CheckpointError, nearest, shown
 from fdq_checkpoints.readers import strict_json
+from fdq_checkpoints.readers.open_file import OpenFile
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -43,8 +44,6 @@ MAX_NAME_LENGTH = 512
 MAX_RANK = 8
 MAX_DIMENSION = 2**40
 _DOWNLOAD_AGAIN = "Download it again."
-_ALIGNMENT = 64
-_READ_BYTES = 64 * 2**20  # one system call; Linux reads at most 2 GiB at a time
 
 _PICKLES = (b"\x02", b"\x03", b"\x04", b"\x05")
 _OTHER_KINDS = (
@@ -72,33 +71,11 @@ class TensorInfo:
         return self.stop - self.start
 
 
-class SafetensorsFile:
+class SafetensorsFile(OpenFile):
     """One open safetensors file whose header has been checked; a context manager."""
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.fspath(path)
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be opened ({error.strerror}).") from error
-        try:
-            self.metadata, self.tensors = self._read_header()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; reading afterwards fails."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def _open(self) -> None:
+        self.metadata, self.tensors = self._read_header()
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in its stored dtype."""
@@ -126,18 +103,7 @@ class SafetensorsFile:
             ) from None
 
     def _read_bytes(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        # JAX takes what is aligned as it is, and copies other arrays.
-        raw = np.empty(stop - start + _ALIGNMENT, np.uint8)
-        data = raw[-raw.ctypes.data % _ALIGNMENT :][: stop - start]
-        view = memoryview(data)
-        done = 0
-        while done < len(view):
-            part = view[done : done + _READ_BYTES]
-            count = os.preadv(self._fd, [part], info.start + start + done)
-            if count == 0:
-                raise self._error("the file became shorter while it was read", info.name)
-            done += count
-        return data
+        return self.read_bytes(info.start + start, info.start + stop, f"tensor {shown(info.name)}")
 
     def _error(self, reason: str, name: str | None = None, hint: str = "") -> CheckpointError:
         tensor = "" if name is None else f" tensor {shown(name)}:"

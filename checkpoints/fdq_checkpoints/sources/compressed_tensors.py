@@ -21,7 +21,6 @@ import dataclasses
 import logging
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fdq.schemes.scheme import ActivationSpec, CacheSpec, WeightSpec
@@ -319,16 +318,13 @@ class CompressedTensors(Codec):
         return StoredWeight(spec, k, codes, arrays)
 
     def _read_small_float(self, linear: Linear) -> StoredWeight:
-        scale = self.read_end(linear, "weight_scale")
         arrays = {}
         if linear.spec.format == "nvfp4":
             scale = self.float8_scale_of(linear, "weight_scale")
             assert linear.whole is not None
             arrays["global_scale"] = np.full((1, 1), 1 / np.float32(linear.whole), np.float32)
         else:
-            if (scale == 0xFF).any():
-                raise self.bad(linear, "weight_scale", "NaN")
-            scale = scale.view(ml_dtypes.float8_e8m0fnu)
+            scale = self.power_of(linear, "weight_scale")
         arrays["scale"] = np.ascontiguousarray(scale.T)
         end = linear.ends[0]
         codes = self.float8_of(linear, end) if end == "weight" else self.read_end(linear, end)
