@@ -7,6 +7,7 @@ conversion that is stopped by whatever (an interrupt, a kill, an error, a full d
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -137,7 +138,7 @@ class _Work:
         self._folder = commit.pending_path(dst)
         self._journal: Journal | None = None
         self._refused = self._spoiled = False
-        self._files: list[pathlib.Path] | None = None  # of the last tensor
+        self._files: set[pathlib.Path] = set()  # of the tensors since the last part
         self._known = {tensor.path for tensor in tree_paths.flatten(made.source.tree)}
         self._tensors = {tensor.path: tensor.value for tensor in tensors}
         self._sizes = {path: saving.nbytes(value) for path, value in self._tensors.items()}
@@ -202,9 +203,16 @@ class _Work:
             weights, total_bytes=self.nbytes, on_batch=journal.add, seconds=FLUSH_SECONDS
         )
         pieces = Pieces(self._folder, journal, seconds=FLUSH_SECONDS, keep=keep)
+
+        def make_room(tensor: Tensor) -> None:
+            with stopping.whole():
+                writer.make_room(self._sizes[tensor.path])
+
         try:
             skip = frozenset(entries)
-            for tensor in self._made.tensors(progress=progress, skip=skip, pieces=pieces):
+            for tensor in self._made.tensors(
+                progress=progress, skip=skip, pieces=pieces, before=make_room
+            ):
                 with stopping.whole():
                     self._part_files(tensor.path, writer)
                     entry = saving.write_tensor(writer, tensor)
@@ -227,13 +235,22 @@ class _Work:
         return entries, resumed
 
     def _part_files(self, path: tree_paths.Path, writer: orbax_store.TreeWriter) -> None:
-        """No batch holds what comes of several shards: one that changes spoils few of them."""
+        """A batch holds what comes of several shards only where a tensor does.
+
+        So one that changes spoils few of them.
+        """
         if path not in self._known:
             return
-        files = self._made.source.files_of(path)
-        if self._files is not None and files != self._files:
+        files = set(self._made.source.files_of(path)) - self._common
+        if files and self._files.isdisjoint(files):
             writer.part()
-        self._files = files
+            self._files = files
+        self._files = self._files | files
+
+    @functools.cached_property
+    def _common(self) -> set[pathlib.Path]:
+        """Files that every tensor comes of: the config, or the only shard."""
+        return set.intersection(*(set(self._made.source.files_of(path)) for path in self._known))
 
     def _begin(self, weights: pathlib.Path, overwrite: bool) -> Journal:
         """What there is of this job; of another, refused or dropped."""

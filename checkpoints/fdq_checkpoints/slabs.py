@@ -2,39 +2,46 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
-import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 
-SLAB_WEIGHTS = 1 << 22
-"""Weights of a slab: enough to keep a core busy, few enough that a dozen are a small memory."""
+SLAB_WEIGHTS = 1 << 21
+"""Weights of a slab: what is made of one on the way to codes stays in a core's cache."""
 SLAB_COLUMNS = 128
 """A slab's columns are a multiple of it: no block of a format lies in two slabs."""
 _MOST_WORKERS = 16
-AHEAD_BYTES = 32 * 2**20
-"""Of what is worked on or waits to be taken, for each core."""
+WORKING_BYTES = 32 * 2**20
+"""Of what is worked on, for each core; what is larger is worked on alone."""
+WAITING_BYTES = 16 * 2**20
+"""Of what is done and waits to be taken, for each core."""
+_QUEUED = 8  # tasks for each core: whoever takes what is done may be busy for a while
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`work()` holds about `nbytes`."""
+    """`work()` holds about `nbytes`, and what it gives about `result_bytes`."""
 
     work: Callable[[], Any]
     nbytes: int
+    result_bytes: int
 
 
 def columns(k: int, n: int) -> list[tuple[int, int]]:
-    """Ranges of the columns of a `[k, n]` weight, of equal width where that can be."""
-    units = -(-n // SLAB_COLUMNS)
-    most = max(1, SLAB_WEIGHTS // (SLAB_COLUMNS * max(1, k)))
-    # Each width is compiled for: a divisor that is nearly as large makes one of them.
-    fits = [width for width in range(most, most // 2, -1) if n % (width * SLAB_COLUMNS) == 0]
-    width = (fits[0] if fits else math.ceil(units / math.ceil(units / most))) * SLAB_COLUMNS
-    return [(start, min(start + width, n)) for start in range(0, n, width)]
+    """Ranges of the columns of a `[k, n]` weight.
+
+    All are of one width, for all weights of `k` rows, as each width is compiled for: where the last
+    one would be narrower, it starts earlier.
+    """
+    width = SLAB_COLUMNS * max(1, SLAB_WEIGHTS // (SLAB_COLUMNS * max(1, k)))
+    starts = range(0, n, width)
+    last = n - width if n > width and n % SLAB_COLUMNS == 0 else starts[-1]
+    return [(start, start + width) for start in starts[:-1]] + [(last, n)]
 
 
 def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[Any]:
@@ -44,9 +51,10 @@ def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[A
     """
     workers = workers or _cores()
     device = jax.config.jax_default_device  # which other threads do not see
+    room = _Room(workers * WORKING_BYTES)
 
     def run(task: Task) -> Any:
-        with jax.default_device(device):
+        with room.for_bytes(task.nbytes), jax.default_device(device):
             return task.work()
 
     waiting: collections.deque[tuple[Any, int]] = collections.deque()
@@ -55,17 +63,40 @@ def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[A
         try:
             for task in tasks:
                 while waiting and (
-                    ahead + task.nbytes > workers * AHEAD_BYTES or len(waiting) > 4 * workers
+                    ahead + task.result_bytes > workers * WAITING_BYTES
+                    or len(waiting) >= _QUEUED * workers
                 ):
                     ahead -= waiting[0][1]
                     yield waiting.popleft()[0].result()  # and nobody here holds it any more
-                waiting.append((pool.submit(run, task), task.nbytes))
-                ahead += task.nbytes
+                waiting.append((pool.submit(run, task), task.result_bytes))
+                ahead += task.result_bytes
             while waiting:
                 yield waiting.popleft()[0].result()
         finally:
             for future, _ in waiting:
                 future.cancel()
+
+
+class _Room:
+    """A number of bytes that threads share."""
+
+    def __init__(self, nbytes: int):
+        self._free, self._all = nbytes, nbytes
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def for_bytes(self, nbytes: int) -> Iterator[None]:
+        """Waits until there is room, for more than there is in all until nobody else is there."""
+        taken = min(nbytes, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= taken)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
 
 
 def _cores() -> int:

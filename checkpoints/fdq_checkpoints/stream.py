@@ -22,7 +22,7 @@ from fdq.nn.general import Fold
 from fdq.quantizers import modules
 from fdq.quantizers.assigned import Assigned
 from fdq.quantizers.layer_inputs import LayerInputs
-from fdq.quantizers.weight import largest_magnitude
+from fdq.quantizers.weight import largest_magnitude, on_device
 from fdq.schemes.assignment import Row, path_string
 from fdq_checkpoints import slabs, tree_paths
 from fdq_checkpoints.errors import CheckpointError
@@ -105,10 +105,12 @@ class Job:
         progress: Progress | None = None,
         skip: frozenset[Path] = frozenset(),
         pieces: Pieces | None = None,
+        before: Callable[[Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
         """Reads, quantizes or casts, and yields each tensor; stacks and plain arrays on the host.
 
-        `pieces` keeps the parts of a stack in the making.
+        `pieces` keeps the parts of a stack in the making; `before` is told of a tensor that is put
+        together of parts before memory is taken for it.
 
         CheckpointError if one holds NaN or infinity, or needs calibration.
         """
@@ -122,13 +124,19 @@ class Job:
         arrays: dict[str, np.ndarray] = {}
         for tensor, part, value in slabs.in_order(self._tasks(wanted, pieces), workers=workers):
             if part is not None:
-                arrays = arrays or self._begun(tensor, pieces)
+                if not arrays:
+                    if before is not None:
+                        before(tensor)
+                        memory.worked(_float_bytes(tensor))  # what it wrote is free now
+                    arrays = self._begun(tensor, pieces)
                 part.put(value, arrays, tensor.value.shape[-1])
                 if part.ends_matrix and pieces is not None and part.index is not None:
                     pieces.made(tensor, arrays, part.index + 1)
                 if not part.ends_tensor:
                     continue
-                value, arrays = tensor.value.replace(**arrays), {}
+                quantized = isinstance(tensor.value, tree_paths.QUANTIZED)
+                value = tensor.value.replace(**arrays) if quantized else arrays["value"]
+                arrays = {}
             yield dataclasses.replace(tensor, value=value)
             del value
             memory.worked(_float_bytes(tensor))
@@ -138,7 +146,7 @@ class Job:
     def _begun(self, tensor: Tensor, pieces: Pieces | None) -> dict[str, np.ndarray]:
         if pieces is not None and tensor.value.ndim > 2:
             return pieces.begun(tensor)[0]
-        empty = tensor.value.arrays().items()
+        empty = tree_paths.arrays_of(tensor.value).items()
         return {name: np.empty(array.shape, array.dtype) for name, array in empty}
 
     def _tasks(self, tensors: list[Tensor], pieces: Pieces | None) -> Iterator[slabs.Task]:
@@ -153,9 +161,11 @@ class Job:
                 start = min(pieces.start_of(tensor), tensor.value.shape[0] - 1)
                 parts = [part for part in parts if part.index is None or part.index >= start]
             for part in parts or [None]:
-                size = tensor.value.shape if part is None else part.shape
-                nbytes = 6 * int(np.prod(size, dtype=np.int64))  # as stored, and in float32
-                yield slabs.Task(functools.partial(self._done, tensor, part), nbytes)
+                shape = tensor.value.shape if part is None else part.shape
+                size = int(np.prod(shape, dtype=np.int64))
+                result = size if isinstance(tensor.value, tree_paths.QUANTIZED) else 4 * size
+                # As stored, and in float32.
+                yield slabs.Task(functools.partial(self._done, tensor, part), 6 * size, result)
 
     def _done(self, tensor: Tensor, part: "_Part | None") -> tuple[Tensor, "_Part | None", Any]:
         index = None if part is None else part.index
@@ -163,12 +173,16 @@ class Job:
             if part is None:
                 # Or the next would be read and quantized beside it.
                 return tensor, part, jax.block_until_ready(self._whole(tensor))
+            if self._row(tensor) is None:
+                return tensor, part, {"value": self._turned(tensor, part)}
             q = jax.block_until_ready(self._quantized(tensor, part))
             return tensor, part, {name: np.asarray(array) for name, array in q.arrays().items()}
         except ValueError as error:
             known = tensor.path in self._stored
             place = self.source.not_finite(tensor.path, index) if known else None
             if place is None:
+                if part is not None and self._row(tensor) is None:
+                    self._whole(tensor)  # for the position in the whole
                 raise
             raise CheckpointError(
                 f"{place} ({dotted(tensor.path)}). Expected finite weights: download the file "
@@ -181,17 +195,23 @@ class Job:
         return self.assigned.rows.get(path_string(tensor.path))
 
     def _parts(self, tensor: Tensor) -> list["_Part"]:
-        """Of a tensor to be quantized, its matrices, or slabs of their columns; none of others."""
+        """Its matrices, or slabs of their columns, where it can be made of them; else none."""
         row, target = self._row(tensor), tensor.value
-        if row is None or row[0].fold is not None or tensor.path not in self._stored:
+        if tensor.path not in self._stored:
+            return []
+        if row is None:
+            if isinstance(target, tree_paths.QUANTIZED) or len(target.shape) != 2:
+                return []
+            if not self.source.has_columns(tensor.path):
+                return []
+        elif row[0].fold is not None:
             return []
         if tuple(self._stored[tensor.path].shape) != tuple(target.shape) or target.ndim > 3:
             # What multiplies it sees it with its axes folded, so it has no slices to go by.
             return []
         k, n = target.shape[-2:]
         ranges, by_columns = [(0, n)], self.source.has_columns(tensor.path)
-        assert self.assigned is not None
-        if by_columns and self.assigned.columns_apart(row[0]):
+        if by_columns and (row is None or self._columns_apart(row[0])):
             ranges = slabs.columns(k, n)
         indices = [None] if target.ndim == 2 else list(range(target.shape[0]))
         if len(indices) == len(ranges) == 1 and not by_columns:
@@ -203,6 +223,10 @@ class Job:
             for index in indices
             for start, stop in ranges
         ]
+
+    def _columns_apart(self, row: Row) -> bool:
+        assert self.assigned is not None
+        return self.assigned.columns_apart(row)
 
     def value(self, tensor: Tensor) -> Any:
         """One of the tensors of `tree`, with its values, on the host."""
@@ -263,6 +287,14 @@ class Job:
             array = self.source.read(tensor.path, part.index)
         array = self._wide(array, tensor.path)
         return self.assigned.tensor(array, *found, inputs=self.inputs, index=part.index)
+
+    def _turned(self, tensor: Tensor, part: "_Part") -> np.ndarray:
+        """Columns of a tensor that stays one of floats, row by row: by XLA, as NumPy is slow."""
+        stored = self.source.read_columns(tensor.path, part.index, part.start, part.stop)
+        array = _cast(stored, tensor.value.dtype, tensor.path)
+        if array.dtype.itemsize > 4:  # JAX would cut it to 32 bits
+            return array
+        return np.asarray(on_device(array))
 
     def _wide(self, value: Any, path: Path) -> np.ndarray:
         array = np.asarray(value)

@@ -78,6 +78,9 @@ class Quantizer(abc.ABC):
     def __call__(self, w: Any, spec: WeightSpec, statistics: Statistics, path: str) -> Arrays:
         """Quantizes a stack `[..., K, N]`, also an abstract one; `path` is for errors."""
         del path
+        if isinstance(w, jax.ShapeDtypeStruct) and w.sharding is None:
+            known = tuple((name, tuple(x.shape)) for name, x in sorted(statistics.items()))
+            return dict(_abstract(self, spec, tuple(w.shape), jnp.dtype(w.dtype), known))
         run = functools.partial(_run, quantizer=self, spec=spec)
         if isinstance(w, jax.ShapeDtypeStruct):
             return jax.eval_shape(run, w, dict(statistics))
@@ -130,6 +133,24 @@ def expected_distortion(
 def format_of(spec: WeightSpec) -> Format:
     """The format that a spec names."""
     return FORMATS[spec.format]
+
+
+@functools.lru_cache(maxsize=1024)
+def _abstract(
+    quantizer: Quantizer,
+    spec: WeightSpec,
+    shape: tuple[int, ...],
+    dtype: Any,
+    statistics: tuple[tuple[str, tuple[int, ...]], ...],
+) -> Arrays:
+    """What `_run` makes, abstract: models have many weights of few shapes."""
+    w = jax.ShapeDtypeStruct(shape, dtype)
+    closed = QUANTIZERS.get("absmax")
+    if closed is not None and closed.unsupported(spec, dtype) is None:
+        # Arrays are those of the format, whoever chooses the codes, and this one is traced soonest.
+        quantizer, statistics = closed, ()
+    given = {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in statistics}
+    return jax.eval_shape(functools.partial(_run, quantizer=quantizer, spec=spec), w, given)
 
 
 @functools.lru_cache(maxsize=256)

@@ -103,16 +103,23 @@ def quantize_array(
         given["mean_square"] = importance
     given = _wanted(quantizer, given, w.shape, path)
     bounds = format.magnitudes(spec)
+    on_host: np.ndarray | None = w if isinstance(w, np.ndarray) else None
     if not isinstance(w, jax.ShapeDtypeStruct | Tracer):
         with jax.ensure_compile_time_eval():  # values are known, also inside somebody's jit
             # On the host, before float32 takes tiny ones of 64 bits for zero.
             check_magnitudes(w, bounds, spec, path)
-            if isinstance(w, np.ndarray):
-                w = _on_device(w)
+            if on_host is not None:
+                w = on_device(on_host)
     arrays = quantizer(w, spec, given, path)
+    if on_host is not None:
+        if any(isinstance(array, Tracer) for array in arrays.values()):
+            # Somebody's program keeps it as a constant, which has to be a copy.
+            arrays = quantizer(jnp.asarray(on_host), spec, given, path)
+        # It was read in place: now its owner may change it.
+        jax.block_until_ready(arrays)
     traced = any(isinstance(value, Tracer) for value in (w, *given.values()))
     if traced and not isinstance(w, jax.ShapeDtypeStruct):
-        arrays = _poisoned(arrays, w, bounds, given)
+        arrays = _poisoned(arrays, jnp.asarray(w), bounds, given)
     order = row_order.abstract(tuple(w.shape), spec)
     return QTensor(**arrays, **order, spec=spec, padding=format.padding(k))
 
@@ -219,11 +226,14 @@ def largest_magnitude(array: np.ndarray) -> float:
     return float(np.asarray(largest).view(array.dtype)[()])
 
 
-def _on_device(w: np.ndarray) -> jax.Array:
-    """A host array on the default device; one that is stored `[N, K]` is turned there."""
+def on_device(w: np.ndarray) -> jax.Array:
+    """A host array on the default device; one that is stored `[N, K]` is turned there.
+
+    On a CPU without the copy that `jnp.asarray` makes: `w` must not change before it was used.
+    """
     if w.ndim == 2 and w.flags.f_contiguous and not w.flags.c_contiguous:
-        return _turned(jnp.asarray(w.T))
-    return jnp.asarray(w)
+        return _turned(jax.device_put(w.T))
+    return jax.device_put(w)
 
 
 @jax.jit

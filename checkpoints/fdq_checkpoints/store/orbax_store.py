@@ -86,6 +86,13 @@ class TreeWriter:
         if self._batch_bytes >= self._limit or (due and idle):
             self.cut()
 
+    def make_room(self, nbytes: int) -> None:
+        """Write the batch before something large is gathered: or both would be in memory."""
+        if nbytes >= self._limit // 2 and self._batch_bytes >= self._limit // 4:
+            self.cut()
+        if nbytes >= self._limit:
+            self._wait()
+
     def part(self) -> None:
         """Write the batch, as long as batches are few: there is a reason to part it from others."""
         if self._batches < MAX_BATCHES:
