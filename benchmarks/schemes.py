@@ -21,6 +21,7 @@ import tempfile
 import time
 from typing import Any
 
+import fdq
 from benchmarks import page
 from fdq import text_table
 from fdq.analysis.comparison import Comparison, Row
@@ -57,6 +58,8 @@ SCHEMES = (
 )
 RESULTS = pathlib.Path(__file__).parent / "results"
 PART = "schemes"
+# What `fdq schemes` shows.
+MEASURED = pathlib.Path(fdq.__file__).parent / "schemes" / "measured.json"
 
 
 def missed_bars(rows: list[Row]) -> list[str]:
@@ -104,6 +107,26 @@ def markdown(rows: list[Row]) -> str:
         distance = f"{report.kl_nats_per_token:.5f}", f"{report.top1_agreement:.1%}"
         cells.append((row.name, *figures, *distance, f"{report.cache_bytes_per_token:,.0f}"))
     return text_table.markdown(columns, cells)
+
+
+def measured(date: str, rows: list[Row]) -> str:
+    """The table's figures as JSON, a row a line."""
+    lines = []
+    for row in rows:
+        report = row.report
+        bits, quantized = report.bits_per_weight or 0, report.quantized_bits_per_weight
+        figures = {
+            "scheme": row.name,
+            "quantized_bits_per_weight": None if quantized is None else round(quantized, 3),
+            "bits_per_weight": round(bits, 3),
+            "bits_per_byte": round(_bits_per_byte(row), 4),
+            "kl_nats_per_token": round(report.kl_nats_per_token or 0, 5),
+            "same_top_token": round(report.top1_agreement or 0, 3),
+            "cache_bytes_per_token": round(report.cache_bytes_per_token or 0),
+        }
+        lines.append(f"  {json.dumps(figures)}")
+    body = ",\n".join(lines)
+    return f'{{\n "date": "{date}",\n "rows": [\n{body}\n ]\n}}\n'
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
@@ -199,6 +222,7 @@ def main() -> int:
     print(f"\nWritten: {path}", file=sys.stderr)
     if arguments.readme:
         page.fill(arguments.readme, PART, table)
+        MEASURED.write_text(measured(today, rows), "utf-8")
     if arguments.plot:
         plot(rows, arguments.plot)
     missed = missed_bars(rows)

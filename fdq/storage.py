@@ -41,7 +41,8 @@ def load(
 
     Args:
       path: a directory: a float model as Hugging Face or Paddle publish it, an fdq checkpoint, or
-        an Orbax checkpoint of yours (see `convert`).
+        an Orbax checkpoint of yours (see `convert`). Or `hf://owner/name[@revision]`, a model on
+        the Hugging Face hub, of which what is needed is downloaded (extra `hub`).
       scheme: anything that `fdq.quantize` takes. Each tensor is quantized as it is read, so that
         the float model is never in memory as a whole.
       dtype: `"float32"`, `"bfloat16"` or `"float16"` of a model's activations and of its
@@ -127,11 +128,11 @@ def convert(
     Peak memory is about one layer. The same call goes on where a killed conversion was.
 
     Args:
-      src: a directory: Hugging Face or Paddle (a model comes out), an fdq checkpoint of floats, or
-        an Orbax checkpoint of yours, written by either of its APIs from an NNX state, Linen
-        params or any tree (a tree comes out, in which lists have become dicts). Of the directory
-        of a CheckpointManager, the last step is taken; the trees of a step that has several are
-        below their names.
+      src: a directory, or `hf://owner/name[@revision]` as in `load`: Hugging Face or Paddle (a
+        model comes out), an fdq checkpoint of floats, or an Orbax checkpoint of yours, written by
+        either of its APIs from an NNX state, Linen params or any tree (a tree comes out, in which
+        lists have become dicts). Of the directory of a CheckpointManager, the last step is taken;
+        the trees of a step that has several are below their names.
       dst: the directory to make.
       scheme: anything that `fdq.quantize` takes; None keeps the floats.
       dtype: of a model's tensors that are not quantized; by default that of the source.

@@ -10,6 +10,7 @@ from fdq_checkpoints import stream
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.export import EXPORTERS, Exporter, Options
 from fdq_checkpoints.export.origin import opened
+from fdq_checkpoints.readers.file_names import TEMPLATES, is_template
 from fdq_checkpoints.store import commit
 
 
@@ -68,7 +69,13 @@ def _replaceable(exporter: Exporter) -> commit.Replaceable:
         if folder.is_symlink() or not folder.is_dir():
             return False
         files = list(folder.iterdir())
-        return bool(files) and all(file.is_file() and exporter.wrote(file) for file in files)
+        return bool(files) and all(map(wrote, files))
+
+    def wrote(path: pathlib.Path) -> bool:
+        if path.name != TEMPLATES or path.is_symlink() or not path.is_dir():
+            return path.is_file() and exporter.wrote(path)
+        below = list(path.iterdir())
+        return all(file.is_file() and is_template(f"{TEMPLATES}/{file.name}") for file in below)
 
     return commit.Replaceable(f"an export to {exporter.name}", is_one)
 

@@ -17,6 +17,7 @@ from fdq.quantizers.quantization import quantize
 from fdq.schemes.scheme import Scheme
 from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.file_names import text_folder
 from fdq_checkpoints.readers.local_directory import (
     local_directory,
     sentencepiece,
@@ -80,8 +81,8 @@ def _load(
         return tree_paths.map_arrays(put, tensor)
 
     with open_source(folder, dtype=dtype, config=config, subtree=subtree) as source:
-        text_folder = next((file.parent for file in source.companions()), folder)
-        stops = _stop_tokens(text_folder)
+        beside = text_folder(source.companions(), folder)
+        stops = _stop_tokens(beside)
         if isinstance(source, StoredTree):
             source.verify = verify
         if template is not None:
@@ -96,7 +97,7 @@ def _load(
         values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
         loaded = tree_paths.fill(job.tree, values)
     if isinstance(loaded, models.Decoder):
-        _set_text(loaded, text_folder, stops)
+        _set_text(loaded, beside, stops)
         adapters.tell(folder)
     return loaded
 

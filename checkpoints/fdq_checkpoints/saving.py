@@ -17,7 +17,7 @@ from fdq import models
 from fdq.formats.folded import FoldedWeight
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
-from fdq_checkpoints.readers.source_directory import COMPANION_FILES
+from fdq_checkpoints.readers.file_names import companion_name, companion_names
 from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, processes, stopping
 from fdq_checkpoints.store.adapters import Parts
 from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
@@ -149,10 +149,12 @@ def _copy_files(
 ) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for path in map(pathlib.Path, paths):
-        if path.name in entries or path.name in (manifest.FILE_NAME, WEIGHTS, adapters.FOLDER):
+        name = companion_name(path)
+        if name in entries or name in (manifest.FILE_NAME, WEIGHTS, adapters.FOLDER):
             raise CheckpointError(f"{path}: a second file of this name in the checkpoint.")
-        shutil.copyfile(path, folder / path.name)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": commit.file_digest(path)}
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+        entries[name] = {"bytes": path.stat().st_size, "sha256": commit.file_digest(path)}
     return entries
 
 
@@ -182,4 +184,4 @@ def attached_files(obj: Any) -> list[pathlib.Path]:
     if not isinstance(tokenizer, str):
         return []
     folder = pathlib.Path(tokenizer).parent
-    return [folder / name for name in COMPANION_FILES if (folder / name).is_file()]
+    return [folder / name for name in companion_names(folder) if (folder / name).is_file()]

@@ -15,7 +15,7 @@ _GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-*")
 
 
 def main() -> None:
-    """Runs the command line; exits with 0, 1 (a check failed), 2 (wrong use) or 130 (Ctrl-C)."""
+    """Runs the command line; exits with 0 or as `fdq.cli.console` says: 1, 2, 3 or 130."""
     if not any(glob.glob(pattern) for pattern in _GPU_DEVICES):
         # The extra `aot` brings JAX's CUDA plugin without CUDA's libraries. Where there is no GPU
         # that they could be for, their absence is no error to print a traceback for.

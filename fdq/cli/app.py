@@ -6,6 +6,8 @@ import typer
 
 import fdq
 from fdq.cli import (
+    chat,
+    completion,
     convert,
     demo,
     evaluate,
@@ -43,5 +45,18 @@ def _options(
     pass
 
 
-for module in (demo, convert, export, inspect, generate, evaluate, plan, schemes, models, kernels):
+for module in (
+    demo,
+    convert,
+    export,
+    inspect,
+    generate,
+    chat,
+    evaluate,
+    plan,
+    schemes,
+    models,
+    kernels,
+    completion,
+):
     app.command(module.NAME, epilog=module.EXAMPLE)(module.run)

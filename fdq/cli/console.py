@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ import typer
 from fdq.schemes.recipe import Recipe
 from fdq.text_table import size as size
 
-OK, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+# Done; a check found something; what was asked cannot be done; a fault of fdq; Ctrl-C.
+OK, FAILED_CHECK, WRONG_USE, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
 
 out = rich.console.Console(highlight=False)
 err = rich.console.Console(stderr=True, highlight=False)
@@ -35,7 +37,10 @@ def path(text: str) -> pathlib.Path:
 
 Directory = Annotated[
     pathlib.Path,
-    typer.Argument(parser=path, help="A checkpoint: Hugging Face or made by fdq convert."),
+    typer.Argument(
+        parser=path,
+        help="A checkpoint: Hugging Face or made by fdq convert; hf://owner/name is downloaded.",
+    ),
 ]
 Destination = Annotated[
     pathlib.Path,
@@ -49,7 +54,7 @@ Cache = Annotated[
 ]
 
 
-def _prompt(text: str) -> str:
+def read_prompt(text: str) -> str:
     """A prompt from standard input where it is `-`, without the line end of its last line."""
     if text != "-":
         try:
@@ -75,7 +80,9 @@ def _prompt(text: str) -> str:
 
 Prompt = Annotated[
     str,
-    typer.Option("--prompt", "-p", callback=_prompt, help="Text to continue; - is standard input."),
+    typer.Option(
+        "--prompt", "-p", callback=read_prompt, help="Text to continue; - is standard input."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Debug = Annotated[
@@ -110,6 +117,7 @@ Compat = Annotated[
 
 # Errors of these types are the user's to act on: their message says what to do.
 _USER_ERRORS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
+_PASSED_ON = (typer.Exit, typer.Abort, typer.BadParameter)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -129,11 +137,36 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(OK) from None
         except _USER_ERRORS as error:
-            if kwargs.get("debug") or os.environ.get("FDQ_DEBUG"):
+            if is_debugging(kwargs):
                 err.print(traceback.format_exc(), markup=False)
-            fail(_one_line(error), WRONG_USE)
+            _end(_one_line(error), WRONG_USE, kwargs)
+        except _PASSED_ON:
+            raise
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+                said = (
+                    f"out of memory: {_one_line(error)[:300]}. Take fewer bits or less --context."
+                )
+                _end(said, WRONG_USE, kwargs)
+            # A screen holds the last frames; the others with --debug.
+            limit = None if is_debugging(kwargs) else -3
+            err.print(traceback.format_exc(limit=limit), markup=False)
+            said = f"a defect of fdq: {type(error).__name__}: {_one_line(error)[:300]}"
+            _end(f"{said}. Please report it, with what --debug shows.", DEFECT, kwargs)
 
     return run
+
+
+def is_debugging(kwargs: dict[str, Any]) -> bool:
+    """Whether somebody asked for tracebacks."""
+    return bool(kwargs.get("debug") or os.environ.get("FDQ_DEBUG"))
+
+
+def _end(message: str, code: int, kwargs: dict[str, Any]) -> NoReturn:
+    """`fail`; with --json programs get an object too."""
+    if kwargs.get("json"):
+        print_json({"error": message, "exit_code": code})
+    fail(message, code)
 
 
 @contextlib.contextmanager
@@ -156,6 +189,21 @@ def fail(message: str, code: int) -> NoReturn:
     """One red line on standard error, and the exit code."""
     err.print(rich.text.Text(f"Error: {message}", style="red"), soft_wrap=True)
     raise typer.Exit(code) from None
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error, beside what is printed."""
+    err.print(text, style="dim", markup=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """An error after which the command goes on."""
+    err.print(rich.text.Text(f"Error: {text}", style="red"), soft_wrap=True)
+
+
+def spelled(path: pathlib.Path) -> str:
+    """As it was given: pathlib makes one slash of two."""
+    return re.sub(r"^hf:/+", "hf://", str(path))
 
 
 def print_json(value: Any) -> None:
@@ -264,7 +312,7 @@ def check_cache(name: str | None, model: Any) -> None:
 
 
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
-    """`path`, if it is a directory; else an error that says what a checkpoint is."""
+    """`path`, if it is a directory, or where a model on the hub is now; else what to give."""
     from fdq_checkpoints.readers.local_directory import local_directory
 
     return local_directory(path)
@@ -272,13 +320,14 @@ def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
 
 def text_directory(path: pathlib.Path) -> pathlib.Path:
     """Where the tokenizer of a checkpoint is; of a model in GGUF it is made of what that says."""
+    from fdq_checkpoints.readers.file_names import text_folder
     from fdq_checkpoints.sources import open_source
     from fdq_checkpoints.sources.gguf import GGUF_MODELS
 
     if not GGUF_MODELS.claims(path):
         return path
     with open_source(path) as source:
-        return source.companions()[0].parent
+        return text_folder(source.companions(), path)
 
 
 def decoder_directory(path: pathlib.Path) -> pathlib.Path:

@@ -74,7 +74,8 @@ def run(
     from fdq_checkpoints import convert, inspect
 
     recipe = None if scheme is None else console.read_scheme(scheme)
-    console.checkpoint_directory(source)
+    given = console.spelled(source)
+    source = console.checkpoint_directory(source)
     if destination.exists() and not overwrite:
         raise FileExistsError(
             f"{destination} exists. Choose another DST, or replace an fdq checkpoint with "
@@ -82,8 +83,8 @@ def run(
         )
     if calibration_text is not None and calibration_file is not None:
         raise ValueError("--calibration-text and --calibration both give statistics; drop one.")
-    given = calibration_text or calibration_file
-    if recipe is not None and Recipe.parse(recipe).needs_calibration and given is None:
+    statistics = calibration_text or calibration_file
+    if recipe is not None and Recipe.parse(recipe).needs_calibration and statistics is None:
         raise ValueError(
             f"{scheme} has static scales: give text to calibrate them on, --calibration-text FILE."
         )
@@ -124,7 +125,7 @@ def run(
     if json:
         console.print_json(
             {
-                "source": str(source),
+                "source": given,
                 "destination": str(destination),
                 "scheme": after.scheme,
                 "seconds": seconds,

@@ -42,9 +42,11 @@ def run(
     from fdq.decoding.tokenizer import Tokenizer
     from fdq.storage import load
 
-    console.decoder_directory(directory)
+    name = console.spelled(directory)
+    directory = console.decoder_directory(directory)
+    other = None if against is None else console.spelled(against)
     if against is not None:
-        console.checkpoint_directory(against)
+        against = console.checkpoint_directory(against)
     content = read_text(text, max_bytes)
     recipe = console.loading_scheme(scheme)
     tokenizer = Tokenizer.load(console.text_directory(directory))
@@ -68,10 +70,10 @@ def run(
         )
     digest = hashlib.sha256(content.encode()).hexdigest()
     if json:
-        extra = {"checkpoint": str(directory), "against": against and str(against)}
+        extra = {"checkpoint": name, "against": other}
         console.print_json(extra | {"text_sha256": digest} | report.to_dict())
         return
-    console.out.print(console.table(str(directory), ["", "value"], report.rows()))
+    console.out.print(console.table(name, ["", "value"], report.rows()))
     if text is None:
         console.out.print(f"Text: Python's standard library, sha256 {digest[:16]}", style="dim")
 

@@ -56,7 +56,7 @@ def run(
     """
     from fdq_checkpoints.exporting import export
 
-    console.checkpoint_directory(source)
+    source = console.checkpoint_directory(source)
     if not 0 < shard_size < 1e6:
         raise ValueError(f"--shard-size {shard_size:g}: expected a number of GB above 0.")
     if destination.exists() and not overwrite:

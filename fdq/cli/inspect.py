@@ -29,7 +29,7 @@ def run(
     """Tensors with their formats, shapes and true bytes; exit code 1 if a checksum differs."""
     from fdq_checkpoints import CheckpointError, inspect
 
-    console.checkpoint_directory(directory)
+    directory = console.checkpoint_directory(directory)
     result = inspect(directory, subtree=subtree)
     if result.advice is not None:
         console.err.print(result.advice, style="yellow", markup=False, soft_wrap=True)

@@ -217,8 +217,12 @@ def _go_on(
     # A sequence that was finished goes on; one that takes nothing stays as it is.
     more = prompts.lengths > 0
     state = dataclasses.replace(state, finished=state.finished & ~more)
-    state = taken(state, prompts.tokens, prompts.lengths)
+    width = max(_SMALLEST_CHUNK, 1 << (prompts.tokens.shape[1] - 1).bit_length())
+    padded = jnp.pad(prompts.tokens, ((0, 0), (0, width - prompts.tokens.shape[1])))
     cache = state.cache
+    # Without the cache, which does not change; padded, so that few lengths are compiled.
+    small = dataclasses.replace(state, cache=None)  # pyright: ignore[reportArgumentType]
+    state = _taken(small, padded, prompts.lengths)
     longest = 0 if isinstance(known, Tracer) else int(np.max(np.asarray(known)))
     for start in range(0, prompts.longest, chunk):
         count = min(chunk, prompts.longest - start)
@@ -231,6 +235,9 @@ def _go_on(
         prompt_length=jnp.where(more, state.length, state.prompt_length),
         cache=dataclasses.replace(cache, length=state.length - 1),
     )
+
+
+_taken = jax.jit(taken)
 
 
 class _Prompts:

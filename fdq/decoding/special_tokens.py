@@ -40,8 +40,8 @@ def stop_token_ids(
         another kind.
     """
     folder = pathlib.Path(directory)
-    by_number = [_token_ids(folder / name, "eos_token_id") for name in _NUMBERED]
-    spelled = _spelling(folder, "eos_token")
+    by_number = [token_ids(folder / name, "eos_token_id") for name in _NUMBERED]
+    spelled = spelling(folder, "eos_token")
     found = None if spelled is None else (token_to_id or _files_token_to_id(folder))(spelled)
     return union(*by_number, () if found is None else (found,))
 
@@ -65,7 +65,7 @@ def first_token_ids(
     folder = pathlib.Path(directory)
     path = folder / "tokenizer_config.json"
     config = read_json(path)
-    spelled = _spelling(folder, "bos_token")
+    spelled = spelling(folder, "bos_token")
     bos = None if spelled is None else token_to_id(spelled)
     first = _put_first(post_processor)
     wanted = config.get("add_bos_token")
@@ -77,7 +77,7 @@ def first_token_ids(
     if not isinstance(wanted, bool):
         raise ValueError(f"{path}: add_bos_token: expected true or false, found {wanted!r}.")
     named = () if bos is None else (bos,)
-    named += union(*(_token_ids(folder / name, "bos_token_id") for name in _NUMBERED))
+    named += union(*(token_ids(folder / name, "bos_token_id") for name in _NUMBERED))
     if not wanted:
         return tuple(token for token in first or () if token not in named)
     if not named:
@@ -103,7 +103,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _token_ids(path: pathlib.Path, key: str) -> tuple[int, ...]:
+def token_ids(path: pathlib.Path, key: str) -> tuple[int, ...]:
     """The token numbers under `key`; -1 stands for none, as in old configs."""
     found = read_json(path).get(key)
     numbers = [] if found is None else found if isinstance(found, list) else [found]
@@ -115,7 +115,7 @@ def _token_ids(path: pathlib.Path, key: str) -> tuple[int, ...]:
     return tuple(number for number in numbers if number >= 0)
 
 
-def _spelling(folder: pathlib.Path, key: str) -> str | None:
+def spelling(folder: pathlib.Path, key: str) -> str | None:
     """The text of a special token, a string or an object with `content`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         config = read_json(folder / name)

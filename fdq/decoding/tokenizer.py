@@ -94,6 +94,10 @@ class Tokenizer:
         """The number of each token by how the tokenizer spells it, added tokens included."""
         return self._backend.get_vocab(with_added_tokens=True)
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token stands for no text: text is cut there, and `decode` leaves it out."""
+        return self._backend.id_to_token(token) in self._special
+
     def stream(self) -> "TextStream":
         """A decoder that is fed tokens as they come and returns text as soon as it is certain."""
         return TextStream(self._strings, detokenizer.stages(self._backend.decoder))

@@ -16,6 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import fdq
+from fdq.decoding.chat_template import ChatTemplate
 from fdq.decoding.tokenizer import Tokenizer
 from fdq_checkpoints import CheckpointError, convert, inspect, load
 from fdq_checkpoints.readers.gguf_reader import TYPES, GgufFile
@@ -239,6 +240,7 @@ def test_text_goes_in_and_out_and_with_a_conversion(tmp_path):
         if key.startswith("tokenizer.") and "_token_id" not in key
     }
     config |= {"vocab_size": len(rows), "eos_token_id": tokens.index("<|im_end|>")}
+    values["tokenizer.chat_template.tool_use"] = "{{ tools }}"
     gguf_files.write(tmp_path / "model.gguf", config, tensors, values=values)
     model = load(tmp_path / "model.gguf")
     assert model.config.eos_token_ids == (tokens.index("<|im_end|>"),)
@@ -248,7 +250,9 @@ def test_text_goes_in_and_out_and_with_a_conversion(tmp_path):
         [*files, "fdq.json"]
     )
     said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert said["chat_template"] == "{{ messages }}" and said["eos_token"] == "<|im_end|>"
+    assert said["eos_token"] == "<|im_end|>"
+    templates = ChatTemplate.load(tmp_path / "out").templates
+    assert templates == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     assert found.scheme == "W8A16C16"
     prompt = "Hello<|im_end|> there"
     texts = fdq.generate(model, [prompt], 4)

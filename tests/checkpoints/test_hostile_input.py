@@ -337,7 +337,7 @@ def test_directory_is_refused(tmp_path, damage, message):
 
 
 def test_missing_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match="download the model first"):
+    with pytest.raises(FileNotFoundError, match="on the Hugging Face hub is hf://"):
         load(tmp_path / "org" / "model")
 
 

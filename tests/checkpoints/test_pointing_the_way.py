@@ -12,15 +12,13 @@ from tests.checkpoints import builders
 from tests.checkpoints.test_names import leaves
 from tests.cli.test_cli import run
 
-HF = r"`hf download baidu/ERNIE-4\.5-0\.3B-PT --local-dir ERNIE-4\.5-0\.3B-PT`"
+HF = r"give hf://baidu/ERNIE-4\.5-0\.3B-PT"
 NAMES = {
     "baidu/ERNIE-4.5-0.3B-PT": r"ERNIE-4\.5-0\.3B-PT does not exist.*" + HF,
-    "hf://baidu/ERNIE-4.5-0.3B-PT": HF,
-    "hf://models/baidu/ERNIE-4.5-0.3B-PT@main": HF,
     "https://huggingface.co/baidu/ERNIE-4.5-0.3B-PT": HF,
     "https://huggingface.co/baidu/ERNIE-4.5-0.3B-PT/tree/main": HF,
-    "s3://bucket/model": "an address, and fdq reads local directories only",
-    "gs://bucket/model": "an address, and fdq reads local directories only",
+    "s3://bucket/model": "an address that fdq does not know. Download",
+    "gs://bucket/model": "an address that fdq does not know. Download",
     "models/absent": "models/absent does not exist",
     "absent": "absent does not exist. Expected the directory of a checkpoint",
     "../absent/there": "absent/there does not exist. Expected",
@@ -44,10 +42,10 @@ def test_a_name_that_is_no_directory(tmp_path, monkeypatch, name):
 def test_the_command_says_it_too(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     more = {"convert": ["out", "-s", "W4A16"], "generate": ["-p", "a"]}.get(command, [])
-    for name in ("baidu/ERNIE-4.5-0.3B-PT", "hf://baidu/ERNIE-4.5-0.3B-PT"):
-        result = run(command, name, *more, code=2)
-        assert "hf download baidu/ERNIE-4.5-0.3B-PT --local-dir" in result.stderr
-        assert name in result.stderr
+    name = "baidu/ERNIE-4.5-0.3B-PT"
+    result = run(command, name, *more, code=2)
+    assert "give hf://baidu/ERNIE-4.5-0.3B-PT" in result.stderr
+    assert name in result.stderr
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     result = run(command, "model-Q4_K_M.gguf", *more, code=2)
     assert "truncated: 4 bytes, too short for GGUF" in result.stderr

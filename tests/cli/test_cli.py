@@ -29,6 +29,7 @@ COMMANDS = (
     "export",
     "inspect",
     "generate",
+    "chat",
     "evaluate",
     "plan",
     "schemes",
@@ -275,6 +276,77 @@ def test_schemes_and_models_are_listed():
     assert all(name in output for name in (*CONFIGS, *FAMILIES))
     content = json.loads(output)
     assert content["models"]["ernie-4.5-0.3b"]["parameters"] == pytest.approx(0.36e9, rel=0.01)
+
+
+def test_schemes_show_what_they_cost():
+    """The figures of the README's table."""
+    measured = json.loads(run("schemes", "--json").stdout)["measured"]
+    page = (ROOT / "README.md").read_text("utf-8")
+    table = page.split("<!-- schemes:begin -->")[1].split("<!-- schemes:end -->")[0]
+    assert len(measured) == table.count("\n") - 3
+    for row in measured:
+        bits, every, figure = (
+            row[name] for name in ("quantized_bits_per_weight", "bits_per_weight", "bits_per_byte")
+        )
+        quantized = "—" if bits is None else f"{bits:.3f}"
+        assert f"| {row['scheme']} | {quantized} | {every:.3f} | {figure:.4f} |" in table
+        kl, top = row["kl_nats_per_token"], row["same_top_token"]
+        assert f"| {kl:.5f} | {top:.1%} | {row['cache_bytes_per_token']:,} |" in table
+    assert "0.01825" in run("schemes").stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(shell, tmp_path):
+    script = run("completion", shell).stdout
+    assert "repetition-penalty" in script
+    assert "max-tokens" not in script  # which is hidden
+    if shell != "bash":
+        return
+    (tmp_path / "fdq").write_text(script)
+    asked = [("fdq", "ge"), ("fdq", "generate", "--max-n"), ("fdq", "--ver"), ("fdq", "chat", "x")]
+    lines = [
+        f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _fdq; "
+        'echo "${COMPREPLY[*]}"'
+        for words in asked
+    ]
+    command = ["bash", "--norc", "-c", "\n".join([f"source {tmp_path / 'fdq'}", *lines])]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == ["generate", "--max-new-tokens", "--version", ""]
+
+
+def test_a_shell_that_is_not_known():
+    assert "tcsh: expected one of bash, zsh, fish" in run("completion", "tcsh", code=2).stderr
+
+
+def test_an_error_is_an_object_for_programs(tmp_path):
+    for arguments in (("inspect", tmp_path / "absent"), ("plan", "ernie-4.5-0.3b", "-s", "W5")):
+        result = run(*arguments, "--json", code=2)
+        content = json.loads(result.stdout)
+        assert content["exit_code"] == 2
+        assert content["error"] in result.stderr
+
+
+def test_a_defect_is_told_from_wrong_use_in_one_screen(original, monkeypatch):
+    def broken(depth):
+        return broken(depth - 1) if depth else {}["key"]
+
+    monkeypatch.setattr(fdq_checkpoints, "inspect", lambda *_, **__: broken(50))
+    result = run("inspect", original, code=3)
+    last = result.stderr.splitlines()[-1]
+    assert (
+        last
+        == "Error: a defect of fdq: KeyError: 'key'. Please report it, with what --debug shows."
+    )
+    assert len(result.stderr.splitlines()) < 20
+    assert "Traceback" in (whole := run("inspect", original, "--debug", code=3).stderr)
+    assert "fdq/cli/inspect.py" in whole
+    assert "fdq/cli/inspect.py" not in result.stderr
+
+    def full(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(fdq_checkpoints, "inspect", full)
+    assert "Error: out of memory: RES" in run("inspect", original, code=2).stderr
 
 
 def test_a_mixture_says_what_it_does_to_a_model_without_experts(original, tmp_path):

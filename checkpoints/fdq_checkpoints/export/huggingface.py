@@ -23,7 +23,7 @@ from fdq_checkpoints.export.exporter import Options, Plan
 from fdq_checkpoints.export.layout import Layer, Layout, in_groups
 from fdq_checkpoints.export.origin import Origin
 from fdq_checkpoints.export.safetensors_writer import Planned, SafetensorsWriter
-from fdq_checkpoints.readers.source_directory import COMPANION_FILES, INDEX_NAME
+from fdq_checkpoints.readers.file_names import COMPANION_FILES, INDEX_NAME, companion_name
 from fdq_checkpoints.sources import published_names, tensor_names
 from fdq_checkpoints.sources.quantized_release import QUANTIZATION_KEYS
 from fdq_checkpoints.sources.stored_weight import StoredWeight
@@ -190,7 +190,8 @@ class _Plan(Plan):
         text = json.dumps(self.config, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", "utf-8")
         for file in self._origin.companions():
-            shutil.copyfile(file, folder / file.name)
+            (folder / companion_name(file)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / companion_name(file))
 
     def _write(self, writer: SafetensorsWriter, path: Path) -> None:
         parts, layers = self._parts, self._parts.layers.get(path, [])

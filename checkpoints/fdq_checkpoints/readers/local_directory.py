@@ -6,6 +6,7 @@ import pathlib
 import re
 
 from fdq_checkpoints.errors import CheckpointError, shown
+from fdq_checkpoints.readers import hub
 
 _LOGGER = logging.getLogger("fdq")
 _EXPECTED = (
@@ -14,13 +15,13 @@ _EXPECTED = (
 )
 # As owner/name on the hub; a path of two parts may look like one.
 _REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
-_HUB = rf"(?:hf:/+|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)(?:models/)?({_REPOSITORY})"
+_PAGE = rf"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/(?:models/)?({_REPOSITORY})"
 _ADDRESS = r"(?:[a-z][a-z0-9+.-]+):/"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 
 
 def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path, if it is a directory, or a model in GGUF.
+    """The path, if it is a directory, or a model in GGUF; of `hf://owner/name` where it now is.
 
     Raises:
       FileNotFoundError: there is none; says how to download what looks like a name on a hub.
@@ -32,33 +33,27 @@ def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
     if not os.fspath(path):
         raise FileNotFoundError(f"an empty path. {_EXPECTED}")  # not the current directory
     folder = pathlib.Path(path)
+    if not os.path.lexists(folder) and (address := hub.Address.parse(os.fspath(path))):
+        return hub.fetch(address)
     if folder.is_dir() or (folder.is_file() and is_gguf(folder)):
         return folder
     if os.path.lexists(folder):
         raise CheckpointError(_of_file(folder))
     # pathlib makes one slash of the two in an address.
     text = re.sub(rf"^({_ADDRESS})(?!/)", r"\1/", os.fspath(path))
-    if match := re.match(_HUB, text):
-        raise FileNotFoundError(f"{shown(text)}: {_download(match[1].split('@')[0])}")
+    if match := re.match(_PAGE, text):
+        raise FileNotFoundError(f"{shown(text)}: a page. For the model give hf://{match[1]}")
     if re.match(_ADDRESS, text):
         raise FileNotFoundError(
-            f"{shown(text)}: an address, and fdq reads local directories only. Download the "
-            "checkpoint first and give its directory."
+            f"{shown(text)}: an address that fdq does not know. Download the checkpoint first and "
+            "give its directory."
         )
     if re.fullmatch(_REPOSITORY, text) and not folder.parent.exists():
-        raise FileNotFoundError(f"{text} does not exist. {_download(text)}")
+        raise FileNotFoundError(
+            f"{text} does not exist. If it is a model on the Hugging Face hub, give hf://{text}"
+        )
     raise FileNotFoundError(
-        f"{folder} does not exist. {_EXPECTED} Names on a hub are not looked up: download the "
-        "model first."
-    )
-
-
-def _download(repository: str) -> str:
-    name = repository.split("/")[-1]
-    return (
-        "fdq reads local directories only and downloads nothing. If it is a model on the Hugging "
-        f"Face hub, get it with `hf download {repository} --local-dir {name}` (pip install "
-        f"huggingface_hub), then give {name}."
+        f"{folder} does not exist. {_EXPECTED} A model on the Hugging Face hub is hf://owner/name."
     )
 
 

@@ -11,31 +11,18 @@ import numpy as np
 
 from fdq_checkpoints.errors import CheckpointError, nearest, shown
 from fdq_checkpoints.readers import local_directory, strict_json
+from fdq_checkpoints.readers.file_names import COMPANION_FILES as COMPANION_FILES
+from fdq_checkpoints.readers.file_names import INDEX_NAME, MAX_INDEX_BYTES, companion_names
+from fdq_checkpoints.readers.file_names import PICKLE_SUFFIXES as PICKLE_SUFFIXES
 from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile, TensorInfo
 
 MAX_CONFIG_BYTES = 1_000_000
-MAX_INDEX_BYTES = 100_000_000
-INDEX_NAME = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 # Files that are no part of the model that they are beside: PEFT's, and the same weights under their
 # publisher's names.
 _BESIDE = ("adapter_model", "consolidated")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams", ".pdiparams")
-# What is copied beside a converted model, so that it can be used without the original; the
-# tokenizer takes the special tokens' numbers from config.json.
-COMPANION_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+# Marks blobs that the models of a cache share.
+_SHARED = ".huggingface-shared-blobs"
 # What a config may ask for, (least, most), checked before a model of that size is built.
 _CONFIG_LIMITS = {
     "num_hidden_layers": (1, 10_000),
@@ -133,8 +120,7 @@ class SourceDirectory:
 
     def companions(self) -> list[pathlib.Path]:
         """The config, tokenizer and generation files that are there."""
-        names = [name for name in COMPANION_FILES if os.path.lexists(self.path / name)]
-        return [self._checked(name) for name in names]
+        return [self._checked(name) for name in companion_names(self.path)]
 
     def _file(self, name: str) -> SafetensorsFile:
         try:
@@ -148,13 +134,16 @@ class SourceDirectory:
         """The path of a file of the directory, which must be regular and not lead outside.
 
         Links are followed only inside the directory or, in a Hugging Face cache
-        (`models--x/snapshots/<revision>/f -> ../../blobs/<hash>`), into the same model's blobs.
+        (`models--x/snapshots/<revision>/f -> ../../blobs/<hash>`), into the same model's blobs or
+        those that all models share.
         """
         path = self.path / name
         resolved, root = path.resolve(), self.path.resolve()
         allowed = [root]
         if root.parent.name == "snapshots":
             allowed.append(root.parent.parent / "blobs")
+            if (root.parent.parent.parent / "blobs" / _SHARED).is_file():
+                allowed.append(root.parent.parent.parent / "blobs")
         if not any(resolved.is_relative_to(folder) for folder in allowed):
             raise CheckpointError(
                 f"{path}: a link to {resolved}, outside of the checkpoint. Copy the file instead."

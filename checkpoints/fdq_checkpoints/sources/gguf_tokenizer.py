@@ -59,6 +59,9 @@ _USUAL = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2", "qwen3moe": 
 _COMPOSED = ("qwen2", "deepseek-r1-qwen", "megrez")
 
 
+_TEMPLATE = "tokenizer.chat_template"
+
+
 class Unusable(Exception):
     """Why a tokenizer is not made of another."""
 
@@ -166,8 +169,14 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, Any]:
     named = {f"{name}_token": token for name, token in special.items() if token is not None}
     said: dict[str, Any] = {"add_bos_token": add_bos, **named}
     said["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(metadata.get("tokenizer.chat_template"), str):
-        said["chat_template"] = metadata["tokenizer.chat_template"]
+    if isinstance(template := metadata.get(_TEMPLATE), str):
+        named = {
+            name.removeprefix(f"{_TEMPLATE}."): text
+            for name, text in metadata.items()
+            if name.startswith(f"{_TEMPLATE}.") and isinstance(text, str)
+        }
+        every = [{"name": n, "template": t} for n, t in ({"default": template} | named).items()]
+        said["chat_template"] = every if named else template
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": said}
 
 

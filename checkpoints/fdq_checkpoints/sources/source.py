@@ -11,6 +11,7 @@ from fdq import models
 from fdq.formats.qtensor import QTensor
 from fdq.registry import Registry
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.readers.hub import origin
 from fdq_checkpoints.readers.local_directory import gguf_parts, local_directory
 from fdq_checkpoints.tree_paths import Path
 
@@ -75,7 +76,7 @@ class Source(abc.ABC):
     @property
     def name(self) -> str:
         """What to call it in the provenance of what is made of it."""
-        return self.folder.resolve().name
+        return origin(self.folder) or self.folder.resolve().name
 
     def companions(self) -> list[pathlib.Path]:
         """Files to copy beside the converted weights, such as tokenizer.json."""

@@ -26,6 +26,7 @@ from fdq.schemes.fold import Fold
 from fdq.schemes.scheme import ActivationSpec, WeightSpec
 from fdq_checkpoints.errors import CheckpointError, shown
 from fdq_checkpoints.readers import strict_json
+from fdq_checkpoints.readers.file_names import is_template
 from fdq_checkpoints.tree_paths import Path, dotted
 
 FILE_NAME = "fdq.json"
@@ -305,7 +306,8 @@ def _from_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
     for name, file in content["files"].items():
         if not isinstance(file, dict) or not isinstance(file.get("sha256"), str):
             raise CheckpointError(f"{path}: no hash of {shown(name)}.")
-        if pathlib.PurePath(name).name != name or name in ("", ".", "..", FILE_NAME):
+        plain = pathlib.PurePath(name).name == name and name not in ("", ".", "..", FILE_NAME)
+        if not plain and not is_template(name):
             raise CheckpointError(f"{path}: {shown(name)} is not a file name.")
     data = {}
     for name, file in content["data"].items():
