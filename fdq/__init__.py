@@ -11,6 +11,8 @@ from fdq import linen as linen
 from fdq import models as models
 from fdq import nn as nn
 from fdq import ops as ops
+from fdq.adapters.low_rank import lora as lora
+from fdq.adapters.merging import merge_lora as merge_lora
 from fdq.analysis.evaluation import evaluate as evaluate
 from fdq.analysis.planner import plan as plan
 from fdq.cache.cache_tensor import CacheTensor as CacheTensor
@@ -35,6 +37,7 @@ from fdq.ops.grouped_matmul.api import grouped_matmul as grouped_matmul
 from fdq.ops.matmul.api import matmul as matmul
 from fdq.ops.matmul.einsum import einsum as einsum
 from fdq.ops.matmul.transposed import take as take
+from fdq.quantizers.fake_quantization import fake_quant as fake_quant
 from fdq.quantizers.quantization import match_table as match_table
 from fdq.quantizers.quantization import quantize as quantize
 from fdq.schemes.recipe import Recipe as Recipe
@@ -45,6 +48,8 @@ from fdq.schemes.scheme import WeightSpec as WeightSpec
 from fdq.storage import convert as convert
 from fdq.storage import export as export
 from fdq.storage import load as load
+from fdq.storage import load_lora as load_lora
 from fdq.storage import save as save
+from fdq.storage import save_lora as save_lora
 
 __version__ = "0.1.0"

@@ -249,3 +249,60 @@ def export(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def save_lora(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the adapters of a model as PEFT does: adapter_config.json, adapter_model.safetensors.
+
+    PEFT, vLLM and others load them onto the original model; `load_lora` onto any of its layers'
+    schemes. Adapters of an fdq model have the names of its family's published checkpoints, those
+    of your own modules the paths of their layers. Of experts each has its own, as vLLM reads them;
+    transformers 5, in which experts are no linear layers, does not take those.
+
+    Args:
+      model: what `fdq.lora` or `load_lora` made.
+      path: the directory to make. It appears when it is complete, and not before.
+      base: the name of the model that they are for, which PEFT's AutoPeftModel loads first.
+      overwrite: replace adapters that are there.
+
+    Raises:
+      FileExistsError: `path` exists.
+      ValueError: the model has no adapters.
+      fdq_checkpoints.CheckpointError: PEFT has no place for one of them (experts that a family
+        stores as one tensor); the disk is too small.
+
+    Examples:
+      >>> fdq.save_lora(tuned, "adapters", base="Qwen/Qwen3-0.6B")  # doctest: +SKIP
+    """
+    from fdq_checkpoints.peft import writing
+
+    writing.save_lora(model, path, base=base, overwrite=overwrite)
+
+
+def load_lora(model: Any, path: str | os.PathLike[str]) -> Any:
+    """A new model with the adapters of a directory, which `save_lora` or PEFT wrote.
+
+    Their dtype stays; `lora_dropout` does not count. See `fdq.lora` for what they do.
+
+    Args:
+      model: an fdq model or a module of yours, quantized or not, without adapters.
+      path: the directory.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      fdq_checkpoints.CheckpointError: something else than plain LoRA of linear layers (DoRA,
+        biases, trained embeddings ...), a layer that the model does not have, another shape.
+      ValueError: the model has adapters already.
+
+    Examples:
+      >>> tuned = fdq.load_lora(fdq.load("Qwen3-0.6B", "W4A16C8"), "adapters")  # doctest: +SKIP
+    """
+    from fdq_checkpoints.peft import reading
+
+    return reading.load_lora(model, path)

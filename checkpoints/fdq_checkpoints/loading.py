@@ -13,6 +13,8 @@ from flax import nnx
 from fdq import models
 from fdq.calibration.observation import calibrate
 from fdq.decoding import special_tokens
+from fdq.ops.preparation import unprepare
+from fdq.ops.prepared_weight import PreparedWeight
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.scheme import Scheme
 from fdq_checkpoints import stream, tree_paths
@@ -133,6 +135,7 @@ def _fill_template(stored: StoredTensors, sharding: Shardings, template: Any, ve
     """The template with all stored tensors; of a model those of its adapters too."""
     sources = [(stored, {entry.path: entry.path for entry in stored.manifest.tensors})]
     if isinstance(template, models.Decoder) and stored.manifest.kind == "model":
+        template = _in_layout_of_checkpoints(template)
         parts = adapters.Parts.of(template)
         places = {place: tensor.path for place, tensor in parts.base.items()}
         sources = [(stored, {path: places.get(path, path) for path in sources[0][1]})]
@@ -152,6 +155,13 @@ def _fill_template(stored: StoredTensors, sharding: Shardings, template: Any, ve
         restored = one.restore(shardings, verify=verify, paths=paths)
         values |= {paths[path]: value for path, value in restored.items()}
     return tree_paths.fill(target, values)
+
+
+def _in_layout_of_checkpoints(model: models.Decoder) -> models.Decoder:
+    """The model, or a copy of one that is laid out for its device."""
+    held = (one for _, module in nnx.iter_modules(model) for one in vars(module).values())
+    prepared = any(isinstance(one, PreparedWeight) for one in held)
+    return unprepare(model) if prepared else model
 
 
 def _like_stored(

@@ -12,6 +12,8 @@ from fdq.nn.general import QuantizedLinear as QuantizedLinear
 from fdq.nn.general import QuantizedLinearGeneral as QuantizedLinearGeneral
 from fdq.nn.latent_attention import LatentAttention as LatentAttention
 from fdq.nn.linear import Linear as Linear
+from fdq.nn.lora import LoRA as LoRA
+from fdq.nn.lora import LowRank as LowRank
 from fdq.nn.mlp import MLP as MLP
 from fdq.nn.mlp import MoE as MoE
 from fdq.nn.mlp import Router as Router

@@ -10,6 +10,7 @@ multiplied in float32 or in the activations' integers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -125,18 +126,10 @@ class QuantizedLinearGeneral(Quantized):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """As ``nnx.LinearGeneral``."""
-        count = len(self.axis)
-        kept = inputs.ndim - count
-
-        def fold_input(x: jax.Array) -> jax.Array:
-            # nnx.LinearGeneral takes its axes in ascending order, however they were given.
-            axes = sorted(axis % x.ndim for axis in self.axis)
-            x = jnp.moveaxis(x, axes, tuple(range(kept, x.ndim)))
-            return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
-
-        y, bias = self._product(inputs, fold_input)
-        y = y.reshape(*y.shape[:-1], *self.out_features)
-        return finish(y, bias, (1,) * kept + tuple(self.out_features), out_sharding)
+        y, bias = self._product(inputs, functools.partial(rows_of, self))
+        y = result_of(self, y)
+        lead = (1,) * (y.ndim - len(self.out_features))
+        return finish(y, bias, lead + tuple(self.out_features), out_sharding)
 
 
 class QuantizedEinsum(Quantized):
@@ -154,23 +147,53 @@ class QuantizedEinsum(Quantized):
                 f"This Einsum's kernel is quantized for {self.einsum_str!r}; it cannot be called "
                 f"with {einsum_str!r}."
             )
-        equation = Equation.parse(self.einsum_str)
-        assert isinstance(equation, Equation)
-        names = _expanded(equation.inputs, inputs.ndim)
-        kept = [name for name in names if name not in equation.contracted]
-        order = [names.index(name) for name in (*kept, *equation.contracted)]
+        y, bias = self._product(inputs, functools.partial(rows_of, self))
+        y = result_of(self, y)
+        equation, sizes = _equation_of(self)
+        names = _expanded(equation.output, y.ndim)
+        return finish(y, bias, tuple(sizes.get(name, 1) for name in names), out_sharding)
 
-        def fold_input(x: jax.Array) -> jax.Array:
-            x = lax.transpose(x, order)
-            return x.reshape(*x.shape[: len(kept)], math.prod(x.shape[len(kept) :]))
 
-        y, bias = self._product(inputs, fold_input)
-        letters = self.einsum_str.split(",")[1].split("->")[0]
-        sizes = dict(zip(letters, self.kernel_shape, strict=True))
-        y = y.reshape(*y.shape[:-1], *(sizes[name] for name in equation.features))
-        result = _expanded(equation.output, y.ndim)
-        y = lax.transpose(y, [(*kept, *equation.features).index(name) for name in result])
-        return finish(y, bias, tuple(sizes.get(name, 1) for name in result), out_sharding)
+def rows_of(layer: Any, x: jax.Array) -> jax.Array:
+    """The input of a layer, Flax's or one here, as rows ``[..., K]`` for its folded kernel."""
+    if isinstance(layer, nnx.LinearGeneral | QuantizedLinearGeneral):
+        kept = x.ndim - len(layer.axis)
+        # nnx.LinearGeneral takes its axes in ascending order, however they were given.
+        axes = sorted(axis % x.ndim for axis in layer.axis)
+        x = jnp.moveaxis(x, axes, tuple(range(kept, x.ndim)))
+    elif isinstance(layer, nnx.Einsum | QuantizedEinsum):
+        equation, _ = _equation_of(layer)
+        names = _expanded(equation.inputs, x.ndim)
+        others = [name for name in names if name not in equation.contracted]
+        kept = len(others)
+        x = lax.transpose(x, [names.index(name) for name in (*others, *equation.contracted)])
+    else:
+        return x
+    return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
+
+
+def result_of(layer: Any, y: jax.Array) -> jax.Array:
+    """Rows ``[..., N]`` of a product with the folded kernel, as the layer returns them."""
+    if isinstance(layer, nnx.LinearGeneral | QuantizedLinearGeneral):
+        return y.reshape(*y.shape[:-1], *layer.out_features)
+    if not isinstance(layer, nnx.Einsum | QuantizedEinsum):
+        return y
+    equation, sizes = _equation_of(layer)
+    names = _expanded(equation.inputs, y.ndim - 1 + len(equation.contracted))
+    kept = [name for name in names if name not in equation.contracted]
+    y = y.reshape(*y.shape[:-1], *(sizes[name] for name in equation.features))
+    result = _expanded(equation.output, y.ndim)
+    return lax.transpose(y, [(*kept, *equation.features).index(name) for name in result])
+
+
+def _equation_of(layer: Any) -> tuple[Equation, dict[str, int]]:
+    """The equation of a layer's kernel, and the sizes of the kernel's axes."""
+    equation = Equation.parse(layer.einsum_str)
+    assert isinstance(equation, Equation)
+    letters = layer.einsum_str.replace(" ", "").split(",")[1].split("->")[0]
+    # Of layers that are stacked the kernel has more axes than its equation.
+    sizes = layer.kernel_shape[-len(letters) :]
+    return equation, dict(zip(letters, sizes, strict=True))
 
 
 def _expanded(names: tuple[str, ...], ndim: int) -> list[str]:

@@ -242,7 +242,7 @@ def quantize_module(
         tensor.content = None
         if donate and isinstance(array, jax.Array) and id(array) not in kept:
             array.delete()
-    return _substitute(module, stand_ins, set())
+    return substituted(module, stand_ins)
 
 
 def _put(owner: Any, name: str, box: QTensor) -> None:
@@ -256,8 +256,9 @@ def _array(content: Any) -> Any:
     return content.get_value() if isinstance(content, nnx.Variable) else content
 
 
-def _substitute(value: Any, stand_ins: dict[int, Any], seen: set[int]) -> Any:
-    """`value` with stand-ins in place of their sources; modules are changed in place."""
+def substituted(value: Any, stand_ins: dict[int, Any], seen: set[int] | None = None) -> Any:
+    """`value` with stand-ins, by `id` of their sources; modules are changed in place."""
+    seen = set() if seen is None else seen
     if id(value) in stand_ins:
         return stand_ins[id(value)]
     if id(value) in seen:
@@ -265,11 +266,11 @@ def _substitute(value: Any, stand_ins: dict[int, Any], seen: set[int]) -> Any:
     if isinstance(value, nnx.Pytree):
         seen.add(id(value))
         for name, child in children(value):
-            new = _substitute(child, stand_ins, seen)
+            new = substituted(child, stand_ins, seen)
             if new is not child:
                 setattr(value, name, nnx.data(new))
     elif isinstance(value, (dict, list, tuple)):
-        items = [_substitute(child, stand_ins, seen) for _, child in children(value)]
+        items = [substituted(child, stand_ins, seen) for _, child in children(value)]
         if any(new is not old for new, (_, old) in zip(items, children(value), strict=True)):
             if isinstance(value, dict):
                 return type(value)(zip(value, items, strict=True))

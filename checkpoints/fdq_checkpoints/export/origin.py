@@ -175,5 +175,6 @@ def opened(model: Any) -> Iterator[Origin]:
 
 def _refuse_adapters(what: Any) -> None:
     raise CheckpointError(
-        f"{what}: adapters, which no export has a place for. Merge them into the weights first."
+        f"{what}: adapters, which no export has a place for. Merge them into the weights first "
+        "(fdq.merge_lora), or save them alone (fdq.save_lora)."
     )

@@ -130,8 +130,8 @@ def without_config(folder: pathlib.Path) -> str | None:
         )
     if "adapter_config.json" in names:
         return (
-            f"{folder}: adapters (PEFT) without their model. Merge them into it (merge_and_unload "
-            "and save_pretrained), and give the directory of the merged model."
+            f"{folder}: adapters (PEFT) without their model. Load the model and put them beside "
+            "its layers, fdq.load_lora(model, directory), or merge them into it with PEFT."
         )
     snapshots = folder / "snapshots"
     below = snapshots if snapshots.is_dir() else folder
@@ -172,7 +172,7 @@ def tell_of_adapters(folder: pathlib.Path) -> None:
     """Says that the model is read without what PEFT would put on it."""
     if (folder / "adapter_model.safetensors").is_file():
         _LOGGER.warning(
-            "%s: adapter_model.safetensors is not applied; merge it into the model with PEFT's "
-            "merge_and_unload if it is wanted.",
+            "%s: adapter_model.safetensors is not applied; fdq.load_lora(model, %r) does it.",
             folder,
+            str(folder),
         )

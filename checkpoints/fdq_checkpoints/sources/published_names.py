@@ -23,20 +23,21 @@ class Names:
         """With a family's own rules first, and the beginning of names that `tensors` have."""
         rules = (*family.tensor_names, *self.rules)
         for root, head in family.roots.items():
-            renamed = {"model.": root, "lm_head.": head}
-            embedding = _renamed(self.embedding, renamed)
+            beginnings = {"model.": root, "lm_head.": head}
+            embedding = renamed(self.embedding, beginnings)
             if embedding in tensors:
                 rules = tuple(
                     dataclasses.replace(
-                        rule, names=tuple(_renamed(name, renamed) for name in rule.names)
+                        rule, names=tuple(renamed(name, beginnings) for name in rule.names)
                     )
                     for rule in rules
                 )
-                return Names(embedding, _renamed(self.head, renamed), rules)
+                return Names(embedding, renamed(self.head, beginnings), rules)
         return dataclasses.replace(self, rules=rules)
 
 
-def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+def renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """A name with one of its beginnings in place of another."""
     for old, new in beginnings.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
