@@ -54,6 +54,7 @@ LEVELS = (
     "fdq_checkpoints.errors fdq_checkpoints.slabs",
     "fdq_checkpoints.tree_paths",
     "fdq_checkpoints.readers",
+    "fdq_checkpoints.destinations",
     "fdq_checkpoints.store",
     "fdq_checkpoints.sources",
     "fdq_checkpoints.stream",

@@ -11,6 +11,7 @@ from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.export import EXPORTERS, Exporter, Options
 from fdq_checkpoints.export.origin import opened
 from fdq_checkpoints.readers.file_names import TEMPLATES, is_template
+from fdq_checkpoints.readers.local_directory import local_destination
 from fdq_checkpoints.store import commit
 
 
@@ -44,6 +45,7 @@ def export(
     progress: stream.Progress | None = None,
 ) -> Exported:
     """What `fdq.export` does and says."""
+    local_destination(dst)
     exporter = EXPORTERS[to]
     stream.check_dtype(dtype)
     if type(shard_bytes) is not int or shard_bytes < 1:

@@ -9,12 +9,12 @@ from typing import Any
 from fdq.text_table import aligned, folded
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
-from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.readers.source_directory import SourceDirectory
 from fdq_checkpoints.sources import importer_of, open_source
 from fdq_checkpoints.sources.float_model import FLOAT_MODELS
 from fdq_checkpoints.sources.quantized_model import QUANTIZED_MODELS
 from fdq_checkpoints.sources.quantized_release import QuantizedRelease
+from fdq_checkpoints.sources.runs import checkpoint_directory
 from fdq_checkpoints.store import adapters
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import bytes_in, unreplaced
@@ -153,7 +153,7 @@ def inspect(
 
 
 def _inspect(path: str | os.PathLike[str], verify: bool, subtree: str | None) -> Inspection:
-    folder = local_directory(path)
+    folder = checkpoint_directory(path)
     if subtree is not None or not os.path.lexists(folder / manifests.FILE_NAME):
         return _inspect_source(folder, subtree)
     stored = StoredTensors(folder)
@@ -175,7 +175,7 @@ def verify(path: str | os.PathLike[str]) -> None:
       FileNotFoundError: no such directory.
       CheckpointError: something is missing or changed; the first such thing is named.
     """
-    _verify(StoredTensors(local_directory(path)))
+    _verify(StoredTensors(checkpoint_directory(path)))
 
 
 def _verify(stored: StoredTensors) -> None:

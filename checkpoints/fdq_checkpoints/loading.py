@@ -21,11 +21,11 @@ from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.file_names import text_folder
 from fdq_checkpoints.readers.local_directory import (
-    local_directory,
     sentencepiece,
     tell_of_sentencepiece,
 )
 from fdq_checkpoints.sources import open_source, tree_view
+from fdq_checkpoints.sources.runs import checkpoint_directory
 from fdq_checkpoints.sources.stored_tree import StoredTree
 from fdq_checkpoints.store import adapters, restore
 from fdq_checkpoints.store import manifest as manifests
@@ -58,7 +58,7 @@ def _load(
     progress: stream.Progress | None = None,
 ) -> Any:
     stream.check_dtype(dtype)
-    folder = local_directory(path)
+    folder = checkpoint_directory(path)
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
     is_stored = os.path.lexists(folder / manifests.FILE_NAME)
     if is_stored and config is None and subtree is None:

@@ -31,12 +31,18 @@ class CacheTensor:
         `channel`) or `[kv_heads, 1]` (`head`) when static; None for floats.
       zero: zero points, uint8, of the shape of `scale`; None where the format has none.
       spec: the format and where its scales come from; None means floats (C16).
+      window: of a ring the sliding window that it serves, see `fdq.cache.ring`; None of a tensor
+        that has a slot for every position.
+      ends: of a ring that several tokens are being written to, [B] int32: tokens from there on are
+        none that are kept. None otherwise, and then all are.
     """
 
     codes: Any
     scale: Any = None
     zero: Any = None
     spec: CacheSpec | None = dataclasses.field(default=None, metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    ends: Any = None
 
     @classmethod
     def empty(
@@ -91,8 +97,9 @@ class CacheTensor:
 
     def encode(self, x: jax.Array) -> CacheTensor:
         """`x [B, KH, T, D]` as this tensor stores it: T slots, in the dtypes of its arrays."""
-        one = quantize_cache(x, self.spec, **self._static())
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), one, self)
+        one = quantize_cache(x, self.spec, **self._static()).replace(window=self.window)
+        like = self.replace(ends=None)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), one, like)
 
     def take(self, rows: jax.Array) -> CacheTensor:
         """The sequences `rows`, [N] int32; static scales belong to all of them."""
@@ -108,12 +115,18 @@ class CacheTensor:
         ]
         if self.spec != other.spec or kinds[0] != kinds[1]:
             raise ValueError(f"insert: expected a {self._kind()}, found a {other._kind()}.")
+        if other.window is not None and mine.codes.shape[2] != theirs.codes.shape[2]:
+            raise ValueError(
+                f"insert: a ring of {theirs.codes.shape[2]} slots does not go into "
+                f"{mine.codes.shape[2]} slots: make both caches with the same `spare`."
+            )
         for name, scale in self._static().items():
             pair = (scale, getattr(other, name))
             known = not any(isinstance(a, Tracer) for a in pair)
             if known and not np.array_equal(np.asarray(pair[0]), np.asarray(pair[1])):
                 raise ValueError(f"insert: the static {name} of the two caches differs.")
         slots = other.codes.shape[2]
+        theirs = theirs.replace(window=self.window)
         put = jax.tree.map(lambda old, new: old.at[rows, :, :slots].set(new), mine, theirs)
         return put.replace(**self._copied_static())
 

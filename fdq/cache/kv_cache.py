@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from fdq.cache import limits
+from fdq.cache import limits, ring, shardings
+from fdq.cache.batch_rows import batch_rows
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE
 from fdq.schemes.scheme import CacheSpec
@@ -107,12 +108,16 @@ class KVCache:
 
     Attributes:
       layers: a pair of CacheTensors `[batch, kv_heads, slots, head_dim]` a layer; layers may
-        differ in format, and both halves in heads and channels.
+        differ in format, both halves in heads and channels, and rings have fewer slots.
       length: `[batch]` int32, how many tokens each sequence has in the cache.
+      reach: `[batch]` int32, the most tokens that each ever had; None where no layer is a ring.
+      positions: slots of a layer that is no ring, where there are rings; None otherwise.
     """
 
     layers: tuple[LayerCache, ...]
     length: Any
+    reach: Any = None
+    positions: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def init(
@@ -125,14 +130,17 @@ class KVCache:
         scales: Sequence[LayerScales | None] | None = None,
         dtype: Any = None,
         sharding: NamedSharding | None = None,
+        spare: int = ring.SPARE,
     ) -> KVCache:
         """An empty cache.
 
         Args:
           config: anything with `num_layers`, `num_kv_heads`, `head_dim` and `dtype`, such as
-            `model.config`; its `stored(layer)`, if there is one, is asked for heads and channels.
+            `model.config`; its `stored(layer)`, if there is one, is asked for heads and channels,
+            its `ring_window(layer)` for the sliding window of a layer that keeps no more.
           batch: number of sequences.
-          max_length: slots, in tokens.
+          max_length: tokens; slots of all layers but those with a window, which take
+            `window + 2 * spare` in multiples of 16, if that is less.
           format: `C16`, `C8`, `Cfp8`, `C4`, one of the static kinds, or a CacheSpec; or one of
             these for each layer.
           scales: one `LayerScales` a layer, from `Calibration.cache_scales`, read by the layers
@@ -141,6 +149,8 @@ class KVCache:
           sharding: of keys and values `[batch, kv_heads, slots, head_dim]`, such as
             `NamedSharding(mesh, P("data", "tp"))`; scales and lengths follow, and a single head
             (a latent, say) is on every device. By default the default device.
+          spare: tokens that may be rolled back where layers have a sliding window, and of
+            `Functional.extend` at once.
 
         Raises:
           ValueError: an unknown format; scales missing, or given where no format is static; a
@@ -150,6 +160,7 @@ class KVCache:
         """
         batch = limits.whole("batch", batch, 0)
         max_length = limits.whole("max_length", max_length, 1)
+        spare = limits.whole("spare", spare, 1)
         if not hasattr(config, "num_kv_heads"):
             hint = "; a model has one as model.config" if hasattr(config, "config") else ""
             raise TypeError(
@@ -168,21 +179,40 @@ class KVCache:
                 f"KV cache dtype {dtype}: expected float32, bfloat16 or float16. Fewer bits need "
                 "scales: use format='C8', 'Cfp8' or 'C4'."
             )
+        ask = getattr(config, "ring_window", lambda layer: None)
+        windows = [ask(layer) for layer in range(count)]
+        slots = [ring.ring_slots(window, spare, max_length) for window in windows]
         length = jnp.zeros((batch,), jnp.int32)
         if not isinstance(length, Tracer):
             heads = max((heads for layer in stored for heads, _ in layer), default=1)
-            shards = _shards(sharding, heads)
-            _check_memory(batch, max_length, stored, specs, scales, dtype, shards)
+            shards = shardings.parts(sharding, heads)
+            _check_memory(batch, max_length, slots, stored, specs, scales, dtype, shards)
 
         def make(scales: Sequence[LayerScales | None]) -> KVCache:
             each = zip(stored, specs, scales, strict=True)
-            layers = tuple(_empty_layer(batch, max_length, *one, dtype) for one in each)
-            return cls(layers, length)
+            layers = [
+                _empty_layer(batch, max_length if held is None else held, *one, dtype)
+                for held, one in zip(slots, each, strict=True)
+            ]
+            if all(held is None for held in slots):
+                return cls(tuple(layers), length)
+            for layer, held in enumerate(slots):
+                if held is not None:
+                    halves = (half.replace(window=windows[layer]) for half in layers[layer])
+                    layers[layer] = LayerCache(*halves)
+            return cls(tuple(layers), length, jnp.zeros_like(length), max_length)
 
         scales = list(scales or [None] * count)
         if sharding is None:
             return make(scales)
-        where = _shardings(jax.eval_shape(make, scales), sharding)
+        where = jax.eval_shape(make, scales)
+        layers = tuple(
+            LayerCache(*(shardings.of_tensor(half, sharding) for half in layer))
+            for layer in where.layers
+        )
+        of_batch = shardings.of_batch(sharding)
+        reach = None if where.reach is None else of_batch
+        where = dataclasses.replace(where, layers=layers, length=of_batch, reach=reach)
         return jax.jit(make, out_shardings=where)(scales)
 
     def take(self, rows: Any) -> KVCache:
@@ -193,7 +223,8 @@ class KVCache:
         """
         rows = batch_rows(rows, self.batch, ndim=1)
         layers = tuple(LayerCache(*(t.take(rows) for t in layer)) for layer in self.layers)
-        return KVCache(layers, self.length[rows])
+        reach = None if self.reach is None else self.reach[rows]
+        return KVCache(layers, self.length[rows], reach, self.positions)
 
     def repeat(self, count: int) -> KVCache:
         """Each sequence `count` times, side by side: rows 0, 0, 1, 1 for a count of 2."""
@@ -227,16 +258,21 @@ class KVCache:
             LayerCache(*(a.insert(rows, b) for a, b in zip(mine, theirs, strict=True)))
             for mine, theirs in zip(self.layers, other.layers, strict=True)
         )
-        return KVCache(layers, self.length.at[rows].set(other.length))
+        reach = self.reach
+        if reach is not None:
+            reach = reach.at[rows].set(other.length if other.reach is None else other.reach)
+        return KVCache(layers, self.length.at[rows].set(other.length), reach, self.positions)
 
     def rollback(self, length: Any) -> KVCache:
         """The cache when it held `length` tokens, an int for all or [B]; nothing is copied.
 
         Slots at and after a sequence's length are overwritten before anybody reads them; where
-        there are fewer tokens they all stay.
+        there are fewer tokens they all stay. Rings go back by `spare` tokens, counted from the most
+        that a sequence ever had; in a `jax.jit` of one's own nobody checks that.
 
         Raises:
-          ValueError: lengths that are no integers, or another number of them.
+          ValueError: lengths that are no integers, or another number of them; lengths farther back
+            than rings hold what they see, as far as values are known.
         """
         found = length if isinstance(length, Tracer) else np.asarray(length)
         if not jnp.issubdtype(found.dtype, jnp.integer) or found.shape not in ((), (self.batch,)):
@@ -245,12 +281,19 @@ class KVCache:
                 f"{found.dtype} of shape {found.shape}."
             )
         length = jnp.clip(jnp.asarray(length, jnp.int32), 0, self.length)
-        return KVCache(self.layers, length)
+        if self.spare is not None:
+            ring.check_rollback(length, self.reach, self.spare)
+        return dataclasses.replace(self, length=length)
 
     @property
     def max_length(self) -> int:
-        """Slots per sequence."""
-        return self.layers[0].k.codes.shape[-2]
+        """Tokens per sequence."""
+        return self.layers[0].k.codes.shape[-2] if self.positions is None else self.positions
+
+    @property
+    def spare(self) -> int | None:
+        """Tokens that rings let be rolled back, or fed again; None where no layer is a ring."""
+        return ring.spare_of(self.layers)
 
     @property
     def batch(self) -> int:
@@ -268,72 +311,10 @@ class KVCache:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
 
-def batch_rows(rows: Any, batch: int, *, ndim: int | None = None) -> jax.Array:
-    """Indices of sequences as int32, `[N]` or, without `ndim`, one.
-
-    Raises:
-      ValueError: what are no integers, another rank, or none of the batch where values are known.
-    """
-    found = rows if isinstance(rows, Tracer) else np.asarray(rows)
-    if found.size and not jnp.issubdtype(found.dtype, jnp.integer):
-        raise ValueError(f"rows: expected integers, found {found.dtype}.")
-    if found.ndim > 1 or ndim not in (None, found.ndim):
-        raise ValueError(f"rows: expected a list of rows, found {found.ndim} axes.")
-    if isinstance(found, Tracer):
-        return found.astype(jnp.int32)
-    if found.size and (found.min() < 0 or found.max() >= batch):
-        raise ValueError(f"rows: expected 0 to {batch - 1}, found {found.tolist()}.")
-    return jnp.asarray(found, jnp.int32)
-
-
-def _shards(sharding: NamedSharding | None, heads: int) -> int:
-    """Into how many parts of their own keys and values are cut; a single head is not."""
-    if sharding is None:
-        return 1
-    if not isinstance(sharding, NamedSharding) or len(sharding.spec) > 4:
-        raise ValueError(
-            f"KV cache sharding: expected a NamedSharding of [batch, kv_heads, slots, head_dim], "
-            f"found {sharding}."
-        )
-    entries = [entry for i, entry in enumerate(sharding.spec) if i != 1 or heads > 1]
-    names = [name for entry in entries for name in _names(entry)]
-    return math.prod(sharding.mesh.shape[name] for name in names)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _shardings(cache: KVCache, sharding: NamedSharding) -> KVCache:
-    """A cache of shardings: scales and lengths are cut as the keys and values that they go with."""
-    batch, by_head, slots, channels = (*sharding.spec, *[None] * (4 - len(sharding.spec)))
-
-    def of(*entries: Any) -> NamedSharding:
-        return NamedSharding(sharding.mesh, PartitionSpec(*entries))
-
-    def of_tensor(tensor: CacheTensor) -> CacheTensor:
-        heads = by_head if tensor.shape[1] > 1 else None
-
-        def small(array: Any) -> NamedSharding | None:
-            if array is None:
-                return None
-            if tensor.dynamic:
-                return of(batch, heads, slots)
-            return of(heads, channels if array.shape[-1] > 1 else None)
-
-        return tensor.replace(
-            codes=of(batch, heads, slots, channels),
-            scale=small(tensor.scale),
-            zero=small(tensor.zero),
-        )
-
-    layers = tuple(LayerCache(*map(of_tensor, layer)) for layer in cache.layers)
-    return KVCache(layers, of(batch))  # pyright: ignore[reportArgumentType]
-
-
 def _check_memory(
     batch: int,
     slots: int,
+    rings: list[int | None],
     stored: list[Stored],
     specs: list[CacheSpec | None],
     scales: Any,
@@ -353,7 +334,11 @@ def _check_memory(
 
     # A static scale is none of a slot's.
     a_slot = {kind: (bytes_of(kind, 256) - bytes_of(kind, 128)) / 128 for kind in given}
-    limits.refuse_what_does_not_fit(slots, sum(a_slot[kind] for kind in kinds) / shards)
+    each = [a_slot[kind] / shards for kind in kinds]
+    pairs = list(zip(each, rings, strict=True))
+    in_rings = sum(one * held for one, held in pairs if held is not None)
+    by_slot = sum(one for one, held in pairs if held is None)
+    limits.refuse_what_does_not_fit(slots, by_slot, always=in_rings)
 
 
 def _empty_layer(

@@ -41,20 +41,25 @@ def beyond_positions(what: str, count: int, most: int) -> str:
     )
 
 
-def refuse_what_does_not_fit(slots: int, bytes_a_slot: float, device: Any = None) -> None:
+def refuse_what_does_not_fit(
+    slots: int, bytes_a_slot: float, device: Any = None, *, always: float = 0.0
+) -> None:
     """Raises ValueError where that many slots take more than the memory of the device has left.
 
     Args:
       slots: of each sequence.
-      bytes_a_slot: of all sequences and layers.
+      bytes_a_slot: of all sequences and layers that have that many.
       device: where the cache will be, None for the default device.
+      always: bytes that are taken whatever the slots are: those of rings.
     """
     free = available_bytes(device)
-    if free is None or slots * bytes_a_slot <= free:
+    needed = slots * bytes_a_slot + always
+    if free is None or needed <= free:
         return
+    fit = int(max(free - always, 0) / bytes_a_slot) if bytes_a_slot else 0
     raise ValueError(
-        f"max_length={slots:,}: a cache of so many tokens takes {size(slots * bytes_a_slot)}, but "
-        f"{size(free)} of memory are free. {int(free / bytes_a_slot):,} tokens would fit: take "
+        f"max_length={slots:,}: a cache of so many tokens takes {size(needed)}, but "
+        f"{size(free)} of memory are free. {fit:,} tokens would fit: take "
         "fewer (max_new_tokens, max_length), fewer sequences, or a smaller format (cache='C8', "
         "'C4')."
     )

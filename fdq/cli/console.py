@@ -312,10 +312,10 @@ def check_cache(name: str | None, model: Any) -> None:
 
 
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
-    """`path`, if it is a directory, or where a model on the hub is now; else what to give."""
-    from fdq_checkpoints.readers.local_directory import local_directory
+    """The checkpoint at `path`, of a run its last; else an error that says what a checkpoint is."""
+    from fdq_checkpoints.sources import runs
 
-    return local_directory(path)
+    return runs.checkpoint_directory(path)
 
 
 def text_directory(path: pathlib.Path) -> pathlib.Path:

@@ -15,21 +15,26 @@ from fdq.formats.exporting import register
 from fdq.schemes.scheme import CacheSpec
 
 
-def _spec_to_json(static: tuple[CacheSpec | None]) -> dict[str, Any] | None:
-    (spec,) = static
-    return None if spec is None else dataclasses.asdict(spec)
+def _tensor_to_json(static: tuple[CacheSpec | None, int | None]) -> dict[str, Any] | None:
+    spec, window = static
+    fields = None if spec is None else dataclasses.asdict(spec)
+    return fields if window is None else {"spec": fields, "window": window}
 
 
-def _spec_from_json(fields: dict[str, Any] | None) -> tuple[CacheSpec | None]:
-    return (None if fields is None else CacheSpec(**fields),)
+def _tensor_from_json(fields: dict[str, Any] | None) -> tuple[CacheSpec | None, int | None]:
+    window = None
+    if fields is not None and "window" in fields:
+        fields, window = fields["spec"], fields["window"]
+    return None if fields is None else CacheSpec(**fields), window
 
 
 def _as_it_is(count: int | None) -> int | None:
     return count
 
 
-register(CacheTensor, _spec_to_json, _spec_from_json)
+register(CacheTensor, _tensor_to_json, _tensor_from_json)
 register(Sampling, _as_it_is, _as_it_is)
-for _kind in (KVCache, LayerScales, DecodeState):
+register(KVCache, list, tuple)
+for _kind in (LayerScales, DecodeState):
     register(_kind, list, tuple)  # nothing is static
 jax.export.register_namedtuple_serialization(LayerCache, serialized_name="fdq.LayerCache")

@@ -68,7 +68,8 @@ class Functional:
         follow such a token are NaN. `state.rollback(length)` forgets tokens again.
 
         Where rotations depend on the length of a sequence (`dynamic`, `longrope`), leave room for
-        T tokens: at the end of the cache the last T slots are written anew.
+        T tokens: at the end of the cache the last T slots are written anew. Caches with rings take
+        at most `cache.spare` tokens at once.
         """
         return functools.partial(extend, self.template)
 
@@ -125,6 +126,12 @@ def extend(
     t, capacity = tokens.shape[1], state.capacity
     if not 0 < t < capacity:
         raise ValueError(f"extend: got {t} tokens, expected 1 to {capacity - 1}.")
+    spare = state.cache.spare
+    if spare is not None and t > spare:
+        raise ValueError(
+            f"extend: got {t} tokens, but the layers with a sliding window take {spare} at once: "
+            "extend in pieces, or make the cache with a larger `spare`."
+        )
     model = bind(template, params)
     _check_vocabulary("extend: tokens", tokens, model)
     with mesh_of(params, state):
@@ -137,7 +144,8 @@ def _extend(model: Any, tokens: jax.Array, state: DecodeState) -> tuple[jax.Arra
     first = window_start(known - 1, t, capacity)
     each = jnp.arange(t, dtype=jnp.int32)[None]
     # Each token is rotated as its own step would rotate it.
-    hidden, cache = feed(model, state.tokens, state.cache, first, t, first[:, None] + each + 1)
+    by_token = first[:, None] + each + 1
+    hidden, cache = feed(model, state.tokens, state.cache, first, t, by_token, state.length)
     # The window begins earlier than the first token where it would reach beyond the cache.
     inside = jnp.minimum(known[:, None] - 1 - first[:, None] + each, t - 1)[..., None]
     logits = model.head(jnp.take_along_axis(hidden, inside, axis=1))
@@ -177,7 +185,7 @@ def init(
         tokens = jnp.asarray(tokens, jnp.int32)
         lengths = jnp.full((b,), width, jnp.int32) if lengths is None else jnp.asarray(lengths)
         if width > 1:
-            known = by_length(model, lengths)
+            known = by_length(model, lengths) | by_ring(cache, lengths)
             cache = model.extend(tokens[:, :-1], cache, jnp.int32(0), **known)[1]
         return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
 
@@ -239,20 +247,26 @@ def feed(
     start: jax.Array,
     count: int,
     lengths: jax.Array,
+    ends: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     """Runs the model over `count` tokens of `tokens [B, capacity]` from `start [B]` on.
 
-    `lengths` are as in `Decoder.extend`.
+    `lengths` and `ends` are as in `Decoder.extend`.
     Slots that were known before are written again with what they held (but for rotations that
     depend on lengths); what is not known yet is written and overwritten later, before anybody
     reads it.
     """
     at = start[:, None] + jnp.arange(count)[None]
     fed = jnp.take_along_axis(tokens, at, axis=1)
-    return model.extend(fed, cache, start, **by_length(model, lengths))
+    return model.extend(fed, cache, start, **by_length(model, lengths), **by_ring(cache, ends))
 
 
 def by_length(model: Any, lengths: jax.Array) -> dict[str, jax.Array]:
     """What `extend` is told of lengths: nothing, unless the model's rotation depends on them."""
     rotary = getattr(model.config, "rotary", None)
     return {"lengths": lengths} if rotary is not None and rotary.by_length else {}
+
+
+def by_ring(cache: KVCache, ends: jax.Array) -> dict[str, jax.Array]:
+    """What `extend` is told of where tokens end: nothing, unless layers of the cache are rings."""
+    return {} if cache.reach is None else {"ends": ends}

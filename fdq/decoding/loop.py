@@ -23,7 +23,7 @@ from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks
-from fdq.decoding.functional import by_length, feed, step, taken, window_start
+from fdq.decoding.functional import by_length, by_ring, feed, step, taken, window_start
 from fdq.decoding.sampling import Sampling, checked, sample
 from fdq.decoding.state import DecodeState
 from fdq.nn.embedding import check_vocabulary, token_array
@@ -53,7 +53,7 @@ def _extend(
     lengths: jax.Array | None = None,
 ):
     model = bind(template, params)
-    known = {} if lengths is None else by_length(model, lengths)
+    known = {} if lengths is None else by_length(model, lengths) | by_ring(cache, lengths)
     return model.extend(tokens, cache, start, **known)[1]
 
 
@@ -69,7 +69,7 @@ def _extend_from(
 ):
     """Writes `count` slots of each sequence, from `start [B]` on, from `tokens [B, capacity]`."""
     start = window_start(start, count, tokens.shape[1])
-    return feed(bind(template, params), tokens, cache, start, count, lengths)[1]
+    return feed(bind(template, params), tokens, cache, start, count, lengths, lengths)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "a_trip"), donate_argnums=2)
@@ -224,12 +224,17 @@ def _go_on(
     small = dataclasses.replace(state, cache=None)  # pyright: ignore[reportArgumentType]
     state = _taken(small, padded, prompts.lengths)
     longest = 0 if isinstance(known, Tracer) else int(np.max(np.asarray(known)))
-    for start in range(0, prompts.longest, chunk):
+    start, spare = 0, cache.spare
+    while start < prompts.longest:
         count = min(chunk, prompts.longest - start)
-        # What is padded beyond the cache would begin earlier, on slots that were written already.
-        padded = _chunk_length(count, chunk, capacity - max(longest - 1, 0) - start)
+        room = capacity - max(longest - 1, 0) - start
+        # What reaches beyond the cache begins earlier, on slots that were written already.
+        if spare is not None and (count > room or isinstance(known, Tracer)):
+            count = min(count, spare)
+        padded = _chunk_length(count, chunk, room)
         first = known - 1 + start
         cache = _extend_from(template, params, state.tokens, cache, first, padded, state.length)
+        start += count
     return dataclasses.replace(
         state,
         prompt_length=jnp.where(more, state.length, state.prompt_length),

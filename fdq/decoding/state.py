@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdq.cache.kv_cache import KVCache, batch_rows
+from fdq.cache.batch_rows import batch_rows
+from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks
 from fdq.ops.placement import in_auto_axes, spec_entries
 
@@ -143,7 +144,8 @@ class DecodeState:
           length: int for all or [B] int, from 1 to the tokens known.
 
         Raises:
-          ValueError: a length outside of this, as far as values are known.
+          ValueError: a length outside of this, or farther back than the rings of layers with a
+            sliding window hold what they see (see `KVCache.rollback`), as far as values are known.
         """
         checks.rollback_length(length, self.length, least=1)
         new = jnp.clip(jnp.asarray(length, jnp.int32), 1, self.length)
@@ -155,7 +157,7 @@ class DecodeState:
             length=new,
             prompt_length=jnp.minimum(self.prompt_length, new),
             finished=self.finished & (new == self.length),
-            cache=dataclasses.replace(self.cache, length=new - 1),
+            cache=self.cache.rollback(new - 1),
             logprobs=logprobs,
         )
 

@@ -149,6 +149,10 @@ class DecoderConfig:
         """Heads and channels of what a cache has of a token in a layer: keys and values."""
         return self.attention.stored(self, layer)
 
+    def ring_window(self, layer: int) -> int | None:
+        """The window of a layer whose cache keeps little more than it sees; None keeps all."""
+        return self.attention.ring_window(self, layer)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, numbers and strings: what a manifest stores.
 

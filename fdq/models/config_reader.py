@@ -303,6 +303,12 @@ class ConfigReader:
         }
         if unknown:
             raise ValueError(
-                f"{self.family} config has keys that fdq does not know: {unknown}. If they do not "
-                "change what the model computes, remove them from config.json"
+                f"{self.family} config has keys that fdq does not know: {_cut(unknown)}. If they "
+                "do not change what the model computes, remove them from config.json"
             )
+
+
+def _cut(found: Any) -> str:
+    """As Python writes it, no longer than a line has room for."""
+    text = repr(found)
+    return text if len(text) <= 300 else f"{text[:300]}…"

@@ -1,5 +1,6 @@
 """The decoder: embeddings, pre-norm layers, a final norm and the output head."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from fdq import nn
-from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
+from fdq.cache.cache_tensor import CacheTensor
+from fdq.cache.kv_cache import KVCache, LayerCache, LayerScales, layer_specs
+from fdq.cache.ring import SPARE
 from fdq.models.config import DecoderConfig
 from fdq.nn.embedding import check_vocabulary, token_array
 from fdq.ops.attention.xla import softcapped
@@ -119,6 +122,7 @@ class Decoder(nnx.Module):
         start: jax.Array,
         *,
         lengths: jax.Array | None = None,
+        ends: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of each sequence and writes their keys and values to the cache.
@@ -128,6 +132,8 @@ class Decoder(nnx.Module):
           cache: holds everything before `start`; its `length` is neither read nor changed.
           start: position of `tokens[:, 0]`: a scalar, or [B] int32. `start + T` must not exceed
             the slots of the cache.
+          ends: [B] int32, where the tokens of each sequence end that are to stay in layers that are
+            rings; by default all are. Other layers are overwritten from there on.
           lengths: [B] int32, tokens that each sequence has when all of what is being read is, where
             its rotation depends on that (see `fdq.nn.rotary`), or [B, T] those at each token; by
             default up to these tokens.
@@ -140,8 +146,15 @@ class Decoder(nnx.Module):
         b, t, _ = x.shape
         first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         positions = first[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-        hidden, updated = self._layers(x, positions, cache, start, lengths)
+        if t == 1 or cache.reach is None:
+            ends = None
+        held = cache if ends is None else _with_ends(cache, ends)
+        hidden, updated = self._layers(x, positions, held, start, lengths)
         assert updated is not None
+        if cache.reach is not None:
+            last = first + t if ends is None else jnp.minimum(first + t, ends)
+            updated = _with_ends(updated, None)
+            updated = dataclasses.replace(updated, reach=jnp.maximum(cache.reach, last))
         return hidden, updated
 
     def head(self, hidden: jax.Array) -> jax.Array:
@@ -187,17 +200,20 @@ class Decoder(nnx.Module):
         format: str | CacheSpec | Sequence[str | CacheSpec | None] | None = None,
         *,
         sharding: NamedSharding | None = None,
+        spare: int = SPARE,
     ) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `max_length` tokens.
 
         In the format of the model's scheme, or in another `format`, or one for each layer; with
-        the model's calibrated scales. `sharding` is as in `KVCache.init`.
+        the model's calibrated scales. `sharding` and `spare` are as in
+        `KVCache.init`.
         """
         format = self.cache_spec if format is None else format
         specs = layer_specs(format, self.config.num_layers)
         static = any(spec is not None and not spec.dynamic for spec in specs)
         scales = self.cache_scales if static else None
-        return KVCache.init(self.config, batch, max_length, specs, scales=scales, sharding=sharding)
+        settings: Any = {"scales": scales, "sharding": sharding, "spare": spare}
+        return KVCache.init(self.config, batch, max_length, specs, **settings)
 
     def _of_vocabulary(self, tokens: Any) -> jax.Array:
         """Tokens as an array, checked as far as values are known."""
@@ -265,15 +281,48 @@ class Decoder(nnx.Module):
             kept[f"layers.{index}"] = x
             stored.append(one)
         if cache is not None:
-            cache = KVCache(tuple(stored), cache.length)
+            cache = dataclasses.replace(cache, layers=tuple(stored))
         with jax.named_scope("norm"):
             x = kept["norm"] = self.norm(x)
         return x, cache
 
 
+def _with_ends(cache: KVCache, ends: jax.Array | None) -> KVCache:
+    """The cache whose rings know where tokens end, see `CacheTensor.ends`."""
+
+    def of(half: CacheTensor) -> CacheTensor:
+        return half if half.window is None else half.replace(ends=ends)
+
+    layers = tuple(LayerCache(*map(of, layer)) for layer in cache.layers)
+    return dataclasses.replace(cache, layers=layers)
+
+
 def abstract(config: DecoderConfig, dtype: Any = None) -> Decoder:
-    """The decoder with `jax.ShapeDtypeStruct` in place of arrays, whatever its size."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(params=0)))
+    """The decoder with `jax.ShapeDtypeStruct` in place of arrays, whatever its size.
+
+    Of layers that are alike one is traced, and copied: a trace of each takes 10 ms.
+    """
+    if dtype is not None:
+        config = config.replace(dtype=jnp.dtype(dtype).name)
+    bare = config.replace(num_layers=0)
+    model = nnx.eval_shape(lambda: Decoder(bare, rngs=nnx.Rngs(params=0)))
+    made: dict[Any, nnx.Module] = {}
+    layers = []
+    for layer in range(config.num_layers):
+        kind = _kind_of(config, layer)
+        if kind not in made:
+            made[kind] = abstract_layer(config, layer)
+        layers.append(nnx.clone(made[kind]))
+    model.config, model.layers = config, nnx.List(layers)
+    return model
+
+
+def _kind_of(config: DecoderConfig, layer: int) -> Any:
+    """Equal for layers that are the same module: the parts of fdq tell them by their windows."""
+    parts = (config.block, config.attention, config.feed_forward(layer))
+    if not all(type(part).__module__.startswith("fdq.models.") for part in parts):
+        return layer  # parts that are somebody's own may differ in what is no parameter
+    return config.block.layer_kind(config, layer), config.sliding_window(layer)
 
 
 def abstract_layer(config: DecoderConfig, layer: int) -> nnx.Module:

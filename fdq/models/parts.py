@@ -53,6 +53,11 @@ class Part(abc.ABC):
         keys = config.num_kv_heads, config.head_dim
         return keys, keys
 
+    def ring_window(self, config: Any, layer: int) -> int | None:
+        """Of an attention that can do with a ring: the window that one is made for; else None."""
+        del config, layer
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupedQuery(Part):
@@ -95,6 +100,10 @@ class GroupedQuery(Part):
     @override
     def layer_kind(self, config: Any, layer: int) -> Hashable:
         return self
+
+    @override
+    def ring_window(self, config: Any, layer: int) -> int | None:
+        return config.sliding_window(layer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdq.cache.cache_tensor import CacheTensor
 from fdq.cache.kv_cache import LayerCache
 from fdq.nn.caching import Caching
 from fdq.nn.handing_on import sums_of, takes_rows
@@ -17,6 +18,7 @@ from fdq.nn.parameters import value
 from fdq.ops.attention.api import attention
 from fdq.ops.attention.xla import softcapped, softmax_beside
 from fdq.ops.rope_append.api import rope_append
+from fdq.ops.rope_append.ring import unrolled, write_ring
 from fdq.ops.rope_append.xla import rotated_heads
 from fdq.ops.rows import Rows
 from pallas_kernels.typing import Array, Float
@@ -170,7 +172,8 @@ class Attention(Caching):
         if self.q_norm is not None:
             settings["epsilon"] = self.q_norm.epsilon
             settings |= {"q_norm": value(self.q_norm.scale), "k_norm": value(self.k_norm.scale)}
-        if cache is None or self.kv_observer is not None:
+        ring = cache is not None and t > 1 and cache.k.window is not None
+        if cache is None or ring or self.kv_observer is not None:
             with jax.named_scope("rotary"):
                 q, k, v = rotated_heads(
                     qkv, angles, self.num_kv_heads, head_dim=self.head_dim, **settings
@@ -184,9 +187,27 @@ class Attention(Caching):
                     return self.o_proj(y.reshape(b, t, -1)), None
         if start is None:
             raise ValueError("attention over a cache needs start, the first slot to write")
-        # Write first, then attend: reading the old cache beside the new one copies it.
-        q, *pair = rope_append(qkv, angles, *cache, start, **settings)
         offset = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
-        y = attention(q, *pair, lengths=offset + t, offset=offset, **seen)
+        if ring:
+            y, pair = _through_rings(q, k, v, cache, offset, seen)
+        else:
+            # Write first, then attend: reading the old cache beside the new one copies it.
+            q, *pair = rope_append(qkv, angles, *cache, start, **settings)
+            y = attention(q, *pair, lengths=offset + t, offset=offset, **seen)
         with jax.named_scope("o_proj"):
             return self.o_proj(y.reshape(b, t, -1)), LayerCache(*pair)
+
+
+def _through_rings(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, first: jax.Array, seen: Any
+) -> tuple[jax.Array, list[CacheTensor]]:
+    """Attention `[B, T, H, D]` of several tokens from `first [B]` on, and the rings with them.
+
+    The last of them may take the slots of what the first still see, so that is laid out first.
+    """
+    new = [side.encode(x.swapaxes(1, 2)) for side, x in zip(cache, (k, v), strict=True)]
+    pairs = list(zip(cache, new, strict=True))
+    rows, before = zip(*(unrolled(ring, x, first) for ring, x in pairs), strict=True)
+    y = attention(q, *rows, lengths=before[0] + q.shape[1], offset=before[0], **seen)
+    with jax.named_scope("append"):
+        return y, [write_ring(ring, x, first, ring.ends) for ring, x in pairs]

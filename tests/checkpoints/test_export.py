@@ -91,6 +91,7 @@ ROUND_TRIPS = {
     "gptq, 3 bits": ("gptq", "compressed-tensors"),
     "gptq, 2 bits": ("gptq", "compressed-tensors"),
     "gptq, 8 bits": ("gptq", "compressed-tensors"),
+    "gptq, desc_act": ("gptq",),
     "awq": ("gptq_v2", "compressed-tensors"),
     "packed": ("gptq", "compressed-tensors"),
     "packed, 8 bits": ("gptq", "compressed-tensors"),
@@ -108,6 +109,7 @@ PAIRS = [(kind, to) for kind, targets in ROUND_TRIPS.items() for to in targets]
 QUICK = {
     ("gptq", "gptq"),
     ("gptq v2, 4 bits", "gptq_v2"),
+    ("gptq, desc_act", "gptq"),
     ("int8, static", "compressed-tensors"),
     ("mxfp4", "mxfp4"),
     ("nf4, twice", "bitsandbytes"),
@@ -390,12 +392,28 @@ def test_stacks_of_experts_are_decoded_and_no_other_tool_has_codes_of_them(tmp_p
         found = floats[f"model.layers.1.mlp.experts.{name}"]
         np.testing.assert_array_equal(found[2], expected[name])
     assert load(tmp_path / "out").config == load(folder, dtype="float32").config
-    for to in ("compressed-tensors", "mxfp4"):
-        with pytest.raises(
-            CheckpointError, match=r"experts.*more\): gpt_oss.*one tensor.*--to dense"
-        ):
-            export(folder, tmp_path / "no", to=to)
+    with pytest.raises(CheckpointError, match=r"experts.*more\): gpt_oss.*one tensor.*--to dense"):
+        export(folder, tmp_path / "no", to="compressed-tensors")
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_gpt_oss_goes_out_as_it_is_published(tmp_path):
+    """The tensors of the release, bit for bit; its config says what it said."""
+    folder = builders.MODELS.parent / "gpt_oss_mxfp4"
+    made = export(folder, tmp_path / "out", to="mxfp4")
+    assert made.formats["mxfp4 of experts"] == 4
+    before, after = (builders.tensors_of(f / "model.safetensors") for f in (folder, made.path))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        if ".router." in name:  # fdq holds it in float32
+            array = array.astype(np.float32)
+        assert array.dtype == after[name].dtype and array.shape == after[name].shape, name
+        np.testing.assert_array_equal(array.view(np.uint8), after[name].view(np.uint8))
+    said = [config_of(one)["quantization_config"] for one in (folder, made.path)]
+    assert said[0] == said[1]
+    model = fdq.quantize(load(builders.MODELS / "gpt_oss"), "W8A16-g8", method="absmax")
+    with pytest.raises(CheckpointError, match=r"experts.*MXFP4 alone\. Export it --to dense"):
+        export(model, tmp_path / "no", to="mxfp4")
 
 
 @pytest.mark.slow
@@ -562,7 +580,7 @@ def test_the_command(plain, tmp_path):
     [
         ("mlx", "compressed-tensors", "codes with offsets"),
         ("mlx", "gptq", "codes with offsets"),
-        ("gptq, desc_act", "gptq", "rows in an order of their own"),
+        ("gptq, desc_act", "compressed-tensors", "rows in an order of their own"),
         ("gptq, desc_act", "gguf", "dense"),
     ],
 )

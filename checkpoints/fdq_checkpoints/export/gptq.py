@@ -24,6 +24,8 @@ _SCALES = ("float16", "bfloat16")
 class Gptq(Layout):
     """One number of bits and one size of groups for all layers that have codes."""
 
+    has_row_order = True
+
     def __init__(self, checkpoint_format: str):
         self.checkpoint_format = checkpoint_format
 
@@ -91,7 +93,7 @@ class Gptq(Layout):
             "qweight": words.words_along_rows(found.codes, layer.k, found.bits),
             "qzeros": zeros,
             "scales": np.ascontiguousarray(found.scale),
-            "g_idx": (np.arange(layer.k) // layer.group).astype(np.int32),
+            "g_idx": integers.group_index(layer, weight),
         }
 
     def config(self, layers: Sequence[Layer], floats: Sequence[Piece]) -> Mapping[str, Any]:
@@ -107,7 +109,7 @@ class Gptq(Layout):
             "quant_method": "gptq",
             "bits": bits,
             "group_size": group,
-            "desc_act": False,
+            "desc_act": any(layer.spec.row_order for layer in layers),
             "sym": symmetric,
             "lm_head": any(layer.module == "lm_head" for layer in layers),
             "checkpoint_format": self.checkpoint_format,

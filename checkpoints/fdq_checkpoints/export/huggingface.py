@@ -20,7 +20,7 @@ from fdq.schemes.scheme import WeightSpec
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.export.exporter import Options, Plan
-from fdq_checkpoints.export.layout import Layer, Layout, in_groups
+from fdq_checkpoints.export.layout import Layer, Layout, Shapes, in_groups
 from fdq_checkpoints.export.origin import Origin
 from fdq_checkpoints.export.safetensors_writer import Planned, SafetensorsWriter
 from fdq_checkpoints.readers.file_names import COMPANION_FILES, INDEX_NAME, companion_name
@@ -49,7 +49,12 @@ class HuggingFaceExporter(abc.ABC):
     def plan(self, origin: Origin, options: Options) -> Plan:
         """What would be written; CheckpointError where the layout cannot hold a tensor."""
         parts = _Parts(origin)
-        return _Plan(self.name, origin, options, parts, self.layout(parts.flat()))
+        layout = self.of_stacks() if parts.stacks else None
+        return _Plan(self.name, origin, options, parts, layout or self.layout(parts.flat()))
+
+    def of_stacks(self) -> Layout | None:
+        """The layout for a model with all experts of a layer in one tensor, if it is another."""
+        return None
 
     def wrote(self, file: pathlib.Path) -> bool:
         """By its name."""
@@ -138,8 +143,8 @@ class _Plan(Plan):
         self._layout = layout
         flat = parts.flat()
         if layout is not None:
-            _check_stacks(name, origin, parts.stacks)
-            _check(name, origin, layout, flat)
+            _check_stacks(origin, parts.stacks, layout)
+            _check(name, origin, layout, flat, with_stacks=bool(parts.stacks))
         self._dtype = np.dtype(options.dtype or origin.config.dtype)
         cache, stored = self._cache(), []
         self._keeps_cache = cache is not None
@@ -162,8 +167,9 @@ class _Plan(Plan):
                 shape = tuple(tensor.value.shape)[piece.expert is not None :]
                 yield Planned(piece.name, dtype, piece.shape(shape))
         if path in parts.stacks:
-            piece = parts.stacks[path]
-            yield Planned(piece.name, self._dtype, piece.shape(tuple(tensor.value.shape)))
+            piece, shape = parts.stacks[path], tuple(tensor.value.shape)
+            for stored, (dtype, size) in self._stack_shapes(piece, shape).items():
+                yield Planned(stored, np.dtype(dtype), size)
         for layer in parts.layers.get(path, ()):
             if self._layout is None:
                 yield Planned(layer.piece.name, self._dtype, (layer.n, layer.k))
@@ -203,10 +209,16 @@ class _Plan(Plan):
                 )
         elif path in parts.stacks:
             q, piece = self._origin.read(path), parts.stacks[path]
-            stack = np.empty(q.shape, self._dtype)
-            for expert in range(len(stack)):
-                stack[expert] = piece.of(self._prepared(q[expert], path))
-            writer.write(piece.name, stack)
+            shapes = self._stack_shapes(piece, q.shape)
+            stacks = [np.empty(size, dtype) for dtype, size in shapes.values()]
+            for expert in range(q.shape[0]):
+                one = self._prepared(q[expert], path)
+                layout = self._layout
+                found = [piece.of(one)] if layout is None else layout.expert_arrays(piece, one)
+                for stack, array in zip(stacks, found, strict=True):
+                    stack[expert] = array
+            for name, stack in zip(shapes, stacks, strict=True):
+                writer.write(name, stack)
         elif layers:
             q = self._origin.read(path)
             source = parts.input_scales.get(path)
@@ -220,6 +232,11 @@ class _Plan(Plan):
         elif path in parts.cache and self._keeps_cache:
             value = np.asarray(self._origin.read(path), np.float32)
             writer.write(_cache_name(path), value[..., None])
+
+    def _stack_shapes(self, piece: Piece, shape: tuple[int, ...]) -> Shapes:
+        if self._layout is None:
+            return {piece.name: (self._dtype, piece.shape(shape))}
+        return self._layout.stack_shapes(piece, shape)
 
     def _prepared(self, q: QTensor, path: Path) -> Any:
         """A matrix as its parts are cut out of it: its arrays, or decoded."""
@@ -273,8 +290,14 @@ class _Plan(Plan):
             f"{self._dtype.name} (decoded)" if self._layout is None else self._layout.word(layer)
             for layer in layers
         )
-        if self._parts.stacks:
-            counts[f"{self._dtype.name} (decoded)"] += len(self._parts.stacks)
+        for path in self._parts.stacks:
+            spec = self._origin.tensors[path].value.spec
+            word = (
+                f"{self._dtype.name} (decoded)"
+                if self._layout is None
+                else f"{spec.format} of experts"
+            )
+            counts[word] += 1
         for path, pieces in self._parts.floats.items():
             counts[np.dtype(self._origin.tensors[path].value.dtype).name] += len(pieces)
         return counts
@@ -297,30 +320,36 @@ class _Plan(Plan):
         return content | ({} if quantization is None else {"quantization_config": quantization})
 
 
-def _check_stacks(name: str, origin: Origin, stacks: dict[Path, Piece]) -> None:
-    """CheckpointError where there are any: what names modules, and cuts them, has no stacks."""
-    if stacks:
-        path, more = next(iter(stacks)), len(stacks) - 1
+def _check_stacks(origin: Origin, stacks: dict[Path, Piece], layout: Layout) -> None:
+    """CheckpointError for experts in one tensor that the layout cannot hold."""
+    specs = {path: origin.tensors[path].value.spec for path in stacks}
+    problems = {path: why for path, spec in specs.items() if (why := layout.stack_problem(spec))}
+    if problems:
+        path, more = next(iter(problems)), len(problems) - 1
         raise CheckpointError(
-            f"{origin.where}: {dotted(path)} ({origin.tensors[path].value.spec})"
+            f"{origin.where}: {dotted(path)} ({specs[path]})"
             f"{f' (and {more} more)' if more else ''}: {origin.config.model_type} has all experts "
-            f"of a layer in one tensor, and {name} codes of single matrices alone. Export it --to "
-            "dense, which decodes it."
+            f"of a layer in one tensor, and {problems[path]}"
         )
 
 
-def _unheld(spec: WeightSpec) -> str | None:
-    """What no layout of safetensors that fdq writes has."""
+def _unheld(spec: WeightSpec, layout: Layout) -> str | None:
+    """What a layout of safetensors has not."""
     if spec.zero_point == "offset":
         return "codes with offsets, which no such layout has. Export it --to dense."
-    if spec.row_order:
-        return "rows in an order of their own, which is not written. Export it --to dense."
+    if spec.row_order and not layout.has_row_order:
+        return (
+            "rows in an order of their own, which it has no place for (compressed-tensors took "
+            "`actorder` group out). --to gptq has one, and --to dense decodes it."
+        )
     return None
 
 
-def _check(name: str, origin: Origin, layout: Layout, layers: Sequence[Layer]) -> None:
+def _check(
+    name: str, origin: Origin, layout: Layout, layers: Sequence[Layer], *, with_stacks: bool
+) -> None:
     """CheckpointError for what the layout cannot hold."""
-    if not layers:
+    if not layers and not with_stacks:
         raise CheckpointError(
             f"{origin.where}: nothing in it is quantized, so there is nothing for {name} to hold. "
             "Export it --to dense, or quantize it first."
@@ -328,14 +357,14 @@ def _check(name: str, origin: Origin, layout: Layout, layers: Sequence[Layer]) -
     problems = [
         (layer, why)
         for layer in layers
-        if (why := _unheld(layer.spec) or layout.problem(layer)) is not None
+        if (why := _unheld(layer.spec, layout) or layout.problem(layer)) is not None
     ]
     if problems:
         layer, why = problems[0]
         paths = len({other.path for other, _ in problems}) - 1
         more = f" (and {paths} more)" if paths else ""
         raise CheckpointError(f"{origin.where}: {layer.label}{more}: {why}")
-    if why := layout.problem_of_all(layers):
+    if layers and (why := layout.problem_of_all(layers)):
         raise CheckpointError(f"{origin.where}: {why}")
 
 

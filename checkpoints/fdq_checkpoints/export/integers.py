@@ -57,7 +57,7 @@ def widened(layers: tuple[Layer, ...] | list[Layer]) -> tuple[str, ...]:
 
 
 def integers(layer: Layer, weight: StoredWeight) -> Integers:
-    """The weight as it is stored; its scales are one a column at least."""
+    """The weight as it is stored, rows in its own order; its scales are one a column at least."""
     spec = weight.spec
     own, bits = own_bits(spec), stored_bits(spec)
     assert own is not None and bits is not None
@@ -78,7 +78,17 @@ def integers(layer: Layer, weight: StoredWeight) -> Integers:
         if not np.array_equal(halved.astype(np.float32) * np.float32(2), scale.astype(np.float32)):
             raise CheckpointError(f"{layer.label}: a scale too small to be halved. Use --to dense.")
         scale = halved
+    if spec.row_order:
+        codes = words.in_order(codes, weight.k, bits, np.argsort(weight.arrays["row_order"]))
     return Integers(bits, codes, scale, weight.arrays.get("zero"))
+
+
+def group_index(layer: Layer, weight: StoredWeight) -> np.ndarray:
+    """The group of each row of the weight, int32 `[K]`, which its codes are written in."""
+    index = (np.arange(layer.k) // layer.group).astype(np.int32)
+    if layer.spec.row_order:
+        index = index[np.argsort(weight.arrays["row_order"])]
+    return index
 
 
 def packed_along_columns(zero: np.ndarray, bits: int) -> np.ndarray:

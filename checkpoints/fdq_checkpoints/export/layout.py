@@ -92,6 +92,22 @@ class Layout(abc.ABC):
     def config(self, layers: Sequence[Layer], floats: Sequence[Piece]) -> Mapping[str, Any]:
         """`quantization_config`; `floats` are the linear layers that have no codes."""
 
+    has_row_order = False
+    """Whether rows may be in an order of their own, which is then stored."""
+
+    def stack_problem(self, spec: WeightSpec) -> str | None:
+        """Why it cannot hold experts of one tensor; None where it can, by the two below."""
+        del spec
+        return "it has codes of single matrices alone. Export it --to dense, which decodes it."
+
+    def stack_shapes(self, piece: Piece, shape: tuple[int, ...]) -> Shapes:
+        """By their whole names, the tensors of experts `[E, in, out]` that lie in one."""
+        raise NotImplementedError
+
+    def expert_arrays(self, piece: Piece, weight: StoredWeight) -> list[np.ndarray]:
+        """One expert of those tensors."""
+        raise NotImplementedError
+
     def word(self, layer: Layer) -> str:
         """For people: in what a layer is stored."""
         return layer.scheme

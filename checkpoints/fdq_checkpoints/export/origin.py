@@ -16,9 +16,9 @@ from fdq.schemes.scheme import CacheSpec
 from fdq_checkpoints import saving, stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers import strict_json
-from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.readers.source_directory import MAX_CONFIG_BYTES
 from fdq_checkpoints.sources import open_source
+from fdq_checkpoints.sources.runs import checkpoint_directory
 from fdq_checkpoints.store import adapters
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import file_digest
@@ -165,7 +165,7 @@ def opened(model: Any) -> Iterator[Origin]:
         raise TypeError(
             f"export: expected the path of a checkpoint or an fdq model, found {type(model)!r}."
         )
-    folder = local_directory(model)
+    folder = checkpoint_directory(model)
     if os.path.lexists(folder / manifests.FILE_NAME):
         yield _Stored(folder)
         return

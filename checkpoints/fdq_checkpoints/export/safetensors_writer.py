@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from fdq_checkpoints.errors import CheckpointError, shown
+from fdq_checkpoints.readers.file_names import INDEX_NAME
 from fdq_checkpoints.readers.safetensors_reader import DTYPES, MAX_NAME_LENGTH
-from fdq_checkpoints.readers.source_directory import INDEX_NAME
 
 WHOLE = "model.safetensors"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -4,7 +4,7 @@ import os
 import pathlib
 import re
 
-MAX_INDEX_BYTES = 100_000_000
+MAX_INDEX_BYTES = 2**25
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams", ".pdiparams")
 # What is copied beside a converted model, so that it can be used without the original; the

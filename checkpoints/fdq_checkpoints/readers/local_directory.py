@@ -45,8 +45,8 @@ def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
         raise FileNotFoundError(f"{shown(text)}: a page. For the model give hf://{match[1]}")
     if re.match(_ADDRESS, text):
         raise FileNotFoundError(
-            f"{shown(text)}: an address that fdq does not know. Download the checkpoint first and "
-            "give its directory."
+            f"{shown(text)}: an address that fdq does not know. Download the checkpoint first"
+            f"{_copied(text)} and give its directory."
         )
     if re.fullmatch(_REPOSITORY, text) and not folder.parent.exists():
         raise FileNotFoundError(
@@ -54,6 +54,27 @@ def local_directory(path: str | os.PathLike[str]) -> pathlib.Path:
         )
     raise FileNotFoundError(
         f"{folder} does not exist. {_EXPECTED} A model on the Hugging Face hub is hf://owner/name."
+    )
+
+
+def local_destination(path: str | os.PathLike[str]) -> None:
+    """CheckpointError for an address, also one that epath made a path of: there is no such disk."""
+    if isinstance(path, str | os.PathLike) and re.match(_ADDRESS, os.fspath(path)):
+        text = re.sub(rf"^({_ADDRESS})(?!/)", r"\1/", os.fspath(path))
+        raise CheckpointError(
+            f"{shown(text)}: an address, and fdq writes to local directories only. Write to one, "
+            f"and upload it{_copied(text, upload=True)}."
+        )
+
+
+def _copied(address: str, *, upload: bool = False) -> str:
+    """The command that does it, for the stores that everybody has one for."""
+    tools = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}
+    tool = tools.get(address.split(":")[0])
+    if tool is None:
+        return ""
+    return (
+        f" (`{tool} {'DIR' if upload else shown(address)} {shown(address) if upload else 'DIR'}`)"
     )
 
 

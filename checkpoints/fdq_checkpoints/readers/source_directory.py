@@ -25,7 +25,7 @@ _BESIDE = ("adapter_model", "consolidated")
 _SHARED = ".huggingface-shared-blobs"
 # What a config may ask for, (least, most), checked before a model of that size is built.
 _CONFIG_LIMITS = {
-    "num_hidden_layers": (1, 10_000),
+    "num_hidden_layers": (1, 1000),
     "hidden_size": (1, 2**20),
     "intermediate_size": (1, 2**24),
     "vocab_size": (1, 2**26),
@@ -138,7 +138,10 @@ class SourceDirectory:
         those that all models share.
         """
         path = self.path / name
-        resolved, root = path.resolve(), self.path.resolve()
+        try:
+            resolved, root = path.resolve(), self.path.resolve()
+        except (RuntimeError, OSError):  # links that lead to themselves, or too many
+            raise CheckpointError(f"{path}: a link that leads nowhere.") from None
         allowed = [root]
         if root.parent.name == "snapshots":
             allowed.append(root.parent.parent / "blobs")

@@ -133,6 +133,11 @@ def parts_of(
         raise CheckpointError(f"{where}: {error}") from error
     except _WRONG_KIND as error:
         raise CheckpointError(f"{where}: a value of a wrong kind ({error}).") from error
+    if config.num_layers > len(directory.tensors):  # before a model of so many is made
+        raise CheckpointError(
+            f"{where}: a model of {config.num_layers} layers, but there are "
+            f"{len(directory.tensors)} tensors. Download the whole model again."
+        )
     family = models.FAMILIES[config.model_type]
     if names is None:
         is_paddle = any(name.startswith("ernie.") for name in directory.tensors)

@@ -153,6 +153,8 @@ class QuantizedRelease:
     def _read(cls, content: Mapping[str, Any], where: str) -> "QuantizedRelease":
         named = content.get("quant_method", content.get("quantization"))
         method = named if isinstance(named, str) else "?"
+        if len(method) > 40 or not method.isprintable():
+            method = shown(method[:40])  # nobody's; it stands in messages
         tool = _NAMES.get(method.lower(), shown(method))
         inner = _weights_of_groups(content) or _of_hqq(content) or content
         text = " ".join(

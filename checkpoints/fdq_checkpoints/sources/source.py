@@ -12,7 +12,8 @@ from fdq.formats.qtensor import QTensor
 from fdq.registry import Registry
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.hub import origin
-from fdq_checkpoints.readers.local_directory import gguf_parts, local_directory
+from fdq_checkpoints.readers.local_directory import gguf_parts
+from fdq_checkpoints.sources.runs import checkpoint_directory
 from fdq_checkpoints.tree_paths import Path
 
 _NOTES = (".md", ".txt", ".png", ".jpg", ".pdf")
@@ -147,7 +148,7 @@ def open_source(
     subtree: str | None = None,
 ) -> Source:
     """Opens a directory by whichever importer claims it; arguments as of `fdq.convert`."""
-    folder = local_directory(path)
+    folder = checkpoint_directory(path)
     importer = importer_of(folder)
     given = {"config": config, "subtree": subtree}
     options = {name: value for name, value in given.items() if value is not None}

@@ -33,7 +33,8 @@ def attention(
 
     Query t of sequence b stands at slot `offset[b] + t` and sees slots `s` with
     `s <= offset[b] + t`, `s < lengths[b]` and, with a window, `s > offset[b] + t - window`.
-    Write the new keys and values to the cache first, then attend.
+    Write the new keys and values to the cache first, then attend. In a ring, which takes one query
+    and has a window, slots are positions: those seen are where `rope_append` put them.
 
     Args:
       q: float `[B, T, H, D]`, after the rotation.
@@ -71,6 +72,12 @@ def attention(
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(
             f"attention: sliding_window={sliding_window}, expected 1 or more, or None."
+        )
+    ring = k.window if isinstance(k, CacheTensor) else None
+    if ring is not None and (t != 1 or sliding_window is None or sliding_window > ring):
+        raise ValueError(
+            f"attention: a ring for a window of {ring} takes one query with a window of at most as "
+            f"many, found {t} and sliding_window={sliding_window}."
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap={softcap}, expected a positive number, or None.")

@@ -30,6 +30,8 @@ class MosaicGpu(Kernel[AttentionArguments]):
             return f"the kernel takes one query per sequence, found {a.q.shape[1]}"
         if isinstance(a.k, JoinedKeys) or a.k.head_dim != a.v.head_dim:
             return "the kernel takes keys in one tensor, and values as wide as they are"
+        if a.is_ring:
+            return "the kernel reads no ring (a cache of fewer slots than positions)"
         return cache_unsupported(a.k, a.v) or sharded(a.q, a.k, a.v)
 
     def declined(self, arguments: AttentionArguments) -> str | None:

@@ -45,6 +45,11 @@ class AttentionArguments:
     sinks: jax.Array | None = None
     softcap: float | None = None
 
+    @property
+    def is_ring(self) -> bool:
+        """Whether slots are those of a ring, see `fdq.cache.ring`."""
+        return isinstance(self.k, CacheTensor) and self.k.window is not None
+
     def program(self) -> Program:
         """How the cache is read, so many slots at a time; see `fdq.ops.choice.Program`."""
         if trace_target().platform != "cpu":
@@ -77,7 +82,9 @@ def attention_reference(
     offset = lengths - t if offset is None else offset
     position = (offset[:, None] + jnp.arange(t)[None, :])[:, None, :, None]
     slot = jnp.arange(keys.shape[2])[None, None, None, :]
-    visible = (slot <= position) & (slot < lengths[:, None, None, None])
+    if isinstance(k, CacheTensor) and k.window is not None:
+        slot = position - (position - slot) % keys.shape[2]  # the position that it holds
+    visible = (slot >= 0) & (slot <= position) & (slot < lengths[:, None, None, None])
     if sliding_window is not None:
         visible &= slot > position - sliding_window
     highest = lax.Precision.HIGHEST
@@ -174,6 +181,8 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
     if sliding_window is not None:
         lower = position - (sliding_window - 1)
         first = jnp.maximum(jnp.min(offset) - (sliding_window - 1), 0) // block
+    if a.is_ring:
+        lower, first = jnp.maximum(lower, 0), jnp.int32(0)
     last = jnp.minimum((jnp.max(lengths) + (block - 1)) // block, -(-slots // block))
 
     def read(i, carry, block):
@@ -181,9 +190,15 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
         largest, total, out = carry
         start = jnp.minimum(i * block, slots - block)
         # The last block starts early enough to be whole: slots seen before are masked.
-        unseen = jnp.maximum(lower, i * block)[:, None, :, None]
         slot = start + jnp.arange(block, dtype=jnp.int32).reshape(1, key.chunks(block), 1, -1)
-        visible = (slot >= unseen) & (slot < upper[:, None, :, None])
+        if a.is_ring:
+            here = position[:, None, :, None]
+            held = here - (here - slot) % slots  # the position that a slot holds
+            visible = (slot >= i * block) & (held >= lower[:, None, :, None])
+        else:
+            held = slot
+            visible = slot >= jnp.maximum(lower, i * block)[:, None, :, None]
+        visible = visible & (held < upper[:, None, :, None])
         scores = key.dots(query_rows, start, block)
         scores = key.finish_scores(scores, query_sum, start, block)
         scores = scores if common is None else scores - common[:, :, None]

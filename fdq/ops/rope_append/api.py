@@ -39,7 +39,8 @@ def rope_append(
       k: what the layer has stored, `[B, KH, S, D]`; written in place where it is donated.
       v: as k.
       start: slot that the first of the T tokens goes to: a scalar for all sequences, or `[B]`.
-        `start + T` must not exceed S: the write would be moved back over older slots.
+        `start + T` must not exceed S: the write would be moved back over older slots. In a ring
+        (see `fdq.cache.ring`) it is the position of one token, however far on.
       interleaved: whether channels 2i and 2i + 1 are rotated together, or i and i + R / 2.
       q_norm: `[D]`, the scale of an RMS norm of each query before the rotation, or None.
       k_norm: likewise of keys; both or neither.
@@ -67,8 +68,14 @@ def rope_append(
         )
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_append: q_norm and k_norm go together; found one of them.")
-    arguments = RopeAppendArguments(
-        qkv, angles, k, v, jnp.asarray(start), interleaved, q_norm, k_norm, epsilon
-    )
+    start = jnp.asarray(start)
+    if k.window is not None:
+        if qkv.shape[1] != 1:
+            raise ValueError(
+                f"rope_append: {qkv.shape[1]} tokens for a ring, expected 1; fdq.nn.Attention "
+                "writes several with fdq.ops.rope_append.ring."
+            )
+        start = start % k.shape[2]
+    arguments = RopeAppendArguments(qkv, angles, k, v, start, interleaved, q_norm, k_norm, epsilon)
     with jax.named_scope("rope_append"):
         return ROPE_APPEND.choose(arguments, implementation)(arguments)
