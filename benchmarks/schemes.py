@@ -6,6 +6,7 @@ with 1 if a bar is missed.
 
     python -m benchmarks.schemes --readme README.md          # also rewrites the table there
     python -m benchmarks.schemes --scheme W4A16 --plot bits.png
+    python -m benchmarks.schemes --window 2048 --scheme W16A16C4-kvblock   # long contexts
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import fdq
 from benchmarks import page
 from fdq import text_table
-from fdq.analysis.comparison import Comparison, Row
+from fdq.analysis.comparison import WINDOW, Comparison, Row
 from fdq.schemes.recipe import Recipe
 
 # Every name of the mission, and neighbours that say what a part of a name costs.
@@ -55,6 +56,10 @@ SCHEMES = (
     "W16A16Cfp8",
     "W16A16C4",
     "W16A16C8-kvchannel",
+    "W16A16C4-kvcentered",
+    "W16A16C4-kvblock",
+    "W16A16C3-kvblock",
+    "W16A16C2-kvblock",
 )
 RESULTS = pathlib.Path(__file__).parent / "results"
 PART = "schemes"
@@ -179,6 +184,9 @@ def main() -> int:
         "--scheme", metavar="NAME", action="append", help="repeat it for more (all of the README)"
     )
     parser.add_argument("--bytes", type=int, default=65_536, help="of held-out text (65536)")
+    parser.add_argument(
+        "--window", type=int, default=WINDOW, help="tokens of context at most (256)"
+    )
     parser.add_argument("--dtype", help="of activations (the model's)")
     for option, help in (
         ("--readme", "rewrite the table between the marks of this file"),
@@ -200,7 +208,10 @@ def main() -> int:
             parser.error(str(error))
 
     comparison = Comparison.of_shipped_model(
-        text_bytes=arguments.bytes, prompt="import os\n\n\ndef ", dtype=arguments.dtype
+        text_bytes=arguments.bytes,
+        prompt="import os\n\n\ndef ",
+        dtype=arguments.dtype,
+        window=arguments.window,
     )
     today = datetime.date.today().isoformat()
     path = arguments.results / f"schemes-{today}.json"
@@ -238,6 +249,7 @@ def _result(date: str, comparison: Comparison, rows: list[Row]) -> dict[str, Any
         "reference_text": comparison.is_reference_text,
         "text_bytes": comparison.text_bytes,
         "tokens": rows[0].report.tokens,
+        "window": comparison.window,
         "machine": f"{platform.machine()} {platform.system()}",
         "python": platform.python_version(),
         "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "numpy")},

@@ -48,7 +48,8 @@ class Comparison:
     """A float model in the directory `source`, a text and the original's logits over it.
 
     `tokens` [length] int32 is the text after the token that begins a text, `text_bytes` its size;
-    `is_reference_text` says whether it is the one of the README. `dtype` is that of activations.
+    `is_reference_text` says whether it is the one of the README. `dtype` is that of activations,
+    `window` the tokens of context at most.
     """
 
     source: pathlib.Path
@@ -59,10 +60,13 @@ class Comparison:
     is_reference_text: bool
     prompt: str
     dtype: str | None = None
+    window: int = WINDOW
     _recorded: RecordedLogits | None = None
 
     @classmethod
-    def of_shipped_model(cls, *, text_bytes: int, prompt: str, dtype: str | None = None) -> Self:
+    def of_shipped_model(
+        cls, *, text_bytes: int, prompt: str, dtype: str | None = None, window: int = WINDOW
+    ) -> Self:
         """The model that ships with fdq, on held-out text of the standard library."""
         from fdq.analysis import sample_text
         from fdq.analysis.shipped_model import shipped_model_path
@@ -81,6 +85,7 @@ class Comparison:
             is_reference_text=whole.sha256 == sample_text.REFERENCE_SHA256,
             prompt=prompt,
             dtype=dtype,
+            window=window,
         )
 
     def original(self, progress: Progress | None = None) -> Row:
@@ -92,7 +97,7 @@ class Comparison:
         tell(0.0, "loading")
         model = load(self.source, dtype=self.dtype)
         tell(0.1, "reading the text")
-        self._recorded = record_logits(model, self.tokens, window=WINDOW)
+        self._recorded = record_logits(model, self.tokens, window=self.window)
         disk_bytes = inspect(self.source).disk_bytes
         return self._row("original", model, disk_bytes, 0.0, _part(tell, 0.4, 1.0))
 
@@ -157,7 +162,7 @@ class Comparison:
             self.tokens,
             reference=self._recorded,
             text_bytes=self.text_bytes,
-            window=WINDOW,
+            window=self.window,
             through_cache=True,
             progress=lambda done, total: tell(0.6 * done / total, "evaluating"),
         )

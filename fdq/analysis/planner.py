@@ -271,7 +271,7 @@ def plan(
 
 def cache_bytes(config: DecoderConfig, cache: CacheSpec | None, *, batch: int, context: int) -> int:
     """Bytes of a cache of `context` tokens for `batch` sequences, scales included; None is C16."""
-    static = None if cache is None or cache.dynamic else abstract_scales(config, cache)
+    static = abstract_scales(config, cache) if cache and cache.calibrated else None
 
     def init(scales: list[LayerScales] | None) -> KVCache:
         return KVCache.init(config, batch, context, cache, scales=scales)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from fdq.cache.floating import FLOATING
-from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE, CacheFormat
+from fdq.cache.format import SCALE_DTYPE, TURNED_SCALE_DTYPE, ZERO_DTYPE, CacheFormat
+from fdq.cache.rotation import rotated
 from fdq.schemes.kinds import CACHE_FORMATS
 from fdq.schemes.scheme import CacheSpec
 from pallas_kernels.typing import Array, Float
@@ -23,7 +24,8 @@ from pallas_kernels.typing import Array, Float
 class CacheTensor:
     """Stands for the keys or the values `[batch, kv_heads, slots, head_dim]` of one layer.
 
-    Invariant: `value = (code - zero) * scale`; see the format for what codes are.
+    Invariant: `value = (code - zero) * scale`; see the format for what codes are. With a transform
+    that is the value of a turned head, see `spec`, after `mean` was taken away.
 
     Attributes:
       codes: `[batch, kv_heads, slots, width]`; width is head_dim unless the format packs channels.
@@ -31,6 +33,8 @@ class CacheTensor:
         `channel`) or `[kv_heads, 1]` (`head`) when static; None for floats.
       zero: zero points, uint8, of the shape of `scale`; None where the format has none.
       spec: the format and where its scales come from; None means floats (C16).
+      mean: what was taken from all values of a channel, static, float32 `[kv_heads, head_dim]`;
+        None for nothing.
       window: of a ring the sliding window that it serves, see `fdq.cache.ring`; None of a tensor
         that has a slot for every position.
       ends: of a ring that several tokens are being written to, [B] int32: tokens from there on are
@@ -41,6 +45,7 @@ class CacheTensor:
     scale: Any = None
     zero: Any = None
     spec: CacheSpec | None = dataclasses.field(default=None, metadata={"static": True})
+    mean: Any = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     ends: Any = None
 
@@ -52,19 +57,22 @@ class CacheTensor:
         *,
         scale: Any = None,
         zero: Any = None,
+        mean: Any = None,
         dtype: Any = jnp.bfloat16,
     ) -> CacheTensor:
         """One without tokens, for values of `shape`, `[batch, kv_heads, slots, head_dim]`.
 
-        `scale` and `zero` are the calibrated ones of a static spec, `dtype` is that of floats.
+        `scale`, `zero` and `mean` are the calibrated ones, `dtype` is that of floats.
         """
         format = format_of(spec)
         width = format.width(shape[-1])
         codes = jnp.zeros((*shape[:-1], width), format.code_dtype or dtype)
         if spec is not None and spec.dynamic:
             scale = jnp.zeros(shape[:-1], SCALE_DTYPE)
+            if spec.transform != "none":
+                scale = scale.astype(TURNED_SCALE_DTYPE)
             zero = jnp.zeros(shape[:-1], ZERO_DTYPE) if format.has_zero else None
-        return cls(codes, scale, zero, spec)
+        return cls(codes, scale, zero, spec, mean)
 
     @property
     def format(self) -> CacheFormat:
@@ -75,6 +83,16 @@ class CacheTensor:
     def dynamic(self) -> bool:
         """Whether scales belong to tokens, and are written along with them."""
         return self.spec is not None and self.spec.dynamic
+
+    @property
+    def rotated(self) -> bool:
+        """Whether what is stored are turned heads."""
+        return self.spec is not None and self.spec.transform != "none"
+
+    @property
+    def kernel(self) -> str | None:
+        """What kernels call such a tensor; None where they do not read it."""
+        return None if self.rotated else self.format.kernel
 
     @property
     def head_dim(self) -> int:
@@ -91,26 +109,41 @@ class CacheTensor:
         """Bytes of codes, scales and zero points; also of an abstract tensor."""
         return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
 
-    def replace(self, **fields: Any) -> CacheTensor:
+    def replace(self, **fields: Any) -> Self:
         """The same with other arrays."""
         return dataclasses.replace(self, **fields)
 
-    def encode(self, x: jax.Array) -> CacheTensor:
+    def axes(self) -> Self:
+        """Of each array what its axes are: b, h(eads), s(lots), d (channels), or - for neither."""
+        small = "bhs" if self.dynamic else "hd"
+        held = {"codes": "bhsd", "scale": small, "zero": small, "mean": "hd"}
+        return self.replace(**{k: axes for k, axes in held.items() if getattr(self, k) is not None})
+
+    def settled(self) -> Self:
+        """As it is kept from one call to the next."""
+        return self
+
+    def ending(self, ends: jax.Array | None) -> Self:
+        """The same, where slots at and after `ends` [B] are written, if at all, with padding."""
+        del ends
+        return self
+
+    def encode(self, x: jax.Array) -> Self:
         """`x [B, KH, T, D]` as this tensor stores it: T slots, in the dtypes of its arrays."""
         one = quantize_cache(x, self.spec, **self._static()).replace(window=self.window)
         like = self.replace(ends=None)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), one, like)
 
-    def take(self, rows: jax.Array) -> CacheTensor:
+    def take(self, rows: jax.Array) -> Self:
         """The sequences `rows`, [N] int32; static scales belong to all of them."""
         taken = jax.tree.map(lambda a: a[rows], self._of_sequences())
         return taken.replace(**self._copied_static())
 
-    def insert(self, rows: jax.Array, other: CacheTensor) -> CacheTensor:
+    def insert(self, rows: jax.Array, other: CacheTensor) -> Self:
         """With the sequences of `other`, of at most as many slots, in place of `rows`."""
         mine, theirs = self._of_sequences(), other._of_sequences()
         kinds = [
-            [(a.shape[1], a.shape[3:], a.dtype) for a in jax.tree.leaves(tensor)]
+            [(a.shape[1:2], a.shape[3:], a.dtype) for a in jax.tree.leaves(tensor)]
             for tensor in (mine, theirs)
         ]
         if self.spec != other.spec or kinds[0] != kinds[1]:
@@ -125,10 +158,13 @@ class CacheTensor:
             known = not any(isinstance(a, Tracer) for a in pair)
             if known and not np.array_equal(np.asarray(pair[0]), np.asarray(pair[1])):
                 raise ValueError(f"insert: the static {name} of the two caches differs.")
-        slots = other.codes.shape[2]
         theirs = theirs.replace(window=self.window)
-        put = jax.tree.map(lambda old, new: old.at[rows, :, :slots].set(new), mine, theirs)
-        return put.replace(**self._copied_static())
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            # All heads and channels, and the slots that there are.
+            return old.at[rows, *(slice(0, n) for n in new.shape[1:])].set(new)
+
+        return jax.tree.map(put, mine, theirs).replace(**self._copied_static())
 
     def _copied_static(self) -> dict[str, Any]:
         """As `_static`, for another cache: either may be donated."""
@@ -137,9 +173,10 @@ class CacheTensor:
     def _static(self) -> dict[str, Any]:
         """What belongs to no sequence: calibrated scales and zero points."""
         held = {} if self.dynamic else {"scale": self.scale, "zero": self.zero}
+        held["mean"] = self.mean
         return {name: array for name, array in held.items() if array is not None}
 
-    def _of_sequences(self) -> CacheTensor:
+    def _of_sequences(self) -> Self:
         return self.replace(**dict.fromkeys(self._static()))
 
     def _kind(self) -> str:
@@ -153,6 +190,9 @@ class CacheTensor:
             values = values - self.over_channels(self.zero)
         if self.scale is not None:
             values = values * self.over_channels(self.scale)
+        values = rotated(values) if self.rotated else values
+        if self.mean is not None:
+            values = values + self.mean[None, :, None, :]
         return values.astype(dtype)
 
     def over_channels(self, small: jax.Array) -> jax.Array:
@@ -167,7 +207,12 @@ def format_of(spec: CacheSpec | None) -> CacheFormat:
 
 
 def quantize_cache(
-    x: Float[Array, "b kh t d"], spec: CacheSpec | None, *, scale: Any = None, zero: Any = None
+    x: Float[Array, "b kh t d"],
+    spec: CacheSpec | None,
+    *,
+    scale: Any = None,
+    zero: Any = None,
+    mean: Any = None,
 ) -> CacheTensor:
     """Keys (after the rotation) or values as codes, scales and zero points.
 
@@ -177,6 +222,7 @@ def quantize_cache(
       scale: the calibrated one of a static spec, `[KH, D]` or `[KH, 1]`; not allowed for a dynamic
         one.
       zero: likewise, where the format has zero points.
+      mean: of each channel, `[KH, D]`, taken away first; of `centered` specs, of keys.
 
     Returns:
       T slots; static scales are those that were given.
@@ -186,6 +232,8 @@ def quantize_cache(
     """
     if spec is None:
         return CacheTensor(x)
+    if spec.granularity in OTHER_TENSORS:
+        return OTHER_TENSORS[spec.granularity].of(x, spec)
     format = format_of(spec)
     if spec.dynamic == (scale is not None):
         kind = "dynamic" if spec.dynamic else "static"
@@ -199,9 +247,22 @@ def quantize_cache(
         made = CacheTensor(None, scale, zero, spec)
         wide_zero = None if zero is None else made.over_channels(zero)
         return made.replace(codes=format.encode(x, made.over_channels(scale), wide_zero))
+    if mean is not None:
+        x = x - mean.astype(jnp.float32)[None, :, None, :]
+    turned = spec.transform != "none"
+    x = rotated(x) if turned else x
     wide_scale, wide_zero = format.fit(*format.token_range(x))
+    scale = wide_scale
+    if turned:  # codes are of the scale that is kept
+        scale = wide_scale.astype(TURNED_SCALE_DTYPE)
+        wide_scale = scale.astype(jnp.float32)
     zero = None if wide_zero is None else wide_zero[..., 0].astype(ZERO_DTYPE)
-    return CacheTensor(format.encode(x, wide_scale, wide_zero), wide_scale[..., 0], zero, spec)
+    codes = format.encode(x, wide_scale, wide_zero)
+    return CacheTensor(codes, scale[..., 0], zero, spec, mean)
+
+
+OTHER_TENSORS: dict[str, Any] = {}
+"""Classes beside `CacheTensor` by the granularity that they are of."""
 
 
 def sample_scales(

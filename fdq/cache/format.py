@@ -13,6 +13,9 @@ from fdq.schemes.scheme import CacheSpec
 SCALE_DTYPE = jnp.float32
 """Of scales: 32 / D bits an element (FastDeploy's dynamic cache stores bfloat16)."""
 
+TURNED_SCALE_DTYPE = jnp.bfloat16
+"""Of scales that no kernel reads: of heads that are turned, and of blocks."""
+
 ZERO_DTYPE = jnp.uint8
 """Of zero points."""
 
@@ -20,12 +23,22 @@ SMALLEST_RANGE = 1e-10
 """What a scale is made from where all numbers are zero."""
 
 
+MOST_ZERO = 1000.0
+"""Steps that a zero point with a fraction may be away from codes: float16 has quarters there."""
+
+
+def _kept(scale: jax.Array) -> jax.Array:
+    return scale.astype(TURNED_SCALE_DTYPE).astype(jnp.float32)
+
+
 class CacheFormat:
     """One way to store keys (after the rotation) and values; symmetric unless it says otherwise.
 
     Invariant: `value = (code - zero) * scale`, with one scale (and zero point, where the format has
     them) for each token and head (dynamic), or for each channel or head (static). Attention relies
-    on it: scales multiply scores and outputs, never the cache.
+    on it: scales multiply scores and outputs, never the cache. With granularity `block` a scale
+    belongs to a channel of some tokens, or to a token's channels, and zero points have fractions;
+    then attention decodes as many slots as it reads at a time.
 
     A format of your own derives from this class, says what differs and is added with
     `fdq.cache.CACHE_FORMATS.register(MyFormat())`.
@@ -75,6 +88,18 @@ class CacheFormat:
         """Scale and zero point (float32, or None) for numbers between `low` and `high`."""
         largest = jnp.maximum(-low, high)
         return quotient(jnp.maximum(largest, jnp.float32(SMALLEST_RANGE)), self.bound), None
+
+    def fit_range(self, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """As `fit`, but the range need not have 0 in it, and scales are rounded as they are kept.
+
+        The zero point then has a fraction, and lies within MOST_ZERO steps.
+        """
+        if not self.has_zero:
+            return _kept(self.fit(low, high)[0]), None
+        middle = (low + high) * jnp.float32(0.5)
+        least = jnp.maximum(jnp.abs(middle) / MOST_ZERO, jnp.float32(SMALLEST_RANGE))
+        scale = _kept(jnp.maximum(quotient(high - low, self.bound), least))
+        return scale, jnp.float32(self.bound / 2) - quotient(middle, scale)
 
     def encode(self, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
         """float32 `x [B, KH, T, D]` -> codes; `scale` and `zero` float32 that broadcast to it."""

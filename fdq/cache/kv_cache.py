@@ -16,8 +16,9 @@ from jax.sharding import NamedSharding
 
 from fdq.cache import limits, ring, shardings
 from fdq.cache.batch_rows import batch_rows
-from fdq.cache.cache_tensor import CacheTensor
+from fdq.cache.cache_tensor import OTHER_TENSORS, CacheTensor
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE
+from fdq.cache.held_scale import held_scale, what_is_calibrated
 from fdq.schemes.scheme import CacheSpec
 
 _SMALL_BYTES = 64 * 2**20
@@ -55,12 +56,15 @@ class LayerScales:
     Attributes:
       k, v: `[kv_heads, head_dim]` (granularity `channel`) or `[kv_heads, 1]` (`head`), float32.
       k_zero, v_zero: zero points of the same shape; only where the spec has them.
+      k_mean: means of keys `[kv_heads, head_dim]`, float32; only of `centered` specs, which have
+        none of the others.
     """
 
     k: Any
     v: Any
     k_zero: Any = None
     v_zero: Any = None
+    k_mean: Any = None
 
 
 type Stored = tuple[tuple[int, int], tuple[int, int]]
@@ -78,6 +82,8 @@ def abstract_scales(config: Any, spec: CacheSpec) -> list[LayerScales]:
     """The scales that a static spec needs, as ShapeDtypeStructs; one `LayerScales` a layer."""
 
     def of(stored: Stored) -> LayerScales:
+        if spec.dynamic:
+            return LayerScales(k=None, v=None, k_mean=jax.ShapeDtypeStruct(stored[0], SCALE_DTYPE))
         shapes = [spec.static_shape(heads, width) for heads, width in stored]
         k, v = (jax.ShapeDtypeStruct(shape, SCALE_DTYPE) for shape in shapes)
         k_zero, v_zero = (
@@ -96,6 +102,10 @@ class LayerCache(NamedTuple):
 
     k: CacheTensor
     v: CacheTensor
+
+    def settled(self) -> LayerCache:
+        """As it is kept from one call to the next."""
+        return LayerCache(self.k.settled(), self.v.settled())
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +178,7 @@ class KVCache:
             )
         count = config.num_layers
         specs = layer_specs(format, count)
-        if scales is not None and all(spec is None or spec.dynamic for spec in specs):
+        if scales is not None and not any(spec and spec.calibrated for spec in specs):
             raise ValueError(f"KV cache format {format} computes its scales; got scales as well")
         if scales is not None and len(scales) != count:
             raise ValueError(f"got scales of {len(scales)} layers, expected {count}")
@@ -181,7 +191,10 @@ class KVCache:
             )
         ask = getattr(config, "ring_window", lambda layer: None)
         windows = [ask(layer) for layer in range(count)]
-        slots = [ring.ring_slots(window, spare, max_length) for window in windows]
+        slots = [
+            None if _in_blocks(spec) else ring.ring_slots(window, spare, max_length)
+            for window, spec in zip(windows, specs, strict=True)
+        ]
         length = jnp.zeros((batch,), jnp.int32)
         if not isinstance(length, Tracer):
             heads = max((heads for layer in stored for heads, _ in layer), default=1)
@@ -285,6 +298,11 @@ class KVCache:
             ring.check_rollback(length, self.reach, self.spare)
         return dataclasses.replace(self, length=length)
 
+    def ending(self, ends: Any) -> KVCache:
+        """The cache, where what is written at and after slots `ends` [B] is padding; None: none."""
+        layers = tuple(LayerCache(*(t.ending(ends) for t in layer)) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
+
     @property
     def max_length(self) -> int:
         """Tokens per sequence."""
@@ -341,6 +359,11 @@ def _check_memory(
     limits.refuse_what_does_not_fit(slots, by_slot, always=in_rings)
 
 
+def _in_blocks(spec: CacheSpec | None) -> bool:
+    """Whether a tensor of another kind stores it, which is never a ring."""
+    return spec is not None and spec.granularity in OTHER_TENSORS
+
+
 def _empty_layer(
     batch: int,
     slots: int,
@@ -350,29 +373,26 @@ def _empty_layer(
     dtype: Any,
 ) -> LayerCache:
     shapes = [(batch, heads, slots, width) for heads, width in stored]
-    if spec is None or spec.dynamic:
+    if spec is not None and _in_blocks(spec):
+        empty = OTHER_TENSORS[spec.granularity].empty
+        pair = zip(shapes, (True, False), strict=True)
+        return LayerCache(*(empty(shape, spec, dtype=dtype, keys=keys) for shape, keys in pair))
+    if spec is None or not spec.calibrated:
         return LayerCache(*(CacheTensor.empty(shape, spec, dtype=dtype) for shape in shapes))
     if scales is None:
         raise ValueError(
-            f"KV cache {spec.format} with static scales per {spec.granularity} needs scales: "
+            f"KV cache {spec.format} with {what_is_calibrated(spec)} needs scales: "
             "pass scales=calibration.cache_scales(spec), or use a dynamic format such as C8"
         )
+    if spec.dynamic:
+        mean = held_scale(scales.k_mean, "k_mean", shapes[0], SCALE_DTYPE, whole=True)
+        keys = CacheTensor.empty(shapes[0], spec, mean=mean)
+        return LayerCache(keys, CacheTensor.empty(shapes[1], spec))
     pair = []
     for name, shape in zip("kv", shapes, strict=True):
-        given = {"scale": _static(getattr(scales, name), name, shape, SCALE_DTYPE)}
+        given = {"scale": held_scale(getattr(scales, name), name, shape, SCALE_DTYPE)}
         if spec.zero_point:
             zero = f"{name}_zero"
-            given["zero"] = _static(getattr(scales, zero), zero, shape, ZERO_DTYPE)
+            given["zero"] = held_scale(getattr(scales, zero), zero, shape, ZERO_DTYPE)
         pair.append(CacheTensor.empty(shape, spec, **given))
     return LayerCache(*pair)
-
-
-def _static(array: Any, name: str, shape: tuple[int, int, int, int], dtype: Any) -> jax.Array:
-    """A copy: the cache is donated, and the caller's scales must survive that."""
-    found = None if array is None else jnp.shape(array)
-    heads, d = shape[1], shape[3]
-    if found not in ((heads, d), (heads, 1)):
-        raise ValueError(
-            f"static KV scales {name}: got shape {found}, expected {(heads, d)} or {(heads, 1)}"
-        )
-    return jnp.array(array, dtype, copy=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fdq.cache.cache_tensor import CacheTensor
@@ -40,20 +41,12 @@ def of_batch(sharding: NamedSharding) -> NamedSharding:
 def of_tensor(tensor: CacheTensor, sharding: NamedSharding) -> CacheTensor:
     """A CacheTensor of shardings; an abstract one says which arrays there are."""
     batch, by_head, slots, channels = (*sharding.spec, *[None] * (4 - len(sharding.spec)))
-    heads = by_head if tensor.shape[1] > 1 else None
+    names = {"b": batch, "h": by_head, "s": slots, "d": channels, "-": None}
 
-    def of(*entries: Any) -> NamedSharding:
+    def one(axes: str, array: Any) -> NamedSharding:
+        # A single head or number is not cut.
+        whole = [axis in "hd" and n == 1 for axis, n in zip(axes, array.shape, strict=True)]
+        entries = (None if w else names[axis] for axis, w in zip(axes, whole, strict=True))
         return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
-    def small(array: Any) -> NamedSharding | None:
-        if array is None:
-            return None
-        if tensor.dynamic:
-            return of(batch, heads, slots)
-        return of(heads, channels if array.shape[-1] > 1 else None)
-
-    return tensor.replace(
-        codes=of(batch, heads, slots, channels),
-        scale=small(tensor.scale),
-        zero=small(tensor.zero),
-    )
+    return jax.tree.map(one, tensor.axes(), tensor)

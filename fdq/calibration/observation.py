@@ -84,13 +84,15 @@ class _Observed(nnx.Module):
 
 
 class _CacheObserver(nnx.Module):
-    """The range of keys and values, per KV head and channel."""
+    """The range of keys and values and the mean of keys, per KV head and channel."""
 
     def __init__(self, keys: tuple[int, int], values: tuple[int, int]):
         for name in ("k_min", "v_min", "k_max", "v_max"):
             start = _LARGEST if name.endswith("min") else -_LARGEST
             shape = keys if name.startswith("k") else values
             setattr(self, name, Observed(jnp.full(shape, start, jnp.float32)))
+        self.k_total = Observed(jnp.zeros(keys, jnp.float32))
+        self.k_count = Observed(jnp.zeros((), jnp.float32))
 
     def __call__(self, k: jax.Array, v: jax.Array) -> None:
         real = _real_rows(k, 2)
@@ -103,6 +105,17 @@ class _CacheObserver(nnx.Module):
             low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
             low.set_value(jnp.minimum(low.get_value(), least.min(axis=0)))
             high.set_value(jnp.maximum(high.get_value(), most.max(axis=0)))
+        keys = k.astype(jnp.float32).reshape(-1, *k.shape[2:])
+        seen = jnp.ones((keys.shape[0],), jnp.float32) if real is None else real.astype(jnp.float32)
+        total = jnp.sum(keys * seen[:, None, None], axis=0)
+        self.k_total.set_value(self.k_total.get_value() + total)
+        self.k_count.set_value(self.k_count.get_value() + seen.sum())
+
+    def ranges(self) -> KeyValueRange:
+        """What was seen."""
+        count = np.maximum(np.asarray(value(self.k_count)), 1)
+        ends = {name: np.asarray(value(getattr(self, name))) for name in RANGE_FIELDS}
+        return KeyValueRange(**ends, k_mean=np.asarray(value(self.k_total)) / count)
 
 
 def calibrate(
@@ -173,10 +186,7 @@ def calibrate(
         mean_square[path] = np.asarray(value(observer.total)) / count[..., None]
     if not absmax:
         raise ValueError("no linear layer was called: there is nothing to calibrate")
-    ranges = tuple(
-        KeyValueRange(**{name: np.asarray(value(getattr(observer, name))) for name in RANGE_FIELDS})
-        for observer in attentions
-    )
+    ranges = tuple(observer.ranges() for observer in attentions)
     return Calibration(absmax=absmax, mean_square=mean_square, cache=ranges, tokens=seen)
 
 

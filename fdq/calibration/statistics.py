@@ -23,15 +23,20 @@ _SMALLEST = 1e-10  # as in fdq.ops: a channel that was never active gets a scale
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyValueRange:
-    """Smallest and largest key and value seen by one layer, each `[kv_heads, head_dim]`."""
+    """Smallest and largest key and value seen by one layer, each `[kv_heads, head_dim]`.
+
+    `k_mean` is the mean key, likewise; None in statistics of an older fdq.
+    """
 
     k_min: np.ndarray
     k_max: np.ndarray
     v_min: np.ndarray
     v_max: np.ndarray
+    k_mean: np.ndarray | None = None
 
 
-RANGE_FIELDS = tuple(field.name for field in dataclasses.fields(KeyValueRange))
+RANGE_FIELDS = ("k_min", "k_max", "v_min", "v_max")
+CACHE_FIELDS = (*RANGE_FIELDS, "k_mean")
 
 STATISTICS = ("absmax", "mean_square")
 """Fields of `Calibration` that hold a statistic of each kernel's input channels."""
@@ -98,7 +103,7 @@ class Calibration:
             layer = re.fullmatch(r"(\d+)/(\w+)", rest)
             if kind in fields and rest and array.ndim and (array >= 0).all():
                 fields[kind][rest] = array
-            elif kind == "cache" and layer and layer[2] in RANGE_FIELDS and array.ndim == 2:
+            elif kind == "cache" and layer and layer[2] in CACHE_FIELDS and array.ndim == 2:
                 layers.setdefault(int(layer[1]), {})[layer[2]] = array
             else:
                 raise ValueError(f"{path}: {name!r} of shape {array.shape} is no such statistic.")
@@ -106,7 +111,7 @@ class Calibration:
             for other in fields["absmax"].keys() ^ values.keys():
                 raise ValueError(f"{path}: {other!r} has absmax or {kind}, and not both.")
         for number, layer in enumerate(sorted(layers)):
-            if layer != number or set(layers[layer]) != set(RANGE_FIELDS):
+            if layer != number or not layers[layer].keys() >= set(RANGE_FIELDS):
                 raise ValueError(f"{path}: the range of keys and values of layer {number} lacks.")
         cache = tuple(KeyValueRange(**layers[layer]) for layer in sorted(layers))
         return cls(**fields, cache=cache, tokens=tokens)
@@ -118,7 +123,8 @@ class Calibration:
             for path, array in values.items()
         }
         for number, layer in enumerate(self.cache):
-            arrays |= {f"cache/{number}/{name}": getattr(layer, name) for name in RANGE_FIELDS}
+            held = {name: getattr(layer, name) for name in CACHE_FIELDS}
+            arrays |= {f"cache/{number}/{k}": a for k, a in held.items() if a is not None}
         return arrays
 
     def activation_scale(self, path: str, spec: ActivationSpec) -> jax.Array:
@@ -144,16 +150,21 @@ class Calibration:
         extended to 0, and zero = round(-min / scale).
 
         Args:
-          spec: a static CacheSpec, per `channel` or `head`.
+          spec: a static CacheSpec, per `channel` or `head`, or a `centered` one, which gets means.
 
         Raises:
-          ValueError: a dynamic format, or a model whose attention was not observed.
+          ValueError: a format that needs neither, a model whose attention was not observed, or
+            statistics of an fdq that did not look at means.
         """
         parsed = parse_format(spec)
-        if parsed is None or parsed.dynamic:
+        if parsed is None or not parsed.calibrated:
             raise ValueError(f"KV cache format {spec} needs no calibrated scales")
         if not self.cache:
             raise ValueError("no keys and values were observed: the model has no fdq.nn.Attention")
+        if parsed.dynamic:
+            if any(seen.k_mean is None for seen in self.cache):
+                raise ValueError(f"{parsed}: these statistics have no means of keys; make new ones")
+            return [LayerScales(k=None, v=None, k_mean=seen.k_mean) for seen in self.cache]
         layers = []
         for seen in self.cache:
             k, k_zero = _scale(seen.k_min, seen.k_max, parsed)

@@ -304,9 +304,10 @@ def check_cache(name: str | None, model: Any) -> None:
     from fdq.cache.kv_cache import parse_format
 
     spec = None if name is None else parse_format(name)
-    if spec is not None and not spec.dynamic and model.cache_scales is None:
+    if spec is not None and spec.calibrated and model.cache_scales is None:
+        what = "means of keys" if spec.dynamic else "static scales"
         raise ValueError(
-            f"--cache {name} has static scales, which this checkpoint lacks: convert the original "
+            f"--cache {name} has {what}, which this checkpoint lacks: convert the original "
             f"to a scheme with that cache, such as W8A16{spec}, with --calibration-text FILE."
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.export
 
+from fdq.cache.block_tensor import BlockTensor
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.cache.kv_cache import KVCache, LayerCache, LayerScales
 from fdq.decoding.sampling import Sampling
@@ -28,11 +29,22 @@ def _tensor_from_json(fields: dict[str, Any] | None) -> tuple[CacheSpec | None, 
     return None if fields is None else CacheSpec(**fields), window
 
 
+def _blocks_to_json(static: tuple[CacheSpec, None, tuple[int, int]]) -> dict[str, Any]:
+    spec, _, unit = static
+    return {"spec": dataclasses.asdict(spec), "unit": list(unit)}
+
+
+def _blocks_from_json(fields: dict[str, Any]) -> tuple[CacheSpec, None, tuple[int, int]]:
+    rows, columns = fields["unit"]
+    return CacheSpec(**fields["spec"]), None, (rows, columns)
+
+
 def _as_it_is(count: int | None) -> int | None:
     return count
 
 
 register(CacheTensor, _tensor_to_json, _tensor_from_json)
+register(BlockTensor, _blocks_to_json, _blocks_from_json)
 register(Sampling, _as_it_is, _as_it_is)
 register(KVCache, list, tuple)
 for _kind in (LayerScales, DecodeState):

@@ -145,13 +145,14 @@ def _extend(model: Any, tokens: jax.Array, state: DecodeState) -> tuple[jax.Arra
     each = jnp.arange(t, dtype=jnp.int32)[None]
     # Each token is rotated as its own step would rotate it.
     by_token = first[:, None] + each + 1
-    hidden, cache = feed(model, state.tokens, state.cache, first, t, by_token, state.length)
+    cache = state.cache.ending(state.length)
+    hidden, cache = feed(model, state.tokens, cache, first, t, by_token, state.length)
     # The window begins earlier than the first token where it would reach beyond the cache.
     inside = jnp.minimum(known[:, None] - 1 - first[:, None] + each, t - 1)[..., None]
     logits = model.head(jnp.take_along_axis(hidden, inside, axis=1))
     follows = known[:, None] + each <= state.length[:, None]
     logits = jnp.where(follows[..., None], logits, jnp.nan)
-    cache = dataclasses.replace(cache, length=state.length - 1)
+    cache = dataclasses.replace(cache.ending(None), length=state.length - 1)
     if state.logprobs is not None:
         state = with_logprobs(state, tokens, logits, known)
     return logits, dataclasses.replace(state, cache=cache)
@@ -186,7 +187,8 @@ def init(
         lengths = jnp.full((b,), width, jnp.int32) if lengths is None else jnp.asarray(lengths)
         if width > 1:
             known = by_length(model, lengths) | by_ring(cache, lengths)
-            cache = model.extend(tokens[:, :-1], cache, jnp.int32(0), **known)[1]
+            cache = model.extend(tokens[:, :-1], cache.ending(lengths), jnp.int32(0), **known)[1]
+            cache = cache.ending(None)
         return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
 
 

@@ -54,7 +54,7 @@ def _extend(
 ):
     model = bind(template, params)
     known = {} if lengths is None else by_length(model, lengths) | by_ring(cache, lengths)
-    return model.extend(tokens, cache, start, **known)[1]
+    return model.extend(tokens, cache.ending(lengths), start, **known)[1].ending(None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)
@@ -69,7 +69,8 @@ def _extend_from(
 ):
     """Writes `count` slots of each sequence, from `start [B]` on, from `tokens [B, capacity]`."""
     start = window_start(start, count, tokens.shape[1])
-    return feed(bind(template, params), tokens, cache, start, count, lengths, lengths)[1]
+    model, cache = bind(template, params), cache.ending(lengths)
+    return feed(model, tokens, cache, start, count, lengths, lengths)[1].ending(None)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "a_trip"), donate_argnums=2)

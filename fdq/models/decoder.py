@@ -210,7 +210,7 @@ class Decoder(nnx.Module):
         """
         format = self.cache_spec if format is None else format
         specs = layer_specs(format, self.config.num_layers)
-        static = any(spec is not None and not spec.dynamic for spec in specs)
+        static = any(spec is not None and spec.calibrated for spec in specs)
         scales = self.cache_scales if static else None
         settings: Any = {"scales": scales, "sharding": sharding, "spare": spare}
         return KVCache.init(self.config, batch, max_length, specs, **settings)

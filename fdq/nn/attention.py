@@ -195,7 +195,7 @@ class Attention(Caching):
             q, *pair = rope_append(qkv, angles, *cache, start, **settings)
             y = attention(q, *pair, lengths=offset + t, offset=offset, **seen)
         with jax.named_scope("o_proj"):
-            return self.o_proj(y.reshape(b, t, -1)), LayerCache(*pair)
+            return self.o_proj(y.reshape(b, t, -1)), LayerCache(*pair).settled()
 
 
 def _through_rings(

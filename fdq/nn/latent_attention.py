@@ -131,7 +131,7 @@ class LatentAttention(Caching):
             seen = {"lengths": offset + t, "offset": offset, "scale": self.scale}
             y = self._attended(q, q_rope, cache, seen)
         with jax.named_scope("o_proj"):
-            return self.o_proj(y.reshape(b, t, -1)), cache
+            return self.o_proj(y.reshape(b, t, -1)), None if cache is None else cache.settled()
 
     def _projected(self, x: Rows, angles: Any) -> tuple[jax.Array, ...]:
         """`q [B, T, H, nope_dim]`, `q_rope`, and with one head latents and rotated channels."""

@@ -45,8 +45,9 @@ def cache_unsupported(k: CacheTensor, v: CacheTensor) -> str | None:
 
     if (k.spec, k.codes.dtype) != (v.spec, v.codes.dtype):
         return f"the kernels take keys and values of one format, found {k.spec} and {v.spec}"
-    if k.spec is not None and k.format.kernel is None:
-        return f"no kernel reads a {k.format.name} cache"
+    if k.spec is not None and k.kernel is None:
+        name = k.format.name if k.format.kernel is None else str(k.spec)
+        return f"no kernel reads a {name} cache"
     if k.head_dim not in HEAD_DIMS:
         return f"the kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, found {k.head_dim}"
     return None

@@ -224,7 +224,7 @@ def _keep_cache_scales(model: Any, cache: CacheSpec | None, inputs: LayerInputs)
     Without calibration a concrete model gets none: `KVCache.init` can be given others, and says so
     where it is not. An abstract model that has a `config` gets their shapes.
     """
-    if cache is None or cache.dynamic or not hasattr(model, "set_cache_scales"):
+    if cache is None or not cache.calibrated or not hasattr(model, "set_cache_scales"):
         return
     seen, config = inputs.calibration, getattr(model, "config", None)
     scales = None if seen is None else seen.cache_scales(cache)

@@ -19,7 +19,14 @@ ACTIVATION_FORMATS = ("int8", "float8_e4m3")
 
 SCALE_SUFFIXES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "ue8m0": "float8_e8m0fnu"}
 ZERO_SUFFIXES = {"sym": "none", "half": "half", "asym": "integer", "affine": "offset"}
-CACHE_SUFFIXES = {"kvtoken": "token_head", "kvchannel": "channel", "kvhead": "head"}
+CACHE_SUFFIXES = {
+    "kvtoken": "token_head",
+    "kvchannel": "channel",
+    "kvhead": "head",
+    "kvblock": "block",
+}
+DYNAMIC_CACHES = ("token_head", "block")
+TRANSFORM_SUFFIXES = {"kvrotated": "rotated", "kvcentered": "centered"}
 
 # Names of FastDeploy's methods and of its documentation that say more than a weight's format (whose
 # names are its `aliases`), beside those that the grammar reads anyway (wint8, w4a8, wfp8afp8 ...).
@@ -45,9 +52,10 @@ _WORDS: dict[str, tuple[str, str, Fields]] = {
     "token": ("a", "what shares a scale", {"granularity": "token"}),
     "static": ("a", "what shares a scale", {"granularity": "tensor", "dynamic": False}),
     **{
-        k: ("c", "what shares a scale", {"granularity": v, "dynamic": v == "token_head"})
+        k: ("c", "what shares a scale", {"granularity": v, "dynamic": v in DYNAMIC_CACHES})
         for k, v in CACHE_SUFFIXES.items()
     },
+    **{k: ("c", "the transform", {"transform": v}) for k, v in TRANSFORM_SUFFIXES.items()},
 }
 _SIZED = re.compile(r"(?P<kind>[gbx])(?P<rows>\d+)(?:x(?P<columns>\d+))?")
 
@@ -130,7 +138,8 @@ def activation_suffixes(spec, block_size: tuple[int, int] | None = None) -> list
 def cache_suffixes(spec) -> list[str]:
     """Suffixes of a CacheSpec."""
     names = {granularity: name for name, granularity in CACHE_SUFFIXES.items()}
-    return [] if spec.granularity == "token_head" else [names[spec.granularity]]
+    suffixes = [] if spec.granularity == "token_head" else [names[spec.granularity]]
+    return suffixes + [k for k, v in TRANSFORM_SUFFIXES.items() if v == spec.transform]
 
 
 def parse(name: str, compat: str | None = None) -> dict[str, Fields | None]:

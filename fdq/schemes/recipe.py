@@ -222,8 +222,9 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether it has static scales, of activations or of the cache."""
         schemes = [self.default, *(rule.scheme for rule in self.rules)]
-        parts = [self.cache, *(scheme.activation for scheme in schemes if scheme is not None)]
-        return any(part is not None and not part.dynamic for part in parts)
+        parts = [scheme.activation for scheme in schemes if scheme is not None]
+        of_cache = self.cache is not None and self.cache.calibrated
+        return of_cache or any(part is not None and not part.dynamic for part in parts)
 
     def match(self, path: str) -> Match:
         """What the tensor at `path` gets, from its path alone (shapes are not looked at)."""

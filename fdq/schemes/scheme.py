@@ -8,14 +8,15 @@ size, scale dtype, zero points) is a field of a spec and a suffix of the name::
 
     W  16 8 4 3 2 (integers)  fp8 fp8e5m2 NF4 MXFP4 MXFP8 NVFP4 CC2
     A  16 8 fp8               needs a quantized W
-    C  16 8 4 fp8
+    C  16 8 4 3 2 fp8
     suffixes of W  -g<rows> -channel -tensor -b<n> -b<rows>x<columns>   what shares a scale
                    -sym -half -asym -affine                             zero point
                    -f32 -bf16 -f16 -ue8m0                               dtype of the scale
                    -dq                                                  double quantization (NF4)
                    -rows                                                an order of rows (GPTQ)
     suffixes of A  -token -x<channels> -static                          what shares a scale
-    suffixes of C  -kvtoken -kvchannel -kvhead                          what shares a scale
+    suffixes of C  -kvtoken -kvchannel -kvhead -kvblock                 what shares a scale
+                   -kvrotated -kvcentered                               rotated heads
 
 Names are case-insensitive, `Int4` means `4`, a missing part means 16, and `str(scheme)` is
 the canonical name: all three parts, and only those suffixes that differ from the defaults.
@@ -148,32 +149,53 @@ class CacheSpec:
     """How keys and values `[batch, kv_head, slot, head_dim]` are stored.
 
     Attributes:
-      format: of `CACHE_FORMATS`: `int8`, `float8_e4m3`, `int4` or one of your own.
+      format: of `CACHE_FORMATS`: `int8`, `float8_e4m3`, `int4`, `int3`, `int2` or one of your own.
       granularity: `token_head` (one scale per token and KV head, dynamic, no calibration),
-        `channel` (static, one per KV head and channel) or `head` (static, one per KV head).
-      dynamic: scales come from the token itself (True) or from calibration (False).
+        `channel` (static, one per KV head and channel), `head` (static, one per KV head) or
+        `block` (dynamic: keys have one for each channel of 32 tokens, values for 64 channels of a
+        token, and the block that is not full yet is kept exact; see `fdq.cache.block_tensor`).
+      dynamic: scales come from the tokens themselves (True) or from calibration (False).
       zero_point: one stored zero point per scale, in the formats that have them (`int4`).
+      transform: what becomes codes: keys and values as they are (`none`), their heads turned by a
+        Hadamard matrix (`rotated`), or that after the calibrated mean of the keys was taken away
+        (`centered`); only with granularity `token_head`.
 
     Raises:
       ValueError: on construction, if the fields contradict each other.
     """
 
     format: str
-    granularity: Literal["token_head", "channel", "head"] = "token_head"
+    granularity: Literal["token_head", "channel", "head", "block"] = "token_head"
     dynamic: bool = True
     zero_point: bool = False
+    transform: Literal["none", "rotated", "centered"] = "none"
 
     def __post_init__(self):
         if self.format not in CACHE_FORMATS:
             problem = f"unknown format; use one of {', '.join(CACHE_FORMATS)}"
         elif self.granularity not in grammar.CACHE_SUFFIXES.values():
             problem = f"unknown granularity {self.granularity!r}"
-        elif self.dynamic != (self.granularity == "token_head"):
-            problem = "granularity 'token_head' is dynamic, 'channel' and 'head' are dynamic=False"
+        elif self.dynamic != (self.granularity in grammar.DYNAMIC_CACHES):
+            problem = (
+                "granularities 'token_head' and 'block' are dynamic, 'channel' and 'head' are "
+                "dynamic=False"
+            )
+        elif self.transform not in ("none", *grammar.TRANSFORM_SUFFIXES.values()):
+            problem = f"unknown transform {self.transform!r}"
+        elif self.transform != "none" and self.granularity != "token_head":
+            problem = (
+                f"transform {self.transform!r} with granularity {self.granularity!r}; heads are "
+                "turned only where a token has a scale of its own, 'token_head'"
+            )
         else:
             problem = CACHE_FORMATS[self.format].problem(self)
         if problem:
             raise ValueError(f"CacheSpec(format={self.format!r}): {problem}")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a cache needs something of a calibration: static scales, or means of keys."""
+        return not self.dynamic or self.transform == "centered"
 
     def static_shape(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
         """Of a calibrated scale: one per KV head and channel, or per KV head."""

@@ -13,6 +13,7 @@ from tests.checkpoints.test_stored_trees import assert_same
 SCHEMES = {
     "W16A16C8-kvchannel": {"k_cache_scale", "v_cache_scale"},
     "W16A16C4-kvchannel": {"k_cache_scale", "k_cache_zero", "v_cache_scale", "v_cache_zero"},
+    "W16A16C4-kvcentered": {"k_cache_mean"},
     "tensor_wise_fp8": {"activation_scale"},
 }
 

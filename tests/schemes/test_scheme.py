@@ -40,12 +40,16 @@ def activation_specs(draw):
 @st.composite
 def cache_specs(draw):
     format = draw(st.sampled_from(list(CACHE_FORMATS)))
-    granularity = draw(st.sampled_from(["token_head", "channel", "head"]))
+    granularity = draw(st.sampled_from(["token_head", "channel", "head", "block"]))
+    dynamic, transform = granularity in ("token_head", "block"), "none"
+    if granularity == "token_head":
+        transform = draw(st.sampled_from(["none", "rotated", "centered"]))
     return CacheSpec(
         format=format,
         granularity=granularity,
-        dynamic=granularity == "token_head",
-        zero_point=format == "int4",
+        dynamic=dynamic,
+        zero_point=CACHE_FORMATS[format].has_zero,
+        transform=transform,
     )
 
 

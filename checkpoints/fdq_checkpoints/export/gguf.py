@@ -40,7 +40,14 @@ FILE_NAME = "model.gguf"
 _BLOCK = 32
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32, "MXFP4": 38}
-_LEFT_OUT = ("k_cache_scale", "v_cache_scale", "k_cache_zero", "v_cache_zero", "activation_scale")
+_LEFT_OUT = (
+    "k_cache_scale",
+    "v_cache_scale",
+    "k_cache_zero",
+    "v_cache_zero",
+    "k_cache_mean",
+    "activation_scale",
+)
 
 
 class GgufExporter:

@@ -33,7 +33,13 @@ from fdq_checkpoints.stream import Progress
 from fdq_checkpoints.tree_paths import Path, Tensor, dotted
 
 _WEIGHT, _INPUT_SCALE = ".weight", "input_scale"
-_CACHE_SCALES = ("k_cache_scale", "v_cache_scale", "k_cache_zero", "v_cache_zero")
+_CACHE_SCALES = (
+    "k_cache_scale",
+    "v_cache_scale",
+    "k_cache_zero",
+    "v_cache_zero",
+    "k_cache_mean",
+)
 _SHARD = r"model(-\d{5,}-of-\d{5,})?\.safetensors"
 
 
@@ -275,7 +281,7 @@ class _Plan(Plan):
     def _notes(self, layers: Sequence[Layer]) -> Iterator[str]:
         spec = self._origin.cache
         if spec is not None and not self._keeps_cache:
-            scales = "" if spec.dynamic else " and its static scales"
+            scales = " and what is calibrated of it" if spec.calibrated else ""
             yield f"The KV cache's format ({spec}){scales} are left out: who runs it chooses one."
         stacks = [self._origin.tensors[path] for path in self._parts.stacks]
         if self._layout is None and any(x.activation is not None for x in (*layers, *stacks)):

@@ -71,7 +71,7 @@ def _belongs(place: Path, tensor: Tensor, shapes: dict[Path, tuple[int, ...]]) -
     room, name = place[:-1], place[-1]
     if name == "activation_scale":
         return (*room, "kernel") in shapes
-    is_scale = name[1:] in ("_cache_scale", "_cache_zero")
+    is_scale = name[1:] in ("_cache_scale", "_cache_zero", "_cache_mean")
     return is_scale and any(path[: len(room)] == room for path in shapes)
 
 

@@ -18,6 +18,7 @@ def abstract_model(stored: StoredTensors, dtype: Any = None) -> models.Decoder:
         cache = Recipe.from_json(recipe).cache if recipe else None
     except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{stored.folder}: config or recipe in fdq.json: {error}") from error
-    if any(str(entry.path[-1]).endswith("_cache_scale") for entry in manifest.tensors) and cache:
+    calibrated = ("_cache_scale", "_cache_mean")
+    if any(str(entry.path[-1]).endswith(calibrated) for entry in manifest.tensors) and cache:
         model.set_cache_scales(abstract_scales(model.config, cache))
     return model

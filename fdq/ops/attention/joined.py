@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.cache.format import CacheFormat
-from fdq.ops.attention.sides import Side
+from fdq.ops.attention.sides import Side, cache_side
 
 
 @jax.tree_util.register_dataclass
@@ -49,12 +49,14 @@ class JoinedSide:
     """As `Side`, as far as attention reads keys: the scores of all parts, added up."""
 
     def __init__(self, keys: JoinedKeys, program: str):
-        self.sides = [Side(part, program) for part in keys.parts]
+        self.sides = [cache_side(part, program) for part in keys.parts]
         self.ends = tuple(itertools.accumulate(keys.widths))[:-1]
         self.chunked = self.sides[0].chunked
         self.lies_as_read = all(side.lies_as_read for side in self.sides)
         # These depend on the program and the number of slots alone.
-        self.chunks, self.kept = self.sides[0].chunks, self.sides[0].kept
+        first = self.sides[0]
+        self.chunks, self.kept, self.slots = first.chunks, first.kept, first.slots
+        self.seen_below = first.seen_below
 
     def block(self, size: int, rows: int) -> int:
         """As `Side.block`."""
@@ -97,4 +99,4 @@ def side_of(keys: CacheTensor | JoinedKeys, program: str) -> Side | JoinedSide:
     """Keys as attention reads them."""
     if isinstance(keys, JoinedKeys):
         return JoinedSide(keys, program)
-    return Side(keys, program)
+    return cache_side(keys, program)

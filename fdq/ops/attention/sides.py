@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdq.cache.block_tensor import BLOCK, BlockTensor
 from fdq.cache.cache_tensor import CacheTensor
+from fdq.cache.rotation import rotated
 from fdq.ops.choice import trace_target
 from fdq.ops.dots import (
     exact_dot,
@@ -103,6 +105,8 @@ _MOST_BYTES = 2**23
 _BYTES_OF_A_SCORE = 16
 MOST_SUMMED = 2**17
 """Slots whose products of two int8 are summed in one int32, at most: 127 * 127 * 2^17 < 2^31."""
+# Of a cache that is decoded to be read: a quarter of a megabyte of each head.
+_DECODED_SLOTS = 512
 # Of a cache that may be nearly empty.
 _BLOCKS = 8
 _FEWEST_SLOTS = 512
@@ -127,7 +131,9 @@ class Side:
                 self.split, self.join = split_bfloat16, join_bfloat16
             elif tensor.format.integer_planes(tensor.codes[:0]) is not None:
                 self.split, self.join = split_rows, join_rows
-        self.lanes = program == "lanes"
+        # A lane decodes the numbers of a byte of its own.
+        apart = tensor.codes.shape[3] * self.planes == tensor.head_dim
+        self.lanes = program == "lanes" and apart
         scale, zero = tensor.scale, tensor.zero
         self.token_scale, self.token_zero = (scale, zero) if tensor.dynamic else (None, None)
         wide = (
@@ -209,7 +215,8 @@ class Side:
         return self._joined(sums, None if step is None else step[:, :, None])
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        """Queries or the output, times static scales."""
+        """Queries or the output, times static scales, or turned as what is stored is."""
+        x = rotated(x) if self.tensor.rotated else x
         return x if self.static_scale is None else x * self.static_scale
 
     def finish_scores(self, scores, query_sum, start, size) -> jax.Array:
@@ -223,6 +230,9 @@ class Side:
 
     def left_in(self, queries: jax.Array) -> jax.Array | None:
         """What `finish_scores` leaves in all scores of `scaled` queries alike, `[B, KH, R, 1]`."""
+        if self.tensor.mean is not None:
+            mean = rotated(self.tensor.mean) if self.tensor.rotated else self.tensor.mean
+            return -jnp.sum(queries * mean[None, :, None, :], axis=-1, keepdims=True)
         if self.static_zero is None:
             return None
         return jnp.sum(queries * self.static_zero, axis=-1, keepdims=True)
@@ -248,10 +258,17 @@ class Side:
         shift = jnp.sum(jnp.sum(weights * zero, axis=-1, keepdims=True), axis=2)
         return [s - shift for s in sums]
 
-    def static_zero_output(self) -> jax.Array:
-        """`[1, KH, 1, D or 1]`: what zero points take from outputs, times the sum of weights."""
-        assert self.static_zero is not None and self.static_scale is not None
+    def left_in_output(self) -> jax.Array | None:
+        """`[1, KH, 1, D or 1]`: what `scaled` leaves in outputs, times the sum of weights."""
+        if self.tensor.mean is not None:
+            return -self.tensor.mean[None, :, None, :]
+        if self.static_zero is None or self.static_scale is None:
+            return None
         return self.static_zero * self.static_scale
+
+    def seen_below(self, position: jax.Array) -> jax.Array:
+        """The slot before which a query at `position` reads what is stored."""
+        return position + 1
 
     def _cut(self, a: jax.Array, start: Any, size: int) -> jax.Array:
         return a if size == self.slots else lax.dynamic_slice_in_dim(a, start, size, axis=2)
@@ -259,3 +276,49 @@ class Side:
     def _of_slots(self, a: jax.Array, start: Any, size: int) -> jax.Array:
         """Scales or zero points of a block, float32 `[B, KH, n, 1, slots]`."""
         return self._chunked(self._cut(a, start, size).astype(jnp.float32), size)[:, :, :, None, :]
+
+
+class BlockSide(Side):
+    """Of a `BlockTensor`: blocks before a query's own, whose scales are not one for a token.
+
+    What is read is decoded, so many slots at a time.
+    """
+
+    tensor: BlockTensor
+
+    def __init__(self, tensor: BlockTensor, program: str):
+        super().__init__(tensor, "decoded" if program != "decoded" else program)
+        self.token_scale = self.token_zero = self.static_scale = self.static_zero = None
+        self.slots = tensor.full
+
+    def block(self, size: int, rows: int) -> int:
+        """Whole blocks of tokens."""
+        size = super().block(min(size, _DECODED_SLOTS), rows)
+        return max(1, -(-size // BLOCK)) * BLOCK
+
+    @property
+    def lies_as_read(self) -> bool:
+        """Never: numbers are made of codes."""
+        return False
+
+    def seen_below(self, position: jax.Array) -> jax.Array:
+        """The first slot of its own block, which is read as it is: `open_block`."""
+        return position // BLOCK * BLOCK
+
+    def _block(self, start, size) -> list[jax.Array]:
+        rows = self.tensor.unit[0]
+
+        def cut(a: jax.Array, rows: int) -> jax.Array:
+            return lax.dynamic_slice_in_dim(a, start // rows, size // rows, axis=2)
+
+        scale, zero = self.tensor.scale, self.tensor.zero
+        parts = cut(self.tensor.codes, 1), cut(scale, rows)
+        planes = self.tensor.decoded_planes(*parts, None if zero is None else cut(zero, rows))
+        return [self._chunked(plane, size) for plane in planes]
+
+
+def cache_side(tensor: CacheTensor, program: str) -> Side:
+    """A cache tensor as attention reads it."""
+    if isinstance(tensor, BlockTensor):
+        return BlockSide(tensor, program)
+    return Side(tensor, program)

@@ -18,7 +18,8 @@ from jax import lax
 
 from fdq.cache.cache_tensor import CacheTensor, join_planes
 from fdq.ops.attention.joined import JoinedKeys, side_of
-from fdq.ops.attention.sides import MOST_SUMMED, Side
+from fdq.ops.attention.open_block import open_parts, start_with
+from fdq.ops.attention.sides import MOST_SUMMED, cache_side
 from fdq.ops.choice import Program, choose_program, trace_target, traced_for
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
@@ -147,12 +148,14 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
     With `decoded` by the program of that name, whatever suits the CPU.
     """
     sliding_window, scale, block_size, softcap, _ = settings
-    a = AttentionArguments(q, k, v, lengths, offset, sliding_window, scale, block_size, sinks)
+    a = AttentionArguments(
+        q, k, v, lengths, offset, sliding_window, scale, block_size, sinks, softcap
+    )
     program = Program("decoded", block_size or _BLOCK) if decoded else a.program()
-    key, value = side_of(a.k, program.name), Side(a.v, program.name)
+    key, value = side_of(a.k, program.name), cache_side(a.v, program.name)
     b, t, h, d = q.shape
     width = a.v.head_dim
-    kh, slots = a.k.shape[1:3]
+    kh, slots = a.k.shape[1], key.slots
     group = h // kh
     block = key.block(program.size, t * group)
     # [B, KH, T * G, D]: the queries of a KV head are the rows of one dot.
@@ -161,7 +164,8 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
     queries = queries.reshape(b, kh, t * group, d)
     position = offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
     position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
-    queries = key.scaled(queries)
+    exact = open_parts(a.k, a.v)
+    plain, queries = queries, key.scaled(queries)
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
     # A softmax does not see what all scores have in common; sinks and caps do.
     common = None if sinks is None and softcap is None else key.left_in(queries)
@@ -177,7 +181,7 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
 
     # A query sees slots from `lower` to before `upper`, [B, T * G].
     lower, first = jnp.zeros_like(position), jnp.int32(0)
-    upper = jnp.minimum(position + 1, lengths[:, None])
+    upper = jnp.minimum(key.seen_below(position), lengths[:, None])
     if sliding_window is not None:
         lower = position - (sliding_window - 1)
         first = jnp.maximum(jnp.min(offset) - (sliding_window - 1), 0) // block
@@ -226,6 +230,8 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
         )
         sink = sink.reshape(*rows, 1)
         start_state = sink, jnp.ones((*rows, 1), jnp.float32), nothing
+    if exact is not None:
+        start_state = start_with(exact, start_state, plain, a)
 
     def in_blocks(state):
         return lax.fori_loop(first, last, lambda i, state: read(i, state, block), state)
@@ -233,7 +239,9 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
     def whole(state):
         return read(0, state, slots)
 
-    if block == slots:
+    if not slots:
+        largest, total, out = start_state
+    elif block == slots:
         largest, total, out = whole(start_state)
     elif a.block_size or not few:
         largest, total, out = in_blocks(start_state)
@@ -241,10 +249,11 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
         most = 2 * block * (last - first) > slots
         largest, total, out = lax.cond(most, whole, in_blocks, start_state)
     out = value.scaled(join_planes(out) / jnp.where(total == 0, jnp.float32(1), total))
-    if value.static_zero is not None:
+    left = value.left_in_output()
+    if left is not None:
         seen = (total > 0).astype(jnp.float32)
         if sinks is not None:
             seen = 1 - jnp.exp(sink - largest) / total
-        out = out - seen * value.static_zero_output()
+        out = out - seen * left
     out = out.reshape(b, kh, t, group, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(b, t, h, width).astype(q.dtype)

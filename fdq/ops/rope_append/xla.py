@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fdq.cache.block_tensor import BlockTensor
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
@@ -112,10 +113,14 @@ def rotated_heads(
 
 def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTensor:
     """`tensor [B, KH, S, D]` with the new tokens `x [B, T, KH, D]`; `start` as in `rope_append`."""
+    if isinstance(tensor, BlockTensor):
+        return tensor.write(x, start)
     new = tensor.encode(x.swapaxes(1, 2))
-    if tensor.dynamic:
-        return jax.tree.map(lambda old, new: _write(old, new, start), tensor, new)
-    return tensor.replace(codes=_write(tensor.codes, new.codes, start))
+    if not tensor.dynamic:
+        return tensor.replace(codes=_write(tensor.codes, new.codes, start))
+    held = ("codes", "scale", "zero")
+    old = {name: a for name in held if (a := getattr(tensor, name)) is not None}
+    return tensor.replace(**{name: _write(a, getattr(new, name), start) for name, a in old.items()})
 
 
 def _write(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
