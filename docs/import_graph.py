@@ -41,6 +41,7 @@ LEVELS = (
     "fdq.ops",
     "fdq.nn fdq.linen",
     "fdq.models",
+    "fdq.sharding",
     "fdq.calibration",
     "fdq.quantizers.modules fdq.quantizers.layer_inputs",
     "fdq.quantizers.assigned",

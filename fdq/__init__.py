@@ -11,6 +11,7 @@ from fdq import linen as linen
 from fdq import models as models
 from fdq import nn as nn
 from fdq import ops as ops
+from fdq import sharding as sharding
 from fdq.adapters.low_rank import lora as lora
 from fdq.adapters.merging import merge_lora as merge_lora
 from fdq.analysis.evaluation import evaluate as evaluate
@@ -45,6 +46,8 @@ from fdq.schemes.scheme import ActivationSpec as ActivationSpec
 from fdq.schemes.scheme import CacheSpec as CacheSpec
 from fdq.schemes.scheme import Scheme as Scheme
 from fdq.schemes.scheme import WeightSpec as WeightSpec
+from fdq.sharding.distribution import shard as shard
+from fdq.sharding.distribution import unshard as unshard
 from fdq.storage import convert as convert
 from fdq.storage import export as export
 from fdq.storage import load as load

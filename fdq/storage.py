@@ -26,6 +26,8 @@ def load(
     *,
     dtype: Any = None,
     sharding: Any = None,
+    mesh: Any = None,
+    mesh_rules: Any = None,
     template: Any = None,
     calibration: Any = None,
     method: str | None = None,
@@ -50,6 +52,10 @@ def load(
       sharding: where arrays go: one `jax.sharding.Sharding`, a mapping from dotted array paths
         (`layers.0.mlp.down_proj.kernel.codes`), or a function of that path and a
         `jax.ShapeDtypeStruct`. By default the default device.
+      mesh: puts a model on the devices of `jax.make_mesh((4, 2), ("tensor", "expert"))`, as
+        `fdq.shard` does: each tensor goes to its devices as it is read, and each process keeps
+        its own part.
+      mesh_rules: which axes of the mesh cut what, see `fdq.sharding.Rules`.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, in an fdq checkpoint quantized or not). Without one these come back as
         nested dicts.
@@ -83,12 +89,15 @@ def load(
     from fdq import models
     from fdq.ops.interleaved_weight import interleave_in_place
     from fdq.ops.preparation import prepare_in_place
+    from fdq.sharding import distribution
 
     loaded = fdq_checkpoints.load(
         path,
         scheme,
         dtype=dtype,
         sharding=sharding,
+        mesh=mesh,
+        mesh_rules=mesh_rules,
         template=template,
         calibration=calibration,
         method=method,
@@ -100,7 +109,9 @@ def load(
         progress=progress,
     )
     if prepare and isinstance(loaded, models.Decoder):
-        if sharding is None:
+        if mesh is not None:
+            distribution.prepare(loaded)
+        elif sharding is None:
             prepare_in_place(loaded)
         else:
             interleave_in_place(loaded)

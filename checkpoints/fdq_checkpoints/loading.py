@@ -1,6 +1,7 @@
 """`load`: a Hugging Face or Paddle directory, or an fdq checkpoint, as a model or a pytree."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from fdq.ops.preparation import unprepare
 from fdq.ops.prepared_weight import PreparedWeight
 from fdq.quantizers.quantization import quantize
 from fdq.schemes.scheme import Scheme
+from fdq.sharding import distribution
 from fdq_checkpoints import stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.file_names import text_folder
@@ -47,6 +49,8 @@ def _load(
     *,
     dtype: Any = None,
     sharding: Shardings = None,
+    mesh: Any = None,
+    mesh_rules: Any = None,
     template: Any = None,
     calibration: Any = None,
     method: str | None = None,
@@ -58,6 +62,10 @@ def _load(
     progress: stream.Progress | None = None,
 ) -> Any:
     stream.check_dtype(dtype)
+    if mesh is not None and (sharding is not None or template is not None):
+        raise ValueError(
+            "load: mesh= puts a model of fdq on devices; leave out sharding, template."
+        )
     folder = checkpoint_directory(path)
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
     is_stored = os.path.lexists(folder / manifests.FILE_NAME)
@@ -65,7 +73,8 @@ def _load(
         sharded = template is not None and _template_shardings(template) is not None
         may_have_adapters = isinstance(template, models.Decoder)
         if scheme is None:
-            return _load_stored(StoredTensors(folder), sharding, template, dtype, verify)
+            stored = StoredTensors(folder)
+            return _load_stored(stored, sharding, template, dtype, verify, mesh, mesh_rules)
         if may_have_adapters or (sharded and sharding is None):
             # Not tensor by tensor: shards are quantized where they are, adapters are not at all.
             stored = StoredTree(folder, verify=verify)  # refuses what is quantized
@@ -76,7 +85,12 @@ def _load(
     if folder.name.endswith(".fdq-tmp"):
         raise CheckpointError(f"{folder}: unfinished; convert or save again.")
 
+    placement: Any = None
+
     def place(tensor: tree_paths.Tensor) -> Any:
+        if placement is not None:
+            return distribution.put(placement, dotted(tensor.path), tensor.value)
+
         def put(path: tree_paths.Path, array: Any) -> Any:
             return restore.put(array, restore.sharding_of(sharding, path, array))
 
@@ -96,22 +110,43 @@ def _load(
         restore.check_shardings(
             sharding, ((t.path, tree_paths.arrays_of(t.value)) for t in tensors)
         )
+        placement = _placement(job.tree, folder, mesh, mesh_rules)
         values = {tensor.path: place(tensor) for tensor in job.tensors(progress=progress)}
         loaded = tree_paths.fill(job.tree, values)
+    if placement is not None:
+        distribution.settle(loaded, placement)
     if isinstance(loaded, models.Decoder):
         _set_text(loaded, beside, stops)
         adapters.tell(folder)
     return loaded
 
 
+def _placement(tree: Any, folder: pathlib.Path, mesh: Any, rules: Any) -> Any:
+    """How a model that is to be loaded lies on a mesh; None without one."""
+    if mesh is None:
+        return None
+    if not isinstance(tree, models.Decoder):
+        raise CheckpointError(
+            f"{folder}: mesh= is for models of fdq, and this is a tree. Give a sharding= of arrays."
+        )
+    return distribution.plan(tree, mesh, rules)
+
+
 def _load_stored(
-    stored: StoredTensors, sharding: Shardings, template: Any, dtype: Any, verify: bool
+    stored: StoredTensors,
+    sharding: Shardings,
+    template: Any,
+    dtype: Any,
+    verify: bool,
+    mesh: Any = None,
+    mesh_rules: Any = None,
 ) -> Any:
     manifest = stored.manifest
     restore.check_shardings(sharding, ((entry.path, entry.arrays) for entry in manifest.tensors))
     if template is not None:
         return _fill_template(stored, sharding, template, verify)
     if manifest.kind == "params":
+        _placement(None, stored.folder, mesh, mesh_rules)
         if dtype is not None:
             raise CheckpointError(f"{stored.folder}: dtype= is for models, this is a pytree.")
         return tree_paths.nested(stored.restore(sharding, verify=verify))
@@ -119,11 +154,17 @@ def _load_stored(
     template = abstract_model(stored, dtype)
     entries = {entry.path: entry for entry in manifest.tensors}
     target = _like_stored(template, entries, stored.folder, cast=True)
-    values = stored.restore(sharding, verify=verify)
+    placement = _placement(target, stored.folder, mesh, mesh_rules)
+    place = None
+    if placement is not None:
+        place = functools.partial(distribution.put, placement)
+    values = stored.restore(sharding, verify=verify, place=place)
     for tensor in tree_paths.flatten(target):
         if not isinstance(tensor.value, tree_paths.QUANTIZED) and dtype is not None:
             values[tensor.path] = values[tensor.path].astype(tensor.value.dtype)
     model = tree_paths.fill(target, values)
+    if placement is not None:
+        distribution.settle(model, placement)
     model.scheme = manifest.scheme
     model.recipe_record = manifest.provenance.get("recipe")
     _set_text(model, stored.folder, stops)

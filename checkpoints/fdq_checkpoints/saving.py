@@ -15,6 +15,7 @@ import numpy as np
 import fdq
 from fdq import models
 from fdq.formats.folded import FoldedWeight
+from fdq.sharding.distribution import unshard
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.file_names import companion_name, companion_names
@@ -33,6 +34,8 @@ def save(
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """What `fdq.save` does and says."""
+    if isinstance(obj, models.Decoder):
+        obj = unshard(obj)  # as on one device: it restores on any mesh
     tensors = tree_paths.flatten(obj)
     if not tensors:
         raise CheckpointError(f"{type(obj).__name__} has no arrays to save.")

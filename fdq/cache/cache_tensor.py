@@ -281,3 +281,8 @@ def join_planes(planes: list[jax.Array]) -> jax.Array:
     if len(planes) == 1:
         return planes[0]
     return jnp.stack(planes, axis=-1).reshape(*planes[0].shape[:-1], -1)
+
+
+def in_other_tensor(spec: CacheSpec | None) -> bool:
+    """Whether a tensor of another kind stores it, which is never a ring."""
+    return spec is not None and spec.granularity in OTHER_TENSORS

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fdq.cache import limits, ring, shardings
 from fdq.cache.batch_rows import batch_rows
-from fdq.cache.cache_tensor import OTHER_TENSORS, CacheTensor
+from fdq.cache.cache_tensor import OTHER_TENSORS, CacheTensor, in_other_tensor
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE
 from fdq.cache.held_scale import held_scale, what_is_calibrated
+from fdq.cache.stored import Stored, on_mesh, repeated_heads, stored_by
+from fdq.schemes.mesh_rules import DEFAULT, Rules
 from fdq.schemes.scheme import CacheSpec
 
 _SMALL_BYTES = 64 * 2**20
@@ -65,17 +67,6 @@ class LayerScales:
     k_zero: Any = None
     v_zero: Any = None
     k_mean: Any = None
-
-
-type Stored = tuple[tuple[int, int], tuple[int, int]]
-"""Heads and channels of what a layer stores of a token, for the one half and the other."""
-
-
-def stored_by(config: Any) -> list[Stored]:
-    """What each layer stores: keys and values of all KV heads, or what `config.stored` says."""
-    usual = (config.num_kv_heads, config.head_dim)
-    ask = getattr(config, "stored", lambda layer: (usual, usual))
-    return [ask(layer) for layer in range(config.num_layers)]
 
 
 def abstract_scales(config: Any, spec: CacheSpec) -> list[LayerScales]:
@@ -141,6 +132,8 @@ class KVCache:
         dtype: Any = None,
         sharding: NamedSharding | None = None,
         spare: int = ring.SPARE,
+        mesh: Any = None,
+        mesh_rules: Rules | None = None,
     ) -> KVCache:
         """An empty cache.
 
@@ -161,6 +154,9 @@ class KVCache:
             (a latent, say) is on every device. By default the default device.
           spare: tokens that may be rolled back where layers have a sliding window, and of
             `Functional.extend` at once.
+          mesh: instead of a sharding, the mesh of a sharded model: heads and sequences are cut as
+            the model is; of fewer KV heads than devices each is held several times.
+          mesh_rules: those that the model is sharded by, see `fdq.sharding.Rules`.
 
         Raises:
           ValueError: an unknown format; scales missing, or given where no format is static; a
@@ -183,6 +179,11 @@ class KVCache:
         if scales is not None and len(scales) != count:
             raise ValueError(f"got scales of {len(scales)} layers, expected {count}")
         stored = stored_by(config)
+        if mesh is not None:
+            if sharding is not None:
+                raise ValueError("KV cache: expected either a sharding or a mesh, found both.")
+            sharding, often = on_mesh(config, batch, mesh, mesh_rules or DEFAULT)
+            stored, scales = repeated_heads(stored, scales, often)
         dtype = jnp.dtype(dtype or config.dtype)
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
             raise ValueError(
@@ -192,7 +193,7 @@ class KVCache:
         ask = getattr(config, "ring_window", lambda layer: None)
         windows = [ask(layer) for layer in range(count)]
         slots = [
-            None if _in_blocks(spec) else ring.ring_slots(window, spare, max_length)
+            None if in_other_tensor(spec) else ring.ring_slots(window, spare, max_length)
             for window, spec in zip(windows, specs, strict=True)
         ]
         length = jnp.zeros((batch,), jnp.int32)
@@ -218,15 +219,19 @@ class KVCache:
         scales = list(scales or [None] * count)
         if sharding is None:
             return make(scales)
-        where = jax.eval_shape(make, scales)
-        layers = tuple(
-            LayerCache(*(shardings.of_tensor(half, sharding) for half in layer))
-            for layer in where.layers
-        )
-        of_batch = shardings.of_batch(sharding)
-        reach = None if where.reach is None else of_batch
-        where = dataclasses.replace(where, layers=layers, length=of_batch, reach=reach)
+        specs_of = jax.eval_shape(make, scales).partition(*sharding.spec)
+        where = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs_of)
         return jax.jit(make, out_shardings=where)(scales)
+
+    def partition(self, *entries: Any) -> KVCache:
+        """A cache of PartitionSpecs, from the entries of `[batch, kv_heads, slots, head_dim]`."""
+        layers = tuple(
+            LayerCache(*(shardings.partition(half, *entries) for half in layer))
+            for layer in self.layers
+        )
+        of_batch = PartitionSpec(*entries[:1])
+        reach = None if self.reach is None else of_batch
+        return dataclasses.replace(self, layers=layers, length=of_batch, reach=reach)
 
     def take(self, rows: Any) -> KVCache:
         """The sequences `rows`, [N] int, in this order; any may come twice, or not at all.
@@ -359,11 +364,6 @@ def _check_memory(
     limits.refuse_what_does_not_fit(slots, by_slot, always=in_rings)
 
 
-def _in_blocks(spec: CacheSpec | None) -> bool:
-    """Whether a tensor of another kind stores it, which is never a ring."""
-    return spec is not None and spec.granularity in OTHER_TENSORS
-
-
 def _empty_layer(
     batch: int,
     slots: int,
@@ -373,7 +373,7 @@ def _empty_layer(
     dtype: Any,
 ) -> LayerCache:
     shapes = [(batch, heads, slots, width) for heads, width in stored]
-    if spec is not None and _in_blocks(spec):
+    if spec is not None and in_other_tensor(spec):
         empty = OTHER_TENSORS[spec.granularity].empty
         pair = zip(shapes, (True, False), strict=True)
         return LayerCache(*(empty(shape, spec, dtype=dtype, keys=keys) for shape, keys in pair))

@@ -33,20 +33,17 @@ def _names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def of_batch(sharding: NamedSharding) -> NamedSharding:
-    """The sharding of `[batch]`, where keys and values have this one."""
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+def partition(tensor: CacheTensor, *entries: Any) -> CacheTensor:
+    """A CacheTensor of PartitionSpecs, from the entries of `[batch, kv_heads, slots, head_dim]`.
 
-
-def of_tensor(tensor: CacheTensor, sharding: NamedSharding) -> CacheTensor:
-    """A CacheTensor of shardings; an abstract one says which arrays there are."""
-    batch, by_head, slots, channels = (*sharding.spec, *[None] * (4 - len(sharding.spec)))
+    An abstract one says which arrays there are.
+    """
+    batch, by_head, slots, channels = (*entries, *[None] * (4 - len(entries)))
     names = {"b": batch, "h": by_head, "s": slots, "d": channels, "-": None}
 
-    def one(axes: str, array: Any) -> NamedSharding:
+    def one(axes: str, array: Any) -> PartitionSpec:
         # A single head or number is not cut.
         whole = [axis in "hd" and n == 1 for axis, n in zip(axes, array.shape, strict=True)]
-        entries = (None if w else names[axis] for axis, w in zip(axes, whole, strict=True))
-        return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+        return PartitionSpec(*(None if w else names[a] for a, w in zip(axes, whole, strict=True)))
 
     return jax.tree.map(one, tensor.axes(), tensor)

@@ -30,6 +30,7 @@ def run(
     ] = None,
     scheme: console.LoadScheme = None,
     cache: console.Cache = None,
+    mesh: console.Mesh = None,
     context: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of a conversation. Default: the model's, at most 8192."),
@@ -66,7 +67,9 @@ def run(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    model = options.text_model(directory, scheme=scheme, cache=cache, dtype=dtype, quiet=json)
+    model = options.text_model(
+        directory, scheme=scheme, cache=cache, dtype=dtype, mesh=mesh, quiet=json
+    )
     longest = getattr(model.config, "max_position", None) or 8192
     talk = Conversation(
         model,

@@ -49,6 +49,14 @@ Destination = Annotated[
 LoadScheme = Annotated[
     str | None, typer.Option("--scheme", "-s", help="Quantize a float checkpoint while loading it.")
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        help="Spread the model over devices: axes tensor, expert and data with their sizes, as in "
+        "tensor=4,expert=2.",
+    ),
+]
 Cache = Annotated[
     str | None, typer.Option(help="Cache format (C16, C8, Cfp8, C4). Default: the scheme's.")
 ]

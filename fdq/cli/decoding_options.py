@@ -94,14 +94,22 @@ def _words(value: Any) -> str:
 
 
 def text_model(
-    directory: pathlib.Path, *, scheme: Any, cache: str | None, dtype: str | None, quiet: bool
+    directory: pathlib.Path,
+    *,
+    scheme: Any,
+    cache: str | None,
+    dtype: str | None,
+    mesh: str | None = None,
+    quiet: bool,
 ) -> Any:
     """A loaded model that has a tokenizer; ValueError for another."""
+    from fdq.schemes.mesh_rules import parse_mesh
     from fdq.storage import load
 
     recipe = console.loading_scheme(scheme)
+    devices = None if mesh is None else parse_mesh(mesh)
     with console.progress("Loading", quiet=quiet, in_bytes=True) as update:
-        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
+        model = load(directory, scheme=recipe, dtype=dtype, mesh=devices, progress=update)
     if model.tokenizer_path is None:
         what = "no tokenizer that fdq reads" if directory.is_file() else "no tokenizer.json"
         raise ValueError(

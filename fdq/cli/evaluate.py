@@ -29,6 +29,7 @@ def run(
     ] = None,
     scheme: console.LoadScheme = None,
     cache: console.Cache = None,
+    mesh: console.Mesh = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 256,
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Read no more of the text than this.")
@@ -40,6 +41,7 @@ def run(
     """Bits per byte and perplexity on a text, through the KV cache; KL to another checkpoint."""
     from fdq.analysis.evaluation import evaluate
     from fdq.decoding.tokenizer import Tokenizer
+    from fdq.schemes.mesh_rules import parse_mesh
     from fdq.storage import load
 
     name = console.spelled(directory)
@@ -49,12 +51,13 @@ def run(
         against = console.checkpoint_directory(against)
     content = read_text(text, max_bytes)
     recipe = console.loading_scheme(scheme)
+    devices = None if mesh is None else parse_mesh(mesh)
     tokenizer = Tokenizer.load(console.text_directory(directory))
     tokens = tokenizer.encode(content, bos=True)
     # Without a token that begins a text, the first one is context only.
     scored = content if tokenizer.bos_token_id is not None else tokenizer.decode(tokens[1:])
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
-        model = load(directory, scheme=recipe, dtype=dtype, progress=update)
+        model = load(directory, scheme=recipe, dtype=dtype, mesh=devices, progress=update)
         reference = None if against is None else load(against, dtype=dtype, progress=update)
     console.check_cache(cache, model)
     with console.progress("Evaluating", quiet=json) as update:

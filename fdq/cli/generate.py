@@ -52,6 +52,7 @@ def run(
     max_tokens: Annotated[int | None, typer.Option(hidden=True)] = None,
     scheme: console.LoadScheme = None,
     cache: console.Cache = None,
+    mesh: console.Mesh = None,
     context: options.Context = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
@@ -92,7 +93,9 @@ def run(
         repetition_penalty=repetition_penalty,
     )
     quiet = json or lines is not None
-    model = options.text_model(directory, scheme=scheme, cache=cache, dtype=dtype, quiet=quiet)
+    model = options.text_model(
+        directory, scheme=scheme, cache=cache, dtype=dtype, mesh=mesh, quiet=quiet
+    )
     prompts = batch.Prompts(model, chat=chat, system=system, template=template)
     keywords: dict[str, Any] = drawing.options | {
         "max_new_tokens": drawing.config.max_new_tokens or options.DEFAULT_NEW_TOKENS,

@@ -106,15 +106,21 @@ def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array
     """See `Functional.step`."""
     checks.is_state("step", state)
     model = bind(template, params)
+    if model.placement is not None:
+        return model.placement.run(model, next_logits, (state,), out=(("logits", 2), 0))
     with mesh_of(params, state):
-        state = on_current_mesh(state)
-        start = state.length - 1
-        with jax.named_scope("last_tokens"):
-            tokens = state.last_tokens()
-        hidden, cache = model.extend(tokens, state.cache, start)
-        # A copy: the state may be donated, whose buffers are all its own.
-        cache = dataclasses.replace(cache, length=jnp.array(state.length, copy=True))
-        return model.head(hidden[:, 0]), dataclasses.replace(state, cache=cache)
+        return next_logits(model, on_current_mesh(state))
+
+
+def next_logits(model: Any, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    """`Functional.step` of a model."""
+    start = state.length - 1
+    with jax.named_scope("last_tokens"):
+        tokens = state.last_tokens()
+    hidden, cache = model.extend(tokens, state.cache, start)
+    # A copy: the state may be donated, whose buffers are all its own.
+    cache = dataclasses.replace(cache, length=jnp.array(state.length, copy=True))
+    return model.head(hidden[:, 0]), dataclasses.replace(state, cache=cache)
 
 
 def extend(
@@ -134,6 +140,9 @@ def extend(
         )
     model = bind(template, params)
     _check_vocabulary("extend: tokens", tokens, model)
+    if model.placement is not None:
+        rows = model.placement.put((tokens, state))
+        return model.placement.run(model, _extend, rows, out=(("logits", 3), 1))
     with mesh_of(params, state):
         return _extend(model, tokens, on_current_mesh(state))
 
@@ -154,7 +163,7 @@ def _extend(model: Any, tokens: jax.Array, state: DecodeState) -> tuple[jax.Arra
     logits = jnp.where(follows[..., None], logits, jnp.nan)
     cache = dataclasses.replace(cache.ending(None), length=state.length - 1)
     if state.logprobs is not None:
-        state = with_logprobs(state, tokens, logits, known)
+        state = with_logprobs(state, tokens, whole_logits(model, logits), known)
     return logits, dataclasses.replace(state, cache=cache)
 
 
@@ -190,6 +199,12 @@ def init(
             cache = model.extend(tokens[:, :-1], cache.ending(lengths), jnp.int32(0), **known)[1]
             cache = cache.ending(None)
         return DecodeState.start(tokens, lengths, cache, key=key, logprobs=return_logprobs)
+
+
+def whole_logits(model: Any, logits: jax.Array) -> jax.Array:
+    """Logits of all tokens, where the model is a shard that has those of some."""
+    axes = model.vocabulary_axes
+    return jax.lax.all_gather(logits, axes, axis=logits.ndim - 1, tiled=True) if axes else logits
 
 
 def _check_vocabulary(what: str, tokens: Any, model: Any, lengths: Any = None) -> None:

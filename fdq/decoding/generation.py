@@ -9,7 +9,8 @@ import numpy as np
 from fdq.cache import limits
 from fdq.decoding import checks, special_tokens
 from fdq.decoding.continuation import Continuation
-from fdq.decoding.loop import LogitsProcessor, prefill, run, stop_table
+from fdq.decoding.loop import prefill, run, stop_table
+from fdq.decoding.programs import LogitsProcessor
 from fdq.decoding.sampling import Sampling, checked
 from fdq.decoding.state import DecodeState
 from fdq.schemes.scheme import CacheSpec

@@ -12,8 +12,7 @@ not compile again, and whatever was changed in the model counts from the next ca
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,12 +21,13 @@ import numpy as np
 from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
-from fdq.decoding import checks
-from fdq.decoding.functional import by_length, by_ring, feed, step, taken, window_start
-from fdq.decoding.sampling import Sampling, checked, sample
+from fdq.decoding import checks, programs
+from fdq.decoding.functional import taken
+from fdq.decoding.programs import LogitsProcessor
+from fdq.decoding.sampling import Sampling, checked
 from fdq.decoding.state import DecodeState
 from fdq.nn.embedding import check_vocabulary, token_array
-from fdq.nn.parameters import Template, bind, current_split
+from fdq.nn.parameters import Template, current_split
 from fdq.ops.placement import mesh_of, on_current_mesh
 
 # A prompt's last chunk is padded to one of few lengths, so that few shapes are compiled.
@@ -35,103 +35,6 @@ _SMALLEST_CHUNK = 16
 
 # A GPU waits for the host at each trip of a loop of unknown length, not at those of a loop within.
 _STEPS_A_TRIP = 16
-
-LogitsProcessor = Callable[[jax.Array, DecodeState], jax.Array]
-"""`(logits [B, V] float32, state) -> logits [B, V]`, pure; -inf rules a token out.
-
-A sequence that it leaves no token (all -inf, or a NaN) is finished, without a further one.
-"""
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _extend(
-    template: Template,
-    params: Any,
-    tokens: jax.Array,
-    cache: KVCache,
-    start: jax.Array,
-    lengths: jax.Array | None = None,
-):
-    model = bind(template, params)
-    known = {} if lengths is None else by_length(model, lengths) | by_ring(cache, lengths)
-    return model.extend(tokens, cache.ending(lengths), start, **known)[1].ending(None)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)
-def _extend_from(
-    template: Template,
-    params: Any,
-    tokens: jax.Array,
-    cache: KVCache,
-    start: jax.Array,
-    count: int,
-    lengths: jax.Array,
-):
-    """Writes `count` slots of each sequence, from `start [B]` on, from `tokens [B, capacity]`."""
-    start = window_start(start, count, tokens.shape[1])
-    model, cache = bind(template, params), cache.ending(lengths)
-    return feed(model, tokens, cache, start, count, lengths, lengths)[1].ending(None)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "a_trip"), donate_argnums=2)
-def _decode(
-    template: Template,
-    params: Any,
-    state: DecodeState,
-    stop_tokens: jax.Array,
-    sampling: Sampling | None = None,
-    processor: Any = None,
-    count: jax.Array | None = None,
-    *,
-    steps: int | None = None,
-    a_trip: int = 1,
-) -> DecodeState:
-    """`steps` steps, or `count` of them where that is None, `a_trip` of them in an inner loop."""
-
-    def body(state: DecodeState) -> DecodeState:
-        logits, state = step(template, params, state)
-        scores = logits
-        if processor is not None:
-            with jax.named_scope("logits_processor"):
-                scores = _processed(processor, logits, state)
-                # False for NaN too: no token can follow.
-                some = jnp.max(scores, axis=-1) > -jnp.inf
-            state = dataclasses.replace(state, finished=state.finished | ~some)
-        with jax.named_scope("sampling"):
-            drawn = sample(scores, state.keys(), sampling)
-        with jax.named_scope("push"):
-            return state.push(drawn, stop_tokens, logits=logits)
-
-    if steps is not None:
-        return jax.lax.scan(lambda state, _: (body(state), None), state, None, length=steps)[0]
-    assert count is not None
-    if a_trip == 1:
-        return jax.lax.fori_loop(0, count, lambda _, state: body(state), state)
-
-    def counted(state: DecodeState, at: jax.Array) -> tuple[DecodeState, None]:
-        """One step, which counts for nothing after the last one that was asked for."""
-        live = at < count
-        new = body(dataclasses.replace(state, finished=state.finished | ~live))
-        length = jnp.where(live, new.cache.length, state.cache.length)
-        return dataclasses.replace(
-            new,
-            finished=jnp.where(live, new.finished, state.finished),
-            cache=dataclasses.replace(new.cache, length=length),
-        ), None
-
-    def trip(i: jax.Array, state: DecodeState) -> DecodeState:
-        return jax.lax.scan(counted, state, i * a_trip + jnp.arange(a_trip, dtype=jnp.int32))[0]
-
-    return jax.lax.fori_loop(0, (count + (a_trip - 1)) // a_trip, trip, state)
-
-
-def _processed(processor: LogitsProcessor, logits: jax.Array, state: DecodeState) -> jax.Array:
-    scores = processor(logits, state)
-    if jnp.shape(scores) != logits.shape:
-        raise ValueError(
-            f"logits_processor: expected logits of shape {logits.shape}, found {jnp.shape(scores)}."
-        )
-    return scores
 
 
 def prefill(
@@ -187,13 +90,16 @@ def prefill(
     template, params = current_split(model)
     if state is None:
         checks.empty(held)
+    if model.placement is not None:
+        held, state = model.placement.put((held, state))
     with mesh_of(params, held):
         if state is not None:
             return _go_on(template, params, prompts, state, chunk)
         held = _read(template, params, prompts, on_current_mesh(held), chunk)
-        return DecodeState.start(
+        state = DecodeState.start(
             prompts.tokens, prompts.lengths, held, key=key, logprobs=return_logprobs
         )
+    return state if model.placement is None else model.placement.put(state)
 
 
 def _read(
@@ -207,7 +113,7 @@ def _read(
         padded = _chunk_length(count, chunk, capacity - start)
         piece = prompts.tokens[:, start : start + padded]
         piece = jnp.pad(piece, ((0, 0), (0, padded - piece.shape[1])))
-        held = _extend(template, params, piece, held, jnp.int32(start), prompts.lengths)
+        held = programs.extend(template, params, piece, held, jnp.int32(start), prompts.lengths)
     return held
 
 
@@ -234,7 +140,9 @@ def _go_on(
             count = min(count, spare)
         padded = _chunk_length(count, chunk, room)
         first = known - 1 + start
-        cache = _extend_from(template, params, state.tokens, cache, first, padded, state.length)
+        cache = programs.extend_from(
+            template, params, state.tokens, cache, first, padded, state.length
+        )
         start += count
     return dataclasses.replace(
         state,
@@ -367,9 +275,9 @@ def run(
     arguments = (template, params, state, stops, sampling, processor)
     with mesh_of(params, state):
         if isinstance(state.length, Tracer):
-            return _decode(*arguments, steps=steps)
+            return programs.decode(*arguments, steps=steps)
         on_cpu = jax.default_backend() == "cpu"
-        return _decode(*arguments, count, a_trip=1 if on_cpu else _STEPS_A_TRIP)
+        return programs.decode(*arguments, count, a_trip=1 if on_cpu else _STEPS_A_TRIP)
 
 
 def stop_table(stop_tokens: Any, batch: int) -> np.ndarray:

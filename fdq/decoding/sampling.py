@@ -161,21 +161,23 @@ def _candidate_count(top_k: Any) -> int | None:
 
 
 def candidates(
-    logits: Float[Array, " vocab"], sampling: Sampling
+    logits: Float[Array, " vocab"], sampling: Sampling, axes: tuple[str, ...] = ()
 ) -> tuple[Int[Array, " c"], Float[Array, " c"]]:
     """The tokens that may be drawn at a temperature above 0.
 
     `logits [V]` -> tokens [C] int32 and their logits [C] float32 after temperature, relative to
     the largest, -inf for those ruled out. The most likely come first where `top_k` or `top_p` need
-    to know; else they are all tokens in order.
+    to know; else they are all tokens in order. Where the vocabulary is cut over mesh axes (in
+    `jax.shard_map`), the latter are those of this device.
     """
     logits = logits.astype(jnp.float32)
     if sampling.top_k is None and sampling.top_p is None:
         tokens, scaled = jnp.arange(logits.size, dtype=jnp.int32), logits
         largest = logits.max()
+        if axes:
+            tokens, largest = tokens + _first_token(logits, axes), jax.lax.pmax(largest, axes)
     else:
-        count = min(sampling._count or logits.size, logits.size)
-        scaled, tokens = jax.lax.top_k(logits, count)
+        scaled, tokens = _most_likely(logits, sampling._count, axes)
         largest = scaled[0]
     # Relative to the largest, which a temperature near 0 must not divide to infinity.
     scaled = (scaled - largest) / jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
@@ -193,19 +195,58 @@ def candidates(
     return tokens, scaled
 
 
+def _first_token(logits: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The first token of the part of the vocabulary that this device has."""
+    return jax.lax.axis_index(axes).astype(jnp.int32) * logits.shape[-1]
+
+
+def _most_likely(
+    logits: jax.Array, count: int | None, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest (None: all) logits and their tokens, the lowest first among equals."""
+    own = min(count or logits.size, logits.size)
+    scaled, tokens = jax.lax.top_k(logits, own)
+    if not axes:
+        return scaled, tokens
+    # Those of each device, whose parts of the vocabulary come in order.
+    tokens = tokens + _first_token(logits, axes)
+    scaled, tokens = (jax.lax.all_gather(a, axes, tiled=True) for a in (scaled, tokens))
+    scaled, places = jax.lax.top_k(scaled, min(count or scaled.size, scaled.size))
+    return scaled, tokens[places]
+
+
+def _largest(scores: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Index int32 of the largest of the last axis, which may be cut; the lowest among equals."""
+    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if not axes:
+        return best
+    largest = jnp.take_along_axis(scores, best[..., None], axis=-1).astype(jnp.float32)
+    best = (best + _first_token(scores, axes))[..., None]
+    # One message: the value and the bits of the index.
+    pairs = jnp.concatenate([largest, jax.lax.bitcast_convert_type(best, jnp.float32)], axis=-1)
+    pairs = jax.lax.all_gather(pairs, axes)
+    first = jnp.argmax(pairs[..., 0], axis=0, keepdims=True)
+    found = jnp.take_along_axis(pairs[..., 1], first, axis=0)[0]
+    return jax.lax.bitcast_convert_type(found, jnp.int32)
+
+
 def sample(
-    logits: Float[Array, "b vocab"], keys: jax.Array | None, sampling: Sampling | None
+    logits: Float[Array, "b vocab"],
+    keys: jax.Array | None,
+    sampling: Sampling | None,
+    axes: tuple[str, ...] = (),
 ) -> Int[Array, " b"]:
     """The next token of each sequence, int32; greedy where `sampling` is None.
 
     Each sequence has a PRNG key of its own, so that it draws the same alone and in a batch; `keys`
-    may be None when greedy.
+    may be None when greedy. In `jax.shard_map` the vocabulary may be cut over mesh `axes`: the
+    tokens are those that one device would draw, and are on every device.
 
     Raises:
       ValueError: a temperature above 0 without keys, or an array of `sampling` that is neither one
         number nor `[B]`.
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = _largest(logits, axes)
     each = None if sampling is None else sampling.for_batch(logits.shape[0])
     if each is None:
         return best
@@ -213,8 +254,15 @@ def sample(
         raise ValueError("sampling with a temperature above 0 needs PRNG keys")
 
     def draw(row: jax.Array, key: jax.Array, best: jax.Array, sampling: Sampling) -> jax.Array:
-        tokens, scaled = candidates(row, sampling)
-        drawn = tokens[jax.random.categorical(key, scaled)].astype(jnp.int32)
+        tokens, scaled = candidates(row, sampling, axes)
+        if axes and sampling.top_k is None and sampling.top_p is None:
+            # The noise of all tokens, as one device has it.
+            whole = scaled.size * jax.lax.axis_size(axes)
+            noise = jax.random.gumbel(key, (whole,), scaled.dtype)
+            own = jax.lax.dynamic_slice_in_dim(noise, _first_token(row, axes), scaled.size)
+            drawn = _largest(scaled + own, axes)
+        else:
+            drawn = tokens[jax.random.categorical(key, scaled)].astype(jnp.int32)
         return jnp.where(sampling.temperature == 0, best, drawn)
 
     # Logits may be sharded over the vocabulary, which a sort does not take on Explicit mesh axes.

@@ -39,7 +39,13 @@ class Decoder(nnx.Module):
       scheme: name of the scheme that the weights are quantized in, None when they are not.
       recipe_record: how that was decided, as JSON.
       tokenizer_path: a tokenizer.json for text prompts, where the checkpoint has one.
+      placement: how it lies on a mesh, see `fdq.sharding`; None on one device, and where arrays
+        were put on devices by hand. Columns of its fused weights are in the order of devices.
+      vocabulary_axes: mesh axes over which logits are cut, in a shard of a model.
     """
+
+    placement: Any = None
+    vocabulary_axes: tuple[str, ...] = ()
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         """Random weights, from the stream `params` of `rngs`.
@@ -96,6 +102,11 @@ class Decoder(nnx.Module):
         """
         if tokens is not None:
             tokens = self._of_vocabulary(tokens)
+        given = inputs_embeds if tokens is None else tokens
+        if self.placement is not None and given is not None and given.size:
+            rows, settings = (tokens, inputs_embeds), (return_hidden_states,)
+            out = (("logits", 3), "rows") if return_hidden_states else (("logits", 3),)
+            return self.placement.run(self, _logits, rows, settings=settings, out=out)
         with mesh_of(nn.value(self.embed_tokens.embedding), inputs_embeds):
             x = self._embedded(tokens, inputs_embeds)
             b, length, _ = x.shape
@@ -142,6 +153,9 @@ class Decoder(nnx.Module):
         Returns:
           [B, T, H] final hidden states (see `head`), and the updated cache.
         """
+        if self.placement is not None:
+            rows = (tokens, cache, jnp.asarray(start), lengths, inputs_embeds, ends)
+            return self.placement.run(self, _extended, rows, out=("rows", 1))
         x = self._embedded(tokens if inputs_embeds is None else None, inputs_embeds)
         b, t, _ = x.shape
         first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
@@ -159,6 +173,8 @@ class Decoder(nnx.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """`hidden [..., H]` from `extend` -> logits `[..., vocab]` float32."""
+        if self.placement is not None:
+            return self.placement.run(self, _head, (hidden,), out=(("logits", hidden.ndim),))
         with jax.named_scope("lm_head"):
             head = self.embed_tokens.attend if self.lm_head is None else self.lm_head
             return softcapped(head(hidden, out_dtype=jnp.float32), self.config.logit_softcap)
@@ -212,7 +228,11 @@ class Decoder(nnx.Module):
         specs = layer_specs(format, self.config.num_layers)
         static = any(spec is not None and spec.calibrated for spec in specs)
         scales = self.cache_scales if static else None
-        settings: Any = {"scales": scales, "sharding": sharding, "spare": spare}
+        settings: dict[str, Any] = {"sharding": sharding}
+        if self.placement is not None and sharding is None:
+            settings = self.placement.cache_settings
+            scales = self.placement.cache_scales(scales)
+        settings |= {"scales": scales, "spare": spare}
         return KVCache.init(self.config, batch, max_length, specs, **settings)
 
     def _of_vocabulary(self, tokens: Any) -> jax.Array:
@@ -295,6 +315,23 @@ def _with_ends(cache: KVCache, ends: jax.Array | None) -> KVCache:
 
     layers = tuple(LayerCache(*map(of, layer)) for layer in cache.layers)
     return dataclasses.replace(cache, layers=layers)
+
+
+# What a placement runs with the model that each device has.
+
+
+def _logits(model: Decoder, tokens: Any, embeds: Any, return_hidden_states: bool) -> Any:
+    return model(tokens, inputs_embeds=embeds, return_hidden_states=return_hidden_states)
+
+
+def _extended(
+    model: Decoder, tokens: Any, cache: KVCache, start: Any, lengths: Any, embeds: Any, ends: Any
+) -> tuple[jax.Array, KVCache]:
+    return model.extend(tokens, cache, start, lengths=lengths, ends=ends, inputs_embeds=embeds)
+
+
+def _head(model: Decoder, hidden: jax.Array) -> jax.Array:
+    return model.head(hidden)
 
 
 def abstract(config: DecoderConfig, dtype: Any = None) -> Decoder:

@@ -39,7 +39,14 @@ class Embedding(nnx.Module):
 
     Of a quantized table the rows of the tokens are decoded, and as an output head a tile of rows at
     a time; recipes leave embeddings as they are unless a rule names them.
+
+    Attributes:
+      embedding: the table, an `nnx.Param` or a quantized weight.
+      vocabulary_axes: mesh axes over which its rows are cut, in a shard of a model
+        (`fdq.sharding`).
     """
+
+    vocabulary_axes: tuple[str, ...] = ()
 
     def __init__(self, vocab_size: int, features: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (vocab_size, features), dtype) * 0.02
@@ -47,7 +54,14 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """`tokens [...] int -> [..., features]` in `dtype`."""
-        return take(value(self.embedding), tokens, mode="clip", dtype=dtype).astype(dtype)
+        table, axes = value(self.embedding), self.vocabulary_axes
+        if not axes:
+            return take(table, tokens, mode="clip", dtype=dtype).astype(dtype)
+        own = table.shape[0]
+        tokens = tokens.astype(jnp.int32) - jax.lax.axis_index(axes).astype(jnp.int32) * own
+        rows = take(table, tokens, mode="clip", dtype=dtype).astype(dtype)
+        mine = ((tokens >= 0) & (tokens < own))[..., None]
+        return jax.lax.psum(jnp.where(mine, rows, jnp.zeros_like(rows)), axes)
 
     def attend(self, x: jax.Array, *, out_dtype: Any = jnp.float32) -> jax.Array:
         """`x [..., features] -> x @ embedding.T [..., vocab]` in `out_dtype`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -29,7 +30,13 @@ class ExpertLinear(nnx.Module):
       observer: called with `x` as an array, a row a pick; for calibration.
       expert_axes: names of the mesh axes over which experts are sharded, with commas; `split` notes
         them, as tracers do not say it where axes are Auto.
+      shard: whether these are the experts of one device (`fdq.sharding`): of rows whose index is E
+        nothing is computed.
+      out_dtype: of the result; None is that of `x`.
     """
+
+    shard: bool = False
+    out_dtype: Any = None
 
     def __init__(
         self,
@@ -68,7 +75,8 @@ class ExpertLinear(nnx.Module):
             bias,
             index=expert_index,
             beside=beside,
-            dtype=x.dtype,
+            dtype=self.out_dtype or x.dtype,
+            shard=self.shard,
             axes=tuple(self.expert_axes.split(",")) if self.expert_axes else (),
         )
         if self.observer is not None:
@@ -76,8 +84,59 @@ class ExpertLinear(nnx.Module):
         return arguments
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertShard:
+    """What one device has of a layer's experts, in `jax.shard_map`: some of them, or some channels.
+
+    Attributes:
+      experts: mesh axes over which whole experts are dealt out.
+      channels: those over which the channels of each are cut.
+      shared: those over which the channels of shared experts are.
+    """
+
+    experts: tuple[str, ...]
+    channels: tuple[str, ...]
+    shared: tuple[str, ...]
+
+    def own(self, index: jax.Array, weights: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """Experts as this device numbers its `count`, that number for those of others, weight 0."""
+        if not self.experts:
+            return index, weights
+        index = index - jax.lax.axis_index(self.experts).astype(jnp.int32) * count
+        mine = (index >= 0) & (index < count)
+        return jnp.where(mine, index, count), jnp.where(mine, weights, jnp.zeros_like(weights))
+
+    def total(self, routed: Sums, shared: Sums | None) -> jax.Array:
+        """The sum over all devices, float32; what several devices have alike counts once."""
+        have = (*self.experts, *self.channels)
+        axes = tuple(dict.fromkeys((*have, *self.shared)))
+        y = _once(_float32(routed), [name for name in axes if name not in have])
+        if shared is not None:
+            z = dataclasses.replace(shared, bias=None)
+            y = y + _once(_float32(z), [name for name in axes if name not in self.shared])
+        y = jax.lax.psum(y, axes)
+        bias = None if shared is None else shared.bias
+        return y if bias is None else y + bias.astype(jnp.float32).reshape(1, -1)
+
+
+def _float32(sums: Sums) -> jax.Array:
+    return dataclasses.replace(sums, dtype=jnp.float32).value()
+
+
+def _once(y: jax.Array, axes: list[str]) -> jax.Array:
+    """`y` on the first device along these axes, and zeros on the others."""
+    for name in axes:
+        y = jnp.where(jax.lax.axis_index(name) == 0, y, jnp.zeros_like(y))
+    return y
+
+
 class Experts(nnx.Module):
-    """Gated experts: `gate_up_proj [E, H, 2 I]` (gate first) and `down_proj [E, I, H]`."""
+    """Gated experts: `gate_up_proj [E, H, 2 I]` (gate first) and `down_proj [E, I, H]`.
+
+    `part` is what one device has of them, in a shard of a model (`fdq.sharding`).
+    """
+
+    part: ExpertShard | None = None
 
     def __init__(
         self,
@@ -106,6 +165,10 @@ class Experts(nnx.Module):
         `x [T, H]`, `experts [T, top_k]` int32 and `weights [T, top_k]` float32 -> `[T, H]` in the
         dtype of `x`, summed in float32. The products of `shared`, an `MLP` or None, come along.
         """
+        part, dtype = self.part, x.dtype
+        if part is not None:
+            count = value(self.down_proj.kernel).shape[0]
+            experts, weights = part.own(experts, weights, count)
         up = down = None
         if shared is not None:
             up, down = shared.gate_up_proj, shared.down_proj
@@ -115,6 +178,8 @@ class Experts(nnx.Module):
         with jax.named_scope("down_proj"):
             gated = Gated(picked, self.gate)
             y, z = _products(self.down_proj, gated, experts, down, rows, weights)
+            if part is not None:
+                return part.total(y, z).astype(dtype)
             return y.value() if z is None else y.value() + z.value()
 
 

@@ -37,7 +37,11 @@ class Linear(nnx.Module):
       activation: how `x` is quantized before the product; None leaves it in its dtype.
       activation_scale: float32, the calibrated scale of `x` when `activation` is static.
       observer: called with `x` as an array; for calibration.
+      sum_axes: mesh axes over which rows of the kernel are cut, in a shard of a model
+        (`fdq.sharding`): the devices along them have a part of the sum each.
     """
+
+    sum_axes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class Linear(nnx.Module):
 
         `summed=False` leaves the sum and the bias to whoever reads the result.
         """
-        sums = product(self.arguments(x, out_dtype))
+        sums = product(self.arguments(x, out_dtype)).over(self.sum_axes)
         return sums.value() if summed else sums
 
     def arguments(self, x: Rows, out_dtype: Any = None) -> Product:

@@ -7,6 +7,7 @@ float8 e4m3 is saturated at 448 (a plain cast would overflow to NaN).
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,6 +22,21 @@ from pallas_kernels.typing import Array, Float, Int, Num
 
 # FastDeploy's floor (per_token_quant_fp8.cu): a row of zeros gets a scale that is not zero.
 _SMALLEST_MAXIMUM = 1e-10
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedRows(ActivationSpec):
+    """Of rows whose channels are cut over mesh axes: in `jax.shard_map` parts share a scale."""
+
+    axes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, spec: ActivationSpec | None, axes: tuple[str, ...]) -> ActivationSpec | None:
+        """A spec of rows that are cut so; one whose scales belong to one part each as it is."""
+        if spec is None or spec.granularity != "token" or not axes:
+            return spec
+        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+        return cls(**fields, axes=axes)
 
 
 def quantize_activation(
@@ -58,7 +74,8 @@ def quantize_activation(
         expanded = repeat_last(scale, group, k)
     else:
         axes = (-1,) if spec.granularity == "token" else tuple(range(x.ndim))
-        scale = _dynamic_scale(x, bound, axes)
+        over = spec.axes if isinstance(spec, ShardedRows) else ()
+        scale = _dynamic_scale(x, bound, axes, over)
         expanded = scale
     y = quotient(x, expanded)
     if spec.format == "int8":
@@ -92,8 +109,12 @@ def check_activation_scale(spec: ActivationSpec, scale: Any, path: str) -> None:
         )
 
 
-def _dynamic_scale(x: jax.Array, bound: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+def _dynamic_scale(
+    x: jax.Array, bound: float, axes: tuple[int, ...] = (-1,), over: tuple[str, ...] = ()
+) -> jax.Array:
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    if over:
+        largest = lax.pmax(largest, over)
     return quotient(jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)), bound)
 
 

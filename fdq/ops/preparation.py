@@ -46,6 +46,11 @@ def prepare(tree: Any, device: Any = None) -> Any:
       tree: a QTensor, any pytree that holds some, or a Flax NNX module.
       device: a `jax.Device` or a platform's name; the default device if None.
     """
+    if getattr(tree, "placement", None) is not None:
+        raise ValueError(
+            "prepare: the model is on a mesh. fdq.load(path, mesh=mesh) prepares what each device "
+            "has, and fdq.sharding.prepare(model) does it in place."
+        )
     if device is None:
         device = jax.devices()[0]
     platform = device if isinstance(device, str) else device.platform

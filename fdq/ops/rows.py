@@ -137,6 +137,13 @@ class Sums:
         terms = [lax.index_in_dim(self.parts, i, keepdims=False) for i in range(split)]
         return functools.reduce(jnp.add, terms).astype(self.dtype)
 
+    def over(self, axes: tuple[str, ...]) -> Sums:
+        """Added up over the devices along mesh axes, in `jax.shard_map`; a bias is added once."""
+        if not axes:
+            return self
+        terms = functools.reduce(jnp.add, list(self.parts))
+        return dataclasses.replace(self, parts=lax.psum(terms, axes)[None])
+
     def reshape(self, *lead: int) -> Sums:
         """The same sums with other leading axes."""
         split, width = self.parts.shape[0], self.shape[-1]

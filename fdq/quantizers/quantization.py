@@ -10,10 +10,12 @@ from flax import nnx
 
 from fdq.calibration.statistics import Calibration
 from fdq.formats.qtensor import QTensor, QuantizedWeight
+from fdq.models.decoder import Decoder
 from fdq.quantizers.assigned import Assigned, fastdeploy_has, parse
 from fdq.quantizers.layer_inputs import LayerInputs
 from fdq.quantizers.weight import quantize_array
 from fdq.schemes.assignment import MatchTable
+from fdq.sharding.distribution import plan, shard
 
 
 def quantize(
@@ -27,6 +29,8 @@ def quantize(
     rules: Any = None,
     donate: bool = False,
     verbose: bool = False,
+    mesh: Any = None,
+    mesh_rules: Any = None,
 ) -> Any:
     """Quantizes weights; a pure function of its arguments.
 
@@ -72,6 +76,8 @@ def quantize(
       rules: more rules, ahead of the recipe's own: a dict or a list of pairs.
       donate: frees source arrays on the way.
       verbose: prints what was quantized, and what was left and why.
+      mesh: puts the result, an `fdq.models.Decoder`, on the devices of a mesh, as `fdq.shard` does.
+      mesh_rules: which axes of the mesh cut what, see `fdq.sharding.Rules`.
 
     Returns:
       Of the kind of `target`, see above.
@@ -89,6 +95,18 @@ def quantize(
     if isinstance(target, (nnx.Variable, QuantizedWeight)):
         kind = type(target).__name__
         raise TypeError(f"Cannot quantize a {kind}; pass the array, or the module that holds it.")
+    if mesh is not None and not isinstance(target, Decoder):
+        raise TypeError(
+            f"mesh= is for a fdq.models.Decoder, found a {type(target).__name__}; put its arrays "
+            "on devices with jax.device_put."
+        )
+    if getattr(target, "placement", None) is not None:
+        raise ValueError(
+            "The model is on a mesh, its columns in the order of devices. Quantize it first, or "
+            "while it is loaded: fdq.load(path, scheme, mesh=mesh). fdq.unshard undoes fdq.shard."
+        )
+    if mesh is not None:
+        plan(target, mesh, mesh_rules)  # what cannot be cut is refused before anything runs
     is_array = hasattr(target, "shape") and hasattr(target, "dtype")
     has_layers = isinstance(target, nnx.Pytree)
     has_paths = isinstance(calibration, Calibration) and not is_array
@@ -106,7 +124,7 @@ def quantize(
     inputs = LayerInputs.of(assigned.leaves, importance=importance, calibration=calibration)
     result = assigned.quantize(inputs, donate=donate)
     assigned.table.report(verbose=verbose)
-    return result
+    return result if mesh is None else shard(result, mesh, mesh_rules)
 
 
 def match_table(

@@ -12,7 +12,9 @@ import fdq
 import fdq.models
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import functional
-from fdq.decoding.loop import _decode, _extend, decode
+from fdq.decoding.loop import decode
+from fdq.decoding.programs import decode as _decode
+from fdq.decoding.programs import extend as _extend
 from fdq.decoding.state import DecodeState
 from fdq.nn import split
 from tests.covering import slow

@@ -13,7 +13,9 @@ from fdq.cache.kv_cache import KVCache
 from fdq.calibration.observation import calibrate
 from fdq.decoding.functional import functional
 from fdq.decoding.generation import generate
-from fdq.decoding.loop import _decode, _extend, decode, prefill, stop_table
+from fdq.decoding.loop import decode, prefill, stop_table
+from fdq.decoding.programs import decode as _decode
+from fdq.decoding.programs import extend as _extend
 from fdq.decoding.sampling import Sampling
 from fdq.nn import split
 from fdq.schemes.scheme import CacheSpec

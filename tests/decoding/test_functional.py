@@ -10,7 +10,8 @@ import pytest
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import functional
 from fdq.decoding.generation import generate
-from fdq.decoding.loop import _decode, decode, prefill
+from fdq.decoding.loop import decode, prefill
+from fdq.decoding.programs import decode as _decode
 from fdq.decoding.sampling import Sampling
 from tests.models import oracles
 

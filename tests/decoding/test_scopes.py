@@ -10,7 +10,8 @@ import pytest
 import fdq
 import fdq.models
 from fdq.cache.kv_cache import KVCache
-from fdq.decoding.loop import _decode, _extend
+from fdq.decoding.programs import decode as _decode
+from fdq.decoding.programs import extend as _extend
 from fdq.decoding.state import DecodeState
 from fdq.nn import split
 from tests.models import oracles

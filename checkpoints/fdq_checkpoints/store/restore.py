@@ -88,14 +88,22 @@ class StoredTensors:
         *,
         verify: bool = True,
         paths: Mapping[Path, Path] | None = None,
+        place: Callable[[str, Any], Any] | None = None,
     ) -> dict[Path, Any]:
         """All tensors on devices, by path: arrays, PRNG keys and QTensors.
 
-        `paths` are those that the shardings know the tensors by, where they are not the stored.
+        `paths` are those that the shardings know the tensors by, where they are not the stored;
+        `place(dotted path, tensor on the host)` puts them there instead of shardings.
         """
         result, memory = {}, Trimmer()
         for entry, arrays in self.read(verify=verify):
             path = entry.path if paths is None else paths[entry.path]
+            if place is not None and entry.prng is None:
+                held = tree_paths.with_arrays(entry.abstract(), arrays)
+                result[entry.path] = place(dotted(path), held)
+                del arrays, held
+                memory.worked(entry.nbytes)
+                continue
             placed = {
                 name: put(array, sharding_of(sharding, array_path(path, name), array))
                 for name, array in arrays.items()

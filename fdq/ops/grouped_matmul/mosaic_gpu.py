@@ -50,7 +50,10 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         """Float32 parts `[split, *index.shape, N]`, with `beside` also `[split', ..., N']`."""
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
-        parts, more = gathered_sums(a.x, kernel_weight(a.w), a.index.reshape(-1), shared)
+        index = a.index.reshape(-1)
+        if a.shard:  # what is computed of others' rows does not count
+            index = jnp.minimum(index, a.w.shape[0] - 1)
+        parts, more = gathered_sums(a.x, kernel_weight(a.w), index, shared)
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         if b is None:
             return parts

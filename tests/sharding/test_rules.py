@@ -1,0 +1,65 @@
+"""Rules and meshes: what does not belong together is refused with what to do."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+import fdq
+from fdq.schemes.mesh_rules import repeats
+from fdq.sharding import Rules, make_mesh, parse_mesh
+
+
+def mesh(**sizes):
+    return make_mesh(sizes)
+
+
+def test_meshes_of_explicit_axes_count_as_auto():
+    explicit = jax.make_mesh((2,), ("tensor",))
+    assert explicit.axis_types == (AxisType.Explicit,)
+    checked = Rules().check(explicit)
+    assert checked.axis_types == (AxisType.Auto,) and checked.shape == {"tensor": 2}
+    assert checked.devices.tolist() == explicit.devices.tolist()
+
+
+def test_axes_of_size_one_and_axes_that_are_not_there_cut_nothing():
+    rules, one = Rules(heads=("tensor", "expert")), mesh(tensor=4, expert=1)
+    assert rules.axes("heads", rules.check(one)) == ("tensor",)
+    assert Rules().axes("batch", one) == ()
+
+
+@pytest.mark.parametrize(
+    ("rules", "sizes", "said"),
+    [
+        (Rules(heads="tp"), {"tensor": 2}, "no axis 'tp', it has tensor=2"),
+        (Rules(), {"x": 2}, r"no rule uses the axis 'x'.*Rules\(heads='x'"),
+        (Rules(batch="tensor"), {"tensor": 2}, "both cut over the axis 'tensor'"),
+    ],
+)
+def test_rules_and_meshes_that_do_not_belong_together(rules, sizes, said):
+    with pytest.raises(ValueError, match=said):
+        rules.check(mesh(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "said"),
+    [
+        (lambda: Rules(heads=("a", "a")), ValueError, "different axes"),
+        (lambda: Rules(align=0), ValueError, "align=0"),
+        (lambda: Rules().check("tensor=2"), TypeError, r"expected a jax\.sharding\.Mesh"),
+        (lambda: parse_mesh("tensor8"), ValueError, "could not read 'tensor8'"),
+        (lambda: parse_mesh("tensor=4,tensor=2"), ValueError, "could not read 'tensor=2'"),
+        (lambda: parse_mesh("tensor=0"), ValueError, "could not read 'tensor=0'"),
+        (lambda: parse_mesh("tensor=16"), ValueError, "16 devices, and there are 8"),
+        (lambda: repeats(6, 4), ValueError, "6 KV heads over 4 devices.*Use 2 devices"),
+        (lambda: fdq.shard({}, mesh(tensor=2)), TypeError, r"expected a fdq\.models\.Decoder"),
+        (lambda: fdq.quantize({}, "W4A16", mesh=mesh(tensor=2)), TypeError, "mesh= is for"),
+    ],
+)
+def test_wrong_arguments(call, kind, said):
+    with pytest.raises(kind, match=said):
+        call()
+
+
+def test_a_mesh_of_its_description():
+    assert dict(parse_mesh("tensor=4, expert=2").shape) == {"tensor": 4, "expert": 2}
+    assert [repeats(*pair) for pair in ((8, 8), (8, 2), (2, 8), (1, 4))] == [1, 1, 4, 4]
