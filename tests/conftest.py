@@ -51,6 +51,7 @@ OPTIMIZED = (
     "benchmarks",
     "formats/test_distortion.py",
     "formats/test_other_libraries.py",
+    "formats/test_trellis.py",
     "ops/test_activation.py",
     "ops/test_attention.py",
     "ops/test_matmul.py",

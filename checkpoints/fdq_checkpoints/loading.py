@@ -16,7 +16,9 @@ from fdq.calibration.observation import calibrate
 from fdq.decoding import special_tokens
 from fdq.ops.preparation import unprepare
 from fdq.ops.prepared_weight import PreparedWeight
+from fdq.quantizers.layer_inputs import moments_for
 from fdq.quantizers.quantization import quantize
+from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
 from fdq.sharding import distribution
 from fdq_checkpoints import stream, tree_paths
@@ -80,7 +82,9 @@ def _load(
             stored = StoredTree(folder, verify=verify)  # refuses what is quantized
             loaded = _load_stored(stored.tensors, sharding, template, dtype, verify)
             if calibration is not None and not stream.is_statistics(calibration):
-                options["calibration"] = calibrate(loaded, calibration)
+                recipe = Recipe.parse(scheme, compat=compat)
+                wanted = moments_for(recipe, method)
+                options["calibration"] = calibrate(loaded, calibration, **wanted)
             return quantize(loaded, scheme, verbose=verbose, donate=True, **options)
     if folder.name.endswith(".fdq-tmp"):
         raise CheckpointError(f"{folder}: unfinished; convert or save again.")

@@ -21,7 +21,7 @@ from fdq.formats.qtensor import QTensor
 from fdq.nn.general import Fold
 from fdq.quantizers import modules
 from fdq.quantizers.assigned import Assigned
-from fdq.quantizers.layer_inputs import LayerInputs
+from fdq.quantizers.layer_inputs import LayerInputs, moments_for
 from fdq.quantizers.weight import largest_magnitude, on_device
 from fdq.schemes.assignment import Row, path_string
 from fdq_checkpoints import slabs, tree_paths
@@ -84,12 +84,16 @@ class Job:
         if scheme is None:
             return cls(source, source.tree, None, LayerInputs())
         source = source.decoded()
+        assigned = Assigned.of(source.tree, scheme, compat=compat, method=method)
         if calibration is not None and not is_statistics(calibration):
             as_it_is = cls.of(source, None)
             put = place or _on_default_device
             values = {t.path: put(t) for t in as_it_is.tensors(progress=progress)}
-            calibration = calibrate(tree_paths.fill(source.tree, values), calibration)
-        assigned = Assigned.of(source.tree, scheme, compat=compat, method=method)
+            whole, wanted = (
+                tree_paths.fill(source.tree, values),
+                moments_for(assigned.recipe, method),
+            )
+            calibration = calibrate(whole, calibration, **wanted)
         for row in assigned.table.quantized:
             if row.scheme is not None and row.scheme.weight and row.scheme.weight.row_order:
                 raise ValueError(

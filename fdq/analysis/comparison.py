@@ -15,10 +15,12 @@ from fdq.analysis.evaluation import RecordedLogits, Report, evaluate, record_log
 from fdq.calibration.observation import calibrate
 from fdq.calibration.statistics import Calibration
 from fdq.decoding.generation import generate
+from fdq.quantizers.layer_inputs import moments_for
 from fdq.schemes.recipe import Recipe
 
 WINDOW = 256
 NEW_TOKENS = 64
+MOMENT_ROWS = 128
 Progress = Callable[[float, str], None]
 """Called with the share of the work that is done, 0 to 1, and what comes next."""
 
@@ -107,21 +109,30 @@ class Comparison:
         directory: pathlib.Path,
         *,
         name: str | None = None,
+        method: str | None = None,
+        calibration: Calibration | None = None,
         decodes: bool = True,
         progress: Progress | None = None,
     ) -> Row:
-        """Converts to `directory`, which must not exist, loads that, evaluates and `decodes`."""
+        """Converts to `directory`, which must not exist, loads that, evaluates and `decodes`.
+
+        `method` chooses the codes; `calibration` is made where it is needed and not given.
+        """
         from fdq.storage import load
         from fdq_checkpoints import convert
 
         tell = progress or _nobody
         tell(0.0, "converting")
-        calibration = self._calibration() if Recipe.parse(scheme).needs_calibration else None
+        recipe = Recipe.parse(scheme)
+        moments = moments_for(recipe, method)
+        if calibration is None and (recipe.needs_calibration or any(moments.values())):
+            calibration = self.calibration(**moments)
         start = time.perf_counter()
         inspection = convert(
             self.source,
             directory,
             scheme,
+            method=method,
             calibration=calibration,
             dtype=self.dtype,
             progress=lambda done, total, path: tell(0.4 * done / total, "converting"),
@@ -133,18 +144,17 @@ class Comparison:
         name = name or str(scheme)
         return self._row(name, model, inspection.disk_bytes, seconds, rest, decodes=decodes)
 
-    def _calibration(self) -> Calibration:
-        """Statistics over 8192 tokens of text that is not evaluated on."""
+    def calibration(self, *, moments: bool = False, output_moments: bool = False) -> Calibration:
+        """Statistics over text that is not evaluated on: 8192 tokens, for moments 32768."""
         from fdq.analysis import sample_text
         from fdq.storage import load
 
-        ids: list[int] = []
-        for _, text in sample_text.source_files(held_out=False):
-            ids += self.tokenizer.encode(text[:4096], bos=True)
-            if len(ids) >= 32 * WINDOW:
-                break
-        tokens = np.asarray(ids[: 32 * WINDOW], np.int32).reshape(-1, WINDOW)
-        return calibrate(load(self.source), tokens)
+        rows = MOMENT_ROWS if moments or output_moments else 32
+        tokens = sample_text.calibration_rows(
+            lambda text: self.tokenizer.encode(text, bos=True), rows, length=WINDOW
+        )
+        model = load(self.source)
+        return calibrate(model, tokens, moments=moments, output_moments=output_moments)
 
     def _row(
         self,

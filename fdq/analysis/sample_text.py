@@ -17,6 +17,9 @@ import hashlib
 import pathlib
 import platform
 import sysconfig
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 HELDOUT_MODULUS = 20
 DEFAULT_HELDOUT_BYTES = 65_536
@@ -78,6 +81,22 @@ def source_files(
 def training_text(*, root: str | pathlib.Path | None = None) -> SampleText:
     """All text of the training split (about 9 MB); `root` and errors as in `source_files`."""
     return _join(source_files(held_out=False, root=root), max_bytes=None)
+
+
+def calibration_rows(
+    encode: Callable[[str], Sequence[int]], rows: int, *, length: int = 256
+) -> np.ndarray:
+    """Tokens int32 `[rows, length]` of the training split, from the beginnings of its files.
+
+    `encode` makes tokens of a file's first 4096 characters. Fewer rows where the split ends.
+    """
+    ids: list[int] = []
+    for _, text in source_files(held_out=False):
+        ids += encode(text[:4096])
+        if len(ids) >= rows * length:
+            break
+    whole = min(rows * length, len(ids) // length * length)
+    return np.asarray(ids[:whole], np.int32).reshape(-1, length)
 
 
 def heldout_text(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,109 +11,19 @@ import numpy as np
 from flax import nnx
 
 from fdq import nn
-from fdq.calibration.statistics import RANGE_FIELDS, Calibration, KeyValueRange
+from fdq.calibration.moments import drawn_loss
+from fdq.calibration.observers import (
+    REAL,
+    CacheObserver,
+    InputObserver,
+    LayerSizes,
+    Observed,
+    ObservedLayer,
+    Tap,
+)
+from fdq.calibration.statistics import STATISTICS, Calibration
 from fdq.nn.embedding import check_vocabulary
 from fdq.nn.parameters import value
-
-_REAL: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("real", default=None)
-"""Of the batch that runs which positions `[B, L]` are no padding; None: all of them."""
-
-# Where nothing was seen: no infinity, which jax_debug_infs would stop at.
-_LARGEST = np.finfo(np.float32).max
-
-
-class Observed(nnx.Variable):
-    """A running statistic; float32."""
-
-
-def _real_rows(x: jax.Array, leading: int) -> jax.Array | None:
-    """Which of the first `leading` axes of x, as one, are of real positions: bool `[rows]`."""
-    real = _REAL.get()
-    if real is None:
-        return None
-    rows = math.prod(x.shape[:leading])
-    if rows % real.size:
-        raise ValueError(
-            f"calibrate: a layer is fed {list(x.shape)}, which has no rows for each position of "
-            f"{list(real.shape)} tokens, so lengths= cannot leave padding out. Leave out lengths, "
-            "or pass batches without padding."
-        )
-    # Rows of a position follow each other: picks of experts, heads.
-    return jnp.repeat(real.reshape(-1), rows // real.size)
-
-
-class _InputObserver(nnx.Module):
-    """The largest magnitude and the mean square of each input channel; called with the input."""
-
-    def __init__(self, contracted: int, shape: tuple[int, ...]):
-        self.contracted = contracted
-        self.absmax = Observed(jnp.zeros(shape, jnp.float32))
-        self.total = Observed(jnp.zeros(shape, jnp.float32))
-        self.count = Observed(jnp.zeros(shape[:-1], jnp.float32))
-
-    def __call__(self, x: jax.Array) -> None:
-        rows = x.reshape(-1, int(np.prod(x.shape[x.ndim - self.contracted :])))
-        rows = jax.lax.stop_gradient(rows).astype(jnp.float32)
-        real, seen = _real_rows(x, x.ndim - self.contracted), jnp.float32(rows.shape[0])
-        if real is not None:
-            rows = jnp.where(real[:, None], rows, jnp.float32(0))
-            seen = real.sum().astype(jnp.float32)
-        absmax, total, count = (v.get_value() for v in (self.absmax, self.total, self.count))
-        self.absmax.set_value(jnp.maximum(absmax, jnp.abs(rows).max(axis=0)))
-        self.total.set_value(total + jnp.square(rows).sum(axis=0))
-        self.count.set_value(count + seen)
-
-
-class _Observed(nnx.Module):
-    """Stands where a layer stood that takes no observer, and shows it the input on the way."""
-
-    def __init__(self, inner: Any, observer: _InputObserver):
-        self.inner, self.observer = inner, observer
-
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        self.observer(x)
-        return self.inner(x, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # What the surrounding module asks of the layer (its kernel, its sizes) it still gets.
-        if name.startswith("_") or "inner" not in vars(self):
-            raise AttributeError(name)
-        return getattr(vars(self)["inner"], name)
-
-
-class _CacheObserver(nnx.Module):
-    """The range of keys and values and the mean of keys, per KV head and channel."""
-
-    def __init__(self, keys: tuple[int, int], values: tuple[int, int]):
-        for name in ("k_min", "v_min", "k_max", "v_max"):
-            start = _LARGEST if name.endswith("min") else -_LARGEST
-            shape = keys if name.startswith("k") else values
-            setattr(self, name, Observed(jnp.full(shape, start, jnp.float32)))
-        self.k_total = Observed(jnp.zeros(keys, jnp.float32))
-        self.k_count = Observed(jnp.zeros((), jnp.float32))
-
-    def __call__(self, k: jax.Array, v: jax.Array) -> None:
-        real = _real_rows(k, 2)
-        for name, x in (("k", k), ("v", v)):
-            x = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
-            least = most = x
-            if real is not None:
-                least = jnp.where(real[:, None, None], x, _LARGEST)
-                most = jnp.where(real[:, None, None], x, -_LARGEST)
-            low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
-            low.set_value(jnp.minimum(low.get_value(), least.min(axis=0)))
-            high.set_value(jnp.maximum(high.get_value(), most.max(axis=0)))
-        keys = k.astype(jnp.float32).reshape(-1, *k.shape[2:])
-        seen = jnp.ones((keys.shape[0],), jnp.float32) if real is None else real.astype(jnp.float32)
-        total = jnp.sum(keys * seen[:, None, None], axis=0)
-        self.k_total.set_value(self.k_total.get_value() + total)
-        self.k_count.set_value(self.k_count.get_value() + seen.sum())
-
-    def ranges(self) -> KeyValueRange:
-        """What was seen."""
-        count = np.maximum(np.asarray(value(self.k_count)), 1)
-        ends = {name: np.asarray(value(getattr(self, name))) for name in RANGE_FIELDS}
-        return KeyValueRange(**ends, k_mean=np.asarray(value(self.k_total)) / count)
 
 
 def calibrate(
@@ -125,6 +33,10 @@ def calibrate(
     lengths: Any = None,
     batch_size: int = 8,
     forward: Callable[[Any, jax.Array], Any] | None = None,
+    moments: bool = False,
+    output_moments: bool = False,
+    loss: Callable[[Any, jax.Array], jax.Array] | None = None,
+    seed: int = 0,
 ) -> Calibration:
     """Runs the model over sample tokens and records what its linear layers are fed.
 
@@ -140,12 +52,23 @@ def calibrate(
         an iterable of those of each. By default nothing is padding.
       batch_size: rows per call.
       forward: `(model, batch) -> anything`; `model(batch)` where not given.
+      moments: also gathers E[x xᵀ] of the input of each linear layer and of each expert, whose rows
+        are multiplied by what the router gives their outputs: what `method="gptq"` needs. An expert
+        that saw few tokens borrows from its layer (`Calibration.rarely_picked` names those).
+      output_moments: also gathers E[g gᵀ], g the gradient of a loss at each layer's output, by a
+        backward pass: what `method="gptq2"` needs beside `moments`, which it implies.
+      loss: `(what forward returns, batch) -> scalar`, a sum over tokens, for `output_moments`. By
+        default the cross entropy of labels that are drawn from the model's own predictions `[B, L,
+        V]` (logits): then E[g gᵀ] is that of the KL divergence between a model and its neighbours.
+      seed: of these labels.
 
     Raises:
-      TypeError: no NNX module, or text in place of tokens.
-      ValueError: no tokens, tokens outside of the vocabulary that the model's config names, a model
-        that calls no linear layer, or `lengths` that are not one a row, from 0 to L, or that a
-        layer's input has no rows for.
+      TypeError: no NNX module, text in place of tokens, or `output_moments` without `loss` of a
+        model that returns no logits.
+      ValueError: no tokens, tokens outside of the vocabulary that the model's config names,
+        activations that are NaN or infinite (the message names the layer), a model that calls no
+        linear layer, or `lengths` that are not one a row, from 0 to L, or that a layer's input has
+        no rows for.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
@@ -154,40 +77,61 @@ def calibrate(
         )
     run = forward or (lambda module, batch: module(batch))  # pyright: ignore[reportCallIssue]
     clone = nnx.clone(model)
-    observers, attentions = _insert_observers(clone)
-    graphdef, observed, rest = nnx.split(clone, Observed, ...)
+    inputs = moments or output_moments
+    observers, attentions = _insert_observers(clone, inputs, output_moments)
+    graphdef, observed, taps, rest = nnx.split(clone, Observed, Tap, ...)
+
+    def watched(taps, observed, rest, batch, real, key):
+        # Variables of this trace: those of an outer one could not be set.
+        observed = jax.tree.map(lambda a: a, observed)
+        module = nnx.merge(graphdef, observed, taps, rest)
+        token = REAL.set(real)
+        try:
+            result = run(module, batch)
+        finally:
+            REAL.reset(token)
+        scalar = None
+        if output_moments:
+            scalar = loss(result, batch) if loss else drawn_loss(result, batch, real, key)
+        return scalar, nnx.state(module, Observed)
 
     @jax.jit
-    def step(observed, rest, batch, real):
-        module = nnx.merge(graphdef, observed, rest)
-        token = _REAL.set(real)
-        try:
-            run(module, batch)
-        finally:
-            _REAL.reset(token)
-        return nnx.state(module, Observed)
+    def step(totals, observed, rest, batch, real, key):
+        arguments = (taps, observed, rest, batch, real, key)
+        if not output_moments:
+            return totals, watched(*arguments)[1]
+        found, observed = jax.grad(watched, has_aux=True)(*arguments)
+        return jax.tree.map(jnp.add, totals, found), observed
 
-    seen = 0
+    seen, totals, key = 0, taps, jax.random.key(seed)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     for batch, real in _with_lengths(tokens, lengths, batch_size):
         if vocabulary is not None and jnp.issubdtype(batch.dtype, jnp.integer):
             check_vocabulary("calibrate: tokens", np.asarray(batch), vocabulary)
-        observed = step(observed, rest, batch, None if real is None else jnp.asarray(real))
+        key, own = jax.random.split(key)
+        mask = None if real is None else jnp.asarray(real)
+        totals, observed = step(totals, observed, rest, batch, mask, own)
         seen += int(np.prod(batch.shape[:2]) if real is None else real.sum())
     if not seen:
         raise ValueError("calibration needs sample tokens, got none")
     nnx.update(clone, observed)
-    absmax, mean_square = {}, {}
+    nnx.update(clone, totals)
+    found: dict[str, Any] = {name: {} for name in (*STATISTICS, "counts")}
     for path, observer in observers.items():
         count = np.asarray(value(observer.count))
         if not count.any():
             continue  # Never called: nothing is known about it.
-        absmax[path] = np.asarray(value(observer.absmax))
-        mean_square[path] = np.asarray(value(observer.total)) / count[..., None]
-    if not absmax:
+        for name, statistic in observer.statistics(count).items():
+            if not np.isfinite(statistic).all():
+                raise ValueError(
+                    f"calibrate: {path}: its {name} has NaN or infinity. Check the model, the "
+                    "sample and its dtype (bfloat16 reaches further than float16)."
+                )
+            found[name][path] = statistic
+    if not found["absmax"]:
         raise ValueError("no linear layer was called: there is nothing to calibrate")
     ranges = tuple(observer.ranges() for observer in attentions)
-    return Calibration(absmax=absmax, mean_square=mean_square, cache=ranges, tokens=seen)
+    return Calibration(**found, cache=ranges, tokens=seen)
 
 
 def _with_lengths(
@@ -232,22 +176,25 @@ def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:
     return (jnp.asarray(batch) for batch in tokens)
 
 
-def _insert_observers(root: nnx.Module) -> tuple[dict[str, _InputObserver], list[_CacheObserver]]:
+def _insert_observers(
+    root: nnx.Module, inputs: bool, outputs: bool
+) -> tuple[dict[str, InputObserver], list[CacheObserver]]:
     """Gives, in place, each linear module an observer; wraps those of others that take none."""
     nodes = [(path, node) for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)]
-    wrapped: dict[int, _Observed] = {}
-    observers: dict[str, _InputObserver] = {}
+    wrapped: dict[int, ObservedLayer] = {}
+    observers: dict[str, InputObserver] = {}
     attentions = []
     for path, node in sorted(nodes, key=lambda item: _order(item[0])):
         if isinstance(node, nn.Attention | nn.LatentAttention):
-            node.kv_observer = _CacheObserver(*node.stored)
+            node.kv_observer = CacheObserver(*node.stored)
             attentions.append(node.kv_observer)
-        observer = _observer_of(node)
-        if observer is not None and path:
+        layer = _layer_of(node)
+        if layer is not None and path:
+            observer = InputObserver(layer, inputs, outputs)
             if isinstance(node, nn.Linear | nn.ExpertLinear):
                 node.observer = observer
             else:
-                wrapped[id(node)] = _Observed(node, observer)
+                wrapped[id(node)] = ObservedLayer(node, observer)
             observers[".".join(map(str, (*path, "kernel")))] = observer
     for _, node in nodes:
         if isinstance(node, nnx.List):
@@ -266,18 +213,20 @@ def _order(path: tuple[Any, ...]) -> tuple[tuple[bool, Any], ...]:
     return tuple((isinstance(key, str), key) for key in path)
 
 
-def _observer_of(node: Any) -> _InputObserver | None:
+def _layer_of(node: Any) -> LayerSizes | None:
     if isinstance(node, nn.Linear | nnx.Linear):
-        return _InputObserver(1, tuple(node.kernel.shape[:-1]))
-    if isinstance(node, nn.ExpertLinear):  # experts share one row
-        *lead, _, rows, _ = node.kernel.shape
-        return _InputObserver(1, (*lead, rows))
+        *lead, k, n = node.kernel.shape
+        return LayerSizes(tuple(lead), k, n)
+    if isinstance(node, nn.ExpertLinear):
+        *lead, experts, k, n = node.kernel.shape
+        return LayerSizes(tuple(lead), k, n, experts)
     if isinstance(node, nnx.LinearGeneral):
         axes = node.axis if isinstance(node.axis, tuple) else (node.axis,)
         if node.batch_axis or sorted(axes) != list(range(-len(axes), 0)):
             return None
         # A kernel that is scan-stacked has more axes than it was made with.
-        own = len(node.in_features) + len(node.out_features)
-        lead = tuple(node.kernel.shape[: node.kernel.ndim - own])
-        return _InputObserver(len(axes), (*lead, int(np.prod(node.in_features))))
+        made = len(node.out_features)
+        lead = tuple(node.kernel.shape[: node.kernel.ndim - len(node.in_features) - made])
+        k, n = int(np.prod(node.in_features)), int(np.prod(node.out_features))
+        return LayerSizes(lead, k, n, contracted=len(axes), made=made)
     return None

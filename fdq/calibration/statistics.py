@@ -38,8 +38,10 @@ class KeyValueRange:
 RANGE_FIELDS = ("k_min", "k_max", "v_min", "v_max")
 CACHE_FIELDS = (*RANGE_FIELDS, "k_mean")
 
-STATISTICS = ("absmax", "mean_square")
-"""Fields of `Calibration` that hold a statistic of each kernel's input channels."""
+STATISTICS = ("absmax", "mean_square", "input_moment", "output_moment")
+"""Fields of `Calibration` that hold a statistic of each kernel's input or output channels."""
+
+MOMENTS = STATISTICS[2:]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,12 @@ class Calibration:
         input channel: `[K]`, or `[layers, K]` for scan-stacked kernels; float32.
       mean_square: the mean of x^2 of each input channel, same keys and shapes: what guides
         a scale search. Experts share one row.
+      input_moment: the mean of x xᵀ, `[K, K]`, `[layers, K, K]` for scan-stacked kernels and
+        `[experts, K, K]` for experts, whose x are multiplied by what the router gives their
+        outputs; float32. Empty unless `calibrate(moments=True)`.
+      output_moment: the mean of g gᵀ, g the gradient of the loss at the output, `[..., N, N]`;
+        empty unless `calibrate(output_moments=True)`.
+      counts: rows that each kernel, and each expert, was fed: `[]`, `[layers]`, `[experts]`.
       cache: of each attention layer in order the range of what a KV cache would store; empty for
         models that are not made of `fdq.nn.Attention`.
       tokens: how many tokens were seen.
@@ -60,6 +68,23 @@ class Calibration:
     mean_square: dict[str, np.ndarray]
     cache: tuple[KeyValueRange, ...]
     tokens: int
+    input_moment: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    output_moment: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rarely_picked(self) -> dict[str, dict[int, int]]:
+        """By path the experts that saw fewer tokens than K, and how many: they borrowed much."""
+        rare = {}
+        for path, counts in self.counts.items():
+            if not counts.shape or path not in self.input_moment:
+                continue
+            least = self.input_moment[path].shape[-1]
+            flat = counts.reshape(-1)
+            few = {int(i): int(flat[i]) for i in np.flatnonzero(flat < least)}
+            if few:
+                rare[path] = few
+        return rare
 
     @property
     def statistics(self) -> Mapping[str, Mapping[str, np.ndarray]]:
@@ -96,20 +121,22 @@ class Calibration:
           ValueError: it is no such file, or damaged; the message says where.
         """
         arrays, tokens = calibration_file.read(path)
-        fields: dict[str, dict[str, np.ndarray]] = {name: {} for name in STATISTICS}
+        fields: dict[str, dict[str, np.ndarray]] = {name: {} for name in (*STATISTICS, "counts")}
         layers: dict[int, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
             kind, _, rest = name.partition("/")
             layer = re.fullmatch(r"(\d+)/(\w+)", rest)
-            if kind in fields and rest and array.ndim and (array >= 0).all():
+            if kind in fields and rest and _is_statistic(kind, array):
                 fields[kind][rest] = array
             elif kind == "cache" and layer and layer[2] in CACHE_FIELDS and array.ndim == 2:
                 layers.setdefault(int(layer[1]), {})[layer[2]] = array
             else:
                 raise ValueError(f"{path}: {name!r} of shape {array.shape} is no such statistic.")
         for kind, values in fields.items():
-            for other in fields["absmax"].keys() ^ values.keys():
-                raise ValueError(f"{path}: {other!r} has absmax or {kind}, and not both.")
+            lacks = fields["absmax"].keys() ^ values.keys()
+            if kind == "mean_square" or values:  # files of before have no others
+                for other in lacks:
+                    raise ValueError(f"{path}: {other!r} has absmax or {kind}, and not both.")
         for number, layer in enumerate(sorted(layers)):
             if layer != number or not layers[layer].keys() >= set(RANGE_FIELDS):
                 raise ValueError(f"{path}: the range of keys and values of layer {number} lacks.")
@@ -119,7 +146,7 @@ class Calibration:
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {
             f"{kind}/{path}": np.asarray(array)
-            for kind, values in self.statistics.items()
+            for kind, values in (*self.statistics.items(), ("counts", self.counts))
             for path, array in values.items()
         }
         for number, layer in enumerate(self.cache):
@@ -171,6 +198,14 @@ class Calibration:
             v, v_zero = _scale(seen.v_min, seen.v_max, parsed)
             layers.append(LayerScales(k=k, v=v, k_zero=k_zero, v_zero=v_zero))
         return layers
+
+
+def _is_statistic(kind: str, array: np.ndarray) -> bool:
+    """Whether an array can be such a statistic: nonnegative; moments have such a diagonal."""
+    if kind not in MOMENTS:
+        return (array.ndim > 0 or kind == "counts") and bool((array >= 0).all())
+    square = array.ndim >= 2 and array.shape[-1] == array.shape[-2]
+    return square and bool((np.diagonal(array, axis1=-2, axis2=-1) >= 0).all())
 
 
 def _scale(low: np.ndarray, high: np.ndarray, spec: CacheSpec) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import typer
 
 from fdq.calibration.statistics import Calibration
 from fdq.cli import console
+from fdq.quantizers.layer_inputs import moments_for
 from fdq.schemes.recipe import Recipe
 
 NAME = "convert"
@@ -41,12 +42,18 @@ def run(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="What chooses the codes: search, absmax, signed_max. Default: by bits."),
+        typer.Option(
+            help="What chooses the codes: search, absmax, signed_max; gptq or gptq2, which are "
+            "calibrated. Default: by bits."
+        ),
     ] = None,
     compat: console.Compat = None,
     calibration_text: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Text to calibrate on, for static scales and guided searches."),
+        typer.Option(
+            help="Text to calibrate on: for static scales, guided searches, and gptq, which "
+            "without it takes Python's standard library."
+        ),
     ] = None,
     calibration_file: Annotated[
         pathlib.Path | None,
@@ -91,9 +98,19 @@ def run(
     calibration = None
     if calibration_file is not None:
         calibration = Calibration.load(calibration_file)
-    if calibration_text is not None:
+    moments = {} if recipe is None else moments_for(Recipe.parse(recipe, compat=compat), method)
+    if calibration_text is not None or (calibration_file is None and any(moments.values())):
         with console.err.status("Calibrating ..."):
-            calibration = calibrated(source, calibration_text, config=config, subtree=subtree)
+            calibration = calibrated(
+                source, calibration_text, moments, config=config, subtree=subtree
+            )
+        if not json:
+            for path, few in calibration.rarely_picked.items():
+                seen = ", ".join(f"{expert} ({count})" for expert, count in few.items())
+                console.err.print(
+                    f"{path}: few tokens picked experts {seen}; they borrow from the others.",
+                    markup=False,
+                )
     before = inspect(source, subtree=subtree)
     if recipe is None and before.scheme is None:
         raise ValueError(
@@ -192,24 +209,44 @@ def said_cost(
     )
 
 
-def calibrated(
-    source: pathlib.Path, text_file: pathlib.Path, *, rows: int = 32, **options: Any
-) -> Any:
-    """Statistics of the float model over the first rows x 256 tokens of a text file.
+MOMENT_ROWS, ROWS, ROW = 128, 32, 256
+FEWEST_TOKENS = 512
+"""Of less text second moments say nothing."""
 
-    `options` are those of `fdq.load`.
+
+def calibrated(
+    source: pathlib.Path,
+    text_file: pathlib.Path | None,
+    moments: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Statistics of the float model over the beginning of a text file, 32 rows of 256 tokens.
+
+    For `moments`, arguments of `calibrate`, 128 rows. Without a file the text is that of Python's
+    standard library. `options` are those of `fdq.load`.
     """
     import numpy as np
 
+    from fdq.analysis import sample_text
     from fdq.calibration.observation import calibrate
     from fdq.decoding.tokenizer import Tokenizer
     from fdq.storage import load
 
+    gathers = moments is not None and any(moments.values())
+    rows = MOMENT_ROWS if gathers else ROWS
     model = load(source, **options)
-    tokenizer = getattr(model, "tokenizer_path", None) or source
-    ids = Tokenizer.load(tokenizer).encode(text_file.read_text("utf-8"), bos=True)[: rows * 256]
-    if not ids:
-        raise ValueError(f"{text_file}: empty; calibration needs text.")
-    length = min(256, len(ids))
-    tokens = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
-    return calibrate(model, tokens)
+    tokenizer = Tokenizer.load(getattr(model, "tokenizer_path", None) or source)
+    if text_file is None:
+        tokens = sample_text.calibration_rows(lambda text: tokenizer.encode(text, bos=True), rows)
+    else:
+        ids = tokenizer.encode(text_file.read_text("utf-8"), bos=True)[: rows * ROW]
+        if not ids:
+            raise ValueError(f"{text_file}: empty; calibration needs text.")
+        if gathers and len(ids) < FEWEST_TOKENS:
+            raise ValueError(
+                f"{text_file}: {len(ids)} tokens are too few for second moments; give at least "
+                f"{FEWEST_TOKENS}, better {MOMENT_ROWS * ROW}."
+            )
+        length = min(ROW, len(ids))
+        tokens = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+    return calibrate(model, tokens, **(moments or {}))

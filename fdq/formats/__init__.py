@@ -1,6 +1,6 @@
 """How codes decode to values: one module a format family, one row of `FORMATS` a format."""
 
-from fdq.formats import convolutional, float8, integer, microscaling, normal_float
+from fdq.formats import convolutional, float8, integer, microscaling, normal_float, trellis
 from fdq.formats.format import Arrays as Arrays
 from fdq.formats.format import Candidates as Candidates
 from fdq.formats.format import Format as Format
@@ -19,5 +19,6 @@ for _format in (
     microscaling.MXFP8,
     microscaling.NVFP4,
     convolutional.CC2,
+    *trellis.TRELLISES,
 ):
     FORMATS.register(_format)

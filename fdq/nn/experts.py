@@ -27,7 +27,8 @@ class ExpertLinear(nnx.Module):
       kernel: `nnx.Param` of `[E, K, N]`, or a quantized weight that stands for it.
       bias: `nnx.Param` of `[E, N]`, or None.
       activation, activation_scale: as in `Linear`; one scale serves all experts.
-      observer: called with `x` as an array, a row a pick; for calibration.
+      observer: called with `x` as an array, a row a pick, the picked experts and what their outputs
+        are multiplied by, or None; its `output` with the result and the experts. For calibration.
       expert_axes: names of the mesh axes over which experts are sharded, with commas; `split` notes
         them, as tracers do not say it where axes are Auto.
       shard: whether these are the experts of one device (`fdq.sharding`): of rows whose index is E
@@ -60,6 +61,8 @@ class ExpertLinear(nnx.Module):
     @takes_rows
     def __call__(self, x: Rows, expert_index: jax.Array) -> jax.Array:
         """`x [T, K]`, `expert_index [T] int32 -> [T, N]` in the dtype of `x`."""
+        if self.observer is not None:
+            return self.observed(x, expert_index, None).value()
         return grouped_product(self.arguments(x, expert_index))[0].value()
 
     def arguments(
@@ -67,7 +70,7 @@ class ExpertLinear(nnx.Module):
     ) -> GroupedProduct:
         """Of the op that computes the layer, with another product `beside` it."""
         w, scale, bias = value(self.kernel), value(self.activation_scale), value(self.bias)
-        arguments = GroupedProduct(
+        return GroupedProduct(
             x,
             w,
             self.activation,
@@ -79,9 +82,13 @@ class ExpertLinear(nnx.Module):
             shard=self.shard,
             axes=tuple(self.expert_axes.split(",")) if self.expert_axes else (),
         )
-        if self.observer is not None:
-            self.observer(_row_a_pick(x, arguments.index))
-        return arguments
+
+    def observed(self, x: Rows, expert_index: jax.Array, gates: jax.Array | None) -> Sums:
+        """The product, shown to the observer; `gates` are what outputs are multiplied by."""
+        arguments = self.arguments(x, expert_index)
+        index, gates = arguments.index, None if gates is None else gates.reshape(-1)
+        self.observer(_row_a_pick(x, index), index.reshape(-1), gates)
+        return Sums.of(self.observer.output(grouped_product(arguments)[0].value(), index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,26 +180,38 @@ class Experts(nnx.Module):
         if shared is not None:
             up, down = shared.gate_up_proj, shared.down_proj
         with jax.named_scope("gate_up_proj"):
-            picked, beside = _products(self.gate_up_proj, x, experts, up, x)
+            picked, beside = _products(self.gate_up_proj, x, experts, up, x, weights, False)
         rows = None if shared is None or beside is None else Gated(beside, shared.gate)
         with jax.named_scope("down_proj"):
             gated = Gated(picked, self.gate)
-            y, z = _products(self.down_proj, gated, experts, down, rows, weights)
+            y, z = _products(self.down_proj, gated, experts, down, rows, weights, True)
             if part is not None:
                 return part.total(y, z).astype(dtype)
             return y.value() if z is None else y.value() + z.value()
 
 
 def _products(
-    layer: Any, x: Rows, index: jax.Array, shared: Any, rows: Any, weights: jax.Array | None = None
+    layer: Any,
+    x: Rows,
+    index: jax.Array,
+    shared: Any,
+    rows: Any,
+    gates: jax.Array,
+    combines: bool,
 ) -> tuple[Sums, Sums | None]:
     """`layer(x, index)` and `shared(rows)`, together where both are fdq's own.
 
-    x is `[T, K]` or `[T, top_k, K]`; with `weights` `[T, top_k]` the picks of a row are added up.
+    x is `[T, K]` or `[T, top_k, K]`; where it `combines`, the picks of a row are added up, times
+    their `gates` `[T, top_k]`.
     """
-    if not reads_rows(layer):
-        y = layer(_row_a_pick(x, index), index.reshape(-1))
-        sums = Sums.of(y.reshape(*index.shape, y.shape[-1]))
+    weights = gates if combines else None
+    observed = reads_rows(layer) and getattr(layer, "observer", None) is not None
+    if observed or not reads_rows(layer):
+        if observed:
+            sums = layer.observed(x, index, gates)
+        else:
+            y = layer(_row_a_pick(x, index), index.reshape(-1))
+            sums = Sums.of(y.reshape(*index.shape, y.shape[-1]))
         if weights is not None:
             sums = Sums.of(combined(sums, weights))
         return sums, None if shared is None else sums_of(shared, rows)

@@ -36,7 +36,7 @@ class Linear(nnx.Module):
       bias: `nnx.Param` of `[N]`, or None.
       activation: how `x` is quantized before the product; None leaves it in its dtype.
       activation_scale: float32, the calibrated scale of `x` when `activation` is static.
-      observer: called with `x` as an array; for calibration.
+      observer: called with `x` as an array, and its `output` with the result; for calibration.
       sum_axes: mesh axes over which rows of the kernel are cut, in a shard of a model
         (`fdq.sharding`): the devices along them have a part of the sum each.
     """
@@ -71,6 +71,8 @@ class Linear(nnx.Module):
         `summed=False` leaves the sum and the bias to whoever reads the result.
         """
         sums = product(self.arguments(x, out_dtype)).over(self.sum_axes)
+        if self.observer is not None:
+            sums = Sums.of(self.observer.output(sums.value()))
         return sums.value() if summed else sums
 
     def arguments(self, x: Rows, out_dtype: Any = None) -> Product:

@@ -1,6 +1,6 @@
 """How codes are chosen: one module an algorithm, one row of `QUANTIZERS` a quantizer."""
 
-from fdq.quantizers import clip_search, fastdeploy_rounding, round_to_nearest
+from fdq.quantizers import clip_search, fastdeploy_rounding, gptq, ldlq, round_to_nearest
 from fdq.quantizers.quantizer import QUANTIZERS as QUANTIZERS
 from fdq.quantizers.quantizer import Quantizer as Quantizer
 from fdq.quantizers.quantizer import Statistics as Statistics
@@ -14,6 +14,10 @@ for _quantizer in (
     round_to_nearest.ABSMAX,
     round_to_nearest.SIGNED_MAX,
     round_to_nearest.FOUR_OVER_SIX,
+    gptq.GPTQ,
+    gptq.GPTQ2,
+    ldlq.LDLQ1,
+    ldlq.LDLQ2,
     fastdeploy_rounding.FASTDEPLOY,
     fastdeploy_rounding.FASTDEPLOY_CPU,
 ):

@@ -65,11 +65,19 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
     it does (as in "importance matrices"); None weighs all rows equally.
     """
     format = format_of(spec)
-    if importance is not None:
-        apart = isinstance(format, ScaledFormat)
-        importance = _comparable(importance.astype(jnp.float32), spec, apart=apart)
     if not isinstance(format, ScaledFormat):
+        if importance is not None:
+            importance = _comparable(importance.astype(jnp.float32), spec, apart=False)
         return format.search(w, spec, importance)
+    return format.encode(w, spec, searched(w, spec, importance=importance))
+
+
+def searched(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None = None) -> Arrays:
+    """The parameters of a `ScaledFormat`, as stored, that `clip_search` finds."""
+    format = format_of(spec)
+    assert isinstance(format, ScaledFormat)
+    if importance is not None:
+        importance = _comparable(importance.astype(jnp.float32), spec, apart=True)
     candidates = format.candidates(w, spec)
     groups = grouping.to_groups(w, spec)
     # Relative to the largest magnitude: squares of huge and tiny weights stay in range.
@@ -132,7 +140,7 @@ def clip_search(w: jax.Array, spec: WeightSpec, *, importance: jax.Array | None 
             fitted = jax.lax.reduce_precision(fitted, exponent_bits=8, mantissa_bits=10)
             parameters = format.with_multiplier(best[1], fitted, spec)
             best = better(best, parameters, error(parameters, 1.0) * REAL_GAIN)
-    return format.encode(w, spec, format.finish(best[1], spec))
+    return format.finish(best[1], spec)
 
 
 def _comparable(importance: jax.Array, spec: WeightSpec, *, apart: bool) -> jax.Array:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdq.calibration.statistics import Calibration
+from fdq.quantizers.quantizer import pick, statistic_shape
 from fdq.schemes import assignment
 from fdq.schemes.assignment import Leaf
+from fdq.schemes.recipe import Recipe
 from fdq.schemes.scheme import Scheme
 
 
@@ -20,8 +22,8 @@ from fdq.schemes.scheme import Scheme
 class LayerInputs:
     """Statistics of one call of `quantize`; `calibration` is what they come from, if it was one.
 
-    `by_name`: name of a statistic -> path of a kernel or its module -> array `[..., K]`. `ranges`:
-    path -> absmax of the input, a number or by channel; None where nothing was given.
+    `by_name`: name of a statistic -> path of a kernel or its module -> array (mostly `[..., K]`).
+    `ranges`: path -> absmax of the input, a number or by channel; None where nothing was given.
     """
 
     by_name: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -45,7 +47,7 @@ class LayerInputs:
         """By name those of the tensor that any of `paths` leads to; of one matrix of its stack."""
         found = {name: _at(values, paths) for name, values in self.by_name.items()}
         return {
-            name: value if index is None or np.ndim(value) < 2 else value[index]
+            name: value if index is None or np.ndim(value) <= _ndim(name) else value[index]
             for name, value in found.items()
             if value is not None
         }
@@ -98,6 +100,20 @@ class LayerInputs:
         return jnp.asarray(np.broadcast_to(scale, lead), jnp.float32)
 
 
+def moments_for(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
+    """Arguments of `calibrate` by which it gathers what the quantizers of a recipe use.
+
+    `method` stands where the recipe names none, as in `quantize`.
+    """
+    pairs = [(recipe.default, recipe.quantizer)]
+    pairs += [(rule.scheme, rule.quantizer) for rule in recipe.rules]
+    wanted: set[str] = set()
+    for scheme, name in pairs:
+        if scheme is not None and scheme.weight is not None:
+            wanted |= set(pick(scheme.weight, name or method).statistics)
+    return {"moments": "input_moment" in wanted, "output_moments": "output_moment" in wanted}
+
+
 def _by_path(
     argument: str, values: Any, leaves: Sequence[Leaf], statistic: str
 ) -> Mapping[str, Any] | None:
@@ -124,6 +140,11 @@ def _by_path(
             near = ", ".join(assignment.nearest(path, paths)) or "(no tensors)"
             raise ValueError(f"{argument}: there is no tensor {path!r}. Nearest paths: {near}.")
     return values
+
+
+def _ndim(statistic: str) -> int:
+    """Axes of a statistic of one matrix."""
+    return len(statistic_shape(statistic, (0, 0)))
 
 
 def _at(values: Mapping[str, Any], paths: Sequence[str]) -> Any:

@@ -18,7 +18,16 @@ from fdq.schemes.kinds import QUANTIZERS as QUANTIZERS
 from fdq.schemes.scheme import WeightSpec
 
 Statistics = Mapping[str, Any]
-"""By name (`"mean_square"`, `"absmax"`) a statistic of each input channel, float32 `[..., K]`."""
+"""By name a statistic, float32: `"mean_square"` and `"absmax"` of each input channel, `[..., K]`,
+`"input_moment"` `[..., K, K]` and `"output_moment"` `[..., N, N]`; those of users `[..., K]`."""
+
+MOMENT_AXES = {"input_moment": (-2, -2), "output_moment": (-1, -1)}
+"""Statistics that are second moments, by the axes of a weight `[..., K, N]` that theirs are."""
+
+
+def statistic_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of one matrix of a weight of `shape`: `[K]`, `[K, K]` or `[N, N]`."""
+    return tuple(shape[axis] for axis in MOMENT_AXES.get(name, (-2,)))
 
 
 class Distortion(NamedTuple):
@@ -60,7 +69,7 @@ class Quantizer(abc.ABC):
         Args:
           w: `[K, N]` in the dtype of the checkpoint.
           spec: how it is stored.
-          statistics: `[K]` each, by name.
+          statistics: by name, `[K]` each, or what `statistic_shape` says.
 
         Returns:
           The arrays of the format, by field name of `QTensor`.
@@ -181,7 +190,7 @@ def _run(
     def one(w: jax.Array, statistics: dict[str, jax.Array]) -> Arrays:
         if slabs == 1:
             return quantizer.matrix(w, spec, statistics)
-        return _by_slabs(w, slabs, lambda slab: quantizer.matrix(slab, spec, statistics))
+        return by_slabs(w, slabs, lambda slab: quantizer.matrix(slab, spec, statistics))
 
     if w.ndim == 2:
         return one(w, statistics)
@@ -191,12 +200,12 @@ def _run(
             over_stack = jax.vmap(over_stack)
         return over_stack(w, statistics)
     lead = w.shape[:-2]
-    flat = {name: x.reshape(-1, x.shape[-1]) for name, x in statistics.items()}
+    flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in statistics.items()}
     out = jax.lax.map(lambda pair: one(*pair), (w.reshape(-1, *w.shape[-2:]), flat))
     return {name: a.reshape(*lead, *a.shape[1:]) for name, a in out.items()}
 
 
-def _by_slabs(w: jax.Array, slabs: int, quantize: Any) -> Arrays:
+def by_slabs(w: jax.Array, slabs: int, quantize: Any) -> Arrays:
     """Quantizes a matrix in about `slabs` parts of its columns, one after the other."""
     n = w.shape[1]
     columns = -(-n // slabs)

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from fdq.formats import FORMATS, row_order
 from fdq.formats.qtensor import QTensor
-from fdq.quantizers.quantizer import Quantizer, Statistics, pick
+from fdq.quantizers.quantizer import MOMENT_AXES, Quantizer, Statistics, pick, statistic_shape
 from fdq.schemes.grammar import COMPATS
 from fdq.schemes.kinds import QUANTIZERS
 from fdq.schemes.scheme import WeightSpec
@@ -137,21 +137,26 @@ def _compatible(spec: WeightSpec, compat: str, dtype: Any, path: str) -> Quantiz
 def _wanted(
     quantizer: Quantizer, given: dict[str, Any], shape: tuple[int, ...], path: str
 ) -> dict[str, Any]:
-    """The statistics that a quantizer uses, float32 `[..., K]`."""
-    expected = (*shape[:-2], shape[-2])
+    """The statistics that a quantizer uses, float32 `[..., K]`, or `[..., K, K]` and so on."""
     wanted = {}
     for name in quantizer.statistics:
+        one = statistic_shape(name, shape)
+        expected = (*shape[:-2], *one)
         if given.get(name) is None:
             if name in quantizer.required:
+                moments = {
+                    "input_moment": ", moments=True",
+                    "output_moment": ", output_moments=True",
+                }
                 raise ValueError(
-                    f"{path}: quantizer {quantizer.name!r} needs the {name} of the layer's input. "
-                    "Pass calibration=fdq.calibrate(model, tokens)."
+                    f"{path}: quantizer {quantizer.name!r} needs the {name} of the layer. Pass "
+                    f"calibration=fdq.calibrate(model, tokens{moments.get(name, '')})."
                 )
             continue
         value = _numbers(given[name], name, path)
         found = tuple(value.shape)
-        if found not in (expected, (shape[-2],)):
-            options = " or ".join(str(option) for option in dict.fromkeys((expected, (shape[-2],))))
+        if found not in (expected, one):
+            options = " or ".join(str(option) for option in dict.fromkeys((expected, one)))
             raise ValueError(f"{path}: expected {_word(name)} of shape {options}, found {found}.")
         if not isinstance(value, jax.ShapeDtypeStruct | Tracer):
             _check_statistic(np.asarray(value), name, path)
@@ -262,8 +267,11 @@ def _poisoned(
     bits = jax.lax.bitcast_convert_type(_largest(jax.lax.stop_gradient(w)), jnp.int32)
     low, high = (jax.lax.bitcast_convert_type(jnp.float32(b), jnp.int32) for b in bounds)
     wrong = (bits > high) | ((bits > 0) & (bits < low))
-    for value in statistics.values():
-        wrong = wrong | ~(jnp.isfinite(value) & (value >= 0)).all(axis=-1)
+    for name, value in statistics.items():
+        fine = jnp.isfinite(value).all(axis=-1)
+        if name in MOMENT_AXES:
+            fine, value = fine.all(axis=-1), jnp.diagonal(value, axis1=-2, axis2=-1)
+        wrong = wrong | ~fine | (value < 0).any(axis=-1)
     wrong = wrong[..., None, None]
 
     def poison(name: str, a: jax.Array) -> jax.Array:
@@ -290,11 +298,14 @@ def _numbers(value: Any, name: str, path: str) -> Any:
 
 def _check_statistic(value: np.ndarray, name: str, path: str) -> None:
     """Refuses what no mean or maximum of magnitudes can be, as float32 holds it."""
-    with np.errstate(over="ignore"):
-        wrong = ~np.isfinite(value.astype(np.float32)) | (value.astype(np.float64) < 0)
+    moment = name in MOMENT_AXES
+    low = value * np.eye(value.shape[-1], dtype=value.dtype) if moment else value
+    with np.errstate(over="ignore", invalid="ignore"):
+        wrong = ~np.isfinite(value.astype(np.float32)) | (low.astype(np.float64) < 0)
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        whose = " on its diagonal" if moment else ""
         raise ValueError(
-            f"{path}: expected {_word(name)} of finite numbers >= 0, found {value[at]} at "
+            f"{path}: expected {_word(name)} of finite numbers >= 0{whose}, found {value[at]} at "
             f"{list(at)} ({int(wrong.sum())} such in all)."
         )

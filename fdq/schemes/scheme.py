@@ -7,6 +7,7 @@ size, scale dtype, zero points) is a field of a spec and a suffix of the name::
     W<type>A<type>C<type>-<suffix>-<suffix>...
 
     W  16 8 4 3 2 (integers)  fp8 fp8e5m2 NF4 MXFP4 MXFP8 NVFP4 CC2
+       T4 T3.5 T3 T2.5 T2 T1.5 (trellis codes)
     A  16 8 fp8               needs a quantized W
     C  16 8 4 3 2 fp8
     suffixes of W  -g<rows> -channel -tensor -b<n> -b<rows>x<columns>   what shares a scale

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from fdq.formats import trellis
 from fdq.formats.qtensor import QTensor
 from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import WeightSpec
@@ -39,6 +41,11 @@ class Case:
     def weight(self) -> np.ndarray:
         return weight(self.name, self.k, self.n)
 
+    @property
+    def family(self) -> str:
+        """The format; of trellises, which are alike, all of them."""
+        return "trellis" if self.spec.format.startswith("trellis") else self.spec.format
+
     @functools.cached_property
     def quantized(self) -> QTensor:
         return quantize_array(self.weight, self.spec, method=self.method)
@@ -63,6 +70,8 @@ def spec(format, group=None, dtype=None, **fields) -> WeightSpec:
     return WeightSpec(format=format, **fields)
 
 
+# Values of a step, by bits per weight.
+TRELLISES = {"1.5": 2, "2": 2, "2.5": 2, "3": 1, "3.5": 2, "4": 1}
 BLOCK = {"granularity": "block", "block_size": (128, 128)}
 
 CASES = (
@@ -96,6 +105,10 @@ CASES = (
     Case("mxfp8", spec("mxfp8", 32, "float8_e8m0fnu")),
     Case("nvfp4", spec("nvfp4", 16, "float8_e4m3fn")),
     Case("cc2", spec("cc2", 64, "uint4")),
+    *(
+        Case(f"trellis{bits}", spec(f"trellis{bits}_v1", None, "bfloat16"), None, 8, 1024, False)
+        for bits in sorted(TRELLISES, key="2".__ne__)
+    ),
 )
 VARIED = ("int4-g64", "fp8", "nf4-g64", "nvfp4", "cc2")
 """An integer, a float, a codebook, a small float and the trellis, as few as show what is alike."""
@@ -166,6 +179,8 @@ def defined_value(q: QTensor, k: int, n: int) -> np.ndarray:
     a, s = host(q), q.spec
     if s.format == "cc2":
         return defined_cc2(a, k, n)
+    if s.format.startswith("trellis"):
+        return defined_trellis(a, s.format)
     scale = scale_of(q, k, n)
     if s.format.startswith("float8") or s.format == "mxfp8":
         return a["codes"].astype(np.float32) * scale
@@ -192,6 +207,23 @@ def defined_cc2(a: dict[str, np.ndarray], k: int, n: int) -> np.ndarray:
         local = (a["scale"][row // 128] >> (4 * (row // 64 % 2))) & 15
         out[row] = (value * local).astype(np.float32) * a["super_scale"][0]
     return out
+
+
+def defined_trellis(a: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """float32 [k, n]: every window bit by bit, looked up in the file of tables."""
+    bits, version = name.removeprefix("trellis").split("_")
+    with np.load(pathlib.Path(trellis.__file__).with_name(f"trellis_tables_{version}.npz")) as file:
+        table = (file[bits].astype(np.uint32) << 16).view(np.float32)
+    values = TRELLISES[bits]
+    step = round(float(bits) * values)
+    stream = np.unpackbits(a["codes"], axis=1, bitorder="little").astype(np.int64)
+    tile, out = 128 // values * step, []
+    for start in range(0, stream.shape[1], tile):
+        part = stream[:, start : start + tile]
+        for at in range(0, part.shape[1], step):
+            places = (at + np.arange(12)) % part.shape[1]
+            out.append(table[part[:, places] @ (1 << np.arange(12))])
+    return np.concatenate(out, axis=1) * a["scale"].astype(np.float32)
 
 
 def stack(case: Case, count: int = 2) -> jnp.ndarray:

@@ -27,7 +27,7 @@ from tests.formats.cases import (
 
 every_format = pytest.mark.parametrize(
     "case",
-    covering(CASES, lambda c: (c.spec.format, c.spec.granularity, c.spec.zero_point)),
+    covering(CASES, lambda c: (c.family, c.spec.granularity, c.spec.zero_point)),
     ids=str,
 )
 varied_formats = pytest.mark.parametrize("case", slow_but(VARIED, CASES), ids=str)
@@ -59,8 +59,8 @@ def test_decode_is_the_definition(case):
 
 @every_format
 def test_every_weight_has_its_nearest_level(case):
-    if case.spec.format == "cc2":
-        pytest.skip("cc2 codes four weights at once; see test_convolutional.py")
+    if case.spec.format.startswith(("cc2", "trellis")):
+        pytest.skip("several weights share a code; see test_convolutional.py and test_trellis.py")
     q, w = case.quantized, case.weight.astype(np.float64)
     scale = scale_of(q, case.k, case.n).astype(np.float64)
     zero, offset = (
@@ -205,7 +205,8 @@ def test_zero_groups_and_sizes_from_tiny_to_huge(case):
         back = np.asarray(dequantize(q), np.float64) / size
         assert np.isfinite(back).all()
         assert np.all(np.abs(back[:, 0]) <= 1e-7)
-        if case.spec.format != "cc2":  # whose local scale 0 means an all-zero group
+        # A scale (of cc2, a local one) of 0 means that all weights are.
+        if not case.spec.format.startswith(("cc2", "trellis")):
             scale = scale_of(q, case.k, case.n)
             assert np.all(np.isfinite(scale))
             assert np.all(scale != 0)
@@ -279,13 +280,13 @@ def test_wrong_inputs_say_what_is_wrong():
 def test_what_a_trace_cannot_refuse_decodes_to_nan(case):
     """One bad weight of a matrix; the other matrix of the stack is as it was."""
     s = case.spec
-    k = max(s.group_size or 0, 128)
+    k, closed = max(s.group_size or 0, 128), FORMATS[s.format].closed_form
 
     @jax.jit
     def decoded(w):
-        return dequantize(quantize_array(w, s, method="absmax" if s.format != "cc2" else None))
+        return dequantize(quantize_array(w, s, method="absmax" if closed else None))
 
-    w = np.random.default_rng(0).standard_normal((2, k, 3)).astype(np.float32)
+    w = np.random.default_rng(0).standard_normal((2, k, 16)).astype(np.float32)
     expected = np.asarray(decoded(w))
     assert np.isfinite(expected).all() and expected.any()
     for wrong in (np.nan, np.inf, 3e38):
@@ -303,7 +304,7 @@ def test_weights_at_the_ends_of_the_range_are_right_or_refused(case):
     """No wrong value in silence: as good as at 1 inside of the bounds, an error outside."""
     s = case.spec
     k = max(s.group_size or 0, 128)
-    w = np.random.default_rng(0).standard_normal((k, 3)).astype(np.float32)
+    w = np.random.default_rng(0).standard_normal((k, 16)).astype(np.float32)
     w /= np.abs(w).max()
 
     def error(size):

@@ -1,0 +1,161 @@
+"""LDLQ: trellis codes chosen one input at a time, the error of each made up for by those to come.
+
+The squared error of a layer's output is `tr(Dᵀ H D)`, D the error of the weight `[K, N]` and H the
+second moment of its input. A row of the weight is one input, and a trellis code of it a sequence
+of its own: the Viterbi search finds the stream nearest to the row, then what that leaves is spread
+over the rows to come as H says (QuIP, arXiv 2307.13304; the same as GPTQ's feedback).
+
+With the second moment G of the loss's gradient at the output, it is `tr(G Dᵀ H D)` that counts
+(YAQA, arXiv 2505.22988): blocks of columns are taken one after the other, and what is left of one
+is also spread over the columns to come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.formats import Arrays
+from fdq.formats.trellis import TILE, Trellis
+from fdq.quantizers import second_moment
+from fdq.quantizers.quantizer import Quantizer, Statistics, format_of
+from fdq.schemes.scheme import WeightSpec
+
+BLOCK = 64  # rows between which feedback goes by a matrix product
+COLUMN_BLOCKS = 8  # at most, of columns that hear of each other; of whole tiles
+OUTPUT_DAMPING = 0.01
+SMALL = 1e-4  # of the mean weight of a column, for columns of no weight
+
+
+class LDLQ(Quantizer):
+    """`ldlq`, with feedback along the inputs; `ldlq2`, between blocks of outputs as well."""
+
+    def __init__(self, name: str, statistics: tuple[str, ...]):
+        self.name, self.statistics = name, statistics
+        self.required = statistics
+
+    def unsupported(self, spec: WeightSpec, dtype: Any = jnp.float32) -> str | None:
+        """Other formats have `gptq`, the same feedback for weights that are rounded one by one."""
+        del dtype
+        return None if isinstance(format_of(spec), Trellis) else "is for trellis codes"
+
+    def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
+        """Chooses the streams of all rows, in the order of their mean squares."""
+        format = format_of(spec)
+        assert isinstance(format, Trellis)
+        w = w.astype(jnp.float32)
+        size = jnp.max(jnp.abs(w))
+        size = jnp.where(size > 0, size, jnp.float32(1.0))
+        moment = second_moment.damped(statistics["input_moment"])
+        order = second_moment.act_order(moment)
+        moment = second_moment.in_order(moment, order)
+        factor = second_moment.feedback_factor(moment)
+        rows = _Rows(format, moment, factor)
+        w = w[order] / size
+        if "output_moment" in self.statistics:
+            codes, scale = rows.by_blocks(w, statistics["output_moment"])
+        else:
+            codes, scale, _ = rows.encode(w)
+        back = jnp.argsort(order)
+        return {"codes": codes[back], "scale": (scale * size).astype(jnp.bfloat16)}
+
+
+class _Rows:
+    """Feedback along the rows of a weight, which are in the order of the moment `[K, K]`."""
+
+    def __init__(self, format: Trellis, moment: jax.Array, factor: jax.Array):
+        self.format, self.moment = format, moment
+        k = moment.shape[0]
+        self.missing = -k % BLOCK
+        padded = jnp.pad(factor, [(0, self.missing)] * 2)
+        unused = jnp.arange(k + self.missing) >= k
+        self.factor = padded + jnp.diag(unused.astype(jnp.float32))
+
+    def encode(
+        self, w: jax.Array, outputs: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`[K, n]` -> stored codes, scale float32 `[1, n]`, and what these decode to.
+
+        The scale is that of the spread of the columns, fitted once to the codes.
+        """
+        format, h = self.format, jnp.diagonal(self.moment)[:, None]
+        scale = _rounded(format.first_scale(w, h))
+        weights = jnp.square(scale) if outputs is None else jnp.square(scale) * outputs
+        mean = jnp.mean(weights)
+        weights = weights / jnp.where(mean > 0, mean, jnp.float32(1.0)) + jnp.float32(SMALL)
+        levels, codes = self._feed(w, scale, weights)
+        weighted = self.moment @ levels
+        above = jnp.sum(weighted * w, axis=0, keepdims=True)
+        below = jnp.sum(weighted * levels, axis=0, keepdims=True)
+        scale = _rounded(jnp.where(above > 0, above / below, scale))
+        return codes, scale, levels * scale
+
+    def _feed(
+        self, w: jax.Array, scale: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Levels `[K, n]` and stored codes of rows rounded in turn."""
+        k, n = w.shape
+        total = k + self.missing
+        w = jnp.pad(w, [(0, self.missing), (0, 0)])
+
+        def block(w: jax.Array, start: jax.Array):
+            factor = lax.dynamic_slice_in_dim(self.factor, start, BLOCK)  # [BLOCK, K]
+            inner = lax.dynamic_slice_in_dim(factor, start, BLOCK, axis=1)
+
+            def row(rows: jax.Array, i: jax.Array):
+                target = rows[i]
+                codes = self.format.nearest(target[None], scale, weights)
+                levels = self.format.levels(codes)[0]
+                error = (target - levels * scale[0]) / inner[i, i]
+                after = jnp.where(jnp.arange(BLOCK) > i, inner[i], 0.0)
+                return rows - after[:, None] * error[None], (levels, codes[0], error)
+
+            rows = lax.dynamic_slice_in_dim(w, start, BLOCK)
+            _, (levels, codes, errors) = lax.scan(row, rows, jnp.arange(BLOCK))
+            return w - factor.T @ errors, (levels, codes)
+
+        _, (levels, codes) = lax.scan(block, w, jnp.arange(0, total, BLOCK))
+        return levels.reshape(total, n)[:k], codes.reshape(total, -1)[:k]
+
+    def by_blocks(self, w: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Codes and scale `[1, N]`, with feedback from each block of columns to those after it."""
+        n = w.shape[1]
+        outputs = second_moment.damped(outputs, OUTPUT_DAMPING)
+        factor = second_moment.feedback_factor(outputs)
+        tiles = max(1, -(-n // (TILE * COLUMN_BLOCKS)))
+        size = TILE * tiles
+        whole = n // size
+
+        def block(w: jax.Array, start: Any, size: int):
+            rows = lax.dynamic_slice_in_dim(factor, start, size)  # [size, N]
+            inner = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
+            # What an error of each column costs, once those to come have made up for it.
+            inverse = jax.scipy.linalg.solve_triangular(inner, jnp.eye(size), lower=False)
+            cost = jnp.sum(jnp.square(inverse), axis=1)[None]
+            part = lax.dynamic_slice_in_dim(w, start, size, axis=1)
+            codes, scale, decoded = self.encode(part, cost)
+            left = part - decoded
+            errors = jax.scipy.linalg.solve_triangular(inner.T, left.T, lower=True).T
+            return w - errors @ rows, (codes, scale)
+
+        found = []
+        if whole:
+            starts = jnp.arange(0, whole * size, size)
+            w, parts = lax.scan(lambda w, start: block(w, start, size), w, starts)
+            found.append([jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1) for a in parts])
+        if n > whole * size:
+            found.append(block(w, whole * size, n - whole * size)[1])
+        codes, scale = (jnp.concatenate(a, axis=1) for a in zip(*found, strict=True))
+        return codes, scale
+
+
+def _rounded(scale: jax.Array) -> jax.Array:
+    """To what bfloat16 holds, before codes are chosen by it."""
+    return lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+
+
+LDLQ1 = LDLQ("ldlq", ("input_moment",))
+LDLQ2 = LDLQ("ldlq2", ("input_moment", "output_moment"))
