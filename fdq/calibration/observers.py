@@ -90,6 +90,7 @@ class InputObserver(nnx.Module):
     def __call__(
         self, x: jax.Array, index: jax.Array | None = None, gates: jax.Array | None = None
     ) -> None:
+        """Notes one call's input."""
         rows = x.reshape(-1, int(np.prod(x.shape[x.ndim - self.contracted :])))
         rows = jax.lax.stop_gradient(rows).astype(jnp.float32)
         real, seen = _real_rows(x, x.ndim - self.contracted), jnp.float32(rows.shape[0])
@@ -148,6 +149,7 @@ class ObservedLayer(nnx.Module):
         self.inner, self.observer = inner, observer
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives."""
         self.observer(x)
         return self.observer.output(self.inner(x, *args, **kwargs))
 
@@ -170,6 +172,7 @@ class CacheObserver(nnx.Module):
         self.k_count = Observed(jnp.zeros((), jnp.float32))
 
     def __call__(self, k: jax.Array, v: jax.Array) -> None:
+        """Notes keys and values `[B, T, kv_heads, head_dim]` of one call."""
         real = _real_rows(k, 2)
         for name, x in (("k", k), ("v", v)):
             x = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
