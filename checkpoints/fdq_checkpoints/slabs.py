@@ -38,6 +38,8 @@ def columns(k: int, n: int) -> list[tuple[int, int]]:
     All are of one width, for all weights of `k` rows, as each width is compiled for: where the last
     one would be narrower, it starts earlier.
     """
+    if not n:
+        return []
     width = SLAB_COLUMNS * max(1, SLAB_WEIGHTS // (SLAB_COLUMNS * max(1, k)))
     starts = range(0, n, width)
     last = n - width if n > width and n % SLAB_COLUMNS == 0 else starts[-1]

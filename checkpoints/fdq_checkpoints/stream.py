@@ -22,6 +22,7 @@ from fdq.nn.general import Fold
 from fdq.quantizers import modules
 from fdq.quantizers.assigned import Assigned
 from fdq.quantizers.layer_inputs import LayerInputs, moments_for
+from fdq.quantizers.quantizer import pick
 from fdq.quantizers.weight import largest_magnitude, on_device
 from fdq.schemes.assignment import Row, path_string
 from fdq_checkpoints import slabs, tree_paths
@@ -93,6 +94,7 @@ class Job:
                 tree_paths.fill(source.tree, values),
                 moments_for(assigned.recipe, method),
             )
+            wanted["moments_of"] = assigned.rows.__contains__
             calibration = calibrate(whole, calibration, **wanted)
         for row in assigned.table.quantized:
             if row.scheme is not None and row.scheme.weight and row.scheme.weight.row_order:
@@ -169,7 +171,8 @@ class Job:
                 size = int(np.prod(shape, dtype=np.int64))
                 result = size if isinstance(tensor.value, tree_paths.QUANTIZED) else 4 * size
                 # As stored, and in float32.
-                yield slabs.Task(functools.partial(self._done, tensor, part), 6 * size, result)
+                held = 6 * size + self._statistics_bytes(tensor)
+                yield slabs.Task(functools.partial(self._done, tensor, part), held, result)
 
     def _done(self, tensor: Tensor, part: "_Part | None") -> tuple[Tensor, "_Part | None", Any]:
         index = None if part is None else part.index
@@ -192,6 +195,19 @@ class Job:
                 f"{place} ({dotted(tensor.path)}). Expected finite weights: download the file "
                 "again, or ask whoever made it."
             ) from error
+
+    def _statistics_bytes(self, tensor: Tensor) -> int:
+        """What a quantizer makes of second moments: a few matrices as large, in float32."""
+        found = self._row(tensor)
+        if found is None or self.assigned is None:
+            return 0
+        spec = found[0].scheme and found[0].scheme.weight
+        name = found[0].quantizer or self.assigned.method
+        if spec is None or name is None:
+            return 0
+        sizes = {"input_moment": tensor.value.shape[-2], "output_moment": tensor.value.shape[-1]}
+        wanted = pick(spec, name, found[0].path).statistics
+        return sum(24 * sizes[one] ** 2 for one in wanted if one in sizes)
 
     def _row(self, tensor: Tensor) -> tuple[Row, list[str]] | None:
         if self.assigned is None or not isinstance(tensor.value, tree_paths.QUANTIZED):

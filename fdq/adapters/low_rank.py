@@ -131,6 +131,11 @@ def with_adapters(model: Any, adapters: Mapping[str, nn.LowRank]) -> Any:
     Raises:
       ValueError: it has adapters already.
     """
+    if getattr(model, "placement", None) is not None:
+        raise ValueError(
+            "adapters: the model lies on a mesh, where layers are in parts. Take "
+            "fdq.unshard(model), add adapters, and shard what comes of merging them."
+        )
     copy = nnx.clone(model)
     stand_ins: dict[int, Any] = {}
     for layer in plain_layers_of(copy):

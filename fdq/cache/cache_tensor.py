@@ -148,10 +148,12 @@ class CacheTensor:
         ]
         if self.spec != other.spec or kinds[0] != kinds[1]:
             raise ValueError(f"insert: expected a {self._kind()}, found a {other._kind()}.")
-        if other.window is not None and mine.codes.shape[2] != theirs.codes.shape[2]:
+        slots, given = mine.codes.shape[2], theirs.codes.shape[2]
+        if given > slots or (other.window is not None and slots != given):
+            kind = "ring" if other.window is not None else "cache"
             raise ValueError(
-                f"insert: a ring of {theirs.codes.shape[2]} slots does not go into "
-                f"{mine.codes.shape[2]} slots: make both caches with the same `spare`."
+                f"insert: a {kind} of {given} slots does not go into {slots} slots: make both "
+                "caches with the same `spare`, and no longer one."
             )
         for name, scale in self._static().items():
             pair = (scale, getattr(other, name))

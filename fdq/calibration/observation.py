@@ -35,6 +35,7 @@ def calibrate(
     forward: Callable[[Any, jax.Array], Any] | None = None,
     moments: bool = False,
     output_moments: bool = False,
+    moments_of: Callable[[str], bool] | None = None,
     loss: Callable[[Any, jax.Array], jax.Array] | None = None,
     seed: int = 0,
 ) -> Calibration:
@@ -57,6 +58,8 @@ def calibrate(
         that saw few tokens borrows from its layer (`Calibration.rarely_picked` names those).
       output_moments: also gathers E[g gᵀ], g the gradient of a loss at each layer's output, by a
         backward pass: what `method="gptq2"` needs beside `moments`, which it implies.
+      moments_of: whether to gather second moments of the kernel at a path; by default of all but a
+        head (`lm_head.kernel`), whose logits are as many as the vocabulary.
       loss: `(what forward returns, batch) -> scalar`, a sum over tokens, for `output_moments`. By
         default the cross entropy of labels that are drawn from the model's own predictions `[B, L,
         V]` (logits): then E[g gᵀ] is that of the KL divergence between a model and its neighbours.
@@ -78,7 +81,9 @@ def calibrate(
     run = forward or (lambda module, batch: module(batch))  # pyright: ignore[reportCallIssue]
     clone = nnx.clone(model)
     inputs = moments or output_moments
-    observers, attentions = _insert_observers(clone, inputs, output_moments)
+    observers, attentions = _insert_observers(
+        clone, inputs, output_moments, moments_of or _but_the_head
+    )
     graphdef, observed, taps, rest = nnx.split(clone, Observed, Tap, ...)
 
     def watched(taps, observed, rest, batch, real, key):
@@ -97,6 +102,7 @@ def calibrate(
 
     @jax.jit
     def step(totals, observed, rest, batch, real, key):
+        taps = jax.tree.map(jnp.zeros_like, totals)
         arguments = (taps, observed, rest, batch, real, key)
         if not output_moments:
             return totals, watched(*arguments)[1]
@@ -132,6 +138,11 @@ def calibrate(
         raise ValueError("no linear layer was called: there is nothing to calibrate")
     ranges = tuple(observer.ranges() for observer in attentions)
     return Calibration(**found, cache=ranges, tokens=seen)
+
+
+def _but_the_head(path: str) -> bool:
+    """A second moment of logits has as many rows and columns as the vocabulary has tokens."""
+    return not path.startswith("lm_head.")
 
 
 def _with_lengths(
@@ -177,7 +188,7 @@ def _batches(tokens: Any, batch_size: int) -> Iterable[jax.Array]:
 
 
 def _insert_observers(
-    root: nnx.Module, inputs: bool, outputs: bool
+    root: nnx.Module, inputs: bool, outputs: bool, of: Callable[[str], bool]
 ) -> tuple[dict[str, InputObserver], list[CacheObserver]]:
     """Gives, in place, each linear module an observer; wraps those of others that take none."""
     nodes = [(path, node) for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)]
@@ -190,12 +201,13 @@ def _insert_observers(
             attentions.append(node.kv_observer)
         layer = _layer_of(node)
         if layer is not None and path:
-            observer = InputObserver(layer, inputs, outputs)
+            name = ".".join(map(str, (*path, "kernel")))
+            observer = InputObserver(layer, inputs and of(name), outputs and of(name))
             if isinstance(node, nn.Linear | nn.ExpertLinear):
                 node.observer = observer
             else:
                 wrapped[id(node)] = ObservedLayer(node, observer)
-            observers[".".join(map(str, (*path, "kernel")))] = observer
+            observers[name] = observer
     for _, node in nodes:
         if isinstance(node, nnx.List):
             for index, child in enumerate(node):

@@ -77,8 +77,8 @@ class Calibration:
         """By path the experts that saw fewer tokens than K, and how many: they borrowed much."""
         rare = {}
         for path, counts in self.counts.items():
-            if not counts.shape or path not in self.input_moment:
-                continue
+            if path not in self.input_moment or counts.ndim < self.absmax[path].ndim:
+                continue  # no experts, which share the rows of their layer
             least = self.input_moment[path].shape[-1]
             flat = counts.reshape(-1)
             few = {int(i): int(flat[i]) for i in np.flatnonzero(flat < least)}
@@ -133,10 +133,12 @@ class Calibration:
             else:
                 raise ValueError(f"{path}: {name!r} of shape {array.shape} is no such statistic.")
         for kind, values in fields.items():
-            lacks = fields["absmax"].keys() ^ values.keys()
-            if kind == "mean_square" or values:  # files of before have no others
-                for other in lacks:
-                    raise ValueError(f"{path}: {other!r} has absmax or {kind}, and not both.")
+            # Files of before have no others, and moments are not gathered of every layer.
+            lacks = values.keys() - fields["absmax"].keys()
+            if kind == "mean_square":
+                lacks |= fields["absmax"].keys() - values.keys()
+            for other in lacks:
+                raise ValueError(f"{path}: {other!r} has absmax or {kind}, and not both.")
         for number, layer in enumerate(sorted(layers)):
             if layer != number or not layers[layer].keys() >= set(RANGE_FIELDS):
                 raise ValueError(f"{path}: the range of keys and values of layer {number} lacks.")

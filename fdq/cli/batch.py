@@ -44,6 +44,7 @@ def _line(text: bytes, where: str) -> Line:
 
     try:
         value = json.loads(text.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # halves of a character are no text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: no JSON: {error}") from error
     if not isinstance(value, dict):
@@ -174,11 +175,14 @@ def run(
     keywords: dict[str, Any],
 ) -> None:
     """Continues all prompts, `size` side by side, and writes each line with its `text`."""
+    import jax
+
     with console.progress("Generating") as update:
         update(0, len(lines), "")
         for start in range(0, len(lines), size):
             part = lines[start : start + size]
-            texts = prompts.generate(model, part, keywords)
+            own = {"key": jax.random.fold_in(keywords["key"], start)}  # or parts would draw alike
+            texts = prompts.generate(model, part, keywords | own)
             for line, text in zip(part, texts, strict=True):
                 write({**line, "text": text})
             update(min(start + size, len(lines)), len(lines), f"{start + len(part)} prompts")

@@ -77,6 +77,8 @@ def run(
         raise ValueError("--output goes with --batch; a single text is written with > FILE.")
     if system is not None and not chat and batch_file is None:
         raise ValueError("--system goes with --chat.")
+    if chat_template is not None and not chat and batch_file is None:
+        raise ValueError("--chat-template goes with --chat, or with --batch.")
     if batch_file is None:
         prompt = read_prompt(prompt, prompt_file)
     lines = None if batch_file is None else batch.read(batch_file)

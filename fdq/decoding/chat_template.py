@@ -6,10 +6,12 @@ programs by somebody else. See `fdq.decoding.template_process`.
 
 import dataclasses
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ SECONDS = 10  # for all conversations of a call; a template takes milliseconds
 MEMORY_BYTES = 1 << 29
 _MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_CHARACTERS = 1 << 24  # of all texts of a call
+_KEPT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment
 _JINJA = "jinja2>=3.1.6"  # older ones have known ways out of the sandbox
 
 FILE_NAME, FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -178,6 +181,9 @@ class ChatTemplate:
                     stderr=subprocess.DEVNULL,
                     timeout=SECONDS + 5,
                     check=False,
+                    # Nobody's secrets, and Ctrl-C is for the answer.
+                    env={name: os.environ[name] for name in _KEPT if name in os.environ},
+                    start_new_session=os.name == "posix",
                 )
             except subprocess.TimeoutExpired:
                 raise TemplateError(self._ended(f"did not end within {SECONDS} s")) from None
@@ -281,4 +287,11 @@ def _paths_of_jinja() -> list[str]:
                 name=name,
             )
         paths.append(str(pathlib.Path(found.origin).parent.parent))
+    version = importlib.metadata.version("jinja2")
+    if tuple(map(int, re.findall(r"[0-9]+", version)[:3])) < (3, 1, 6):
+        raise ModuleNotFoundError(
+            f"Chat templates need {_JINJA}; jinja2 {version} has known ways out of its sandbox. "
+            f"pip install '{_JINJA}'.",
+            name="jinja2",
+        )
     return list(dict.fromkeys(paths))

@@ -200,6 +200,11 @@ class Conversation:
         pairs = enumerate(zip(known, tokens, strict=False))
         kept = next((i for i, (a, b) in pairs if a != b), min(len(known), len(tokens)))
         kept = min(kept, len(tokens) - 1)
+        spare = None if state is None else state.cache.spare
+        if state is not None and spare is not None:
+            longest = int(jax.device_get(state.cache.reach)[0])
+            if kept - 1 < longest - spare:
+                kept = 0  # rings have lost what the next token would see: all is read anew
         if state is None or kept < 1:
             empty = self._model.init_cache(1, self.max_length, self._format)
             key = jax.random.fold_in(self._key, self._starts)

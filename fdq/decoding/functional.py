@@ -106,10 +106,15 @@ def step(template: Template, params: Any, state: DecodeState) -> tuple[jax.Array
     """See `Functional.step`."""
     checks.is_state("step", state)
     model = bind(template, params)
-    if model.placement is not None:
-        return model.placement.run(model, next_logits, (state,), out=(("logits", 2), 0))
+    if placement_of(model) is not None:
+        return placement_of(model).run(model, next_logits, (state,), out=(("logits", 2), 0))
     with mesh_of(params, state):
         return next_logits(model, on_current_mesh(state))
+
+
+def placement_of(model: Any) -> Any:
+    """How a model lies on a mesh; None on one device, and of a model that is not fdq's."""
+    return getattr(model, "placement", None)
 
 
 def next_logits(model: Any, state: DecodeState) -> tuple[jax.Array, DecodeState]:
@@ -140,9 +145,9 @@ def extend(
         )
     model = bind(template, params)
     _check_vocabulary("extend: tokens", tokens, model)
-    if model.placement is not None:
-        rows = model.placement.put((tokens, state))
-        return model.placement.run(model, _extend, rows, out=(("logits", 3), 1))
+    if placement_of(model) is not None:
+        rows = placement_of(model).put((tokens, state))
+        return placement_of(model).run(model, _extend, rows, out=(("logits", 3), 1))
     with mesh_of(params, state):
         return _extend(model, tokens, on_current_mesh(state))
 
@@ -203,7 +208,7 @@ def init(
 
 def whole_logits(model: Any, logits: jax.Array) -> jax.Array:
     """Logits of all tokens, where the model is a shard that has those of some."""
-    axes = model.vocabulary_axes
+    axes = getattr(model, "vocabulary_axes", ())
     return jax.lax.all_gather(logits, axes, axis=logits.ndim - 1, tiled=True) if axes else logits
 
 

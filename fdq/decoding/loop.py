@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks, programs
-from fdq.decoding.functional import taken
+from fdq.decoding.functional import placement_of, taken
 from fdq.decoding.programs import LogitsProcessor
 from fdq.decoding.sampling import Sampling, checked
 from fdq.decoding.state import DecodeState
@@ -90,8 +90,8 @@ def prefill(
     template, params = current_split(model)
     if state is None:
         checks.empty(held)
-    if model.placement is not None:
-        held, state = model.placement.put((held, state))
+    if placement_of(model) is not None:
+        held, state = placement_of(model).put((held, state))
     with mesh_of(params, held):
         if state is not None:
             return _go_on(template, params, prompts, state, chunk)
@@ -99,7 +99,7 @@ def prefill(
         state = DecodeState.start(
             prompts.tokens, prompts.lengths, held, key=key, logprobs=return_logprobs
         )
-    return state if model.placement is None else model.placement.put(state)
+    return state if placement_of(model) is None else placement_of(model).put(state)
 
 
 def _read(
@@ -138,6 +138,8 @@ def _go_on(
         # What reaches beyond the cache begins earlier, on slots that were written already.
         if spare is not None and (count > room or isinstance(known, Tracer)):
             count = min(count, spare)
+        if spare is not None and isinstance(known, Tracer):
+            room = min(room, spare)
         padded = _chunk_length(count, chunk, room)
         first = known - 1 + start
         cache = programs.extend_from(

@@ -14,6 +14,7 @@ from fdq.decoding.functional import (
     by_ring,
     feed,
     next_logits,
+    placement_of,
     whole_logits,
     window_start,
 )
@@ -40,9 +41,9 @@ def extend(
 ) -> KVCache:
     """Writes the keys and values of `tokens [B, T]` from slot `start` on."""
     model = bind(template, params)
-    if model.placement is not None:
+    if placement_of(model) is not None:
         rows = tokens, cache, lengths
-        return model.placement.run(model, _extended, rows, whole=(start,), out=(1,))
+        return placement_of(model).run(model, _extended, rows, whole=(start,), out=(1,))
     return _extended(model, tokens, cache, lengths, start)
 
 
@@ -64,8 +65,8 @@ def extend_from(
     """Writes `count` slots of each sequence, from `start [B]` on, from `tokens [B, capacity]`."""
     start = window_start(start, count, tokens.shape[1])
     model, rows = bind(template, params), (tokens, cache, start, lengths)
-    if model.placement is not None:
-        return model.placement.run(model, _fed, rows, settings=(count,), out=(1,))
+    if placement_of(model) is not None:
+        return placement_of(model).run(model, _fed, rows, settings=(count,), out=(1,))
     return _fed(model, *rows, count)
 
 
@@ -89,11 +90,11 @@ def decode(
 ) -> DecodeState:
     """`steps` steps, or `count` of them where that is None, `a_trip` of them in an inner loop."""
     model, rows = bind(template, params), (state, stop_tokens, sampling)
-    if model.placement is None:
+    if placement_of(model) is None:
         with mesh_of(params, state):
             return _steps(model, *rows, processor, count, steps, a_trip)
     whole, settings = (processor, count), (steps, a_trip)
-    return model.placement.run(model, _steps, rows, whole=whole, settings=settings, out=(0,))
+    return placement_of(model).run(model, _steps, rows, whole=whole, settings=settings, out=(0,))
 
 
 def _steps(
@@ -108,7 +109,7 @@ def _steps(
 ) -> DecodeState:
     def body(state: DecodeState) -> DecodeState:
         logits, state = next_logits(model, on_current_mesh(state))
-        axes = model.vocabulary_axes
+        axes = getattr(model, "vocabulary_axes", ())
         if processor is not None or state.logprobs is not None:
             logits, axes = whole_logits(model, logits), ()
         scores = logits

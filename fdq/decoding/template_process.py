@@ -48,7 +48,11 @@ def _limit(seconds: int, memory: int) -> None:
         if kind is not None:
             hard = resource.getrlimit(kind)[1]
             most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (most, most))
+            try:
+                resource.setrlimit(kind, (most, most))
+            except (ValueError, OSError):  # macOS bounds no address space
+                if sys.platform == "linux":
+                    raise
 
 
 def _texts(request: dict[str, Any]) -> list[str]:
@@ -71,6 +75,7 @@ def _said(error: Exception) -> str:
     from jinja2 import exceptions
 
     text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    text = "".join(c for c in text if c.isprintable())[:300]
     if isinstance(error, exceptions.TemplateSyntaxError):
         return f"line {error.lineno}: {text}"
     if isinstance(error, exceptions.SecurityError):

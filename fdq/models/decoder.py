@@ -160,14 +160,13 @@ class Decoder(nnx.Module):
         b, t, _ = x.shape
         first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         positions = first[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-        if t == 1 or cache.reach is None:
-            ends = None
-        held = cache if ends is None else _with_ends(cache, ends)
+        held = cache if ends is None else _with_ends(cache.ending(ends), ends)
         hidden, updated = self._layers(x, positions, held, start, lengths)
         assert updated is not None
+        if ends is not None:
+            updated = _with_ends(updated.ending(None), None)
         if cache.reach is not None:
             last = first + t if ends is None else jnp.minimum(first + t, ends)
-            updated = _with_ends(updated, None)
             updated = dataclasses.replace(updated, reach=jnp.maximum(cache.reach, last))
         return hidden, updated
 

@@ -172,7 +172,9 @@ class Attention(Caching):
         if self.q_norm is not None:
             settings["epsilon"] = self.q_norm.epsilon
             settings |= {"q_norm": value(self.q_norm.scale), "k_norm": value(self.k_norm.scale)}
-        ring = cache is not None and t > 1 and cache.k.window is not None
+        ring = False
+        if cache is not None and cache.k.window is not None:
+            ring = t > 1 or cache.k.ends is not None
         if cache is None or ring or self.kv_observer is not None:
             with jax.named_scope("rotary"):
                 q, k, v = rotated_heads(

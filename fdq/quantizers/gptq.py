@@ -70,20 +70,22 @@ def rounded(w: jax.Array, grid: Grid, factor: jax.Array, spec: WeightSpec) -> ja
     w = jnp.pad(w, ((0, pad), (0, 0)))
     grid = jax.tree.map(lambda a: jnp.pad(a, ((0, pad), (0, 0)), constant_values=1.0), grid)
     factor = jnp.pad(factor, (0, pad)) + jnp.diag(
-        jnp.pad(jnp.zeros(k), (0, pad), constant_values=1)
+        jnp.pad(jnp.zeros(k, jnp.float32), (0, pad), constant_values=1)
     )
 
     def one_block(b: jax.Array, state: tuple[jax.Array, jax.Array]):
         errors, levels = state
         start = b * block
         columns = lax.dynamic_slice_in_dim(factor, start, block, axis=1)
-        target = lax.dynamic_slice_in_dim(w, start, block) - product(columns.T, errors)
+        target = lax.dynamic_slice_in_dim(w, start, block) - second_moment.product(
+            columns.T, errors
+        )
         own = lax.dynamic_slice_in_dim(columns, start, block)
         own_grid = grid.rows(start, block)
 
         def one_row(j: jax.Array, state: tuple[jax.Array, jax.Array]):
             errors, levels = state
-            wanted = target[j] - product(own[:, j][None], errors)[0]
+            wanted = target[j] - second_moment.product(own[:, j][None], errors)[0]
             row = own_grid.row(j)
             level = row.level(wanted, spec)
             errors = errors.at[j].set((wanted - row.value(level)) / own[j, j])
@@ -96,11 +98,6 @@ def rounded(w: jax.Array, grid: Grid, factor: jax.Array, spec: WeightSpec) -> ja
 
     start = (jnp.zeros_like(w), jnp.zeros_like(w))
     return lax.fori_loop(0, (k + pad) // block, one_block, start)[1][:k]
-
-
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A float32 product of matrices, in full precision on every device."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 class TwoSidedGptq(Gptq):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,7 +111,8 @@ def moments_for(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
     wanted: set[str] = set()
     for scheme, name in pairs:
         if scheme is not None and scheme.weight is not None:
-            wanted |= set(pick(scheme.weight, name or method).statistics)
+            with contextlib.suppress(ValueError):  # told with its path where a tensor gets it
+                wanted |= set(pick(scheme.weight, name or method).statistics)
     return {"moments": "input_moment" in wanted, "output_moments": "output_moment" in wanted}
 
 

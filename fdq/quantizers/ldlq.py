@@ -33,6 +33,8 @@ SMALL = 1e-4  # of the mean weight of a column, for columns of no weight
 class LDLQ(Quantizer):
     """`ldlq`, with feedback along the inputs; `ldlq2`, between blocks of outputs as well."""
 
+    one_at_a_time = True
+
     def __init__(self, name: str, statistics: tuple[str, ...]):
         self.name, self.statistics = name, statistics
         self.required = statistics
@@ -48,7 +50,8 @@ class LDLQ(Quantizer):
         assert isinstance(format, Trellis)
         w = w.astype(jnp.float32)
         size = jnp.max(jnp.abs(w))
-        size = jnp.where(size > 0, size, jnp.float32(1.0))
+        # A power of two, by which a scale that was rounded is multiplied exactly.
+        size = jnp.ldexp(jnp.float32(1.0), jnp.frexp(jnp.where(size > 0, size, 1.0))[1])
         moment = second_moment.damped(statistics["input_moment"])
         order = second_moment.act_order(moment)
         moment = second_moment.in_order(moment, order)
@@ -87,7 +90,7 @@ class _Rows:
         mean = jnp.mean(weights)
         weights = weights / jnp.where(mean > 0, mean, jnp.float32(1.0)) + jnp.float32(SMALL)
         levels, codes = self._feed(w, scale, weights)
-        weighted = self.moment @ levels
+        weighted = second_moment.product(self.moment, levels)
         above = jnp.sum(weighted * w, axis=0, keepdims=True)
         below = jnp.sum(weighted * levels, axis=0, keepdims=True)
         scale = _rounded(jnp.where(above > 0, above / below, scale))
@@ -115,7 +118,7 @@ class _Rows:
 
             rows = lax.dynamic_slice_in_dim(w, start, BLOCK)
             _, (levels, codes, errors) = lax.scan(row, rows, jnp.arange(BLOCK))
-            return w - factor.T @ errors, (levels, codes)
+            return w - second_moment.product(factor.T, errors), (levels, codes)
 
         _, (levels, codes) = lax.scan(block, w, jnp.arange(0, total, BLOCK))
         return levels.reshape(total, n)[:k], codes.reshape(total, -1)[:k]
@@ -133,13 +136,15 @@ class _Rows:
             rows = lax.dynamic_slice_in_dim(factor, start, size)  # [size, N]
             inner = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
             # What an error of each column costs, once those to come have made up for it.
-            inverse = jax.scipy.linalg.solve_triangular(inner, jnp.eye(size), lower=False)
+            inverse = jax.scipy.linalg.solve_triangular(
+                inner, jnp.eye(size, dtype=jnp.float32), lower=False
+            )
             cost = jnp.sum(jnp.square(inverse), axis=1)[None]
             part = lax.dynamic_slice_in_dim(w, start, size, axis=1)
             codes, scale, decoded = self.encode(part, cost)
             left = part - decoded
             errors = jax.scipy.linalg.solve_triangular(inner.T, left.T, lower=True).T
-            return w - errors @ rows, (codes, scale)
+            return w - second_moment.product(errors, rows), (codes, scale)
 
         found = []
         if whole:

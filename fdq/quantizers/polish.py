@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats import Arrays, ScaledFormat
+from fdq.quantizers import second_moment
 from fdq.quantizers.grid import Grid
 from fdq.quantizers.quantizer import format_of
 from fdq.schemes.scheme import WeightSpec
@@ -63,14 +64,14 @@ def descended(
     rows = ((0, pad), (0, 0))
     w, levels = jnp.pad(w, rows), jnp.pad(levels, rows)
     grid = jax.tree.map(lambda a: jnp.pad(a, rows, constant_values=1.0), grid)
-    added = jnp.diag(jnp.pad(jnp.zeros(k), (0, pad), constant_values=1.0))
+    added = jnp.diag(jnp.pad(jnp.zeros(k, jnp.float32), (0, pad), constant_values=1.0))
     moment = jnp.pad(moment, (0, pad)) + added
 
     def one_block(b: jax.Array, state: tuple[jax.Array, jax.Array]):
         left, levels = state  # what is left of w
         start = b * block
         own = lax.dynamic_slice_in_dim(moment, start, block)
-        slope = _product(own, left)
+        slope = second_moment.product(own, left)
         own = lax.dynamic_slice_in_dim(own, start, block, axis=1)
         own_grid = grid.rows(start, block)
         own_levels = lax.dynamic_slice_in_dim(levels, start, block)
@@ -79,7 +80,7 @@ def descended(
             moved, levels = state
             row = own_grid.row(j)
             value = row.value(levels[j])
-            rest = slope[j] - _product(own[j][None], moved)[0]
+            rest = slope[j] - second_moment.product(own[j][None], moved)[0]
             level = row.level(value + rest / own[j, j], spec)
             moved = moved.at[j].set(row.value(level) - value)
             return moved, levels.at[j].set(level)
@@ -114,20 +115,20 @@ def refitted(
     left = w - Grid.of(parameters, spec, w.shape).value(levels)
 
     def across(x: jax.Array) -> jax.Array:
-        return x if outputs is None else _product(x, outputs)
+        return x if outputs is None else second_moment.product(x, outputs)
 
     def one_group(i: jax.Array, state: tuple[jax.Array, Arrays]):
         left, parameters = state
         own_rows = lax.dynamic_slice_in_dim(moment, i * size, size)
         own = lax.dynamic_slice_in_dim(own_rows, i * size, size, axis=1)
         level = lax.dynamic_slice_in_dim(levels, i * size, size)
-        slope = jnp.sum(level * across(_product(own_rows, left)), axis=0)
-        own_curvature = jnp.sum(level * _product(own, level), axis=0)
+        slope = jnp.sum(level * across(second_moment.product(own_rows, left)), axis=0)
+        own_curvature = jnp.sum(level * second_moment.product(own, level), axis=0)
 
         def curved(step: jax.Array) -> jax.Array:
             if outputs is None:
                 return own_curvature * step
-            return jnp.sum(level * across(_product(own, level * step[None])), axis=0)
+            return jnp.sum(level * across(second_moment.product(own, level * step[None])), axis=0)
 
         diagonal = own_curvature if outputs is None else own_curvature * jnp.diagonal(outputs)
         inverse = jnp.where(diagonal > 0, 1.0 / diagonal, 0.0)
@@ -169,7 +170,3 @@ def _solved(curved: Callable[[jax.Array], jax.Array], slope: jax.Array, inverse:
     scaled = inverse * slope
     state = (jnp.zeros_like(slope), slope, scaled, jnp.vdot(slope, scaled))
     return lax.fori_loop(0, ITERATIONS, iteration, state)[0]
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -18,6 +18,11 @@ _TIMES = 10.0  # more damping where the factor does not exist
 _TRIES = 6
 
 
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A float32 product of matrices, in full precision on every device."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
 def damped(moment: jax.Array, damping: float = DAMPING) -> jax.Array:
     """`[K, K]`, made symmetric, of mean diagonal 1, with `damping` on its diagonal.
 

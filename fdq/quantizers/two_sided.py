@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats import grouping
+from fdq.quantizers import second_moment
 from fdq.quantizers.grid import Grid
 from fdq.schemes.scheme import WeightSpec
 
@@ -37,7 +38,7 @@ def rounded(
     def target(w: jax.Array, made_up: jax.Array, start: jax.Array):
         factor = lax.dynamic_slice_in_dim(inputs, start, TILE, axis=1)
         own = lax.dynamic_slice_in_dim(factor, start, TILE)
-        rows = lax.dynamic_slice_in_dim(w, start, TILE) - product(factor.T, made_up)
+        rows = lax.dynamic_slice_in_dim(w, start, TILE) - second_moment.product(factor.T, made_up)
         return rows, own, jnp.diagonal(own)
 
     shape, inputs, outputs = w.shape, _filled_up(inputs), _filled_up(outputs)
@@ -63,7 +64,7 @@ def descended(
         rows = lax.dynamic_slice_in_dim(moment, start, TILE)
         own = lax.dynamic_slice_in_dim(rows, start, TILE, axis=1)
         diagonal = jnp.diagonal(own)
-        slope = product(rows, left) / diagonal[:, None]
+        slope = second_moment.product(rows, left) / diagonal[:, None]
         wanted = lax.dynamic_slice_in_dim(w - left, start, TILE) + slope
         return wanted, -own / diagonal[None], jnp.ones(TILE, jnp.float32)
 
@@ -98,7 +99,7 @@ def _swept(
         def tile(c: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
             first = c * TILE
             factor = lax.dynamic_slice_in_dim(outputs, first, TILE, axis=1)
-            before = product(state[0], factor)
+            before = second_moment.product(state[0], factor)
             across = lax.dynamic_slice_in_dim(factor, first, TILE)
             here, its_grid, its_old = jax.tree.map(
                 lambda a: lax.dynamic_slice_in_dim(a, first, TILE, axis=1),
@@ -223,10 +224,5 @@ def _filled_up(factor: jax.Array) -> jax.Array:
     """With ones on the diagonal up to a multiple of `TILE`."""
     size = factor.shape[0]
     pad = -size % TILE
-    ones = jnp.pad(jnp.zeros(size), (0, pad), constant_values=1.0)
+    ones = jnp.pad(jnp.zeros(size, jnp.float32), (0, pad), constant_values=1.0)
     return jnp.pad(factor, (0, pad)) + jnp.diag(ones)
-
-
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A float32 product of matrices, in full precision on every device."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

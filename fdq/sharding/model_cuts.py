@@ -142,7 +142,7 @@ def _attention(cuts: Cuts, path: str, module: nn.Attention) -> None:
     cuts.rows(f"{path}.o_proj", module.o_proj, "heads", axes)
     if module.sinks is not None:
         cuts.found[f"{path}.sinks"] = Cut("heads", (axes,))
-    for name in ("k_cache_scale", "v_cache_scale", "k_cache_zero", "v_cache_zero"):
+    for name in ("k_cache_scale", "v_cache_scale", "k_cache_zero", "v_cache_zero", "k_cache_mean"):
         if getattr(module, name) is not None:
             order = Dealt(n, (kv_heads,), 1, (often,))
             cuts.found[f"{path}.{name}"] = Cut("heads", (axes, ()), order, along=0)

@@ -150,7 +150,7 @@ class Placement:
 
     def cache_scales(self, scales: Any) -> Any:
         """Static scales of a cache, each KV head once: the model's are as often as it is held."""
-        cut = next((c for p, c in self.cuts if p.endswith("k_cache_scale")), None)
+        cut = next((c for p, c in self.cuts if p.endswith(("k_cache_scale", "k_cache_mean"))), None)
         often = 1 if cut is None or cut.dealt is None else max(cut.dealt.repeats, default=1)
         if scales is None or often == 1:
             return scales

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -27,7 +28,11 @@ _REVISION = r"(?:refs/(?:pr|convert)/[\w.-]+|[\w.%-]+)"
 # pathlib makes one slash of the two.
 _ADDRESS = re.compile(rf"hf:/+(?:models/)?({_NAME}/{_NAME})(?:@({_REVISION}))?(?:/(.+))?")
 _SUFFIX = ".fdq-partial"
+_HASH = r"[0-9a-f]{40}|[0-9a-f]{64}"
 _NETWORKS = ("httpx2", "httpx")  # what the hub's library speaks through, by its version
+
+
+_LOGGER = logging.getLogger("fdq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +88,34 @@ def fetch(address: Address) -> pathlib.Path:
             cached = _cached(hub, address)
             if cached is None:
                 offline = hub.constants.HF_HUB_OFFLINE
-                why = "HF_HUB_OFFLINE is set" if offline else f"the hub is not reached ({error})"
+                why = (
+                    "HF_HUB_OFFLINE is set"
+                    if offline
+                    else f"the hub is not reached ({_line(error)})"
+                )
                 raise ConnectionError(
                     f"{address}: {' '.join(why.split())[:200]}, and the cache does not have all of "
                     f"it ({hub.constants.HF_HUB_CACHE})."
                 ) from error
+            if not hub.constants.HF_HUB_OFFLINE:
+                _LOGGER.warning(
+                    "%s: the hub is not reached (%s); %s of the cache is read.",
+                    address,
+                    _line(error),
+                    origin(cached) or cached,
+                )
             return cached
 
 
 def origin(folder: pathlib.Path) -> str | None:
     """Of a directory in the hub's cache, the address of what it is, with its commit."""
-    found = re.fullmatch(r"models--(.+?)--(.+)", folder.absolute().parent.parent.name)
-    if found is None or folder.absolute().parent.name != "snapshots":
-        return None
-    return f"hf://{found[1]}/{found[2]}@{folder.name}"
+    path = folder.absolute()
+    for one in (path, *path.parents):
+        found = re.fullmatch(r"models--(.+?)--(.+)", one.parent.parent.name)
+        if found and one.parent.name == "snapshots":
+            rest = path.relative_to(one).as_posix()
+            return f"hf://{found[1]}/{found[2]}@{one.name}" + ("" if rest == "." else f"/{rest}")
+    return None
 
 
 class _Download:
@@ -160,8 +179,12 @@ class _Download:
         if not in_pieces:
             self._fetch(name, url, found, headers)
         path = self._in_cache(name, commit)
-        if in_pieces:
-            self._compare(name, path, found.etag)
+        if in_pieces or not re.fullmatch(_HASH, found.etag):
+            try:
+                self._compare(name, path, expected or found.etag)
+            except BaseException:
+                path.unlink(missing_ok=True)  # the link: the next one looks at it again
+                raise
         return path
 
     def _fetch(self, name: str, url: str, found: Any, headers: dict[str, str]) -> None:
@@ -169,7 +192,7 @@ class _Download:
         from filelock import FileLock
         from huggingface_hub import file_download
 
-        if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", found.etag or ""):
+        if not re.fullmatch(_HASH, found.etag or ""):
             return  # of no kind that is known; left to the library
         folder = file_download.repo_folder_name(repo_id=self._address.repository, repo_type="model")
         blob = pathlib.Path(self._hub.constants.HF_HUB_CACHE) / folder / "blobs" / found.etag
@@ -182,12 +205,13 @@ class _Download:
             # A signed address of whoever stores the file, who is shown no token.
             headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
         with FileLock(f"{partial}.lock"):
+            if blob.exists():
+                return  # of whoever held the lock
             if found.size is not None and partial.exists() and partial.stat().st_size > found.size:
                 partial.unlink()
             _get(location, partial, headers, found.size, name)
             self._compare(name, partial, found.etag)
             os.replace(partial, blob)
-        pathlib.Path(f"{partial}.lock").unlink(missing_ok=True)
 
     def _compare(self, name: str, path: pathlib.Path, expected: str) -> None:
         """CheckpointError, and the file removed, where it is not what the hub says."""
@@ -332,7 +356,9 @@ def _explained(address: Address) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")
+    # Without the signatures that addresses of gated files carry.
+    text = re.sub(r"\?[^\s'\"]+", "?…", " ".join(str(error).split()))
+    return text[:300].rstrip(".")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Which checkpoint is meant by the directory of a run, or of one of its steps."""
 
+import logging
 import os
 import pathlib
 import re
@@ -7,6 +8,9 @@ import re
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.readers.local_directory import local_directory
 from fdq_checkpoints.store import manifest, orbax_store
+
+_LOGGER = logging.getLogger("fdq")
+_WEIGHTS = (".safetensors", ".gguf")
 
 
 def checkpoint_directory(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -23,11 +27,17 @@ def checkpoint_directory(path: str | os.PathLike[str]) -> pathlib.Path:
     folder = local_directory(path)
     if not folder.is_dir() or is_stored(folder):
         return folder
+    names = os.listdir(folder)
+    if "config.json" in names or any(name.lower().endswith(_WEIGHTS) for name in names):
+        return folder  # a model of its own, whatever lies below it
     if inside := _in_step(folder):
         return inside
-    if orbax_store.is_orbax(folder) or (folder / "config.json").exists():
+    if orbax_store.is_orbax(folder):
         return folder
-    return _last_step(folder) or folder
+    last = _last_step(folder)
+    if last is not None:
+        _LOGGER.info("%s: its last step, %s.", folder, last.relative_to(folder))
+    return last or folder
 
 
 def is_stored(folder: pathlib.Path) -> bool:
@@ -68,5 +78,6 @@ def _last_step(run: pathlib.Path) -> pathlib.Path | None:
 
 def _number(name: str) -> tuple[str, int] | None:
     """What comes before the number that a step's name ends in, and it: `step_00007`, `7`."""
-    match = re.fullmatch(r"(.*?[^0-9]|)([0-9]{1,18})", name)
+    # Not the 4 of `qwen-w4`.
+    match = re.fullmatch(r"(|.*[_.-]|step|epoch|ckpt|checkpoint)([0-9]{1,18})", name)
     return (match[1], int(match[2])) if match else None
