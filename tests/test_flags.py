@@ -104,8 +104,7 @@ def test_transformations(flag):
 @pytest.mark.parametrize(
     ("cache", "flag"),
     [
-        ("C8", "x64"),
-        *(slow("C8", flag) for flag in ("debug_nans", "debug_infs", "highest", "bfloat16")),
+        *(slow("C8", flag) for flag in ("x64", "debug_nans", "debug_infs", "highest", "bfloat16")),
     ],
 )
 def test_generating(cache, flag):

@@ -348,7 +348,10 @@ def abstract(config: DecoderConfig, dtype: Any = None) -> Decoder:
         kind = _kind_of(config, layer)
         if kind not in made:
             made[kind] = abstract_layer(config, layer)
-        layers.append(nnx.clone(made[kind]))
+        graphdef, state = nnx.split(made[kind])
+        # Weights of its own: one that two layers have counts once.
+        own = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+        layers.append(nnx.merge(graphdef, own))
     model.config, model.layers = config, nnx.List(layers)
     return model
 

@@ -89,7 +89,9 @@ class Quantizer(abc.ABC):
         del path
         if isinstance(w, jax.ShapeDtypeStruct) and w.sharding is None:
             known = tuple((name, tuple(x.shape)) for name, x in sorted(statistics.items()))
-            return dict(_abstract(self, spec, tuple(w.shape), jnp.dtype(w.dtype), known))
+            made = _abstract(self, spec, tuple(w.shape), jnp.dtype(w.dtype), known)
+            # Arrays of its own: what two weights have counts once.
+            return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in made.items()}
         run = functools.partial(_run, quantizer=self, spec=spec)
         if isinstance(w, jax.ShapeDtypeStruct):
             return jax.eval_shape(run, w, dict(statistics))

@@ -126,6 +126,7 @@ def own():
 
 
 @pytest.mark.parametrize("scheme", ["W4A16-g32", slow(None), slow("W8A16"), slow("WNF4A16-g32")])
+@pytest.mark.slow
 def test_layers_of_flax(own, scheme, rng):
     base = own if scheme is None else fdq.quantize(own, scheme)
     x = jnp.asarray(rng.standard_normal((5, 64)), jnp.float32)

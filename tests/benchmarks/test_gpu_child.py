@@ -46,6 +46,7 @@ def test_cases_of_a_dead_process_are_skipped_without_another_if_no_time_is_left(
     assert [sorted(event) for event in events] == [["case", "error"], ["case", "skipped"]]
 
 
+@pytest.mark.slow
 def test_a_section_that_a_tool_runs_ends_with_it(monkeypatch, tmp_path):
     """The tool is what is started; its child would hold the pipe, and the GPU, for a minute."""
     monkeypatch.setattr(gpu_child, "_GRACE", 8.0)

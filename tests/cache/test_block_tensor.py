@@ -106,7 +106,7 @@ def feed(cache, sequences, new, counts=None, **options):
     return cache
 
 
-@pytest.mark.parametrize("name", ["C2-kvblock", slow("C3-kvblock"), slow("C8-kvblock")])
+@pytest.mark.parametrize("name", [*map(slow, ("C2-kvblock", "C3-kvblock", "C8-kvblock"))])
 def test_every_token_attends_as_if_it_were_stored_alone(name, rng):
     """Ragged, in chunks that end on blocks' borders and not, with tokens taken back."""
     cache = KVCache.init(CONFIG, 2, SLOTS, name)

@@ -104,7 +104,9 @@ def test_addresses_are_refused_by_name(tmp_path, monkeypatch, address):
     save(tree(1), tmp_path / "here")
     for path in paths:
         for read in (load, inspect, lambda path: convert(path, "out", "W8A16")):
-            with pytest.raises(FileNotFoundError, match="local directories only. Download") as told:
+            with pytest.raises(
+                FileNotFoundError, match="an address that fdq does not know. Download"
+            ) as told:
                 read(path)
             assert str(told.value).startswith(repr(address))
         for write in (

@@ -101,7 +101,9 @@ def _bits(array) -> np.ndarray:
 
 
 def test_the_table_covers_every_format():
-    assert {WeightSpec.parse(name).format for name in SPECS} == set(FORMATS)
+    # Trellis codes take a search to make: see tests/formats/test_trellis.py.
+    others = {name for name in FORMATS if not name.startswith("trellis")}
+    assert {WeightSpec.parse(name).format for name in SPECS} == others
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ def models():
     return model, jax.tree.map(place, model)
 
 
+@pytest.mark.slow
 def test_log_probabilities_and_evaluation(models):
     one, two = (fdq.generate(m, PROMPTS.tolist(), 5, return_logprobs=True) for m in models)
     assert one[0] == two[0]

@@ -38,8 +38,7 @@ def prompts(rng, model, *lengths):
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        ("qwen2_window", "C8"),
-        *(slow("qwen2_window", one) for one in ("C16", "Cfp8", "C4")),
+        *(slow("qwen2_window", one) for one in ("C8", "C16", "Cfp8", "C4")),
         *(slow(*one) for one in (("gemma3", "C16"), ("gpt_oss", "C8"))),
     ],
 )

@@ -59,6 +59,7 @@ def test_derivatives_are_those_of_the_weight(rng):
     )
 
 
+@pytest.mark.slow
 def test_a_stack_has_an_order_a_matrix(rng):
     q, w = ordered(rng, E)
     x = rng.standard_normal((4, K)).astype(np.float32)

@@ -127,6 +127,7 @@ def test_odd_rows_shorter_tiles_and_columns_of_any_size(rng):
         quantize_array(w[:, :20], spec("2"), path="a.b")
 
 
+@pytest.mark.slow
 def test_importance_moves_scales(rng):
     """Rows of two sizes: the scale is that of those that count."""
     w = rng.standard_normal((64, 128)).astype(np.float32)
@@ -140,6 +141,7 @@ def test_importance_moves_scales(rng):
     assert error(importance=h) < 0.7 * error()
 
 
+@pytest.mark.slow
 def test_ops_take_it(rng):
     """By decoding it; floats, rows that are looked up, experts, derivatives, quantized inputs."""
     w = rng.standard_normal((2, 48, 128)).astype(np.float32)

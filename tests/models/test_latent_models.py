@@ -20,6 +20,7 @@ from tests.closeness import difference
 from tests.models import oracles
 
 
+@pytest.mark.slow
 def test_pure_functions_go_on_and_back_over_a_cache_of_latents():
     """A draft is verified, forgotten, and another one taken, as without a cache."""
     model, expected = oracles.oracle("deepseek_v3")

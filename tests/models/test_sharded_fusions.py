@@ -39,7 +39,7 @@ def test_an_order_is_undone():
     ("name", "scheme", "axis_type"),
     [
         slow("llama", "W4A16-g32", AxisType.Auto),
-        ("llama", "W8A8", AxisType.Explicit),
+        slow("llama", "W8A8", AxisType.Explicit),
         slow("qwen2", "W4A16-asym-g32", AxisType.Auto),
         slow("qwen3", "WNF4A16-g32", AxisType.Auto),
     ],

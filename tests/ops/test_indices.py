@@ -45,7 +45,7 @@ def test_what_is_beyond_32_bits_stays_beyond_under_x64():
     assert found.tolist() == [2**31 - 1, 7, -(2**31)]
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("dtype", ["uint8", pytest.param("uint16", marks=pytest.mark.slow)])
 def test_quantized_embeddings_of_narrow_tokens(dtype):
     config = DecoderConfig(
         model_type="llama", vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1,

@@ -59,6 +59,7 @@ def test_trees_and_modules(rng):
     assert not np.array_equal(new[0].kernel[...], layers[0].kernel[...])
 
 
+@pytest.mark.slow
 def test_training_finds_weights_that_survive_two_bits(rng):
     """A product of two layers: rounding after training costs more than training through it."""
     x = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)

@@ -123,7 +123,7 @@ def test_code_for_code(name, rng):
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptq2"])
-@pytest.mark.parametrize("name", slow_but(("W2A16-g32", "Wfp8A16-channel"), NAMES))
+@pytest.mark.parametrize("name", slow_but(("W2A16-g32",), NAMES))
 def test_less_error_than_rounding(name, method, rng):
     """Of a stack, in the measure that is minimized; each matrix by its own moments."""
     spec, shape = spec_of(name), (2, 96, 40)
@@ -176,7 +176,8 @@ def test_whole_model_and_what_is_refused(rng):
     with pytest.raises(ValueError, match=r"input_moment of shape \(32, 32\), found \(16, 16\)"):
         quantize_array(w, spec, method="gptq", statistics={"input_moment": np.eye(16)})
     with pytest.raises(ValueError, match="no method 'gptq', which is for formats with one code"):
-        quantize_array(w, spec_of("WINT2"), method="gptq", statistics={"input_moment": bad})
+        wide = np.zeros((64, 16), np.float32)
+        quantize_array(wide, spec_of("WINT2"), method="gptq", statistics={"input_moment": bad})
 
 
 def test_moments_of_zeros(rng):

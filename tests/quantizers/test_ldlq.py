@@ -37,6 +37,7 @@ def loss(w, h, g=None, **settings):
     return np.trace(whole if g is None else whole @ g)
 
 
+@pytest.mark.slow
 def test_feedback_makes_the_output_better_and_the_weight_worse(layer):
     w, h, g = layer
     inputs = {"input_moment": h}
