@@ -2,6 +2,8 @@
 
 import pathlib
 
+import pytest
+
 from benchmarks import gpu_child
 from benchmarks.gpu_child import Settings, start_section
 
