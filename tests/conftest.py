@@ -21,6 +21,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what takes longer")
+    parser.addoption("--longest", action="store_true", help="also run what CI has no time for")
 
 
 # Minutes each: whoever is handed one of these files last works on while the others are done.
@@ -40,9 +41,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "longest" in item.keywords and not config.getoption("--longest"):
+            item.add_marker(pytest.mark.skip(reason="takes longest; run with --slow --longest"))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes longer; run with --slow"))
 
+
+MANY_MAPS = 15_000  # Linux allows 65,530, of which each program of XLA's takes several
 
 # What compares numbers with another definition of them is compiled as users compile it, and so is
 # what counts instructions. Most of the time of the rest is XLA's, whose optimizations are none of
@@ -68,6 +73,19 @@ def optimizations(request):
     """Compiles most tests with few of XLA's optimizations."""
     path = request.path.relative_to(request.config.rootpath / "tests").as_posix()
     jax.config.update("jax_disable_most_optimizations", not path.startswith(OPTIMIZED))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Programs of other modules go before the process has too many pieces of memory for one more."""
+    yield
+    try:
+        with open("/proc/self/maps") as maps:
+            count = sum(1 for _ in maps)
+    except OSError:
+        return
+    if count > MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+longest = functools.partial(pytest.param, marks=(pytest.mark.slow, pytest.mark.longest))
 
 
 def covering(cases: Iterable[Any], facets: Callable[[Any], Sequence[Any]]) -> list[Any]:

@@ -12,6 +12,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.covering import longest
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 OURS = {"fdq", "fdq_checkpoints", "pallas_kernels", "benchmarks"}
@@ -69,7 +71,11 @@ def test_a_notebook_looks_at_its_environment_and_shows_a_plot(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [longest(path) if path.stem == "qlora" else path for path in NOTEBOOKS],
+    ids=lambda p: p.stem,
+)
 # The kernel's messages, of 2026-11: its zmq connection is to this machine only.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_notebook_runs(path, monkeypatch):

@@ -16,7 +16,7 @@ from fdq.models.decoder import abstract
 from fdq.nn.parameters import value
 from tests.checkpoints import builders
 from tests.closeness import assert_close, error
-from tests.covering import slow
+from tests.covering import longest, slow
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 
@@ -90,10 +90,10 @@ def assert_as_decoded(function, model, *arguments):
     ("name", "scheme"),
     [
         ("llama", "W4A16-g32"),
-        slow("qwen3_moe", "W4A16-g16"),
+        longest("qwen3_moe", "W4A16-g16"),
         slow("llama", "WNF4A16-g32"),
         slow("llama", "W8A16"),
-        slow("deepseek_v3", "W4A16-g8"),
+        longest("deepseek_v3", "W4A16-g8"),
     ],
 )
 def test_gradients_are_those_of_the_decoded_model(name, scheme):
@@ -173,7 +173,7 @@ def test_a_stack_of_layers(rng):
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("llama", ("v_proj", "down_proj")), slow("qwen3_moe", None), slow("deepseek_v3", None)],
+    [("llama", ("v_proj", "down_proj")), slow("qwen3_moe", None), longest("deepseek_v3", None)],
 )
 def test_a_model_is_decoded_with_its_adapters(name, targets):
     tuned = tuned_model(name, "W4A16-g8", targets=targets)

@@ -227,6 +227,7 @@ def test_on_a_terminal(folder):
         os.write(main, b"Hello\r")
         until(TALK["turns"][0]["text"])
         until("kept 0;")
+        until("> ")  # or it ends the answer
         process.send_signal(signal.SIGINT)
         until("/exit or Ctrl-D leaves")
         os.write(main, b"/exit\r")

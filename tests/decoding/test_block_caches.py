@@ -42,6 +42,7 @@ def test_ragged_prompts_in_chunks_are_as_each_alone(model, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_a_draft_is_taken_back_and_a_conversation_goes_on(model, prompts):
     fns = functional(model)
     format = "C4-kvblock"

@@ -92,6 +92,7 @@ def least_errors(u: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_stacks_are_their_matrices(layer, rng):
     """Experts go through the search together; a short last tile and rows that fill no block too."""
     w = rng.standard_normal((2, 40, 144)).astype(np.float32)

@@ -9,26 +9,26 @@ import fdq
 from fdq.decoding import programs
 from fdq.nn.parameters import split
 from fdq.sharding import Rules, make_mesh
-from tests.covering import slow
+from tests.covering import longest, slow
 from tests.sharding.many_devices import PROMPTS, check_tokens, model_of, moved
 
 TENSOR, EXPERT, DATA = {"tensor": 8}, {"tensor": 4, "expert": 2}, {"tensor": 2, "data": 4}
 CASES = [
     ("llama", "W4A16C8", TENSOR),
     ("ernie4_5_moe", "W8A8C8", EXPERT),
-    slow("llama", "W8A8C8", DATA),
+    longest("llama", "W8A8C8", DATA),
     slow("llama", "wint2", TENSOR),
-    slow("qwen2", "block_wise_fp8", TENSOR),
+    longest("qwen2", "block_wise_fp8", TENSOR),
     slow("qwen3_moe", "W4A16C8", EXPERT),
-    slow("ernie4_5_moe", "wint2", EXPERT),
-    slow("ernie4_5_moe", "block_wise_fp8", TENSOR),
+    longest("ernie4_5_moe", "wint2", EXPERT),
+    longest("ernie4_5_moe", "block_wise_fp8", TENSOR),
     slow("gpt_oss", "W4A16C8", TENSOR),
-    slow("gpt_oss", "W8A8C8", EXPERT),
+    longest("gpt_oss", "W8A8C8", EXPERT),
     slow("deepseek_v3", "block_wise_fp8", EXPERT),
-    slow("deepseek_v2", "W8A16C8", DATA),
-    slow("glm4_moe", "W4A16C8", EXPERT),
+    longest("deepseek_v2", "W8A16C8", DATA),
+    longest("glm4_moe", "W4A16C8", EXPERT),
     slow("gemma3", "W4A16C8", DATA),
-    slow("ernie4_5", None, TENSOR),
+    longest("ernie4_5", None, TENSOR),
 ]
 
 
