@@ -77,7 +77,7 @@ def optimizations(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """Programs of other modules go before the process has too many pieces of memory for one more."""
+    """Programs of a module go with it where the process has too many pieces of memory."""
     yield
     try:
         with open("/proc/self/maps") as maps:
