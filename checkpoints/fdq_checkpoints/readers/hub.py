@@ -212,6 +212,7 @@ class _Download:
             _get(location, partial, headers, found.size, name)
             self._compare(name, partial, found.etag)
             os.replace(partial, blob)
+        pathlib.Path(f"{partial}.lock").unlink(missing_ok=True)
 
     def _compare(self, name: str, path: pathlib.Path, expected: str) -> None:
         """CheckpointError, and the file removed, where it is not what the hub says."""
