@@ -96,7 +96,7 @@ def test_what_else_a_model_does():
         state = fns.init(fns.params, tokens, 16, return_logprobs=True)
         logits, state = jax.jit(fns.extend)(fns.params, tokens[:, :2], state)
         last, state = jax.jit(fns.step)(fns.params, state.take([1, 0]))
-        state = state.push(jnp.argmax(last, axis=-1))
+        state = state.push(jnp.argmax(last, axis=-1), logits=last)
         found.append([np.asarray(a) for a in (logits, last, state.tokens, state.logprobs)])
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
