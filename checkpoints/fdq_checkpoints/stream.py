@@ -90,12 +90,9 @@ class Job:
             as_it_is = cls.of(source, None)
             put = place or _on_default_device
             values = {t.path: put(t) for t in as_it_is.tensors(progress=progress)}
-            whole, wanted = (
-                tree_paths.fill(source.tree, values),
-                moments_for(assigned.recipe, method),
-            )
+            wanted = moments_for(assigned.recipe, method)
             wanted["moments_of"] = assigned.rows.__contains__
-            calibration = calibrate(whole, calibration, **wanted)
+            calibration = calibrate(tree_paths.fill(source.tree, values), calibration, **wanted)
         for row in assigned.table.quantized:
             if row.scheme is not None and row.scheme.weight and row.scheme.weight.row_order:
                 raise ValueError(
@@ -140,9 +137,7 @@ class Job:
                     pieces.made(tensor, arrays, part.index + 1)
                 if not part.ends_tensor:
                     continue
-                quantized = isinstance(tensor.value, tree_paths.QUANTIZED)
-                value = tensor.value.replace(**arrays) if quantized else arrays["value"]
-                arrays = {}
+                value, arrays = tree_paths.with_arrays(tensor.value, arrays), {}
             yield dataclasses.replace(tensor, value=value)
             del value
             memory.worked(_float_bytes(tensor))

@@ -116,7 +116,7 @@ class CacheTensor:
     def axes(self) -> Self:
         """Of each array what its axes are: b, h(eads), s(lots), d (channels), or - for neither."""
         small = "bhs" if self.dynamic else "hd"
-        held = {"codes": "bhsd", "scale": small, "zero": small, "mean": "hd"}
+        held = {"codes": "bhsd", "scale": small, "zero": small, "mean": "hd", "ends": "b"}
         return self.replace(**{k: axes for k, axes in held.items() if getattr(self, k) is not None})
 
     def settled(self) -> Self:
@@ -125,8 +125,7 @@ class CacheTensor:
 
     def ending(self, ends: jax.Array | None) -> Self:
         """The same, where slots at and after `ends` [B] are written, if at all, with padding."""
-        del ends
-        return self
+        return self if self.window is None else self.replace(ends=ends)
 
     def encode(self, x: jax.Array) -> Self:
         """`x [B, KH, T, D]` as this tensor stores it: T slots, in the dtypes of its arrays."""

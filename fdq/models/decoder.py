@@ -11,8 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from fdq import nn
-from fdq.cache.cache_tensor import CacheTensor
-from fdq.cache.kv_cache import KVCache, LayerCache, LayerScales, layer_specs
+from fdq.cache.kv_cache import KVCache, LayerScales, layer_specs
 from fdq.cache.ring import SPARE
 from fdq.models.config import DecoderConfig
 from fdq.nn.embedding import check_vocabulary, token_array
@@ -144,7 +143,7 @@ class Decoder(nnx.Module):
           start: position of `tokens[:, 0]`: a scalar, or [B] int32. `start + T` must not exceed
             the slots of the cache.
           ends: [B] int32, where the tokens of each sequence end that are to stay in layers that are
-            rings; by default all are. Other layers are overwritten from there on.
+            rings, or in blocks; by default all are. Other layers are overwritten from there on.
           lengths: [B] int32, tokens that each sequence has when all of what is being read is, where
             its rotation depends on that (see `fdq.nn.rotary`), or [B, T] those at each token; by
             default up to these tokens.
@@ -160,11 +159,11 @@ class Decoder(nnx.Module):
         b, t, _ = x.shape
         first = jnp.broadcast_to(start, (b,)).astype(jnp.int32)
         positions = first[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-        held = cache if ends is None else _with_ends(cache.ending(ends), ends)
+        held = cache if ends is None else cache.ending(ends)
         hidden, updated = self._layers(x, positions, held, start, lengths)
         assert updated is not None
         if ends is not None:
-            updated = _with_ends(updated.ending(None), None)
+            updated = updated.ending(None)
         if cache.reach is not None:
             last = first + t if ends is None else jnp.minimum(first + t, ends)
             updated = dataclasses.replace(updated, reach=jnp.maximum(cache.reach, last))
@@ -304,16 +303,6 @@ class Decoder(nnx.Module):
         with jax.named_scope("norm"):
             x = kept["norm"] = self.norm(x)
         return x, cache
-
-
-def _with_ends(cache: KVCache, ends: jax.Array | None) -> KVCache:
-    """The cache whose rings know where tokens end, see `CacheTensor.ends`."""
-
-    def of(half: CacheTensor) -> CacheTensor:
-        return half if half.window is None else half.replace(ends=ends)
-
-    layers = tuple(LayerCache(*map(of, layer)) for layer in cache.layers)
-    return dataclasses.replace(cache, layers=layers)
 
 
 # What a placement runs with the model that each device has.
