@@ -35,7 +35,10 @@ class CacheScale(nnx.Variable):
 def value(x: Any) -> Any:
     """The array of a Variable, the QTensor of arrays of a QTensor; anything else as it is."""
     if isinstance(x, nnx.Variable):
-        return x.get_value()
+        held = x.get_raw_value()
+        # `get_value` copies a tree of one array, which a step from the host does for every one.
+        plain = isinstance(held, jax.Array) and not isinstance(held, Tracer | jax.Ref)
+        return held if plain and not x.has_metadata("on_get_value") else x.get_value()
     if isinstance(x, QuantizedWeight):
         return x.replace(**{name: value(array) for name, array in x.arrays().items()})
     return x

@@ -97,8 +97,9 @@ def _lane_sums(weights: jax.Array, codes: jax.Array, decode: Decode) -> list[jax
     return [summed(values) for values in zip(*decoded, strict=True)]
 
 
-# Slots that are read at a time by dots of narrow rows, at most.
+# Slots that are read at a time by dots of narrow rows, at most: of int8, and of bfloat16.
 _CHUNK = 4096
+_BFLOAT16_CHUNK = 512
 # Of the codes of a block, and of its scores, which have three integers and some floats each: XLA
 # maps temporary memory of more than 32 MB anew at every call.
 _MOST_BYTES = 2**23
@@ -161,7 +162,7 @@ class Side:
         """How many a block of so many slots is read as."""
         if not self.chunked:
             return 1
-        longest = min(size, _CHUNK)
+        longest = min(size, _BFLOAT16_CHUNK if self.split is split_bfloat16 else _CHUNK)
         return size // next((c for c in range(longest, longest // 4, -1) if size % c == 0), size)
 
     def _codes(self, start, size) -> jax.Array:
