@@ -89,8 +89,7 @@ def mma_matmul(
         raise ValueError(f"mma_matmul: {reason}.")
     if config is None:
         config = choose_mma_config(w.layout, m, multiprocessors())
-    if config.block_columns not in (128, 256) or config.split < 1:
-        raise ValueError(f"mma_matmul: expected block_columns 128 or 256, split >= 1: {config}.")
+    check_mma_config(config, "mma_matmul")
     kernel = functools.partial(_mma_matmul, config=config)
 
     def fold(axis_size, batched, x, w):
@@ -106,6 +105,12 @@ def mma_matmul(
         return rows_cotangent(cotangent, x, w, decoded_weight(w)), None
 
     return differentiable(batchable(kernel, fold), gradient)(x, w)
+
+
+def check_mma_config(config: MmaConfig, caller: str) -> None:
+    """Raises ValueError."""
+    if config.block_columns not in (128, 256) or config.split < 1:
+        raise ValueError(f"{caller}: expected block_columns 128 or 256, split >= 1: {config}.")
 
 
 def choose_mma_config(layout: WeightLayout, m: int, multiprocessors: int) -> MmaConfig:
@@ -171,9 +176,7 @@ def _mma_matmul(x, w, *, config) -> jax.Array:
         part = lax.axis_index("split")
         first = pl.multiple_of(lax.axis_index("columns") * block, block)
         totals = accumulate(tile, name_refs(weight_refs), x_ref, first, part * tile.segments)
-        for c, total in enumerate(totals):
-            columns = pl.ds(first + c * mma.COLUMNS, mma.COLUMNS)
-            store(out_ref.at[part, :, columns], mma.turned(total))
+        store_totals(out_ref.at[part], totals, first)
 
     body.__name__ = kernel_name("mma_matmul", layout, m)
     out = launch(
@@ -190,6 +193,13 @@ def arranged(x: jax.Array, layout: WeightLayout) -> jax.Array:
     """Rows `[M, K]` as `mma_products.paired` words, zeros beyond K."""
     missing = layout.segments * layout.segment - x.shape[1]
     return mma.paired(jnp.pad(x, [(0, 0), (0, missing)]) if missing else x, layout.words)
+
+
+def store_totals(out_ref: Any, totals: list[jax.Array], first_column: Any) -> None:
+    """What `accumulate` returns to `[M, N']`."""
+    for c, total in enumerate(totals):
+        columns = pl.ds(first_column + c * mma.COLUMNS, mma.COLUMNS)
+        store(out_ref.at[:, columns], mma.turned(total))
 
 
 def accumulate(

@@ -82,6 +82,34 @@ def fields(word, positions, bits: int, offset, dtype: Any):
     return out
 
 
+def moved(word, moves):
+    """Bits of a word put together: for each `(left, mask)` those shifted left (right where it is
+    negative) and masked, the same mask for both halves.
+    """
+    out = None
+    for left, mask in moves:
+        part = word
+        if left > 0:
+            part = arith.shli(word, constant(left))
+        elif left < 0:
+            part = arith.shrui(word, constant(-left))
+        part = arith.andi(part, constant(mask << 16 | mask))
+        out = part if out is None else arith.ori(out, part)
+    return out
+
+
+def between(low, high, bits: int):
+    """The word that begins at bit `bits` of `low` and ends in `high`."""
+    return arith.ori(arith.shrui(low, constant(bits)), arith.shli(high, constant(32 - bits)))
+
+
+def shifted(word, left: int):
+    """A word moved to the left, or to the right where `left` is negative."""
+    if left < 0:
+        return arith.shrui(word, constant(-left))
+    return arith.shli(word, constant(left))
+
+
 def power_pair(exponent: int, dtype: Any):
     """Two floats `2**exponent`, of the normal ones."""
     half = (exponent + 127) << 7 if dtype == jnp.bfloat16 else (exponent + 15) << 10
@@ -101,10 +129,15 @@ def multiply_add(x, y, z, dtype: Any):
     return _asm(f"fma.rn.{kind}x2 $0, $1, $2, $3;", "=r,r,r,r", x, y, z)
 
 
+def scaled(x, factor: float):
+    """A float32 times a constant."""
+    return arith.mulf(x, arith.constant(ir.F32Type.get(), factor))
+
+
 def scaled_pair(x, factor: float, dtype: Any):
     """Two floats `x * factor` of a float32, rounded once if factor is a power of two."""
     kind = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
-    half = arith.truncf(kind, arith.mulf(x, arith.constant(ir.F32Type.get(), factor)))
+    half = arith.truncf(kind, scaled(x, factor))
     return as_word(vector([half, half]))
 
 

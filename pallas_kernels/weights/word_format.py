@@ -92,6 +92,7 @@ class WordFormat:
     column_scale: str | None = None
     scale_dtype: str | None = None
     storages: tuple[Storage, ...] = ()  # compiled ahead of time; kernels take others too
+    terms: int = 1  # lists of `fragments`
 
     @property
     def bits(self) -> int:

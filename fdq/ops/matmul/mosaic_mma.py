@@ -1,4 +1,4 @@
-"""Where products take the tensor cores' kernel: 9 to 64 rows, fewer where the tuning table says so."""
+"""Where products take the tensor cores' kernel: 9 to 64 rows; fewer where a table says so."""
 
 from __future__ import annotations
 
@@ -63,12 +63,14 @@ def partial_sums(x: Any, w: KernelWeight) -> jax.Array:
 
 
 def case(weight: KernelWeight) -> tuple[Any, Any]:
-    """For the self-check: results and references of 9 and of 33 rows, and of 64 with fewer splits."""
+    """For the self-check: results and references of both widths of a program."""
+    from pallas_kernels.matmul import mma
     from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
 
-    x = jax.random.normal(jax.random.key(1), (64, weight.layout.k), jnp.float32)
-    rows = [x[:m].astype(jnp.bfloat16) for m in (9, 33, 64)]
-    results = [partial_sums(some, weight).sum(0) for some in rows]
+    x = jax.random.normal(jax.random.key(1), (33, weight.layout.k), jnp.float32)
+    rows = [x[:m].astype(jnp.bfloat16) for m in (9, 33)]
+    wide = mma.mma_matmul(rows[0], weight, config=mma.MmaConfig(block_columns=256, split=2))
+    results = [wide.sum(0), partial_sums(rows[1], weight).sum(0)]
     return results, [matrix_vector_reference(some, weight)[0] for some in rows]
 
 
