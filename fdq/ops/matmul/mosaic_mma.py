@@ -24,19 +24,24 @@ KERNEL = "mma_matmul"
 
 def unsupported(a: Product) -> str | None:
     """Why tensor cores do not take a product."""
-    if not isinstance(a.w, QuantizedWeight):
-        return "the weight is an array, and the kernels read quantized ones"
-    if not isinstance(a.rows, int) or not 1 <= a.rows <= MOST_MMA_ROWS:
-        return f"the kernels take 1 to {MOST_MMA_ROWS} rows of x, found {a.rows}"
-    reason = WordsWeight.unsupported(a.w)
-    if reason is not None:
-        return reason
     if a.activation is not None and a.activation.granularity == "token_group":
         return "tensor cores take no activations with scales per token and group"
+    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
+    return unsupported_weight(a.w, a.rows, dtype)
+
+
+def unsupported_weight(w: Any, rows: int, dtype: Any) -> str | None:
+    """Why they do not multiply `rows` rows of `dtype` with a weight `[..., K, N]`."""
+    if not isinstance(w, QuantizedWeight):
+        return "the weight is an array, and the kernels read quantized ones"
+    if not isinstance(rows, int) or not 1 <= rows <= MOST_MMA_ROWS:
+        return f"the kernels take 1 to {MOST_MMA_ROWS} rows of x, found {rows}"
+    reason = WordsWeight.unsupported(w)
+    if reason is not None:
+        return reason
     from pallas_kernels.matmul import mma
 
-    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
-    return mma.unsupported(_layout(a.w), dtype)
+    return mma.unsupported(_layout(w), dtype)
 
 
 def chosen(a: Product) -> bool:
