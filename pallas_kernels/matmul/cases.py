@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.aot.gpu_targets import ALL
 from pallas_kernels.aot.kernel_cases import (
     KernelCase,
     Program,
@@ -20,11 +21,14 @@ from pallas_kernels.aot.kernel_cases import (
     activation_dtype,
     dot_weights,
     fma_weights,
+    mma_weights,
 )
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
 from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
+from pallas_kernels.matmul.mma import mma_matmul
 from pallas_kernels.matmul.row_sources import Gated, Normed
+from pallas_kernels.mosaic.mma_products import UNITS
 from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import to_kernel
 from pallas_kernels.weights.layout import WeightLayout
@@ -91,7 +95,8 @@ def _weights() -> dict[str, _Weight]:
 
 def kernel_cases() -> list[KernelCase]:
     """Dense products, of int8 activations too, an MLP, and experts."""
-    return [*_matrix_vector_cases(), *_integer_cases(), *_mlp_cases(), *_experts_cases()]
+    dense = [*_matrix_vector_cases(), *_integer_cases(), *_mma_cases(), *_mlp_cases()]
+    return [*dense, *_experts_cases()]
 
 
 def _matrix_vector_cases() -> list[KernelCase]:
@@ -146,6 +151,42 @@ def _integer_cases() -> list[KernelCase]:
 def _integer(weight: _Weight, rows: int, k: int, n: int) -> Program:
     arguments = (abstract((rows, k), "int8"), weight.kernel_weight(k, n))
     return Program(function=integer_matrix_vector, arguments=arguments)
+
+
+def _mma_cases() -> list[KernelCase]:
+    """Tensor cores, from sm_80 on, where there is a form of the format for them."""
+
+    def case(name: str, rows: int) -> KernelCase:
+        weight = _weights()[name]
+        k, n = _REPRESENTATIVE
+        kernel = f"{rows} rows x {name}"
+        return KernelCase(
+            name=f"{kernel}, {k} x {n}",
+            kernel=kernel,
+            build=functools.partial(_mma, weight, rows, k, n),
+            gpus=tuple(gpu for gpu in ALL if gpu != "t4"),
+            representative=True,
+            weights_per_iteration=functools.partial(mma_weights, rows, weight.format.terms),
+            bytes_per_weight=weight.bytes_per_weight(),
+            report="mma_matmul",
+        )
+
+    def has_form(weight: _Weight) -> bool:
+        layout = weight.layout(*_REPRESENTATIVE)
+        return weight.format.paired_rows is not None and layout.segment_units % UNITS == 0
+
+    often = {"int4 groups of 128": (1, 8, 16, 32, 64), "int8 per channel": (8, 32, 64)}
+    return [
+        case(name, rows)
+        for name, weight in _weights().items()
+        if has_form(weight)
+        for rows in often.get(name, (16,))
+    ]
+
+
+def _mma(weight: _Weight, rows: int, k: int, n: int) -> Program:
+    arguments = (abstract((rows, k), "bfloat16"), weight.kernel_weight(k, n))
+    return Program(function=mma_matmul, arguments=arguments)
 
 
 def _mlp_cases() -> list[KernelCase]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic import mma_instructions as mma
 from pallas_kernels.weights.word_format import (
     SIGN_BITS,
     Arrays,
@@ -77,6 +80,22 @@ class IntegerWords(LinearWords):
         step = 8 // self.bits
         return tuple((i, i + step, i + 2 * step, i + 3 * step) for i in range(step))
 
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Fields at the same place of both halves of the word."""
+        half = self.rows // 2
+        return tuple((i, i + half) for i in range(half))
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """That of fields."""
+        return mma.field_exponent(dtype)
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """A mask and a multiply-add for two rows, a shift for eight bits."""
+        return [mma.fields(words[0], range(0, 16, self.bits), self.bits, offset, dtype)]
+
     def signed_planes(self, word: jax.Array) -> list[jax.Array]:
         """The code's bits go to the top of each byte, and its highest is flipped: two's complement.
 
@@ -131,6 +150,29 @@ class ThreeBitWords(IntegerWords):
                 between = low | (high & jnp.int32(7 & -(4 >> i)))
                 rows.append(linear_bits(between, interpreted))
         return rows
+
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Fields that lie at the same place in halves of two words, then those across halves."""
+        first = [(i, 16 + i) for i in range(5)]  # the lower half of word 0, the upper of word 1
+        second = [(6 + i, 22 + i) for i in range(4)]  # the upper of 0, the lower of 2
+        third = [(11 + i, 27 + i) for i in range(5)]  # the lower of 1, the upper of 2
+        return (*first, *second, *third, (5, 26), (10, 21))
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """As the others', of words with one half from each of two."""
+        a, b, c = words
+        merged = [
+            (mma.permute(a, b, 0x7610), range(0, 15, 3)),
+            (mma.permute(a, c, 0x5432), range(2, 14, 3)),
+            (mma.permute(b, c, 0x7610), range(1, 16, 3)),
+            (mma.permute(mma.shifted(a, -15), mma.shifted(c, 2), 0x7610), (0,)),
+            (mma.permute(mma.between(a, b, 30), mma.between(b, c, 31), 0x5410), (0,)),
+        ]
+        fields = functools.partial(mma.fields, bits=3, offset=offset, dtype=dtype)
+        return [[pair for word, positions in merged for pair in fields(word, positions)]]
 
     def code_rows(self, k: int) -> int:
         """Whole units of 8 rows in 3 bytes."""

@@ -92,6 +92,7 @@ class WordFormat:
     column_scale: str | None = None
     scale_dtype: str | None = None
     storages: tuple[Storage, ...] = ()  # compiled ahead of time; kernels take others too
+    terms: int = 1  # lists of `fragments`
 
     @property
     def bits(self) -> int:
@@ -117,6 +118,28 @@ class WordFormat:
         of that shape; `interpreted`: XLA on CPU runs this, rather than a GPU. `layout` is that of
         these arrays in a kernel, for formats that need instructions without a name in `jax.numpy`;
         None: arrays `[columns]`, neighbours in one thread.
+        """
+        raise NotImplementedError(self.name)
+
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """The rows (low, high) of a unit that each register of `fragments` holds; None: tensor
+        cores have no form of it.
+        """
+        return None
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """Two to it is what `fragments` are multiplied by."""
+        return 0
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """Registers of two 16-bit floats of `dtype`, for tensor cores, of one column of a unit.
+
+        MLIR values in (i32 words, f32 constants of the column) and out, by nothing that needs more
+        than sm_80. `offset` (two such floats, `2**fragment_exponent` of a number; None: zero) is
+        added. Several lists are terms whose sum is the weight.
         """
         raise NotImplementedError(self.name)
 
