@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -136,6 +137,11 @@ def parse_mesh(text: str) -> Mesh:
     Raises:
       ValueError: another text, or fewer devices.
     """
+    return make_mesh(mesh_sizes(text))
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The axes of a mesh's description and their sizes; ValueError for another text."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
@@ -145,18 +151,20 @@ def parse_mesh(text: str) -> Mesh:
                 f"read {part.strip()!r}."
             )
         sizes[name] = int(size)
-    return make_mesh(sizes)
+    return sizes
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """A mesh over the first devices that there are; ValueError where they are fewer."""
-    count, found = math.prod(sizes.values()), len(jax.devices())
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over the first of `devices`, by default of all; ValueError where they are fewer."""
+    devices = jax.devices() if devices is None else devices
+    count, found = math.prod(sizes.values()), len(devices)
     if count > found:
         shape = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"mesh {shape}: it has {count} devices, and there are {found} "
-            f"({jax.devices()[0].device_kind}). Use a smaller one."
+            f"({devices[0].device_kind}). Use a smaller one."
         )
     auto = (AxisType.Auto,) * len(sizes)
-    devices = jax.devices()[:count]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count]
+    )
