@@ -79,14 +79,14 @@ def run(
 
     Needs the extra `aot` of fdq. Exit code 1 if a kernel fails where it should run.
     """
-    from fdq.schemes.mesh_rules import mesh_sizes
+    from fdq.schemes.mesh_rules import parse_sizes
     from pallas_kernels.aot import gpu_targets, report_files
 
     _refuse_what_goes_unread(ctx, decode_step is not None)
     names = [gpu_targets.find(name).name for name in gpu or []]
     if decode_step is not None:
         sizes = {"layers": layers, "context": context, "batch": batch}
-        sizes["mesh"] = None if mesh is None else mesh_sizes(mesh)
+        sizes["mesh"] = None if mesh is None else parse_sizes(mesh)
         _decode_steps(decode_step, scheme, names, output, json, debug, **sizes)
         return
     names = names or ([] if everything else _this_machine())

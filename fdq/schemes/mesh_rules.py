@@ -131,17 +131,12 @@ def repeats(kv_heads: int, devices: int) -> int:
     return devices // kv_heads
 
 
-def parse_mesh(text: str) -> Mesh:
-    """A mesh of its description, `tensor=4,expert=2`, over the first devices that there are.
+def parse_sizes(text: str) -> dict[str, int]:
+    """Sizes of the axes of a mesh by name, of its description: `tensor=4,expert=2`.
 
     Raises:
-      ValueError: another text, or fewer devices.
+      ValueError: another text.
     """
-    return make_mesh(mesh_sizes(text))
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """The axes of a mesh's description and their sizes; ValueError for another text."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
@@ -152,6 +147,15 @@ def mesh_sizes(text: str) -> dict[str, int]:
             )
         sizes[name] = int(size)
     return sizes
+
+
+def parse_mesh(text: str) -> Mesh:
+    """A mesh of its description, `tensor=4,expert=2`, over the first devices that there are.
+
+    Raises:
+      ValueError: another text, or fewer devices.
+    """
+    return make_mesh(parse_sizes(text))
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
