@@ -9,6 +9,9 @@ import jax
 MOST_ROWS = 8
 """Rows of x that the matrix-vector kernels take; beyond, tensor cores are the better tool."""
 
+MOST_MMA_ROWS = 64
+"""Rows of x that the tensor cores' kernel takes: their sums are in registers."""
+
 
 def default_device() -> Any:
     """The device that a trace is for; of a topology where one is compiled for ahead of time.

@@ -1,4 +1,4 @@
-"""Runs what `mma_fragments` and `mma_instructions` emit for a GPU: 128 threads in NumPy.
+"""Runs what `mma_fragments`, `mma_products` and `mma_instructions` emit for a GPU: 128 threads in NumPy.
 
 The functions under test build their code through a handful of MLIR constructors and inline PTX.
 Here these names stand for the same operations on arrays of one number a thread, written from the
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.mosaic import mma_fragments, mma_instructions
+from pallas_kernels.mosaic import mma_fragments, mma_instructions, mma_products
 
 THREADS = 128
 _NUMPY = {"i32": np.uint32, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -169,10 +169,14 @@ def _inline_asm(kind, operands, text, constraints, **_):
         return Value(kind, operands[0].data[32 * WARP + (LANE ^ distance)])
     if name == "max.f32":
         return Value(kind, np.maximum(operands[0].data, operands[1].data))
-    assert name == "fma.rn.f16x2", text
+    if name == "fma.rn.f32":
+        x, y, z = (o.data.astype(np.float64) for o in operands)
+        return Value(kind, (x * y + z).astype(np.float32))
+    assert name in ("fma.rn.f16x2", "fma.rn.bf16x2"), text
     # Exact in float64, so rounded once.
-    x, y, z = (_halves(o, "f16").astype(np.float64) for o in operands)
-    rounded = (x * y + z).astype(np.float16)
+    of = name.split(".")[2].removesuffix("x2")
+    x, y, z = (_halves(o, of).astype(np.float64) for o in operands)
+    rounded = (x * y + z).astype(_NUMPY[of])
     return _from_bytes(kind, np.ascontiguousarray(rounded.T).view(np.uint8))
 
 
@@ -195,7 +199,9 @@ def _constant(kind, value):
     return Value(kind, np.full(THREADS, value, dtype))
 
 
-_TYPES = {f"{k.upper()}Type": types.SimpleNamespace(get=lambda k=k: k) for k in ("f32", "f16")}
+_TYPES = {
+    f"{k.upper()}Type": types.SimpleNamespace(get=lambda k=k: k) for k in ("f32", "f16", "bf16")
+}
 _IR = types.SimpleNamespace(
     IntegerType=types.SimpleNamespace(get_signless=lambda bits: f"i{bits}"),
     IntegerAttr=types.SimpleNamespace(get=lambda _, value: value),
@@ -230,7 +236,7 @@ _VECTOR = types.SimpleNamespace(
 
 @contextlib.contextmanager
 def emulated_gpu(monkeypatch):
-    """Inside, `mma_fragments` takes its path for GPUs, on arrays."""
+    """Inside, tiles of `mma_fragments` and `mma_products` take their path for GPUs, on arrays."""
     real = mma_fragments.mg
     names = {n: getattr(real, n) for n in ("Layout", "Tiling", "Replicated", "ShapeDtypeStruct")}
     mosaic = types.SimpleNamespace(inline_mgpu=_inline_mgpu, **names)
@@ -245,6 +251,8 @@ def emulated_gpu(monkeypatch):
             "runs_interpreted": lambda: False,
         }.items():
             patch.setattr(mma_fragments, name, value)
+            if name != "arith":
+                patch.setattr(mma_products, name, value)
         for name, value in {
             "ir": _IR,
             "arith": _ARITH,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxlib.mlir.dialects import vector as vectors
@@ -55,6 +56,58 @@ def _subtract(x, y):
     return as_word(arith.subf(_bitcast(x, pair), _bitcast(y, pair)))
 
 
+def field_exponent(dtype: Any) -> int:
+    """Of `fields`: they are numbers times two to it."""
+    return -6 if dtype == jnp.bfloat16 else -9
+
+
+def fields(word, positions, bits: int, offset, dtype: Any):
+    """Registers of two floats: of each half, the unsigned fields at `positions`, plus `offset`.
+
+    Offset (a register of two floats) and results are numbers times `2**field_exponent`, and exact:
+    a field of 8 bits at most in a 16-bit float's lowest bits is a subnormal (in bfloat16 up to the
+    first binade, whose step is the same), which a multiply-add takes as it is.
+    """
+    window = 8 if dtype == jnp.bfloat16 else 11
+    moved, shift, out = word, 0, []
+    for position in positions:
+        if position - shift + bits > window:
+            shift = position
+            moved = arith.shrui(word, constant(shift))
+        place = position - shift
+        mask = ((1 << bits) - 1) << place
+        found = arith.andi(moved, constant(mask << 16 | mask))
+        power = 127 - place if dtype == jnp.bfloat16 else 15 - place
+        out.append(multiply_add(found, power_pair(power, dtype), offset, dtype))
+    return out
+
+
+def power_pair(exponent: int, dtype: Any):
+    """Two floats `2**exponent`, of the normal ones."""
+    half = (exponent + 127) << 7 if dtype == jnp.bfloat16 else (exponent + 15) << 10
+    return constant(half << 16 | half)
+
+
+def float_pair(value: float, dtype: Any):
+    """Two floats of a constant."""
+    half = int(np.asarray(value, dtype).view(np.uint16))
+    return constant(half << 16 | half)
+
+
+def multiply_add(x, y, z, dtype: Any):
+    """`x * y + z` of two floats each, rounded once; z None: none is added."""
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    z = constant(0x80008000) if z is None else z
+    return _asm(f"fma.rn.{kind}x2 $0, $1, $2, $3;", "=r,r,r,r", x, y, z)
+
+
+def scaled_pair(x, factor: float, dtype: Any):
+    """Two floats `x * factor` of a float32, rounded once if factor is a power of two."""
+    kind = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
+    half = arith.truncf(kind, arith.mulf(x, arith.constant(ir.F32Type.get(), factor)))
+    return as_word(vector([half, half]))
+
+
 def mma(acc, a, b, dtype: Any):
     """`acc + a @ b` with four, four and two registers."""
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
@@ -89,6 +142,12 @@ def shuffle(x, distance: int):
 def binary(name: str, x, y):
     """An instruction of two float32."""
     return llvm.inline_asm(x.type, [x, y], f"{name} $0, $1, $2;", "=f,f,f", has_side_effects=False)
+
+
+def fma_f32(x, y, z):
+    """`x * y + z` of float32."""
+    text = "fma.rn.f32 $0, $1, $2, $3;"
+    return llvm.inline_asm(x.type, [x, y, z], text, "=f,f,f,f", has_side_effects=False)
 
 
 def _asm(text: str, constraints: str, *operands):

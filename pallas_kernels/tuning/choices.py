@@ -19,12 +19,17 @@ from importlib import resources
 from typing import Any
 
 _PRODUCTS = ("matrix_vector", "integer_matrix_vector", "gathered_matrix_vector")
-KERNELS = (*_PRODUCTS, "decode_attention", "append", "router")
-"""Names that rows may use; of attention and append the format is that of the cache."""
+KERNELS = (*_PRODUCTS, "mma_matmul", "decode_attention", "append", "router")
+"""Names that rows may use; of attention and append the format is that of the cache. `mma_matmul`
+that is not used for 8 rows or fewer leaves them to the matrix-vector kernels, not to XLA.
+"""
 
 USES = ("mosaic_gpu", "xla")
 _CUT = ("block_columns", "split", "step_rows", "prefetch")
-CONFIG = dict.fromkeys(_PRODUCTS, _CUT) | {"decode_attention": ("parts",)}
+CONFIG = dict.fromkeys(_PRODUCTS, _CUT) | {
+    "mma_matmul": ("block_columns", "split"),
+    "decode_attention": ("parts",),
+}
 """Settings that a row may have, by kernel."""
 
 _BOUNDS = ("max_rows", "min_weights", "max_weights")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic import mma_instructions as mma
 from pallas_kernels.weights.word_format import (
     SIGN_BITS,
     Arrays,
@@ -76,6 +78,22 @@ class IntegerWords(LinearWords):
         """Every `8 / bits`-th row."""
         step = 8 // self.bits
         return tuple((i, i + step, i + 2 * step, i + 3 * step) for i in range(step))
+
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Fields at the same place of both halves of the word."""
+        half = self.rows // 2
+        return tuple((i, i + half) for i in range(half))
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """That of fields."""
+        return mma.field_exponent(dtype)
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """A mask and a multiply-add for two rows, a shift for eight bits."""
+        return [mma.fields(words[0], range(0, 16, self.bits), self.bits, offset, dtype)]
 
     def signed_planes(self, word: jax.Array) -> list[jax.Array]:
         """The code's bits go to the top of each byte, and its highest is flipped: two's complement.

@@ -120,6 +120,28 @@ class WordFormat:
         """
         raise NotImplementedError(self.name)
 
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """The rows (low, high) of a unit that each register of `fragments` holds; None: tensor
+        cores have no form of it.
+        """
+        return None
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """Two to it is what `fragments` are multiplied by."""
+        return 0
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """Registers of two 16-bit floats of `dtype`, for tensor cores, of one column of a unit.
+
+        MLIR values in (i32 words, f32 constants of the column) and out, by nothing that needs more
+        than sm_80. `offset` (two such floats, `2**fragment_exponent` of a number; None: zero) is
+        added. Several lists are terms whose sum is the weight.
+        """
+        raise NotImplementedError(self.name)
+
     def code_rows(self, k: int) -> int:
         """Rows of bytes of the canonical codes of K rows."""
         return -(-k * self.bits // 8)

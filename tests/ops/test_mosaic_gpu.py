@@ -70,6 +70,22 @@ def test_quantized_activations(scheme, activation, rng, kernels):
     assert error(y, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize(("m", "activation"), [slow(9, None), slow(17, "int8")])
+def test_more_rows_are_the_tensor_cores(m, activation, rng, kernels):
+    q = ops.prepare(weight("W4A16", k=128, n=128))
+    x = jnp.asarray(rng.standard_normal((m, 128)), jnp.bfloat16)
+    y = fdq.matmul(x, q, activation=activation, out_dtype=jnp.float32)
+    if activation is None:
+        wanted = np.asarray(x, np.float64) @ np.asarray(fdq.dequantize(q), np.float64)
+    else:
+        wanted = fdq.matmul(
+            x, q, activation=activation, out_dtype=jnp.float32, implementation="xla"
+        )
+    assert error(y, wanted) < TOLERANCE
+    with pytest.raises(NotImplementedError, match="rows of bfloat16 or float16, found float32"):
+        fdq.matmul(x.astype(jnp.float32), q, implementation="mosaic_gpu")
+
+
 def test_gradient_and_vmap(rng, kernels):
     q = ops.prepare(weight("W4A16"))
     x = jnp.asarray(rng.standard_normal((4, 2, 256)), jnp.float32)
@@ -235,6 +251,7 @@ def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
     device = jax.devices("cpu")[0]
     specs = [weight(scheme, k=768).spec for scheme in ("W8A16", "W4A16-g96")]
     assert matmul.check("integer_matrix_vector", specs[0], device) is None
+    assert matmul.check("mma_matmul", weight("W4A16").spec, device) is None
     case = functools.partial(grouped._case, specs[1])
     assert matmul.check("gathered_matrix_vector", specs[1], device, case) is None
     cache = CacheTensor.empty((1, 2, 32, 64), parse_format("C8"))

@@ -16,6 +16,7 @@ from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import trace_target
 from fdq.ops.gates import swiglu
 from fdq.ops.kernels import Kernel, slower, tuned
+from fdq.ops.matmul import mosaic_mma
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import WordsWeight, kernel_weight
@@ -34,7 +35,9 @@ class MosaicGpu(Kernel[Product]):
     def unsupported(self, arguments: Product) -> str | None:
         """Weights and numbers of rows that no kernel takes, and sharded arrays."""
         a = arguments
-        return unsupported_weight(a.w, a.rows) or sharded(a.x, a.w)
+        many = isinstance(a.rows, int) and a.rows > MOST_ROWS
+        reason = mosaic_mma.unsupported(a) if many else unsupported_weight(a.w, a.rows)
+        return reason or sharded(a.x, a.w)
 
     def declined(self, arguments: Product) -> str | None:
         """Canonical weights, what is slower than XLA, and what is wrong on this device."""
@@ -44,7 +47,9 @@ class MosaicGpu(Kernel[Product]):
     def __call__(self, arguments: Product) -> jax.Array:
         """Float32 parts `[split, ..., N]`."""
         a, weight = arguments, kernel_weight(arguments.w)
-        if a.activation is None:
+        if _kernel_of(a, weight) == mosaic_mma.KERNEL:
+            parts = _of_tensor_cores(a, weight)
+        elif a.activation is None:
             parts = partial_sums(a.x, weight)
         else:
             x = flattened(as_array(a.x))
@@ -100,6 +105,15 @@ def partial_sums(x: Rows, w: KernelWeight) -> jax.Array:
     return matrix_vector(rows, w, config=_config("matrix_vector", w, rows.shape[0]))
 
 
+def _of_tensor_cores(a: Product, weight: KernelWeight) -> jax.Array:
+    """Float32 parts; quantized rows as their codes, times their scales."""
+    if a.activation is None:
+        return mosaic_mma.partial_sums(staged(a.x), weight)
+    x = flattened(as_array(a.x))
+    codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
+    return mosaic_mma.partial_sums(codes.astype(jnp.bfloat16), weight) * scale[None]
+
+
 def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
     """int8 rows `[M, K]` times integer codes -> float32 `[split, M, N]` before the x scale."""
     from pallas_kernels.matmul.integer import integer_matrix_vector
@@ -110,6 +124,8 @@ def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
 
 def _kernel_of(arguments: Product, weight: KernelWeight) -> str:
     """The kernel's name in the tuning table."""
+    if mosaic_mma.chosen(arguments):
+        return mosaic_mma.KERNEL
     from pallas_kernels.matmul.integer import has_kernel
 
     if takes_integers(arguments.w, arguments.activation) and has_kernel(weight):
@@ -148,6 +164,8 @@ def _case(kernel: str, spec: WeightSpec) -> tuple[Any, Any]:
 
     q = sample(spec)
     weight, k = kernel_weight(q), q.shape[0]
+    if kernel == mosaic_mma.KERNEL:
+        return mosaic_mma.case(weight)
     keys = jax.random.split(jax.random.key(1), 3)
     if kernel == "integer_matrix_vector":
         codes = jax.random.randint(keys[0], (2, k), -127, 128).astype(jnp.int8)

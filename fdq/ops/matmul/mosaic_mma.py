@@ -1,0 +1,79 @@
+"""Where products take the tensor cores' kernel: 9 to 64 rows, fewer where the tuning table says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from fdq.formats.qtensor import QuantizedWeight, materialize
+from fdq.ops.kernels import MOSAIC_GPU, tuned
+from fdq.ops.matmul.product import Product
+from fdq.ops.prepared_weight import WordsWeight
+from pallas_kernels.device import MOST_MMA_ROWS, MOST_ROWS
+
+if TYPE_CHECKING:
+    from pallas_kernels.weights.kernel_weight import KernelWeight
+    from pallas_kernels.weights.layout import WeightLayout
+
+KERNEL = "mma_matmul"
+"""Its name in the tuning table, where `xla` for 8 rows or fewer leaves them to other kernels."""
+
+
+def unsupported(a: Product) -> str | None:
+    """Why tensor cores do not take a product."""
+    if not isinstance(a.w, QuantizedWeight):
+        return "the weight is an array, and the kernels read quantized ones"
+    if not isinstance(a.rows, int) or not 1 <= a.rows <= MOST_MMA_ROWS:
+        return f"the kernels take 1 to {MOST_MMA_ROWS} rows of x, found {a.rows}"
+    reason = WordsWeight.unsupported(a.w)
+    if reason is not None:
+        return reason
+    if a.activation is not None and a.activation.granularity == "token_group":
+        return "tensor cores take no activations with scales per token and group"
+    from pallas_kernels.matmul import mma
+
+    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
+    return mma.unsupported(_layout(a.w), dtype)
+
+
+def chosen(a: Product) -> bool:
+    """Whether a product that kernels take is the tensor cores'."""
+    if a.rows > MOST_ROWS:
+        return True
+    *_, k, n = a.w.shape
+    choice = tuned(KERNEL, a.w.spec.format, a.rows, k * n)
+    return choice.use == MOSAIC_GPU and unsupported(a) is None
+
+
+def partial_sums(x: Any, w: KernelWeight) -> jax.Array:
+    """Rows (of `row_sources`) times a weight -> float32 `[split, M, N]`.
+
+    Codes of quantized activations are rows of bfloat16, which hold 8 bits exactly.
+    """
+    from pallas_kernels.matmul import mma
+    from pallas_kernels.matmul.matrix_vector import multiprocessors
+
+    rows = x.shape[0]
+    settings = tuned(KERNEL, w.layout.format, rows, w.layout.k * w.layout.n).config
+    config = mma.choose_mma_config(w.layout, rows, multiprocessors())
+    return mma.mma_matmul(x, w, config=dataclasses.replace(config, **settings))
+
+
+def case(weight: KernelWeight) -> tuple[Any, Any]:
+    """For the self-check: results and references of 9 and of 33 rows, and of 64 with fewer splits."""
+    from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
+
+    x = jax.random.normal(jax.random.key(1), (64, weight.layout.k), jnp.float32)
+    rows = [x[:m].astype(jnp.bfloat16) for m in (9, 33, 64)]
+    results = [partial_sums(some, weight).sum(0) for some in rows]
+    return results, [matrix_vector_reference(some, weight)[0] for some in rows]
+
+
+def _layout(w: QuantizedWeight) -> WeightLayout:
+    if isinstance(w, WordsWeight):
+        return materialize(w).data.layout
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), w.canonical())
+    return WordsWeight.of(abstract).data.layout

@@ -1,0 +1,220 @@
+"""Products of weights on tensor cores, registers to registers: what `matmul.mma` is made of.
+
+`mma.sync.m16n8k16` multiplies A `[16, 16]` and B `[16, 8]` (see `mma_fragments`). Columns of the
+weight are rows of A, rows of x are columns of B, 8 at a time. Thread `(r, t) = (lane // 4, lane %
+4)` loads unit t of four for four neighbouring columns 4r .. 4r + 3 of its warp's 32, one word each
+(one 128-bit load), and makes floats of them: the columns are the rows r and r + 8 of two A. Which
+row of K a column of A stands for is free as long as x agrees, so x comes as words of two rows in
+the order of the format's `paired_rows`, and a thread loads those of its unit and of row r of x.
+
+The interpreter has no tensor cores: there the same functions compute the same numbers with
+`jax.numpy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as mg
+
+from pallas_kernels.mosaic import mma_instructions as ptx
+from pallas_kernels.mosaic.launch import runs_interpreted
+from pallas_kernels.weights.word_format import WordFormat
+
+COLUMNS = 128
+"""Of a tile of a weight: four warps of 32."""
+
+UNITS = 4
+"""Of a tile, along K: one a thread of four."""
+
+ROWS = 8
+"""Rows of x that tensor cores multiply at a time."""
+
+
+def word_layout() -> Any:
+    """`[4, 128]` words of a weight."""
+    return mg.Layout.TILED(mg.Tiling(((4, 128), (32,), (4,))), (-3,), (-2, -4), -1)
+
+
+def column_layout() -> Any:
+    """`[128]` numbers of columns."""
+    return mg.Layout.TILED(mg.Tiling(((128,), (32,), (4,))), (-3,), (-2, mg.Replicated(4)), -1)
+
+
+def row_layout(pairs: int) -> Any:
+    """`[4, M, pairs]` words of x; every warp has a copy."""
+    tiling = mg.Tiling(((4, 8, min(4, pairs)),))
+    return mg.Layout.TILED(tiling, (mg.Replicated(4),), (-2, -3), -1)
+
+
+def sum_layout() -> Any:
+    """`[128, M]` sums."""
+    return mg.Layout.TILED(mg.Tiling(((128, 8), (32, 8), (4, 2))), (-6,), (-4, -3), -1)
+
+
+def result_layout() -> Any:
+    """`[M, 128]`: sums, turned; four neighbouring columns in a thread."""
+    return mg.Layout.TILED(mg.Tiling(((8, 128), (2, 32), (4,))), (-4,), (-2, -5), -1)
+
+
+def paired(x: jax.Array, words: WordFormat) -> jax.Array:
+    """16-bit floats `[M, K]` (K of whole units) -> int32 `[units, M', pairs]`, M' whole eights."""
+    pairs = words.paired_rows
+    assert pairs is not None
+    x = jnp.pad(x, [(0, -x.shape[0] % ROWS), (0, 0)])
+    x = x.reshape(x.shape[0], -1, words.rows)
+    halves = [jnp.stack([x[..., row] for row in rows], axis=-1) for rows in pairs]
+    found = lax.bitcast_convert_type(jnp.stack(halves, axis=-2), jnp.int32)
+    return jnp.swapaxes(found, 0, 1)
+
+
+def multiply(
+    sums: jax.Array,
+    words: Sequence[jax.Array],
+    x: jax.Array,
+    format: WordFormat,
+    dtype: Any,
+    *,
+    columns: Sequence[jax.Array] = (),
+    middle: float = 0.0,
+    zero: jax.Array | None = None,
+) -> jax.Array:
+    """float32 `[128, M]` in `sum_layout`: `sums` plus the product of a tile, before scales, times
+    `2**format.fragment_exponent(dtype)`.
+
+    `words` are the unit's, each int32 `[4, 128]` in `word_layout`; x is int32 `[4, M, pairs]` in
+    `row_layout`, of `paired`; `columns` are the format's constants, float32 `[128]`. `middle`, or
+    `zero` of each column, is subtracted from codes.
+    """
+    exponent = format.fragment_exponent(dtype)
+    if runs_interpreted():
+        values = _decode_reference(words, columns, format) - jnp.float32(middle)
+        if zero is not None:
+            values = values - zero[None, None, :]
+        rows = _rows_reference(x, format, dtype)
+        values = (values * jnp.float32(2.0**exponent)).reshape(-1, values.shape[-1])
+        rows = jnp.moveaxis(rows, 1, 2).reshape(values.shape[0], -1)
+        dims = (((0,), (0,)), ((), ()))
+        return sums + lax.dot_general(values, rows, dims, precision=lax.Precision.HIGHEST)
+    own = [zero] if zero is not None else []
+    arrays = [sums, x, *words, *columns, *own]
+    layouts = [sum_layout(), row_layout(x.shape[-1]), *[word_layout()] * len(words)]
+    layouts += [column_layout()] * (len(columns) + len(own))
+
+    def emit(sums, x, *rest):
+        count = len(words)
+        parts = [[ptx.lanes(a.registers.flat[0]) for a in rest[:count]]]
+        parts += [[ptx.lanes(a.registers.flat[0]) for a in rest[count:]]]
+        return _emit_product(sums, x, *parts, format, dtype, middle, zero is not None)
+
+    return _inline(emit, layouts, sums.shape, sum_layout())(*arrays)
+
+
+def add_scaled(totals: jax.Array, sums: jax.Array, scale: jax.Array) -> jax.Array:
+    """`totals + sums * scale`: `[128, M]` in `sum_layout`, scale float32 `[128]` of columns."""
+    if runs_interpreted():
+        return totals + sums * scale[:, None]
+
+    def emit(totals, sums, scale):
+        factors = ptx.lanes(scale.registers.flat[0])
+        old, new = (a.registers.reshape(-1, 4) for a in (totals, sums))
+        out = np.empty_like(old)
+        for n, i in np.ndindex(old.shape):
+            pairs = zip(ptx.lanes(new[n, i]), ptx.lanes(old[n, i]), strict=True)
+            out[n, i] = ptx.vector([ptx.fma_f32(x, factors[i], y) for x, y in pairs])
+        return _array(out, totals)
+
+    layouts = [sum_layout(), sum_layout(), column_layout()]
+    return _inline(emit, layouts, totals.shape, sum_layout())(totals, sums, scale)
+
+
+def turned(totals: jax.Array) -> jax.Array:
+    """`[M, 128]` in `result_layout` of `[128, M]` in `sum_layout`: no data moves."""
+    columns, rows = totals.shape
+    if runs_interpreted():
+        return totals.T
+    layout = result_layout()
+
+    def emit(totals):
+        old = totals.registers.reshape(-1, 4)
+        out = np.empty((old.shape[0], 2), dtype=object)
+        for n, i in np.ndindex(out.shape):
+            out[n, i] = ptx.vector([ptx.lane(old[n, c], i) for c in range(4)])
+        registers = out.reshape(layout.to_mgpu().registers_shape((rows, columns)))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return _inline(emit, [sum_layout()], (rows, columns), layout)(totals)
+
+
+# -- the same in jax.numpy, for the interpreter
+
+
+def _decode_reference(
+    words: Sequence[jax.Array], columns: Sequence[jax.Array], format: WordFormat
+) -> jax.Array:
+    """float32 `[4, rows, 128]`."""
+    wide = [jnp.broadcast_to(c[None, :], words[0].shape) for c in columns]
+    last = format.exponent(True)
+    powers = [jnp.float32(2.0 ** (e + last)) for e in format.exponents(True)]
+    rows = format.decode(words, wide, True)
+    return jnp.stack([row * power for row, power in zip(rows, powers, strict=True)], axis=1)
+
+
+def _rows_reference(x: jax.Array, format: WordFormat, dtype: Any) -> jax.Array:
+    """float32 `[4, M, rows]` of the words of x."""
+    rows: list[Any] = [None] * format.rows
+    for i, pair in enumerate(format.paired_rows or ()):
+        for half, row in enumerate(pair):
+            bits = lax.shift_right_logical(x[..., i], jnp.full_like(x[..., i], 16 * half))
+            bits = bits.astype(jnp.uint16)
+            rows[row] = lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
+    return jnp.stack(rows, axis=-1)
+
+
+# -- what is emitted for the GPU
+
+
+def _inline(emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any) -> Any:
+    """A function of arrays in `layouts` whose registers `emit` makes; float32 `shape`."""
+    result = mg.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout)
+    decorate: Any = mg.inline_mgpu(arg_types=tuple(layouts), return_type=result)
+    return decorate(lambda _context, *arrays: emit(*arrays))
+
+
+def _emit_product(sums, x, words, numbers, format, dtype, middle, with_zero):
+    exponent = format.fragment_exponent(dtype)
+    *constants, zero = numbers if with_zero else [*numbers, None]
+    acc = [[ptx.lanes(reg) for reg in four] for four in sums.registers.reshape(-1, 4)]
+    rows = x.registers.reshape(len(acc), -1)
+    rows = [[word for reg in row for word in ptx.lanes(reg)] for row in rows]
+    columns = []
+    for c in range(4):
+        offset = ptx.float_pair(-middle * 2.0**exponent, dtype) if middle else None
+        if zero is not None:
+            offset = ptx.scaled_pair(zero[c], -(2.0**exponent), dtype)
+        own = [word[c] for word in words], [constant[c] for constant in constants]
+        columns.append(format.fragments(*own, offset, dtype))
+    for a in (0, 2):  # columns 4r + a and 4r + a + 1
+        for low, high in zip(columns[a], columns[a + 1], strict=True):
+            for i in range(0, len(low), 2):
+                fragment = [low[i], high[i], low[i + 1], high[i + 1]]
+                for n, row in enumerate(rows):
+                    both = [*acc[n][a], *acc[n][a + 1]]
+                    both = ptx.mma(both, fragment, row[i : i + 2], dtype)
+                    acc[n][a], acc[n][a + 1] = both[:2], both[2:]
+    out = np.empty((len(acc), 4), dtype=object)
+    for n, i in np.ndindex(out.shape):
+        out[n, i] = ptx.vector(acc[n][i])
+    return _array(out, sums)
+
+
+def _array(registers, like):
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=None
+    )
