@@ -14,8 +14,17 @@ MOST_MMA_ROWS = 64
 
 
 def default_device() -> Any:
-    """The device that a trace is for; of a topology where one is compiled for ahead of time."""
+    """The device that a trace is for; of a topology where one is compiled for ahead of time.
+
+    In `jax.shard_map` over devices of another kind than the default one it is one of those.
+    """
     device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return device
+        device = jax.local_devices(backend=device)[0]
+    held = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if held is None or held.device_kind == device.device_kind:
+        return device
+    alike = (
+        d for d in jax.local_devices(backend=held.platform) if d.device_kind == held.device_kind
+    )
+    return next(alike, device)

@@ -8,14 +8,15 @@ the code that does it to arrays, so that a model of 300 billion parameters needs
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fdq import sharding
 from fdq.analysis.planner import find_config, plan
-from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import functional
 from fdq.decoding.state import DecodeState
 from fdq.models import abstract
@@ -47,6 +48,7 @@ class DecodeStepReport:
       unknown_loops: loops whose trip count depends on data; counted as one trip each.
       launches_per_layer: of the last layer: the difference between three and two layers.
       layer_sequence: the launches of the second layer, in their order (see `Launches.sequence`).
+      mesh: of several GPUs; then bytes and launches are those of one.
       weight_bytes, cache_bytes: of what is compiled (`layers`).
       alias_bytes: written in place; the whole cache if nothing copies it.
       large_results: copies of weights or of the cache, what stands for one, and what kernels write
@@ -78,6 +80,7 @@ class DecodeStepReport:
     copies: tuple[int, int]
     kernels: tuple[KernelReport, ...]
     seconds: float
+    mesh: str = ""
 
     @property
     def temp_fraction(self) -> float:
@@ -110,25 +113,43 @@ def config_for(model: str, gpu: str, layers: int | None = None) -> Any:
 
 
 def program(
-    model: str, scheme: Any, gpu: str, *, layers: int | None, context: int, batch: int
+    model: str,
+    scheme: Any,
+    gpu: str,
+    devices: Sequence[Any] = (),
+    *,
+    layers: int | None,
+    context: int,
+    batch: int,
+    mesh: dict[str, int] | None = None,
 ) -> Program:
-    """The step of a model with abstract weights; called while `gpu` is the default device."""
+    """The step of a model with abstract weights; called while `gpu` is the default device.
+
+    With `mesh`, the sizes of its axes, over as many `devices`, on which the model is sharded.
+    """
     config = config_for(model, gpu, layers)
     quantized = quantize(abstract(config), scheme)
-    cache_spec = quantized.cache_spec
-    prepared = prepare(quantized, device=default_device())
+    if mesh is None:
+        prepared = prepare(quantized, device=default_device())
+    else:
+        prepared = sharding.shard(quantized, sharding.make_mesh(mesh, devices))
+        sharding.prepare(prepared)
     step, params = functional(prepared)
 
     def start() -> DecodeState:
-        cache = KVCache.init(config, batch, context, cache_spec)
+        cache = prepared.init_cache(batch, context)
         first = jnp.zeros((batch, 1), jnp.int32)
         return DecodeState.start(first, jnp.ones((batch,), jnp.int32), cache)
+
+    state = jax.eval_shape(start)
+    if mesh is not None:
+        (state,) = prepared.placement.put((state,))
 
     def decode_step(params: Any, state: DecodeState) -> DecodeState:
         logits, state = step(params, state)
         return state.push(logits.argmax(-1))
 
-    return Program(function=decode_step, arguments=(params, jax.eval_shape(start)), donate=(1,))
+    return Program(function=decode_step, arguments=(params, state), donate=(1,))
 
 
 def report(
@@ -139,24 +160,27 @@ def report(
     layers: int | None = None,
     context: int = 4096,
     batch: int = 1,
+    mesh: dict[str, int] | None = None,
     update: Callable[[Report], None] | None = None,
 ) -> DecodeStepReport:
     """Compiles a model's decode step, and two and three layers of it for the count a layer.
 
     `model` is what `fdq.plan` takes, `scheme` what `fdq.quantize` takes and pickle can carry,
     `gpu` a name in `pallas_kernels.aot.gpu_targets.GPUS`; None of `layers` is the whole model.
+    `mesh` are axes and sizes, as `fdq.sharding.make_mesh` takes them, of GPUs in one machine.
     `update` is called after each of the compiles, up to three. Needs the extra `aot`.
     """
     gpu = find(gpu).name
     of_layers = config_for(model, gpu).num_layers
     wanted = config_for(model, gpu, layers).num_layers
     counts = [wanted] + [n for n in (2, 3) if n != wanted and of_layers >= 3]
-    step = functools.partial(program, model, scheme, gpu, context=context, batch=batch)
+    step = functools.partial(program, model, scheme, gpu, context=context, batch=batch, mesh=mesh)
     cases = [
         KernelCase(
             name=f"{model} {scheme}, {count} layers",
             kernel="decode step",
             build=functools.partial(step, layers=count),
+            devices=math.prod(mesh.values()) if mesh else 1,
             xla_kernels=False,
         )
         for count in counts
@@ -165,7 +189,11 @@ def report(
     by_layers = dict(zip(counts, reports, strict=True))
     full = by_layers[wanted]
     config = config_for(model, gpu, wanted)
-    planned = plan(config, scheme, context=context, batch=batch)
+    if mesh is None:
+        planned = plan(config, scheme, context=context, batch=batch)
+        held = planned.weights.bytes, planned.cache_bytes
+    else:
+        held = full.argument_bytes - full.alias_bytes, full.alias_bytes
     per_layer = None
     if of_layers >= 3 and full.ok and by_layers[2].ok and by_layers[3].ok:
         per_layer = by_layers[3].launches - by_layers[2].launches
@@ -180,8 +208,9 @@ def report(
         of_layers=of_layers,
         context=context,
         batch=batch,
-        weight_bytes=planned.weights.bytes,
-        cache_bytes=planned.cache_bytes,
+        weight_bytes=held[0],
+        cache_bytes=held[1],
+        mesh=",".join(f"{name}={size}" for name, size in (mesh or {}).items()),
         seconds=round(full.lower_seconds + full.compile_seconds, 1),
         launches_per_layer=per_layer,
         layer_sequence=_second_layer(by_layers) if per_layer else (),

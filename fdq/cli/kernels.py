@@ -59,6 +59,10 @@ def run(
     ] = None,
     context: Annotated[int, typer.Option(help="With --decode-step: slots of the cache.")] = 4096,
     batch: Annotated[int, typer.Option(help="With --decode-step: sequences.")] = 1,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="With --decode-step: so many GPUs of one machine, as in tensor=4."),
+    ] = None,
     output: Annotated[
         pathlib.Path | None, typer.Option(help="Also write the report to this file, as JSON.")
     ] = None,
@@ -75,12 +79,14 @@ def run(
 
     Needs the extra `aot` of fdq. Exit code 1 if a kernel fails where it should run.
     """
+    from fdq.schemes.mesh_rules import parse_sizes
     from pallas_kernels.aot import gpu_targets, report_files
 
     _refuse_what_goes_unread(ctx, decode_step is not None)
     names = [gpu_targets.find(name).name for name in gpu or []]
     if decode_step is not None:
         sizes = {"layers": layers, "context": context, "batch": batch}
+        sizes["mesh"] = None if mesh is None else parse_sizes(mesh)
         _decode_steps(decode_step, scheme, names, output, json, debug, **sizes)
         return
     names = names or ([] if everything else _this_machine())
@@ -101,7 +107,7 @@ def run(
         raise typer.Exit(console.FAILED_CHECK)
 
 
-_OF_DECODE_STEPS = ("scheme", "layers", "context", "batch")
+_OF_DECODE_STEPS = ("scheme", "layers", "context", "batch", "mesh")
 _OF_KERNELS = {"everything": "--all", "kernel": "--kernel", "markdown": "--markdown"}
 
 
@@ -303,7 +309,7 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
     layers = f"{first.layers} layers" if whole else f"{first.layers} of {first.of_layers} layers"
     title = (
         f"Decode step of {first.model} in {first.scheme}: {layers}, {first.batch} x "
-        f"{first.context:,} tokens, jax {first.jax}"
+        f"{first.context:,} tokens, {f'mesh {first.mesh}, ' * bool(first.mesh)}jax {first.jax}"
     )
     columns = ["gpu", "launches", "a layer", "weights", "temporaries", "of weights", "copies"]
     rows = [

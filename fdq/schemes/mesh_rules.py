@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -130,11 +131,11 @@ def repeats(kv_heads: int, devices: int) -> int:
     return devices // kv_heads
 
 
-def parse_mesh(text: str) -> Mesh:
-    """A mesh of its description, `tensor=4,expert=2`, over the first devices that there are.
+def parse_sizes(text: str) -> dict[str, int]:
+    """Sizes of the axes of a mesh by name, of its description: `tensor=4,expert=2`.
 
     Raises:
-      ValueError: another text, or fewer devices.
+      ValueError: another text.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -145,18 +146,29 @@ def parse_mesh(text: str) -> Mesh:
                 f"read {part.strip()!r}."
             )
         sizes[name] = int(size)
-    return make_mesh(sizes)
+    return sizes
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """A mesh over the first devices that there are; ValueError where they are fewer."""
-    count, found = math.prod(sizes.values()), len(jax.devices())
+def parse_mesh(text: str) -> Mesh:
+    """A mesh of its description, `tensor=4,expert=2`, over the first devices that there are.
+
+    Raises:
+      ValueError: another text, or fewer devices.
+    """
+    return make_mesh(parse_sizes(text))
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over the first of `devices`, by default of all; ValueError where they are fewer."""
+    devices = jax.devices() if devices is None else devices
+    count, found = math.prod(sizes.values()), len(devices)
     if count > found:
         shape = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"mesh {shape}: it has {count} devices, and there are {found} "
-            f"({jax.devices()[0].device_kind}). Use a smaller one."
+            f"({devices[0].device_kind}). Use a smaller one."
         )
     auto = (AxisType.Auto,) * len(sizes)
-    devices = jax.devices()[:count]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count]
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import QTensor, QuantizedWeight
@@ -38,7 +38,7 @@ def prepared(w: QuantizedWeight, cut: Cut, mesh: Mesh, platform: str) -> Quantiz
     kind: type[PreparedWeight] | None = best_layout(own, platform)
     if kind is None:
         return w
-    return jax.jit(
+    prepare = jax.jit(
         jax.shard_map(
             kind.of,
             mesh=mesh,
@@ -46,7 +46,11 @@ def prepared(w: QuantizedWeight, cut: Cut, mesh: Mesh, platform: str) -> Quantiz
             out_specs=of_prepared(cut),
             check_vma=False,
         )
-    )(w)
+    )
+    if not w.is_abstract:
+        return prepare(w)
+    where = NamedSharding(mesh, of_prepared(cut))
+    return jax.tree.map(lambda a: a.update(sharding=where), jax.eval_shape(prepare, w))
 
 
 def canonical(w: QuantizedWeight, cut: Cut, mesh: Mesh) -> QuantizedWeight:

@@ -184,7 +184,7 @@ class Placement:
             module.vocabulary_axes = cut.axes[0]
 
     def put(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Rows (see `run`) on the devices where they belong."""
+        """Rows (see `run`) on the devices where they belong; of abstract ones their shardings."""
         n = shards(self.mesh, self.cache_axes)
         for cache in jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, KVCache)):
             if isinstance(cache, KVCache) and any(
@@ -196,7 +196,10 @@ class Placement:
                 )
 
         def put(array: Any, spec: PartitionSpec) -> Any:
-            return jax.device_put(array, NamedSharding(self.mesh, spec))
+            where = NamedSharding(self.mesh, spec)
+            if isinstance(array, jax.ShapeDtypeStruct):
+                return array.update(sharding=where)
+            return jax.device_put(array, where)
 
         return jax.tree.map(put, arguments, self._row_specs(arguments))
 

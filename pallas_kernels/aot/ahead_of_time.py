@@ -138,17 +138,17 @@ def _compile(
     import jax
     from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(
-        platform="cuda", target_config=target.target_config(), topology="1x1x1"
-    ).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    devices = topologies.get_topology_desc(
+        platform="cuda", target_config=target.target_config(), topology=f"1x1x{case.devices}"
+    ).devices
+    only = None if case.devices > 1 else jax.sharding.SingleDeviceSharding(devices[0])
 
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=only or leaf.sharding)
 
     start = time.perf_counter()
-    with jax.default_device(device):
-        program = case.build()
+    with jax.default_device(devices[0]):
+        program = case.build() if case.devices == 1 else case.build(devices)
         arguments = jax.tree.map(abstract, program.arguments)
         lowered = jax.jit(program.function, donate_argnums=program.donate).lower(*arguments)
     lowered_at = time.perf_counter()

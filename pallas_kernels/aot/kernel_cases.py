@@ -45,16 +45,20 @@ class KernelCase:
     elements of the cache) that one thread uses up in one iteration of the hot loop as ptxas left
     it. ptxas unrolls, so better than a number is a function of the loop that was found, such as a
     `functools.partial` of `fma_weights` (which can be pickled). None: there is nothing to count.
+
+    With several `devices`, which one process has, `build` is called with the list of them, and
+    arguments say in their shardings where they lie.
     """
 
     name: str  # unique: "matrix-vector int4 groups of 128, 1 x 4096 x 6144"
     kernel: str  # which its cases share: "matrix-vector int4 groups of 128"
-    build: Callable[[], Program]
+    build: Callable[..., Program]
     gpus: tuple[str, ...] = ALL  # that the kernel promises to compile for
     representative: bool = False  # compiled by the test suite; one for each kernel and format
     weights_per_iteration: float | Callable[[Loop], float] | None = None
     bytes_per_weight: float | None = None  # stored, scales included; for the instruction budget
     instruction_limit: float | None = None  # more per weight are a failure of the check
+    devices: int = 1  # GPUs that the program runs on
     xla_kernels: bool = True  # whether to report on the kernels that XLA adds to ours
     report: str = ""  # part of the name of the Mosaic kernel that is counted; "": the first
 

@@ -205,6 +205,23 @@ def test_a_decode_step(small_model, tmp_path):
     assert step["temp_fraction"] == step["temp_bytes"] / step["weight_bytes"]
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_a_decode_step_of_two_gpus(small_model):
+    """Kernels inside of the one `shard_map`, each GPU with half of the cache, two sums a layer."""
+    config = small_model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    options = ("--decode-step", small_model, "--gpu", "h100", "--context", 256)
+    (step,) = json.loads(run(*options, "--mesh", "tensor=2", "--json").stdout)["decode_steps"]
+    assert step["ok"], step["error"]
+    assert step["mesh"] == "tensor=2"
+    assert step["launch_kinds"]["AllReduce"] >= 3 and step["launch_kinds"]["mosaic"] >= 6
+    names = {kernel["name"] for kernel in step["kernels"]}
+    assert {"matrix_vector_int4_g128_m1", "append_kernel"} <= names
+    a_head = 2 * 256 * (64 + 4)  # keys and values, int8 and their scales
+    assert a_head <= step["cache_bytes"] < a_head + 4096
+
+
 def test_a_decode_step_needs_a_gpu_by_name(small_model):
     assert "--gpu" in run("--decode-step", small_model, code=2).stderr
 

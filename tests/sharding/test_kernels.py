@@ -1,34 +1,120 @@
-"""Weights in kernels' layouts over devices: each device prepares what it has."""
+"""Kernels on a mesh: each device prepares the weights that it has, and launches its own kernels."""
+
+import collections
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fdq
+from fdq.decoding.state import DecodeState
+from fdq.formats.qtensor import materialize
+from fdq.models import Decoder
 from fdq.ops.prepared_weight import WordsWeight
 from fdq.sharding import make_mesh, prepare
-from tests.sharding.many_devices import model_of
+from pallas_kernels.device import default_device
+from tests.covering import longest, slow
+from tests.sharding.many_devices import config_of
+
+ATTENTION = {"append_kernel": 1, "decode_attention_kernel": 1}
+LAUNCHES = {
+    "llama": {"matrix_vector_int4_g128_m1": 4, **ATTENTION},
+    "qwen3_moe": {"matrix_vector_int4_g128_m1": 2, "gathered_int4_g128_m1": 2, **ATTENTION},
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_prepared_weights_on_two_devices(name, monkeypatch):
-    """The words are undone bit for bit, and a step is that of one device."""
+def launches(jaxpr, around=0):
+    """Kernels of a jaxpr by name, and in how many `jax.shard_map`s each one is."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        kind, parameters = equation.primitive.name, equation.params
+        if kind in ("mpmd_map", "core_map", "pallas_call"):
+            found[str(parameters["name"]), around] += 1
+        for value in parameters.values():
+            for one in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(one, "jaxpr", one)
+                if hasattr(inner, "eqns"):
+                    found += launches(inner, around + (kind == "shard_map"))
+    return found
+
+
+def small(name):
+    """Four heads of 64 and 256 channels, which two devices divide: the interpreter is slow."""
+    sizes = {"num_heads": 4, "head_dim": 64, "intermediate_size": 256}
+    config = config_of(name, **sizes)
+    if config.moe is not None:
+        moe = dataclasses.replace(config.moe, num_experts=4, intermediate_size=256)
+        config = config.replace(moe=moe)
+    return fdq.quantize(Decoder(config, rngs=nnx.Rngs(params=0)), "W4A16C8", method="absmax")
+
+
+def start(model):
+    """The state after the token 3."""
+    cache = model.init_cache(1, 16)
+    return DecodeState.start(jnp.asarray([[3]]), jnp.ones((1,), jnp.int32), cache)
+
+
+@pytest.mark.parametrize("name", ["llama", slow("qwen3_moe")])
+def test_each_of_two_devices_has_its_kernels(name, monkeypatch):
+    """They are in the one `shard_map`, over words and a cache of the device's own."""
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
-    one = model_of(name, "W4A16C8")
+    one = small(name)
     many = fdq.shard(one, make_mesh({"tensor": 2}))
+    qkv = many.layers[0].self_attn.qkv_proj
+    second = jax.tree.map(lambda a: a.addressable_shards[1].data, materialize(qkv.kernel))
     with pytest.raises(ValueError, match="the model is on a mesh"):
         fdq.prepare(many)
     prepare(many)
-    assert isinstance(many.layers[0].self_attn.qkv_proj.kernel, WordsWeight)
+    # Made of the weight that the device has, as on one device.
+    own = fdq.prepare(second)
+    assert isinstance(qkv.kernel, WordsWeight) and isinstance(own, WordsWeight)
+    for array, expected in zip(jax.tree.leaves(qkv.kernel), jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(array.addressable_shards[1].data, expected)
+    state = start(many)
+    codes = state.cache.layers[0].k.codes
+    assert {shard.data.shape for shard in codes.addressable_shards} == {(1, 1, 16, 64)}
+    step, params = fdq.functional(many)
+    expected = {(kernel, 1): count for kernel, count in LAUNCHES[name].items()}
+    assert launches(jax.make_jaxpr(step)(params, state).jaxpr) == expected
     back = fdq.unshard(many)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", longest("qwen3_moe")])
+def test_kernels_on_two_devices_give_the_tokens_of_one(name, monkeypatch):
+    """Two steps, so that the second reads what the first appended, against XLA on one device."""
+    one = small(name)
     found = []
-    for model in (many, one):
-        fns = fdq.functional(model)
-        state = fdq.prefill(model, [[3]], model.init_cache(1, 16))
-        found.append(np.asarray(jax.jit(fns.step)(fns.params, state)[0]))
-        monkeypatch.delenv("FDQ_IMPLEMENTATION", raising=False)
-        jax.clear_caches()
-    np.testing.assert_allclose(*found, rtol=0, atol=1e-4)
+    for model in (one, fdq.shard(one, make_mesh({"tensor": 2}))):
+        if model.placement is not None:
+            monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
+            prepare(model)
+        step, params = fdq.functional(model)
+        state, run = start(model), jax.jit(step)
+        for _ in range(2):
+            logits, state = run(params, state)
+            state = state.push(jnp.argmax(logits, axis=-1))
+            found.append((np.asarray(logits), np.asarray(state.tokens[0, :3])))
+    for (wanted, tokens), (logits, mine) in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(mine, tokens)
+
+
+def test_a_trace_is_for_the_devices_of_its_mesh():
+    """Not for the default one, where a mesh is of another kind of devices."""
+    cpu = jax.devices("cpu")[0]
+    assert default_device() is cpu
+    other = type("Device", (), {"device_kind": "NVIDIA Test", "platform": "gpu"})()
+    mesh = jax.sharding.AbstractMesh(
+        (2,),
+        ("tensor",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        abstract_device=jax.sharding.AbstractDevice(cpu.device_kind, None, "cpu"),
+    )
+    with jax.sharding.use_abstract_mesh(mesh), jax.default_device(other):
+        assert default_device() is cpu
