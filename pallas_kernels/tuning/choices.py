@@ -19,7 +19,7 @@ from importlib import resources
 from typing import Any
 
 _PRODUCTS = ("matrix_vector", "integer_matrix_vector", "gathered_matrix_vector")
-KERNELS = (*_PRODUCTS, "decode_attention", "append", "router")
+KERNELS = (*_PRODUCTS, "decode_weight", "decode_attention", "append", "router")
 """Names that rows may use; of attention and append the format is that of the cache."""
 
 USES = ("mosaic_gpu", "xla")
