@@ -22,6 +22,7 @@ from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks, programs
+from fdq.decoding.chunks import default_chunk
 from fdq.decoding.functional import placement_of, taken
 from fdq.decoding.programs import LogitsProcessor
 from fdq.decoding.sampling import Sampling, checked
@@ -44,7 +45,7 @@ def prefill(
     *,
     state: DecodeState | None = None,
     lengths: Any = None,
-    chunk: int = 512,
+    chunk: int | None = None,
     key: jax.Array | None = None,
     return_logprobs: bool = False,
 ) -> DecodeState:
@@ -57,7 +58,8 @@ def prefill(
       state: instead of a cache: each sequence goes on with its tokens, finished or not; donated.
         `generated` then counts from their end.
       lengths: [B] int, tokens of each prompt, 1 to L (with a state 0 to L); L where not given.
-      chunk: tokens of each prompt per call of the model: bounds temporary memory.
+      chunk: tokens of each prompt per call of the model: bounds temporary memory. Not given, 512;
+        on GPUs 2048, or less where little memory is free.
       key: PRNG key for later sampling, `jax.random.key(0)` where not given; a state has its own.
       return_logprobs: keep the log-probability of each token that is generated from here on, see
         `DecodeState.generated_logprobs`; a state says so itself.
@@ -76,7 +78,7 @@ def prefill(
     if state is not None and (key is not None or return_logprobs):
         raise ValueError("prefill: a state has its own keys (state.reseed) and log-probabilities.")
     key = checks.prng_key(key)
-    chunk = checks.integer("chunk", chunk, least=1)
+    chunk = None if chunk is None else checks.integer("chunk", chunk, least=1)
     if state is not None:
         checks.is_state("prefill", state)
     elif not isinstance(cache, KVCache):
@@ -87,6 +89,7 @@ def prefill(
     held = cache if state is None else state.cache
     assert held is not None
     prompts = _Prompts(tokens, lengths, held, model.config, state)
+    chunk = chunk or default_chunk(model.config, prompts.tokens.shape[0])
     template, params = current_split(model)
     if state is None:
         checks.empty(held)

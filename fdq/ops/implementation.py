@@ -73,7 +73,8 @@ class Op[A]:
             reasons[one.name] = reason
         if implementation is None:  # FDQ_IMPLEMENTATION names one that cannot
             for one in known:
-                if one.name not in reasons and one.unsupported(arguments) is None:
+                fits = one.name not in reasons and one.skipped() is None
+                if fits and one.unsupported(arguments) is None:
                     _log_once(self.name, one.name, "; ".join(reasons.values()))
                     return one
         others = [one for one in known if one.name != name]

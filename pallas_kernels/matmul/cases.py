@@ -23,6 +23,7 @@ from pallas_kernels.aot.kernel_cases import (
     fma_weights,
     mma_weights,
 )
+from pallas_kernels.matmul.decode import decode_weight
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
 from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
@@ -94,9 +95,9 @@ def _weights() -> dict[str, _Weight]:
 
 
 def kernel_cases() -> list[KernelCase]:
-    """Dense products, of int8 activations too, an MLP, and experts."""
+    """Dense products, of int8 activations too, an MLP, experts, and decoded weights."""
     dense = [*_matrix_vector_cases(), *_integer_cases(), *_mma_cases(), *_mlp_cases()]
-    return [*dense, *_experts_cases()]
+    return [*dense, *_experts_cases(), *_decode_cases()]
 
 
 def _matrix_vector_cases() -> list[KernelCase]:
@@ -212,6 +213,27 @@ def _mlp(weight: _Weight, rows: int, hidden: int, inner: int) -> Program:
 def _mlp_step(dtype: str, x: Any, scale: Any, gate_up: Any, down: Any) -> jax.Array:
     partials = matrix_vector(Normed(x, scale, 1e-6), gate_up)
     return matrix_vector(Gated(partials, jnp.dtype(dtype)), down)
+
+
+def _decode_cases() -> list[KernelCase]:
+    """Weights that libraries multiply; one stands for all, which decode as the products do."""
+
+    def case(name: str) -> KernelCase:
+        k, n = _REPRESENTATIVE
+        one = name == "int4 groups of 128"
+        return KernelCase(
+            name=f"decoded {name}, {k} x {n}",
+            kernel="decoded weight" if one else f"decoded {name}",
+            build=functools.partial(_decode, _weights()[name], k, n),
+            representative=True,
+        )
+
+    return [case("int4 groups of 128")]
+
+
+def _decode(weight: _Weight, k: int, n: int) -> Program:
+    function = functools.partial(decode_weight, dtype=activation_dtype())
+    return Program(function, (weight.kernel_weight(k, n),))
 
 
 def _experts_cases() -> list[KernelCase]:

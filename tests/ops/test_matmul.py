@@ -15,7 +15,7 @@ from fdq.formats.qtensor import dequantize
 from fdq.ops import preparation
 from fdq.ops.choice import Target
 from fdq.ops.matmul import xla
-from fdq.ops.matmul.xla import _compute_dtype
+from fdq.ops.matmul.xla import compute_dtype
 from tests.closeness import error
 from tests.covering import covering, slow, slow_but
 from tests.formats.cases import PRODUCTS, VARIED, quantized
@@ -398,11 +398,11 @@ def test_wrong_shapes():
         fdq.matmul(jnp.ones((1, 256)), jax.tree.map(lambda a: a[None], q))
 
 
-def test_compute_dtype_of_old_gpus():
+def testcompute_dtype_of_old_gpus():
     old, new = Target("gpu", has_bfloat16=False), Target("gpu", has_bfloat16=True)
-    assert _compute_dtype(jnp.bfloat16, old) == jnp.float16
-    assert _compute_dtype(jnp.bfloat16, new) == jnp.bfloat16
-    assert _compute_dtype(jnp.float32, old) == jnp.float32
+    assert compute_dtype(jnp.bfloat16, old) == jnp.float16
+    assert compute_dtype(jnp.bfloat16, new) == jnp.bfloat16
+    assert compute_dtype(jnp.float32, old) == jnp.float32
 
 
 @pytest.mark.parametrize("name", ["int4-g64", *map(slow, ("int8", "int3-g64", "fp8-block"))])

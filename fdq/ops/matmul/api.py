@@ -14,6 +14,7 @@ from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops.implementation import Op
 from fdq.ops.interleaved_weight import InterleavedWeight
 from fdq.ops.matmul import derivative
+from fdq.ops.matmul.decoded import Decoded
 from fdq.ops.matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.matmul.wide_rows import in_float32
@@ -25,8 +26,9 @@ from fdq.ops.transposing import is_traced, transposable
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Shaped
 
-MATMUL: Op[Product] = Op("matmul", MosaicGpu(), Xla())
-"""Implementations return the parts of the product, float32 `[split, ..., N]`."""
+MATMUL: Op[Product] = Op("matmul", MosaicGpu(), Decoded(), Xla())
+"""Implementations return the parts of the product, `[split, ..., N]`: float32, or one part of the
+wanted dtype."""
 
 
 def matmul(
@@ -70,8 +72,8 @@ def matmul(
       activation: an ActivationSpec or its name (`"int8"`, `"fp8"`, `"fp8-x128"`); None leaves x
         alone.
       activation_scale: calibrated scale (one number) of a static ActivationSpec.
-      implementation: `"xla"`, `"mosaic_gpu"` or None for the best; FDQ_IMPLEMENTATION in the
-        environment is read while tracing where it is None.
+      implementation: `"xla"`, `"mosaic_gpu"`, `"decoded"` (many rows on GPUs) or None for the best;
+        FDQ_IMPLEMENTATION in the environment is read while tracing where it is None.
       out_dtype: dtype of the result; that of x, as it counts, by default.
       path: name of the layer, used only in errors.
 

@@ -135,10 +135,10 @@ def _product(x: jax.Array, q: QuantizedWeight, target: Target) -> jax.Array:
     if number_of_rows(x) <= _FUSED_ROWS:
         # XLA spreads the reduction in the fusion over threads: nothing to unroll.
         return fused_product(x.astype(jnp.float32), view, 1, dot=False)
-    return plane_product(x, view, _compute_dtype(x.dtype, target))
+    return plane_product(x, view, compute_dtype(x.dtype, target))
 
 
-def _compute_dtype(dtype: Any, target: Target) -> Any:
+def compute_dtype(dtype: Any, target: Target) -> Any:
     """What a dot computes in: the dtype of x, but float16 where bfloat16 is emulated."""
     emulated = dtype == jnp.bfloat16 and not target.has_bfloat16
     return jnp.float16 if emulated else dtype

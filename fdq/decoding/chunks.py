@@ -1,0 +1,39 @@
+"""How many tokens of a prompt one call of a model reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels.device import default_device
+
+_CHUNK = 512
+_ON_GPUS = 2048
+# Of the memory that is free: the rest is for decoded weights, scores and what others hold.
+_SHARE = 4
+
+
+def default_chunk(config: Any, batch: int) -> int:
+    """512; on GPUs 2048, for there a call decodes all weights, or less where memory is short.
+
+    It is halved until the rows of a layer's widest activations, in 16 bits and in float32, fit in a
+    quarter of the memory that the device has free (where it says so).
+    """
+    device = default_device()
+    if device.platform not in ("gpu", "cuda"):
+        return _CHUNK
+    stats = getattr(device, "memory_stats", lambda: None)() or {}
+    limit, chunk = stats.get("bytes_limit"), _ON_GPUS
+    if limit is None:
+        return chunk
+    free = (limit - stats.get("bytes_in_use", 0)) // _SHARE
+    while chunk > _CHUNK and chunk * batch * token_bytes(config) > free:
+        chunk //= 2
+    return chunk
+
+
+def token_bytes(config: Any) -> int:
+    """Of a token's activations in one layer: gate and up, and what they become, for each pick."""
+    width, moe = config.intermediate_size, config.moe
+    if moe is not None:
+        width = max(width, moe.top_k * moe.intermediate_size)
+    return 2 * (4 + 2) * width + 2 * width + 4 * (4 + 2) * config.hidden_size
