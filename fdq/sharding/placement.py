@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fdq import nn
+from fdq import nn, processes
 from fdq.cache.kv_cache import KVCache
 from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.nn.experts import ExpertShard
@@ -196,7 +196,7 @@ class Placement:
                 )
 
         def put(array: Any, spec: PartitionSpec) -> Any:
-            return jax.device_put(array, NamedSharding(self.mesh, spec))
+            return processes.onto(array, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(put, arguments, self._row_specs(arguments))
 
