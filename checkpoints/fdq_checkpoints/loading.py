@@ -162,7 +162,11 @@ def _load_stored(
     place = None
     if placement is not None:
         place = functools.partial(distribution.put, placement)
-    values = stored.restore(sharding, verify=verify, place=place)
+    if placement is not None and jax.process_count() > 1:
+        parts = functools.partial(distribution.parts, placement)
+        values = stored.restore_parts(place, parts, verify=verify)
+    else:
+        values = stored.restore(sharding, verify=verify, place=place)
     for tensor in tree_paths.flatten(target):
         if not isinstance(tensor.value, tree_paths.QUANTIZED) and dtype is not None:
             values[tensor.path] = values[tensor.path].astype(tensor.value.dtype)

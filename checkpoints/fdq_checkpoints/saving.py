@@ -77,7 +77,11 @@ def save(
 
 
 def _write(folder: pathlib.Path, tensors: list[Tensor]) -> list[TensorEntry]:
-    total = sum(nbytes(tensor.value) for tensor in tensors)
+    return write(folder, tensors, sum(nbytes(tensor.value) for tensor in tensors))
+
+
+def write(folder: pathlib.Path, tensors: Iterable[Tensor], total: int) -> list[TensorEntry]:
+    """Writes tensors of `total` bytes, of which each process may have a part, to `weights/`."""
     writer = orbax_store.TreeWriter(folder / WEIGHTS, total_bytes=total)
     entries = []
     try:

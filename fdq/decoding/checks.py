@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fdq import processes
 from fdq.models import FAMILIES
 
 # What a model must have to be decoded, as `fdq.models.Decoder` has it.
@@ -139,7 +140,7 @@ def empty(cache: Any) -> None:
     """Refuses a KV cache that holds tokens, as far as values are known."""
     if isinstance(cache.length, Tracer):
         return
-    held = np.asarray(cache.length)
+    held = np.asarray(processes.on_host(cache.length))
     if held.any():
         raise ValueError(
             f"the cache holds {held.tolist()} tokens: expected an empty one. To go on, pass the "
@@ -151,7 +152,7 @@ def rollback_length(length: Any, known: jax.Array, least: int = 0) -> None:
     """Refuses lengths to go back to that are below `least` or above `known`, [B]."""
     if isinstance(length, Tracer) or isinstance(known, Tracer):
         return  # values are not known here: what uses them clips them
-    wanted, known_now = np.asarray(length), np.asarray(known)
+    wanted, known_now = map(np.asarray, processes.on_host((length, known)))
     if not np.issubdtype(wanted.dtype, np.integer) or wanted.shape not in ((), known_now.shape):
         raise ValueError(
             f"rollback: expected an integer or integers of shape {known_now.shape}, found "

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdq import processes
 from fdq.cache import limits
 from fdq.decoding import checks, special_tokens
 from fdq.decoding.continuation import Continuation
@@ -152,7 +153,7 @@ class _Outputs:
 
     def take(self, state: DecodeState) -> None:
         """Reads new tokens, without the stop token that ends a sequence."""
-        finished = np.asarray(state.finished)
+        finished = processes.on_host(state.finished)
         for index, generated in enumerate(state.generated()):
             if self.ended[index]:
                 continue

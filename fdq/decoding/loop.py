@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fdq import processes
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks, programs
 from fdq.decoding.chunks import default_chunk
@@ -133,7 +134,7 @@ def _go_on(
     # Without the cache, which does not change; padded, so that few lengths are compiled.
     small = dataclasses.replace(state, cache=None)  # pyright: ignore[reportArgumentType]
     state = _taken(small, padded, prompts.lengths)
-    longest = 0 if isinstance(known, Tracer) else int(np.max(np.asarray(known)))
+    longest = 0 if isinstance(known, Tracer) else int(np.max(processes.on_host(known)))
     start, spare = 0, cache.spare
     while start < prompts.longest:
         count = min(chunk, prompts.longest - start)
@@ -186,7 +187,7 @@ class _Prompts:
         longest = width if traced else checks.prompt_lengths(np.asarray(lengths), b, width, least)
         known = 0
         if state is not None and not traced and not isinstance(state.length, Tracer):
-            known = np.asarray(state.length)
+            known = processes.on_host(state.length)
         needed = longest if traced else int((known + np.asarray(lengths)).max())
         if needed > cache.max_length:
             raise ValueError(
@@ -242,7 +243,7 @@ def decode(
     steps = checks.integer("steps", steps)
     b, capacity = state.tokens.shape
     if not isinstance(state.length, Tracer):
-        length, finished = jax.device_get((state.length, state.finished))
+        length, finished = processes.on_host((state.length, state.finished))
         known = int(np.max(np.where(finished, 0, length)))
         if known + steps > capacity:
             raise ValueError(

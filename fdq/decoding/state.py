@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdq import processes
 from fdq.cache.batch_rows import batch_rows
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding import checks
@@ -232,7 +233,7 @@ class DecodeState:
         return self._generated(self.logprobs)
 
     def _generated(self, array: jax.Array) -> list[list[Any]]:
-        values, lengths, starts = jax.device_get((array, self.length, self.prompt_length))
+        values, lengths, starts = processes.on_host((array, self.length, self.prompt_length))
         return [
             row[start:length].tolist()
             for row, start, length in zip(values, starts, lengths, strict=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 Axes = str | tuple[str, ...] | None
 """One axis of a mesh, several (cut over the product of both), or none: whole on every device."""
@@ -55,15 +55,17 @@ class Rules:
         """The axes of `mesh` that a kind (the name of a field) is cut over; of size 1 none."""
         return tuple(n for n in _named(getattr(self, kind)) if mesh.shape.get(n, 1) > 1)
 
-    def check(self, mesh: Any) -> Mesh:
+    def check(self, mesh: Any) -> Any:
         """The mesh, once it and the rules belong together; axes that do nothing else are Auto.
+
+        An AbstractMesh, of devices that are not there, is for models without values.
 
         Raises:
           TypeError: what is no mesh.
           ValueError: a rule names an axis that there is not, or no rule one that there is, or
             sequences are cut over an axis that weights are.
         """
-        if not isinstance(mesh, Mesh):
+        if not isinstance(mesh, Mesh | AbstractMesh):
             raise TypeError(
                 "mesh: expected a jax.sharding.Mesh, such as "
                 f'jax.make_mesh((8,), ("tensor",)), found {mesh!r:.100}.'
@@ -95,7 +97,11 @@ class Rules:
                 "mesh another one for sequences."
             )
         auto = (AxisType.Auto,) * len(mesh.axis_names)
-        return mesh if mesh.axis_types == auto else Mesh(mesh.devices, mesh.axis_names, auto)
+        if mesh.axis_types == auto:
+            return mesh
+        if isinstance(mesh, AbstractMesh):
+            return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=auto)
+        return Mesh(mesh.devices, mesh.axis_names, auto)
 
 
 KINDS = ("heads", "channels", "experts", "vocabulary", "batch")
@@ -147,6 +153,12 @@ def parse_sizes(text: str) -> dict[str, int]:
             )
         sizes[name] = int(size)
     return sizes
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh of devices that need not be there, for shapes."""
+    auto = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
 
 
 def parse_mesh(text: str) -> Mesh:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fdq import processes
 from fdq.formats import row_order
 from fdq.formats.qtensor import QTensor
 from fdq.schemes.mesh_rules import shards
@@ -92,6 +93,23 @@ class Cut:
         return tuple(() if one else axes for axes, one in zip(self.axes[lead:], whole, strict=True))
 
 
+    def parts(self, tensor: Any, mesh: Mesh) -> dict[str, NamedSharding]:
+        """Where each array can be read to, in its order of checkpoints, a part on each device."""
+        if not isinstance(tensor, QTensor):
+            arrays = {"value": (tensor, self.axes)}
+        else:
+            held = tensor.arrays().items()
+            arrays = {n: (a, self.of_array(n, a, tensor.shape)) for n, a in held}
+        found = {}
+        for name, (array, axes) in arrays.items():
+            sizes = zip(array.shape, axes, strict=True)
+            divides = all(size % shards(mesh, one) == 0 for size, one in sizes)
+            smaller = self.spec is not None and name != "codes"
+            if any(axes) and divides and not smaller:
+                found[name] = NamedSharding(mesh, partition(axes))
+        return found
+
+
 def partition(axes: tuple[Axes, ...]) -> PartitionSpec:
     """As JAX writes it."""
     return PartitionSpec(*map(_entry, axes))
@@ -158,12 +176,14 @@ def _put(array: Any, cut: Cut, axes: tuple[Axes, ...], mesh: Mesh, dealt: Dealt 
             shape[cut.along] = len(columns)
         return jax.ShapeDtypeStruct(tuple(shape), array.dtype, sharding=sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return jax.device_put(array, sharding)
+        return processes.onto(array, sharding)
     if isinstance(array, jax.Array) and array.is_fully_addressable:
         if columns is not None:
             array = jnp.take(array, columns, axis=along)
-        return jax.device_put(array, sharding)
+        return processes.onto(array, sharding)
     if isinstance(array, jax.Array):  # of several processes
+        if columns is None and array.sharding.is_equivalent_to(sharding, array.ndim):
+            return array
         return _gathered(sharding, along)(array, columns)
     host = np.asarray(array)
 

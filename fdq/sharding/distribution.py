@@ -102,6 +102,16 @@ def put(placement: Placement, path: str, held: Any) -> Any:
     return placed(held, cut, placement.mesh)
 
 
+def parts(placement: Placement, path: str, tensor: Any) -> dict[str, Any]:
+    """Shardings to which the arrays of an abstract tensor can be read before they are `put`.
+
+    By name, `value` of what is no QTensor; those that every device has, or that are dealt out from
+    other blocks than are stored, are left out.
+    """
+    cut = placement.of.get(path)
+    return {} if cut is None else cut.parts(tensor, placement.mesh)
+
+
 def settle(model: Decoder, placement: Placement) -> None:
     """Notes in a model, in place, that its tensors were `put` where they belong."""
     for keys, one in list(nnx.iter_modules(model)):

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fdq import nn
+from fdq import nn, processes
 from fdq.cache.kv_cache import KVCache
 from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.nn.experts import ExpertShard
@@ -199,7 +199,7 @@ class Placement:
             where = NamedSharding(self.mesh, spec)
             if isinstance(array, jax.ShapeDtypeStruct):
                 return array.update(sharding=where)
-            return jax.device_put(array, where)
+            return processes.onto(array, where)
 
         return jax.tree.map(put, arguments, self._row_specs(arguments))
 

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,9 @@ MIN_BATCH_BYTES = 64 * 2**20
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax renames what is complete
 _TREE, _CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"  # what it writes beside either
+
+# Whoever wants a part of an array reads the pieces that it is in, and no more.
+PIECE_BYTES = 4 * 2**20
 
 # What Orbax and its parsers raise on a damaged directory: it documents none, these were seen.
 _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError)
@@ -217,9 +220,17 @@ class TreeReader:
                 else:
                     self.others[name] = type(leaf).__name__
 
-    def read(self, names: Iterable[tree_paths.Path]) -> dict[tree_paths.Path, np.ndarray]:
-        """Some arrays, on the host, in exactly their stored dtype and shape."""
-        wanted = set(names)
+    def read(
+        self,
+        names: Iterable[tree_paths.Path],
+        shardings: Mapping[tree_paths.Path, jax.sharding.Sharding] | None = None,
+    ) -> dict[tree_paths.Path, Any]:
+        """Some arrays, in exactly their stored dtype and shape: on the host, or as `shardings` say.
+
+        With shardings, which all processes give for the same arrays, each reads what its devices
+        have.
+        """
+        wanted, shardings = set(names), shardings or {}
         if unknown := wanted - self.metadata.keys():
             name = tree_paths.dotted(min(unknown))
             raise CheckpointError(f"{self._path}: there is no stored array {name}.")
@@ -228,7 +239,7 @@ class TreeReader:
             if not wanted.intersection(paths):
                 continue
             targets = [
-                self._target(name, leaf) if name in wanted else ocp.PLACEHOLDER
+                self._target(name, leaf, shardings.get(name)) if name in wanted else ocp.PLACEHOLDER
                 for name, leaf in zip(paths, leaves, strict=True)
             ]
             with _reading(self._path):
@@ -239,16 +250,19 @@ class TreeReader:
                     result[name] = self._checked(name, value)
         return result
 
-    def _target(self, name: tree_paths.Path, leaf: Any) -> Any:
+    def _target(self, name: tree_paths.Path, leaf: Any, sharding: Any) -> Any:
         """What asks Orbax for a leaf as it is stored."""
         if isinstance(leaf, bool | int | float):
             return leaf
         stored = self.metadata[name]
+        if sharding is not None:
+            return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
         # A broadcast zero has the shape and the dtype without the memory.
         return np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
 
-    def _checked(self, name: tree_paths.Path, value: Any) -> np.ndarray:
-        array, stored = np.asarray(value), self.metadata[name]
+    def _checked(self, name: tree_paths.Path, value: Any) -> Any:
+        is_part = isinstance(value, jax.Array) and not value.is_fully_addressable
+        array, stored = value if is_part else np.asarray(value), self.metadata[name]
         if array.shape != stored.shape or array.dtype != stored.dtype:
             raise CheckpointError(
                 f"{self._path}: {tree_paths.dotted(name)} was read as {array.dtype} "
@@ -272,6 +286,7 @@ def _items(path: pathlib.Path) -> tuple[pathlib.Path, list[str | None]]:
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = PIECE_BYTES
     # Orbax would copy every NumPy array before writing; our saves are synchronous.
     context.memory.deepcopy_host_arrays = False
     return context

@@ -27,11 +27,13 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def directory_of_first(enter: Callable[[], Directory], folder: pathlib.Path) -> Iterator[None]:
+def directory_of_first(
+    enter: Callable[[], Directory], folder: pathlib.Path
+) -> Iterator[pathlib.Path]:
     """A context that process 0 enters for all, which makes `folder`; what it raises, all raise."""
     if jax.process_count() == 1:
         with enter():
-            yield
+            yield folder
         return
     stack, error = contextlib.ExitStack(), None
     if is_first():
@@ -47,7 +49,7 @@ def directory_of_first(enter: Callable[[], Directory], folder: pathlib.Path) -> 
         )
     try:
         with stack:
-            yield
+            yield folder
     except Exception as raised:
         if not is_first():
             raise
@@ -64,6 +66,21 @@ def agree(error: Exception | None = None) -> None:
         raise error
     if not succeeded:
         raise CheckpointError("save: process 0, which writes, could not; its own error says why.")
+
+
+def agree_all(check: Callable[[], None]) -> None:
+    """Runs `check` in every process, and raises in all of them where it raised in one."""
+    error = None
+    try:
+        check()
+    except Exception as raised:
+        error = raised
+    failed = multihost_utils.process_allgather(np.int32(error is not None))
+    if error is not None:
+        raise error
+    if np.any(failed):
+        first = int(np.argmax(np.asarray(failed)))
+        raise CheckpointError(f"load: process {first} found a problem; its own error says which.")
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fdq import models
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError, nearest
 from fdq_checkpoints.store import manifest as manifests
+from fdq_checkpoints.store import processes
 from fdq_checkpoints.store.commit import file_digest
 from fdq_checkpoints.store.host_memory import Trimmer
 from fdq_checkpoints.store.manifest import WEIGHTS, ArrayEntry, Manifest, TensorEntry
@@ -24,6 +25,9 @@ from fdq_checkpoints.tree_paths import Path, array_path, dotted
 # What is read at once: each reading costs Orbax some 20 ms, and what it reads is in memory twice
 # until it is on its device.
 MIN_BATCH_BYTES, MAX_BATCH_BYTES, BATCHES = 16 * 2**20, 128 * 2**20, 64
+
+# Smaller arrays every process reads whole.
+MIN_PART_BYTES = 2**16
 
 # Where to put an array: one sharding for all, by the array's dotted path, or a function of that
 # path and the abstract array. None is the default device.
@@ -81,6 +85,51 @@ class StoredTensors:
                     "fdq.json: the file has been damaged. Copy or convert the checkpoint again."
                 )
         return arrays
+
+    def restore_parts(
+        self,
+        place: Callable[[str, Any], Any],
+        parts: Callable[[str, Any], Mapping[str, jax.sharding.Sharding]],
+        *,
+        verify: bool = True,
+    ) -> dict[Path, Any]:
+        """`restore` by several processes, each of which reads what its devices need.
+
+        `parts(dotted path, abstract tensor)` are shardings that arrays can be read to, by name. What
+        is compared are checksums of files: each process reads some of them once.
+        """
+        if verify:
+            processes.agree_all(self._file_problem)
+        result, memory = {}, Trimmer()
+        for batch in self._batches():
+            wanted: dict[Path, jax.sharding.Sharding] = {}
+            for entry in batch:
+                for name, where in parts(dotted(entry.path), entry.abstract()).items():
+                    if entry.arrays[name].nbytes >= MIN_PART_BYTES:
+                        wanted[array_path(entry.path, name)] = where
+            stored = self._reader.read(_stored_arrays(batch), wanted)
+            for entry in batch:
+                arrays = self._arrays(entry, stored, verify=False)
+                if entry.prng is not None:
+                    key = jnp.asarray(arrays["value"])
+                    arrays["value"] = jax.random.wrap_key_data(key, impl=entry.prng)
+                held = tree_paths.with_arrays(entry.abstract(), arrays)
+                # One after the other: what is on its way twice is no more than a tensor.
+                result[entry.path] = jax.block_until_ready(place(dotted(entry.path), held))
+                del arrays, held
+                memory.worked(entry.nbytes)
+        return result
+
+    def _file_problem(self) -> None:
+        """CheckpointError for a damaged file, of those that are this process's to look at."""
+        files = sorted(self.manifest.data.items(), key=lambda item: (-item[1].bytes, item[0]))
+        for name, file in files[jax.process_index() :: jax.process_count()]:
+            path = self.folder / WEIGHTS / name
+            if file.crc32 is not None and manifests.file_checksum(path) != file.crc32:
+                raise CheckpointError(
+                    f"{path}: its checksum is not the one in fdq.json: the file has been damaged. "
+                    "Copy or convert the checkpoint again."
+                )
 
     def restore(
         self,
