@@ -29,6 +29,8 @@ ROWS = {
     "WNF4A16:gptq2": 0.0064,
     "W3A16:gptq2": 0.026,
     "W2A16:gptq2": 0.133,
+    "WINT2:ccq": 0.17,
+    "WINT2:ccq2": 0.17,
     "W4A16:gptq": None,
     "W3A16:gptq": None,
     "W2A16:gptq": None,
@@ -38,6 +40,7 @@ ROWS = {
     "WNF4A16": None,
     "W3A16": None,
     "W2A16": None,
+    "WINT2": None,
 }
 """Scheme and quantizer (none: the default), and how large the KL in nats per token may be."""
 

@@ -1,6 +1,6 @@
 """How codes are chosen: one module an algorithm, one row of `QUANTIZERS` a quantizer."""
 
-from fdq.quantizers import clip_search, fastdeploy_rounding, gptq, ldlq, round_to_nearest
+from fdq.quantizers import ccq, clip_search, fastdeploy_rounding, gptq, ldlq, round_to_nearest
 from fdq.quantizers.quantizer import QUANTIZERS as QUANTIZERS
 from fdq.quantizers.quantizer import Quantizer as Quantizer
 from fdq.quantizers.quantizer import Statistics as Statistics
@@ -18,6 +18,8 @@ for _quantizer in (
     gptq.GPTQ2,
     ldlq.LDLQ1,
     ldlq.LDLQ2,
+    ccq.CCQ1,
+    ccq.CCQ2,
     fastdeploy_rounding.FASTDEPLOY,
     fastdeploy_rounding.FASTDEPLOY_CPU,
 ):

@@ -20,13 +20,12 @@ from jax import lax
 
 from fdq.formats import Arrays
 from fdq.formats.trellis import TILE, Trellis
-from fdq.quantizers import second_moment
+from fdq.quantizers import column_blocks, second_moment
 from fdq.quantizers.quantizer import Quantizer, Statistics, format_of
 from fdq.schemes.scheme import WeightSpec
 
 BLOCK = 64  # rows between which feedback goes by a matrix product
 COLUMN_BLOCKS = 8  # at most, of columns that hear of each other; of whole tiles
-OUTPUT_DAMPING = 0.01
 SMALL = 1e-4  # of the mean weight of a column, for columns of no weight
 
 
@@ -59,7 +58,14 @@ class LDLQ(Quantizer):
         rows = _Rows(format, moment, factor)
         w = w[order] / size
         if "output_moment" in self.statistics:
-            codes, scale = rows.by_blocks(w, statistics["output_moment"])
+            size = TILE * max(1, -(-w.shape[1] // (TILE * COLUMN_BLOCKS)))
+
+            def encode(part: jax.Array, cost: jax.Array):
+                codes, scale, decoded = rows.encode(part, cost)
+                return (codes, scale), decoded
+
+            outputs = statistics["output_moment"]
+            codes, scale = column_blocks.by_blocks(w, outputs, size, encode)
         else:
             codes, scale, _ = rows.encode(w)
         back = jnp.argsort(order)
@@ -122,39 +128,6 @@ class _Rows:
 
         _, (levels, codes) = lax.scan(block, w, jnp.arange(0, total, BLOCK))
         return levels.reshape(total, n)[:k], codes.reshape(total, -1)[:k]
-
-    def by_blocks(self, w: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes and scale `[1, N]`, with feedback from each block of columns to those after it."""
-        n = w.shape[1]
-        outputs = second_moment.damped(outputs, OUTPUT_DAMPING)
-        factor = second_moment.feedback_factor(outputs)
-        tiles = max(1, -(-n // (TILE * COLUMN_BLOCKS)))
-        size = TILE * tiles
-        whole = n // size
-
-        def block(w: jax.Array, start: Any, size: int):
-            rows = lax.dynamic_slice_in_dim(factor, start, size)  # [size, N]
-            inner = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-            # What an error of each column costs, once those to come have made up for it.
-            inverse = jax.scipy.linalg.solve_triangular(
-                inner, jnp.eye(size, dtype=jnp.float32), lower=False
-            )
-            cost = jnp.sum(jnp.square(inverse), axis=1)[None]
-            part = lax.dynamic_slice_in_dim(w, start, size, axis=1)
-            codes, scale, decoded = self.encode(part, cost)
-            left = part - decoded
-            errors = jax.scipy.linalg.solve_triangular(inner.T, left.T, lower=True).T
-            return w - second_moment.product(errors, rows), (codes, scale)
-
-        found = []
-        if whole:
-            starts = jnp.arange(0, whole * size, size)
-            w, parts = lax.scan(lambda w, start: block(w, start, size), w, starts)
-            found.append([jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1) for a in parts])
-        if n > whole * size:
-            found.append(block(w, whole * size, n - whole * size)[1])
-        codes, scale = (jnp.concatenate(a, axis=1) for a in zip(*found, strict=True))
-        return codes, scale
 
 
 def _rounded(scale: jax.Array) -> jax.Array:

@@ -75,7 +75,7 @@ def test_the_default_is_a_search_for_four_bits_and_fewer(spec, name):
         ("W4-asym", "'search', 'absmax', 'gptq', 'gptq2'"),
         ("Wfp8", "'absmax', 'gptq', 'gptq2'"),
         ("WNVFP4", "'search', 'absmax', 'four_over_six', 'gptq', 'gptq2'"),
-        ("WCC2", "'search'"),
+        ("WCC2", "'search', 'ccq', 'ccq2'"),
     ],
 )
 def test_a_name_that_there_is_not_lists_those_that_there_are(spec, able):

@@ -1,0 +1,56 @@
+"""Feedback between columns of a weight: a block of them makes up for the errors of those before.
+
+Minimizes `tr(G Dᵀ H D)`, D the change of a weight `[K, N]` and G `[N, N]` the second moment of the
+loss' gradient at the output: what is left of a block is spread over the columns to come as G says
+(YAQA, arXiv 2505.22988). How the columns of a block are encoded is up to the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdq.quantizers import second_moment
+
+DAMPING = 0.01
+"""Of the mean square of gradients."""
+
+Encode = Callable[[jax.Array, jax.Array], tuple[tuple[jax.Array, ...], jax.Array]]
+"""`[K, n]` and what an error of each column costs, `[1, n]` -> arrays and what they decode to."""
+
+
+def by_blocks(w: jax.Array, outputs: jax.Array, size: int, encode: Encode) -> tuple[jax.Array, ...]:
+    """The arrays of blocks of `size` columns (and of one that is shorter), side by side.
+
+    `outputs` `[N, N]` is the second moment of gradients, as calibrated.
+    """
+    n = w.shape[1]
+    factor = second_moment.feedback_factor(second_moment.damped(outputs, DAMPING))
+    whole = n // size
+
+    def block(w: jax.Array, start: Any, size: int):
+        rows = lax.dynamic_slice_in_dim(factor, start, size)  # [size, N]
+        inner = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
+        # What an error of each column costs, once those to come have made up for it.
+        inverse = jax.scipy.linalg.solve_triangular(
+            inner, jnp.eye(size, dtype=jnp.float32), lower=False
+        )
+        cost = jnp.sum(jnp.square(inverse), axis=1)[None]
+        part = lax.dynamic_slice_in_dim(w, start, size, axis=1)
+        arrays, decoded = encode(part, cost)
+        left = part - decoded
+        errors = jax.scipy.linalg.solve_triangular(inner.T, left.T, lower=True).T
+        return w - second_moment.product(errors, rows), arrays
+
+    found = []
+    if whole:
+        starts = jnp.arange(0, whole * size, size)
+        w, parts = lax.scan(lambda w, start: block(w, start, size), w, starts)
+        found.append([jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1) for a in parts])
+    if n > whole * size:
+        found.append(block(w, whole * size, n - whole * size)[1])
+    return tuple(jnp.concatenate(a, axis=1) for a in zip(*found, strict=True))
