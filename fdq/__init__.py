@@ -30,6 +30,7 @@ from fdq.decoding.state import DecodeState as DecodeState
 from fdq.formats import exporting as _exporting  # noqa: F401
 from fdq.formats.qtensor import QTensor as QTensor
 from fdq.formats.qtensor import dequantize as dequantize
+from fdq.healing.healing import heal as heal
 from fdq.ops import exporting as _exporting_prepared  # noqa: F401
 from fdq.ops import prepare as prepare
 from fdq.ops import unprepare as unprepare

@@ -13,6 +13,7 @@ from fdq.cli import (
     evaluate,
     export,
     generate,
+    heal,
     inspect,
     kernels,
     models,
@@ -48,6 +49,7 @@ def _options(
 for module in (
     demo,
     convert,
+    heal,
     export,
     inspect,
     generate,
