@@ -16,6 +16,7 @@ from fdq.adapters.low_rank import lora as lora
 from fdq.adapters.merging import merge_lora as merge_lora
 from fdq.analysis.evaluation import evaluate as evaluate
 from fdq.analysis.planner import plan as plan
+from fdq.analysis.sensitivity import recommend as recommend
 from fdq.cache.cache_tensor import CacheTensor as CacheTensor
 from fdq.cache.kv_cache import KVCache as KVCache
 from fdq.calibration.observation import calibrate as calibrate

@@ -18,6 +18,7 @@ from fdq.cli import (
     kernels,
     models,
     plan,
+    recommend,
     schemes,
 )
 
@@ -56,6 +57,7 @@ for module in (
     chat,
     evaluate,
     plan,
+    recommend,
     schemes,
     models,
     kernels,

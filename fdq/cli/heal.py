@@ -120,7 +120,7 @@ def run(
     console.out.print(console.table(str(destination), ["", ""], lines, left=True))
 
 
-def training_rows(tokenizer: Any, path: pathlib.Path | None) -> tuple[Any, str]:
+def training_rows(tokenizer: Any, path: pathlib.Path | None, count: int = ROWS) -> tuple[Any, str]:
     """Tokens int32 `[N, 256]` of a file, or of the library's training split; and their hash."""
     import hashlib
 
@@ -132,13 +132,14 @@ def training_rows(tokenizer: Any, path: pathlib.Path | None) -> tuple[Any, str]:
         return tokenizer.encode(text, bos=True)
 
     if path is None:
-        rows = sample_text.calibration_rows(encode, ROWS, length=ROW)
+        rows = sample_text.calibration_rows(encode, count, length=ROW)
     else:
         ids = encode(path.read_text("utf-8"))
         rows = np.asarray(ids[: len(ids) // ROW * ROW], np.int32).reshape(-1, ROW)
-        if len(rows) < 16:
+        least = min(16, count)
+        if len(rows) < least:
             raise ValueError(
-                f"{path}: {len(ids)} tokens are too few to tune on; give at least {16 * ROW}, "
-                "better 100,000."
+                f"{path}: {len(ids)} tokens are too few; give at least {least * ROW}, better "
+                "100,000 to tune on."
             )
     return rows, hashlib.sha256(rows.tobytes()).hexdigest()

@@ -1,9 +1,9 @@
 """`fdq.heal`: minutes of tuning that make a quantized model say again what its original says.
 
 The loss is KL(original || model) of the next token, on calibration text: no labels, no other data
-(distillation). Codes stay; scales, norms, routers and biases move, a thousandth of the weights. With
-`codes="free"` codes are chosen anew at each step (quantization-aware training, straight-through
-estimator, arXiv 1308.3432), which takes the memory of a float32 model three times over.
+(distillation). Codes stay; scales, norms, routers and biases move, about a hundredth of the
+numbers. With `codes="free"` codes are chosen anew at each step (quantization-aware training,
+straight-through estimator, arXiv 1308.3432), which takes the memory of three float32 models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import os
 import pathlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -170,11 +170,16 @@ def heal(
     )
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
     settings = {
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "tuned": sorted(tuned),
-        "codes": codes, "every": every, "seed": seed, "rows": _digest(rows, kept),
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "tuned": sorted(tuned),
+        "codes": codes,
+        "every": every,
+        "seed": seed,
+        "rows": _digest(rows, kept),
         "start": _digest(*(taken.starts[n] for n in sorted(taken.starts))),
-    }  # fmt: skip
-
+    }
     step, measured = _programs(taken, unprepare(teacher), rule)
     offsets = taken.zeros()
     reached = _Reached(offsets, rule.init(offsets), offsets, [], [])
@@ -183,7 +188,7 @@ def heal(
 
     def look() -> None:
         at = len(reached.losses)
-        if at % every and at != steps or any(p.step == at for p in reached.held_out):
+        if (at % every and at != steps) or any(p.step == at for p in reached.held_out):
             return
         point = Point(step=at, kl=_mean(measured, reached.offsets, kept, batch_size))
         if all(point.kl < earlier.kl for earlier in reached.held_out):
@@ -199,8 +204,9 @@ def heal(
             loss = float(loss)
             if not np.isfinite(loss):
                 raise ValueError(
-                    f"heal: the loss of step {at} is {loss}. Lower learning_rate (={learning_rate:g}), or "
-                    "check the models: fdq.evaluate(model, text, reference=teacher)."
+                    f"heal: the loss of step {at} is {loss}. Lower learning_rate "
+                    f"(={learning_rate:g}), or check the models: fdq.evaluate(model, text, "
+                    "reference=teacher)."
                 )
             # All at once: an interrupt finds the one step or the other.
             reached = dataclasses.replace(

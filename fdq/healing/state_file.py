@@ -1,7 +1,7 @@
 """Where a run of `heal` is: an uncompressed `.npz` of arrays by number, and a header in JSON.
 
-It is written as a whole or not at all, and read without unpickling anything; sizes are compared with
-what is expected before an array is read.
+It is written as a whole or not at all, and read without unpickling anything; sizes are compared
+with what is expected before an array is read.
 """
 
 from __future__ import annotations
