@@ -16,6 +16,7 @@ from fdq.adapters.low_rank import lora as lora
 from fdq.adapters.merging import merge_lora as merge_lora
 from fdq.analysis.evaluation import evaluate as evaluate
 from fdq.analysis.planner import plan as plan
+from fdq.analysis.sensitivity import recommend as recommend
 from fdq.cache.cache_tensor import CacheTensor as CacheTensor
 from fdq.cache.kv_cache import KVCache as KVCache
 from fdq.calibration.observation import calibrate as calibrate
@@ -30,6 +31,7 @@ from fdq.decoding.state import DecodeState as DecodeState
 from fdq.formats import exporting as _exporting  # noqa: F401
 from fdq.formats.qtensor import QTensor as QTensor
 from fdq.formats.qtensor import dequantize as dequantize
+from fdq.healing.healing import heal as heal
 from fdq.ops import exporting as _exporting_prepared  # noqa: F401
 from fdq.ops import prepare as prepare
 from fdq.ops import unprepare as unprepare

@@ -104,7 +104,7 @@ def convert(
                 scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
                 config=source.config,
                 files=source.companions(),
-                provenance={"source": source.name, "recipe": record, **options},
+                provenance={"source": source.name, "recipe": record, **options, **_sample(seen)},
             )
             if source.adapters is not None:
                 shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)
@@ -145,10 +145,17 @@ def _together(
             scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
             config=source.config,
             files=source.companions(),
-            provenance={"source": source.name, "recipe": record, **named},
+            provenance={"source": source.name, "recipe": record, **named, **_sample(seen)},
         )
         if source.adapters is not None and processes.is_first():
             shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)
+
+
+def _sample(seen: Any) -> dict[str, Any]:
+    """On which text the statistics were gathered that quantizers were given."""
+    if seen is None:
+        return {}
+    return {"calibration_tokens": seen.tokens, "calibration_sample": seen.sample or None}
 
 
 def _key(made: stream.Job, tensors: list[Tensor], options: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from fdq.text_table import aligned, folded
@@ -95,6 +96,10 @@ class Inspection:
         size = sum(row.size for row in rows)
         return 8 * sum(row.nbytes for row in rows) / size if size else None
 
+    def made_how(self) -> dict[str, str]:
+        """Quantizer, calibration and healing by name, in words, as far as they are on record."""
+        return _made_how(self.provenance)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values, totals included."""
         return dataclasses.asdict(self) | {
@@ -132,7 +137,28 @@ class Inspection:
             total += f", {quantized:.3f} of the quantized ones"
         total += ", checksums verified" if self.verified else ", checksums not compared"
         head, *lines = aligned(cells, right={1, 4, 5}).splitlines()
-        return "\n".join([self.path, "", head, "-" * len(head), *lines, "", total])
+        made = [f"{name}: {words}" for name, words in self.made_how().items()]
+        return "\n".join([self.path, "", head, "-" * len(head), *lines, "", total, *made])
+
+
+def _made_how(record: Mapping[str, Any]) -> dict[str, str]:
+    made = {}
+    if record.get("method"):
+        made["quantizer"] = str(record["method"])
+    if record.get("calibration"):
+        tokens, sample = record.get("calibration_tokens"), record.get("calibration_sample")
+        words = f"statistics {str(record['calibration'])[:16]}"
+        words += f" of {tokens:,} tokens" if isinstance(tokens, int) else ""
+        made["calibration"] = words + (f", text sha256 {str(sample)[:16]}" if sample else "")
+    healed = record.get("healed")
+    if isinstance(healed, Mapping):
+        before, after = healed.get("kl_before"), healed.get("kl_after")
+        words = f"{healed.get('steps')} steps against {healed.get('teacher')}, codes "
+        words += f"{healed.get('codes')}, text sha256 {str(healed.get('text_sha256'))[:16]}"
+        if isinstance(before, float) and isinstance(after, float):
+            words += f", KL {before:.5f} -> {after:.5f} nats per token"
+        made["healed"] = words
+    return made
 
 
 def inspect(

@@ -46,6 +46,7 @@ class Report:
       nats_per_token: mean negative log likelihood.
       bits_per_byte: bits that the model needs per byte of text; None if the bytes are not known.
       reference_bits_per_byte: the same of the reference, without a cache; None without one.
+      reference_nats_per_token: likewise.
       kl_nats_per_token: mean KL(reference || model); None without a reference.
       top1_agreement: share of tokens, 0 to 1, on which the reference's most likely next token is
         also the model's; None without a reference.
@@ -54,6 +55,7 @@ class Report:
       quantized_bits_per_weight: of the quantized ones, scales included; None if none is.
       cache: name of the format in which the cache was held; None if no cache was used.
       cache_bytes_per_token: bytes that one token adds to the cache of one sequence; None as above.
+      window: tokens of context at most, and `stride`, how many of them each window scores.
     """
 
     tokens: int
@@ -69,6 +71,9 @@ class Report:
     cache: str | None = None
     cache_bytes_per_token: float | None = None
     seconds: float = 0.0
+    reference_nats_per_token: float | None = None
+    window: int | None = None
+    stride: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""
@@ -83,7 +88,7 @@ class Report:
         candidates = [
             ("bits per byte", self.bits_per_byte, ".4f", ""),
             ("bits per byte of the reference", self.reference_bits_per_byte, ".4f", ""),
-            ("perplexity", self.perplexity, ".3f", ""),
+            ("perplexity", self.perplexity, ".3f", self._windows()),
             ("nats per token", self.nats_per_token, ".4f", ""),
             ("KL to the reference", self.kl_nats_per_token, ".5f", " nats per token"),
             ("top-1 agreement", self.top1_agreement, ".2%", ""),
@@ -96,6 +101,9 @@ class Report:
             ("seconds", self.seconds, ".1f", ""),
         ]
         return [(n, format(v, spec) + unit) for n, v, spec, unit in candidates if v is not None]
+
+    def _windows(self) -> str:
+        return f" (window {self.window}, stride {self.stride})" if self.window else ""
 
     def __str__(self) -> str:
         return aligned(self.rows())
@@ -215,6 +223,9 @@ def evaluate(
         cache=cache_name(cache_spec) if through_cache else None,
         cache_bytes_per_token=per_token,
         seconds=time.perf_counter() - start,
+        reference_nats_per_token=float(totals[3]) / scored if compared else None,
+        window=cut.window,
+        stride=cut.stride,
     )
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -23,11 +24,14 @@ VERSION = 1
 MAX_HEADER_BYTES = 16_000_000
 
 
-def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], tokens: int) -> None:
+def write(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], tokens: int, sample: str = ""
+) -> None:
     """Writes float32 arrays by name; the file is there as a whole or not at all."""
     target = pathlib.Path(path)
     temporary = target.with_name(target.name + ".tmp")
-    header = {"format": FORMAT, "version": VERSION, "tokens": tokens, "arrays": list(arrays)}
+    header = {"format": FORMAT, "version": VERSION, "tokens": tokens, "sample": sample}
+    header["arrays"] = list(arrays)
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(HEADER, json.dumps(header))
@@ -40,8 +44,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], tokens
         temporary.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays by name, and the number of tokens; errors as of `Calibration.load`."""
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], int, str]:
+    """The arrays by name, the number of tokens and their hash; errors as of `Calibration.load`."""
     size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -64,7 +68,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], int]:
         raise ValueError(
             f"{path}: not a calibration, or damaged ({error}). Calibration.save writes one."
         ) from error
-    return arrays, header["tokens"]
+    return arrays, header["tokens"], header.get("sample", "")
 
 
 def _header(path: Any, archive: zipfile.ZipFile, members: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +88,8 @@ def _header(path: Any, archive: zipfile.ZipFile, members: Mapping[str, Any]) -> 
     tokens, names = header.get("tokens"), header.get("arrays")
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"{path}: tokens = {tokens!r}, expected a positive whole number.")
+    if not re.fullmatch("([0-9a-f]{64})?", str(header.get("sample", ""))):
+        raise ValueError(f"{path}: sample = {header['sample']!r:.80}, expected a SHA-256.")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: the names of its arrays are no list of strings.")
     return header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -110,10 +111,12 @@ def calibrate(
         return jax.tree.map(jnp.add, totals, found), observed
 
     seen, totals, key = 0, taps, jax.random.key(seed)
+    sample = hashlib.sha256()
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     for batch, real in _with_lengths(tokens, lengths, batch_size):
         if vocabulary is not None and jnp.issubdtype(batch.dtype, jnp.integer):
             check_vocabulary("calibrate: tokens", np.asarray(batch), vocabulary)
+        _note_sample(sample, batch, real)
         key, own = jax.random.split(key)
         mask = None if real is None else jnp.asarray(real)
         totals, observed = step(totals, observed, rest, batch, mask, own)
@@ -137,7 +140,14 @@ def calibrate(
     if not found["absmax"]:
         raise ValueError("no linear layer was called: there is nothing to calibrate")
     ranges = tuple(observer.ranges() for observer in attentions)
-    return Calibration(**found, cache=ranges, tokens=seen)
+    return Calibration(**found, cache=ranges, tokens=seen, sample=sample.hexdigest())
+
+
+def _note_sample(sample: Any, batch: Any, real: np.ndarray | None) -> None:
+    """Adds a batch without its padding: the same text has the same hash however it is cut."""
+    host = np.asarray(batch)
+    host = host.astype("<i8") if np.issubdtype(host.dtype, np.integer) else host
+    sample.update((host if real is None else host[real]).tobytes())
 
 
 def _but_the_head(path: str) -> bool:

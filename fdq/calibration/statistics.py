@@ -62,6 +62,7 @@ class Calibration:
       cache: of each attention layer in order the range of what a KV cache would store; empty for
         models that are not made of `fdq.nn.Attention`.
       tokens: how many tokens were seen.
+      sample: a hash of these tokens, hexadecimal SHA-256; "" in statistics of an older fdq.
     """
 
     absmax: dict[str, np.ndarray]
@@ -71,6 +72,7 @@ class Calibration:
     input_moment: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     output_moment: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    sample: str = ""
 
     @property
     def rarely_picked(self) -> dict[str, dict[int, int]]:
@@ -110,7 +112,7 @@ class Calibration:
         Examples:
           >>> fdq.calibrate(model, tokens).save("statistics.npz")  # doctest: +SKIP
         """
-        calibration_file.write(path, self._arrays(), self.tokens)
+        calibration_file.write(path, self._arrays(), self.tokens, self.sample)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -120,7 +122,7 @@ class Calibration:
           FileNotFoundError: there is no such file.
           ValueError: it is no such file, or damaged; the message says where.
         """
-        arrays, tokens = calibration_file.read(path)
+        arrays, tokens, sample = calibration_file.read(path)
         fields: dict[str, dict[str, np.ndarray]] = {name: {} for name in (*STATISTICS, "counts")}
         layers: dict[int, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
@@ -143,7 +145,7 @@ class Calibration:
             if layer != number or not layers[layer].keys() >= set(RANGE_FIELDS):
                 raise ValueError(f"{path}: the range of keys and values of layer {number} lacks.")
         cache = tuple(KeyValueRange(**layers[layer]) for layer in sorted(layers))
-        return cls(**fields, cache=cache, tokens=tokens)
+        return cls(**fields, cache=cache, tokens=tokens, sample=sample)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {

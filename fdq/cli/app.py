@@ -13,10 +13,12 @@ from fdq.cli import (
     evaluate,
     export,
     generate,
+    heal,
     inspect,
     kernels,
     models,
     plan,
+    recommend,
     schemes,
 )
 
@@ -48,12 +50,14 @@ def _options(
 for module in (
     demo,
     convert,
+    heal,
     export,
     inspect,
     generate,
     chat,
     evaluate,
     plan,
+    recommend,
     schemes,
     models,
     kernels,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fdq.cli import console
+from fdq.cli import console, html_page
 
 NAME = "evaluate"
 EXAMPLE = "Example:  fdq evaluate ernie-w4a16c8 --text book.txt --against ERNIE-4.5-0.3B-PT"
@@ -31,10 +31,26 @@ def run(
     cache: console.Cache = None,
     mesh: console.Mesh = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 256,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that a window scores; default: half of --window."),
+    ] = None,
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Read no more of the text than this.")
     ] = None,
     dtype: console.Dtype = None,
+    page: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            "--html",
+            help="Write a report, one HTML file; with --against also of each layer and of "
+            "the schemes that --beside names.",
+        ),
+    ] = None,
+    beside: Annotated[
+        str,
+        typer.Option(help="Schemes of the original to compare with in --html, with commas, or ''."),
+    ] = "W8A16,W4A16,W3A16,W2A16",
     json: console.Json = False,
     debug: console.Debug = False,
 ) -> None:
@@ -50,6 +66,8 @@ def run(
     if against is not None:
         against = console.checkpoint_directory(against)
     content = read_text(text, max_bytes)
+    if page is not None:
+        html_page.check(page, beside)
     recipe = console.loading_scheme(scheme)
     devices = None if mesh is None else parse_mesh(mesh)
     tokenizer = Tokenizer.load(console.text_directory(directory))
@@ -67,11 +85,27 @@ def run(
             reference=reference,
             text_bytes=len(scored.encode()),
             window=window,
+            stride=stride,
             through_cache=True,
             cache=cache,
             progress=update,
         )
     digest = hashlib.sha256(content.encode()).hexdigest()
+    if page is not None:
+        origin = "Python's standard library" if text is None else text.name
+        names = [scheme.strip() for scheme in beside.split(",") if scheme.strip()]
+        with console.progress("Reporting", quiet=json) as update:
+            settings = {"text_bytes": len(scored.encode()), "window": window, "stride": stride}
+            written = html_page.written(
+                html_page.Measured(name, model, report, other, reference),
+                tokens,
+                f"{origin}, sha256 {digest[:16]}",
+                names if reference is not None else [],
+                settings,
+                update,
+            )
+        page.write_text(written, "utf-8")
+        console.say(f"Written: {page}")
     if json:
         extra = {"checkpoint": name, "against": other}
         console.print_json(extra | {"text_sha256": digest} | report.to_dict())

@@ -1,0 +1,97 @@
+"""What `fdq evaluate --html` writes: the report, with what it needs measured beside it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model and its original (None where there is none), and what was measured of it."""
+
+    name: str
+    model: Any
+    report: Any
+    original_name: str | None
+    original: Any
+
+
+def check(page: pathlib.Path, beside: str) -> None:
+    """Wrong names and folders are found before anything is measured."""
+    from fdq.schemes.recipe import Recipe
+
+    if not page.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--html {page}: there is no folder {page.absolute().parent}.")
+    for name in beside.split(","):
+        if name.strip():
+            Recipe.parse(name.strip())
+
+
+def written(
+    subject: Measured,
+    tokens: Any,
+    text: str,
+    beside: Sequence[str],
+    settings: dict[str, Any],
+    update: Callable[..., None],
+) -> str:
+    """The page. `settings` are those of `evaluate`; `text` says in words which one it was."""
+    import numpy as np
+
+    import fdq
+    from fdq.analysis import html_report
+    from fdq.analysis.evaluation import evaluate
+    from fdq.analysis.layer_errors import ROWS, layer_errors
+    from fdq.analysis.planner import weight_table
+    from fdq.quantizers.quantization import quantize
+
+    layers: Sequence[Any] = ()
+    others: dict[str, Any] = {}
+    steps = len(beside) + 1
+    if subject.original is not None:
+        length = min(settings["window"], len(tokens))
+        count = min(ROWS, len(tokens) // length)
+        rows = np.asarray(tokens[: count * length], np.int32).reshape(count, length)
+        update(0, steps, "layers")
+        if getattr(subject.model, "scheme", None) is not None:
+            layers = layer_errors(subject.model, subject.original, rows)
+        for done, scheme in enumerate(beside):
+            update(done + 1, steps, scheme)
+            others[scheme] = evaluate(
+                quantize(subject.original, scheme),
+                tokens,
+                reference=subject.original,
+                through_cache=True,
+                **settings,
+            )
+    facts = [("fdq", fdq.__version__)]
+    facts += [(key, str(value)) for key, value in _made(subject.model).items()]
+    return html_report.page(
+        html_report.Subject(
+            name=subject.name,
+            scheme=getattr(subject.model, "scheme", None),
+            original=subject.original_name,
+            text=text,
+            facts=facts,
+        ),
+        subject.report,
+        weight_table(subject.model),
+        original=None if subject.original is None else weight_table(subject.original),
+        layers=layers,
+        beside=others,
+    )
+
+
+def _made(model: Any) -> dict[str, Any]:
+    """What the checkpoint's record says about how it was made, where it came from one."""
+    folder = getattr(model, "tokenizer_path", None)
+    if folder is None:
+        return {}
+    from fdq_checkpoints import CheckpointError, inspect
+
+    path = pathlib.Path(folder)
+    try:
+        return inspect(path if path.is_dir() else path.parent).made_how()
+    except (CheckpointError, OSError):
+        return {}

@@ -1,0 +1,1 @@
+"""What is tuned in a quantized model so that it says again what its original says."""
