@@ -1,7 +1,7 @@
-"""The CPU tables of the README, from runs of `benchmarks.cpu --json` on different makes.
+"""The CPU tables of docs/cpu.md, from runs of `benchmarks.cpu --json` on different makes.
 
 python -m benchmarks.cpu_table cpu.json             # of your own run
-python -m benchmarks.cpu_table --page README.md     # of the committed ones
+python -m benchmarks.cpu_table --page docs/cpu.md    # of the committed ones
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fdq.text_table import markdown
 PART = "cpu"
 RESULTS = pathlib.Path(__file__).parent / "results"
 COMMITTED = ("cpu-2026-11-28.json", "cpu-amx-2026-11-28.json")
-"""Of `RESULTS`, what the README shows."""
+"""Of `RESULTS`, what docs/cpu.md shows."""
 
 _DENSE = "float32 dense"
 _BY_ROWS = ("W8A16 prepared", "W4A16", "W3A16", "W2A16", "WNF4A16")
@@ -130,7 +130,7 @@ def against(runs: Sequence[Run], start: str, base: str, omitted: str) -> str:
 
 
 def text(runs: Sequence[Run]) -> str:
-    """All that stands between the marks of the README."""
+    """All that stands between the marks of docs/cpu.md."""
     columns = sorted({n for run in runs for _, n in run.shapes()})
     attention = [title for title in runs[0].record if re.match("attention,.*slots", title)][-1]
     machines = {(run.record["machine"]["cores"], run.record["machine"]["jax"]) for run in runs}

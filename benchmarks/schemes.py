@@ -1,10 +1,10 @@
 """What every scheme costs on the shipped model: `python -m benchmarks.schemes`.
 
 Each scheme converts the shipped model, is loaded, predicts held-out text through its own KV cache,
-and decodes. Prints the README's table, writes `benchmarks/results/schemes-<date>.json`, and exits
-with 1 if a bar is missed.
+and decodes. Prints the table of docs/schemes.md, writes `benchmarks/results/schemes-<date>.json`,
+and exits with 1 if a bar is missed.
 
-    python -m benchmarks.schemes --readme README.md          # also rewrites the table there
+    python -m benchmarks.schemes --page docs/schemes.md      # also rewrites the table there
     python -m benchmarks.schemes --scheme W4A16 --plot bits.png
     python -m benchmarks.schemes --window 2048 --scheme W16A16C4-kvblock   # long contexts
 """
@@ -92,7 +92,7 @@ def _bar(name: str) -> float | None:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The README's table."""
+    """The table of docs/schemes.md."""
     original = _bits_per_byte(rows[0])
     columns = (
         "scheme",
@@ -181,7 +181,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--scheme", metavar="NAME", action="append", help="repeat it for more (all of the README)"
+        "--scheme",
+        metavar="NAME",
+        action="append",
+        help="repeat it for more (all)",
     )
     parser.add_argument("--bytes", type=int, default=65_536, help="of held-out text (65536)")
     parser.add_argument(
@@ -189,7 +192,7 @@ def main() -> int:
     )
     parser.add_argument("--dtype", help="of activations (the model's)")
     for option, help in (
-        ("--readme", "rewrite the table between the marks of this file"),
+        ("--page", "rewrite the table between the marks of this file"),
         ("--plot", "draw the KL of every scheme"),
     ):
         parser.add_argument(option, metavar="FILE", type=pathlib.Path, help=help)
@@ -231,8 +234,8 @@ def main() -> int:
     table = markdown(rows)
     print(table)
     print(f"\nWritten: {path}", file=sys.stderr)
-    if arguments.readme:
-        page.fill(arguments.readme, PART, table)
+    if arguments.page:
+        page.fill(arguments.page, PART, table)
         MEASURED.write_text(measured(today, rows), "utf-8")
     if arguments.plot:
         plot(rows, arguments.plot)

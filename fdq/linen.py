@@ -31,7 +31,9 @@ def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:
     return jax.tree.map(decoded, tree, is_leaf=lambda x: isinstance(x, is_leaf))
 
 
-def apply(module: Any, qparams: Any, *args: Any, weight_dtype: Any = jnp.float32, **kwargs: Any):
+def apply(
+    module: Any, qparams: Any, *args: Any, weight_dtype: Any = jnp.float32, **kwargs: Any
+) -> Any:
     """``module.apply`` with quantized parameters, under ``jax.jit``.
 
     Args:

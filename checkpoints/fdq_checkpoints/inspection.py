@@ -7,6 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
+from fdq.formats.qtensor import dequantize
 from fdq.text_table import aligned, folded
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
@@ -192,6 +196,53 @@ def _inspect(path: str | os.PathLike[str], verify: bool, subtree: str | None) ->
         rows.append(Row(dotted(entry.path), format, is_quantized, entry.shape, entry.nbytes))
     kind, scheme, source = manifest.kind, manifest.scheme, manifest.provenance
     return Inspection(str(folder), kind, scheme, tuple(rows), bytes_in(folder), verify, source)
+
+
+def errors(
+    path: str | os.PathLike[str], original: str | os.PathLike[str]
+) -> dict[str, tuple[float, float]]:
+    """What quantization did to each weight: sums of squares of its error and of the original.
+
+    Args:
+      path: an fdq checkpoint.
+      original: a checkpoint with the same tensors, in floats or quantized by another tool.
+
+    Returns:
+      By dotted path of each quantized tensor. One is in memory at a time, decoded.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      CheckpointError: `path` is no fdq checkpoint, or `original` is of another model.
+    """
+    folder = checkpoint_directory(path)
+    if not os.path.lexists(folder / manifests.FILE_NAME):
+        raise CheckpointError(f"{folder}: no fdq.json; errors are those of an fdq checkpoint.")
+    found = {}
+    stored = StoredTensors(folder)
+    with open_source(original) as source:
+        shapes = {t.path: tuple(t.value.shape) for t in tree_paths.flatten(source.tree)}
+        for entry, arrays in stored.read(verify=False):
+            if entry.spec is None:
+                continue
+            weight = _decoded(tree_paths.with_arrays(entry.abstract(), arrays))
+            if shapes.get(entry.path) != weight.shape:
+                there = shapes.get(entry.path, "no such tensor")
+                raise CheckpointError(
+                    f"{source.folder}: {dotted(entry.path)}: expected {weight.shape} as in "
+                    f"{folder}, found {there}. Give the checkpoint that it was made of."
+                )
+            exact = _decoded(source.read(entry.path))
+            squares = np.square(weight - exact).sum(dtype=np.float64)
+            norm = np.square(exact).sum(dtype=np.float64)
+            found[dotted(entry.path)] = (float(squares), float(norm))
+    return found
+
+
+def _decoded(value: Any) -> np.ndarray:
+    if isinstance(value, tree_paths.QUANTIZED):
+        arrays = {name: jnp.asarray(array) for name, array in tree_paths.arrays_of(value).items()}
+        return np.asarray(dequantize(tree_paths.with_arrays(value, arrays)))
+    return np.asarray(value, np.float32)
 
 
 def verify(path: str | os.PathLike[str]) -> None:

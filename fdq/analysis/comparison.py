@@ -50,7 +50,7 @@ class Comparison:
     """A float model in the directory `source`, a text and the original's logits over it.
 
     `tokens` [length] int32 is the text after the token that begins a text, `text_bytes` its size;
-    `is_reference_text` says whether it is the one of the README. `dtype` is that of activations,
+    `is_reference_text` says whether it is that of docs/schemes.md. `dtype` is that of activations,
     `window` the tokens of context at most.
     """
 

@@ -99,6 +99,11 @@ class WeightTable:
         return {kind: entries for kind, entries in groups.items() if entries}
 
 
+def kind_of(path: str) -> str:
+    """The kind of layer, one of `KINDS`, that a dotted path of a model belongs to."""
+    return next((kind for part, kind in _KIND_OF_FRAGMENT if part in path), "other")
+
+
 def _bits(entries: Sequence[WeightEntry]) -> float | None:
     parameters = sum(entry.parameters for entry in entries)
     return 8 * sum(entry.bytes for entry in entries) / parameters if parameters else None
@@ -131,7 +136,7 @@ def weight_table(tree: Any) -> WeightTable:
         entries.append(
             WeightEntry(
                 path=path,
-                kind=next((k for part, k in _KIND_OF_FRAGMENT if part in path), "other"),
+                kind=kind_of(path),
                 format=kind_of_format,
                 quantized=isinstance(leaf, QuantizedWeight),
                 shape=shape,

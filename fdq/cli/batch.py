@@ -69,13 +69,22 @@ class Prompts:
       chat: prompts are turns of a person.
       system: goes before those turns.
       template: a `ChatTemplate`; where it is needed and not given, that of the checkpoint.
+      fitting: generate no more tokens than fit beside the prompts into `max_length`.
     """
 
-    def __init__(self, model: Any, *, chat: bool, system: str | None, template: Any = None):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        chat: bool,
+        system: str | None,
+        template: Any = None,
+        fitting: bool = False,
+    ):
         from fdq.decoding import special_tokens
         from fdq.decoding.tokenizer import Tokenizer
 
-        self.chat, self._system, self._model = chat, system, model
+        self.chat, self._system, self._model, self._fitting = chat, system, model, fitting
         self._tokenizer = Tokenizer.load(model.tokenizer_path)
         self._template, self._known_stop = template, False
         self.stop_tokens = special_tokens.union(
@@ -109,6 +118,7 @@ class Prompts:
         chats = [index for index, line in enumerate(lines) if self.chat or "messages" in line]
         if not chats:
             prompts = [line["prompt"] for line in lines]
+            keywords = self._within(keywords, prompts)
             return generate(
                 model,
                 prompts,
@@ -136,11 +146,23 @@ class Prompts:
         def feed(index: int, tokens: list[int]) -> None:
             take(index, decoders[index].feed(tokens))
 
-        keywords = keywords | {"stop_tokens": self.stop_tokens}
+        keywords = self._within(keywords, rows) | {"stop_tokens": self.stop_tokens}
         generate(model, rows, stream=feed, stream_steps=16, **keywords)
         for index, decoder in enumerate(decoders):
             take(index, decoder.finish())
         return ["".join(each) for each in pieces]
+
+    def _within(
+        self, keywords: dict[str, Any], prompts: Sequence[str | list[int]]
+    ) -> dict[str, Any]:
+        """Fewer new tokens, where nobody asked for so many and the cache has no room for them."""
+        if not self._fitting or keywords["max_length"] is None:
+            return keywords
+        rows = [self._tokenizer.encode(p, bos=True) if isinstance(p, str) else p for p in prompts]
+        room = keywords["max_length"] - max(map(len, rows))
+        if room < 1:
+            return keywords
+        return keywords | {"max_new_tokens": min(keywords["max_new_tokens"], room)}
 
     def _messages(self, line: Line) -> list[Any]:
         if "messages" in line:

@@ -29,6 +29,7 @@ def run(
         typer.Option(min=1, help="Tokens of an answer at most. Default: as many as fit."),
     ] = None,
     scheme: console.LoadScheme = None,
+    lora: options.Lora = None,
     cache: console.Cache = None,
     mesh: console.Mesh = None,
     context: Annotated[
@@ -68,7 +69,7 @@ def run(
         repetition_penalty=repetition_penalty,
     )
     model = options.text_model(
-        directory, scheme=scheme, cache=cache, dtype=dtype, mesh=mesh, quiet=json
+        directory, scheme=scheme, cache=cache, dtype=dtype, mesh=mesh, lora=lora, quiet=json
     )
     longest = getattr(model.config, "max_position", None) or 8192
     talk = Conversation(

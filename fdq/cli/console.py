@@ -63,12 +63,16 @@ Cache = Annotated[
 
 
 def read_prompt(text: str) -> str:
-    """A prompt from standard input where it is `-`, without the line end of its last line."""
+    """A prompt from standard input where it is `-`, without the line end of its last line.
+
+    Raises:
+      ValueError: it is empty, or no text in UTF-8.
+    """
     if text != "-":
         try:
             text.encode()
         except UnicodeEncodeError:  # of bytes of the command line that are none
-            fail("--prompt: no text in UTF-8.", WRONG_USE)
+            raise ValueError("--prompt: no text in UTF-8.") from None
         return text
     stream = typer.get_text_stream("stdin")
     if stream.isatty():
@@ -76,20 +80,27 @@ def read_prompt(text: str) -> str:
     try:
         read = stream.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        fail(f"The prompt from standard input is no text in UTF-8: {error.reason}.", WRONG_USE)
+        said = f"The prompt from standard input is no text in UTF-8: {error.reason}."
+        raise ValueError(said) from error
     if not read:
-        fail(
+        raise ValueError(
             "The prompt comes from standard input, which is empty: pipe a text into the command or "
-            "give --prompt TEXT.",
-            WRONG_USE,
+            "give --prompt TEXT."
         )
     return read
+
+
+def _prompt_option(text: str) -> str:
+    try:
+        return read_prompt(text)
+    except ValueError as error:  # options are read before `command` listens
+        fail(str(error), WRONG_USE)
 
 
 Prompt = Annotated[
     str,
     typer.Option(
-        "--prompt", "-p", callback=read_prompt, help="Text to continue; - is standard input."
+        "--prompt", "-p", callback=_prompt_option, help="Text to continue; - is standard input."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
@@ -171,9 +182,9 @@ def is_debugging(kwargs: dict[str, Any]) -> bool:
 
 
 def _end(message: str, code: int, kwargs: dict[str, Any]) -> NoReturn:
-    """`fail`; with --json programs get an object too."""
+    """`fail`; with --json programs get an object too, on one line as those of chats and batches."""
     if kwargs.get("json"):
-        print_json({"error": message, "exit_code": code})
+        typer.echo(json.dumps({"error": message, "exit_code": code}))
     fail(message, code)
 
 

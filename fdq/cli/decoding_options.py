@@ -36,6 +36,10 @@ Template = Annotated[
     pathlib.Path | None,
     typer.Option("--chat-template", help="File with a chat template, in place of the model's."),
 ]
+Lora = Annotated[
+    pathlib.Path | None,
+    typer.Option("--lora", help="Directory with LoRA adapters, as fdq.save_lora and PEFT write."),
+]
 DEFAULT_NEW_TOKENS = 128
 
 
@@ -100,12 +104,17 @@ def text_model(
     cache: str | None,
     dtype: str | None,
     mesh: str | None = None,
+    lora: pathlib.Path | None = None,
     quiet: bool,
 ) -> Any:
-    """A loaded model that has a tokenizer; ValueError for another."""
+    """A loaded model that has a tokenizer, with adapters if asked for; ValueError for another."""
     from fdq.schemes.mesh_rules import parse_mesh
-    from fdq.storage import load
+    from fdq.storage import load, load_lora
 
+    if lora is not None and mesh is not None:
+        raise ValueError(
+            "--lora and --mesh do not go together yet: fdq.merge_lora makes one model of the two."
+        )
     recipe = console.loading_scheme(scheme)
     devices = None if mesh is None else parse_mesh(mesh)
     with console.progress("Loading", quiet=quiet, in_bytes=True) as update:
@@ -117,4 +126,4 @@ def text_model(
             "directory of a model in safetensors or of fdq's."
         )
     console.check_cache(cache, model)
-    return model
+    return model if lora is None else load_lora(model, lora)

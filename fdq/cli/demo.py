@@ -92,7 +92,7 @@ def run(
     console.out.print(console.table(None, columns, cells))
     console.out.print(
         "bits/weight: of the quantized weights, and of all. KL: to the original, in nats per "
-        "token. cache: per token. Speed shows in models larger than this one: see the README.\n"
+        "token. cache: per token. Speed shows in models larger than this one: see docs/cpu.md.\n"
     )
     for row in rows:
         if row.text is not None:
@@ -102,7 +102,7 @@ def run(
     if not comparison.is_reference_text:
         console.out.print(
             "Another Python's standard library is another text: bits per byte differ a little "
-            "from those in the README.",
+            "from those in docs/schemes.md.",
             style="dim",
         )
     console.out.print(f"{seconds:.0f} s, compilation included.", style="dim")

@@ -51,6 +51,7 @@ def run(
     max_new_tokens: options.MaxNewTokens = None,
     max_tokens: Annotated[int | None, typer.Option(hidden=True)] = None,
     scheme: console.LoadScheme = None,
+    lora: options.Lora = None,
     cache: console.Cache = None,
     mesh: console.Mesh = None,
     context: options.Context = None,
@@ -96,9 +97,11 @@ def run(
     )
     quiet = json or lines is not None
     model = options.text_model(
-        directory, scheme=scheme, cache=cache, dtype=dtype, mesh=mesh, quiet=quiet
+        directory, scheme=scheme, cache=cache, dtype=dtype, mesh=mesh, lora=lora, quiet=quiet
     )
-    prompts = batch.Prompts(model, chat=chat, system=system, template=template)
+    # What a file says is no wish of the user's: --context is.
+    fitting = max_new_tokens is None
+    prompts = batch.Prompts(model, chat=chat, system=system, template=template, fitting=fitting)
     keywords: dict[str, Any] = drawing.options | {
         "max_new_tokens": drawing.config.max_new_tokens or options.DEFAULT_NEW_TOKENS,
         "key": jax.random.key(seed),

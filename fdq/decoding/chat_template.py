@@ -23,6 +23,7 @@ from fdq.decoding import special_tokens, template_process
 SECONDS = 10  # for all conversations of a call; a template takes milliseconds
 MEMORY_BYTES = 1 << 29
 _MAX_TEMPLATE_BYTES = 1 << 20
+_MOST_TEMPLATES = 64  # in a folder of them
 _MAX_CHARACTERS = 1 << 24  # of all texts of a call
 _KEPT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment
 _JINJA = "jinja2>=3.1.6"  # older ones have known ways out of the sandbox
@@ -239,7 +240,8 @@ def _tokens(folder: pathlib.Path) -> dict[str, str]:
 def _of_files(folder: pathlib.Path) -> dict[str, str]:
     files = {"default": folder / FILE_NAME}
     if (folder / FOLDER).is_dir():
-        files |= {path.stem: path for path in sorted((folder / FOLDER).glob("*.jinja"))}
+        more = sorted((folder / FOLDER).glob("*.jinja"))[:_MOST_TEMPLATES]
+        files |= {path.stem: path for path in more}
     return {name: _read(path) for name, path in files.items() if path.is_file()}
 
 

@@ -20,10 +20,10 @@ def test_a_part_goes_between_its_marks():
             page.filled(lacking, "speed", "new")
 
 
-def test_the_readme_has_the_tables_of_the_committed_runs():
-    found = page.part((ROOT / "README.md").read_text("utf-8"), cpu_table.PART)
+def test_the_page_has_the_tables_of_the_committed_runs():
+    found = page.part((ROOT / "docs/cpu.md").read_text("utf-8"), cpu_table.PART)
     runs = [cpu_table.Run.read(RESULTS / name) for name in cpu_table.COMMITTED]
-    again = "python -m benchmarks.cpu_table --page README.md"
+    again = "python -m benchmarks.cpu_table --page docs/cpu.md"
     assert found == cpu_table.text(runs), f"make it again: {again}"
 
 

@@ -170,6 +170,34 @@ def test_without_a_network_the_cache_serves(hub, monkeypatch):
         local_directory(ADDRESS)
 
 
+def test_without_a_network_the_cache_serves_gguf(hub, tmp_path, monkeypatch):
+    """Of a repository of GGUF, by its name and by the file's, while all parts are there."""
+    shutil.rmtree(tmp_path / "served")
+    (tmp_path / "served").mkdir()
+    for part in (1, 2):
+        (tmp_path / "served" / f"m-0000{part}-of-00002.gguf").write_bytes(b"GGUF%d" % part)
+    first = local_directory(ADDRESS)
+    assert first.name == "m-00001-of-00002.gguf"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for address in (ADDRESS, f"{ADDRESS}/{first.name}"):
+        hub_reader.fetch.cache_clear()
+        assert local_directory(address) == first
+    (first.parent / "m-00002-of-00002.gguf").unlink()
+    for address in (ADDRESS, f"{ADDRESS}/{first.name}"):
+        hub_reader.fetch.cache_clear()
+        with pytest.raises(ConnectionError, match="the cache does not have all of it"):
+            local_directory(address)
+
+
+def test_files_beside_a_model_are_bounded_in_number():
+    """However many a repository has; those that are known by name are among them."""
+    many = [f"a{i:04}.json" for i in range(1000)]
+    many += [f"additional_chat_templates/a{i:04}.jinja" for i in range(1000)]
+    names = of("tokenizer.json", "config.json", "model.safetensors", *many)
+    assert {"tokenizer.json", "config.json", "model.safetensors"} <= set(names)
+    assert len(names) < 400
+
+
 def test_a_command_says_it_in_a_line(hub):
     hub.refusal = (403, "GatedRepo")
     for command in ("inspect", "generate", "evaluate", "chat"):

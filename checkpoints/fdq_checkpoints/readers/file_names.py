@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 MAX_INDEX_BYTES = 2**25
 INDEX_NAME = "model.safetensors.index.json"
@@ -33,8 +34,13 @@ def companion_names(folder: pathlib.Path) -> list[str]:
     names = [name for name in COMPANION_FILES if os.path.lexists(folder / name)]
     if (folder / TEMPLATES).is_dir():
         more = [f"{TEMPLATES}/{name}" for name in sorted(os.listdir(folder / TEMPLATES))]
-        names += [name for name in more if is_template(name)][:_MOST_TEMPLATES]
+        names += templates(more)
     return names
+
+
+def templates(names: Iterable[str]) -> list[str]:
+    """Of `names` those of additional templates, a bounded number of them."""
+    return [name for name in sorted(names) if is_template(name)][:_MOST_TEMPLATES]
 
 
 def is_template(name: str) -> bool:

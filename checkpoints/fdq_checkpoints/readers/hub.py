@@ -281,21 +281,22 @@ def _host(url: str) -> str:
 
 def _cached(hub: Any, address: Address) -> pathlib.Path | None:
     """What the cache has of it, if that is all that is needed."""
-
-    def find(name: str) -> pathlib.Path | None:
-        found = hub.try_to_load_from_cache(
+    try:
+        found = hub.snapshot_download(
             address.repository,
-            name,
+            revision=address.revision,
             cache_dir=hub.constants.HF_HUB_CACHE,
-            revision=address.revision or "main",
+            local_files_only=True,
         )
-        return pathlib.Path(found) if isinstance(found, str) else None
-
-    if address.file:
-        return find(address.file)
-    marks = (path for name in ("fdq.json", "config.json") if (path := find(name)) is not None)
-    folder = next((path.parent for path in marks), None)
-    return folder if folder is not None and hub_files.is_complete(folder) else None
+    except hub.errors.LocalEntryNotFoundError:
+        return None
+    folder = pathlib.Path(found)
+    has_config = any((folder / name).exists() for name in ("fdq.json", "config.json"))
+    if address.file is None and has_config and hub_files.is_complete(folder):
+        return folder
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()]
+    first = hub_files.whole_gguf(names, address.file)
+    return None if first is None else folder / first
 
 
 def _library() -> Any:

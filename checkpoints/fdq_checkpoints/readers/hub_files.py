@@ -11,11 +11,12 @@ from fdq_checkpoints.readers.file_names import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
     PICKLE_SUFFIXES,
-    is_template,
+    templates,
 )
 
 # Small files beside a model may be of its tokenizer or of whoever quantized it.
 _SUFFIXES, _SMALL = (".json", ".jinja", ".txt", ".model"), 1_000_000
+_MOST_SMALL = 256
 _NOT_NEEDED = ("README", "LICENSE", "trainer_state", "training")
 _BESIDE = ("adapter_model", "consolidated")
 _WHOLE = "model.safetensors"
@@ -57,7 +58,9 @@ def needed(
         if name in COMPANION_FILES or (name.endswith(_SUFFIXES) and sizes.get(name, 0) <= _SMALL)
         if not name.startswith(_NOT_NEEDED) and not name.endswith(".index.json")
     ]
-    small += [name for name in sorted(names) if is_template(name)]
+    # A bounded number of them, those that are known by name first.
+    small = sorted(small, key=lambda name: name not in COMPANION_FILES)[:_MOST_SMALL]
+    small += templates(names)
     if weights := _safetensors(top, read_index):
         return [*small, *weights]
     if gguf := [name for name in top if name.lower().endswith(".gguf")]:
@@ -114,6 +117,19 @@ def _parts(name: str, names: Collection[str]) -> list[str]:
     return [part for part in parts if part in names] or [name]
 
 
+def whole_gguf(names: Collection[str], file: str | None) -> str | None:
+    """The first part of a model in GGUF, `file` or the only one, if `names` have all its parts."""
+    found = [name for name in names if name.lower().endswith(".gguf") and "/" not in name]
+    models = [name for name in found if not name.lower().startswith("mmproj")] or found
+    firsts = {_parts(name, names)[0] for name in ([file] if file else models)}
+    if len(firsts) != 1:
+        return None
+    first = firsts.pop()
+    of = re.fullmatch(r".+-00001-of-(\d{5})\.gguf", first, re.IGNORECASE)
+    parts = _parts(first, names)
+    return first if first in names and (of is None or len(parts) == int(of[1])) else None
+
+
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether all shards that an index names are there, or some weights without one."""
     files = {path.name for path in folder.iterdir() if path.exists()}
@@ -121,4 +137,4 @@ def is_complete(folder: pathlib.Path) -> bool:
         return (folder / "weights").is_dir()
     if INDEX_NAME in files:
         return _shards(folder / INDEX_NAME) <= files
-    return any(name.endswith((".safetensors", ".gguf")) for name in files)
+    return any(name.endswith(".safetensors") for name in files)

@@ -1,0 +1,131 @@
+"""The site: the code of docs/ runs, page by page; links and the reference are whole."""
+
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import fdq
+from docs.import_graph import ROOT
+from tests.covering import slow_but
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+# What a page takes is compilation; the slow ones show models that others do not compile.
+BY_DEFAULT = ("index.md", "own_model.md", "own_tree.md")
+
+# In one process for several pages, since what one compiles serves the next.
+DRIVER = """
+import contextlib, io, json, os, pathlib, sys, time, traceback
+
+outcomes = {}
+for page in sys.argv[1:]:
+    file = pathlib.Path(page).resolve()
+    folder = file.with_suffix("")
+    folder.mkdir()
+    os.chdir(folder)
+    said, start, error = io.StringIO(), time.perf_counter(), None
+    try:
+        with contextlib.redirect_stdout(said):
+            exec(compile(file.read_text("utf-8"), str(file), "exec"), {"__name__": "__main__"})
+    except BaseException:
+        error = traceback.format_exc()
+    seconds = time.perf_counter() - start
+    outcomes[file.stem] = {"error": error, "said": said.getvalue(), "seconds": seconds}
+    os.chdir(file.parent)
+print(json.dumps(outcomes))
+"""
+
+
+def blocks(name):
+    """Python of a page; blocks that say `python notest` are for reading."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text("utf-8"), re.DOTALL)
+
+
+WITH_CODE = [name for name in PAGES if blocks(name)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs pages in a process of their own; remembers what came of each."""
+
+    @functools.cache
+    def outcomes(names):
+        folder = tmp_path_factory.mktemp("pages")
+        scripts = [folder / f"{name.removesuffix('.md')}.py" for name in names]
+        for name, script in zip(names, scripts, strict=True):
+            script.write_text("\n".join(blocks(name)), "utf-8")
+        places = [str(ROOT), str(ROOT / "checkpoints"), os.environ.get("PYTHONPATH", "")]
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", "-c", DRIVER, *map(str, scripts)],
+            cwd=folder,
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join(places),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    return outcomes
+
+
+@pytest.mark.parametrize("name", slow_but(BY_DEFAULT, WITH_CODE))
+def test_the_code_of_a_page_runs(name, run):
+    group = tuple(n for n in WITH_CODE if (n in BY_DEFAULT) == (name in BY_DEFAULT))
+    outcome = run(group)[name.removesuffix(".md")]
+    assert outcome["error"] is None, outcome["error"]
+    assert " nan" not in outcome["said"]
+
+
+def test_pages_of_the_navigation_are_those_there_are():
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert sorted(re.findall(r"[\w-]+\.md", text[text.index("\nnav:") :])) == PAGES
+
+
+@pytest.mark.parametrize("name", [*PAGES, "../README.md"])
+def test_links_lead_somewhere(name):
+    """Files that are there, and headings that those pages have."""
+    text = re.sub(r"```.*?```", "", (DOCS / name).read_text("utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        assert not re.match(r"https?://(?!docs\.jax\.dev|huggingface\.co)", target), target
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        page = (DOCS / name).parent / path if path else DOCS / name
+        assert page.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), flags=re.MULTILINE)
+            assert anchor in {slug(head) for head in heads}, target
+
+
+def slug(head):
+    """As Python-Markdown's `toc` makes it of a heading."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", head.replace("`", "")).strip().lower())
+
+
+def test_the_reference_has_every_public_name():
+    text = (DOCS / "api.md").read_text("utf-8")
+    shown = re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    modules = {"linen", "models", "nn", "ops", "sharding", "requirements"}
+    public = set(re.findall(r"import \w+ as ([A-Za-z]\w+)$", source(), flags=re.MULTILINE))
+    assert {f"fdq.{name}" for name in public - modules} <= set(shown)
+    for name in shown:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def source():
+    with open(fdq.__file__, encoding="utf-8") as file:
+        return file.read()
