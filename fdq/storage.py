@@ -227,8 +227,8 @@ def export(
       model: the path of an fdq checkpoint (or of anything else that fdq loads as a model), or an
         fdq model.
       dst: the directory to make, beside the checkpoint. It appears when it is complete.
-      to: `"compressed-tensors"`, `"gptq"`, `"gptq_v2"`, `"mxfp4"`, `"nvfp4"`, `"fp8"`,
-        `"bitsandbytes"` (NF4), `"gguf"`, `"dense"` (decoded), or another of
+      to: `"compressed-tensors"`, `"gptq"`, `"gptq_v2"`, `"awq"`, `"mxfp4"`, `"nvfp4"`,
+        `"fp8"`, `"bitsandbytes"` (NF4), `"gguf"`, `"dense"` (decoded), or another of
         `fdq_checkpoints.export.EXPORTERS`.
       dtype: with `"dense"` `"float32"`, `"bfloat16"` or `"float16"` of what is decoded; by default
         that of the model.

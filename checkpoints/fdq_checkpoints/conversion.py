@@ -34,7 +34,8 @@ from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import StoredTensors
 from fdq_checkpoints.tree_paths import Tensor
 
-# A kill loses no more than the work of so many seconds (and the matrix that is being made).
+# A kill loses no more than the work of so many seconds (and the matrix that is being made, of
+# quantizers that need all its columns at once).
 FLUSH_SECONDS = 5.0
 
 _LOGGER = logging.getLogger("fdq")
@@ -244,13 +245,10 @@ class _Work:
 
         def keep() -> None:
             with stopping.whole():
-                writer.flush()
                 pieces.drop_done()
-                pieces.flush()
+                pieces.flush(self._waiting(*writer.waiting()))
 
-        writer = orbax_store.TreeWriter(
-            weights, total_bytes=self.nbytes, on_batch=journal.add, seconds=FLUSH_SECONDS
-        )
+        writer = orbax_store.TreeWriter(weights, total_bytes=self.nbytes, on_batch=journal.add)
         pieces = Pieces(self._folder, journal, seconds=FLUSH_SECONDS, keep=keep)
 
         def make_room(tensor: Tensor) -> None:
@@ -275,13 +273,28 @@ class _Work:
         except BaseException:
             if not journal.finished:
                 # Of a full disk, say, that fails once more; the first error is the one to tell.
-                with contextlib.suppress(KeyboardInterrupt, CheckpointError, OSError):
-                    keep()
+                with (
+                    contextlib.suppress(KeyboardInterrupt, CheckpointError, OSError),
+                    stopping.whole(),
+                ):
+                    writer.flush()
+                    pieces.drop_done()
+                    pieces.flush()
             raise
         finally:
             with stopping.whole():
                 writer.close()
         return entries, resumed
+
+    def _waiting(
+        self, entries: list[TensorEntry], arrays: Mapping[tree_paths.Path, np.ndarray]
+    ) -> Iterator[tuple[tree_paths.Path, tuple[int, ...], dict[str, np.ndarray]]]:
+        """Whole tensors that are in no batch yet."""
+        for entry in entries:
+            places = {name: tree_paths.array_path(entry.path, name) for name in entry.arrays}
+            if entry.prng is None and all(p in arrays for p in places.values()):
+                shape = tuple(self._tensors[entry.path].shape)
+                yield entry.path, shape, {name: arrays[place] for name, place in places.items()}
 
     def _part_files(self, path: tree_paths.Path, writer: orbax_store.TreeWriter) -> None:
         """A batch holds what comes of several shards only where a tensor does.
@@ -310,6 +323,8 @@ class _Work:
             # It appears when it is whole.
             complete = weights.is_dir() and len(journal.done) == len(self._sizes)
             if complete and not journal.finished and not changed:
+                orbax_store.drop_batches(weights)
+                Pieces(self._folder, journal, seconds=0, keep=lambda: None).drop_done()
                 journal.finish()
             usable = journal.finished and weights.is_dir()
             if not changed and (
@@ -324,10 +339,10 @@ class _Work:
         if journal.has_work and reason and not overwrite:
             self._refused = True
             raise FileExistsError(
-                f"{self._folder}: holds {len(journal.done)} finished tensors of a conversion that "
-                f"was stopped, and cannot be gone on with: {reason}. Repeat the call that was "
-                "stopped, choose another destination, or drop them with overwrite=True "
-                "(--overwrite)."
+                f"{self._folder}: holds {len(self._finished(journal))} finished tensors of a "
+                f"conversion that was stopped, and cannot be gone on with: {reason}. Repeat the "
+                "call that was stopped, choose another destination, or drop them with "
+                "overwrite=True (--overwrite)."
             )
         if journal.has_work:
             why = reason or "batches that were written are missing"
@@ -383,16 +398,28 @@ class _Work:
     def _amount(self) -> str:
         journal = self._journal
         assert journal is not None
-        done = sum(self._sizes[entry.path] for entry in journal.done)
-        part = ""
-        if journal.pieces:
-            piece = journal.pieces[-1]
-            count = self._tensors[piece.path].shape[0]
-            part = f" and {piece.stop} of the {count} matrices of the next"
+        kept, part = self._finished(journal), ""
+        for path, stop in journal.columns().items():
+            shape = self._tensors[path].shape
+            if path in kept:
+                continue
+            if len(shape) > 2:
+                part = f" and {stop // shape[-1]} of the {shape[0]} matrices of the next"
+            else:
+                part = f" and {stop / shape[-1]:.0%} of the next"
+        done = sum(self._sizes[path] for path in kept)
         return (
-            f"kept {len(journal.done)} of {len(self._sizes)} tensors "
+            f"kept {len(kept)} of {len(self._sizes)} tensors "
             f"({done / self.nbytes:.0%} of the bytes){part}"
         )
+
+    def _finished(self, journal: Journal) -> set[tree_paths.Path]:
+        """Tensors that are whole on disk; of another job's those that batches have."""
+        pieces = journal.columns().items()
+        sizes = {
+            p: journals.columns_of(self._tensors[p].shape) for p, _ in pieces if p in self._tensors
+        }
+        return {entry.path for entry in journal.done} | {p for p, n in pieces if sizes.get(p) == n}
 
     def _kept(self) -> str:
         if not self.is_of_use():

@@ -20,6 +20,7 @@ WORKING_BYTES = 32 * 2**20
 """Of what is worked on, for each core; what is larger is worked on alone."""
 WAITING_BYTES = 16 * 2**20
 """Of what is done and waits to be taken, for each core."""
+TICK_SECONDS = 1.0
 _QUEUED = 8  # tasks for each core: whoever takes what is done may be busy for a while
 
 
@@ -46,8 +47,15 @@ def columns(k: int, n: int) -> list[tuple[int, int]]:
     return [(start, start + width) for start in starts[:-1]] + [(last, n)]
 
 
-def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[Any]:
+def in_order(
+    tasks: Iterable[Task],
+    *,
+    workers: int | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[Any]:
     """What the tasks give, in their order; some are worked on while the first is waited for.
+
+    `tick` is called before each and every second of the waiting, by whoever waits.
 
     An error of a task is raised in its turn; those begun are waited for, the others dropped.
     """
@@ -69,14 +77,22 @@ def in_order(tasks: Iterable[Task], *, workers: int | None = None) -> Iterator[A
                     or len(waiting) >= _QUEUED * workers
                 ):
                     ahead -= waiting[0][1]
-                    yield waiting.popleft()[0].result()  # and nobody here holds it any more
+                    yield _result(waiting.popleft()[0], tick)  # and nobody here holds it any more
                 waiting.append((pool.submit(run, task), task.result_bytes))
                 ahead += task.result_bytes
             while waiting:
-                yield waiting.popleft()[0].result()
+                yield _result(waiting.popleft()[0], tick)
         finally:
             for future, _ in waiting:
                 future.cancel()
+
+
+def _result(future: concurrent.futures.Future[Any], tick: Callable[[], None]) -> Any:
+    while True:
+        tick()
+        concurrent.futures.wait((future,), TICK_SECONDS)
+        if future.done():
+            return future.result()
 
 
 class _Room:

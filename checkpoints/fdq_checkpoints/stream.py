@@ -25,12 +25,12 @@ from fdq.quantizers.layer_inputs import LayerInputs, moments_for
 from fdq.quantizers.quantizer import pick
 from fdq.quantizers.weight import largest_magnitude, on_device
 from fdq.schemes.assignment import Row, path_string
-from fdq_checkpoints import slabs, tree_paths
+from fdq_checkpoints import saving, slabs, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import Source
 from fdq_checkpoints.store import restore
 from fdq_checkpoints.store.host_memory import Trimmer
-from fdq_checkpoints.store.journal import Pieces
+from fdq_checkpoints.store.journal import Pieces, columns_of
 from fdq_checkpoints.tree_paths import Path, Tensor, dotted
 
 _FINITE_CHECK_ELEMENTS = 2**24
@@ -112,7 +112,7 @@ class Job:
     ) -> Iterator[Tensor]:
         """Reads, quantizes or casts, and yields each tensor; stacks and plain arrays on the host.
 
-        `pieces` keeps the parts of a stack in the making; `before` is told of a tensor that is put
+        `pieces` keeps the parts of a tensor in the making; `before` is told of a tensor that is put
         together of parts before memory is taken for it.
 
         CheckpointError if one holds NaN or infinity, or needs calibration.
@@ -125,7 +125,9 @@ class Job:
         wanted = [tensor for tensor in tensors if tensor.path not in skip]
         workers = None if self.source.concurrent else 1
         arrays: dict[str, np.ndarray] = {}
-        for tensor, part, value in slabs.in_order(self._tasks(wanted, pieces), workers=workers):
+        tick = (lambda: None) if pieces is None else pieces.tick
+        tasks = self._tasks(wanted, pieces)
+        for tensor, part, value in slabs.in_order(tasks, workers=workers, tick=tick):
             if part is not None:
                 if not arrays:
                     if before is not None:
@@ -133,8 +135,8 @@ class Job:
                         memory.worked(_float_bytes(tensor))  # what it wrote is free now
                     arrays = self._begun(tensor, pieces)
                 part.put(value, arrays, tensor.value.shape[-1])
-                if part.ends_matrix and pieces is not None and part.index is not None:
-                    pieces.made(tensor, arrays, part.index + 1)
+                if pieces is not None:
+                    pieces.made(tensor, arrays, part.columns(tensor.value.shape[-1]))
                 if not part.ends_tensor:
                     continue
                 value, arrays = tree_paths.with_arrays(tensor.value, arrays), {}
@@ -145,22 +147,24 @@ class Job:
                 progress(done[tensor.path], total, dotted(tensor.path))
 
     def _begun(self, tensor: Tensor, pieces: Pieces | None) -> dict[str, np.ndarray]:
-        if pieces is not None and tensor.value.ndim > 2:
-            return pieces.begun(tensor)[0]
+        if pieces is not None:
+            return pieces.begun(tensor)
         empty = tree_paths.arrays_of(tensor.value).items()
         return {name: np.empty(array.shape, array.dtype) for name, array in empty}
 
     def _tasks(self, tensors: list[Tensor], pieces: Pieces | None) -> Iterator[slabs.Task]:
         """What makes the tensors: each gives the tensor, which part of it, and that.
 
-        A part that is None is the whole. Where parts of an earlier process are all, one is made
-        again: nobody has noted the whole.
+        A part that is None is the whole.
         """
         for tensor in tensors:
-            parts = self._parts(tensor)
-            if parts and pieces is not None and tensor.value.ndim > 2:
-                start = min(pieces.start_of(tensor), tensor.value.shape[0] - 1)
-                parts = [part for part in parts if part.index is None or part.index >= start]
+            start = 0 if pieces is None else pieces.start_of(tensor)
+            if pieces is not None and start == columns_of(tensor.value.shape):
+                size = saving.nbytes(tensor.value)
+                yield slabs.Task(functools.partial(_read, tensor, pieces), size, size)
+                continue
+            n = tensor.value.shape[-1] if tensor.value.shape else 1
+            parts = [part for part in self._parts(tensor) if part.columns(n) > start]
             for part in parts or [None]:
                 shape = tensor.value.shape if part is None else part.shape
                 size = int(np.prod(shape, dtype=np.int64))
@@ -232,9 +236,7 @@ class Job:
         if len(indices) == len(ranges) == 1 and not by_columns:
             return []
         return [
-            _Part(
-                index, (k, stop - start), start, stop, stop == n, (stop, index) == (n, indices[-1])
-            )
+            _Part(index, (k, stop - start), start, stop, (stop, index) == (n, indices[-1]))
             for index in indices
             for start, stop in ranges
         ]
@@ -326,8 +328,11 @@ class _Part:
     shape: tuple[int, int]
     start: int
     stop: int
-    ends_matrix: bool
     ends_tensor: bool
+
+    def columns(self, n: int) -> int:
+        """How many columns of the tensor are made with it, of `n` a matrix."""
+        return (self.index or 0) * n + self.stop
 
     def put(self, made: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], n: int) -> None:
         """Its arrays to their place in those of the tensor, whose last axis is `n` or blocks."""
@@ -382,6 +387,11 @@ def _not_finite(array: np.ndarray) -> list[int] | None:
         if not finite.all():
             return list(map(int, np.unravel_index(start + int(np.argmin(finite)), array.shape)))
     return None
+
+
+def _read(tensor: Tensor, pieces: Pieces) -> tuple[Tensor, None, Any]:
+    """What an earlier process made whole."""
+    return tensor, None, tree_paths.with_arrays(tensor.value, pieces.begun(tensor))
 
 
 def _float_bytes(tensor: Tensor) -> int:

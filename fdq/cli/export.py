@@ -30,8 +30,8 @@ def run(
         str,
         typer.Option(
             "--to",
-            help="compressed-tensors, gptq, gptq_v2, mxfp4, nvfp4, fp8, bitsandbytes, gguf or "
-            "dense (decoded); another name lists all that there are.",
+            help="compressed-tensors, gptq, gptq_v2, awq, mxfp4, nvfp4, fp8, bitsandbytes, gguf "
+            "or dense (decoded); another name lists all that there are.",
         ),
     ],
     dtype: Annotated[

@@ -92,7 +92,7 @@ ROUND_TRIPS = {
     "gptq, 2 bits": ("gptq", "compressed-tensors"),
     "gptq, 8 bits": ("gptq", "compressed-tensors"),
     "gptq, desc_act": ("gptq",),
-    "awq": ("gptq_v2", "compressed-tensors"),
+    "awq": ("awq", "gptq_v2", "compressed-tensors"),
     "packed": ("gptq", "compressed-tensors"),
     "packed, 8 bits": ("gptq", "compressed-tensors"),
     "packed, 3 bits": ("gptq", "compressed-tensors"),
@@ -105,11 +105,17 @@ ROUND_TRIPS = {
     "nf4, twice": ("bitsandbytes",),
     "llm.int8": ("compressed-tensors",),
 }
+REFUSED_BY_AWQ = {  # scheme: why
+    "W8A16-f16": "4 bits alone",
+    "W4A8-g16-f16": "no word for quantized inputs",
+    "W4A16-g16": "scales in bfloat16",
+}
 PAIRS = [(kind, to) for kind, targets in ROUND_TRIPS.items() for to in targets]
 QUICK = {
     ("gptq", "gptq"),
     ("gptq v2, 4 bits", "gptq_v2"),
     ("gptq, desc_act", "gptq"),
+    ("awq", "awq"),
     ("int8, static", "compressed-tensors"),
     ("mxfp4", "mxfp4"),
     ("nf4, twice", "bitsandbytes"),
@@ -580,6 +586,8 @@ def test_the_command(plain, tmp_path):
     [
         ("mlx", "compressed-tensors", "codes with offsets"),
         ("mlx", "gptq", "codes with offsets"),
+        ("hqq", "awq", "scales in float32"),
+        ("gptq, desc_act", "awq", "rows in an order"),
         ("gptq, desc_act", "compressed-tensors", "rows in an order of their own"),
         ("gptq, desc_act", "gguf", "dense"),
     ],
@@ -591,3 +599,28 @@ def test_what_no_layout_holds_is_refused_before_anything_is_written(
     with pytest.raises(CheckpointError, match=reason):
         fdq.export(tmp_path / "model", tmp_path / "out", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_offsets_that_are_zero_points_go_out_as_such(tmp_path, rng):
+    """HQQ rounds them so in 4 bits; offsets of other numbers are refused."""
+    foreign.model("hqq", tmp_path / "model", rng)
+    tensors = builders.tensors_of(tmp_path / "model" / "model.safetensors")
+    rounded = {n: np.rint(t) if n.endswith(".zero") else t for n, t in tensors.items()}
+    builders.write(tmp_path / "model" / "model.safetensors", rounded)
+    fdq.export(tmp_path / "model", tmp_path / "out", to="compressed-tensors")
+    mine, theirs = fdq.load(tmp_path / "model"), fdq.load(tmp_path / "out")
+    for path, one in ((t.path, t.value) for t in tree_paths.flatten(mine)):
+        other = {t.path: t.value for t in tree_paths.flatten(theirs)}[path]
+        if isinstance(one, tree_paths.QUANTIZED):
+            assert (one.spec.zero_point, other.spec.zero_point) == ("offset", "integer")
+            np.testing.assert_array_equal(one.codes, other.codes)
+            np.testing.assert_array_equal(-other.zero.astype(jnp.float32) * one.scale, one.offset)
+    again = model_of(NARROW, "W4A16-g16-affine-f16")
+    with pytest.raises(CheckpointError, match=r"down_proj.*no whole multiples .* with -asym"):
+        export(again, tmp_path / "no", to="gptq_v2")
+
+
+@pytest.mark.parametrize("scheme", REFUSED_BY_AWQ)
+def test_what_awq_has_not_is_refused(scheme, tmp_path):
+    with pytest.raises(CheckpointError, match=REFUSED_BY_AWQ[scheme]):
+        export(model_of(NARROW, scheme, method="absmax"), tmp_path / "out", to="awq")

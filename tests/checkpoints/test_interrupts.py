@@ -2,11 +2,12 @@
 
 import json
 import os
+import pathlib
 import signal
 
 import pytest
 
-from fdq_checkpoints import conversion, convert, load
+from fdq_checkpoints import conversion, convert, load, slabs
 from fdq_checkpoints.store import commit, journal, orbax_store
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
@@ -97,29 +98,100 @@ def test_an_interrupt_after_the_last_tensor_keeps_all(tmp_path, monkeypatch):
     assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
 
 
-def test_what_is_old_is_written_however_small_it_is(tmp_path, monkeypatch):
-    """Nobody flushes after a kill: batches must have been written by time."""
+def pieces(pending):
+    """By path how many columns are on disk that no batch has."""
+    lines = map(json.loads, (pending / "journal").read_text().splitlines()[1:])
+    return {".".join(one["path"]): one["stop"] for line in lines for one in line.get("pieces", [])}
+
+
+def test_what_is_old_is_written_however_small_it_is(tmp_path, monkeypatch, caplog):
+    """Nobody flushes after a kill: what is finished must have been written by time."""
     clock = [0.0]
-    monkeypatch.setattr(orbax_store.time, "monotonic", lambda: clock[0])
-    cut = orbax_store.TreeWriter.cut
-
-    def cut_and_wait(writer):
-        cut(writer)
-        writer._wait()
-
-    monkeypatch.setattr(orbax_store.TreeWriter, "cut", cut_and_wait)
+    monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(orbax_store.TreeWriter, "flush", lambda writer: None)  # as after a kill
     kept = []
 
     def progress(done, total, path):
-        kept.append(sum(batches(tmp_path / "out.fdq-tmp")))
+        kept.append(len(pieces(tmp_path / "out.fdq-tmp")))
         clock[0] += 2.0
         if len(kept) == 8:
             raise RuntimeError(path)
 
     with pytest.raises(RuntimeError):
         convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
-    # Every third tensor is more than five seconds after the last batch.
-    assert kept == [0, 0, 0, 4, 4, 4, 7, 7]
+    # Every third tensor is more than five seconds after the last one that was written.
+    assert kept == [0, 0, 0, 3, 3, 3, 6, 6]
+    monkeypatch.undo()
+    damaged = tmp_path / "out.fdq-tmp" / "pieces" / "1"  # with the fourth tensor to the sixth
+    damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    made = []
+    done = conversion.stream.Job._done
+
+    def counted(self, tensor, part):
+        made.append(".".join(tensor.path))
+        return done(self, tensor, part)
+
+    monkeypatch.setattr(conversion.stream.Job, "_done", counted)
+    convert(SOURCE, tmp_path / "out", "W8A16")
+    assert f"going on, kept 6 of {TENSORS} tensors" in caplog.text
+    assert len(set(made)) == TENSORS - 3
+    assert "layers.0.mlp.down_proj.kernel" not in made
+    assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
+    assert "pieces" not in os.listdir(tmp_path / "out")
+
+
+def test_columns_of_the_matrix_in_the_making_are_kept(tmp_path, monkeypatch):
+    """One matrix may take longer than what may be lost."""
+    clock = [0.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(slabs, "SLAB_WEIGHTS", 1)
+    monkeypatch.setattr(slabs, "SLAB_COLUMNS", 8)
+    monkeypatch.setattr(slabs, "_cores", lambda: 1)
+    monkeypatch.setattr(slabs, "WAITING_BYTES", 0)  # none is made before the last is taken
+    part = conversion.stream.Job._quantized
+    made = []
+
+    def slow(self, tensor, columns):
+        clock[0] += 3.0
+        made.append((tensor.path[-2], columns.start))
+        if len(made) == 6:
+            raise RuntimeError
+        return part(self, tensor, columns)
+
+    monkeypatch.setattr(conversion.stream.Job, "_quantized", slow)
+    with pytest.raises(RuntimeError) as error:
+        convert(SOURCE, tmp_path / "out", "W4A16-g16")
+    assert "and 62% of the next" in error.value.__notes__[0]
+    assert pieces(tmp_path / "out.fdq-tmp")["layers.0.mlp.down_proj.kernel"] == 40
+    convert(SOURCE, tmp_path / "out", "W4A16-g16")
+    assert made[6:10] == [("down_proj", 40), ("down_proj", 48), ("down_proj", 56), (made[9][0], 0)]
+    monkeypatch.undo()
+    assert_same(load(SOURCE, "W4A16-g16"), load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_kill_while_batches_are_put_together_loses_none(tmp_path, monkeypatch, done):
+    """Orbax merges them in place."""
+    monkeypatch.setattr(orbax_store, "MIN_BATCH_BYTES", 1)
+    finalize = orbax_store.ocp.partial.finalize
+
+    def killed(path):
+        if done:
+            finalize(path)
+        else:
+            batch = min(pathlib.Path(path + ".partial_save").iterdir())
+            batch.rename(batch.with_name("moved"))
+        raise SystemExit
+
+    monkeypatch.setattr(orbax_store.ocp.partial, "finalize", killed)
+    with pytest.raises(SystemExit):
+        convert(SOURCE, tmp_path / "out", "W8A16")
+    monkeypatch.undo()
+    progress, seen = interrupt_after(0)
+    convert(SOURCE, tmp_path / "out", "W8A16", progress=progress)
+    assert seen == []
+    assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
+    assert not [name for name in os.listdir(tmp_path / "out") if name.startswith("weights.")]
 
 
 @pytest.mark.parametrize("by_time", [False, True])

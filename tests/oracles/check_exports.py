@@ -100,6 +100,29 @@ def by_gptqmodel(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def by_autoawq(folder: pathlib.Path, said: dict) -> dict[str, torch.Tensor]:
+    """Weights by module, by compressed-tensors' reader of AutoAWQ's files, in float32."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.entrypoints.convert import AutoAWQConverter
+
+    stored, decoded = tensors(folder), {}
+    converter = AutoAWQConverter.from_autoawq_config(said)
+    modules = {name.rpartition(".")[0] for name in stored if name.endswith(".qweight")}
+    found = converter.process(stored)
+    for path in sorted(modules):
+        assert not any(part in path for part in said["modules_to_not_convert"] or ()), path
+        shape = found[f"{path}.weight_shape"].tolist()
+        codes = unpack_from_int32(found[f"{path}.weight_packed"], 4, torch.Size(shape)).float()
+        scale = found[f"{path}.weight_scale"].float()
+        zero = unpack_from_int32(
+            found[f"{path}.weight_zero_point"], 4, scale.shape, packed_dim=0
+        ).float()
+        times = shape[1] // scale.shape[1]
+        wide = [part.repeat_interleave(times, 1) for part in (scale, zero)]
+        decoded[path] = (codes - wide[1]) * wide[0]
+    return decoded
+
+
 def load(folder: pathlib.Path, said: dict) -> torch.nn.Module:
     """By transformers; decoded where it can decode, so that inputs are not rounded."""
     method = said["quant_method"]
@@ -119,7 +142,7 @@ def load(folder: pathlib.Path, said: dict) -> torch.nn.Module:
         return GPTQModel.load(
             str(folder), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16
         ).model
-    elif method == "gptq":
+    elif method in ("gptq", "awq"):
         options |= {"dtype": "auto", "device_map": "cpu"}
     elif method == "bitsandbytes":
         options["device_map"] = "cpu"
@@ -162,6 +185,8 @@ def check(folder: pathlib.Path) -> tuple[str, bool]:
         decoded = by_bitsandbytes(model)
     elif model is not None and method == "gptq":
         decoded = by_gptqmodel(model)
+    elif method == "awq":
+        decoded = by_autoawq(folder, quantization)
     elif model is not None and method == "fp8":
         state = model.state_dict()
         decoded = {
@@ -183,7 +208,7 @@ def check(folder: pathlib.Path) -> tuple[str, bool]:
     if model is not None:
         difference = np.abs(logits(model, given["ids"]) - theirs).max() / np.abs(theirs).max()
         # These compute in 16 bits, some with a kernel that has bfloat16 alone.
-        short = coarse or method in ("gptq", "bitsandbytes")
+        short = coarse or method in ("gptq", "awq", "bitsandbytes")
         compare("logits", difference, BFLOAT16 if short else LOGITS)
     return f"{folder.name}: {', '.join(said)}", good and bool(decoded)
 

@@ -1,5 +1,6 @@
 """What fdq's models are written as for other programs: one file, one row of `EXPORTERS` each."""
 
+from fdq_checkpoints.export.awq import AWQ as _AWQ
 from fdq_checkpoints.export.bitsandbytes import BITSANDBYTES as _BITSANDBYTES
 from fdq_checkpoints.export.compressed_tensors import COMPRESSED_TENSORS as _COMPRESSED_TENSORS
 from fdq_checkpoints.export.dense import DENSE as _DENSE
@@ -19,6 +20,7 @@ for _exporter in (
     _COMPRESSED_TENSORS,
     _GPTQ,
     _GPTQ_V2,
+    _AWQ,
     _MXFP4,
     _NVFP4,
     _FP8,

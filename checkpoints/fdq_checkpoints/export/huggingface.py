@@ -19,6 +19,7 @@ from fdq.models.config_writer import as_written, same_model, to_huggingface
 from fdq.schemes.scheme import WeightSpec
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.export import integers
 from fdq_checkpoints.export.exporter import Options, Plan
 from fdq_checkpoints.export.layout import Layer, Layout, Shapes, in_groups
 from fdq_checkpoints.export.origin import Origin
@@ -151,6 +152,8 @@ class _Plan(Plan):
         if layout is not None:
             _check_stacks(origin, parts.stacks, layout)
             _check(name, origin, layout, flat, with_stacks=bool(parts.stacks))
+            parts.layers = {p: _without_offsets(own, origin) for p, own in parts.layers.items()}
+            flat = parts.flat()
         self._dtype = np.dtype(options.dtype or origin.config.dtype)
         cache, stored = self._cache(), []
         self._keeps_cache = cache is not None
@@ -247,7 +250,10 @@ class _Plan(Plan):
     def _prepared(self, q: QTensor, path: Path) -> Any:
         """A matrix as its parts are cut out of it: its arrays, or decoded."""
         if self._layout is not None:
-            return self._layout.whole(StoredWeight.of(q))
+            weight = StoredWeight.of(q)
+            if weight.spec.zero_point == "offset":  # one of those that were looked at
+                weight = integers.with_zero_points(weight) or weight
+            return self._layout.whole(weight)
         with np.errstate(over="ignore"):
             floats = np.asarray(dequantize(q)).astype(self._dtype)
         if not np.isfinite(floats).all():
@@ -341,8 +347,6 @@ def _check_stacks(origin: Origin, stacks: dict[Path, Piece], layout: Layout) -> 
 
 def _unheld(spec: WeightSpec, layout: Layout) -> str | None:
     """What a layout of safetensors has not."""
-    if spec.zero_point == "offset":
-        return "codes with offsets, which no such layout has. Export it --to dense."
     if spec.row_order and not layout.has_row_order:
         return (
             "rows in an order of their own, which it has no place for (compressed-tensors took "
@@ -372,6 +376,22 @@ def _check(
         raise CheckpointError(f"{origin.where}: {layer.label}{more}: {why}")
     if layers and (why := layout.problem_of_all(layers)):
         raise CheckpointError(f"{origin.where}: {why}")
+
+
+def _without_offsets(layers: list[Layer], origin: Origin) -> list[Layer]:
+    """Layers of one kernel, their offsets as zero points; CheckpointError where these are none."""
+    if not layers or layers[0].spec.zero_point != "offset":
+        return layers
+    q = origin.read(layers[0].path)
+    parts = [q] if q.ndim == 2 else [q[expert] for expert in range(q.shape[0])]
+    if any(integers.with_zero_points(StoredWeight.of(part)) is None for part in parts):
+        raise CheckpointError(
+            f"{origin.where}: {layers[0].label}: codes with offsets that are no whole multiples of "
+            "their scales, and such layouts have zero points alone. Export it --to dense, or --to "
+            "gguf where that holds it; or convert the original to the same scheme with -asym."
+        )
+    spec = integers.zero_point_spec(layers[0].spec)
+    return [dataclasses.replace(layer, spec=spec) for layer in layers]
 
 
 def _cache_name(path: Path) -> str:

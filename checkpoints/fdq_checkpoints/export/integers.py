@@ -83,6 +83,34 @@ def integers(layer: Layer, weight: StoredWeight) -> Integers:
     return Integers(bits, codes, scale, weight.arrays.get("zero"))
 
 
+def with_zero_points(weight: StoredWeight) -> StoredWeight | None:
+    """A weight with offsets as one with zero points, the same numbers; None where there are none.
+
+    Offsets are then whole multiples of the scales, from 0 to the highest code, as HQQ rounds them.
+    """
+    own = own_bits(weight.spec)
+    assert own is not None
+    scale, offset = (weight.arrays[name].astype(np.float64) for name in ("scale", "offset"))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        zero = np.where((scale == 0) & (offset == 0), 2.0 ** (own - 1), np.rint(-offset / scale))
+    held = np.isfinite(zero) & (zero >= 0) & (zero < 2**own)
+    # Exact: a product of 24 bits and 8.
+    if not held.all() or (zero * scale != -offset).any():
+        return None
+    arrays = {name: array for name, array in weight.arrays.items() if name != "offset"}
+    return StoredWeight(
+        zero_point_spec(weight.spec),
+        weight.k,
+        weight.codes,
+        {**arrays, "zero": zero.astype(np.uint8)},
+    )
+
+
+def zero_point_spec(spec: WeightSpec) -> WeightSpec:
+    """With zero points in place of offsets."""
+    return dataclasses.replace(spec, zero_point="integer")
+
+
 def group_index(layer: Layer, weight: StoredWeight) -> np.ndarray:
     """The group of each row of the weight, int32 `[K]`, which its codes are written in."""
     index = (np.arange(layer.k) // layer.group).astype(np.int32)

@@ -1,20 +1,20 @@
-"""What of an unfinished job is on disk: its journal, and the pieces of the stack in the making."""
+"""What of an unfinished job is on disk: its journal, and pieces of what no batch has yet."""
 
 import dataclasses
-import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fdq.formats.qtensor import QTensor
+from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.store import manifest
 from fdq_checkpoints.store.manifest import TensorEntry
@@ -26,23 +26,35 @@ _PIECES = "pieces"
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The file of the matrices up to `stop` of the stack at `path`, after those of the last one."""
+    """Where the columns `[start, stop)` of the tensor at `path` are, and their checksum.
+
+    Columns are counted through all matrices of a stack (`columns_of`).
+    """
 
     path: Path
     file: str
+    offset: int
+    nbytes: int
+    start: int
     stop: int
+    crc32: int
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """The columns of all matrices of a tensor together; 1 of what has no matrices."""
+    return max(1, math.prod(shape[:-2]) * shape[-1]) if len(shape) > 1 else 1
 
 
 class Journal:
-    """A line of JSON for the job, one for each batch and piece, one for the end.
+    """A line of JSON for the job, one for each batch and file of pieces, one for the end.
 
     `done` are the tensors that were written, `batches` the directories that hold them, `pieces`
-    those of the stack that is not; `job` and `files` are what `begin` was told.
+    those of tensors that were not; `job` and `files` are what `begin` was told.
     """
 
     def __init__(self, path: pathlib.Path):
         self._path, self._key = path, None
-        self._lock = threading.Lock()  # batches are noted by the thread that wrote them
+        self._lock = threading.RLock()  # batches are noted by the thread that wrote them
         self.done: list[TensorEntry] = []
         self.batches: list[str] = []
         self.pieces: list[Piece] = []
@@ -64,8 +76,8 @@ class Journal:
             self.batches = line.get("batches", self.batches)
             written = line.get("tensors", [])
             self._note([manifest.tensor_from_json(entry, str(self._path)) for entry in written])
-            if "file" in line:
-                self.pieces.append(Piece(tuple(line["path"]), line["file"], line["stop"]))
+            for piece in line.get("pieces", []):
+                self.pieces.append(Piece(**piece | {"path": tuple(piece["path"])}))
 
     def is_of(self, key: str) -> bool:
         """Whether an equal job wrote it."""
@@ -115,14 +127,22 @@ class Journal:
     def add(self, batches: list[str], tensors: list[TensorEntry]) -> None:
         """A batch of tensors is on disk, in these directories together with all before."""
         written = [manifest.tensor_to_json(entry) for entry in tensors]
-        self._append({"batches": batches, "tensors": written})
-        self.batches = batches
-        self._note(tensors)
+        with self._lock:
+            self._append({"batches": batches, "tensors": written})
+            self.batches = batches
+            self._note(tensors)
 
-    def add_piece(self, piece: Piece) -> None:
-        """A piece is on disk."""
-        self._append(dataclasses.asdict(piece))
-        self.pieces.append(piece)
+    def add_pieces(self, pieces: list[Piece]) -> None:
+        """These are on disk."""
+        with self._lock:
+            self._append({"pieces": [dataclasses.asdict(piece) for piece in pieces]})
+            written = {entry.path for entry in self.done}  # meanwhile
+            self.pieces += [piece for piece in pieces if piece.path not in written]
+
+    def columns(self) -> dict[Path, int]:
+        """How many columns of tensors that no batch has are on disk."""
+        with self._lock:
+            return {piece.path: piece.stop for piece in self.pieces}
 
     def finish(self) -> None:
         """All is put together where it belongs."""
@@ -165,81 +185,131 @@ class Journal:
 
 
 class Pieces:
-    """Keeps the matrices of a stack (a layer's experts) that took long, before it is whole.
+    """Keeps what took long and is in no batch: whole tensors, and columns of the one in the making.
 
-    A stack may take minutes; `keep`, which should `flush`, is called when a matrix has waited for
-    so many `seconds`.
+    A batch is written when it is large, and a matrix may take minutes; `keep`, which should
+    `flush`, is called when something has waited for so many `seconds` (or 4 times what its writing
+    takes).
     """
 
     def __init__(
         self, folder: pathlib.Path, journal: Journal, *, seconds: float, keep: Callable[[], None]
     ):
         self._folder, self._journal, self._keep = folder / _PIECES, journal, keep
-        self._seconds = seconds
-        self._last = time.monotonic()
-        self._written = 0  # matrices of the stack that are on disk
+        self._seconds, self._took, self._last = seconds, 0.0, time.monotonic()
+        self._written: dict[Path, int] = {}  # columns that are on disk
+        self._sound: dict[Piece, bool] = {}
         self._made: tuple[Tensor, Mapping[str, np.ndarray], int] | None = None
 
     def start_of(self, tensor: Tensor) -> int:
-        """How many matrices of a stack an earlier process made."""
-        found = itertools.takewhile(self._is_there, self._of(tensor))
-        return max((piece.stop for piece in found), default=0)
+        """How many columns of a tensor an earlier process made; all, if it was whole."""
+        found = self._chain(tensor)
+        self._written[tensor.path] = found[-1].stop if found else 0
+        return self._written[tensor.path]
 
-    def _of(self, tensor: Tensor) -> list[Piece]:
-        return [piece for piece in self._journal.pieces if piece.path == tensor.path]
+    def _chain(self, tensor: Tensor) -> list[Piece]:
+        """Its pieces from the first column on, as far as none is missing or damaged."""
+        found: list[Piece] = []
+        for piece in self._journal.pieces:
+            stop = found[-1].stop if found else 0
+            if piece.path == tensor.path and piece.start == stop and self._is_sound(piece):
+                found.append(piece)
+        return found
 
-    def _is_there(self, piece: Piece) -> bool:
-        return (self._folder / piece.file).is_file()
+    def _is_sound(self, piece: Piece) -> bool:
+        if piece not in self._sound:
+            data = self._bytes(piece)
+            self._sound[piece] = len(data) == piece.nbytes and zlib.crc32(data) == piece.crc32
+        return self._sound[piece]
 
-    def begun(self, tensor: Tensor) -> tuple[dict[str, np.ndarray], int]:
-        """The arrays of a quantized stack, filled as far as an earlier process came, and how far.
+    def _bytes(self, piece: Piece) -> bytes:
+        try:
+            with open(self._folder / piece.file, "rb") as file:
+                file.seek(piece.offset)
+                return file.read(piece.nbytes)
+        except FileNotFoundError:
+            return b""
 
-        `tensor` is abstract.
-        """
-        assert isinstance(tensor.value, QTensor)
-        arrays = {
-            name: np.empty(array.shape, array.dtype)
-            for name, array in tensor.value.arrays().items()
-        }
-        start = 0
-        for piece in itertools.takewhile(self._is_there, self._of(tensor)):
-            with np.load(self._folder / piece.file) as stored:
-                for name, array in arrays.items():
-                    part = array[start : piece.stop]
-                    part[...] = stored[name].view(array.dtype).reshape(part.shape)
-            start = piece.stop
-        self._written, self._made, self._last = start, None, time.monotonic()
-        return arrays, start
+    def begun(self, tensor: Tensor) -> dict[str, np.ndarray]:
+        """A tensor's arrays, filled as far as an earlier process came; `tensor` is abstract."""
+        kinds = tree_paths.arrays_of(tensor.value).items()
+        arrays = {name: np.empty(array.shape, array.dtype) for name, array in kinds}
+        for piece in self._chain(tensor):
+            data, at = self._bytes(piece), 0
+            for part in _parts(arrays, tensor.value.shape, piece.start, piece.stop):
+                stored = np.frombuffer(data, part.dtype, part.size, at)
+                part[...] = stored.reshape(part.shape)
+                at += part.nbytes
+        return arrays
 
     def made(self, tensor: Tensor, arrays: Mapping[str, np.ndarray], stop: int) -> None:
-        """The first `stop` matrices of a stack are there."""
-        self._made = (tensor, arrays, stop)
-        if stop == tensor.value.shape[0]:  # whole, and the next batch has it
-            self._made = None
-        elif time.monotonic() - self._last >= self._seconds:
+        """The first `stop` columns of a tensor are there."""
+        whole = stop == columns_of(tensor.value.shape)
+        self._made = None if whole else (tensor, arrays, stop)  # a batch gets the whole
+
+    def tick(self) -> None:
+        """Keeps what is there, if that was some time ago; to be called again and again."""
+        if time.monotonic() - self._last >= max(self._seconds, 4 * self._took):
             self._keep()
 
-    def flush(self) -> None:
-        """Writes what is not on disk yet."""
-        if self._made is None or self._made[2] == self._written:
-            return
-        tensor, arrays, stop = self._made
-        self._folder.mkdir(exist_ok=True)
-        mark = zlib.crc32("\0".join(tensor.path).encode())
-        name = f"{len(self._journal.done)}-{mark:08x}-{stop}.npz"
-        # As bytes: NumPy's files know no bfloat16.
-        parts = {
-            key: np.ascontiguousarray(array[self._written : stop]).reshape(-1).view(np.uint8)
-            for key, array in arrays.items()
-        }
-        with open(self._folder / name, "wb") as file:
-            np.savez(file, allow_pickle=False, **parts)
+    def flush(
+        self, waiting: Iterable[tuple[Path, tuple[int, ...], Mapping[str, np.ndarray]]] = ()
+    ) -> None:
+        """Writes what is not on disk yet: `waiting` (path, shape, arrays) and the one begun."""
+        begin = time.monotonic()
+        todo = [(path, shape, arrays, columns_of(shape)) for path, shape, arrays in waiting]
+        if self._made is not None:
+            tensor, arrays, stop = self._made
+            todo.append((tensor.path, tuple(tensor.value.shape), arrays, stop))
+        todo = [one for one in todo if one[3] > self._written.get(one[0], 0)]
+        if todo:
+            self._folder.mkdir(exist_ok=True)
+            self._journal.add_pieces(self._write(todo))
+            self._written |= {path: stop for path, _, _, stop in todo}
+        self._last = time.monotonic()
+        self._took = self._last - begin
+
+    def _write(
+        self, todo: list[tuple[Path, tuple[int, ...], Mapping[str, np.ndarray], int]]
+    ) -> list[Piece]:
+        number = max((int(name) for name in os.listdir(self._folder)), default=-1) + 1
+        pieces = []
+        with open(self._folder / str(number), "xb") as file:
+            for path, shape, arrays, stop in todo:
+                start, offset, crc = self._written.get(path, 0), file.tell(), 0
+                for part in _parts(arrays, shape, start, stop):
+                    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+                    crc = zlib.crc32(data, crc)
+                    file.write(data)
+                size = file.tell() - offset
+                pieces.append(Piece(path, str(number), offset, size, start, stop, crc))
             file.flush()
             os.fsync(file.fileno())
-        self._journal.add_piece(Piece(tensor.path, name, stop))
-        self._written, self._last = stop, time.monotonic()
+        return pieces
 
     def drop_done(self) -> None:
-        """Removes the files of stacks that were written whole."""
-        if not self._journal.pieces:
+        """Removes the files of what batches have."""
+        if not self._folder.is_dir():
+            return
+        wanted = {piece.file for piece in self._journal.pieces}
+        for name in set(os.listdir(self._folder)) - wanted:
+            (self._folder / name).unlink()
+        if not wanted:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _parts(
+    arrays: Mapping[str, np.ndarray], shape: Sequence[int], start: int, stop: int
+) -> Iterator[np.ndarray]:
+    """Views of the arrays: what belongs to the columns `[start, stop)` of a tensor of `shape`."""
+    if start == 0 and stop == columns_of(shape):
+        yield from arrays.values()
+        return
+    n = shape[-1]
+    for index in range(start // n, -(-stop // n)):
+        first, last = max(start - index * n, 0), min(stop - index * n, n)
+        for array in arrays.values():
+            matrix = array if len(shape) == 2 else array[index]
+            # Scales of blocks are fewer than columns, and no block is in two parts.
+            width = matrix.shape[-1]
+            yield matrix[..., first * width // n : last * width // n]

@@ -10,13 +10,11 @@ import concurrent.futures
 import contextlib
 import gc
 import logging
-import math
 import os
 import pathlib
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -47,8 +45,8 @@ class TreeWriter:
 
     A batch is written while the next one is gathered. `on_batch` gets after each, in a thread of
     its own, the names of the directories beside `path` that hold all so far, and what was noted
-    (`note`) since the batch before. With `seconds`, no array waits longer than that, or than 8
-    times what its writing takes.
+    (`note`) since the batch before. With it, a process that is killed in `finalize` leaves all
+    batches as they were.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class TreeWriter:
         *,
         total_bytes: int,
         on_batch: Callable[[list[str], list[Any]], None] | None = None,
-        seconds: float = math.inf,
     ):
         self._path = path.absolute()
         self._limit = max(MIN_BATCH_BYTES, -(-total_bytes // MAX_BATCHES))
@@ -69,7 +66,6 @@ class TreeWriter:
         self._writing: concurrent.futures.Future[None] | None = None
         self._failed: Exception | None = None
         self._batches = 0
-        self._seconds, self._took, self._last = seconds, 0.0, time.monotonic()
 
     def add(self, path: tree_paths.Path, array: Any) -> None:
         """Queue one array (not of size zero, which Orbax cannot write)."""
@@ -82,12 +78,13 @@ class TreeWriter:
         self._notes.append(note)
 
     def flush_if_full(self) -> None:
-        """Write the batch when it is large or old enough; call it between whole tensors."""
-        patience = max(self._seconds, 8 * self._took)
-        due = time.monotonic() - self._last >= patience
-        idle = self._writing is None or self._writing.done()
-        if self._batch_bytes >= self._limit or (due and idle):
+        """Write the batch when it is large enough; call it between whole tensors."""
+        if self._batch_bytes >= self._limit:
             self.cut()
+
+    def waiting(self) -> tuple[list[Any], dict[tree_paths.Path, np.ndarray]]:
+        """The notes and the arrays that are in no batch yet."""
+        return list(self._notes), dict(self._batch)
 
     def make_room(self, nbytes: int) -> None:
         """Write the batch before something large is gathered: or both would be in memory."""
@@ -116,7 +113,6 @@ class TreeWriter:
         self._batches += 1
         batch, notes = self._batch, self._notes
         self._batch, self._notes, self._batch_bytes = {}, [], 0
-        self._last = time.monotonic()
         self._writing = self._thread.submit(self._write, batch, notes)
         if jax.process_count() > 1:
             self._wait()  # collectives of two threads would come in another order elsewhere
@@ -137,19 +133,24 @@ class TreeWriter:
         self._thread.shutdown(wait=True)
 
     def _write(self, batch: dict[tree_paths.Path, np.ndarray], notes: list[Any]) -> None:
-        start = time.monotonic()
         with _writing(self._path):
             ocp.partial.save(str(self._path), tree_paths.nested(batch))
         if self._on_batch is not None:
             self._on_batch(pending_directories(self._path), notes)
-        self._took = time.monotonic() - start
 
     def finalize(self) -> None:
         """Write what is left and put everything together at `path`."""
         self.flush()
         self._thread.shutdown()
+        # Orbax merges the batches in place: of a process that is killed meanwhile nothing is left.
+        path = self._path
+        if self._on_batch is not None and jax.process_count() == 1:
+            path = _linked(self._path) or path
         with _writing(self._path):
-            ocp.partial.finalize(str(self._path))
+            ocp.partial.finalize(str(path))
+        if path != self._path:
+            path.rename(self._path)
+            shutil.rmtree(_partial(self._path))
 
 
 def pending_directories(path: pathlib.Path) -> list[str]:
@@ -174,7 +175,41 @@ def keep_only(path: pathlib.Path, batches: list[str]) -> bool:
     for entry in path.parent.iterdir():
         if entry.name.startswith(path.name) and entry.name.endswith(_UNFINISHED):
             shutil.rmtree(entry)
+    for copy in (_copy(path), _partial(_copy(path))):
+        shutil.rmtree(copy, ignore_errors=True)
     return True
+
+
+def drop_batches(path: pathlib.Path) -> None:
+    """Remove what a process that was killed left beside a tree that is whole."""
+    for entry in (_partial(path), _copy(path), _partial(_copy(path))):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+
+
+def _linked(path: pathlib.Path) -> pathlib.Path | None:
+    """A path whose batches are those of `path`, by hard links; None where there are no links.
+
+    Files of data are never written again; what else there is, is small and copied.
+    """
+    copy = _copy(path)
+
+    def link(source: str, destination: str) -> None:
+        if pathlib.Path(source).parent.name == "d":
+            os.link(source, destination)
+        else:
+            shutil.copyfile(source, destination)
+
+    try:
+        shutil.copytree(_partial(path), _partial(copy), copy_function=link)
+    except (OSError, shutil.Error):
+        shutil.rmtree(_partial(copy), ignore_errors=True)
+        return None
+    return copy
+
+
+def _copy(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".whole")
 
 
 def _partial(path: pathlib.Path) -> pathlib.Path:
