@@ -24,6 +24,7 @@ from pallas_kernels.aot.kernel_cases import (
     mma_weights,
 )
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
+from pallas_kernels.matmul.gathered_mma import gathered_mma
 from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
 from pallas_kernels.matmul.mma import mma_matmul
@@ -155,6 +156,7 @@ def _integer(weight: _Weight, rows: int, k: int, n: int) -> Program:
 
 def _mma_cases() -> list[KernelCase]:
     """Tensor cores, from sm_80 on, where there is a form of the format for them."""
+    gpus = tuple(gpu for gpu in ALL if gpu != "t4")
 
     def case(name: str, rows: int) -> KernelCase:
         weight = _weights()[name]
@@ -164,7 +166,7 @@ def _mma_cases() -> list[KernelCase]:
             name=f"{kernel}, {k} x {n}",
             kernel=kernel,
             build=functools.partial(_mma, weight, rows, k, n),
-            gpus=tuple(gpu for gpu in ALL if gpu != "t4"),
+            gpus=gpus,
             representative=True,
             weights_per_iteration=functools.partial(mma_weights, rows, weight.format.terms),
             bytes_per_weight=weight.bytes_per_weight(),
@@ -175,18 +177,39 @@ def _mma_cases() -> list[KernelCase]:
         layout = weight.layout(*_REPRESENTATIVE)
         return weight.format.paired_rows is not None and layout.segment_units % UNITS == 0
 
+    def experts(name: str) -> KernelCase:
+        weight, tokens = _weights()[name], 16
+        kernel = f"{tokens} rows x experts {name}"
+        return KernelCase(
+            name=f"{kernel}, 6 of 64",
+            kernel=kernel,
+            build=functools.partial(_experts_mma, weight, tokens),
+            gpus=gpus,
+            representative=True,
+            weights_per_iteration=functools.partial(mma_weights, 8, weight.format.terms),
+            bytes_per_weight=weight.bytes_per_weight(),
+            report="gathered_mma",
+        )
+
     often = {"int4 groups of 128": (1, 8, 16, 32, 64), "int8 per channel": (8, 32, 64)}
-    return [
+    dense = [
         case(name, rows)
         for name, weight in _weights().items()
         if has_form(weight)
         for rows in often.get(name, (16,))
     ]
+    return [*dense, *(experts(name) for name in (*often, "WINT2's code"))]
 
 
 def _mma(weight: _Weight, rows: int, k: int, n: int) -> Program:
     arguments = (abstract((rows, k), "bfloat16"), weight.kernel_weight(k, n))
     return Program(function=mma_matmul, arguments=arguments)
+
+
+def _experts_mma(weight: _Weight, tokens: int) -> Program:
+    experts, picks, hidden, inner = 64, 6, 2560, 1536
+    index, x = abstract((tokens * picks,), "int32"), abstract((tokens, hidden), "bfloat16")
+    return Program(gathered_mma, (x, weight.kernel_weight(hidden, 2 * inner, experts), index))
 
 
 def _mlp_cases() -> list[KernelCase]:
