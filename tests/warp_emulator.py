@@ -17,11 +17,11 @@ import ml_dtypes
 import numpy as np
 from ptx_machine import add_downwards
 
+from pallas_kernels.matmul import mma_products
 from pallas_kernels.mosaic import (
     lane_instructions,
     mma_fragments,
     mma_instructions,
-    mma_products,
 )
 
 THREADS = 128

@@ -28,8 +28,8 @@ from pallas_kernels.matmul.gathered_mma import gathered_mma
 from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
 from pallas_kernels.matmul.mma import mma_matmul
+from pallas_kernels.matmul.mma_products import UNITS
 from pallas_kernels.matmul.row_sources import Gated, Normed
-from pallas_kernels.mosaic.mma_products import UNITS
 from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import to_kernel
 from pallas_kernels.weights.layout import WeightLayout

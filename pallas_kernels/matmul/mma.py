@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.device import MOST_MMA_ROWS, default_device
+from pallas_kernels.matmul import mma_products as mma
 from pallas_kernels.matmul.core import (
     WeightRefs,
     group_of,
@@ -35,7 +36,6 @@ from pallas_kernels.matmul.core import (
 )
 from pallas_kernels.matmul.matrix_vector import kernel_name, multiprocessors, whole_split
 from pallas_kernels.matmul.row_sources import Rows, finished, rows_cotangent, rows_shape
-from pallas_kernels.mosaic import mma_products as mma
 from pallas_kernels.mosaic.launch import launch, load, store
 from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.typing import Array, Float

@@ -9,7 +9,7 @@ from closeness import error
 from covering import slow
 from warp_emulator import emulated_gpu
 
-from pallas_kernels.mosaic import mma_products as mma
+from pallas_kernels.matmul import mma_products as mma
 from pallas_kernels.weights.decoded_weight import decoded_weight
 
 BOUND = 1e-6
