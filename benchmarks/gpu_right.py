@@ -97,7 +97,7 @@ def right_cases() -> list[RightCase]:
         cases += [matrix("gated", format, "down", m) for m in (1, 8)]
         cases += [matrix("plain", format, "down", m, "int8") for m in (1, 8)]
     cases += [RightCase("experts", case) for case in experts if case.tokens in (1, 4)]
-    cases += [matrix(cores, format, "down", 16) for format in _FORMATS[2:] if format != "WNVFP4"]
+    cases += [matrix(cores, format, "down", 16) for format in _FORMATS[2:]]
     return cases + [matrix("plain", format, "down", m) for format in _FORMATS[2:] for m in (1, 8)]
 
 

@@ -199,8 +199,9 @@ def _mma_cases() -> list[KernelCase]:
 
 
 def _has_mma(weight: _Weight) -> bool:
-    layout = weight.layout(*_REPRESENTATIVE)
-    return weight.format.paired_rows is not None and layout.segment_units % UNITS == 0
+    words, layout = weight.format, weight.layout(*_REPRESENTATIVE)
+    whole = words.scaled_fragments or layout.segment_units % UNITS == 0
+    return words.paired_rows is not None and whole
 
 
 def _mma(weight: _Weight, rows: int) -> Program:
