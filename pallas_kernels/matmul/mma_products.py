@@ -114,11 +114,10 @@ def multiply(
     layouts += [column_layout()] * (len(columns) + len(own))
 
     def emit(sums, x, *rest):
-        count = len(words)
-        parts = [[ptx.lanes(a.registers.flat[0]) for a in rest[:count]]]
-        parts += [[ptx.lanes(a.registers.flat[0]) for a in rest[count:]]]
-        unit = None if half is None else mgpu.thread_idx()
-        return _emit_product(sums, x, *parts, format, dtype, middle, len(own) > 0, half, unit)
+        numbers = [ptx.lanes(a.registers.flat[0]) for a in rest]
+        first, numbers = numbers[: len(words)], numbers[len(words) :]
+        offsets = _emit_offsets(numbers[len(columns) :], exponent, dtype, middle, half)
+        return _emit_product(sums, x, first, numbers[: len(columns)], offsets, format, dtype)
 
     return _inline(emit, layouts, sums.shape, sum_layout())(*arrays)
 
@@ -202,21 +201,24 @@ def _inline(emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: A
     return decorate(lambda _context, *arrays: emit(*arrays))
 
 
-def _emit_product(sums, x, words, numbers, format, dtype, middle, with_own, half, unit):
-    exponent = format.fragment_exponent(dtype)
-    *constants, zero = numbers if with_own else [*numbers, None]
+def _emit_offsets(own, exponent: int, dtype, middle: float, half):
+    """What the fragments of a thread's four columns are offset by, or scaled with."""
+    if half is not None:
+        unit = mgpu.thread_idx()
+        return [ptx.e4m3_scales(word, half, unit, dtype) for word in own[0]]
+    if own:
+        return [ptx.scaled_pair(zero, -(2.0**exponent), dtype) for zero in own[0]]
+    return [ptx.float_pair(-middle * 2.0**exponent, dtype) if middle else None] * 4
+
+
+def _emit_product(sums, x, words, constants, offsets, format, dtype):
     acc = [[ptx.lanes(reg) for reg in four] for four in sums.registers.reshape(-1, 4)]
     rows = x.registers.reshape(len(acc), -1)
     rows = [[word for reg in row for word in ptx.lanes(reg)] for row in rows]
     columns = []
     for c in range(4):
-        offset = ptx.float_pair(-middle * 2.0**exponent, dtype) if middle else None
-        if half is not None:
-            offset = ptx.e4m3_scales(zero[c], half, unit, dtype)
-        elif zero is not None:
-            offset = ptx.scaled_pair(zero[c], -(2.0**exponent), dtype)
         own = [word[c] for word in words], [constant[c] for constant in constants]
-        columns.append(format.fragments(*own, offset, dtype))
+        columns.append(format.fragments(*own, offsets[c], dtype))
     for a in (0, 2):  # columns 4r + a and 4r + a + 1
         for low, high in zip(columns[a], columns[a + 1], strict=True):
             for i in range(0, len(low), 2):
