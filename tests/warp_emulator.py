@@ -17,11 +17,11 @@ import ml_dtypes
 import numpy as np
 from ptx_machine import add_downwards
 
+from pallas_kernels.matmul import mma_products
 from pallas_kernels.mosaic import (
     lane_instructions,
     mma_fragments,
     mma_instructions,
-    mma_products,
 )
 
 THREADS = 128
@@ -262,13 +262,13 @@ def emulated_gpu(monkeypatch):
     names = {n: getattr(real, n) for n in ("Layout", "Tiling", "Replicated", "ShapeDtypeStruct")}
     mosaic = types.SimpleNamespace(inline_mgpu=_inline_mgpu, **names)
     arrays = types.SimpleNamespace(
-        FragmentedArray=lambda _registers, _layout, _is_signed: Fragments(_registers, _layout)
+        thread_idx=lambda: Value("i32", np.arange(THREADS, dtype="u4")),
+        FragmentedArray=lambda _registers, _layout, _is_signed: Fragments(_registers, _layout),
     )
-    block = types.SimpleNamespace(thread_idx=lambda: Value("i32", np.arange(THREADS, dtype="u4")))
     with monkeypatch.context() as patch:
         for name, value in {"ir": _IR, "arith": _ARITH, "llvm": _LLVM, "nvvm": _NVVM}.items():
             patch.setattr(lane_instructions, name, value)
-        patch.setattr(lane_instructions, "mgpu", block)
+        patch.setattr(lane_instructions, "mgpu", arrays)
         for name, value in {
             "mg": mosaic,
             "mgpu": arrays,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.matmul import mma_products as mma
 from pallas_kernels.matmul.core import kernel_operands
 from pallas_kernels.matmul.matrix_vector import kernel_name, multiprocessors
 from pallas_kernels.matmul.mma import (
@@ -31,7 +32,6 @@ from pallas_kernels.matmul.mma import (
     unsupported,
 )
 from pallas_kernels.matmul.row_sources import Rows, finished, rows_shape
-from pallas_kernels.mosaic import mma_products as mma
 from pallas_kernels.mosaic.launch import launch
 from pallas_kernels.transformations import batchable
 from pallas_kernels.typing import Array, Float, Int

@@ -110,6 +110,23 @@ def shifted(word, left: int):
     return arith.shli(word, constant(left))
 
 
+def e4m3_scales(word, half: int, unit, dtype: Any):
+    """Two floats of the positive e4m3 in byte `2 * half + unit / 2` of a word.
+
+    `unit` is an i32 of 0 .. 3. Of bfloat16 they are 2^118 times the scale: what makes up for the
+    exponents of e2m1 (2^126) and leaves room for the largest scale.
+    """
+    word = arith.shrui(word, constant(16 * half)) if half else word
+    shift = arith.shli(arith.andi(unit, constant(2)), constant(2))
+    byte = arith.andi(arith.shrui(word, shift), constant(0x7F))
+    both = arith.ori(byte, arith.shli(byte, constant(16)))
+    wide = dtype == jnp.bfloat16
+    both = arith.shli(both, constant(4 if wide else 7))
+    for power in (127, 111) if wide else (8,):  # 2^-120 or 2^-8 of it so far
+        both = multiply_add(both, power_pair(power, dtype), None, dtype)
+    return both
+
+
 def power_pair(exponent: int, dtype: Any):
     """Two floats `2**exponent`, of the normal ones."""
     half = (exponent + 127) << 7 if dtype == jnp.bfloat16 else (exponent + 15) << 10

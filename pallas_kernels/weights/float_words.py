@@ -213,6 +213,22 @@ class GlobalScaleWords(Float4Words):
 
     column_scale: str | None = "global_scale"
 
+    @property
+    def scaled_fragments(self) -> bool:
+        """e4m3 times e2m1 has 5 bits."""
+        return True
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """That of scales (see `mma_instructions.e4m3_scales`) and, in float16, of codes."""
+        return -8 if dtype == jnp.bfloat16 else super().fragment_exponent(dtype)
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """Bits put in their places, times the scale."""
+        pairs = [mma.moved(words[0], m) for m in self.moves(7 if dtype == jnp.bfloat16 else 10)]
+        return [[mma.multiply_add(pair, offset, None, dtype) for pair in pairs]]
+
     def extra_shapes(self, n: int) -> dict[str, tuple[int, int]]:
         """One number."""
         return {"global_scale": (1, 1)}

@@ -132,6 +132,13 @@ class WordFormat:
         """Two to it is what `fragments` are multiplied by."""
         return 0
 
+    @property
+    def scaled_fragments(self) -> bool:
+        """Whether `offset` of `fragments` is instead the scale of a unit: it has so few bits that
+        products with it are 16-bit floats, and its groups are too small for sums of their own.
+        """
+        return False
+
     def fragments(
         self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
     ) -> list[list[Any]]:

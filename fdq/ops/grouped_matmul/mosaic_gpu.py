@@ -64,9 +64,9 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         if a.shard:  # what is computed of others' rows does not count
             index = jnp.minimum(index, a.w.shape[0] - 1)
         if mosaic_mma.chosen(a):
-            parts, more = mosaic_mma.gathered_sums(a.x, kernel_weight(a.w), index, a.tokens), None
-        else:
-            parts, more = gathered_sums(a.x, kernel_weight(a.w), index, shared)
+            parts = mosaic_mma.gathered_sums(a.x, kernel_weight(a.w), index, a.tokens)
+            return parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
+        parts, more = gathered_sums(a.x, kernel_weight(a.w), index, shared)
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         if b is None:
             return parts

@@ -28,7 +28,7 @@ ONE_OF_A_KIND = (
     "top-k experts",
 )
 ON_TENSOR_CORES = (
-    ("16 rows x int3 groups of 128", "h100"),
+    ("16 rows x experts", "h100"),
     ("64 rows x int4 groups of 128", "h100"),
     ("8 rows x int8 per channel", "a100"),
 )

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from canonical_weights import Case, generator, random_weight
@@ -38,6 +39,7 @@ def product(x, values):
         longest(INT4, 64, 384, 256, BF16),
         slow(INT8, 33, 100, 72, BF16),
         longest(INT8, 8, 300, 256, F16),
+        slow(Case("nvfp4", "group", 16, scale_dtype=ml_dtypes.float8_e4m3fn), 9, 256, 128, BF16),
         slow(ZEROS, 16, 192, 128, BF16),
         longest(Case("int8", "group", 64, zero_point="integer"), 9, 128, 128, BF16),
         longest(Case("int4", "group", 32, zero_point="half"), 9, 96, 128, F16),

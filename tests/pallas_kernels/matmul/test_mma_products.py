@@ -9,7 +9,7 @@ from closeness import error
 from covering import slow
 from warp_emulator import emulated_gpu
 
-from pallas_kernels.mosaic import mma_products as mma
+from pallas_kernels.matmul import mma_products as mma
 from pallas_kernels.weights.decoded_weight import decoded_weight
 
 BOUND = 1e-6
@@ -24,7 +24,7 @@ def tile(case, dtype, m, rng):
     count = words.words
     own = w.words[: mma.UNITS * count].reshape(mma.UNITS, count, 128)
     ones = w.scale
-    if ones is not None:
+    if ones is not None and not words.scaled_fragments:
         ones = jnp.full_like(ones, ONES.get(w.layout.scale_dtype, 1))
     whole = w.column_scale if w.column_scale is None else jnp.ones_like(w.column_scale)
     plain = type(w)(w.words, ones, w.zero, whole, w.constants, {}, layout)
@@ -35,6 +35,8 @@ def tile(case, dtype, m, rng):
     if w.zero is not None:
         settings["zero"] = (w.zero[0] & 255).astype(jnp.float32)
     values = values[:k]
+    if words.scaled_fragments:
+        settings["scales"] = w.scale[0], 0
     expected = values.T @ np.asarray(x, np.float64).T * 2.0 ** words.fragment_exponent(dtype)
     return [own[:, i] for i in range(count)], mma.paired(x, words), words, settings, expected
 
@@ -56,6 +58,7 @@ FORMATS = [
             Case("float8_e4m3", "channel", scale_dtype=np.float32),
             Case("float8_e5m2", "channel", scale_dtype=np.float32),
             Case("mxfp4", "group", 32, scale_dtype=ml_dtypes.float8_e8m0fnu),
+            Case("nvfp4", "group", 16, scale_dtype=ml_dtypes.float8_e4m3fn),
             Case("mxfp8", "group", 32, scale_dtype=ml_dtypes.float8_e8m0fnu),
             Case("cc2", "group", 64),
         )
