@@ -1,13 +1,15 @@
-"""A whole decode step compiled for a GPU that is not there, with abstract weights.
+"""A whole decode step, or a prompt's, compiled for a GPU that is not there, with abstract weights.
 
 A step is what `fdq.decode` runs for each token: the last token in, logits, the most likely token,
-the new state; cache and state are donated. The weights are shapes only, quantized and laid out by
-the code that does it to arrays, so that a model of 300 billion parameters needs no memory.
+the new state; cache and state are donated. With `prefill` it is what `fdq.prefill` runs for so many
+tokens of each prompt: a chunk in, the cache out. The weights are shapes only, quantized and laid
+out by the code that does it to arrays, so that a model of 300 billion parameters needs no memory.
 """
 
 import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,11 @@ import jax.numpy as jnp
 from fdq.analysis.planner import find_config, plan
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import functional
+from fdq.decoding.programs import extend
 from fdq.decoding.state import DecodeState
+from fdq.formats.qtensor import QuantizedWeight
 from fdq.models import abstract
+from fdq.nn.parameters import current_split
 from fdq.ops import prepare
 from fdq.quantizers.quantization import quantize
 from pallas_kernels.aot.ahead_of_time import KernelReport, Report, compile_cases
@@ -50,7 +55,7 @@ class DecodeStepReport:
       weight_bytes, cache_bytes: of what is compiled (`layers`).
       alias_bytes: written in place; the whole cache if nothing copies it.
       large_results: copies of weights or of the cache, what stands for one, and what kernels write
-        (partial sums).
+        (partial sums; of prompts decoded weights, which products read).
       copies: copy thunks: (count, bytes of all).
     """
 
@@ -62,6 +67,7 @@ class DecodeStepReport:
     of_layers: int
     context: int
     batch: int
+    prefill: int  # tokens of each prompt; 0 for a decode step
     ok: bool
     error: str
     traceback: str
@@ -110,13 +116,27 @@ def config_for(model: str, gpu: str, layers: int | None = None) -> Any:
 
 
 def program(
-    model: str, scheme: Any, gpu: str, *, layers: int | None, context: int, batch: int
+    model: str,
+    scheme: Any,
+    gpu: str,
+    *,
+    layers: int | None,
+    context: int,
+    batch: int,
+    prefill: int = 0,
 ) -> Program:
     """The step of a model with abstract weights; called while `gpu` is the default device."""
     config = config_for(model, gpu, layers)
     quantized = quantize(abstract(config), scheme)
     cache_spec = quantized.cache_spec
     prepared = prepare(quantized, device=default_device())
+    if prefill:
+        template, params = current_split(prepared)
+        cache = functools.partial(KVCache.init, config, batch, context, cache_spec)
+        tokens = jax.ShapeDtypeStruct((batch, prefill), jnp.int32)
+        numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (batch,)))
+        arguments = (params, tokens, jax.eval_shape(cache), *numbers)
+        return Program(functools.partial(extend, template), arguments, donate=(2,))
     step, params = functional(prepared)
 
     def start() -> DecodeState:
@@ -139,23 +159,28 @@ def report(
     layers: int | None = None,
     context: int = 4096,
     batch: int = 1,
+    prefill: int = 0,
     update: Callable[[Report], None] | None = None,
 ) -> DecodeStepReport:
     """Compiles a model's decode step, and two and three layers of it for the count a layer.
 
     `model` is what `fdq.plan` takes, `scheme` what `fdq.quantize` takes and pickle can carry,
     `gpu` a name in `pallas_kernels.aot.gpu_targets.GPUS`; None of `layers` is the whole model.
-    `update` is called after each of the compiles, up to three. Needs the extra `aot`.
+    With `prefill`, at most `context`, a chunk of so many tokens of each prompt stands in for the
+    step. `update` is called after each of the compiles, up to three. Needs the extra `aot`.
     """
     gpu = find(gpu).name
+    if not 0 <= prefill <= context:
+        raise ValueError(f"--prefill {prefill}: expected 1 to {context}, the slots of the cache.")
     of_layers = config_for(model, gpu).num_layers
     wanted = config_for(model, gpu, layers).num_layers
     counts = [wanted] + [n for n in (2, 3) if n != wanted and of_layers >= 3]
-    step = functools.partial(program, model, scheme, gpu, context=context, batch=batch)
+    sizes = {"context": context, "batch": batch, "prefill": prefill}
+    step = functools.partial(program, model, scheme, gpu, **sizes)
     cases = [
         KernelCase(
             name=f"{model} {scheme}, {count} layers",
-            kernel="decode step",
+            kernel="prefill" if prefill else "decode step",
             build=functools.partial(step, layers=count),
             xla_kernels=False,
         )
@@ -166,6 +191,9 @@ def report(
     full = by_layers[wanted]
     config = config_for(model, gpu, wanted)
     planned = plan(config, scheme, context=context, batch=batch)
+    if prefill:
+        full = _of_weights(full, config, scheme, (prefill, batch * prefill))
+    logits = 4 * batch * config.vocab_size if not prefill else 0
     per_layer = None
     if of_layers >= 3 and full.ok and by_layers[2].ok and by_layers[3].ok:
         per_layer = by_layers[3].launches - by_layers[2].launches
@@ -180,12 +208,13 @@ def report(
         of_layers=of_layers,
         context=context,
         batch=batch,
+        prefill=prefill,
         weight_bytes=planned.weights.bytes,
         cache_bytes=planned.cache_bytes,
         seconds=round(full.lower_seconds + full.compile_seconds, 1),
         launches_per_layer=per_layer,
         layer_sequence=_second_layer(by_layers) if per_layer else (),
-        large_results=_grouped(full, logits_bytes=4 * batch * config.vocab_size),
+        large_results=_grouped(full, logits),
         copies=(
             sum(copy.times for copy in full.copies),
             sum(copy.times * copy.bytes for copy in full.copies),
@@ -213,9 +242,30 @@ def _words(line: str) -> str:
     return line.split(" ")[0] + line.partition(":")[2]
 
 
-def _grouped(report: Report, logits_bytes: int) -> tuple[LargeResult, ...]:
+def _of_weights(report: Report, config: Any, scheme: Any, rows: tuple[int, ...]) -> Report:
+    """Large results that have the shape of a weight, packed or not: a prompt's rows are large too.
+
+    By the sizes of their axes: those of a weight's columns, and of its rows or packed rows. `rows`
+    are numbers of tokens, which a size of a weight may equal.
+    """
+    leaves = jax.tree.leaves(
+        quantize(abstract(config), scheme), is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight)
+    )
+    shapes = {leaf.shape[-2:] for leaf in leaves if isinstance(leaf, QuantizedWeight)}
+    packed = {(k // codes, n) for k, n in shapes for codes in (1, 2, 4, 8, 16)}
+    known = [collections.Counter(sizes) for sizes in packed if not {*sizes} & {*rows}]
+
+    def is_one(shape: str) -> bool:
+        axes = collections.Counter(map(int, re.findall(r"\d+", shape.partition("[")[2])))
+        return any(sizes <= axes for sizes in known)
+
+    kept = tuple(result for result in report.large_results if is_one(result.shape))
+    return dataclasses.replace(report, large_results=kept)
+
+
+def _grouped(report: Report, small: int) -> tuple[LargeResult, ...]:
     """The large results, equal ones together; the logits, and what is no larger, are none."""
-    large = [r for r in report.large_results if r.bytes > logits_bytes]
+    large = [r for r in report.large_results if r.bytes > small]
     counted = collections.Counter((r.operation, r.shape, r.source, r.bytes) for r in large)
     found = [LargeResult(*fields, count) for fields, count in counted.items()]
     return tuple(sorted(found, key=lambda result: -result.bytes * result.count))
