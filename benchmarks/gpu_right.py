@@ -48,6 +48,9 @@ _TENSOR_CORES = 3e-5
 # Around the borders of blocks and of parts.
 _LENGTHS = (129, 1024, 2049, 4095)
 
+# Rows of a decoded product, and queries of a prompt.
+_MANY = 72
+
 _FORMATS = ("W4", "W8", "W2", "W3", "WNF4", "Wfp8", "WMXFP4", "WNVFP4", "WCC2", "W4-asym")
 _CACHES = ("C16", "C8", "C4", "Cfp8")
 
@@ -60,8 +63,9 @@ class RightCase:
     """One kernel to compare.
 
     Attributes:
-      rows: of a product: ``plain`` (partial sums), ``normed``, ``gated``, or ``tensor cores``
-        (partial sums by the kernel that is theirs, for any number of rows); of others their kind.
+      rows: of a product: ``plain`` (partial sums), ``normed``, ``gated``, ``tensor cores`` (partial
+        sums by the kernel that is theirs, for any number of rows), ``decoded`` (many rows); of
+        others their kind.
       case: the shapes and the format.
     """
 
@@ -98,6 +102,13 @@ def right_cases() -> list[RightCase]:
         cases += [matrix("plain", format, "down", m, "int8") for m in (1, 8)]
     cases += [RightCase("experts", case) for case in experts if case.tokens in (1, 4)]
     cases += [matrix(cores, format, "down", 16) for format in _FORMATS[2:]]
+    cases += [matrix("decoded", format, "down", _MANY) for format in _FORMATS]
+    cases += [
+        RightCase("decoded experts", dataclasses.replace(case, tokens=16))
+        for case in experts
+        if case.tokens == 1
+    ]
+    cases += [RightCase("prompt", caches[name]) for name in _CACHES]
     return cases + [matrix("plain", format, "down", m) for format in _FORMATS[2:] for m in (1, 8)]
 
 
@@ -115,9 +126,9 @@ def run(settings: Settings, emit: Emit) -> None:
 
 
 def _small(case: RightCase) -> Any:
-    if case.rows == "experts":
+    if case.rows.endswith("experts"):
         return small_experts(case.case)
-    if case.rows == "attention":
+    if case.rows in ("attention", "prompt"):
         return small_attention(case.case)
     return cut(case.case)
 
@@ -128,7 +139,9 @@ def measure(case: RightCase, settings: Settings) -> dict[str, Any]:
     Raises:
       ValueError: it is too large, or a second run gives other bits.
     """
-    make = {"attention": _attention, "experts": _experts}.get(case.rows, _product)
+    others = {"attention": _attention, "prompt": _prompt}
+    others |= dict.fromkeys(("experts", "decoded experts"), _experts)
+    make = others.get(case.rows, _product)
     kernel, reference, tolerance = make(case, settings)
     first, second = (np.asarray(jax.device_get(kernel())) for _ in range(2))
     worst = difference(first, reference)
@@ -165,6 +178,10 @@ def _product(right: RightCase, settings: Settings) -> Made:
         step = jax.jit(matrix_kernel(case.activation, config))
         kernel = lambda: step(rows, w.data).sum(axis=0)[:, columns]  # noqa: E731
         return kernel, np.asarray(rows, np.float64) @ _floats(q, columns), _SUMS
+    if right.rows == "decoded":
+        many = jax.jit(functools.partial(fdq.matmul, implementation="decoded"))
+        reference = np.asarray(x, np.float64) @ _floats(q, columns)
+        return lambda: many(x, w)[:, columns].astype(jnp.float32), reference, 2 * _ROUNDED
     rows = finished_rows(case, dtype)
     product = functools.partial(fdq.matmul, implementation="mosaic_gpu", out_dtype=jnp.float32)
     step = jax.jit(product)
@@ -179,7 +196,8 @@ def _experts(right: RightCase, settings: Settings) -> Made:
     w = prepare(stack)
     index = expert_indices(case, 1)[0].reshape(case.tokens, case.top_k)
     x = random_array(jax.random.key(1), (case.tokens, case.k), jnp.dtype(settings.dtype))
-    grouped = functools.partial(fdq.grouped_matmul, implementation="mosaic_gpu")
+    name = "decoded" if right.rows == "decoded experts" else "mosaic_gpu"
+    grouped = functools.partial(fdq.grouped_matmul, implementation=name)
     step = jax.jit(lambda x, w, index: grouped(x, w, index))
     wide = np.asarray(x, np.float64)
     experts = {int(one): _floats(stack[int(one)], columns) for one in np.unique(index)}
@@ -219,6 +237,38 @@ def _attention(right: RightCase, settings: Settings) -> Made:
         reference[b] = chances / chances.sum(-1, keepdims=True) @ v[b, :, :length]
     places = jnp.asarray(lengths)
     kernel = lambda: step(q, cache, places).astype(jnp.float32)  # noqa: E731
+    return kernel, reference.reshape(q.shape), 4 * _ROUNDED
+
+
+def _prompt(right: RightCase, settings: Settings) -> Made:
+    """The second chunk of a prompt, by cuDNN where that is; a CPU has XLA's."""
+    case: AttentionCase = right.case
+    count = 8 if settings.smoke else _MANY
+    longest = case.slots if settings.smoke else max(_LENGTHS) + 1
+    lengths = np.asarray([37] if settings.smoke else _LENGTHS, np.int32)
+    dtype, spec, batch = jnp.dtype(settings.dtype), parse_format(case.format), len(lengths)
+    shape = (batch, case.kv_heads, longest, case.head_dim)
+    keys, values = (
+        random_cache(key, shape, spec, dtype) for key in jax.random.split(jax.random.key(4))
+    )
+    q = random_array(jax.random.key(1), (batch, count, case.heads, case.head_dim), dtype)
+    name = None if settings.smoke else "cudnn"
+    step = jax.jit(functools.partial(fdq.attention, implementation=name))
+    k, v = (np.asarray(side.dequantize(), np.float64) for side in (keys, values))
+    group = case.heads // case.kv_heads
+    rows = np.asarray(q, np.float64).reshape(batch, count, case.kv_heads, group, -1)
+    reference = np.zeros(rows.shape)
+    for b, length in enumerate(lengths):
+        for i in range(count):
+            seen = length - count + i + 1
+            scores = rows[b, i] @ k[b, :, :seen].swapaxes(1, 2) * case.head_dim**-0.5
+            chances = np.exp(scores - scores.max(-1, keepdims=True))
+            reference[b, i] = chances / chances.sum(-1, keepdims=True) @ v[b, :, :seen]
+    places = jnp.asarray(lengths)
+
+    def kernel() -> jax.Array:
+        return step(q, keys, values, lengths=places).astype(jnp.float32)
+
     return kernel, reference.reshape(q.shape), 4 * _ROUNDED
 
 

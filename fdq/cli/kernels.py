@@ -63,6 +63,10 @@ def run(
         str | None,
         typer.Option(help="With --decode-step: so many GPUs of one machine, as in tensor=4."),
     ] = None,
+    prefill: Annotated[
+        int,
+        typer.Option(help="With --decode-step: a chunk of so many tokens of a prompt instead."),
+    ] = 0,
     output: Annotated[
         pathlib.Path | None, typer.Option(help="Also write the report to this file, as JSON.")
     ] = None,
@@ -85,7 +89,7 @@ def run(
     _refuse_what_goes_unread(ctx, decode_step is not None)
     names = [gpu_targets.find(name).name for name in gpu or []]
     if decode_step is not None:
-        sizes = {"layers": layers, "context": context, "batch": batch}
+        sizes = {"layers": layers, "context": context, "batch": batch, "prefill": prefill}
         sizes["mesh"] = None if mesh is None else parse_sizes(mesh)
         _decode_steps(decode_step, scheme, names, output, json, debug, **sizes)
         return
@@ -107,7 +111,7 @@ def run(
         raise typer.Exit(console.FAILED_CHECK)
 
 
-_OF_DECODE_STEPS = ("scheme", "layers", "context", "batch", "mesh")
+_OF_DECODE_STEPS = ("scheme", "layers", "context", "batch", "mesh", "prefill")
 _OF_KERNELS = {"everything": "--all", "kernel": "--kernel", "markdown": "--markdown"}
 
 
@@ -307,8 +311,9 @@ def _show_decode_steps(results: Sequence[Any]) -> None:
     first = results[0]
     whole = first.layers == first.of_layers
     layers = f"{first.layers} layers" if whole else f"{first.layers} of {first.of_layers} layers"
+    what = f"{first.prefill:,} tokens of a prompt" if first.prefill else "Decode step"
     title = (
-        f"Decode step of {first.model} in {first.scheme}: {layers}, {first.batch} x "
+        f"{what} of {first.model} in {first.scheme}: {layers}, {first.batch} x "
         f"{first.context:,} tokens, {f'mesh {first.mesh}, ' * bool(first.mesh)}jax {first.jax}"
     )
     columns = ["gpu", "launches", "a layer", "weights", "temporaries", "of weights", "copies"]

@@ -222,6 +222,34 @@ def test_a_decode_step_of_two_gpus(small_model):
     assert a_head <= step["cache_bytes"] < a_head + 4096
 
 
+@pytest.mark.longest
+@needs_compiler
+@pytest.mark.parametrize(("model", "products"), [("llama-3-8b", 4), ("ernie-4.5-21b-a3b", 6)])
+def test_a_prompt_decodes_a_weight_a_product(model, products):
+    """Of every layer: one decoding kernel and one product each, and no other pass over weights.
+
+    ERNIE's layers of experts are qkv, o, picked experts (gate and up, down) and shared ones.
+    """
+    result = decode_step.report(model, "W4A16C8", "h100", layers=3, context=2048, prefill=1920)
+    assert result.ok, result.error
+    assert result.weight_copies == 0, result.large_results
+    assert all("decode_" in kernel.name for kernel in result.kernels)
+    layer = [line.split()[0] for line in result.layer_sequence]
+    assert layer.count("mosaic") == products
+    assert 0 < result.launches_per_layer < 120
+    # Attention's over blocks of slots, and of each product of experts for those that are full.
+    assert result.unknown_loops <= 2 + 2 * (products == 6)
+    # One decoded weight at a time, beside the rows of one layer.
+    config = decode_step.config_for(model, "h100")
+    largest = 2 * 4096 * 28672 if products == 4 else 2 * 64 * 2560 * 3072
+    assert result.temp_bytes < largest + 2048 * 6 * 4 * 6 * config.hidden_size
+
+
+def test_a_prompt_fits_the_cache(small_model):
+    options = ("--decode-step", small_model, "--gpu", "l4", "--context", 64, "--prefill", 65)
+    assert "expected 1 to 64" in run(*options, code=2).stderr
+
+
 def test_a_decode_step_needs_a_gpu_by_name(small_model):
     assert "--gpu" in run("--decode-step", small_model, code=2).stderr
 

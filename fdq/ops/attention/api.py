@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops.attention.joined import JoinedKeys
+from fdq.ops.attention.library import Library
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
 from fdq.ops.attention.xla import AttentionArguments, Xla
 from fdq.ops.implementation import Op
 from pallas_kernels.typing import Array, Float, Int
 
-ATTENTION: Op[AttentionArguments] = Op("attention", MosaicGpu(), Xla())
+ATTENTION: Op[AttentionArguments] = Op("attention", MosaicGpu(), Library(), Xla())
 
 
 def attention(
@@ -49,11 +50,13 @@ def attention(
         takes its share of the softmax (gpt-oss). None for none.
       softcap: scaled scores become `softcap * tanh(scores / softcap)` (Gemma 2); None for none.
       block_size: slots read at a time by XLA; chosen for the device if None.
-      implementation: as in `fdq.matmul`.
+      implementation: `"xla"`, `"mosaic_gpu"`, `"cudnn"` (prompts on GPUs) or None, as in
+        `fdq.matmul`.
 
     Returns:
-      `[B, T, H, E]` in the dtype of q; scores, softmax and sums are float32. A query that sees
-      no slot gets zeros.
+      `[B, T, H, E]` in the dtype of q; scores, softmax and sums are float32. Where q has 16 bits
+      GPUs multiply by tensor cores, of queries, keys, probabilities and values as wide. A query
+      that sees no slot gets zeros.
 
     Raises:
       ValueError: q, k, v and sinks that do not belong together, a window below 1, or a softcap

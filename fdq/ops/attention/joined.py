@@ -48,8 +48,8 @@ class JoinedKeys:
 class JoinedSide:
     """As `Side`, as far as attention reads keys: the scores of all parts, added up."""
 
-    def __init__(self, keys: JoinedKeys, program: str):
-        self.sides = [cache_side(part, program) for part in keys.parts]
+    def __init__(self, keys: JoinedKeys, program: str, narrow: Any = None):
+        self.sides = [cache_side(part, program, narrow) for part in keys.parts]
         self.ends = tuple(itertools.accumulate(keys.widths))[:-1]
         self.chunked = self.sides[0].chunked
         self.lies_as_read = all(side.lies_as_read for side in self.sides)
@@ -95,8 +95,8 @@ class JoinedSide:
         return jnp.split(x, self.ends, axis=-1)
 
 
-def side_of(keys: CacheTensor | JoinedKeys, program: str) -> Side | JoinedSide:
+def side_of(keys: CacheTensor | JoinedKeys, program: str, narrow: Any = None) -> Side | JoinedSide:
     """Keys as attention reads them."""
     if isinstance(keys, JoinedKeys):
-        return JoinedSide(keys, program)
-    return cache_side(keys, program)
+        return JoinedSide(keys, program, narrow)
+    return cache_side(keys, program, narrow)

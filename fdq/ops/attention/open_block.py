@@ -70,9 +70,12 @@ def start_with(
         visible &= slot > at - a.sliding_window
     visible = visible[:, None]
 
+    narrow = a.narrow()
+
     def dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+        x, y = (x, y) if narrow is None else (x.astype(narrow), y.astype(narrow))
         contracted = (((4,), (axis,)), ((0, 1, 2), (0, 1, 2)))
-        highest = lax.Precision.HIGHEST
+        highest = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return lax.dot_general(x, y, contracted, highest, preferred_element_type=jnp.float32)
 
     scores = dot(q, k, 4)

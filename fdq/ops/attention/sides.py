@@ -50,6 +50,17 @@ def _batched_dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     return dot(x, y, (((4,), (axis,)), leading))
 
 
+def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
+    """float32 as a narrower dtype has it, still float32; None leaves it.
+
+    What is summed besides a dot, for its zero points, is what the dot multiplies.
+    """
+    if dtype is None:
+        return x
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
 # Floats of a vector register of AVX2, and slots that are summed before anything is written.
 _LANES = 8
 _SUMMED_SLOTS = 16
@@ -117,11 +128,13 @@ class Side:
     """Keys or values, with the scales that are folded into what they are multiplied with.
 
     Floats of queries and weights are `[B, KH, n, R, ...]`, R rows for each of n chunks of slots;
-    those of all chunks of a block together have no n.
+    those of all chunks of a block together have no n. With `narrow` operands of dots are rounded to
+    that dtype, for tensor cores.
     """
 
-    def __init__(self, tensor: CacheTensor, program: str):
+    def __init__(self, tensor: CacheTensor, program: str, narrow: Any = None):
         self.tensor = tensor
+        self.narrow = narrow
         self.slots = tensor.shape[2]
         self.planes = tensor.format.planes
         # How floats are taken apart, and their products brought together.
@@ -210,10 +223,15 @@ class Side:
         def dot(some: jax.Array, plane: jax.Array) -> jax.Array:
             b, kh, n = plane.shape[:3]
             some = jnp.broadcast_to(some[:, :, None], (b, kh, n, *some.shape[2:]))
-            return _batched_dot(some, plane, 4)
+            return self._dot(some, plane, 4)
 
         sums = functools.reduce(jnp.add, map(dot, planes, self._block(start, size)))
         return self._joined(sums, None if step is None else step[:, :, None])
+
+    def _dot(self, x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+        if self.narrow is not None:
+            x, y = x.astype(self.narrow), y.astype(self.narrow)
+        return _batched_dot(x, y, axis)
 
     def scaled(self, x: jax.Array) -> jax.Array:
         """Queries or the output, times static scales, or turned as what is stored is."""
@@ -246,12 +264,13 @@ class Side:
         """`[B, KH, R, D / planes]` sums over a block, by weights `[B, KH, n, R, slots]`."""
         if self.token_scale is not None:
             weights = weights * self._of_slots(self.token_scale, start, size)
+        weights = rounded_to(weights, self.narrow)
         if self.lanes and size % _LANES == 0:
             codes = self._codes(start, size)
             sums = _lane_sums(weights[:, :, 0], codes, self.tensor.format.decode_planes)
         else:
             rows, step = self.rows(weights)
-            dots = [_batched_dot(rows, plane, 3) for plane in self._block(start, size)]
+            dots = [self._dot(rows, plane, 3) for plane in self._block(start, size)]
             sums = [jnp.sum(self._joined(self.kept(y), step), axis=2) for y in dots]
         if self.token_zero is None:
             return sums
@@ -287,8 +306,8 @@ class BlockSide(Side):
 
     tensor: BlockTensor
 
-    def __init__(self, tensor: BlockTensor, program: str):
-        super().__init__(tensor, "decoded" if program != "decoded" else program)
+    def __init__(self, tensor: BlockTensor, program: str, narrow: Any = None):
+        super().__init__(tensor, "decoded" if program != "decoded" else program, narrow)
         self.token_scale = self.token_zero = self.static_scale = self.static_zero = None
         self.slots = tensor.full
 
@@ -318,8 +337,8 @@ class BlockSide(Side):
         return [self._chunked(plane, size) for plane in planes]
 
 
-def cache_side(tensor: CacheTensor, program: str) -> Side:
+def cache_side(tensor: CacheTensor, program: str, narrow: Any = None) -> Side:
     """A cache tensor as attention reads it."""
     if isinstance(tensor, BlockTensor):
-        return BlockSide(tensor, program)
-    return Side(tensor, program)
+        return BlockSide(tensor, program, narrow)
+    return Side(tensor, program, narrow)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax import lax
 from fdq.cache.cache_tensor import CacheTensor, join_planes
 from fdq.ops.attention.joined import JoinedKeys, side_of
 from fdq.ops.attention.open_block import open_parts, start_with
-from fdq.ops.attention.sides import MOST_SUMMED, cache_side
+from fdq.ops.attention.sides import MOST_SUMMED, cache_side, rounded_to
 from fdq.ops.choice import Program, choose_program, trace_target, traced_for
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
@@ -28,6 +29,7 @@ from pallas_kernels.typing import Array, Float, Int
 _BLOCK = 256
 # Of a cache that is read whole: no more than 32 MB of temporary memory.
 _MOST_SCORES = 2**20
+_MOST_GPU_SCORES = 2**26
 _MASKED = -1e30  # finite: a block with no visible slot must not make NaN of inf - inf
 
 
@@ -54,11 +56,23 @@ class AttentionArguments:
     def program(self) -> Program:
         """How the cache is read, so many slots at a time; see `fdq.ops.choice.Program`."""
         if trace_target().platform != "cpu":
-            return Program("decoded", self.block_size or _BLOCK)
+            return Program("decoded", self.block_size or self._block())
         rows = self.q.shape[1] * self.q.shape[2] // self.k.shape[1]
         path = f"attention {self.k.format.name}"
         chosen = choose_program(path, rows, self.k.shape[2], default="attention")
         return dataclasses.replace(chosen, size=self.block_size or chosen.size)
+
+    def _block(self) -> int:
+        """Slots at a time on GPUs: as many as keep the scores in 256 MB."""
+        b, t, h, _ = (n if isinstance(n, int) else 1 for n in self.q.shape)
+        return max(_BLOCK, 1 << max(0, (_MOST_GPU_SCORES // (b * t * h)).bit_length() - 1))
+
+    def narrow(self) -> Any:
+        """What operands of dots are rounded to: GPUs have tensor cores for 16-bit floats only."""
+        target, dtype = trace_target(), self.q.dtype
+        if target.platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+            return None
+        return dtype if target.has_bfloat16 or dtype == jnp.float16 else None
 
 
 def attention_reference(
@@ -152,7 +166,8 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
         q, k, v, lengths, offset, sliding_window, scale, block_size, sinks, softcap
     )
     program = Program("decoded", block_size or _BLOCK) if decoded else a.program()
-    key, value = side_of(a.k, program.name), cache_side(a.v, program.name)
+    narrow = a.narrow()
+    key, value = side_of(a.k, program.name, narrow), cache_side(a.v, program.name, narrow)
     b, t, h, d = q.shape
     width = a.v.head_dim
     kh, slots = a.k.shape[1], key.slots
@@ -165,7 +180,7 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
     position = offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
     position = jnp.repeat(position, group, axis=1, total_repeat_length=t * group)
     exact = open_parts(a.k, a.v)
-    plain, queries = queries, key.scaled(queries)
+    plain, queries = queries, rounded_to(key.scaled(queries), narrow)
     query_sum = jnp.sum(queries, axis=-1, keepdims=True)
     # A softmax does not see what all scores have in common; sinks and caps do.
     common = None if sinks is None and softcap is None else key.left_in(queries)

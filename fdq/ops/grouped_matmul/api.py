@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from fdq.formats.qtensor import QuantizedWeight
+from fdq.ops.grouped_matmul.decoded import Decoded
 from fdq.ops.grouped_matmul.derivative import changed_product, picked_product
 from fdq.ops.grouped_matmul.mosaic_gpu import MosaicGpu
 from fdq.ops.grouped_matmul.product import GroupedProduct
@@ -27,7 +28,7 @@ from fdq.ops.transposing import is_traced, transposable
 from fdq.schemes.scheme import ActivationSpec
 from pallas_kernels.typing import Array, Float, Shaped
 
-GROUPED_MATMUL: Op[GroupedProduct] = Op("grouped_matmul", MosaicGpu(), Xla())
+GROUPED_MATMUL: Op[GroupedProduct] = Op("grouped_matmul", MosaicGpu(), Decoded(), Xla())
 
 
 def grouped_matmul(
@@ -46,7 +47,8 @@ def grouped_matmul(
     Up to one row an expert (decode), each row reads the codes of its own expert and decodes them
     on the way, as `matmul` does for one row. With more rows (prefill) they are sorted by expert
     and taken in tiles of one expert each, so that an expert is decoded once a tile, experts
-    without rows never, and no row is dropped.
+    without rows never, and no row is dropped. GPUs decode each expert that has rows once, and
+    multiply all of them in one batched product, or a few where some were picked much more often.
 
     Args:
       x: `[T, K]`.
