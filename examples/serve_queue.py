@@ -67,12 +67,9 @@ def advance(fns, state, limits, stop_tokens, *, steps):
 def serve(model, prefix, requests, *, slots, capacity, max_new_tokens, stop_tokens=(), steps=4):
     """Yields `(request, its new tokens)` as they finish; `requests` are lists of tokens.
 
-    Args:
-      prefix: tokens that come before those of each request.
-      slots: sequences that are decoded at once.
-      capacity: tokens of the longest sequence, prefix and answer included, and padding: requests
-        are padded to the next power of two, so that few lengths are compiled.
-      steps: between two looks at what has finished; the tokens are the same for any.
+    `slots` are decoded at once. `capacity` are tokens of the longest sequence: prefix, request,
+    answer, and padding, for requests are padded to powers of two, so that few lengths are compiled.
+    What has finished is looked at after so many `steps`; the tokens are the same for any.
     """
     fns = fdq.functional(model)
     stops = jnp.array([-1, *stop_tokens], jnp.int32)

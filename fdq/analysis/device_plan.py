@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax import nnx
 from fdq.analysis.planner import WeightTable, cache_name, find_config, weight_table
 from fdq.analysis.roofline import LINKS, Step, StepTime, share_of_experts, step_time
 from fdq.cache import limits
@@ -122,21 +122,28 @@ class Sharded:
     def temporary_bytes(self, batch: int, context: int, tokens: int = CHUNK) -> int:
         """What is held for a moment while `tokens` of each prompt are read; an estimate.
 
-        The largest matrix decoded to 16 bits, and of each token four vectors of the model's width
-        and two of the widest layer's in float32; logits are of one token a sequence.
+        The largest matrix decoded to 16 bits; of each token four vectors of the model's width and
+        two of the widest layer's in float32, or, of each expert that it goes to, two and one of
+        these in 16 bits; logits of one token a sequence.
         """
-        width, largest, vocabulary = self.config.hidden_size, 0, self.config.vocab_size
-        widest = 0
-        for _, shape, kind in self._kernels():
-            k, n = shape[-2:]
-            if kind != "head":
+        config, largest, widest, of_experts = self.config, 0, 0, 0
+        for entry in self.weights.entries:
+            if len(entry.shape) < 2 or not entry.path.endswith("kernel"):
+                continue
+            k, n = entry.shape[-2:]
+            largest = max(largest, k * n if entry.quantized else 0)
+            if entry.kind == "routed experts":
+                of_experts = max(of_experts, n)
+            elif entry.kind != "head":
                 widest = max(widest, n)
-            largest = max(largest, k * n)
-        axes = self.model.placement.head_axes(self.model.lm_head is None)
-        vocabulary //= shards(self.model.placement.mesh, axes)
+        placement = self.model.placement
+        axes = placement.head_axes(self.model.lm_head is None)
+        logits = 8 * config.vocab_size // shards(placement.mesh, axes)
         rows = batch // self.rows_apart
-        count = rows * min(tokens, context)
-        return 2 * largest + 4 * count * (4 * width + 2 * widest) + 8 * rows * vocabulary
+        count, width = rows * min(tokens, context), config.hidden_size
+        picked = 0 if config.moe is None else config.moe.top_k
+        a_token = max(4 * (4 * width + 2 * widest), 2 * picked * (2 * width + of_experts))
+        return 2 * largest + count * a_token + rows * logits
 
     def step(self, batch: int, context: int) -> Step:
         """What one device does for a token of each sequence, at the full context."""
@@ -158,11 +165,6 @@ class Sharded:
         sums = tuple(self._sums(rows))
         layers = self.config.num_layers
         return Step(read_bytes=read, multiplications=multiplied, sums=sums, layers=layers)
-
-    def _kernels(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        for entry in self.weights.entries:
-            if len(entry.shape) > 1 and entry.path.endswith("kernel"):
-                yield entry.path, entry.shape, entry.kind
 
     def _groups_of_experts(self) -> int:
         placement = self.model.placement
@@ -300,11 +302,9 @@ def device_plan(
 ) -> DevicePlan:
     """Bytes of each device of a mesh, what fits, and tokens a second at the roofline.
 
-    Args:
-      model, scheme, context, batch, compat: as of `fdq.plan`.
-      mesh: sizes of its axes, `{"tensor": 8}`; one device where not given. They need not be there.
-      gpu: a name in `pallas_kernels.aot.gpu_targets.GPUS`.
-      rules: which axes cut what.
+    Arguments are those of `fdq.plan`, and `mesh`, the sizes of its axes (`{"tensor": 8}`, one
+    device where not given; they need not be there), `gpu`, a name in
+    `pallas_kernels.aot.gpu_targets.GPUS`, and `rules`, which say what is cut over which axes.
 
     Raises:
       ValueError: as `fdq.plan` and `fdq.shard`: what a mesh does not divide.
@@ -322,7 +322,7 @@ def of_sharded(
     batch: int = 1,
     temporary_bytes: int | None = None,
 ) -> DevicePlan:
-    """`device_plan` of a model that is cut already; `temporary_bytes` instead of the estimate."""
+    """`device_plan` of a model that is cut already; `temporary_bytes` replaces the estimate."""
     if context < 1 or batch < 1:
         raise ValueError(f"`context` (={context}) and `batch` (={batch}) must be positive.")
     remarks, most = sharded.remarks, sharded.config.max_position

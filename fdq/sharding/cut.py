@@ -92,7 +92,6 @@ class Cut:
         lead = len(weight) - len(held)
         return tuple(() if one else axes for axes, one in zip(self.axes[lead:], whole, strict=True))
 
-
     def parts(self, tensor: Any, mesh: Mesh) -> dict[str, NamedSharding]:
         """Where each array can be read to, in its order of checkpoints, a part on each device."""
         if not isinstance(tensor, QTensor):

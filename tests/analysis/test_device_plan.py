@@ -1,4 +1,4 @@
-"""Plans of the devices of a mesh: against real arrays, compiled programs, and arithmetic by hand."""
+"""Plans of the devices of a mesh: against arrays, compiled programs, and arithmetic by hand."""
 
 import jax
 import pytest
@@ -103,13 +103,13 @@ def test_wrong_arguments():
 @pytest.mark.parametrize(
     ("model", "scheme", "sizes"),
     [
-        longest("llama-3-8b", "W4A16C8", {"tensor": 2}),
         longest("ernie-4.5-300b-a47b", "W4A8C8", {"tensor": 8}),
+        longest("ernie-4.5-21b-a3b", "W4A16C8", {"tensor": 2}),
     ],
 )
 def test_the_plan_is_what_the_compiler_says(model, scheme, sizes):
     """Within 5 %, at the full width, with as many layers as there are kinds."""
-    settings = {"mesh": sizes, "context": 8192, "batch": 8}
+    settings = {"mesh": sizes, "context": 32768, "batch": 8}
     found = compiled_plan.compiled(model, scheme, prompts=False, **settings)
     config = CONFIGS[model].replace(num_layers=found.layers)
     plan = device_plan.device_plan(config, scheme, **settings)
@@ -118,13 +118,13 @@ def test_the_plan_is_what_the_compiler_says(model, scheme, sizes):
     held = found.argument_bytes + found.step_bytes
     sharded = Sharded.of(config, scheme, abstract_mesh(sizes))
     # A step reads one token of each sequence.
-    planned = found.planned_bytes + sharded.temporary_bytes(8, 8192, tokens=1)
+    planned = found.planned_bytes + sharded.temporary_bytes(8, 32768, tokens=1)
     assert planned == pytest.approx(held, rel=0.05)
 
 
 @pytest.mark.slow
 def test_a_compiled_program_in_this_process():
-    """Of a small model: the arguments of the step are the weights and the cache that are planned."""
+    """Of a small model: arguments of the step are the weights and the cache that are planned."""
     sizes = {"tensor": 4, "data": 2}
     sharded = Sharded.of(config_of("llama"), "W8A16C8", make_mesh(sizes))
     found = compiled_plan.compile_here(sharded, 2048, 4, prompts=False)

@@ -25,6 +25,32 @@ import tensorstore  # noqa: E402
 import fdq  # noqa: E402
 from fdq import processes  # noqa: E402
 from fdq.sharding import parse_mesh  # noqa: E402
+from fdq_checkpoints.store import orbax_store, restore  # noqa: E402
+
+# As with the tensors of a large model: all that is cut is in pieces, and read in parts.
+orbax_store.PIECE_BYTES, restore.MIN_PART_BYTES, restore.MIN_BATCH_BYTES = 2**12, 0, 2**17
+
+
+held_on_host = {"now": 0, "peak": 0}
+
+
+def local(array) -> int:
+    """Bytes of it that this process has, replicas too."""
+    shards = getattr(array, "addressable_shards", None)
+    return array.nbytes if shards is None else sum(shard.data.nbytes for shard in shards)
+
+
+def counted(read):
+    """What has been read stays; what is read is there twice until it is where it belongs."""
+
+    def call(reader, names, shardings=None):
+        found = read(reader, names, shardings)
+        size = sum(map(local, found.values()))
+        held_on_host["peak"] = max(held_on_host["peak"], held_on_host["now"] + 2 * size)
+        held_on_host["now"] += size
+        return found
+
+    return call
 
 
 def bytes_read() -> int:
@@ -35,17 +61,16 @@ def bytes_read() -> int:
 
 
 def held(model) -> dict[str, int]:
-    """Bytes of the weights that this process has, and of the largest tensor, all of it."""
+    """Bytes of the weights that this process has, once and on all of its devices."""
     leaves = jax.tree.leaves(model)
-    parts = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards]
     once = [
-        {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}
-        for leaf in leaves
+        {str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves
     ]
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers[0]))
     return {
-        "on_devices": sum(parts),
-        "share": sum(sum(one.values()) for one in once),
-        "largest": max(leaf.nbytes for leaf in leaves),
+        "on_devices": sum(map(local, leaves)),
+        "share": sum(sum(parts.values()) for parts in once),
+        "layer": layer,
         "all": sum(leaf.nbytes for leaf in leaves),
     }
 
@@ -69,10 +94,10 @@ def main(folder: pathlib.Path, text: str) -> None:
     if not (own / "converted").exists():
         fdq.convert(folder / "float", own / "converted", "W8A16")
     before = bytes_read()
+    orbax_store.TreeReader.read = counted(orbax_store.TreeReader.read)
     model = fdq.load(own / "converted", mesh=mesh, verify=False)
-    said = {"read": bytes_read() - before, **held(model)}
+    said = {"read": bytes_read() - before, "peak": held_on_host["peak"], **held(model)}
     fdq.save(model, own / "saved")
-    print("saved", file=sys.stderr)
     try:
         fdq.load(folder / "damaged", mesh=mesh)
         said["damaged"] = "loaded"

@@ -95,8 +95,8 @@ class StoredTensors:
     ) -> dict[Path, Any]:
         """`restore` by several processes, each of which reads what its devices need.
 
-        `parts(dotted path, abstract tensor)` are shardings that arrays can be read to, by name. What
-        is compared are checksums of files: each process reads some of them once.
+        `parts(dotted path, abstract tensor)` are shardings that arrays can be read to, by name.
+        What is compared are checksums of files: each process reads some of them once.
         """
         if verify:
             processes.agree_all(self._file_problem)
