@@ -87,7 +87,7 @@ def _error(w: np.ndarray, scale: np.ndarray, moment: Any, spec: WeightSpec, path
     # Of two alphas the better one is better by a closed form, too, which is found sooner.
     closed = QUANTIZERS["absmax"].unsupported(spec) is None
     quantizer = QUANTIZERS["absmax"] if closed else default_of(spec)
-    rows = jnp.asarray(scale)[:, None]
+    rows = jnp.asarray(scale).reshape((1,) * (w.ndim - 2) + (-1, 1))
     q = quantize_array(jnp.asarray(w) * rows, spec, method=quantizer.name, path=path)
     return float(_weighted(dequantize(q) / rows - jnp.asarray(w), jnp.asarray(moment)))
 
@@ -95,5 +95,5 @@ def _error(w: np.ndarray, scale: np.ndarray, moment: Any, spec: WeightSpec, path
 @jax.jit
 def _weighted(d: jax.Array, moment: jax.Array) -> jax.Array:
     if moment.ndim == 1:
-        return jnp.sum(jnp.square(d) * moment[:, None])
+        return jnp.sum(jnp.square(d) * moment.reshape((1,) * (d.ndim - 2) + (-1, 1)))
     return jnp.sum(d * jnp.matmul(moment, d, precision=jax.lax.Precision.HIGHEST))

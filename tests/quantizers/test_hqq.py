@@ -27,7 +27,7 @@ def offsets(w, bits, group):
         if error >= best:
             break
         best, kept = error, zero
-        size = np.abs(groups - w_r)
+        size = np.maximum(np.abs(groups - w_r), 1e-30)
         e = np.sign(groups - w_r) * np.maximum(size - size ** (0.7 - 1) / beta, 0)
         zero = np.mean(q - (groups - e) / scale, axis=1, keepdims=True)
         beta *= 1.01
