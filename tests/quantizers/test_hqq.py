@@ -1,5 +1,7 @@
 """HQQ: against its published iteration written in float64 NumPy, and where it stands."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -37,9 +39,11 @@ def offsets(w, bits, group):
 def test_offsets_of_the_published_iteration(rng):
     bits = 3
     w = (0.02 * rng.standard_t(5, (128, 32))).astype(np.float32)
-    q = quantize_array(w, spec_of("W3A16-g64-affine"), method="hqq")
-    expected = offsets(w, bits, 64)
-    np.testing.assert_allclose(np.asarray(q.offset, np.float64), expected, rtol=0.02, atol=2e-4)
+    exact = dataclasses.replace(spec_of("W3A16-g64-affine"), scale_dtype="float32")
+    q = quantize_array(w, exact, method="hqq")
+    # A weight between two levels may go to either, and the offset after it.
+    close = np.isclose(np.asarray(q.offset, np.float64), offsets(w, bits, 64), rtol=1e-4)
+    assert close.mean() > 0.9
 
     def error(method):
         other = quantize_array(w, spec_of("W3A16-g64-affine"), method=method)
