@@ -11,6 +11,7 @@ from fdq.models.config import DecoderConfig
 from fdq.models.decoder import Decoder
 from fdq.models.parts import MoEConfig, Sandwich
 from fdq.quantizers.channel_scales import Scaling, joints
+from fdq.quantizers.preparation import check_preparations, prepared
 from fdq.quantizers.rotated import Rotation
 from tests.covering import longest
 
@@ -181,6 +182,12 @@ def test_what_cannot_be_scaled_or_turned(model, tokens):
         fdq.rotated(sandwich)
     with pytest.raises(ValueError, match="odd factor 1031 is above 512"):
         Rotation(2 * 1031)
+    with pytest.raises(ValueError, match="no preparation 'turn'; use one of rotate, smooth, awq"):
+        check_preparations(["turn"])
+    with pytest.raises(ValueError, match="smooth, rotate: expected each once, in the order of"):
+        check_preparations(["smooth", "rotate"])
+    with pytest.raises(ValueError, match="'smooth' needs calibration"):
+        prepared(model, ["smooth"], "W8A8", None)
     sizes = {f"layers.{i}.self_attn.{name}": size for i in (0, 1) for name, size in ATTENTION}
     sizes |= {
         f"layers.0.mlp.{name}": size for name, size in (("gate_up_proj", 48), ("down_proj", 40))
