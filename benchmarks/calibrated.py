@@ -1,5 +1,7 @@
 """What calibrated quantizers leave of the shipped model: `python -m benchmarks.calibrated`.
 
+`rotate+` before a scheme is for the model after `fdq.rotated`, with statistics of its own.
+
 Second moments come from 32,768 tokens of the training split; predicted is held-out text, through
 the cache, as by `benchmarks.schemes`. Prints a table with the bars that were set for each row,
 writes `benchmarks/results/calibrated-<date>.json`, and exits with 1 if one is missed.
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 
+import fdq
 from benchmarks.schemes import RESULTS
 from fdq import text_table
 from fdq.analysis.comparison import Comparison, Row
@@ -31,6 +34,9 @@ ROWS = {
     "W2A16:gptq2": 0.133,
     "WINT2:ccq": 0.17,
     "WINT2:ccq2": 0.17,
+    "rotate+WT2:ldlq2": 0.058,
+    "rotate+WT2": 0.175,
+    "WT2:ldlq2": None,
     "W4A16:gptq": None,
     "W3A16:gptq": None,
     "W2A16:gptq": None,
@@ -43,6 +49,8 @@ ROWS = {
     "WINT2": None,
 }
 """Scheme and quantizer (none: the default), and how large the KL in nats per token may be."""
+
+ROTATED = "rotate+"
 
 
 def markdown(rows: list[Row]) -> str:
@@ -79,6 +87,15 @@ def missed_bars(rows: list[Row]) -> list[str]:
     return missed
 
 
+def after_rotation(
+    comparison: Comparison, folder: pathlib.Path
+) -> tuple[pathlib.Path, Calibration]:
+    """The rotated model as a checkpoint, and its statistics."""
+    fdq.save(fdq.rotated(fdq.load(comparison.source, prepare=False)), folder)
+    comparison.source = folder
+    return folder, comparison.calibration(moments=True, output_moments=True)
+
+
 def main() -> int:
     """Measures the rows that were asked for; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(
@@ -104,13 +121,18 @@ def main() -> int:
         calibration = comparison.calibration(moments=True, output_moments=True)
         if kept is not None:
             calibration.save(kept)
+    plain, turned = (comparison.source, calibration), None
     path = arguments.results / f"calibrated-{datetime.date.today().isoformat()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     rows = [comparison.original()]
     with tempfile.TemporaryDirectory(prefix="fdq-calibrated-") as folder:
         for index, name in enumerate(arguments.row or ROWS):
-            scheme, _, method = name.partition(":")
+            scheme, _, method = name.removeprefix(ROTATED).partition(":")
+            comparison.source, calibration = plain
+            if name.startswith(ROTATED):
+                turned = turned or after_rotation(comparison, pathlib.Path(folder) / "rotated")
+                comparison.source, calibration = turned
             rows.append(
                 comparison.measure(
                     scheme,

@@ -40,9 +40,12 @@ from fdq.ops.grouped_matmul.api import grouped_matmul as grouped_matmul
 from fdq.ops.matmul.api import matmul as matmul
 from fdq.ops.matmul.einsum import einsum as einsum
 from fdq.ops.matmul.transposed import take as take
+from fdq.quantizers.awq import activation_aware as activation_aware
 from fdq.quantizers.fake_quantization import fake_quant as fake_quant
 from fdq.quantizers.quantization import match_table as match_table
 from fdq.quantizers.quantization import quantize as quantize
+from fdq.quantizers.rotated import rotated as rotated
+from fdq.quantizers.smooth import smoothed as smoothed
 from fdq.schemes.recipe import Recipe as Recipe
 from fdq.schemes.scheme import ActivationSpec as ActivationSpec
 from fdq.schemes.scheme import CacheSpec as CacheSpec

@@ -11,6 +11,7 @@ import typer
 
 from fdq.calibration.statistics import Calibration
 from fdq.cli import console
+from fdq.cli.preparing import convert_prepared
 from fdq.quantizers.layer_inputs import moments_for
 from fdq.schemes.recipe import Recipe
 
@@ -43,8 +44,15 @@ def run(
     method: Annotated[
         str | None,
         typer.Option(
-            help="What chooses the codes: search, absmax, signed_max; gptq or gptq2, which are "
-            "calibrated. Default: by bits."
+            help="What chooses the codes: search, absmax, signed_max, hqq; gptq or gptq2 (ldlq, "
+            "ldlq2 for trellis codes, ccq, ccq2 for WINT2), which are calibrated. Default: by bits."
+        ),
+    ] = None,
+    prepare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Change the model first, which stays the same function: rotate, smooth (8-bit "
+            "activations) or awq; also several times. It is in memory as a whole then."
         ),
     ] = None,
     compat: console.Compat = None,
@@ -99,7 +107,13 @@ def run(
     if calibration_file is not None:
         calibration = Calibration.load(calibration_file)
     moments = {} if recipe is None else moments_for(Recipe.parse(recipe, compat=compat), method)
-    if calibration_text is not None or (calibration_file is None and any(moments.values())):
+    if prepare:
+        if recipe is None or calibration_file is not None or subtree or config:
+            raise ValueError(
+                "--prepare changes a model that is then calibrated and quantized: it needs "
+                "--scheme, and takes no --calibration FILE, --config or --subtree."
+            )
+    elif calibration_text is not None or (calibration_file is None and any(moments.values())):
         with console.err.status("Calibrating ..."):
             calibration = calibrated(
                 source, calibration_text, moments, config=config, subtree=subtree
@@ -122,22 +136,38 @@ def run(
     cost = None if json or recipe is None else said_cost(source, recipe, method, compat)
     if cost:
         console.err.print(cost, soft_wrap=True, markup=False)
-    converting = console.progress("Converting", quiet=json, in_bytes=True)
-    with converting as update, contextlib.redirect_stdout(printed):
-        after = convert(
-            source,
-            destination,
-            recipe,
-            dtype=dtype,
-            method=method,
-            compat=compat,
-            calibration=calibration,
-            config=config,
-            subtree=subtree,
-            overwrite=overwrite,
-            verbose=True,
-            progress=update,
-        )
+    if prepare:
+        assert recipe is not None
+        with contextlib.redirect_stdout(printed):
+            after = convert_prepared(
+                source,
+                destination,
+                Recipe.parse(recipe, compat=compat),
+                prepare,
+                tokens=lambda model: sample(source, model, calibration_text, moments),
+                moments=moments,
+                method=method,
+                compat=compat,
+                dtype=dtype,
+                overwrite=overwrite,
+            )
+    else:
+        converting = console.progress("Converting", quiet=json, in_bytes=True)
+        with converting as update, contextlib.redirect_stdout(printed):
+            after = convert(
+                source,
+                destination,
+                recipe,
+                dtype=dtype,
+                method=method,
+                compat=compat,
+                calibration=calibration,
+                config=config,
+                subtree=subtree,
+                overwrite=overwrite,
+                verbose=True,
+                progress=update,
+            )
     seconds = time.perf_counter() - start
     if json:
         console.print_json(
@@ -225,28 +255,37 @@ def calibrated(
     For `moments`, arguments of `calibrate`, 128 rows. Without a file the text is that of Python's
     standard library. `options` are those of `fdq.load`.
     """
+    from fdq.calibration.observation import calibrate
+    from fdq.storage import load
+
+    model = load(source, **options)
+    return calibrate(model, sample(source, model, text_file, moments), **(moments or {}))
+
+
+def sample(
+    source: pathlib.Path,
+    model: Any,
+    text_file: pathlib.Path | None,
+    moments: dict[str, Any] | None = None,
+) -> Any:
+    """Tokens `[rows, length]` to calibrate a model on."""
     import numpy as np
 
     from fdq.analysis import sample_text
-    from fdq.calibration.observation import calibrate
     from fdq.decoding.tokenizer import Tokenizer
-    from fdq.storage import load
 
     gathers = moments is not None and any(moments.values())
     rows = MOMENT_ROWS if gathers else ROWS
-    model = load(source, **options)
     tokenizer = Tokenizer.load(getattr(model, "tokenizer_path", None) or source)
     if text_file is None:
-        tokens = sample_text.calibration_rows(lambda text: tokenizer.encode(text, bos=True), rows)
-    else:
-        ids = tokenizer.encode(text_file.read_text("utf-8"), bos=True)[: rows * ROW]
-        if not ids:
-            raise ValueError(f"{text_file}: empty; calibration needs text.")
-        if gathers and len(ids) < FEWEST_TOKENS:
-            raise ValueError(
-                f"{text_file}: {len(ids)} tokens are too few for second moments; give at least "
-                f"{FEWEST_TOKENS}, better {MOMENT_ROWS * ROW}."
-            )
-        length = min(ROW, len(ids))
-        tokens = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
-    return calibrate(model, tokens, **(moments or {}))
+        return sample_text.calibration_rows(lambda text: tokenizer.encode(text, bos=True), rows)
+    ids = tokenizer.encode(text_file.read_text("utf-8"), bos=True)[: rows * ROW]
+    if not ids:
+        raise ValueError(f"{text_file}: empty; calibration needs text.")
+    if gathers and len(ids) < FEWEST_TOKENS:
+        raise ValueError(
+            f"{text_file}: {len(ids)} tokens are too few for second moments; give at least "
+            f"{FEWEST_TOKENS}, better {MOMENT_ROWS * ROW}."
+        )
+    length = min(ROW, len(ids))
+    return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)

@@ -1,6 +1,14 @@
 """How codes are chosen: one module an algorithm, one row of `QUANTIZERS` a quantizer."""
 
-from fdq.quantizers import ccq, clip_search, fastdeploy_rounding, gptq, ldlq, round_to_nearest
+from fdq.quantizers import (
+    ccq,
+    clip_search,
+    fastdeploy_rounding,
+    gptq,
+    hqq,
+    ldlq,
+    round_to_nearest,
+)
 from fdq.quantizers.quantizer import QUANTIZERS as QUANTIZERS
 from fdq.quantizers.quantizer import Quantizer as Quantizer
 from fdq.quantizers.quantizer import Statistics as Statistics
@@ -14,6 +22,7 @@ for _quantizer in (
     round_to_nearest.ABSMAX,
     round_to_nearest.SIGNED_MAX,
     round_to_nearest.FOUR_OVER_SIX,
+    hqq.HQQ,
     gptq.GPTQ,
     gptq.GPTQ2,
     ldlq.LDLQ1,

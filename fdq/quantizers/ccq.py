@@ -28,7 +28,6 @@ from fdq.formats.convolutional import (
     GROUP,
     LARGEST_LOCAL_SCALE,
     ROWS_PER_CODE,
-    SHIFTS,
     TYPICAL_LOCAL_SCALE,
     Convolutional,
 )
@@ -133,7 +132,8 @@ _FIELDS = ("codes", "scale", "code_scale", "code_offset", "super_scale")
 
 class _Sweep(NamedTuple):
     """How four rows are chosen: `[K / 4, 4, K]` what others pull at them, `[K / 4, 4, 4]` the
-    lower triangular root of what an error costs."""
+    lower triangular root of what an error costs.
+    """
 
     pull: jax.Array
     root: jax.Array

@@ -73,6 +73,7 @@ def test_the_default_is_a_search_for_four_bits_and_fewer(spec, name):
         ("W8", "'search', 'absmax', 'signed_max', 'gptq', 'gptq2', 'fastdeploy', 'fastdeploy-cpu'"),
         ("W4", "'search', 'absmax', 'signed_max', 'gptq', 'gptq2'"),
         ("W4-asym", "'search', 'absmax', 'gptq', 'gptq2'"),
+        ("W4-affine", "'search', 'absmax', 'hqq', 'gptq', 'gptq2'"),
         ("Wfp8", "'absmax', 'gptq', 'gptq2'"),
         ("WNVFP4", "'search', 'absmax', 'four_over_six', 'gptq', 'gptq2'"),
         ("WCC2", "'search', 'ccq', 'ccq2'"),
