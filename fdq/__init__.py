@@ -41,6 +41,7 @@ from fdq.ops.matmul.api import matmul as matmul
 from fdq.ops.matmul.einsum import einsum as einsum
 from fdq.ops.matmul.transposed import take as take
 from fdq.quantizers.fake_quantization import fake_quant as fake_quant
+from fdq.quantizers.in_order import quantize_in_order as quantize_in_order
 from fdq.quantizers.quantization import match_table as match_table
 from fdq.quantizers.quantization import quantize as quantize
 from fdq.schemes.recipe import Recipe as Recipe
