@@ -24,6 +24,8 @@ def codes(layer):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.longest
 def test_each_layer_sees_the_quantized_ones_before_it(rng):
     tokens = rng.integers(model().config.vocab_size, size=(6, 32))
     with pytest.warns(UserWarning, match="few tokens picked experts .*borrow from their layer"):
