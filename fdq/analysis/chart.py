@@ -49,7 +49,8 @@ def points(
 ) -> str:
     """Labelled points `(label, x, y)` in groups, and a line along those that no other beats.
 
-    The first group is drawn on top. Beaten is a point where another has no larger x and a smaller y, in all groups.
+    The first group is drawn on top. Beaten is a point where another has no larger x and a smaller
+    y, in all groups.
     """
     whole = [(a, b) for members in groups.values() for _, a, b in members]
     axes = _Axes(whole, x, y, log_y)
