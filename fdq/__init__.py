@@ -42,6 +42,7 @@ from fdq.ops.matmul.einsum import einsum as einsum
 from fdq.ops.matmul.transposed import take as take
 from fdq.quantizers.awq import activation_aware as activation_aware
 from fdq.quantizers.fake_quantization import fake_quant as fake_quant
+from fdq.quantizers.in_order import quantize_in_order as quantize_in_order
 from fdq.quantizers.quantization import match_table as match_table
 from fdq.quantizers.quantization import quantize as quantize
 from fdq.quantizers.rotated import rotated as rotated

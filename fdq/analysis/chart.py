@@ -18,6 +18,7 @@ STYLE = """
 .fdq-chart .page{fill:var(--page)} .fdq-chart text{fill:var(--ink)}
 .fdq-chart .dim{fill:var(--dim)} .fdq-chart .grid{stroke:var(--grid);stroke-width:1}
 .fdq-chart .line{fill:none;stroke-width:2}
+.fdq-chart .halo{paint-order:stroke;stroke:var(--page);stroke-width:3px}
 """
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 30, 46
@@ -48,7 +49,8 @@ def points(
 ) -> str:
     """Labelled points `(label, x, y)` in groups, and a line along those that no other beats.
 
-    Beaten is a point where another has no larger x and a smaller y, in all groups.
+    The first group is drawn on top. Beaten is a point where another has no larger x and a smaller
+    y, in all groups.
     """
     whole = [(a, b) for members in groups.values() for _, a, b in members]
     axes = _Axes(whole, x, y, log_y)
@@ -59,12 +61,15 @@ def points(
         f'<polyline class="line" points="{path}" style="stroke:var(--dim)" stroke-dasharray="3 4"/>'
     )
     taken: list[tuple[float, float, float]] = []
+    dots: list[str] = []
     for i, (name, members) in enumerate(groups.items()):
+        own = []
         for label, a, b in members:
             tip = f"{label} ({name}): {_figure(a)}, {_figure(b)}"
-            body.append(_dot(axes, a, b, i, tip))
+            own.append(_dot(axes, a, b, i, tip))
             body.append(_label(label, axes.x(a), axes.y(b), taken))
-    return _svg(body + _legend(list(groups)), HEIGHT)
+        dots = own + dots
+    return _svg(body + dots + _legend(list(groups)), HEIGHT)
 
 
 def pareto(found: Points) -> list[tuple[float, float]]:
@@ -218,7 +223,7 @@ def _label(label: str, x: float, y: float, taken: list[tuple[float, float, float
             taken.append((start, start + width, height))
             text = html.escape(label)
             return (
-                f'<text x="{at:.1f}" y="{height:.1f}" text-anchor="{anchor}" '
+                f'<text class="halo" x="{at:.1f}" y="{height:.1f}" text-anchor="{anchor}" '
                 f'font-size="10">{text}</text>'
             )
     return ""

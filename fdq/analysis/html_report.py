@@ -24,7 +24,7 @@ max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .7rem;border-bottom:1px solid var(--grid);text-align:right}
-th:first-child,td:first-child{text-align:left}th{color:var(--dim);font-weight:600}
+th:first-child,td:first-child{text-align:left}td{white-space:nowrap}th{color:var(--dim);font-weight:600}
 .scroll{overflow-x:auto}.note{color:var(--dim);font-size:.9em}svg{max-width:100%;height:auto}
 """
 

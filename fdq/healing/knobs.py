@@ -84,6 +84,8 @@ class Knobs:
             if free:
                 starts[f"{path}.{CODES}"] = _levels(leaf, path)
                 units[f"{path}.{CODES}"] = jnp.full((), CODE_UNIT, jnp.float32)
+        if not any(_is_weight(leaf) for _, leaf in flat):
+            raise ValueError("heal: the model has no quantized weights; fdq.quantize it first.")
         if not starts:
             raise ValueError(
                 f"heal: the model has none of {', '.join(tuned)} in 16 bits or more, so there is "

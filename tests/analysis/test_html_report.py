@@ -110,7 +110,7 @@ def test_charts_are_svg_with_every_point_in_view():
     )
     root = ElementTree.fromstring(drawn)
     tips = [e.text for e in root.iter() if e.tag.endswith("title")]
-    assert tips == ["W4 <x> (a): 4, 0.01", "W2 (a): 2, 0.5", "worse (b): 4.5, 0.02"]
+    assert tips == ["worse (b): 4.5, 0.02", "W4 <x> (a): 4, 0.01", "W2 (a): 2, 0.5"]
     for circle in root.iter("{http://www.w3.org/2000/svg}circle"):
         assert 0 <= float(circle.get("cx")) <= chart.WIDTH
         assert 0 <= float(circle.get("cy")) <= chart.HEIGHT

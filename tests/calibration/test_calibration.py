@@ -1,5 +1,7 @@
 """Calibration: what is observed is what the layers were fed."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +164,20 @@ def test_anyones_module(rng):
 def test_no_tokens(decoder):
     with pytest.raises(ValueError, match="got none"):
         calibrate(decoder, np.zeros((0, 4), np.int32))
+
+
+def test_the_sample_has_the_hash_of_its_tokens(rng):
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.proj = fdq.nn.Linear(8, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, tokens):
+            return self.proj(jax.nn.one_hot(tokens, 8))
+
+    tokens = rng.integers(8, size=(4, 6)).astype(np.int32)
+    expected = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+    padded = np.pad(tokens, ((0, 0), (0, 2)))
+    lengths = np.full(4, 6, np.int32)
+    found = [calibrate(Layer(), tokens, batch_size=2).sample]
+    found.append(calibrate(Layer(), padded, lengths=lengths).sample)
+    assert found == [expected] * 2

@@ -25,6 +25,7 @@ def seen():
         mean_square={path: positive(3, 16) for path in paths},
         cache=tuple(KeyValueRange(**layer) for _ in range(11)),
         tokens=30,
+        sample="0123456789abcdef" * 4,
     )
 
 
@@ -45,6 +46,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["statistics.npz"]
     loaded = Calibration.load(path)
     assert loaded.tokens == 30 and loaded.digest == calibration.digest
+    assert loaded.sample == calibration.sample
     for name in ("absmax", "mean_square"):
         found = getattr(loaded, name)
         assert list(found) == list(getattr(calibration, name))

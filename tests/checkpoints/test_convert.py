@@ -1,5 +1,6 @@
 """Conversion: what it makes, what a kill leaves, and which sources it takes."""
 
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from fdq.quantizers.quantization import quantize
-from fdq_checkpoints import CheckpointError, convert, load, save
+from fdq_checkpoints import CheckpointError, convert, inspect, load, save
 from fdq_checkpoints.store import orbax_store
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
@@ -77,6 +78,9 @@ def test_static_scales_come_from_sample_tokens(tmp_path):
     converted = load(tmp_path / "out")
     assert_same(load(builders.MODELS / "qwen3", "W8A8-static", **options), converted)
     assert converted.layers[0].mlp.down_proj.activation_scale.get_value() > 0
+    sample = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+    said = str(inspect(tmp_path / "out"))
+    assert f"of 32 tokens, text sha256 {sample[:16]}" in said
     logits = jax.jit(lambda model, tokens: model(tokens))(converted, tokens)
     assert bool(jnp.isfinite(logits).all())
 

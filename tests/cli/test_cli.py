@@ -433,6 +433,12 @@ WRONG = {
         "no tokenizer.json, which a prompt needs. Put that of the original",
     ),
     "unknown cache": (["evaluate", "{original}", "--cache", "C5"], "C5"),
+    "two sizes": (["recommend", "{original}", "--bits", "3", "--memory", "1"], "drop one"),
+    "codes of another kind": (
+        ["heal", "{original}", "{new}", "--teacher", "{original}", "--codes", "some"],
+        "expected fixed or free",
+    ),
+    "report in no folder": (["evaluate", "{original}", "--html", "{new}/a.html"], "no folder"),
 }
 
 

@@ -118,6 +118,8 @@ def test_what_cannot_be_healed_is_refused(tokens):
         healed(tokens[:3], "W2A16-g32")
     with pytest.raises(ValueError, match=r"unknown kinds \['norm'\]"):
         healed(tokens, "W2A16-g32", tuned=["norm"])
+    with pytest.raises(ValueError, match="no quantized weights"):
+        fdq.heal(Model(), Model(), tokens)
     with pytest.raises(ValueError, match="not chosen one by one"):
         healed(tokens, "WT2A16", codes="free")
     with pytest.raises(ValueError, match="expected tokens .N, L. of integers"):
