@@ -102,7 +102,7 @@ def _legend(picture: Picture, kinds: list[str]) -> None:
     for kind in kinds:
         picture.bar(at, 32, 10, 10, _COLOR[kind])
         picture.text(at + 14, 41, kind)
-        at += 30 + 6.2 * len(kind)
+        at += 30 + 7.2 * len(kind)
 
 
 def _figure(
