@@ -8,7 +8,7 @@ import pytest
 from docs import draw_architecture
 from docs.import_graph import ROOT
 
-PAGES = ("docs/architecture.md", "docs/gpu.md", "CONTRIBUTING.md", "README.md")
+PAGES = ["CONTRIBUTING.md", "README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
 
 def test_the_picture_is_drawn_from_this_code():
@@ -36,7 +36,7 @@ def test_files_that_pages_speak_of_exist(page):
     text = (ROOT / page).read_text("utf-8")
     # Of `fdq/ops/<op>/api.py` the part before the placeholder is looked for.
     named = re.findall(rf"(?<![\w/.-]){folders}[\w./-]*", text)
-    assert named
+    assert named or page not in ("docs/architecture.md", "docs/gpu.md", "README.md")
     named = [name.rstrip(".") for name in named if "VERSION" not in name]
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing

@@ -12,12 +12,13 @@ import pytest
 
 import fdq
 from docs.import_graph import ROOT
+from fdq.schemes.recipe import Recipe
 from tests.covering import slow_but
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 # What a page takes is compilation; the slow ones show models that others do not compile.
-BY_DEFAULT = ("index.md", "own_model.md", "own_tree.md")
+BY_DEFAULT = ("coming_from_fastdeploy.md", "own_model.md", "own_tree.md", "schemes.md")
 
 # In one process for several pages, since what one compiles serves the next.
 DRIVER = """
@@ -107,6 +108,17 @@ def test_links_lead_somewhere(name):
         if anchor:
             heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), flags=re.MULTILINE)
             assert anchor in {slug(head) for head in heads}, target
+
+
+@pytest.mark.parametrize("name", [*PAGES, "../README.md"])
+def test_schemes_that_pages_name_are_schemes(name):
+    """Whole names in code, such as `W4A16C8-g64`."""
+    text = (DOCS / name).read_text("utf-8")
+    found = re.findall(
+        r"[`\"](W(?:\d|NF|fp|MX|NV|CC|T\d)[\w.]*A\d+(?:C\w+)?(?:-[\w-]+)?)[`\"]", text
+    )
+    for scheme in found:
+        Recipe.parse(scheme)
 
 
 def slug(head):

@@ -28,6 +28,13 @@ def test_what_a_notebook_imports_of_this_project_is_there(path):
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names = [(n.module, alias.name) for n in nodes if n.module for alias in n.names]
     ours = [pair for pair in names if pair[0].split(".")[0] in OURS]
+    ours += [
+        ("fdq", node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "fdq"
+    ]
     assert ours
     for module, name in ours:
         if not hasattr(importlib.import_module(module), name):

@@ -198,7 +198,7 @@ def _inspect(path: str | os.PathLike[str], verify: bool, subtree: str | None) ->
     return Inspection(str(folder), kind, scheme, tuple(rows), bytes_in(folder), verify, source)
 
 
-def errors(
+def weight_errors(
     path: str | os.PathLike[str], original: str | os.PathLike[str]
 ) -> dict[str, tuple[float, float]]:
     """What quantization did to each weight: sums of squares of its error and of the original.

@@ -11,7 +11,7 @@ from fdq.text_table import size
 
 _ROW, _BAR, _TOP = 17, 11, 64
 _BYTES, _BITS, _ERROR = (170, 300), (560, 90), (740, 90)  # left edge and width of each column
-_COLOR = dict(zip(KINDS, (*COLORS, COLORS[-1]), strict=True))
+_COLOR: dict[str, str] = dict(zip(KINDS, (*COLORS, COLORS[-1]), strict=True))
 MOST_LAYERS = 1000
 
 
@@ -102,7 +102,7 @@ def _legend(picture: Picture, kinds: list[str]) -> None:
     for kind in kinds:
         picture.bar(at, 32, 10, 10, _COLOR[kind])
         picture.text(at + 14, 41, kind)
-        at += 30 + 6.2 * len(kind)
+        at += 30 + 7.2 * len(kind)
 
 
 def _figure(

@@ -24,8 +24,21 @@ from fdq.text_table import size as size
 # Done; a check found something; what was asked cannot be done; a fault of fdq; Ctrl-C.
 OK, FAILED_CHECK, WRONG_USE, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
 
-out = rich.console.Console(highlight=False)
-err = rich.console.Console(stderr=True, highlight=False)
+
+class _Console(rich.console.Console):
+    """Wide enough for a table's lines where no screen limits them: in a pipe, in a file."""
+
+    @property
+    def size(self) -> rich.console.ConsoleDimensions:
+        """The terminal's or what `COLUMNS` says."""
+        if self.is_terminal or "COLUMNS" in os.environ:
+            return super().size
+        return rich.console.ConsoleDimensions(_PIPED_COLUMNS, 25)
+
+
+_PIPED_COLUMNS = 200
+out = _Console(highlight=False)
+err = _Console(stderr=True, highlight=False)
 
 
 def path(text: str) -> pathlib.Path:

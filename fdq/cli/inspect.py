@@ -46,7 +46,7 @@ def run(
     debug: console.Debug = False,
 ) -> None:
     """Tensors with their formats, shapes and true bytes; exit code 1 if a checksum differs."""
-    from fdq_checkpoints import CheckpointError, errors, inspect
+    from fdq_checkpoints import CheckpointError, inspect, weight_errors
 
     if plot is not None and plot.suffix.lower() != ".svg":
         raise ValueError(f"--plot {plot}: expected a name that ends with .svg.")
@@ -57,7 +57,7 @@ def run(
     wrong = None
     if against is not None:
         with console.err.status("Comparing weights ..."):
-            wrong = errors(directory, console.checkpoint_directory(against))
+            wrong = weight_errors(directory, console.checkpoint_directory(against))
     if plot is not None:
         from fdq.analysis.layer_chart import layer_chart
 

@@ -1,10 +1,11 @@
 """The measured parts of pages."""
 
 import json
+import types
 
 import pytest
 
-from benchmarks import cpu_table, page
+from benchmarks import cpu_table, page, plan_table, schemes_picture
 from docs.import_graph import ROOT
 
 RESULTS = ROOT / "benchmarks/results"
@@ -25,6 +26,35 @@ def test_the_page_has_the_tables_of_the_committed_runs():
     runs = [cpu_table.Run.read(RESULTS / name) for name in cpu_table.COMMITTED]
     again = "python -m benchmarks.cpu_table --page docs/cpu.md"
     assert found == cpu_table.text(runs), f"make it again: {again}"
+
+
+def test_the_picture_of_schemes_has_their_figures():
+    rows = json.loads(schemes_picture.MEASURED.read_text("utf-8"))["rows"]
+    again = "python -m benchmarks.schemes_picture"
+    assert schemes_picture.PICTURE.read_text("utf-8") == schemes_picture.drawing(rows), again
+
+
+def test_the_page_says_what_fits_on_a_card():
+    table = page.part((ROOT / "docs/schemes.md").read_text("utf-8"), plan_table.CARDS)
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
+    assert set(plan_table.MODELS) <= set(rows)
+    small = plan_table.cell("qwen3-0.6b", plan_table.GPUS["t4"].memory_bytes)
+    assert f"| qwen3-0.6b | {small} |" in rows["qwen3-0.6b"]
+    assert small.startswith("bf16 ")
+
+
+def test_a_card_gets_the_first_scheme_that_leaves_a_tenth_of_it(monkeypatch):
+    sizes = dict(zip(plan_table.LADDER, (16e9, 8e9, 4e9, 3e9, 2e9), strict=True))
+    plans = lambda model, scheme: types.SimpleNamespace(total_bytes=sizes[scheme])  # noqa: E731
+    monkeypatch.setattr(plan_table, "_plan", plans)
+    found = [plan_table.cell("any", int(memory)) for memory in (18e9, 17e9, 4.5e9, 4.4e9, 2e9)]
+    assert found == ["bf16 16.0", "W8A16C8 8.0", "W4A16C8 4.0", "WT3A16C8 3.0", "—"]
+
+
+@pytest.mark.slow
+def test_the_page_has_the_sizes_of_large_models():
+    found = page.part((ROOT / "docs/schemes.md").read_text("utf-8"), plan_table.SIZES)
+    assert found == plan_table.sizes(), "python -m benchmarks.plan_table --page docs/schemes.md"
 
 
 def test_ratios_are_of_the_same_run():

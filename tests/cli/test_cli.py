@@ -6,7 +6,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -231,6 +233,54 @@ def test_prompts_and_seeds_that_are_none(converted, arguments, stdin, said):
     assert said in run("generate", converted, *arguments, stdin=stdin, code=2).stderr
 
 
+def test_adapters_go_beside_a_checkpoint(converted, tmp_path):
+    tuned = fdq.lora(fdq_checkpoints.load(converted), rank=2)
+    rng = np.random.default_rng(5)
+    for _, one in nnx.to_flat_state(nnx.state(tuned, nnx.LoRAParam)):
+        one.set_value(jnp.asarray(rng.standard_normal(one.shape), one.dtype))
+    fdq.save_lora(tuned, tmp_path / "adapters")
+    arguments = ("generate", converted, "-p", "def main(", "--max-new-tokens", 8)
+    said = run(*arguments, "--lora", tmp_path / "adapters", "--json").stdout
+    assert json.loads(said)["text"] == fdq.generate(tuned, ["def main("], 8)[0]
+    for wrong, why in (
+        (["--lora", tmp_path], "adapter_config.json"),
+        (["--lora", tmp_path / "adapters", "--mesh", "tensor=2"], "fdq.merge_lora makes one"),
+    ):
+        assert why in run(*arguments, *wrong, code=2).stderr
+
+
+def test_what_nobody_asked_for_ends_with_the_context(converted):
+    arguments = ("generate", converted, "-p", "def main(", "--context", 16)
+    said = json.loads(run(*arguments, "--json").stdout)  # of 128 by default, or of a file
+    assert 0 < len(said["text"]) < 128
+    assert "do not fit" in run(*arguments, "--max-new-tokens", 128, code=2).stderr
+
+
+def test_a_picture_shows_layers_and_what_they_lost(converted, original, tmp_path):
+    file = tmp_path / "bits.svg"
+    arguments = ("inspect", converted, "--plot", file, "--against", original)
+    errors = json.loads(run(*arguments, "--json").stdout)["errors"]
+    path = "layers.0.self_attn.o_proj.kernel"
+    kernels = [
+        fdq.load(one, prepare=False).layers[0].self_attn.o_proj.kernel
+        for one in (converted, original)
+    ]
+    rounded = np.asarray(fdq.dequantize(kernels[0]), np.float64)
+    exact = np.asarray(kernels[1].get_value(), np.float64)
+    assert errors[path] == pytest.approx(
+        np.linalg.norm(rounded - exact) / np.linalg.norm(exact), rel=1e-4
+    )
+    words = [element.text for element in ElementTree.parse(file).iter() if element.text]
+    assert {"layers.0", "embed_tokens", "attention", "bits per weight"} <= set(words)
+    assert f"{path}  " in run(*arguments).stdout
+    other = ROOT / "tests" / "oracles" / "models" / "llama"
+    for wrong, why in (
+        (["--plot", tmp_path / "bits.png"], "ends with .svg"),
+        (["--against", other], "Give the checkpoint that it was made of"),
+    ):
+        assert why in run("inspect", converted, *wrong, code=2).stderr
+
+
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 @pytest.mark.parametrize(
     ("option", "name"), [("--cache", "C8-kvchannel"), ("--scheme", "W8A8-static")]
@@ -324,6 +374,7 @@ def test_an_error_is_an_object_for_programs(tmp_path):
         content = json.loads(result.stdout)
         assert content["exit_code"] == 2
         assert content["error"] in result.stderr
+        assert result.stdout.count("\n") == 1  # as lines of chats and batches are
 
 
 def test_a_defect_is_told_from_wrong_use_in_one_screen(original, monkeypatch):

@@ -48,6 +48,18 @@ def test_nobody_sees_a_bar_without_a_terminal(monkeypatch):
     assert file.getvalue() == ""
 
 
+def test_a_line_of_a_table_stays_one_in_a_pipe(capsys, monkeypatch):
+    cells = ("x" * 70, "y" * 70)
+    for columns, lines in ((None, 1), ("80", 2)):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        console.out.print(console.table(None, ["a", "b"], [cells]))
+        text = capsys.readouterr().out
+        assert "\x1b" not in text
+        assert len([line for line in text.splitlines() if "y" in line]) == lines
+
+
 def test_a_warning_is_one_line_without_the_place_in_the_sources(capsys):
     @console.command
     def run(debug=False):
