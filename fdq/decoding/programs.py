@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import (
@@ -124,6 +125,10 @@ def _steps(
         with jax.named_scope("push"):
             return state.push(drawn, stop_tokens, logits=logits)
 
+    for _, module in nnx.iter_modules(model):
+        settle = getattr(module, "settle", None)  # of ours: a step reads what it makes
+        if settle is not None:
+            settle(jnp.dtype(model.config.dtype))
     if steps is not None:
         return jax.lax.scan(lambda state, _: (body(state), None), state, None, length=steps)[0]
     assert count is not None
