@@ -21,6 +21,7 @@ from fdq.decoding.functional import (
 )
 from fdq.decoding.sampling import Sampling, sample
 from fdq.decoding.state import DecodeState
+from fdq.nn.latent_attention import LatentAttention
 from fdq.nn.parameters import Template, bind
 from fdq.ops.placement import mesh_of, on_current_mesh
 
@@ -126,9 +127,8 @@ def _steps(
             return state.push(drawn, stop_tokens, logits=logits)
 
     for _, module in nnx.iter_modules(model):
-        settle = getattr(module, "settle", None)  # of ours: a step reads what it makes
-        if settle is not None:
-            settle(jnp.dtype(model.config.dtype))
+        if isinstance(module, LatentAttention):
+            module.settle(jnp.dtype(model.config.dtype))
     if steps is not None:
         return jax.lax.scan(lambda state, _: (body(state), None), state, None, length=steps)[0]
     assert count is not None
