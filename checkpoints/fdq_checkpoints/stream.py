@@ -25,7 +25,7 @@ from fdq.quantizers.layer_inputs import LayerInputs, moments_for
 from fdq.quantizers.quantizer import pick
 from fdq.quantizers.weight import largest_magnitude, on_device
 from fdq.schemes.assignment import Row, path_string
-from fdq_checkpoints import saving, slabs, tree_paths
+from fdq_checkpoints import slabs, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.sources import Source
 from fdq_checkpoints.store import restore
@@ -160,7 +160,7 @@ class Job:
         for tensor in tensors:
             start = 0 if pieces is None else pieces.start_of(tensor)
             if pieces is not None and start == columns_of(tensor.value.shape):
-                size = saving.nbytes(tensor.value)
+                size = _float_bytes(tensor)
                 yield slabs.Task(functools.partial(_read, tensor, pieces), size, size)
                 continue
             n = tensor.value.shape[-1] if tensor.value.shape else 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import (
@@ -20,6 +21,7 @@ from fdq.decoding.functional import (
 )
 from fdq.decoding.sampling import Sampling, sample
 from fdq.decoding.state import DecodeState
+from fdq.nn.latent_attention import LatentAttention
 from fdq.nn.parameters import Template, bind
 from fdq.ops.placement import mesh_of, on_current_mesh
 
@@ -124,6 +126,9 @@ def _steps(
         with jax.named_scope("push"):
             return state.push(drawn, stop_tokens, logits=logits)
 
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LatentAttention):
+            module.settle(jnp.dtype(model.config.dtype))
     if steps is not None:
         return jax.lax.scan(lambda state, _: (body(state), None), state, None, length=steps)[0]
     assert count is not None

@@ -7,15 +7,19 @@ from fdq.models import (
     ernie4_5_moe,
     gemma2,
     gemma3,
+    glm4,
     glm4_moe,
     glm4_moe_lite,
     gpt_oss,
+    granite,
     llama,
     mistral,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
+    smollm3,
 )
 from fdq.models.config import DecoderConfig as DecoderConfig
 from fdq.models.decoder import Decoder as Decoder
@@ -35,7 +39,8 @@ from fdq.models.parts import Part as Part
 
 for _family in (
     *(ernie4_5.FAMILY, ernie4_5_moe.FAMILY, gemma2.FAMILY, gemma3.FAMILY, gemma3.MULTIMODAL),
-    gpt_oss.FAMILY,
+    *(gpt_oss.FAMILY, granite.FAMILY, seed_oss.FAMILY, smollm3.FAMILY, mistral.MULTIMODAL),
+    *(glm4.GLM, glm4.GLM4),
     *(llama.FAMILY, mistral.FAMILY, phi3.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY),
     *(deepseek_v2.FAMILY, deepseek_v3.FAMILY, glm4_moe.FAMILY, glm4_moe_lite.FAMILY),
 ):

@@ -36,6 +36,7 @@ _STRETCHES = (
 # Likewise of few decoders.
 _RARE = (
     *("sliding_windows", "local_rotary", "embedding_scale", "norm_dtype", "logit_softcap"),
+    *("unrotated_layers", "logit_divisor"),
     *_PARTS,
 )
 
@@ -54,9 +55,11 @@ class DecoderConfig:
       norm_dtype: of every norm's scale; None for `dtype`.
       rotary: how positions turn into angles.
       local_rotary: the same in layers with a sliding window, where that is another (Gemma 3).
+      unrotated_layers: those whose queries and keys are not rotated at all (SmolLM3).
       max_position: tokens the model was made for; not enforced.
       tie_word_embeddings: the output head is the embedding table.
       embedding_scale: what the embeddings of tokens are multiplied by, in `dtype` (Gemma).
+      logit_divisor: logits are divided by it (Granite).
       logit_softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); None leaves them.
       qkv_bias, output_bias, mlp_bias: which linear layers have a bias; `output_bias` is that of
         the attention's output projection.
@@ -83,7 +86,9 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     norm_dtype: str | None = None
     local_rotary: RotaryConfig | None = None
+    unrotated_layers: tuple[int, ...] = ()
     embedding_scale: float = 1.0
+    logit_divisor: float = 1.0
     logit_softcap: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
@@ -138,6 +143,8 @@ class DecoderConfig:
 
     def rotary_of(self, layer: int) -> RotaryConfig:
         """How positions turn into angles in a layer."""
+        if layer in self.unrotated_layers:
+            return RotaryConfig(rope_type="none", interleaved=self.rotary.interleaved)
         local = self.local_rotary if self.sliding_window(layer) is not None else None
         return self.rotary if local is None else local
 

@@ -175,7 +175,10 @@ class Decoder(nnx.Module):
             return self.placement.run(self, _head, (hidden,), out=(("logits", hidden.ndim),))
         with jax.named_scope("lm_head"):
             head = self.embed_tokens.attend if self.lm_head is None else self.lm_head
-            return softcapped(head(hidden, out_dtype=jnp.float32), self.config.logit_softcap)
+            logits = head(hidden, out_dtype=jnp.float32)
+            if self.config.logit_divisor != 1:
+                logits = logits / jnp.float32(self.config.logit_divisor)
+            return softcapped(logits, self.config.logit_softcap)
 
     @property
     def cache_spec(self) -> CacheSpec | None:

@@ -102,6 +102,23 @@ class _Configs(Mapping[str, DecoderConfig]):
         return len(self._all())
 
 
+# Families that others ask for, and what of them has no part here.
+_WITHOUT_PARTS = {
+    "gated delta nets (linear attention)": (
+        "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "kimi_linear",
+    ),
+    "state spaces (Mamba)": (
+        "mamba", "mamba2", "jamba", "bamba", "zamba2", "falcon_h1", "falcon_mamba", "nemotron_h",
+        "granitemoehybrid",
+    ),
+    "lightning attention": ("minimax",),
+    "short convolutions": ("lfm2", "lfm2_moe"),
+    "an indexer that picks the tokens to attend to": ("deepseek_v32", "glm_moe_dsa"),
+    "norms of all heads together": ("olmo2", "olmo3", "olmoe", "minimax_m2"),
+    "a half that is attention and MLP side by side": ("cohere", "cohere2", "phi", "gpt_neox"),
+}  # fmt: skip
+
+
 CONFIGS: Mapping[str, DecoderConfig] = _Configs()
 """Published models by name, for planning and abstract quantization without a checkpoint."""
 
@@ -119,6 +136,12 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        for reason, families in _WITHOUT_PARTS.items():
+            if model_type in families:
+                raise ValueError(
+                    f"model_type {model_type!r} is not supported: its layers have {reason}, which "
+                    "fdq has no part for"
+                )
         raise ValueError(
             f"model_type {model_type!r:.200} is not supported{_of_several(config)}; supported are "
             + ", ".join(FAMILIES)

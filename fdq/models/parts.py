@@ -297,7 +297,7 @@ class PreNorm(Part):
     @override
     def build(self, config: Any, layer: int, *, dtype: Any, rngs: nnx.Rngs) -> DecoderLayer:
         norms = ("input_layernorm", "post_attention_layernorm")
-        return DecoderLayer(**_half_modules(config, layer, norms, dtype, rngs))
+        return DecoderLayer(**half_modules(config, layer, norms, dtype, rngs))
 
     @override
     def layer_kind(self, config: Any, layer: int) -> Hashable:
@@ -305,7 +305,7 @@ class PreNorm(Part):
         return self, *(half.layer_kind(config, layer) for half in halves)
 
 
-def _half_modules(
+def half_modules(
     config: Any, layer: int, norms: tuple[str, ...], dtype: Any, rngs: nnx.Rngs
 ) -> dict[str, Any]:
     """The two halves of a layer by name, and norms of the hidden size."""
@@ -374,7 +374,7 @@ class Sandwich(PreNorm):
         around_attention = ("input_layernorm", "post_attention_layernorm")
         around_mlp = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
         norms = (*around_attention, *around_mlp)
-        return SandwichLayer(**_half_modules(config, layer, norms, dtype, rngs))
+        return SandwichLayer(**half_modules(config, layer, norms, dtype, rngs))
 
 
 BLOCKS: Registry[type[Part]] = Registry("block", PreNorm, Sandwich)

@@ -25,8 +25,9 @@ from pallas_kernels.typing import Array, Float
 
 _MASKED = -1e30  # as a score: its weight is exactly 0, as each position sees itself
 
-# Rows of queries whose scores are in memory at once, in attention over a whole sequence.
-QUERY_BLOCK = 1024
+# Rows of queries whose scores are in memory at once, in attention over a whole sequence: so many,
+# or as many as have so many scores (1 GB in float32), but not too few for a product.
+QUERY_BLOCK, _MOST_SCORES, _FEWEST_ROWS = 1024, 2**28, 32
 
 
 def causal_attention(
@@ -69,12 +70,17 @@ def causal_attention(
             "bhgrs,bshd->brhgd", weights, v, precision=highest, preferred_element_type=jnp.float32
         ).astype(rows.dtype)
 
-    if not isinstance(t, int) or t <= QUERY_BLOCK:  # a symbol, in an export for any length
+    if not isinstance(t, int):  # a symbol, in an export for any length
         return block(q, 0).reshape(b, t, heads, width)
-    count = -(-t // QUERY_BLOCK)
-    padded = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - t), (0, 0), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(padded.reshape(b, count, QUERY_BLOCK, *q.shape[2:]), 1, 0)
-    firsts = jnp.arange(count) * QUERY_BLOCK
+    size = QUERY_BLOCK
+    if isinstance(b, int) and b * heads * t:
+        size = max(min(size, _MOST_SCORES // (b * heads * t)), _FEWEST_ROWS)
+    if t <= size:
+        return block(q, 0).reshape(b, t, heads, width)
+    count = -(-t // size)
+    padded = jnp.pad(q, ((0, 0), (0, count * size - t), (0, 0), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(b, count, size, *q.shape[2:]), 1, 0)
+    firsts = jnp.arange(count) * size
     out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), (blocks, firsts))
     return jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, width)[:, :t]
 

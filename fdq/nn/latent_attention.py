@@ -33,8 +33,9 @@ class LatentAttention(Caching):
 
     Over a cache `kv_b_proj` is not applied to what is stored: its half for keys is multiplied into
     the queries, its half for values into what attention makes of the latents. A quantized kernel is
-    decoded for that at each call, whole and in the dtype of activations, and its input is not
-    quantized, whatever its scheme says of activations. Where a module of somebody else's stands in
+    decoded for that, whole and in the dtype of activations, at each call or before the loop of
+    `fdq.decode` (`settle`), and its input is not quantized, whatever its scheme says of
+    activations. Where a module of somebody else's stands in
     its place, keys and values of the whole cache are made at each call.
 
     Attributes:
@@ -93,6 +94,7 @@ class LatentAttention(Caching):
         self.value_dim = value_dim
         self.scale = (nope_dim + rope_dim) ** -0.5 if scale is None else scale
         self.interleaved = interleaved
+        self.halves: Any = nnx.data(None)
 
     @property
     def stored(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -178,8 +180,16 @@ class LatentAttention(Caching):
         with jax.named_scope("kv_b_proj"):
             return _by_head("bthr,rhd->bthd", y, of_values)
 
+    def settle(self, dtype: Any) -> None:
+        """Decodes here, for a loop that follows in the same trace, what each step would decode."""
+        if reads_rows(self.kv_b_proj) and isinstance(self.kv_b_proj.kernel, QuantizedWeight):
+            with jax.named_scope("kv_b_proj"):
+                self.halves = nnx.data(self._halves(dtype))
+
     def _halves(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """`kv_b_proj` for keys `[rank, H, nope_dim]` and for values `[rank, H, value_dim]`."""
+        if self.halves is not None:
+            return self.halves
         w = value(self.kv_b_proj.kernel)
         w = dequantize(w, dtype) if isinstance(w, QuantizedWeight) else w.astype(dtype)
         w = w.reshape(self.rank, self.num_heads, -1)

@@ -29,6 +29,7 @@ import numpy as np
 from pallas_kernels.typing import Array, Float, Int
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""What a config may call them; `none` beside them stands for angles of 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class RotaryConfig:
         for sequences longer than the original context, the more the longer (NTK); `yarn` divides
         the low frequencies by `factor` and blends in between (arXiv 2309.00071); `longrope`
         divides each by a number of its own (arXiv 2402.13753); `llama3` as `yarn`, by wavelength
-        (arXiv 2407.21783).
+        (arXiv 2407.21783); `none` turns nothing.
       interleaved: True rotates the pairs (2i, 2i + 1) (ERNIE, GPT-J), False the pairs
         (i, i + d / 2) (Llama, Qwen). Weights are never permuted to fit.
       factor: how many times longer than the original the context is.
@@ -75,7 +76,7 @@ class RotaryConfig:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if self.rope_type not in ROPE_TYPES:
+        if self.rope_type not in (*ROPE_TYPES, "none"):
             raise ValueError(
                 f"rope_type {self.rope_type!r} is not supported; supported are "
                 + ", ".join(map(repr, ROPE_TYPES))
@@ -154,6 +155,8 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int, *, long: bool = Fal
     of `longrope` with `long` those of one that does not.
     """
     d = config.rotated(head_dim)
+    if config.rope_type == "none":
+        return np.zeros((d + 1) // 2, np.float32)
     frequencies = config.theta ** -(np.arange(0, d, 2, dtype=np.float64) / d)
     if config.rope_type == "linear":
         frequencies = frequencies / config.factor

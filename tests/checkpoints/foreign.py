@@ -77,7 +77,8 @@ def words(codes: np.ndarray, bits: int) -> np.ndarray:
     return (rows << np.arange(0, each * bits, bits, dtype=np.uint32)).sum(-1, np.uint32).view("i4")
 
 
-def packed(rng, n, k, *, bits=4, group=32, symmetric=True, ordered=False, pack=stream):
+def packed(rng, n, k, *, bits=4, group=32, symmetric=True, ordered=False, pack=stream, whole=False):
+    group = k if whole else group
     codes, half = rng.integers(0, 2**bits, (n, k)), 2 ** (bits - 1)
     scale = rng.uniform(0.01, 0.02, (n, k // group)).astype(ml_dtypes.bfloat16)
     zero = rng.integers(0, 2**bits, scale.shape) if not symmetric else np.full(scale.shape, half)
@@ -86,6 +87,9 @@ def packed(rng, n, k, *, bits=4, group=32, symmetric=True, ordered=False, pack=s
         "weight_scale": scale,
         "weight_shape": np.array([n, k], np.int64),
     }
+    if whole:
+        tensors["weight_scale"] = scale[:1, 0]
+        scale = np.repeat(scale[:1], n, 0)
     if not symmetric:
         tensors["weight_zero_point"] = np.ascontiguousarray(pack(zero.T, bits).T)
     index = np.arange(k) // group
@@ -153,14 +157,17 @@ def float4(rng, n, k, *, name="weight_packed", group=16, whole="weight_global_sc
     return tensors, (E2M1[codes] * np.repeat(step, group, axis=1)).T
 
 
-def nf4(rng, n, k, *, nested=False):
-    codes, block = rng.integers(0, 16, (n, k)), 64
+def nf4(rng, n, k, *, nested=False, block=64, stored=np.uint8):
+    codes = rng.integers(0, 16, (n, k))
     tensors = {
-        "weight": (codes[:, ::2] << 4 | codes[:, 1::2]).astype(np.uint8).reshape(-1, 1),
+        "weight": (codes[:, ::2] << 4 | codes[:, 1::2])
+        .astype(np.uint8)
+        .reshape(-1)
+        .view(stored)[:, None],
         "weight.quant_map": NF4,
     }
     state = {"quant_type": "nf4", "blocksize": block, "dtype": "float32", "shape": [n, k]}
-    scale = rng.uniform(0.01, 0.02, n * k // block).astype(np.float32)
+    scale = rng.uniform(0.01, 0.02, -(-n * k // block)).astype(np.float32)
     if nested:
         book = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
         small = rng.integers(128, 256, scale.size).astype(np.uint8)
@@ -173,7 +180,7 @@ def nf4(rng, n, k, *, nested=False):
         tensors["weight.absmax"] = scale
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     tensors["weight.quant_state.bitsandbytes__nf4"] = text
-    return tensors, (NF4[codes] * np.repeat(scale.reshape(n, -1), block, axis=1)).T
+    return tensors, (NF4[codes] * np.repeat(scale, block)[: n * k].reshape(n, k)).T
 
 
 def eight_bits(rng, n, k):
@@ -297,6 +304,15 @@ CONFIGS = {
         packed,
         {"symmetric": False, "ordered": True},
     ),
+    "packed, tensors, inputs with zero points": (
+        of_groups(
+            "pack-quantized",
+            INT | {"num_bits": 4, "strategy": "tensor", "group_size": None},
+            DYNAMIC | {"symmetric": False},
+        ),
+        packed,
+        {"whole": True},
+    ),
     "int8": (
         of_groups("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, DYNAMIC),
         plain,
@@ -355,6 +371,12 @@ CONFIGS = {
          "bnb_4bit_use_double_quant": True},
         nf4,
         {"nested": True},
+    ),
+    "nf4, blocks over rows": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+         "bnb_4bit_quant_storage": "bfloat16"},
+        nf4,
+        {"block": 192, "stored": ml_dtypes.bfloat16},
     ),
     "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, eight_bits, {}),
     "modelopt awq": (

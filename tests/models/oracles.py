@@ -14,6 +14,12 @@ from fdq import models
 ORACLES = pathlib.Path(__file__).parent.parent / "oracles" / "models"
 NAMES = sorted(path.name for path in ORACLES.iterdir() if path.is_dir())
 
+GLM4_NORMS = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}
+
 
 def read_config(name, file="config.json"):
     return json.loads((ORACLES / name / file).read_text())
@@ -42,7 +48,9 @@ def fill(model, tensors):
             put(module.bias, take(*(f"{prefix}.{name}.bias" for name in names)))
 
     def mlp(module, prefix):
-        linear(module.gate_up_proj, prefix, "gate_proj", "up_proj")
+        fused = f"{prefix}.gate_up_proj.weight" in left
+        names = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
+        linear(module.gate_up_proj, prefix, *names)
         linear(module.down_proj, prefix, "down_proj")
 
     def latent(module, prefix):
@@ -82,7 +90,8 @@ def fill(model, tensors):
         if getattr(attention, "sinks", None) is not None:
             put(attention.sinks, left.pop(f"{prefix}.self_attn.sinks"))
         for norm in (name for name in vars(layer) if name.endswith("layernorm")):
-            put(getattr(layer, norm).scale, scale(f"{prefix}.{norm}.weight"))
+            stored = GLM4_NORMS.get(norm, norm) if model.config.model_type == "glm4" else norm
+            put(getattr(layer, norm).scale, scale(f"{prefix}.{stored}.weight"))
         block, prefix = layer.mlp, f"{prefix}.mlp"
         if not hasattr(block, "router"):
             mlp(block, prefix)

@@ -218,6 +218,7 @@ NEUTRAL = {
     *ernie4_5._NEUTRAL,
     *ernie4_5_moe._NEUTRAL,
     *deepseek_v3._NEUTRAL,
+    "residual_dropout",
 }
 
 

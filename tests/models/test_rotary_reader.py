@@ -105,7 +105,9 @@ def test_rope_scaling_counts_beside_rope_parameters_in_every_family(name, kind):
     assert inside.rotary.theta == 3e4  # as in transformers
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_WAY if name != "glm4_moe"])
+@pytest.mark.parametrize(
+    "name", [name for name in ONE_WAY if not name.startswith("glm4") or name == "glm4_moe_lite"]
+)
 def test_heads_that_turn_in_part_are_refused_where_the_family_turns_them_whole(name):
     config = oracles.read_config(name)
     for changes in (
@@ -176,12 +178,18 @@ SILENT = {  # of transformers' config classes: key-value heads of 32, head_dim, 
     "ernie4_5_moe": (4, 16, 131072),
     "deepseek_v2": (1, 64, 2048),  # one latent, and the channels that are rotated
     "deepseek_v3": (1, 64, 4096),
+    "glm": (2, 128, 131072),
+    "glm4": (2, 128, 131072),
     "glm4_moe": (8, 16, 131072),
     "glm4_moe_lite": (1, 64, 202752),
     "gemma2": (4, 256, 8192),
     "gemma3_text": (4, 256, 131072),
     "gpt_oss": (8, 64, 131072),
+    "granite": (32, 16, 2048),
+    "seed_oss": (8, 128, 524288),
+    "smollm3": (4, 16, 32768),
 }
+IN_HALF = ("glm", "glm4", "glm4_moe")
 EXPERTS = {
     "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
     "ernie4_5_moe": {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8},
@@ -189,15 +197,19 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("family", [name for name in models.FAMILIES if name != "gemma3"])
+@pytest.mark.parametrize("family", SILENT)
 def test_what_each_family_means_where_its_config_is_silent(family):
     sizes = {"vocab_size": 8, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 1}
     config = {"model_type": family, "num_attention_heads": 32, **sizes, **EXPERTS.get(family, {})}
-    turned = SILENT[family][1] // (2 if family == "glm4_moe" else 1)
+    turned = SILENT[family][1] // (2 if family in IN_HALF else 1)
     factors = {key: [1.0] * (turned // 2) for key in ("short_factor", "long_factor")}
     found = read({**config, "rope_scaling": {"rope_type": "longrope", **factors}})
     assert (found.num_kv_heads, found.head_dim, found.max_position) == SILENT[family]
     assert found.rotary.original_max_position == found.max_position
+    assert set(SILENT) == set(models.FAMILIES) - {
+        "gemma3",
+        "mistral3",
+    }  # which are of text and images
     heads = 1 if found.num_kv_heads == 1 else 32  # null is an answer
     assert read({**config, "num_key_value_heads": None}).num_kv_heads == heads
 

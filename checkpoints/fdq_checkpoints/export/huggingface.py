@@ -152,7 +152,9 @@ class _Plan(Plan):
         if layout is not None:
             _check_stacks(origin, parts.stacks, layout)
             _check(name, origin, layout, flat, with_stacks=bool(parts.stacks))
-            parts.layers = {p: _without_offsets(own, origin) for p, own in parts.layers.items()}
+            parts.layers = {
+                p: integers.without_offsets(own, origin) for p, own in parts.layers.items()
+            }
             flat = parts.flat()
         self._dtype = np.dtype(options.dtype or origin.config.dtype)
         cache, stored = self._cache(), []
@@ -376,22 +378,6 @@ def _check(
         raise CheckpointError(f"{origin.where}: {layer.label}{more}: {why}")
     if layers and (why := layout.problem_of_all(layers)):
         raise CheckpointError(f"{origin.where}: {why}")
-
-
-def _without_offsets(layers: list[Layer], origin: Origin) -> list[Layer]:
-    """Layers of one kernel, their offsets as zero points; CheckpointError where these are none."""
-    if not layers or layers[0].spec.zero_point != "offset":
-        return layers
-    q = origin.read(layers[0].path)
-    parts = [q] if q.ndim == 2 else [q[expert] for expert in range(q.shape[0])]
-    if any(integers.with_zero_points(StoredWeight.of(part)) is None for part in parts):
-        raise CheckpointError(
-            f"{origin.where}: {layers[0].label}: codes with offsets that are no whole multiples of "
-            "their scales, and such layouts have zero points alone. Export it --to dense, or --to "
-            "gguf where that holds it; or convert the original to the same scheme with -asym."
-        )
-    spec = integers.zero_point_spec(layers[0].spec)
-    return [dataclasses.replace(layer, spec=spec) for layer in layers]
 
 
 def _cache_name(path: Path) -> str:

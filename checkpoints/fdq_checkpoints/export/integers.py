@@ -14,6 +14,7 @@ from fdq.formats import packing
 from fdq.schemes.scheme import WeightSpec
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.export.layout import Layer
+from fdq_checkpoints.export.origin import Origin
 from fdq_checkpoints.sources import bits as words
 from fdq_checkpoints.sources.stored_weight import StoredWeight
 
@@ -104,6 +105,22 @@ def with_zero_points(weight: StoredWeight) -> StoredWeight | None:
         weight.codes,
         {**arrays, "zero": zero.astype(np.uint8)},
     )
+
+
+def without_offsets(layers: list[Layer], origin: Origin) -> list[Layer]:
+    """Layers of one kernel, their offsets as zero points; CheckpointError where these are none."""
+    if not layers or layers[0].spec.zero_point != "offset":
+        return layers
+    q = origin.read(layers[0].path)
+    parts = [q] if q.ndim == 2 else [q[expert] for expert in range(q.shape[0])]
+    if any(with_zero_points(StoredWeight.of(part)) is None for part in parts):
+        raise CheckpointError(
+            f"{origin.where}: {layers[0].label}: codes with offsets that are no whole multiples of "
+            "their scales, and such layouts have zero points alone. Export it --to dense, or --to "
+            "gguf where that holds it; or convert the original to the same scheme with -asym."
+        )
+    spec = zero_point_spec(layers[0].spec)
+    return [dataclasses.replace(layer, spec=spec) for layer in layers]
 
 
 def zero_point_spec(spec: WeightSpec) -> WeightSpec:

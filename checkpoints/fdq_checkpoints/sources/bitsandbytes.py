@@ -1,12 +1,14 @@
 """bitsandbytes: NF4 with and without double quantization, and int8.
 
-NF4: `weight` uint8 `[out in / 2, 1]`, row by row and the high nibble first, blocks of 64 along a
-row; `weight.absmax` float32, or uint8 with `weight.nested_absmax` and `weight.nested_quant_map`;
+NF4: `weight` uint8 `[out in / 2, 1]` (or the same bytes as bfloat16), row by row and high nibble
+first, blocks of 64 that may go on from one row into the next, in fdq groups of what divides both;
+`weight.absmax` float32, or uint8 with `weight.nested_absmax` and `weight.nested_quant_map`;
 `weight.quant_state.bitsandbytes__nf4` is JSON in bytes. int8: `weight`, `SCB` `[out]`, and
 `w = code * SCB / 127`. Source: bitsandbytes 0.50 (`functional.QuantState`).
 """
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from fdq_checkpoints.sources import bits as packing
 from fdq_checkpoints.sources.codec import Codec, Names, Section, codes_of_ignored
 from fdq_checkpoints.sources.stored_weight import Linear, StoredWeight
 
+_STORAGE = ("uint8", "bfloat16", "float16", "float32")  # what the bytes of codes are said to be
+_LEAST_GROUP = 8  # or scales are most of what is stored
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 
@@ -65,13 +69,19 @@ class BitsAndBytes(Codec):
             return _linear(module, info.shape, WeightSpec(format="int8"), ends)
         (n, k), state = self._state(module)
         block = state.get("blocksize")
-        if type(block) is not int or block < 1 or k % block:
-            raise self.shape_problem(module, f"blocks of {block!r} do not divide rows of {k}")
-        self.check(module, "weight", (n * k // 2, 1), "uint8")
+        if type(block) is not int or block < 1 or k % 2:
+            raise self.shape_problem(module, f"blocks of {block!r} of rows of {k}")
+        group = math.gcd(block, k)
+        if group < _LEAST_GROUP and group < min(block, k):
+            raise self.shape_problem(module, f"blocks of {block} do not divide rows of {k}")
+        stored = self.info(module, "weight").dtype
+        if stored.name not in _STORAGE or n * k // 2 % stored.itemsize:
+            raise self.shape_problem(module, f"{n * k // 2} bytes of codes stored as {stored.name}")
+        self.check(module, "weight", (n * k // 2 // stored.itemsize, 1), stored.name)
         self.check(module, "weight.quant_map", (16,), "float32")
         nested = self.has(module, _NESTED[0])
-        self.check(module, "weight.absmax", (n * k // block,), "uint8" if nested else "float32")
-        spec = WeightSpec(format="nf4", granularity="group", group_size=block)
+        self.check(module, "weight.absmax", (-(-n * k // block),), "uint8" if nested else "float32")
+        spec = WeightSpec(format="nf4", granularity="group", group_size=group)
         there = _NESTED if nested else ()
         if nested:
             self.check(module, _NESTED[0], (self.info(module, _NESTED[0]).nbytes // 4,), "float32")
@@ -90,12 +100,16 @@ class BitsAndBytes(Codec):
             return StoredWeight(linear.spec, k, np.ascontiguousarray(codes), {"scale": scale})
         if not np.array_equal(self.read_end(linear, "weight.quant_map"), CODEBOOK):
             raise self.bad(linear, "weight.quant_map", "another codebook than NF4's")
-        codes = packing.nibbles_swapped(self.read_end(linear, "weight").reshape(n, k // 2))
+        codes = self.read_end(linear, "weight").view(np.uint8)
+        codes = packing.nibbles_swapped(codes.reshape(n, k // 2))
         if _NESTED[0] in linear.ends:
             scale = self._nested(linear)
         else:
             scale = self.scale_of(linear, "weight.absmax", signed=True)
-        scale = np.ascontiguousarray(scale.reshape(n, -1).T)
+        group = linear.spec.group_size
+        assert group is not None
+        scale = np.repeat(scale, self._state(linear.module)[1]["blocksize"] // group)
+        scale = np.ascontiguousarray(scale[: n * k // group].reshape(n, -1).T)
         return StoredWeight(linear.spec, k, np.ascontiguousarray(codes.T), {"scale": scale})
 
     def _nested(self, linear: Linear) -> np.ndarray:

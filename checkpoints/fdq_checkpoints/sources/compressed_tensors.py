@@ -199,8 +199,10 @@ class CompressedTensors(Codec):
             raise self.shape_problem(module, f"{words.shape} are no {bits}-bit codes of [{n}, {k}]")
         size = self._group_size(module, weights, k)
         groups = k // size
-        scales = self.check(module, "weight_scale", (n, groups), "float32", "bfloat16", "float16")
         symmetric = weights.flag("symmetric", True)
+        whole = symmetric and weights.content.get("strategy") == "tensor"
+        expected = (1,) if whole else (n, groups)
+        scales = self.check(module, "weight_scale", expected, "float32", "bfloat16", "float16")
         ends = ("weight_packed", "weight_scale")
         if not symmetric:
             found, (dense, padded) = self.info(module, _ZERO).shape, packing.words_of(n, bits)
@@ -288,6 +290,8 @@ class CompressedTensors(Codec):
         lopsided = spec.format.startswith("int") and spec.zero_point == "none"
         scale = self.scale_of(linear, "weight_scale", signed=lopsided)
         scale = scale.reshape(1, 1) if spec.granularity == "tensor" else scale.T
+        if scale.ndim == 1:  # of a tensor, beside packed codes
+            scale = np.repeat(scale[None], n, axis=1)
         arrays = {"scale": np.ascontiguousarray(scale)}
         if "weight" in linear.ends:
             is_float = spec.format != "int8"
@@ -345,7 +349,11 @@ def _activation(part: Section | None) -> ActivationSpec | None:
     if bits != 8:
         raise part.wrong("num_bits", "8")
     if not part.flag("symmetric", True):
-        raise part.wrong("symmetric", "true")
+        _LOGGER.warning(
+            "%s: inputs with zero points of their own, which fdq has not; they stay in 16 bits.",
+            part.where,
+        )
+        return None
     format = "int8" if kind == "int" else "float8_e4m3"
     if part.one_of("dynamic", (True, False, "local"), False) is False:
         part.one_of("strategy", ("tensor",), "tensor")

@@ -27,6 +27,7 @@ from fdq_checkpoints.tree_paths import Path
 _WRONG_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 
 
+_MOST_LAYERS = 1024  # the deepest that are published have 126
 _LOGGER = logging.getLogger("fdq")
 
 Parts = Mapping[Path, tensor_names.Source]
@@ -137,6 +138,11 @@ def parts_of(
         raise CheckpointError(
             f"{where}: a model of {config.num_layers} layers, but there are "
             f"{len(directory.tensors)} tensors. Download the whole model again."
+        )
+    if config.num_layers > _MOST_LAYERS:
+        raise CheckpointError(
+            f"{where}: a model of {config.num_layers} layers, more than the {_MOST_LAYERS} that "
+            "are read: check the config."
         )
     family = models.FAMILIES[config.model_type]
     if names is None:
