@@ -20,7 +20,7 @@ from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.preparation import prepare_in_place
 from tests.closeness import error
-from tests.covering import slow
+from tests.covering import longest, slow
 
 TOLERANCE = 5e-6
 
@@ -71,7 +71,7 @@ def test_quantized_activations(scheme, activation, rng, kernels):
     assert error(y, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize(("m", "activation"), [slow(9, None), slow(17, "int8")])
+@pytest.mark.parametrize(("m", "activation"), [slow(9, None), longest(17, "int8")])
 def test_more_rows_are_the_tensor_cores(m, activation, rng, kernels):
     q = ops.prepare(weight("W4A16", k=128, n=128))
     x = jnp.asarray(rng.standard_normal((m, 128)), jnp.bfloat16)
@@ -257,15 +257,24 @@ def test_a_loaded_model_is_prepared_a_weight_at_a_time(kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
+def test_the_self_checks_of_tensor_cores_pass_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(self_check, "is_real", lambda device: True)
+    monkeypatch.setattr(self_check, "_RESULTS", {})
+    device, spec = jax.devices("cpu")[0], weight("W4A16").spec
+    assert matmul.check("mma_matmul", spec, device) is None
+    case = functools.partial(grouped_mma.case, spec)
+    assert matmul.check("gathered_mma", spec, device, case) is None
+    assert len(self_check._RESULTS) == 2
+
+
+@pytest.mark.slow
 def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(self_check, "is_real", lambda device: True)
     monkeypatch.setattr(self_check, "_RESULTS", {})
     device = jax.devices("cpu")[0]
     specs = [weight(scheme, k=768).spec for scheme in ("W8A16", "W4A16-g96")]
     assert matmul.check("integer_matrix_vector", specs[0], device) is None
-    assert matmul.check("mma_matmul", weight("W4A16").spec, device) is None
-    case = functools.partial(grouped_mma.case, weight("W4A16").spec)
-    assert matmul.check("gathered_mma", weight("W4A16").spec, device, case) is None
     case = functools.partial(grouped._case, specs[1])
     assert matmul.check("gathered_matrix_vector", specs[1], device, case) is None
     cache = CacheTensor.empty((1, 2, 32, 64), parse_format("C8"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from canonical_weights import Case, generator, random_weight
 from closeness import error
-from covering import slow
+from covering import longest, slow
 
 from pallas_kernels.matmul.gathered_mma import choose_tile_rows, deal, gathered_mma
 from pallas_kernels.matmul.row_sources import Gated
@@ -13,8 +13,10 @@ from pallas_kernels.matmul.row_sources import Gated
 INT4 = Case("int4", "group", 128)
 
 
-@pytest.mark.parametrize("rows", [8, 16])
-@pytest.mark.parametrize("picks, experts", [(1, 4), (40, 3), (96, 64), (24, 1)])
+@pytest.mark.parametrize(
+    "picks, experts, rows",
+    [(40, 3, 8), slow(1, 4, 16), slow(40, 3, 16), slow(96, 64, 8), slow(24, 1, 16)],
+)
 def test_every_pick_has_a_place_in_a_tile_of_its_expert(rng, picks, experts, rows):
     index = rng.integers(0, experts, picks)
     index[: picks // 3] = experts - 1
@@ -28,12 +30,13 @@ def test_every_pick_has_a_place_in_a_tile_of_its_expert(rng, picks, experts, row
     assert expert.size <= picks
 
 
+@pytest.mark.slow
 def test_an_expert_that_all_picked_has_tiles_enough():
     tiles = deal(jnp.zeros((64,), jnp.int32), 64, 8)
     assert np.asarray(tiles.expert)[:8].tolist() == [0] * 8
 
 
-@pytest.mark.parametrize("gate", [slow(False), slow(True)])
+@pytest.mark.parametrize("gate", [slow(False), longest(True)])
 def test_products(gate):
     stack, values = random_weight(INT4, 256, 128, (3,))
     index = generator("index").integers(0, 3, 20)

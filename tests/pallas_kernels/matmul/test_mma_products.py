@@ -41,16 +41,17 @@ def tile(case, dtype, m, rng):
     return [own[:, i] for i in range(count)], mma.paired(x, words), words, settings, expected
 
 
+SLOW = (pytest.mark.slow,)
 FORMATS = [
     (INT4, jnp.bfloat16, 16),
     slow(INT4, jnp.float16, 8),
-    (INT8, jnp.bfloat16, 8),
+    slow(INT8, jnp.bfloat16, 8),
     slow(INT8, jnp.float16, 16),
-    (Case("int4", "group", 64, zero_point="integer"), jnp.bfloat16, 8),
+    slow(Case("int4", "group", 64, zero_point="integer"), jnp.bfloat16, 8),
     slow(Case("int8", "group", 64, zero_point="integer"), jnp.float16, 8),
     *(
-        slow(case, dtype, 8)
-        for dtype in (jnp.bfloat16, jnp.float16)
+        pytest.param(case, dtype, 8, marks=marks)
+        for dtype, marks in ((jnp.bfloat16, SLOW), (jnp.float16, (*SLOW, pytest.mark.longest)))
         for case in (
             Case("int3", "channel", scale_dtype=np.float32),
             Case("int2", "group", 64, zero_point="half"),
