@@ -38,6 +38,14 @@ def trace_target() -> Target:
         return Target(platform, True)
 
 
+def compute_capability() -> float:
+    """Of the NVIDIA GPU that a trace is for; 0 of every other device."""
+    try:
+        return float(getattr(default_device(), "compute_capability", None) or 0)
+    except ValueError:  # ROCm's
+        return 0.0
+
+
 def traced_for() -> Hashable:
     """All that choices here depend on besides shapes: a static argument of what is traced once."""
     return trace_target(), cpu_class(), tuple(_OVERRIDES)

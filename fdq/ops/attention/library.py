@@ -14,6 +14,7 @@ from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops import self_check
 from fdq.ops.attention.joined import JoinedKeys
 from fdq.ops.attention.xla import AttentionArguments, attention_reference
+from fdq.ops.choice import compute_capability
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import sharded
 from pallas_kernels.device import default_device
@@ -38,7 +39,7 @@ class Library(Implementation[AttentionArguments]):
         a = arguments
         if self.skipped() or not self_check.is_real(default_device()):
             return "there is no cuDNN for this device here"
-        return unsupported(a, float(getattr(default_device(), "compute_capability", 0)))
+        return unsupported(a, compute_capability())
 
     def declined(self, arguments: AttentionArguments) -> str | None:
         """One query, and what the self-check says."""

@@ -18,7 +18,7 @@ from jax import lax
 from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops import self_check
 from fdq.ops.activation import activation_values, quantize_activation
-from fdq.ops.choice import trace_target, traced_for
+from fdq.ops.choice import compute_capability, trace_target, traced_for
 from fdq.ops.dots import exact_dot
 from fdq.ops.kernels import Kernel
 from fdq.ops.matmul.mosaic_gpu import preferred, unprepared
@@ -149,12 +149,10 @@ def _multiplies_codes(a: Product, rows_dtype: Any, w: KernelWeight) -> bool:
         return False
     if codes == jnp.int8:
         return takes_integers(a.w, a.activation)
+    # cuBLAS multiplies float8 from Ada on, in sixteens.
+    if rows_dtype != jnp.float8_e4m3fn or compute_capability() < 8.9 or w.words.shape[-2] % 4:
+        return False
     device = default_device()
-    capability = getattr(device, "compute_capability", None)
-    if rows_dtype != jnp.float8_e4m3fn or capability is None or float(capability) < 8.9:
-        return False
-    if w.words.shape[-2] % 4:  # dimensions that cuBLAS takes
-        return False
     case = functools.partial(_float8_case, layout.format)
     return self_check.failure("float8_product", layout.format, device, case) is None
 
