@@ -14,8 +14,7 @@ from fdq.ops.kernels import Kernel, tuned
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import kernel_weight
-from fdq.ops.rows import Gated, Rows, Sums
-from fdq.schemes.scheme import WeightSpec
+from fdq.ops.rows import Rows, Sums
 
 if TYPE_CHECKING:
     from pallas_kernels.weights.kernel_weight import KernelWeight
@@ -36,8 +35,7 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
     def declined(self, arguments: GroupedProduct) -> str | None:
         """Canonical weights, what is slower than XLA, and what is wrong on this device."""
         w = arguments.w
-        case = functools.partial(_case, w.spec)
-        return matmul.unprepared(w) or matmul.preferred(_KERNEL, w, arguments.tokens, case)
+        return matmul.unprepared(w) or matmul.preferred(_KERNEL, w, arguments.tokens)
 
     def joins(self, arguments: GroupedProduct) -> bool:
         """Where `beside` is a product that the launch could be of by itself."""
@@ -79,18 +77,3 @@ def gathered_sums(
         return gathered_matrix_vector(rows, w, index, config=config), None
     more = matmul.staged(shared[0]), shared[1]
     return gathered_matrix_vector(rows, w, index, config=config, shared=more)
-
-
-def _case(spec: WeightSpec) -> tuple[Any, Any]:
-    from pallas_kernels.matmul.gathered import gathered_matrix_vector_reference
-
-    q = matmul.sample(spec)
-    stack = kernel_weight(jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), q))
-    weight = kernel_weight(q)
-    index = jnp.asarray([2, 0, 0, 2], jnp.int32)
-    parts = jax.random.normal(jax.random.key(1), (2, 4, 2 * q.shape[0]), jnp.float32)
-    picked, shared = Gated(Sums(parts)), Gated(Sums(parts[:, :2]))
-    results = gathered_sums(picked, stack, index, (shared, weight))
-    rows, more = matmul.staged(picked), matmul.staged(shared)
-    wanted = gathered_matrix_vector_reference(rows, stack, index, (more, weight))
-    return [a.sum(0) for a in results], [a[0] for a in wanted]
