@@ -32,6 +32,9 @@ DYNAMIC_FORMATS = (("W8", "int8"), ("W4", "int8"))
 """Weights, and what activations are quantized to."""
 
 ROWS = (1, 2, 4, 8)
+CORE_ROWS = (16, 64)
+"""Of batches, which tensor cores multiply."""
+
 LARGE = 24 << 20
 """Packed bytes from which a matrix must reach its share of the bandwidth."""
 
@@ -177,6 +180,10 @@ def matrix_cases() -> list[MatrixCase]:
         for model, layer, _, _ in shapes:
             add(format, model, layer, 1)
     for m in ROWS[1:]:
+        for format in MAIN_FORMATS:
+            for layer in ("down", "gate_up"):
+                add(format, MODELS[0], layer, m)
+    for m in CORE_ROWS:
         for format in MAIN_FORMATS:
             for layer in ("down", "gate_up"):
                 add(format, MODELS[0], layer, m)

@@ -32,9 +32,10 @@ from benchmarks.gpu_timing import (
 from benchmarks.gpu_weights import nbytes, random_array, random_weight, weight_spec
 from fdq import ops
 from fdq.formats.qtensor import QTensor, dequantize
+from fdq.ops.matmul import mosaic_mma
 from fdq.ops.prepared_weight import WordsWeight
 from fdq.ops.rows import Gated, Normed, Sums
-from pallas_kernels.device import default_device
+from pallas_kernels.device import MOST_ROWS, default_device
 from pallas_kernels.tuning import choices
 
 DOT, CUBLAS = "jnp.dot 16-bit", "cuBLAS 16-bit"
@@ -92,13 +93,17 @@ def matrix_kernel(
 
     Args:
       activation: what rows are quantized to.
-      settings: of the `MatrixVectorConfig`, on top of the kernel's own choice.
+      settings: of the `MatrixVectorConfig`, on top of the kernel's own choice; for more rows than
+        that kernel takes the tensor cores' is cut as the tuning table says.
     """
 
     def step(x: jax.Array, w: Any) -> jax.Array:
         from pallas_kernels.matmul import integer as integer_matmul
         from pallas_kernels.matmul import matrix_vector as matmul
 
+        if x.shape[0] > MOST_ROWS:
+            x = x if activation is None else x.astype(jnp.bfloat16)
+            return mosaic_mma.partial_sums(x, w)
         own = matmul.choose_config(w.layout, x.shape[0], matmul.multiprocessors())
         config = dataclasses.replace(own, **(settings or {}))
         kernel = matmul.matrix_vector

@@ -69,7 +69,7 @@ def _sanitizer(check: str) -> Stage:
 
 _NCU = (
     "ncu",
-    *("--kernel-name", "regex:matrix_vector|attention"),
+    *("--kernel-name", "regex:matrix_vector|mma_matmul|attention"),
     *("--launch-count", "3", "--section", "SpeedOfLight", "--csv", "--log-file"),
 )
 

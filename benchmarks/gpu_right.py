@@ -37,11 +37,14 @@ from fdq.cache import LayerCache, parse_format
 from fdq.formats.qtensor import dequantize
 from fdq.models import CONFIGS
 from fdq.ops.kernels import kernel_arrays
+from fdq.ops.matmul import mosaic_mma
 
 _COLUMNS = 256
 # Of the largest value: float32 sums; 16-bit rows whose rounding may fall on either side, and a
 # softmax of 16-bit queries.
 _SUMS, _ROUNDED = 1e-5, 5e-3
+# Tensor cores cut their float32 sums off rather than round them.
+_TENSOR_CORES = 3e-5
 # Around the borders of blocks and of parts.
 _LENGTHS = (129, 1024, 2049, 4095)
 
@@ -57,7 +60,8 @@ class RightCase:
     """One kernel to compare.
 
     Attributes:
-      rows: of a product: ``plain`` (partial sums), ``normed``, ``gated``; of others their kind.
+      rows: of a product: ``plain`` (partial sums), ``normed``, ``gated``, or ``tensor cores``
+        (partial sums by the kernel that is theirs, for any number of rows); of others their kind.
       case: the shapes and the format.
     """
 
@@ -81,14 +85,19 @@ def right_cases() -> list[RightCase]:
 
     attention = [case for case in gpu_cases.attention_cases() if case.model == llama]
     caches = {case.format: case for case in reversed(attention)}
-    cases = [matrix("plain", format, "down", m) for m in (1, 8) for format in _FORMATS[:2]]
+    # First what no card has run yet.
+    cores = "tensor cores"
+    cases = [matrix(cores, format, "down", m) for m in (16, 64, 1) for format in _FORMATS[:2]]
+    experts = [c for c in gpu_cases.expert_cases() if c.model == ernie and c.format == "W4"]
+    cases += [RightCase("experts", dataclasses.replace(experts[0], tokens=16))]
+    cases += [matrix("plain", format, "down", m) for m in (1, 8) for format in _FORMATS[:2]]
     cases += [RightCase("attention", caches[name]) for name in _CACHES]
     for format in _FORMATS[:2]:
         cases += [matrix("normed", format, "gate_up", m) for m in (1, 8)]
         cases += [matrix("gated", format, "down", m) for m in (1, 8)]
         cases += [matrix("plain", format, "down", m, "int8") for m in (1, 8)]
-    experts = [c for c in gpu_cases.expert_cases() if c.model == ernie and c.format == "W4"]
     cases += [RightCase("experts", case) for case in experts if case.tokens in (1, 4)]
+    cases += [matrix(cores, format, "down", 16) for format in _FORMATS[2:]]
     return cases + [matrix("plain", format, "down", m) for format in _FORMATS[2:] for m in (1, 8)]
 
 
@@ -144,6 +153,10 @@ def _product(right: RightCase, settings: Settings) -> Made:
     (q,) = random_weights(case, 1)
     w = prepare(q)
     x = random_array(jax.random.key(1), (case.m, case.k), dtype)
+    if right.rows == "tensor cores":
+        step = jax.jit(lambda x, w: mosaic_mma.partial_sums(x, w).sum(axis=0))
+        wanted = np.asarray(x, np.float64) @ _floats(q, columns)
+        return lambda: step(x, w.data)[:, columns], wanted, _TENSOR_CORES
     if right.rows == "plain":
         rows = x if case.activation is None else quantized_rows(x)[0]
         name = "matrix_vector" if case.activation is None else "integer_matrix_vector"
@@ -164,16 +177,17 @@ def _experts(right: RightCase, settings: Settings) -> Made:
     columns = _columns(case.n)
     (stack,) = random_weights(case, 1, lead=(case.experts,))
     w = prepare(stack)
-    index = expert_indices(case, 1)[0]
-    x = random_array(jax.random.key(1), (len(index), case.k), jnp.dtype(settings.dtype))
+    index = expert_indices(case, 1)[0].reshape(case.tokens, case.top_k)
+    x = random_array(jax.random.key(1), (case.tokens, case.k), jnp.dtype(settings.dtype))
     grouped = functools.partial(fdq.grouped_matmul, implementation="mosaic_gpu")
     step = jax.jit(lambda x, w, index: grouped(x, w, index))
     wide = np.asarray(x, np.float64)
+    experts = {int(one): _floats(stack[int(one)], columns) for one in np.unique(index)}
     reference = np.stack(
-        [row @ _floats(stack[int(one)], columns) for row, one in zip(wide, index, strict=True)]
+        [[row @ experts[int(one)] for one in picks] for row, picks in zip(wide, index, strict=True)]
     )
     chosen = jnp.asarray(index)
-    return lambda: step(x, w, chosen)[:, columns].astype(jnp.float32), reference, 2 * _ROUNDED
+    return lambda: step(x, w, chosen)[..., columns].astype(jnp.float32), reference, 2 * _ROUNDED
 
 
 def _attention(right: RightCase, settings: Settings) -> Made:

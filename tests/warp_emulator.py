@@ -1,4 +1,4 @@
-"""Runs what `mma_fragments`, `mma_products` and `mma_instructions` emit for a GPU: 128 threads in NumPy.
+"""Runs what `mma_fragments`, `mma_products` and their instructions emit for a GPU, in NumPy.
 
 The functions under test build their code through a handful of MLIR constructors and inline PTX.
 Here these names stand for the same operations on arrays of one number a thread, written from the
@@ -15,8 +15,14 @@ import types
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from ptx_machine import add_downwards
 
-from pallas_kernels.mosaic import mma_fragments, mma_instructions, mma_products
+from pallas_kernels.matmul import mma_products
+from pallas_kernels.mosaic import (
+    lane_instructions,
+    mma_fragments,
+    mma_instructions,
+)
 
 THREADS = 128
 _NUMPY = {"i32": np.uint32, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -148,6 +154,9 @@ def _mma(kind, operands) -> list[Value]:
 def _inline_asm(kind, operands, text, constraints, **_):
     assert len(constraints.split(",")) == len(re.findall(r"\$\d+", text))
     name = text.split()[0]
+    if text.startswith("{ .reg .f32 a; mul.rn.f32 a, $1, $2; add.rn.f32 a, a, $3; add.rm.f32 a"):
+        x, y, z, last = (o.data for o in operands)
+        return Value(kind, add_downwards(x * y + z, last).view(np.uint32))
     if name.startswith("mma.sync.aligned.m16n8k16.row.col.f32."):
         assert name.split(".")[7] == name.split(".")[8]
         return _mma(name.split(".")[7], operands)
@@ -204,6 +213,7 @@ _TYPES = {
 }
 _IR = types.SimpleNamespace(
     IntegerType=types.SimpleNamespace(get_signless=lambda bits: f"i{bits}"),
+    FloatAttr=types.SimpleNamespace(get=lambda _, value: value),
     IntegerAttr=types.SimpleNamespace(get=lambda _, value: value),
     DenseI64ArrayAttr=types.SimpleNamespace(get=lambda position: position),
     VectorType=_VectorType,
@@ -218,7 +228,18 @@ _ARITH = types.SimpleNamespace(
     mulf=_elementwise(np.multiply),
     addf=_elementwise(np.add),
     subf=_elementwise(np.subtract),
+    shli=_elementwise(np.left_shift),
+    bitcast=lambda kind, x: Value(kind, x.data.view(_NUMPY[kind])),
+    cmpi=lambda predicate, x, y: Value("i1", predicate(x.data, y.data)),
+    select=lambda which, x, y: Value(x.type, np.where(which.data, x.data, y.data)),
+    CmpIPredicate=types.SimpleNamespace(ne=np.not_equal),
     truncf=lambda kind, x: Value(kind, x.data.astype(_NUMPY[kind])),
+)
+_NVVM = types.SimpleNamespace(
+    shfl_sync=lambda mask, table, lane, clamp, kind: Value(
+        table.type, table.data[32 * WARP + lane.data % 32]
+    ),
+    ShflKind=types.SimpleNamespace(idx=None),
 )
 _LLVM = types.SimpleNamespace(
     inline_asm=_inline_asm,
@@ -241,9 +262,13 @@ def emulated_gpu(monkeypatch):
     names = {n: getattr(real, n) for n in ("Layout", "Tiling", "Replicated", "ShapeDtypeStruct")}
     mosaic = types.SimpleNamespace(inline_mgpu=_inline_mgpu, **names)
     arrays = types.SimpleNamespace(
-        FragmentedArray=lambda _registers, _layout, _is_signed: Fragments(_registers, _layout)
+        thread_idx=lambda: Value("i32", np.arange(THREADS, dtype="u4")),
+        FragmentedArray=lambda _registers, _layout, _is_signed: Fragments(_registers, _layout),
     )
     with monkeypatch.context() as patch:
+        for name, value in {"ir": _IR, "arith": _ARITH, "llvm": _LLVM, "nvvm": _NVVM}.items():
+            patch.setattr(lane_instructions, name, value)
+        patch.setattr(lane_instructions, "mgpu", arrays)
         for name, value in {
             "mg": mosaic,
             "mgpu": arrays,

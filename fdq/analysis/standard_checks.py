@@ -5,6 +5,7 @@ A model in another format (other groups, other numbers of heads) runs its own wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -14,6 +15,7 @@ from fdq.cache import CacheTensor, parse_format
 from fdq.cache.cache_tensor import sample_scales
 from fdq.ops.attention import mosaic_gpu as attention
 from fdq.ops.choice import trace_target
+from fdq.ops.grouped_matmul import mosaic_mma as grouped_mma
 from fdq.ops.matmul import check_cases, mosaic_mma
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.prepared_weight import WordsWeight, kernel_weight
@@ -69,5 +71,7 @@ def _of_products(scheme: str, dtype: str) -> Iterator[Check]:
         kernels.append("integer_matrix_vector")
     if mma.unsupported(words.layout, dtype) is None:
         kernels.append(mosaic_mma.KERNEL)
+        case = functools.partial(grouped_mma.case, spec)
+        yield matmul.self_check_of(grouped_mma.KERNEL, spec, case)
     for kernel in kernels:
         yield matmul.self_check_of(kernel, spec)

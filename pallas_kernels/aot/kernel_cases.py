@@ -78,6 +78,13 @@ def dot_weights(rows: int, loop: Loop) -> float:
     return 4 * loop.opcodes.get("IDP", 0) / rows
 
 
+def mma_weights(rows: int, terms: int, loop: Loop) -> float:
+    """Counts weights by the loop's tensor-core products (m16n8k16): one for eight weights of a
+    thread, for each eight `rows` (M) and each of the `terms` that add up to a weight.
+    """
+    return 8 * loop.opcodes.get("HMMA", 0) / (-(-rows // 8) * terms)
+
+
 def loaded_weights(bytes_per_weight: float, loop: Loop) -> float:
     """Counts weights by the bytes that the loop loads in vectors, as scales are not."""
     return loop.vector_bytes / bytes_per_weight

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.aot.gpu_targets import ALL
 from pallas_kernels.aot.kernel_cases import (
     KernelCase,
     Program,
@@ -20,10 +21,14 @@ from pallas_kernels.aot.kernel_cases import (
     activation_dtype,
     dot_weights,
     fma_weights,
+    mma_weights,
 )
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
+from pallas_kernels.matmul.gathered_mma import gathered_mma
 from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
+from pallas_kernels.matmul.mma import mma_matmul
+from pallas_kernels.matmul.mma_products import UNITS
 from pallas_kernels.matmul.row_sources import Gated, Normed
 from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import to_kernel
@@ -91,7 +96,8 @@ def _weights() -> dict[str, _Weight]:
 
 def kernel_cases() -> list[KernelCase]:
     """Dense products, of int8 activations too, an MLP, and experts."""
-    return [*_matrix_vector_cases(), *_integer_cases(), *_mlp_cases(), *_experts_cases()]
+    dense = [*_matrix_vector_cases(), *_integer_cases(), *_mma_cases(), *_mlp_cases()]
+    return [*dense, *_experts_cases()]
 
 
 def _matrix_vector_cases() -> list[KernelCase]:
@@ -146,6 +152,68 @@ def _integer_cases() -> list[KernelCase]:
 def _integer(weight: _Weight, rows: int, k: int, n: int) -> Program:
     arguments = (abstract((rows, k), "int8"), weight.kernel_weight(k, n))
     return Program(function=integer_matrix_vector, arguments=arguments)
+
+
+def _mma_cases() -> list[KernelCase]:
+    """Tensor cores, from sm_80 on, where there is a form of the format for them.
+
+    Two formats stand for their instructions at 8 to 64 rows, the others are one kernel at 16.
+    """
+    gpus = tuple(gpu for gpu in ALL if gpu != "t4")
+    often = {"int4 groups of 128": (8, 16, 32, 64), "int8 per channel": (8, 64)}
+    others = [name for name, weight in _weights().items() if _has_mma(weight)]
+    others = [name for name in others if name not in often]
+
+    def case(kernel: str, name: str, rows: int, build: Any, detail: str, first: bool) -> KernelCase:
+        weight = _weights()[name]
+        return KernelCase(
+            name=f"{rows} rows x {name}, {detail}",
+            kernel=kernel,
+            build=functools.partial(build, weight, rows),
+            gpus=gpus,
+            representative=first,
+            weights_per_iteration=functools.partial(
+                mma_weights, 8 if build is _experts_mma else rows, weight.format.terms
+            ),
+            bytes_per_weight=weight.bytes_per_weight(),
+            report="mma",
+        )
+
+    k, n = _REPRESENTATIVE
+    size, experts = f"{k} x {n}", "experts, 6 of 64"
+    return [
+        *(
+            case(f"{rows} rows x {name}", name, rows, _mma, size, True)
+            for name, numbers in often.items()
+            for rows in numbers
+        ),
+        *(
+            case("16 rows x other formats", name, 16, _mma, size, name == others[0])
+            for name in others
+        ),
+        *(
+            case("16 rows x experts", name, 16, _experts_mma, experts, name in often and i == 0)
+            for i, name in enumerate((*often, "WINT2's code"))
+        ),
+    ]
+
+
+def _has_mma(weight: _Weight) -> bool:
+    words, layout = weight.format, weight.layout(*_REPRESENTATIVE)
+    whole = words.scaled_fragments or layout.segment_units % UNITS == 0
+    return words.paired_rows is not None and whole
+
+
+def _mma(weight: _Weight, rows: int) -> Program:
+    k, n = _REPRESENTATIVE
+    arguments = (abstract((rows, k), "bfloat16"), weight.kernel_weight(k, n))
+    return Program(function=mma_matmul, arguments=arguments)
+
+
+def _experts_mma(weight: _Weight, tokens: int) -> Program:
+    experts, picks, hidden, inner = 64, 6, 2560, 1536
+    index, x = abstract((tokens * picks,), "int32"), abstract((tokens, hidden), "bfloat16")
+    return Program(gathered_mma, (x, weight.kernel_weight(hidden, 2 * inner, experts), index))
 
 
 def _mlp_cases() -> list[KernelCase]:

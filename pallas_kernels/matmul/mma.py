@@ -4,7 +4,12 @@
 
 It reads the words that `matrix_vector` reads. A weight is decoded once for all rows, to exact
 16-bit floats of its code minus zero point; products and sums are float32 (the tensor cores'), the
-scale of a group multiplies its sum. Rows cost an eighth of an instruction a weight for each 8.
+scale of a group multiplies its sum. Rows cost a fifth of an instruction a weight for each 8.
+
+Instructions of the hot loop a weight (4096 x 6144 on an H100, from machine code): int4 in groups of
+128 1.8, 2.1, 2.5 and 3.3 at 8, 16, 32 and 64 rows; at 16 rows int8 2.3, int3 2.1, int2 1.8, fp8 3.1,
+mxfp4 and nvfp4 3.3, cc2 3.6, nf4 4.2 (whose levels are sums of two 16-bit floats, within 2^-17 in
+bfloat16), mxfp8 4.7.
 
 A program is four warps with 128 or 256 columns and a slice of K, whose sums go to their own row of
 `[split, M, N]`, as `matrix_vector`'s do. There is no shared memory and no barrier: words of the
@@ -26,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.device import MOST_MMA_ROWS, default_device
+from pallas_kernels.matmul import mma_products as mma
 from pallas_kernels.matmul.core import (
     WeightRefs,
     group_of,
@@ -35,13 +41,15 @@ from pallas_kernels.matmul.core import (
 )
 from pallas_kernels.matmul.matrix_vector import kernel_name, multiprocessors, whole_split
 from pallas_kernels.matmul.row_sources import Rows, finished, rows_cotangent, rows_shape
-from pallas_kernels.mosaic import mma_products as mma
 from pallas_kernels.mosaic.launch import launch, load, store
 from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.typing import Array, Float
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight
 from pallas_kernels.weights.layout import WeightLayout
+
+_SCALED_SEGMENTS = 8
+"""Groups with scales that are multiplied into the weight, taken together: two words of scales."""
 
 _AHEAD = 4  # steps whose words are on their way
 
@@ -61,7 +69,11 @@ def unsupported(layout: WeightLayout, dtype: Any) -> str | None:
         return "GPUs before sm_80 have no mma.sync of this kind"
     if layout.words.paired_rows is None:
         return f"there is no form of {layout.format} for tensor cores"
-    if layout.segment_units % mma.UNITS:
+    if layout.words.scaled_fragments:
+        found = layout.segment_units, layout.segments % _SCALED_SEGMENTS, layout.scale_dtype
+        if found != (2, 0, "float8_e4m3fn"):
+            return f"{layout.format} has groups of two units, and K a multiple of 128 rows of them"
+    elif layout.segment_units % mma.UNITS:
         return (
             f"scales of {layout.segment} rows of {layout.format} are of "
             f"{layout.segment_units} units, and tensor cores take {mma.UNITS} at a time"
@@ -89,8 +101,7 @@ def mma_matmul(
         raise ValueError(f"mma_matmul: {reason}.")
     if config is None:
         config = choose_mma_config(w.layout, m, multiprocessors())
-    if config.block_columns not in (128, 256) or config.split < 1:
-        raise ValueError(f"mma_matmul: expected block_columns 128 or 256, split >= 1: {config}.")
+    check_mma_config(config, "mma_matmul")
     kernel = functools.partial(_mma_matmul, config=config)
 
     def fold(axis_size, batched, x, w):
@@ -106,6 +117,12 @@ def mma_matmul(
         return rows_cotangent(cotangent, x, w, decoded_weight(w)), None
 
     return differentiable(batchable(kernel, fold), gradient)(x, w)
+
+
+def check_mma_config(config: MmaConfig, caller: str) -> None:
+    """Raises ValueError."""
+    if config.block_columns not in (128, 256) or config.split < 1:
+        raise ValueError(f"{caller}: expected block_columns 128 or 256, split >= 1: {config}.")
 
 
 def choose_mma_config(layout: WeightLayout, m: int, multiprocessors: int) -> MmaConfig:
@@ -129,13 +146,19 @@ class MmaTile:
     layout: WeightLayout
     rows: int  # M, whole eights
     chunks: int  # of 128 columns
-    segments: int  # of K in the slice
+    segments: int  # of K in the slice, as they are taken here (see `units`)
     dtype: Any
+
+    @property
+    def units(self) -> int:
+        """Of a segment as it is taken here."""
+        together = _SCALED_SEGMENTS if self.layout.words.scaled_fragments else 1
+        return self.layout.segment_units * together
 
     @property
     def steps(self) -> int:
         """Of a segment, four units each."""
-        return self.layout.segment_units // mma.UNITS
+        return self.units // mma.UNITS
 
     @property
     def together(self) -> int:
@@ -153,9 +176,10 @@ def tile_of(layout: WeightLayout, m: int, dtype: Any, config: MmaConfig) -> tupl
     """What one program computes, and how many share a column."""
     rows = -(-m // mma.ROWS) * mma.ROWS
     narrow = rows > 32 or layout.padded_n % config.block_columns
-    split = whole_split(layout.segments, config.split)
+    segments = layout.segments // (_SCALED_SEGMENTS if layout.words.scaled_fragments else 1)
+    split = whole_split(segments, config.split)
     chunks = 1 if narrow else config.block_columns // mma.COLUMNS
-    return MmaTile(layout, rows, chunks, layout.segments // split, dtype), split
+    return MmaTile(layout, rows, chunks, segments // split, dtype), split
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -171,9 +195,7 @@ def _mma_matmul(x, w, *, config) -> jax.Array:
         part = lax.axis_index("split")
         first = pl.multiple_of(lax.axis_index("columns") * block, block)
         totals = accumulate(tile, name_refs(weight_refs), x_ref, first, part * tile.segments)
-        for c, total in enumerate(totals):
-            columns = pl.ds(first + c * mma.COLUMNS, mma.COLUMNS)
-            store(out_ref.at[part, :, columns], mma.turned(total))
+        store_totals(out_ref.at[part], totals, first)
 
     body.__name__ = kernel_name("mma_matmul", layout, m)
     out = launch(
@@ -192,6 +214,13 @@ def arranged(x: jax.Array, layout: WeightLayout) -> jax.Array:
     return mma.paired(jnp.pad(x, [(0, 0), (0, missing)]) if missing else x, layout.words)
 
 
+def store_totals(out_ref: Any, totals: list[jax.Array], first_column: Any) -> None:
+    """What `accumulate` returns to `[M, N']`."""
+    for c, total in enumerate(totals):
+        columns = pl.ds(first_column + c * mma.COLUMNS, mma.COLUMNS)
+        store(out_ref.at[:, columns], mma.turned(total))
+
+
 def accumulate(
     tile: MmaTile, refs: WeightRefs, x_ref: Any, first_column: Any, first_segment: Any
 ) -> list[jax.Array]:
@@ -200,7 +229,9 @@ def accumulate(
     `refs` are of one weight, without leading axes; `x_ref` is of `arranged`.
     """
     layout, words = tile.layout, tile.layout.words
-    units = layout.segment_units
+    units = tile.units
+    scaled = words.scaled_fragments  # scales are part of the weights, not of sums
+    grouped = layout.group is not None and not scaled
     first_unit = first_segment * units
     last_unit = first_unit + tile.segments * units - mma.UNITS
     columns = [pl.ds(first_column + c * mma.COLUMNS, mma.COLUMNS) for c in range(tile.chunks)]
@@ -229,13 +260,14 @@ def accumulate(
     def one_segment(segment, totals, fetched):
         start = first_unit + segment * units
         group = group_of(layout, first_segment + segment)
+        words_of_scales = (first_segment + segment) * (_SCALED_SEGMENTS // 4)
         scales: list[Any] = [None] * tile.chunks
         points: list[Any] = [None] * tile.chunks
-        if layout.group is not None:
+        if grouped:
             scales = [read_scale(layout, refs.scale, group, read) for read in readers]
         if layout.zero_point == "integer":
             points = [packed_bytes(refs.zero, group, read).astype(jnp.float32) for read in readers]
-        sums = totals if layout.group is None else [zeros() for _ in totals]
+        sums = [zeros() for _ in totals] if grouped else totals
         for step in range(tile.steps):
             unit = start + step * mma.UNITS
             following = fetch(unit + tile.ahead * mma.UNITS)
@@ -250,11 +282,14 @@ def accumulate(
                     columns=constants[c],
                     middle=layout.bias,
                     zero=points[c],
+                    scales=(readers[c](refs.scale, words_of_scales + step // 2), step % 2)
+                    if scaled
+                    else None,
                 )
                 for c in range(tile.chunks)
             ]
             fetched = [*fetched[1:], following]
-        if layout.group is not None:
+        if grouped:
             parts = zip(totals, sums, scales, strict=True)
             sums = [mma.add_scaled(*part) for part in parts]
         return sums, fetched

@@ -131,8 +131,16 @@ def lane_table(values: Sequence[float]) -> Any:
 
     Does not change from loop to loop, so the compiler keeps it in one register.
     """
+    return _by_lane([number(value) for value in values])
+
+
+def lane_words(values: Sequence[int]) -> Any:
+    """Likewise an int32 in each lane."""
+    return _by_lane([integer(value) for value in values])
+
+
+def _by_lane(table: list[Any]) -> Any:
     lane = mgpu.thread_idx()
-    table = [number(value) for value in values]
     bit = 1
     while len(table) > 1:
         is_set = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, integer(bit)), integer(0))
@@ -142,5 +150,5 @@ def lane_table(values: Sequence[float]) -> Any:
 
 
 def read_lane(table: Any, lane: Any) -> Any:
-    """The float32 that lane `lane % 32` of the warp holds in `table`: one shuffle."""
+    """The float32 or int32 that lane `lane % 32` of the warp holds in `table`: one shuffle."""
     return nvvm.shfl_sync(integer(-1), table, lane, integer(0x1F), nvvm.ShflKind.idx)

@@ -82,6 +82,51 @@ def fields(word, positions, bits: int, offset, dtype: Any):
     return out
 
 
+def moved(word, moves):
+    """Bits of a word put together: for each `(left, mask)` those shifted left (right where it is
+    negative) and masked, the same mask for both halves.
+    """
+    out = None
+    for left, mask in moves:
+        part = word
+        if left > 0:
+            part = arith.shli(word, constant(left))
+        elif left < 0:
+            part = arith.shrui(word, constant(-left))
+        part = arith.andi(part, constant(mask << 16 | mask))
+        out = part if out is None else arith.ori(out, part)
+    return out
+
+
+def between(low, high, bits: int):
+    """The word that begins at bit `bits` of `low` and ends in `high`."""
+    return arith.ori(arith.shrui(low, constant(bits)), arith.shli(high, constant(32 - bits)))
+
+
+def shifted(word, left: int):
+    """A word moved to the left, or to the right where `left` is negative."""
+    if left < 0:
+        return arith.shrui(word, constant(-left))
+    return arith.shli(word, constant(left))
+
+
+def e4m3_scales(word, half: int, unit, dtype: Any):
+    """Two floats of the positive e4m3 in byte `2 * half + unit / 2` of a word.
+
+    `unit` is an i32 of 0 .. 3. Of bfloat16 they are 2^118 times the scale: what makes up for the
+    exponents of e2m1 (2^126) and leaves room for the largest scale.
+    """
+    word = arith.shrui(word, constant(16 * half)) if half else word
+    shift = arith.shli(arith.andi(unit, constant(2)), constant(2))
+    byte = arith.andi(arith.shrui(word, shift), constant(0x7F))
+    both = arith.ori(byte, arith.shli(byte, constant(16)))
+    wide = dtype == jnp.bfloat16
+    both = arith.shli(both, constant(4 if wide else 7))
+    for power in (127, 111) if wide else (8,):  # 2^-120 or 2^-8 of it so far
+        both = multiply_add(both, power_pair(power, dtype), None, dtype)
+    return both
+
+
 def power_pair(exponent: int, dtype: Any):
     """Two floats `2**exponent`, of the normal ones."""
     half = (exponent + 127) << 7 if dtype == jnp.bfloat16 else (exponent + 15) << 10
@@ -101,10 +146,15 @@ def multiply_add(x, y, z, dtype: Any):
     return _asm(f"fma.rn.{kind}x2 $0, $1, $2, $3;", "=r,r,r,r", x, y, z)
 
 
+def scaled(x, factor: float):
+    """A float32 times a constant."""
+    return arith.mulf(x, arith.constant(ir.F32Type.get(), factor))
+
+
 def scaled_pair(x, factor: float, dtype: Any):
     """Two floats `x * factor` of a float32, rounded once if factor is a power of two."""
     kind = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
-    half = arith.truncf(kind, arith.mulf(x, arith.constant(ir.F32Type.get(), factor)))
+    half = arith.truncf(kind, scaled(x, factor))
     return as_word(vector([half, half]))
 
 

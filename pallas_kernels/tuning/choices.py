@@ -19,17 +19,19 @@ from importlib import resources
 from typing import Any
 
 _PRODUCTS = ("matrix_vector", "integer_matrix_vector", "gathered_matrix_vector")
-KERNELS = (*_PRODUCTS, "mma_matmul", "decode_attention", "append", "router")
-"""Names that rows may use; of attention and append the format is that of the cache. `mma_matmul`
-that is not used for 8 rows or fewer leaves them to the matrix-vector kernels, not to XLA.
+_TENSOR_CORES = ("mma_matmul", "gathered_mma")
+KERNELS = (*_PRODUCTS, *_TENSOR_CORES, "decode_attention", "append", "router")
+"""Names that rows may use; of attention and append the format is that of the cache. A kernel
+of the tensor cores that is not used for 8 rows or fewer leaves them to the others, not to XLA.
 """
 
 USES = ("mosaic_gpu", "xla")
 _CUT = ("block_columns", "split", "step_rows", "prefetch")
-CONFIG = dict.fromkeys(_PRODUCTS, _CUT) | {
-    "mma_matmul": ("block_columns", "split"),
-    "decode_attention": ("parts",),
-}
+CONFIG = (
+    dict.fromkeys(_PRODUCTS, _CUT)
+    | dict.fromkeys(_TENSOR_CORES, _CUT[:2])
+    | {"decode_attention": ("parts",)}
+)
 """Settings that a row may have, by kernel."""
 
 _BOUNDS = ("max_rows", "min_weights", "max_weights")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.mosaic import lane_instructions as lanes
+from pallas_kernels.mosaic import mma_instructions as mma
 from pallas_kernels.weights.nf4_levels import NF4_LEVELS
 from pallas_kernels.weights.word_format import (
     Arrays,
@@ -56,6 +59,23 @@ class CodebookWords(WordFormat):
             values = [jnp.where(is_set, high, low) for low, high in pairs]
         return values[0]
 
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Neighbours."""
+        return tuple((row, row + 1) for row in range(0, 8, 2))
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """A shift and a shuffle a row, which fetch a level as the sum of two 16-bit floats."""
+        high = np.asarray(self.levels, np.float32).astype(dtype)
+        low = (np.asarray(self.levels, np.float32) - high.astype(np.float32)).astype(dtype)
+        both = low.view(np.uint16).astype(np.uint32) << 16 | high.view(np.uint16)
+        table = lanes.lane_words([int(word) for word in both.view(np.int32)])
+        rows = [lanes.read_lane(table, lanes.shift_right(words[0], 4 * row)) for row in range(8)]
+        pairs = list(zip(rows[::2], rows[1::2], strict=True))
+        return [[mma.permute(*pair, order) for pair in pairs] for order in (0x5410, 0x7632)]
+
     def merged_scale(self, arrays: NamedArrays, n: int) -> tuple[jax.Array, NamedArrays]:
         """Of scales that are codes themselves (double quantization) what they stand for."""
         names = ("scale", "super_scale", "scale_offset")
@@ -74,6 +94,7 @@ FORMATS: tuple[WordFormat, ...] = (
         words=1,
         rows=8,
         levels=NF4_LEVELS,
+        terms=2,
         storages=(Storage("NF4 groups of 64", group_size=64),),
     ),
 )

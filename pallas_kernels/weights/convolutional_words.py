@@ -19,6 +19,7 @@ States below 0 read as two's complement, as in the definition; they must be belo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import lane_instructions as lanes
+from pallas_kernels.mosaic import mma_instructions as mma
 from pallas_kernels.weights.word_format import (
     LINEAR_EXPONENT,
     Arrays,
@@ -83,6 +85,27 @@ class ConvolutionalWords(LinearWords):
             for shift in SHIFTS
         ]
 
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Windows of two bytes."""
+        return tuple((8 * i + row, 8 * i + row + 4) for i in range(2) for row in (3, 2, 1, 0))
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """That of fields."""
+        return mma.field_exponent(dtype)
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """States of two bytes in a word, and their windows as fields, the lowest first."""
+        powers = STAGED_SCALE, ROUNDED_EXPONENT
+        staged = [mma.scaled(x, 2.0**power) for x, power in zip(columns, powers, strict=True)]
+        states = [_emit_state(words[0], byte, *staged) for byte in range(4)]
+        positions = [shift + FRACTION_BITS for shift in reversed(SHIFTS)]
+        both = [mma.permute(states[i], states[i + 1], 0x5410) for i in (0, 2)]
+        fields = [mma.fields(pair, positions, 6, offset, dtype) for pair in both]
+        return [[*fields[0], *fields[1]]]
+
 
 def interpreted_states(
     word: jax.Array, code_scale: jax.Array, code_offset: jax.Array
@@ -107,23 +130,24 @@ def rounded_states(
     """The same on a GPU; bits above 21 are not the state's."""
 
     def emit(word, scale, offset):
-        return [
-            lanes.assembly_bits(
-                "{ .reg .f32 a; mul.rn.f32 a, $1, $2; add.rn.f32 a, a, $3; "
-                "add.rm.f32 a, a, $4; mov.b32 $0, a; }",
-                lanes.read_byte(word, byte),
-                scale,
-                offset,
-                lanes.number(ROUNDING * 2.0**ROUNDED_EXPONENT),
-            )
-            for byte in range(4)
-        ]
+        return [_emit_state(word, byte, scale, offset) for byte in range(4)]
 
     staged = [
         code_scale * jnp.float32(2.0**STAGED_SCALE),
         code_offset * jnp.float32(2.0**ROUNDED_EXPONENT),
     ]
     return lanes.apply(emit, [word, *staged], [jnp.int32] * 4, layout)
+
+
+def _emit_state(word: Any, byte: int, scale: Any, offset: Any) -> Any:
+    return lanes.assembly_bits(
+        "{ .reg .f32 a; mul.rn.f32 a, $1, $2; add.rn.f32 a, a, $3; "
+        "add.rm.f32 a, a, $4; mov.b32 $0, a; }",
+        lanes.read_byte(word, byte),
+        scale,
+        offset,
+        lanes.number(ROUNDING * 2.0**ROUNDED_EXPONENT),
+    )
 
 
 FORMATS: tuple[WordFormat, ...] = (

@@ -10,6 +10,7 @@ Formats have no infinities or NaN: the bits of those read as the next numbers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import lane_instructions as lanes
+from pallas_kernels.mosaic import mma_instructions as mma
 from pallas_kernels.weights.word_format import (
     STAGED_EXPONENT,
     Arrays,
@@ -69,6 +71,36 @@ class SmallFloatWords(WordFormat):
             return [lanes.as_float(bits) for bits in self.place(lanes.Word(word))]
 
         return lanes.apply(emit, [word], [jnp.float32] * self.rows, layout)
+
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Bytes of both halves."""
+        return (0, 2), (1, 3)
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """Of float16 that of the exponents' bias; bfloat16 is multiplied by it, as its products
+        would be smaller than a float32.
+        """
+        return 0 if dtype == jnp.bfloat16 else (1 << self.exponent_bits - 1) - 16
+
+    def moves(self, mantissa_bits: int) -> list[list[tuple[int, int]]]:
+        """For each pair of rows the shifts and masks (see `mma_instructions.moved`) that make
+        16-bit floats with so many bits of mantissa of it.
+        """
+        up = mantissa_bits - self.mantissa_bits
+        bits = (1 << self.exponent_bits + self.mantissa_bits) - 1 << up
+        return [[(8, 0x8000), (up, bits)], [(0, 0x8000), (up - 8, bits)]]
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """Bits put in their places, and of bfloat16 a product with a power of two."""
+        wide = dtype == jnp.bfloat16
+        pairs = [mma.moved(words[0], moves) for moves in self.moves(7 if wide else 10)]
+        if wide:
+            factor = mma.power_pair(128 - (1 << self.exponent_bits - 1), dtype)
+            pairs = [mma.multiply_add(pair, factor, None, dtype) for pair in pairs]
+        return [pairs]
 
     def place(self, word: Any) -> list[Any]:
         """int32 bits of the float32 of each row; of anything with the operators of an int32."""
@@ -142,6 +174,22 @@ class Float4Words(SmallFloatWords):
 
         return lanes.apply(emit, [word], [jnp.float32] * self.rows, layout)
 
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Rows whose bits are 16 apart."""
+        return (3, 0), (4, 1), (5, 2), (6, 7)
+
+    def moves(self, mantissa_bits: int) -> list[list[tuple[int, int]]]:
+        """Three masks, and for the rows that the words' layout has for shuffles three parts."""
+        up = mantissa_bits - 7  # of bfloat16 the first pair is in place
+        magnitude = 0x1C0 << up
+        masked = [
+            [(left, 0x8000 | magnitude)] if up == 0 else [(left, 0x8000), (left + up, magnitude)]
+            for left in (0, 3, 6)
+        ]
+        low, high = 0xC0 << up, 0x100 << up
+        return [*masked, [(1, 0x8000), (up - 4, low), (up - 5, high)]]
+
     def pack(self, codes: jax.Array) -> jax.Array:
         """Moves the bits of every row to their places."""
         stream = lax.bitcast_convert_type(bytes_to_words(codes), jnp.uint32)
@@ -164,6 +212,22 @@ class GlobalScaleWords(Float4Words):
     """Scales of groups of which one more float32 is shared by the whole weight."""
 
     column_scale: str | None = "global_scale"
+
+    @property
+    def scaled_fragments(self) -> bool:
+        """e4m3 times e2m1 has 5 bits."""
+        return True
+
+    def fragment_exponent(self, dtype: Any) -> int:
+        """That of scales (see `mma_instructions.e4m3_scales`) and, in float16, of codes."""
+        return -8 if dtype == jnp.bfloat16 else super().fragment_exponent(dtype)
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """Bits put in their places, times the scale."""
+        pairs = [mma.moved(words[0], m) for m in self.moves(7 if dtype == jnp.bfloat16 else 10)]
+        return [[mma.multiply_add(pair, offset, None, dtype) for pair in pairs]]
 
     def extra_shapes(self, n: int) -> dict[str, tuple[int, int]]:
         """One number."""

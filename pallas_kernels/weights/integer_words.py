@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,6 +150,29 @@ class ThreeBitWords(IntegerWords):
                 between = low | (high & jnp.int32(7 & -(4 >> i)))
                 rows.append(linear_bits(between, interpreted))
         return rows
+
+    @property
+    def paired_rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Fields that lie at the same place in halves of two words, then those across halves."""
+        first = [(i, 16 + i) for i in range(5)]  # the lower half of word 0, the upper of word 1
+        second = [(6 + i, 22 + i) for i in range(4)]  # the upper of 0, the lower of 2
+        third = [(11 + i, 27 + i) for i in range(5)]  # the lower of 1, the upper of 2
+        return (*first, *second, *third, (5, 26), (10, 21))
+
+    def fragments(
+        self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any
+    ) -> list[list[Any]]:
+        """As the others', of words with one half from each of two."""
+        a, b, c = words
+        merged = [
+            (mma.permute(a, b, 0x7610), range(0, 15, 3)),
+            (mma.permute(a, c, 0x5432), range(2, 14, 3)),
+            (mma.permute(b, c, 0x7610), range(1, 16, 3)),
+            (mma.permute(mma.shifted(a, -15), mma.shifted(c, 2), 0x7610), (0,)),
+            (mma.permute(mma.between(a, b, 30), mma.between(b, c, 31), 0x5410), (0,)),
+        ]
+        fields = functools.partial(mma.fields, bits=3, offset=offset, dtype=dtype)
+        return [[pair for word, positions in merged for pair in fields(word, positions)]]
 
     def code_rows(self, k: int) -> int:
         """Whole units of 8 rows in 3 bytes."""

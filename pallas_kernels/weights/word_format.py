@@ -92,6 +92,7 @@ class WordFormat:
     column_scale: str | None = None
     scale_dtype: str | None = None
     storages: tuple[Storage, ...] = ()  # compiled ahead of time; kernels take others too
+    terms: int = 1  # lists of `fragments`
 
     @property
     def bits(self) -> int:
@@ -130,6 +131,13 @@ class WordFormat:
     def fragment_exponent(self, dtype: Any) -> int:
         """Two to it is what `fragments` are multiplied by."""
         return 0
+
+    @property
+    def scaled_fragments(self) -> bool:
+        """Whether `offset` of `fragments` is instead the scale of a unit: it has so few bits that
+        products with it are 16-bit floats, and its groups are too small for sums of their own.
+        """
+        return False
 
     def fragments(
         self, words: Sequence[Any], columns: Sequence[Any], offset: Any, dtype: Any

@@ -15,6 +15,7 @@ from fdq import ops
 from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.ops import implementation, self_check
 from fdq.ops.attention.mosaic_gpu import self_check_of as attention_check
+from fdq.ops.grouped_matmul import mosaic_mma as grouped_mma
 from fdq.ops.kernels import MOSAIC_GPU
 from fdq.ops.matmul import check_cases
 from fdq.ops.matmul import mosaic_gpu as matmul
@@ -74,7 +75,7 @@ def test_quantized_activations(scheme, activation, rng, kernels):
     assert error(y, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize(("m", "activation"), [slow(9, None), slow(17, "int8")])
+@pytest.mark.parametrize(("m", "activation"), [slow(9, None), longest(17, "int8")])
 def test_more_rows_are_the_tensor_cores(m, activation, rng, kernels):
     q = ops.prepare(weight("W4A16", k=128, n=128))
     x = jnp.asarray(rng.standard_normal((m, 128)), jnp.bfloat16)
@@ -88,6 +89,17 @@ def test_more_rows_are_the_tensor_cores(m, activation, rng, kernels):
     assert error(y, wanted) < TOLERANCE
     with pytest.raises(NotImplementedError, match="rows of bfloat16 or float16, found float32"):
         fdq.matmul(x.astype(jnp.float32), q, implementation="mosaic_gpu")
+
+
+@pytest.mark.slow
+def test_experts_of_more_tokens_are_the_tensor_cores(rng, kernels):
+    values = jnp.asarray(rng.standard_normal((3, 128, 128)) * 0.05, jnp.float32)
+    stack = ops.prepare(fdq.quantize(values, "W4A16"))
+    x = jnp.asarray(rng.standard_normal((9, 128)), jnp.bfloat16)
+    index = jnp.asarray(rng.integers(0, 3, (9, 2)), jnp.int32)
+    y = fdq.grouped_matmul(x, stack, index, out_dtype=jnp.float32)
+    decoded = np.asarray(fdq.dequantize(stack), np.float64)[np.asarray(index)]
+    assert error(y, np.einsum("tk,tpkn->tpn", np.asarray(x, np.float64), decoded)) < TOLERANCE
 
 
 def test_gradient_and_vmap(rng, kernels):
@@ -212,9 +224,9 @@ def test_what_no_kernel_does_is_refused_where_it_is_asked_for(rng):
         fdq.matmul(x, jnp.ones((256, 128)), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="no kernel gathers experts for quantized"):
         fdq.grouped_matmul(x, stack, index, activation="int8", implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="the kernels take 1 to 8 rows of x, found 9"):
+    with pytest.raises(NotImplementedError, match="the kernels take 1 to 64 rows of x, found 65"):
         fdq.grouped_matmul(
-            jnp.ones((9, 256)), stack, jnp.zeros((9,), jnp.int32), implementation="mosaic_gpu"
+            jnp.ones((65, 256)), stack, jnp.zeros((65,), jnp.int32), implementation="mosaic_gpu"
         )
 
 
@@ -253,6 +265,11 @@ CHECKS = {
     "matrix-vector": lambda: matmul.self_check_of("matrix_vector", weight("W4A16").spec),
     "experts": lambda: matmul.self_check_of("gathered_matrix_vector", weight("W4A16-g32").spec),
     "tensor cores": lambda: matmul.self_check_of("mma_matmul", weight("W4A16").spec),
+    "experts on tensor cores": lambda: matmul.self_check_of(
+        "gathered_mma",
+        weight("W4A16").spec,
+        functools.partial(grouped_mma.case, weight("W4A16").spec),
+    ),
     "attention": lambda: attention_check(cache("C8"), 4, jnp.dtype("bfloat16"), {}),
     "router": lambda: route.self_check_of(64, 6),
 }

@@ -17,8 +17,10 @@ from fdq.ops import self_check
 from fdq.ops.kernels import kernel_arrays
 from pallas_kernels.append.cache_update import append, append_reference
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
+from pallas_kernels.matmul.gathered_mma import gathered_mma
 from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
+from pallas_kernels.matmul.mma import mma_matmul, unsupported
 from pallas_kernels.router.routing import router_logits, top_k_experts, top_k_experts_reference
 from pallas_kernels.weights.formats import WORD_FORMATS
 
@@ -42,6 +44,19 @@ def test_products(case, m):
     np.testing.assert_array_equal(y, matrix_vector(x, w))
 
 
+@pytest.mark.parametrize("m", [1, 9, 64])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_on_tensor_cores(case, m):
+    w, values = random_weight(case, 1024, 640)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        if reason := unsupported(w.layout, dtype):
+            pytest.skip(reason)
+        x = jnp.asarray(generator("gpu", m).normal(size=(m, 1024)) + 0.25, dtype)
+        y = mma_matmul(x, w)
+        assert error(y.sum(axis=0), np.asarray(x, np.float64) @ values) < 3e-5
+        np.testing.assert_array_equal(y, mma_matmul(x, w))
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if WORD_FORMATS[c.format].byte_rows], ids=str)
 def test_integer_products(case):
     w, values = random_weight(case, 512, 256)
@@ -61,6 +76,15 @@ def test_experts(case):
     picked = np.einsum("pk,pkn->pn", np.repeat(rows, 2, axis=0), values[index])
     assert error(y.sum(axis=0), picked) < BOUND
     assert error(z.sum(axis=0), rows @ shared_values) < BOUND
+
+
+def test_experts_on_tensor_cores():
+    w, values = random_weight(CASES[4], 512, 384, (3,))
+    index = np.asarray([2, 0, 0, 1, *[2] * 16], np.int32)
+    x = jnp.asarray(generator("gpu experts").normal(size=(20, 512)), jnp.bfloat16)
+    y = gathered_mma(x, w, jnp.asarray(index))
+    picked = np.einsum("pk,pkn->pn", np.asarray(x, np.float64), values[index])
+    assert error(y.sum(axis=0), picked) < 3e-5
 
 
 @pytest.mark.parametrize("name", ["C16", "C8", "Cfp8", "C4"])

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from fdq.ops.grouped_matmul import mosaic_mma
 from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
 from fdq.ops.kernels import Kernel, tuned
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import kernel_weight
 from fdq.ops.rows import Rows, Sums
+from pallas_kernels.device import MOST_ROWS
 
 if TYPE_CHECKING:
     from pallas_kernels.weights.kernel_weight import KernelWeight
@@ -30,16 +32,25 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a = arguments
         if a.activation is not None:
             return "no kernel gathers experts for quantized activations"
-        return matmul.unsupported_weight(a.w, a.tokens) or sharded(a.x, a.w)
+        many = a.tokens > MOST_ROWS
+        reason = mosaic_mma.unsupported(a) if many else matmul.unsupported_weight(a.w, a.tokens)
+        return reason or sharded(a.x, a.w)
 
     def declined(self, arguments: GroupedProduct) -> str | None:
         """Canonical weights, what is slower than XLA, and what is wrong on this device."""
         w = arguments.w
-        return matmul.unprepared(w) or matmul.preferred(_KERNEL, w, arguments.tokens)
+        if reason := matmul.unprepared(w):
+            return reason
+        kernel, case = _KERNEL, None
+        if mosaic_mma.chosen(arguments):
+            kernel, case = mosaic_mma.KERNEL, functools.partial(mosaic_mma.case, w.spec)
+        return matmul.preferred(kernel, w, arguments.tokens, case)
 
     def joins(self, arguments: GroupedProduct) -> bool:
         """Where `beside` is a product that the launch could be of by itself."""
         b = arguments.beside
+        if mosaic_mma.chosen(arguments):
+            return False
         if b is None or b.activation is not None or matmul.unsupported_weight(b.w, b.rows):
             return False
         return matmul.unprepared(b.w) is None or matmul.unprepared(arguments.w) is not None
@@ -51,6 +62,9 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         index = a.index.reshape(-1)
         if a.shard:  # what is computed of others' rows does not count
             index = jnp.minimum(index, a.w.shape[0] - 1)
+        if mosaic_mma.chosen(a):
+            parts = mosaic_mma.gathered_sums(a.x, kernel_weight(a.w), index, a.tokens)
+            return parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         parts, more = gathered_sums(a.x, kernel_weight(a.w), index, shared)
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         if b is None:

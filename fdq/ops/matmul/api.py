@@ -42,10 +42,10 @@ def matmul(
     """`x @ w` without decoding the whole weight to memory.
 
     Without `activation` it is `x @ dequantize(w)`. On CPU weights are decoded to float32 and
-    products summed in float32 whatever the dtype of x. On GPUs and TPUs a few rows of x are
-    treated the same way; for more rows the dot takes the dtype of x (float16 on GPUs without
-    bfloat16), rounds decoded weights to it (scales per channel are applied to the float32 sum
-    instead) and sums in float32.
+    products summed in float32 whatever the dtype of x. On GPUs and TPUs a few rows of x (where
+    there are kernels up to 64) are treated the same way; for more rows the dot takes the dtype of x
+    (float16 on GPUs without bfloat16), rounds decoded weights to it (scales per channel are applied
+    to the float32 sum instead) and sums in float32.
 
     With `activation` the rows of x are quantized and the product is formed in that arithmetic:
 

@@ -77,10 +77,10 @@ def unprepared(w: QuantizedWeight) -> str | None:
     return None if isinstance(w, WordsWeight) else reason
 
 
-def preferred(kernel: str, w: QuantizedWeight, rows: int) -> str | None:
+def preferred(kernel: str, w: QuantizedWeight, rows: int, case: Any = None) -> str | None:
     """Why XLA is preferred to a kernel: it is faster, or the kernel is wrong."""
     reason = slower(kernel, w.spec.format, rows, math.prod(w.shape[-2:]))
-    return reason or self_check_of(kernel, w.spec).failure(default_device())
+    return reason or self_check_of(kernel, w.spec, case).failure(default_device())
 
 
 def staged(x: Rows) -> Any:
@@ -140,12 +140,13 @@ def _config(kernel: str, w: KernelWeight, rows: int) -> Any:
     return dataclasses.replace(config, **settings)
 
 
-def self_check_of(kernel: str, spec: WeightSpec) -> self_check.Check:
-    """The self-check of a kernel of products, with weights of a spec."""
+def self_check_of(kernel: str, spec: WeightSpec, case: Any = None) -> self_check.Check:
+    """The self-check of a kernel of products, with weights of a spec; `case` is another's own."""
     scales = f"{spec.granularity} {spec.group_size or ''}".strip()
     detail = f"{spec.format}, {scales} scales of {spec.scale_dtype}, zero point {spec.zero_point}"
     if spec.block_size is not None:
         detail += f", blocks of {' x '.join(map(str, spec.block_size))}"
-    if kernel == "gathered_matrix_vector":
-        return self_check.Check(kernel, detail, functools.partial(check_cases.gathered, spec))
-    return self_check.Check(kernel, detail, functools.partial(check_cases.product, kernel, spec))
+    if case is None and kernel == "gathered_matrix_vector":
+        case = functools.partial(check_cases.gathered, spec)
+    case = case or functools.partial(check_cases.product, kernel, spec)
+    return self_check.Check(kernel, detail, case)

@@ -1,4 +1,4 @@
-"""Where products take the tensor cores' kernel: 9 to 64 rows, fewer where the tuning table says so."""
+"""Where products take the tensor cores' kernel: 9 to 64 rows; fewer where a table says so."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ KERNEL = "mma_matmul"
 
 def unsupported(a: Product) -> str | None:
     """Why tensor cores do not take a product."""
-    if not isinstance(a.w, QuantizedWeight):
-        return "the weight is an array, and the kernels read quantized ones"
-    if not isinstance(a.rows, int) or not 1 <= a.rows <= MOST_MMA_ROWS:
-        return f"the kernels take 1 to {MOST_MMA_ROWS} rows of x, found {a.rows}"
-    reason = WordsWeight.unsupported(a.w)
-    if reason is not None:
-        return reason
     if a.activation is not None and a.activation.granularity == "token_group":
         return "tensor cores take no activations with scales per token and group"
+    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
+    return unsupported_weight(a.w, a.rows, dtype)
+
+
+def unsupported_weight(w: Any, rows: int, dtype: Any) -> str | None:
+    """Why they do not multiply `rows` rows of `dtype` with a weight `[..., K, N]`."""
+    if not isinstance(w, QuantizedWeight):
+        return "the weight is an array, and the kernels read quantized ones"
+    if not isinstance(rows, int) or not 1 <= rows <= MOST_MMA_ROWS:
+        return f"the kernels take 1 to {MOST_MMA_ROWS} rows of x, found {rows}"
+    reason = WordsWeight.unsupported(w)
+    if reason is not None:
+        return reason
     from pallas_kernels.matmul import mma
 
-    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
-    return mma.unsupported(_layout(a.w), dtype)
+    return mma.unsupported(_layout(w), dtype)
 
 
 def chosen(a: Product) -> bool:
@@ -63,12 +68,14 @@ def partial_sums(x: Any, w: KernelWeight) -> jax.Array:
 
 
 def case(weight: KernelWeight) -> tuple[Any, Any]:
-    """For the self-check: results and references of 9 and of 33 rows, and of 64 with fewer splits."""
+    """For the self-check: results and references of both widths of a program."""
+    from pallas_kernels.matmul import mma
     from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
 
-    x = jax.random.normal(jax.random.key(1), (64, weight.layout.k), jnp.float32)
-    rows = [x[:m].astype(jnp.bfloat16) for m in (9, 33, 64)]
-    results = [partial_sums(some, weight).sum(0) for some in rows]
+    x = jax.random.normal(jax.random.key(1), (33, weight.layout.k), jnp.float32)
+    rows = [x[:m].astype(jnp.bfloat16) for m in (9, 33)]
+    wide = mma.mma_matmul(rows[0], weight, config=mma.MmaConfig(block_columns=256, split=2))
+    results = [wide.sum(0), partial_sums(rows[1], weight).sum(0)]
     return results, [matrix_vector_reference(some, weight)[0] for some in rows]
 
 

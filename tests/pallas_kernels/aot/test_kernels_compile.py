@@ -27,6 +27,11 @@ ONE_OF_A_KIND = (
     "router",
     "top-k experts",
 )
+ON_TENSOR_CORES = (
+    ("16 rows x experts", "h100"),
+    ("64 rows x int4 groups of 128", "h100"),
+    ("8 rows x int8 per channel", "a100"),
+)
 ON_EVERY_GENERATION = ("matrix-vector int4 groups of 128", "attention C8", "append C8")
 EXPERTS = tuple(
     f"experts {format}"
@@ -35,6 +40,8 @@ EXPERTS = tuple(
 
 
 def is_compiled(kernel, gpu):
+    if " rows x " in kernel:
+        return (kernel, gpu) in ON_TENSOR_CORES
     if gpu == "h100":
         return kernel in EXPERTS or not kernel.startswith("experts ")
     if gpu == "t4":
@@ -84,6 +91,7 @@ def test_every_name_above_is_that_of_a_kernel():
     compiled = {(case.kernel, gpu) for case, gpu in JOBS}
     assert {(kernel, gpu) for kernel in ON_EVERY_GENERATION for gpu in GENERATIONS} <= compiled
     assert {(kernel, gpu) for kernel in ONE_OF_A_KIND for gpu in ("t4", "h100")} <= compiled
+    assert compiled.issuperset(ON_TENSOR_CORES)
     assert {(kernel, "h100") for kernel in EXPERTS} <= compiled
 
 

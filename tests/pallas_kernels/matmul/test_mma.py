@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from canonical_weights import Case, generator, random_weight
@@ -38,7 +39,8 @@ def product(x, values):
         longest(INT4, 64, 384, 256, BF16),
         slow(INT8, 33, 100, 72, BF16),
         longest(INT8, 8, 300, 256, F16),
-        slow(ZEROS, 16, 192, 128, BF16),
+        slow(Case("nvfp4", "group", 16, scale_dtype=ml_dtypes.float8_e4m3fn), 9, 256, 128, BF16),
+        longest(ZEROS, 16, 192, 128, BF16),
         longest(Case("int8", "group", 64, zero_point="integer"), 9, 128, 128, BF16),
         longest(Case("int4", "group", 32, zero_point="half"), 9, 96, 128, F16),
     ],
@@ -54,6 +56,7 @@ def test_products(case, m, k, n, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_settings_change_no_result():
     w, values = random_weight(INT4, 512, 256)
     x = rows(9, 512)
@@ -72,6 +75,7 @@ def test_rows_that_are_finished_first():
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_gradient_and_vmap():
     w, values = random_weight(INT4, 128, 128)
     x = jnp.stack([rows(9, 128), 2 * rows(9, 128)])

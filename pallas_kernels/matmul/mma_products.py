@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.mosaic import mma_instructions as ptx
 from pallas_kernels.mosaic.launch import runs_interpreted
+from pallas_kernels.weights.scales import PACKED_SCALES
 from pallas_kernels.weights.word_format import WordFormat
 
 COLUMNS = 128
@@ -84,34 +85,39 @@ def multiply(
     columns: Sequence[jax.Array] = (),
     middle: float = 0.0,
     zero: jax.Array | None = None,
+    scales: tuple[jax.Array, int] | None = None,
 ) -> jax.Array:
     """float32 `[128, M]` in `sum_layout`: `sums` plus the product of a tile, before scales, times
     `2**format.fragment_exponent(dtype)`.
 
     `words` are the unit's, each int32 `[4, 128]` in `word_layout`; x is int32 `[4, M, pairs]` in
     `row_layout`, of `paired`; `columns` are the format's constants, float32 `[128]`. `middle`, or
-    `zero` of each column, is subtracted from codes.
+    `zero` of each column, is subtracted from codes. Of formats with `scaled_fragments` there are
+    `scales` instead, int32 words `[128]` of four e4m3, and which half of them the units' are.
     """
     exponent = format.fragment_exponent(dtype)
     if runs_interpreted():
         values = _decode_reference(words, columns, format) - jnp.float32(middle)
         if zero is not None:
             values = values - zero[None, None, :]
+        if scales is not None:
+            values = values * _scales_reference(*scales)[:, None, :]
         rows = _rows_reference(x, format, dtype)
         values = (values * jnp.float32(2.0**exponent)).reshape(-1, values.shape[-1])
         rows = jnp.moveaxis(rows, 1, 2).reshape(values.shape[0], -1)
         dims = (((0,), (0,)), ((), ()))
         return sums + lax.dot_general(values, rows, dims, precision=lax.Precision.HIGHEST)
-    own = [zero] if zero is not None else []
+    own = [zero] if zero is not None else [scales[0]] if scales is not None else []
+    half = None if scales is None else scales[1]
     arrays = [sums, x, *words, *columns, *own]
     layouts = [sum_layout(), row_layout(x.shape[-1]), *[word_layout()] * len(words)]
     layouts += [column_layout()] * (len(columns) + len(own))
 
     def emit(sums, x, *rest):
-        count = len(words)
-        parts = [[ptx.lanes(a.registers.flat[0]) for a in rest[:count]]]
-        parts += [[ptx.lanes(a.registers.flat[0]) for a in rest[count:]]]
-        return _emit_product(sums, x, *parts, format, dtype, middle, zero is not None)
+        numbers = [ptx.lanes(a.registers.flat[0]) for a in rest]
+        first, numbers = numbers[: len(words)], numbers[len(words) :]
+        offsets = _emit_offsets(numbers[len(columns) :], exponent, dtype, middle, half)
+        return _emit_product(sums, x, first, numbers[: len(columns)], offsets, format, dtype)
 
     return _inline(emit, layouts, sums.shape, sum_layout())(*arrays)
 
@@ -166,6 +172,14 @@ def _decode_reference(
     return jnp.stack([row * power for row, power in zip(rows, powers, strict=True)], axis=1)
 
 
+def _scales_reference(words: jax.Array, half: int) -> jax.Array:
+    """float32 `[4, 128]` of the units."""
+    shifts = [16 * half + 8 * (unit // 2) for unit in range(UNITS)]
+    codes = [lax.shift_right_logical(words, jnp.full_like(words, s)) for s in shifts]
+    codes = jnp.stack(codes) & jnp.int32(0xFF)
+    return PACKED_SCALES["float8_e4m3fn"].decode(codes, True)
+
+
 def _rows_reference(x: jax.Array, format: WordFormat, dtype: Any) -> jax.Array:
     """float32 `[4, M, rows]` of the words of x."""
     rows: list[Any] = [None] * format.rows
@@ -187,19 +201,24 @@ def _inline(emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: A
     return decorate(lambda _context, *arrays: emit(*arrays))
 
 
-def _emit_product(sums, x, words, numbers, format, dtype, middle, with_zero):
-    exponent = format.fragment_exponent(dtype)
-    *constants, zero = numbers if with_zero else [*numbers, None]
+def _emit_offsets(own, exponent: int, dtype, middle: float, half):
+    """What the fragments of a thread's four columns are offset by, or scaled with."""
+    if half is not None:
+        unit = mgpu.thread_idx()
+        return [ptx.e4m3_scales(word, half, unit, dtype) for word in own[0]]
+    if own:
+        return [ptx.scaled_pair(zero, -(2.0**exponent), dtype) for zero in own[0]]
+    return [ptx.float_pair(-middle * 2.0**exponent, dtype) if middle else None] * 4
+
+
+def _emit_product(sums, x, words, constants, offsets, format, dtype):
     acc = [[ptx.lanes(reg) for reg in four] for four in sums.registers.reshape(-1, 4)]
     rows = x.registers.reshape(len(acc), -1)
     rows = [[word for reg in row for word in ptx.lanes(reg)] for row in rows]
     columns = []
     for c in range(4):
-        offset = ptx.float_pair(-middle * 2.0**exponent, dtype) if middle else None
-        if zero is not None:
-            offset = ptx.scaled_pair(zero[c], -(2.0**exponent), dtype)
         own = [word[c] for word in words], [constant[c] for constant in constants]
-        columns.append(format.fragments(*own, offset, dtype))
+        columns.append(format.fragments(*own, offsets[c], dtype))
     for a in (0, 2):  # columns 4r + a and 4r + a + 1
         for low, high in zip(columns[a], columns[a + 1], strict=True):
             for i in range(0, len(low), 2):
