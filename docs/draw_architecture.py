@@ -31,6 +31,7 @@ HIDDEN = {
     "fdq.registry",
     "fdq.requirements",
     "fdq.text_table",
+    "fdq.user_cache",
     "fdq_checkpoints.errors",
     "fdq_checkpoints.tree_paths",
     "benchmarks",

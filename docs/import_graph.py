@@ -33,7 +33,7 @@ LEVELS = (
     "pallas_kernels.matmul pallas_kernels.attention",
     "pallas_kernels.append pallas_kernels.router",
     "pallas_kernels.__init__",
-    "fdq.processes fdq.registry fdq.requirements fdq.text_table",
+    "fdq.processes fdq.registry fdq.requirements fdq.text_table fdq.user_cache",
     "fdq.schemes",
     "fdq.formats",
     "fdq.cache",

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 NAME = "kernels"
 EXAMPLE = (
     "Example:  fdq kernels --gpu l4     |     "
-    "fdq kernels --decode-step ernie-4.5-21b-a3b --scheme W4A16C8 --gpu h200"
+    "fdq kernels --decode-step ernie-4.5-21b-a3b --scheme W4A16C8 --gpu h200     |     "
+    "fdq kernels --check"
 )
 _LONGEST_REASON = 160
 _FEW_LAUNCHES = 40  # of a layer: more are not listed
@@ -67,6 +68,21 @@ def run(
         int,
         typer.Option(help="With --decode-step: a chunk of so many tokens of a prompt instead."),
     ] = 0,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Run every kernel on this machine's GPU against its reference, in processes of "
+            "their own, and remember what came out, so that models start without doing it.",
+        ),
+    ] = False,
+    interpret: Annotated[
+        bool,
+        typer.Option("--interpret", help="With --check: in an interpreter, which needs no GPU."),
+    ] = False,
+    limit: Annotated[
+        float, typer.Option(min=1.0, help="With --check: seconds that one kernel may take.")
+    ] = 300.0,
     output: Annotated[
         pathlib.Path | None, typer.Option(help="Also write the report to this file, as JSON.")
     ] = None,
@@ -81,8 +97,15 @@ def run(
     Registers, spills, shared memory, and machine instructions that the inner loop spends on a
     weight, "of" the number from which instructions and not memory limit the card.
 
-    Needs the extra `aot` of fdq. Exit code 1 if a kernel fails where it should run.
+    Needs the extra `aot` of fdq, but for --check. Exit code 1 if a kernel fails where it should
+    run.
     """
+    if check:
+        from fdq.cli import kernel_checks
+
+        _refuse_beside_check(ctx)
+        kernel_checks.run(kernel, interpret=interpret, timeout=limit, as_json=json)
+        return
     from fdq.schemes.mesh_rules import parse_sizes
     from pallas_kernels.aot import gpu_targets, report_files
 
@@ -115,15 +138,29 @@ _OF_DECODE_STEPS = ("scheme", "layers", "context", "batch", "mesh", "prefill")
 _OF_KERNELS = {"everything": "--all", "kernel": "--kernel", "markdown": "--markdown"}
 
 
-def _refuse_what_goes_unread(ctx: typer.Context, of_decode_step: bool) -> None:
-    """An option that has no meaning beside the others is an error."""
-    names = _OF_KERNELS if of_decode_step else {name: f"--{name}" for name in _OF_DECODE_STEPS}
-    given = [
+def _given(ctx: typer.Context, names: dict[str, str]) -> list[str]:
+    """Options of those named that are on the command line."""
+    return [
         option
         for name, option in names.items()
         if getattr(ctx.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE"
     ]
+
+
+def _refuse_beside_check(ctx: typer.Context) -> None:
+    names = (*_OF_DECODE_STEPS, "gpu", "output", "markdown")
+    options = {name: f"--{name}" for name in names}
+    given = _given(ctx, options | {"everything": "--all", "decode_step": "--decode-step"})
     if given:
+        raise ValueError(f"{', '.join(given)}: not with --check. See fdq kernels --help.")
+
+
+def _refuse_what_goes_unread(ctx: typer.Context, of_decode_step: bool) -> None:
+    """An option that has no meaning beside the others is an error."""
+    if given := _given(ctx, {name: f"--{name}" for name in ("interpret", "limit")}):
+        raise ValueError(f"{', '.join(given)}: only with --check. See fdq kernels --help.")
+    names = _OF_KERNELS if of_decode_step else {name: f"--{name}" for name in _OF_DECODE_STEPS}
+    if given := _given(ctx, names):
         without = "not with" if of_decode_step else "only with"
         raise ValueError(f"{', '.join(given)}: {without} --decode-step. See fdq kernels --help.")
 

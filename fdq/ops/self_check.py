@@ -1,11 +1,14 @@
 """Kernels prove themselves on the user's device once, on a small case, before they are used.
 
 One that does not compile there, or disagrees with its reference, is switched off with one line in
-the log, and XLA goes on in its place.
+the log, and XLA goes on in its place. One that writes where it must not can end the process, or
+leave a device that answers nothing any more: `fdq kernels --check` runs the checks in processes of
+their own, and what it found is read here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -15,6 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from fdq.ops import verdicts
 
 _LOGGER = logging.getLogger("fdq")
 _LOCK = threading.Lock()
@@ -39,6 +44,59 @@ def is_real(device: Any) -> bool:
         return False
 
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """That a kernel is right for one format of weights or of a cache.
+
+    Attributes:
+      kernel: its name in the tuning table.
+      detail: the format, and what else the kernel is compiled for.
+      case: returns the kernel's results and the reference's; a function of a module, or a
+        `functools.partial` of one. It is traced once, into one program.
+      tolerance: of results, as a part of the largest reference value.
+    """
+
+    kernel: str
+    detail: str
+    case: Callable[[], tuple[Any, Any]]
+    tolerance: float = TOLERANCE
+
+    @property
+    def name(self) -> str:
+        """For people, and for what is remembered."""
+        return f"{self.kernel}[{self.detail}]"
+
+    def failure(self, device: Any) -> str | None:
+        """Why the kernel is switched off on `device`; None if it is right there, or cannot be run.
+
+        It runs once in a process, and not at all where `fdq kernels --check` has found an answer
+        for this device; in a thread of its own, for this one may be tracing.
+        """
+        if not is_real(device):
+            return None
+        key = (self.kernel, self.detail, device.device_kind)
+        with _LOCK:
+            if key not in _RESULTS:
+                known = verdicts.load(verdicts.environment_of(device))
+                reason = known[self.name] if self.name in known else self._timed(device)
+                if reason is not None:
+                    message = "%s[%s] is switched off on %s: %s; XLA takes its place"
+                    _LOGGER.warning(message, *key, reason)
+                _RESULTS[key] = reason
+            return _RESULTS[key]
+
+    def run(self, device: Any) -> str | None:
+        """What is wrong with the kernel on `device`, found out here and now; None if nothing is."""
+        return _compare(device, self.case, self.tolerance)
+
+    def _timed(self, device: Any) -> str | None:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(1, thread_name_prefix=THREAD) as pool:
+            reason = pool.submit(self.run, device).result()
+        jax.monitoring.record_event_duration_secs(DURATION, time.perf_counter() - start)
+        return reason
+
+
 def failure(
     kernel: str,
     format: str,
@@ -47,32 +105,14 @@ def failure(
     *,
     tolerance: float = TOLERANCE,
 ) -> str | None:
-    """Why a kernel is switched off on `device`; None if it is right there, or cannot be run.
-
-    `case` returns the kernel's result and the reference's, which may differ by `tolerance` of the
-    largest reference value. It runs once per kernel, format (of the weights or the cache) and kind
-    of device, in a thread of its own: this one may be tracing.
-    """
-    if not is_real(device):
-        return None
-    key = (kernel, format, device.device_kind)
-    with _LOCK:
-        if key not in _RESULTS:
-            start = time.perf_counter()
-            with ThreadPoolExecutor(1, thread_name_prefix=THREAD) as pool:
-                reason = pool.submit(_compare, device, case, tolerance).result()
-            jax.monitoring.record_event_duration_secs(DURATION, time.perf_counter() - start)
-            if reason is not None:
-                message = "%s[%s] is switched off on %s: %s; XLA takes its place"
-                _LOGGER.warning(message, *key, reason)
-            _RESULTS[key] = reason
-        return _RESULTS[key]
+    """`Check.failure` of a check of these fields."""
+    return Check(kernel, format, case, tolerance).failure(device)
 
 
 def _compare(device: Any, case: Callable[[], Any], tolerance: float) -> str | None:
     try:
         with jax.default_device(device):
-            results, references = case()
+            results, references = jax.jit(case)()
             pairs = zip(jax.tree.leaves(results), jax.tree.leaves(references), strict=True)
             for result, reference in pairs:
                 got = np.asarray(result).astype(np.float64)

@@ -108,3 +108,18 @@ def choose(device_kind: str, kernel: str, format: str, *, rows: int, weights: in
             ):
                 return Choice(row["use"], dict(row.get("config", {})), f"tuning/{file}, row {i}")
     return Choice("xla", {}, "no row of tuning/defaults.json fits")
+
+
+def settings(device_kind: str, kernel: str, format: str, *, rows: int) -> list[dict[str, int]]:
+    """Every `config` that `choose` may give for weights of some size, each once."""
+    found: list[dict[str, int]] = []
+    for file in (file_name(device_kind), "defaults.json"):
+        for row in _rows(file):
+            fits = row["kernel"] in (kernel, "*") and not {format, "*"}.isdisjoint(row["formats"])
+            if not fits or rows > row.get("max_rows", rows):
+                continue
+            if row["use"] == "mosaic_gpu" and row.get("config", {}) not in found:
+                found.append(dict(row.get("config", {})))
+            if not {"min_weights", "max_weights"} & set(row):
+                return found
+    return found

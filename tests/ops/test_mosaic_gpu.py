@@ -1,5 +1,6 @@
 """The seam to the kernels: layout, choice, self-check. Kernels run in Mosaic's interpreter."""
 
+import dataclasses
 import functools
 import logging
 
@@ -13,12 +14,15 @@ import fdq
 from fdq import ops
 from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.ops import implementation, self_check
-from fdq.ops.attention.mosaic_gpu import MosaicGpu
-from fdq.ops.grouped_matmul import mosaic_gpu as grouped
+from fdq.ops.attention.mosaic_gpu import self_check_of as attention_check
 from fdq.ops.grouped_matmul import mosaic_mma as grouped_mma
 from fdq.ops.kernels import MOSAIC_GPU
+from fdq.ops.matmul import check_cases
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.preparation import prepare_in_place
+from fdq.ops.route import mosaic_gpu as route
+from pallas_kernels.matmul.matrix_vector import choose_config
+from pallas_kernels.tuning import choices
 from tests.closeness import error
 from tests.covering import longest, slow
 
@@ -256,28 +260,70 @@ def test_a_loaded_model_is_prepared_a_weight_at_a_time(kernels):
     np.testing.assert_array_equal(first.data.get_value().words, words)
 
 
-@pytest.mark.slow
-@pytest.mark.longest
-def test_the_self_checks_of_tensor_cores_pass_in_the_interpreter(monkeypatch):
-    monkeypatch.setattr(self_check, "is_real", lambda device: True)
-    monkeypatch.setattr(self_check, "_RESULTS", {})
-    device, spec = jax.devices("cpu")[0], weight("W4A16").spec
-    assert matmul.check("mma_matmul", spec, device) is None
-    case = functools.partial(grouped_mma.case, spec)
-    assert matmul.check("gathered_mma", spec, device, case) is None
-    assert len(self_check._RESULTS) == 2
+CHECKS = {
+    "integer": lambda: matmul.self_check_of("integer_matrix_vector", weight("W8A16").spec),
+    "matrix-vector": lambda: matmul.self_check_of("matrix_vector", weight("W4A16").spec),
+    "experts": lambda: matmul.self_check_of("gathered_matrix_vector", weight("W4A16-g32").spec),
+    "tensor cores": lambda: matmul.self_check_of("mma_matmul", weight("W4A16").spec),
+    "experts on tensor cores": lambda: matmul.self_check_of(
+        "gathered_mma",
+        weight("W4A16").spec,
+        functools.partial(grouped_mma.case, weight("W4A16").spec),
+    ),
+    "attention": lambda: attention_check(cache("C8"), 4, jnp.dtype("bfloat16"), {}),
+    "router": lambda: route.self_check_of(64, 6),
+}
 
 
-@pytest.mark.slow
-def test_the_self_checks_cases_pass_in_the_interpreter(monkeypatch):
-    monkeypatch.setattr(self_check, "is_real", lambda device: True)
+def cache(name):
+    return CacheTensor.empty((1, 2, 32, 64), parse_format(name))
+
+
+@pytest.mark.parametrize("check", [slow("integer"), *map(longest, list(CHECKS)[1:])])
+def test_a_self_check_passes_in_the_interpreter_as_one_program(check):
+    check, compiled = CHECKS[check](), []
+
+    def listen(event, duration, **_):
+        compiled.extend([event] * event.endswith("backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert check.run(jax.devices("cpu")[0]) is None
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1
+
+
+def test_a_self_check_sees_what_programs_of_published_models_are(rng):
+    """Both widths, four segments of a program of all of K, steps as the device chooses them."""
+    layout = matmul.kernel_weight(ops.prepare(weight("W4A16", k=512, n=512), "gpu")).layout
+    assert layout.segments == 4
+    for rows in (1, 8):
+        wide, narrow = check_cases.configs("matrix_vector", layout, rows)
+        assert (wide.block_columns, wide.split) == (512, 1)
+        assert (narrow.block_columns, narrow.split) == (256, 2)
+        published = dataclasses.replace(layout, k=4096, n=28672)
+        assert wide.step_rows == choose_config(published, rows, 4).step_rows
+
+
+def test_every_way_of_the_tuning_table_is_checked(monkeypatch):
+    rows = [
+        {"kernel": "matrix_vector", "formats": ["int4"], "max_weights": 9, "config": {"split": 4}},
+        {"kernel": "matrix_vector", "formats": ["int8"], "config": {"split": 8}},
+        {"kernel": "*", "formats": ["*"]},
+        {"kernel": "*", "formats": ["*"], "config": {"split": 2}},  # never reached
+    ]
+    table = [{"use": "mosaic_gpu", **row} for row in rows]
+    monkeypatch.setattr(choices, "_rows", lambda file: table if file == "test.json" else [])
+    assert choices.settings("test", "matrix_vector", "int4", rows=1) == [{"split": 4}, {}]
+
+
+def test_a_second_weight_of_a_format_runs_no_check(monkeypatch):
+    ran = []
     monkeypatch.setattr(self_check, "_RESULTS", {})
-    device = jax.devices("cpu")[0]
-    specs = [weight(scheme, k=768).spec for scheme in ("W8A16", "W4A16-g96")]
-    assert matmul.check("integer_matrix_vector", specs[0], device) is None
-    case = functools.partial(grouped._case, specs[1])
-    assert matmul.check("gathered_matrix_vector", specs[1], device, case) is None
-    cache = CacheTensor.empty((1, 2, 32, 64), parse_format("C8"))
-    q = jnp.zeros((1, 1, 4, 64), jnp.bfloat16)
-    assert MosaicGpu().failure(q, cache) is None
-    assert self_check._RESULTS and not any(self_check._RESULTS.values())
+    monkeypatch.setattr(self_check, "_compare", lambda device, case, tolerance: ran.append(case))
+    for scheme, k, n in (("W4A16", 256, 200), ("W4A16", 512, 128), ("W8A16", 256, 128)):
+        w = ops.prepare(weight(scheme, k, n), "gpu")
+        for rows in (1, 3):
+            assert matmul.preferred("matrix_vector", w, rows) is None
+    assert len(ran) == 2

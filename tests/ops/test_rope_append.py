@@ -11,7 +11,7 @@ from fdq.cache import CacheTensor, parse_format, quantize_cache
 from fdq.cache.cache_tensor import sample_scales
 from fdq.ops import self_check
 from fdq.ops.rope_append.api import rope_append
-from fdq.ops.rope_append.mosaic_gpu import MosaicGpu
+from fdq.ops.rope_append.mosaic_gpu import Appending
 from fdq.ops.rope_append.xla import RopeAppendArguments, rotated_heads
 from fdq.ops.rows import Sums
 
@@ -87,5 +87,5 @@ def test_the_self_checks_case_passes_in_the_interpreter(rng, monkeypatch):
     monkeypatch.setattr(self_check, "_RESULTS", {})
     (qkv, angles, k, v), norms = make(rng, "C4")
     arguments = RopeAppendArguments(qkv, angles, k, v, jnp.int32(0), False, **norms)
-    assert MosaicGpu().failure(arguments) is None
+    assert Appending.of(arguments).self_check().failure(jax.devices()[0]) is None
     assert self_check._RESULTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -36,8 +37,13 @@ class MosaicGpu(Kernel[AttentionArguments]):
 
     def declined(self, arguments: AttentionArguments) -> str | None:
         """The tuning table's word, and the self-check's."""
-        reason = slower("decode_attention", *_size(arguments))
-        return reason or self.failure(arguments.q, _keys(arguments))
+        a, size = arguments, _size(arguments)
+        if reason := slower("decode_attention", *size):
+            return reason
+        settings = tuned("decode_attention", *size).config
+        group = a.q.shape[2] // a.k.shape[1]
+        check = self_check_of(_keys(a), group, a.q.dtype, settings)
+        return check.failure(default_device())
 
     def __call__(self, arguments: AttentionArguments) -> jax.Array:
         """One launch, or two where a sequence is shared by several programs."""
@@ -52,29 +58,45 @@ class MosaicGpu(Kernel[AttentionArguments]):
         )
         return out[:, None]
 
-    def failure(self, q: jax.Array, k: CacheTensor) -> str | None:
-        """Why the kernel is switched off for such a cache on this device; None if it is right."""
-        group, d, dtype, spec = q.shape[2] // k.shape[1], q.shape[3], q.dtype, k.spec
-        cache_dtype, kind = k.codes.dtype, kind_of(k)
 
-        def case() -> tuple[jax.Array, jax.Array]:
-            keys = jax.random.split(jax.random.key(2), 3)
-            query = jax.random.normal(keys[0], (2, 1, group, d)).astype(dtype)
-            sides = [jax.random.normal(key, (2, 1, 300, d)) for key in keys[1:]]
-            if spec is None:
-                sides = [side.astype(cache_dtype) for side in sides]
-            scales = sample_scales(spec, 1, d)
-            keys, values = (quantize_cache(side, spec, **scales) for side in sides)
-            lengths = jnp.asarray([300, 77], jnp.int32)
-            arguments = AttentionArguments(query, keys, values, lengths, lengths - 1, None, d**-0.5)
-            return self(arguments), attention_reference(query, keys, values, lengths=lengths)
+def self_check_of(
+    k: CacheTensor, group: int, dtype: Any, settings: dict[str, int]
+) -> self_check.Check:
+    """The self-check of the kernel for such a cache, `group` query heads a KV head, q in `dtype`.
 
-        if spec is not None:
-            kind += f", {'dynamic' if spec.dynamic else 'static'} scales per {spec.granularity}"
-        detail = f"{kind}, {group} heads of {d}, {dtype.name}"
-        # Results are rounded to the dtype of q, probabilities on tensor cores too.
-        device = default_device()
-        return self_check.failure("decode_attention", detail, device, case, tolerance=0.02)
+    `settings` are those of the tuning table.
+    """
+    kind, d, dtype = kind_of(k), k.head_dim, jnp.dtype(dtype).name
+    if k.spec is not None:
+        scales = "dynamic" if k.spec.dynamic else "static"
+        kind += f", {scales} scales per {k.spec.granularity}"
+    detail = f"{kind}, {group} heads of {d}, {dtype}"
+    detail += "".join(f", {name} {value}" for name, value in settings.items())
+    chosen = tuple(settings.items())
+    case = functools.partial(_case, k.spec, k.codes.dtype.name, group, d, dtype, chosen)
+    # Results are rounded to the dtype of q, probabilities on tensor cores too.
+    return self_check.Check("decode_attention", detail, case, 0.02)
+
+
+def _case(
+    spec: Any, cache_dtype: str, group: int, d: int, dtype: str, settings: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Three parts a sequence, then as many as the device takes; lengths around a block's end."""
+    from pallas_kernels.attention.decode_attention import decode_attention
+
+    kv_heads, slots = 2, 768
+    lengths = jnp.asarray([slots, 257, 128], jnp.int32)
+    keys = jax.random.split(jax.random.key(2), 3)
+    query = jax.random.normal(keys[0], (3, 1, kv_heads * group, d)).astype(dtype)
+    sides = [jax.random.normal(key, (3, kv_heads, slots, d)) for key in keys[1:]]
+    if spec is None:
+        sides = [side.astype(cache_dtype) for side in sides]
+    scales = sample_scales(spec, kv_heads, d)
+    k, v = (quantize_cache(side, spec, **scales) for side in sides)
+    arrays = query[:, 0], kernel_arrays(k), kernel_arrays(v)
+    ways: list[Any] = [{"parts": 3}, dict(settings)]
+    found = [decode_attention(*arrays, lengths=lengths, **way)[:, None] for way in ways]
+    return found, [attention_reference(query, k, v, lengths=lengths)] * len(found)
 
 
 def _keys(arguments: AttentionArguments) -> CacheTensor:

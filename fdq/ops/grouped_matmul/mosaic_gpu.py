@@ -15,8 +15,7 @@ from fdq.ops.kernels import Kernel, tuned
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import kernel_weight
-from fdq.ops.rows import Gated, Rows, Sums
-from fdq.schemes.scheme import WeightSpec
+from fdq.ops.rows import Rows, Sums
 from pallas_kernels.device import MOST_ROWS
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         w = arguments.w
         if reason := matmul.unprepared(w):
             return reason
-        kernel, case = _KERNEL, functools.partial(_case, w.spec)
+        kernel, case = _KERNEL, None
         if mosaic_mma.chosen(arguments):
             kernel, case = mosaic_mma.KERNEL, functools.partial(mosaic_mma.case, w.spec)
         return matmul.preferred(kernel, w, arguments.tokens, case)
@@ -92,18 +91,3 @@ def gathered_sums(
         return gathered_matrix_vector(rows, w, index, config=config), None
     more = matmul.staged(shared[0]), shared[1]
     return gathered_matrix_vector(rows, w, index, config=config, shared=more)
-
-
-def _case(spec: WeightSpec) -> tuple[Any, Any]:
-    from pallas_kernels.matmul.gathered import gathered_matrix_vector_reference
-
-    q = matmul.sample(spec)
-    stack = kernel_weight(jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), q))
-    weight = kernel_weight(q)
-    index = jnp.asarray([2, 0, 0, 2], jnp.int32)
-    parts = jax.random.normal(jax.random.key(1), (2, 4, 2 * q.shape[0]), jnp.float32)
-    picked, shared = Gated(Sums(parts)), Gated(Sums(parts[:, :2]))
-    results = gathered_sums(picked, stack, index, (shared, weight))
-    rows, more = matmul.staged(picked), matmul.staged(shared)
-    wanted = gathered_matrix_vector_reference(rows, stack, index, (more, weight))
-    return [a.sum(0) for a in results], [a[0] for a in wanted]

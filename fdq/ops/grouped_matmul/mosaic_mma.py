@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from fdq.ops.grouped_matmul.product import GroupedProduct
 from fdq.ops.kernels import MOSAIC_GPU, tuned
+from fdq.ops.matmul import check_cases, mosaic_mma
 from fdq.ops.matmul import mosaic_gpu as matmul
-from fdq.ops.matmul import mosaic_mma
 from fdq.ops.prepared_weight import kernel_weight
 from fdq.ops.rows import Rows
 from fdq.schemes.scheme import WeightSpec
@@ -51,7 +51,7 @@ def case(spec: WeightSpec) -> tuple[jax.Array, jax.Array]:
     """For the self-check: one expert has more than a tile of rows, one has none."""
     from pallas_kernels.matmul.gathered import gathered_matrix_vector_reference
 
-    q = matmul.sample(spec)
+    q = check_cases.sample(spec)
     stack = kernel_weight(jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), q))
     index = jnp.asarray([2, 0, 0, 2, 2, 2, 1, 2, 2, 2, 2, 2, 2, 0, 2, 2, 2, 2], jnp.int32)
     x = jax.random.normal(jax.random.key(1), (9, q.shape[0]), jnp.float32).astype(jnp.bfloat16)

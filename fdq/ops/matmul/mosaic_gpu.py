@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from fdq.formats.qtensor import QTensor, QuantizedWeight
+from fdq.formats.qtensor import QuantizedWeight
 from fdq.ops import self_check
 from fdq.ops.activation import activation_values, quantize_activation
-from fdq.ops.choice import trace_target
 from fdq.ops.gates import swiglu
 from fdq.ops.kernels import Kernel, slower, tuned
-from fdq.ops.matmul import mosaic_mma
+from fdq.ops.matmul import check_cases, mosaic_mma
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import WordsWeight, kernel_weight
 from fdq.ops.rows import Gated, Normed, Rows, as_array, flattened
-from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import WeightSpec
 from pallas_kernels.device import MOST_ROWS, default_device
 
@@ -80,9 +78,9 @@ def unprepared(w: QuantizedWeight) -> str | None:
 
 
 def preferred(kernel: str, w: QuantizedWeight, rows: int, case: Any = None) -> str | None:
-    """Why XLA is preferred to a kernel: it is faster, or the kernel is wrong; see `check`."""
+    """Why XLA is preferred to a kernel: it is faster, or the kernel is wrong."""
     reason = slower(kernel, w.spec.format, rows, math.prod(w.shape[-2:]))
-    return reason or check(kernel, w.spec, default_device(), case)
+    return reason or self_check_of(kernel, w.spec, case).failure(default_device())
 
 
 def staged(x: Rows) -> Any:
@@ -142,38 +140,13 @@ def _config(kernel: str, w: KernelWeight, rows: int) -> Any:
     return dataclasses.replace(config, **settings)
 
 
-@functools.cache
-def sample(spec: WeightSpec) -> QTensor:
-    """A small weight: 256 columns, and whole groups of 512 rows or more; seeded."""
-    rows = math.lcm(spec.group_size or 1, 128)
-    values = jax.random.normal(jax.random.key(0), (rows * -(-512 // rows), 256), jnp.float32)
-    return quantize_array(values, spec, method=None)
-
-
-def check(kernel: str, spec: WeightSpec, device: Any, case: Any = None) -> str | None:
-    """Why a kernel is switched off on a device: `self_check.failure`, by default of `matmul`."""
+def self_check_of(kernel: str, spec: WeightSpec, case: Any = None) -> self_check.Check:
+    """The self-check of a kernel of products, with weights of a spec; `case` is another's own."""
     scales = f"{spec.granularity} {spec.group_size or ''}".strip()
     detail = f"{spec.format}, {scales} scales of {spec.scale_dtype}, zero point {spec.zero_point}"
-    case = case or functools.partial(_case, kernel, spec)
-    return self_check.failure(kernel, detail, device, case)
-
-
-def _case(kernel: str, spec: WeightSpec) -> tuple[Any, Any]:
-    from pallas_kernels.matmul.integer import integer_matrix_vector_reference
-    from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
-
-    q = sample(spec)
-    weight, k = kernel_weight(q), q.shape[0]
-    if kernel == mosaic_mma.KERNEL:
-        return mosaic_mma.case(weight)
-    keys = jax.random.split(jax.random.key(1), 3)
-    if kernel == "integer_matrix_vector":
-        codes = jax.random.randint(keys[0], (2, k), -127, 128).astype(jnp.int8)
-        wanted = integer_matrix_vector_reference(codes, weight)[0]
-        return integer_sums(codes, weight).sum(0), wanted
-    dtype = jnp.bfloat16 if trace_target().has_bfloat16 else jnp.float16
-    x = jax.random.normal(keys[0], (2, k), jnp.float32).astype(dtype)
-    # In float32: rounded to 16 bits, two correct norms may differ by a bit.
-    normed = Normed(x.astype(jnp.float32), 1 + jax.random.uniform(keys[1], (k,)), 1e-6)
-    results = [partial_sums(rows, weight).sum(0) for rows in (x, normed)]
-    return results, [matrix_vector_reference(staged(rows), weight)[0] for rows in (x, normed)]
+    if spec.block_size is not None:
+        detail += f", blocks of {' x '.join(map(str, spec.block_size))}"
+    if case is None and kernel == "gathered_matrix_vector":
+        case = functools.partial(check_cases.gathered, spec)
+    case = case or functools.partial(check_cases.product, kernel, spec)
+    return self_check.Check(kernel, detail, case)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -37,7 +41,8 @@ class MosaicGpu(Kernel[RopeAppendArguments]):
         if batch > MOST_ROWS:
             return f"the kernels of a decode step take 1 to {MOST_ROWS} sequences, found {batch}"
         name = jnp.dtype(a.qkv.dtype).name if a.k.spec is None else kind_of(a.k)
-        return slower("append", name, batch, width) or self.failure(a)
+        reason = slower("append", name, batch, width)
+        return reason or Appending.of(a).self_check().failure(default_device())
 
     def __call__(
         self, arguments: RopeAppendArguments
@@ -69,35 +74,54 @@ class MosaicGpu(Kernel[RopeAppendArguments]):
         )
         return out.q[:, None], k, v
 
-    def failure(self, arguments: RopeAppendArguments) -> str | None:
-        """Why the kernel is switched off for such a cache on this device; None if it is right."""
-        interleaved, spec, dtype = arguments.interleaved, arguments.k.spec, arguments.qkv.dtype
-        with_bias, with_norms = arguments.qkv.bias is not None, arguments.q_norm is not None
 
-        def case():
-            heads, kv_heads, d, slots = 2, 1, 128, 64
-            keys = jax.random.split(jax.random.key(3), 2)
-            width = (heads + 2 * kv_heads) * d
-            parts = jax.random.normal(keys[0], (2, 2, 1, width), jnp.float32)
-            qkv = Sums(parts, jnp.full((width,), 0.5) if with_bias else None, dtype)
-            angle = jax.random.uniform(keys[1], (2, 1, d // 2), jnp.float32)
-            scales = sample_scales(spec, kv_heads, d)
-            side = CacheTensor.empty((2, kv_heads, slots, d), spec, dtype=dtype, **scales)
-            norm = jnp.full((d,), 1.5) if with_norms else None
+@dataclasses.dataclass(frozen=True)
+class Appending:
+    """What the kernel is compiled for."""
 
-            def run(implementation):
-                def call(qkv, angle, side, start):
-                    turn = jnp.cos(angle), jnp.sin(angle)
-                    return implementation(
-                        RopeAppendArguments(qkv, turn, side, side, start, interleaved, norm, norm)
-                    )
+    spec: Any  # of the cache; None are floats
+    dtype: str
+    interleaved: bool = False
+    bias: bool = False
+    norms: bool = False
 
-                return jax.jit(call)(qkv, angle, side, jnp.asarray([5, 63], jnp.int32))
+    @classmethod
+    def of(cls, a: RopeAppendArguments) -> Appending:
+        """Of the arguments of an op."""
+        dtype, bias = jnp.dtype(a.qkv.dtype).name, a.qkv.bias is not None
+        return cls(a.k.spec, dtype, a.interleaved, bias, a.q_norm is not None)
 
-            return run(self), run(Xla())
-
-        kind = "static" if spec is not None and not spec.dynamic else "dynamic"
-        detail = f"{kind_of(arguments.k)}, {kind}, {jnp.dtype(dtype).name}"
-        detail += f"{', norms' * with_norms}{', bias' * with_bias}"
+    def self_check(self) -> self_check.Check:
+        """The self-check of the kernel for it."""
+        kind = "dynamic" if self.spec is None or self.spec.dynamic else "static"
+        cache = self.dtype if self.spec is None else self.spec.format
+        detail = f"{cache}, {kind}, {self.dtype}{', interleaved' * self.interleaved}"
+        detail += f"{', norms' * self.norms}{', bias' * self.bias}"
         # A code may differ by one where the rotation does by a bit: 1 in 7 at most, of int4.
-        return self_check.failure("append", detail, default_device(), case, tolerance=0.2)
+        return self_check.Check("append", detail, functools.partial(_case, self), 0.2)
+
+
+def _case(what: Appending) -> tuple[Any, Any]:
+    """One sequence in the middle of the cache, one in its last slot."""
+    heads, kv_heads, d, slots = 2, 1, 128, 64
+    keys = jax.random.split(jax.random.key(3), 2)
+    width = (heads + 2 * kv_heads) * d
+    parts = jax.random.normal(keys[0], (2, 2, 1, width), jnp.float32)
+    qkv = Sums(parts, jnp.full((width,), 0.5) if what.bias else None, jnp.dtype(what.dtype))
+    angle = jax.random.uniform(keys[1], (2, 1, d // 2), jnp.float32)
+    scales = sample_scales(what.spec, kv_heads, d)
+    side = CacheTensor.empty(
+        (2, kv_heads, slots, d), what.spec, dtype=jnp.dtype(what.dtype), **scales
+    )
+    norm = jnp.full((d,), 1.5) if what.norms else None
+    arguments = RopeAppendArguments(
+        qkv,
+        (jnp.cos(angle), jnp.sin(angle)),
+        side,
+        side,
+        jnp.asarray([5, 63], jnp.int32),
+        what.interleaved,
+        norm,
+        norm,
+    )
+    return MosaicGpu()(arguments), Xla()(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from fdq.ops.matmul.mosaic_gpu import staged
 from fdq.ops.placement import sharded
 from fdq.ops.route.scoring import SOFTMAX
 from fdq.ops.route.xla import Routing
+from fdq.ops.rows import Normed
 from pallas_kernels.device import MOST_ROWS, default_device
 
 
@@ -38,7 +40,9 @@ class MosaicGpu(Kernel[Routing]):
     def declined(self, arguments: Routing) -> str | None:
         """What is slower than XLA, and what is wrong on this device."""
         experts, top_k = arguments.kernel.shape[1], arguments.top_k
-        return slower("router", "float32", 1, experts) or check(experts, top_k, default_device())
+        return slower("router", "float32", 1, experts) or self_check_of(experts, top_k).failure(
+            default_device()
+        )
 
     def __call__(self, arguments: Routing) -> tuple[jax.Array, jax.Array]:
         """Experts and weights."""
@@ -50,19 +54,28 @@ class MosaicGpu(Kernel[Routing]):
         return top_k_experts(logits, a.correction_bias, experts=experts, **shared)
 
 
-def check(experts: int, top_k: int, device: Any) -> str | None:
-    """Why the kernels are switched off on a device."""
+def self_check_of(experts: int, top_k: int) -> self_check.Check:
+    """The self-check of both kernels."""
+    case = functools.partial(_case, experts, top_k)
+    return self_check.Check("router", f"{top_k} of {experts}", case)
 
-    def case():
-        from pallas_kernels.router import routing
 
-        keys = jax.random.split(jax.random.key(4), 2)
-        x = jax.random.normal(keys[0], (2, 256), jnp.float32)
-        kernel = jax.random.normal(keys[1], (256, experts), jnp.float32)
-        logits = routing.router_logits(x, kernel)
-        wanted = routing.router_logits_reference(x, kernel)
-        chosen = routing.top_k_experts(logits, None, experts=experts, top_k=top_k)
-        wanted_chosen = routing.top_k_experts_reference(wanted, None, experts=experts, top_k=top_k)
-        return (logits.sum(0)[:, :experts], chosen), (wanted[0], wanted_chosen)
+def _case(experts: int, top_k: int) -> tuple[Any, Any]:
+    """Rows to be normalized, one and eight; experts are chosen by the same logits as theirs."""
+    from pallas_kernels.router import routing
 
-    return self_check.failure("router", f"{top_k} of {experts}", device, case)
+    results: list[Any] = []
+    wanted: list[Any] = []
+    for rows in (1, MOST_ROWS):
+        keys = jax.random.split(jax.random.key(rows), 3)
+        x = jax.random.normal(keys[0], (rows, 1024), jnp.float32)
+        scale = 1 + jax.random.uniform(keys[1], (1024,), jnp.float32)
+        kernel = jax.random.normal(keys[2], (1024, experts), jnp.float32)
+        normed = staged(Normed(x, scale, 1e-6))
+        logits = routing.router_logits(normed, kernel)
+        results.append(logits.sum(0)[:, :experts])
+        wanted.append(routing.router_logits_reference(normed, kernel)[0])
+        chosen: Any = {"experts": experts, "top_k": top_k}
+        results.append(routing.top_k_experts(logits, None, **chosen))
+        wanted.append(routing.top_k_experts_reference(logits, None, **chosen))
+    return results, wanted
