@@ -133,6 +133,7 @@ def _placement(tree: Any, folder: pathlib.Path, mesh: Any, rules: Any) -> Any:
         raise CheckpointError(
             f"{folder}: mesh= is for models of fdq, and this is a tree. Give a sharding= of arrays."
         )
+    distribution.check_devices(mesh)
     return distribution.plan(tree, mesh, rules)
 
 
