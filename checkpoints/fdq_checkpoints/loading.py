@@ -163,7 +163,7 @@ def _load_stored(
     place = None
     if placement is not None:
         place = functools.partial(distribution.put, placement)
-    if placement is not None and jax.process_count() > 1:
+    if placement is not None and place is not None and jax.process_count() > 1:
         parts = functools.partial(distribution.parts, placement)
         values = stored.restore_parts(place, parts, verify=verify)
     else:
