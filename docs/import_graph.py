@@ -61,7 +61,8 @@ LEVELS = (
     "fdq_checkpoints.sources",
     "fdq_checkpoints.stream",
     "fdq_checkpoints.saving",
-    "fdq_checkpoints.loading fdq_checkpoints.inspection fdq_checkpoints.export",
+    "fdq_checkpoints.loading fdq_checkpoints.inspection fdq_checkpoints.export "
+    "fdq_checkpoints.joint_conversion",
     "fdq_checkpoints.conversion fdq_checkpoints.exporting fdq_checkpoints.peft",
     "fdq_checkpoints.__init__",
     "fdq.cli",

@@ -22,12 +22,12 @@ import jax
 import numpy as np
 
 from fdq.schemes.recipe import Recipe
-from fdq_checkpoints import saving, stream, tree_paths
+from fdq_checkpoints import joint_conversion, saving, stream, tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.inspection import Inspection, inspect
 from fdq_checkpoints.readers.local_directory import tell_of_sentencepiece
 from fdq_checkpoints.sources import open_source
-from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, processes, stopping
+from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, stopping
 from fdq_checkpoints.store import journal as journals
 from fdq_checkpoints.store.journal import Journal, Pieces
 from fdq_checkpoints.store.manifest import TensorEntry
@@ -61,7 +61,7 @@ def convert(
     if jax.process_count() > 1:
         with open_source(src, dtype=dtype, config=config, subtree=subtree) as source:
             given = {"method": method, "compat": compat, "calibration": calibration}
-            _together(source, dst, scheme, overwrite, given, progress)
+            joint_conversion.convert(source, dst, scheme, overwrite, given, progress)
         return inspect(dst)
     destination = pathlib.Path(dst).absolute()
     commit.check_destination(destination, overwrite=overwrite, source=pathlib.Path(src))
@@ -105,7 +105,12 @@ def convert(
                 scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
                 config=source.config,
                 files=source.companions(),
-                provenance={"source": source.name, "recipe": record, **options, **_sample(seen)},
+                provenance={
+                    "source": source.name,
+                    "recipe": record,
+                    **options,
+                    **saving.text_seen(seen),
+                },
             )
             if source.adapters is not None:
                 shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)
@@ -113,50 +118,6 @@ def convert(
                 # What the killed process wrote was never looked at again.
                 work.verify()
     return inspect(dst)
-
-
-def _together(
-    source: Any,
-    dst: str | os.PathLike[str],
-    scheme: Any,
-    overwrite: bool,
-    options: dict[str, Any],
-    progress: stream.Progress | None,
-) -> None:
-    """`convert` by several processes: all make every tensor, the first writes, none goes on later.
-
-    One process alone is as fast, and what it leaves can be gone on from.
-    """
-    made = stream.Job.of(source, scheme, progress=progress, **options)
-    recipe = Recipe() if made.assigned is None else made.assigned.recipe
-    tensors = tree_paths.flatten(made.tree)
-    total = sum(saving.nbytes(tensor.value) for tensor in tensors)
-
-    def pending() -> processes.Directory:
-        return commit.pending_directory(dst, overwrite=overwrite, needed_bytes=total)
-
-    with processes.directory_of_first(pending, commit.pending_path(dst)) as folder:
-        seen = made.inputs.calibration
-        named = {"scheme": None if scheme is None else str(scheme), **options}
-        named["calibration"] = None if seen is None else seen.digest
-        record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
-        saving.write_manifest(
-            folder,
-            saving.write(folder, made.tensors(progress=progress), total),
-            scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
-            config=source.config,
-            files=source.companions(),
-            provenance={"source": source.name, "recipe": record, **named, **_sample(seen)},
-        )
-        if source.adapters is not None and processes.is_first():
-            shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)
-
-
-def _sample(seen: Any) -> dict[str, Any]:
-    """On which text the statistics were gathered that quantizers were given."""
-    if seen is None:
-        return {}
-    return {"calibration_tokens": seen.tokens, "calibration_sample": seen.sample or None}
 
 
 def _key(made: stream.Job, tensors: list[Tensor], options: dict[str, Any]) -> str:

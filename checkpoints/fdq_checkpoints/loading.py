@@ -133,6 +133,7 @@ def _placement(tree: Any, folder: pathlib.Path, mesh: Any, rules: Any) -> Any:
         raise CheckpointError(
             f"{folder}: mesh= is for models of fdq, and this is a tree. Give a sharding= of arrays."
         )
+    distribution.check_devices(mesh)
     return distribution.plan(tree, mesh, rules)
 
 
@@ -162,7 +163,7 @@ def _load_stored(
     place = None
     if placement is not None:
         place = functools.partial(distribution.put, placement)
-    if placement is not None and jax.process_count() > 1:
+    if placement is not None and place is not None and jax.process_count() > 1:
         parts = functools.partial(distribution.parts, placement)
         values = stored.restore_parts(place, parts, verify=verify)
     else:

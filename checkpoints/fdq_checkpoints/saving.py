@@ -95,6 +95,13 @@ def write(folder: pathlib.Path, tensors: Iterable[Tensor], total: int) -> list[T
     return entries
 
 
+def text_seen(seen: Any) -> dict[str, Any]:
+    """On which text the statistics were gathered that quantizers were given."""
+    if seen is None:
+        return {}
+    return {"calibration_tokens": seen.tokens, "calibration_sample": seen.sample or None}
+
+
 def write_manifest(
     folder: pathlib.Path,
     entries: Iterable[TensorEntry],

@@ -110,13 +110,14 @@ def compile_here(sharded: Sharded, context: int, batch: int, *, prompts: bool = 
     state = jax.tree.map(place, state, placement._row_specs(state))
     stops = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     step = programs.decode.lower(template, params, state, stops, steps=1).compile()
-    memory = step.memory_analysis()
+    memory: Any = step.memory_analysis()
     held = 0
     if prompts:
         shapes = ((batch, min(CHUNK, context)), (), (batch,))
         tokens, first, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
         read = programs.extend.lower(template, params, tokens, state.cache, first, lengths)
-        held = read.compile().memory_analysis().temp_size_in_bytes
+        found: Any = read.compile().memory_analysis()
+        held = found.temp_size_in_bytes
     return Compiled(
         layers=sharded.config.num_layers,
         planned_bytes=sharded.weights.bytes + sharded.cache_bytes(batch, context),

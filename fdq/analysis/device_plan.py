@@ -102,7 +102,8 @@ class Sharded:
 
     def cache_bytes(self, batch: int, context: int) -> int:
         """Bytes of the cache that one device has."""
-        return sum(map(_bytes, jax.tree.leaves(jax.tree.map(_local, self.cache(batch, context)))))
+        held = map(_local, jax.tree.leaves(self.cache(batch, context)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in held)
 
     def cache(self, batch: int, context: int) -> KVCache:
         """The abstract cache, where it lies."""
@@ -384,10 +385,6 @@ def _local(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
 
 
-def _bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
-
-
 def _with(mesh: Any) -> Callable[[Any, PartitionSpec], Any]:
     def place(leaf: Any, spec: PartitionSpec) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
@@ -399,5 +396,5 @@ def _activations(model: Decoder) -> dict[str, Any]:
     found = {}
     for keys, module in nnx.iter_modules(model):
         if isinstance(value(getattr(module, "kernel", None)), QuantizedWeight):
-            found[".".join(map(str, keys))] = module.activation
+            found[".".join(map(str, keys))] = getattr(module, "activation", None)
     return found

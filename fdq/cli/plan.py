@@ -118,10 +118,12 @@ def _devices(
     axes = ", ".join(f"{name}={size}" for name, size in sizes.items())
     title = f"{plans[0].model}, each device of {axes}: {batch} x {context:,} tokens"
     rows = [plan.cells() for plan in plans]
-    columns = list(device_plan.COLUMNS)
+    columns: list[str] = list(device_plan.COLUMNS)
     if gpus == [None]:
         columns, rows = columns[1:6], [row[1:6] for row in rows]
-    console.out.print(console.table(title, columns, rows))
+    table = console.table(title, columns, rows)
+    table.collapse_padding = True  # or it would not fit into 80 columns
+    console.out.print(table)
     if len(plans) == 1 and plans[0].gpu is not None:
         console.out.print(plans[0].spent(), markup=False, soft_wrap=True)
     for one in found:

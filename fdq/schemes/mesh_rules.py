@@ -51,7 +51,7 @@ class Rules:
                     f"Rules({kind}={getattr(self, kind)!r}): expected names of different axes."
                 )
 
-    def axes(self, kind: str, mesh: Mesh) -> tuple[str, ...]:
+    def axes(self, kind: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
         """The axes of `mesh` that a kind (the name of a field) is cut over; of size 1 none."""
         return tuple(n for n in _named(getattr(self, kind)) if mesh.shape.get(n, 1) > 1)
 
@@ -115,7 +115,7 @@ def _named(axes: Axes) -> tuple[str, ...]:
 DEFAULT = Rules()
 
 
-def shards(mesh: Mesh, axes: tuple[str, ...]) -> int:
+def shards(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
     """Into how many parts these axes cut."""
     return math.prod(mesh.shape[name] for name in axes)
 

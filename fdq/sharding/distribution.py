@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 
 from fdq.formats.qtensor import QTensor, QuantizedWeight, boxed, materialize
 from fdq.models.decoder import Decoder
@@ -39,6 +41,8 @@ def shard(model: Decoder, mesh: Any, rules: Rules | None = None) -> Decoder:
             "parts of decoders; put other trees on a mesh with jax.device_put."
         )
     placement = plan(model, mesh, rules)
+    if isinstance(placement.mesh, AbstractMesh) and _has_values(model):
+        raise TypeError(_ABSTRACT)
     copy = nnx.merge(*nnx.split(model), copy=True)
     _replace(copy, lambda path, held: put(placement, path, held))
     copy.placement = placement
@@ -89,8 +93,31 @@ def plan(model: Decoder, mesh: Any, rules: Rules | None = None) -> Placement:
         raise ValueError("shard: the model is on a mesh already; fdq.sharding.unshard it first.")
     rules = DEFAULT if rules is None else rules
     mesh = rules.check(mesh)
+    if isinstance(mesh, Mesh) and jax.process_count() > 1 and not mesh.local_devices:
+        raise ValueError(
+            f"mesh: process {jax.process_index()} of {jax.process_count()} has none of its "
+            f"{mesh.size} devices, of {jax.device_count()} that there are. Make it over devices of "
+            "all processes, such as all of them, or start fewer processes."
+        )
     cuts = cuts_of(model, mesh, rules)
     return Placement(mesh, rules, tuple(cuts.found.items()), tuple(cuts.notes))
+
+
+_ABSTRACT = (
+    "mesh: an AbstractMesh has no devices for weights; it is for models of shapes, as "
+    'fdq.models.abstract makes them. Use jax.make_mesh((8,), ("tensor",)).'
+)
+
+
+def _has_values(model: Decoder) -> bool:
+    leaves = jax.tree.leaves(nnx.split(model)[1])
+    return not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def check_devices(mesh: Any) -> None:
+    """Raises TypeError for a mesh of devices that are not there, where weights are to lie."""
+    if isinstance(mesh, AbstractMesh):
+        raise TypeError(_ABSTRACT)
 
 
 def put(placement: Placement, path: str, held: Any) -> Any:

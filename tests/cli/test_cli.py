@@ -423,10 +423,36 @@ def test_plan_remarks_on_more_tokens_than_the_model_has_positions():
     assert remark in result.stderr
 
 
+def test_plan_of_devices_that_are_not_there(tmp_path):
+    """A row for each scheme and GPU; half of the weights, and a picture where it is asked for."""
+    arguments = ("plan", "ernie-4.5-0.3b", "-s", "W4A16C8", "--mesh", "tensor=2")
+    whole = json.loads(run(*arguments[:4], "--json").stdout)
+    (half,) = json.loads(run(*arguments, "--json").stdout)["plans"]
+    assert 0.5 < half["weight_bytes"] / whole["weights"]["bytes"] < 0.51
+    assert half["mesh"] == {"tensor": 2} and half["fits"] is None
+    more = (*arguments, "-s", "W8A8C8", "--gpu", "l4", "--gpu", "H200")
+    text = run(*more, "--plot", tmp_path / "plan.svg").stdout
+    rows = [line.split()[:2] for line in text.splitlines() if "A" in line and "C8" in line]
+    assert rows == [[gpu, s] for s in ("W4A16C8", "W8A8C8") for gpu in ("l4", "h200")]
+    assert (tmp_path / "plan.svg").read_text("utf-8").lstrip().startswith("<?xml")
+    assert "the longest: " in run(*arguments, "--gpu", "l4").stdout
+
+
 _BOTH = ("--calibration", "{text}", "--calibration-text", "{text}")
 WRONG = {
     "unknown scheme": (["convert", "{original}", "{new}", "-s", "W4A16C9"], "Did you mean"),
     "unknown scheme of plan": (["plan", "ernie-4.5-0.3b", "-s", "W5"], "Unknown"),
+    "a mesh that does not divide": (
+        ["plan", "ernie-4.5-0.3b", "-s", "W4", "--mesh", "tensor=3"],
+        "over tensor=3 does not divide",
+    ),
+    "a mesh that is none": (["plan", "ernie-4.5-0.3b", "-s", "W4", "--mesh", "8"], "tensor=4"),
+    "an axis without rules": (
+        ["plan", "ernie-4.5-0.3b", "-s", "W4", "--mesh", "tp=2"],
+        "no rule uses the axis 'tp'",
+    ),
+    "an unknown GPU": (["plan", "ernie-4.5-0.3b", "-s", "W4", "--gpu", "h1000"], "'h100'"),
+    "a plot of nothing": (["plan", "ernie-4.5-0.3b", "-s", "W4", "--plot", "{new}"], "--gpu h100"),
     "unknown model": (["plan", "ernie-4.5-0.3c", "-s", "W4"], "Did you mean 'ernie-4.5-0.3b'"),
     "destination exists": (["convert", "{original}", "{original}", "-s", "W4A16"], "exist"),
     "how to replace it": (["convert", "{original}", "{original}", "-s", "W4A16"], "--overwrite"),

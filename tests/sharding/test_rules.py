@@ -2,11 +2,21 @@
 
 import jax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 
 import fdq
-from fdq.schemes.mesh_rules import repeats
+import fdq.models
+from fdq.schemes.mesh_rules import abstract_mesh, repeats
 from fdq.sharding import Rules, make_mesh, parse_mesh
+from tests.sharding.many_devices import config_of
+
+
+def tiny():
+    """A model with one array that has values."""
+    model = fdq.models.abstract(config_of("llama", num_layers=0))
+    model.norm.scale = nnx.Param(jax.numpy.ones(128))
+    return model
 
 
 def mesh(**sizes):
@@ -51,6 +61,7 @@ def test_rules_and_meshes_that_do_not_belong_together(rules, sizes, said):
         (lambda: parse_mesh("tensor=0"), ValueError, "could not read 'tensor=0'"),
         (lambda: parse_mesh("tensor=16"), ValueError, "16 devices, and there are 8"),
         (lambda: repeats(6, 4), ValueError, "6 KV heads over 4 devices.*Use 2 devices"),
+        (lambda: fdq.shard(tiny(), abstract_mesh({"tensor": 2})), TypeError, "no devices for weig"),
         (lambda: fdq.shard({}, mesh(tensor=2)), TypeError, r"expected a fdq\.models\.Decoder"),
         (lambda: fdq.quantize({}, "W4A16", mesh=mesh(tensor=2)), TypeError, "mesh= is for"),
     ],

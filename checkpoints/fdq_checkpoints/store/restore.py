@@ -109,7 +109,7 @@ class StoredTensors:
                         wanted[array_path(entry.path, name)] = where
             stored = self._reader.read(_stored_arrays(batch), wanted)
             for entry in batch:
-                arrays = self._arrays(entry, stored, verify=False)
+                arrays: dict[str, Any] = dict(self._arrays(entry, stored, verify=False))
                 if entry.prng is not None:
                     key = jnp.asarray(arrays["value"])
                     arrays["value"] = jax.random.wrap_key_data(key, impl=entry.prng)
