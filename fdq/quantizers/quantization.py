@@ -62,8 +62,11 @@ def quantize(
         of modules; in arrays and trees they have no place, pass `activation=` to `fdq.matmul`. The
         cache format matters to `fdq.KVCache` only.
       method: the quantizer of all tensors to which no rule gives another: `"absmax"`,
-        `"signed_max"`, `"four_over_six"`, `"search"` (see `fdq.quantizers.quantize_array`) or one
-        of yours. By default `"search"` for 4 bits and fewer, else `"absmax"`.
+        `"signed_max"`, `"four_over_six"`, `"search"` (see `fdq.quantizers.quantize_array`),
+        `"hqq"`; by second moments (`fdq.calibrate(..., moments=True)`, for those that end in 2 also
+        `output_moments=True`) `"gptq"` and `"gptq2"` of formats with a code a weight, `"ldlq"` and
+        `"ldlq2"` of trellis codes, `"ccq"` and `"ccq2"` of WINT2; or one of yours. By default
+        `"search"` for 4 bits and fewer, else `"absmax"`.
       compat: `"fastdeploy"` reads names as FastDeploy does (`fdq.Recipe.parse`) and rounds its
         WINT8 and WINT4 bit for bit; `"fastdeploy-cpu"` as its CPU kernel.
       importance: mean square of each input channel, `[K]`; for trees and modules what
