@@ -98,7 +98,7 @@ def quantize_in_order(
     starts = range(0, len(rows), batch_size)
     states = [np.asarray(_embedded(model, jnp.asarray(rows[s : s + batch_size]))) for s in starts]
     ranges: list[KeyValueRange] = []
-    settings = {"method": method, "compat": compat}
+    settings: dict[str, Any] = {"method": method, "compat": compat}
     for index in range(len(result.layers)):
         layer, prefix = result.layers[index], f"layers.{index}."
         run = functools.partial(_run, config=model.config, index=index)
