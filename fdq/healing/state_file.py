@@ -27,10 +27,11 @@ def write(path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Seque
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     text = json.dumps({"fdq-healing": VERSION, **header}).encode()
-    members = {f"{i:06}": np.asarray(array) for i, array in enumerate(arrays)}
+    members: dict[str, Any] = {f"{i:06}": np.asarray(array) for i, array in enumerate(arrays)}
+    members[_HEADER] = np.frombuffer(text, np.uint8)
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **{_HEADER: np.frombuffer(text, np.uint8)}, **members)
+            np.savez(file, **members)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -25,6 +25,7 @@ from fdq.calibration.statistics import Calibration, KeyValueRange
 from fdq.models.decoder import Decoder
 from fdq.nn.embedding import check_vocabulary
 from fdq.nn.parameters import Template, bind, split
+from fdq.quantizers.assigned import parse
 from fdq.quantizers.layer_inputs import moments_for
 from fdq.quantizers.quantization import match_table, quantize
 from fdq.schemes.assignment import Row
@@ -84,7 +85,7 @@ def quantize_in_order(
         raise ValueError("quantize_in_order: the model is on a mesh; fdq.unshard it first.")
     rows = _checked(tokens, model)
     has_experts = model.config.moe is not None
-    recipe = Recipe.parse(scheme, compat=compat, has_experts=has_experts)
+    recipe = parse(scheme, rules, compat, has_experts=has_experts)
     table = match_table(model, scheme, compat=compat, rules=rules)
     needs = moments_for(recipe, method)
     known = {} if calibration is None else dict(calibration.output_moment)
@@ -98,7 +99,7 @@ def quantize_in_order(
     starts = range(0, len(rows), batch_size)
     states = [np.asarray(_embedded(model, jnp.asarray(rows[s : s + batch_size]))) for s in starts]
     ranges: list[KeyValueRange] = []
-    settings = {"method": method, "compat": compat}
+    settings: dict[str, Any] = {"method": method, "compat": compat}
     for index in range(len(result.layers)):
         layer, prefix = result.layers[index], f"layers.{index}."
         run = functools.partial(_run, config=model.config, index=index)
