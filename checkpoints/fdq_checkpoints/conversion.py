@@ -99,18 +99,14 @@ def convert(
             written, resumed = work.write(overwrite, progress)
             # A model keeps its own record, also of what was quantized before.
             record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
+            origin = {"source": source.name, "recipe": record, **options, **saving.text_seen(seen)}
             saving.write_manifest(
                 folder,
                 [written[tensor.path] for tensor in tensors],
                 scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
                 config=source.config,
                 files=source.companions(),
-                provenance={
-                    "source": source.name,
-                    "recipe": record,
-                    **options,
-                    **saving.text_seen(seen),
-                },
+                provenance=origin,
             )
             if source.adapters is not None:
                 shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)
