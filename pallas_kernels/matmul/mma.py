@@ -8,8 +8,8 @@ scale of a group multiplies its sum. Eight more rows cost a fifth of an instruct
 
 Instructions of the hot loop a weight (4096 x 6144 on an H100, from machine code): int4 in groups of
 128 1.8, 2.1, 2.5 and 3.3 at 8, 16, 32 and 64 rows; at 16 rows int8 2.3, int3 2.1, int2 1.8, fp8
-3.1, mxfp4 and nvfp4 3.3, cc2 3.6, nf4 4.2 (whose levels are sums of two 16-bit floats, within 2^-17
-in bfloat16), mxfp8 4.7.
+3.1, mxfp4 and nvfp4 3.3, cc2 3.6, mxfp8 4.7 and nf4 4.2. The levels of nf4 are sums of two 16-bit
+floats, in bfloat16 within 2^-17.
 
 A program is four warps with 128 or 256 columns and a slice of K, whose sums go to their own row of
 `[split, M, N]`, as `matrix_vector`'s do. There is no shared memory and no barrier: words of the
