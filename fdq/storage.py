@@ -53,8 +53,8 @@ def load(
         (`layers.0.mlp.down_proj.kernel.codes`), or a function of that path and a
         `jax.ShapeDtypeStruct`. By default the default device.
       mesh: puts a model on the devices of `jax.make_mesh((4, 2), ("tensor", "expert"))`, as
-        `fdq.shard` does: each tensor goes to its devices as it is read, and each process keeps
-        its own part.
+        `fdq.shard` does: each tensor goes to its devices as it is read; of several processes each
+        keeps its own part, and of an fdq checkpoint reads no more.
       mesh_rules: which axes of the mesh cut what, see `fdq.sharding.Rules`.
       template: for checkpoints of your own modules and pytrees, an object of the same structure
         (abstract or not, in an fdq checkpoint quantized or not). Without one these come back as

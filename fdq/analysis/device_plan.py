@@ -251,11 +251,10 @@ class DevicePlan:
         sizes = (self.weight_bytes, self.cache_bytes, self.temporary_bytes, self.total_bytes)
         row = ("" if self.gpu is None else self.gpu.name, self.scheme, *map(in_units, sizes))
         if self.gpu is None:
-            return (*row, "", "", "", "")
+            return (*row, "", "", "")
         most, best = self.largest_batch or 0, self.largest_batch_time
         return (
             *row,
-            in_units(self.usable_bytes or 0),
             f"{self.tokens_per_second:,.0f}" if self.fits else "too large",
             str(most),
             "" if best is None else f"{most / best.total:,.0f}",
@@ -280,12 +279,12 @@ class DevicePlan:
         return {**fields, "gpu": gpu, "remarks": list(self.remarks)}
 
     def __str__(self) -> str:
-        lines = [aligned([COLUMNS, self.cells()], right=range(2, 10)), self.spent(), *self.remarks]
+        lines = [aligned([COLUMNS, self.cells()], right=range(2, 9)), self.spent(), *self.remarks]
         return "\n".join(filter(None, lines))
 
 
 COLUMNS = (
-    "gpu", "scheme", "weights", "cache", "temp.", "all", "of", "tok/s", "batch", "tok/s",
+    "gpu", "scheme", "weights", "cache", "temp.", "all", "tok/s", "batch", "tok/s",
 )  # fmt: skip
 """The last two: the largest batch that fits, and its speed."""
 

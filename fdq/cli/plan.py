@@ -117,12 +117,15 @@ def _devices(
         return
     axes = ", ".join(f"{name}={size}" for name, size in sizes.items())
     title = f"{plans[0].model}, each device of {axes}: {batch} x {context:,} tokens"
+    room = {p.gpu.name: console.size(p.usable_bytes or 0) for p in plans if p.gpu is not None}
+    if room:
+        title += f" (may take: {', '.join(f'{gpu} {size}' for gpu, size in room.items())})"
     rows = [plan.cells() for plan in plans]
     columns: list[str] = list(device_plan.COLUMNS)
     if gpus == [None]:
         columns, rows = columns[1:6], [row[1:6] for row in rows]
     table = console.table(title, columns, rows)
-    table.collapse_padding = True  # or it would not fit into 80 columns
+    table.collapse_padding, table.pad_edge = True, False  # or it would not fit into 80 columns
     console.out.print(table)
     if len(plans) == 1 and plans[0].gpu is not None:
         console.out.print(plans[0].spent(), markup=False, soft_wrap=True)

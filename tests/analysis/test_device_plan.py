@@ -1,8 +1,11 @@
 """Plans of the devices of a mesh: against arrays, compiled programs, and arithmetic by hand."""
 
+import json
+
 import jax
 import pytest
 
+from docs import memory_report
 from fdq.analysis import compiled_plan, device_plan, plan_plot, roofline
 from fdq.analysis.device_plan import Sharded, of_sharded
 from fdq.models import CONFIGS
@@ -130,3 +133,14 @@ def test_a_compiled_program_in_this_process():
     found = compiled_plan.compile_here(sharded, 2048, 4, prompts=False)
     assert found.planned_bytes <= found.argument_bytes < 1.02 * found.planned_bytes
     assert found.step_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.longest
+def test_the_report_is_what_the_plans_are():
+    """docs/several_devices.md: nobody has changed a figure, and no change has left it behind."""
+    plans = memory_report.plans()
+    assert memory_report.table(plans) in memory_report.PAGE.read_text("utf-8")
+    assert all(plan.fits for plan in plans)
+    stored = json.loads(memory_report.REPORT.read_text("utf-8"))
+    assert stored == json.loads(json.dumps([plan.to_dict() for plan in plans]))

@@ -327,14 +327,14 @@ def _context() -> ocp.Context:
     return context
 
 
-def _pieces(path: Any, array: Any) -> Any:
+def _pieces(key: Any, value: Any) -> Any:
     """How Orbax cuts an array; one whose longest axis is a prime, or nearly so, it shall not.
 
     It divides the longest axis by its least divisor until a piece is small enough: of a vocabulary
     of 32,003 tokens each would be a piece.
     """
-    del path
-    piece, size = list(array.shape), array.nbytes
+    del key
+    piece, size = list(value.shape), value.nbytes
     while size > PIECE_BYTES:
         longest = piece.index(max(piece))
         divisor = next((n for n in range(2, 64) if piece[longest] % n == 0), None)
@@ -342,7 +342,7 @@ def _pieces(path: Any, array: Any) -> Any:
             return None
         piece[longest] //= divisor
         size //= divisor
-    if size == array.nbytes:
+    if size == value.nbytes:
         return None
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=PIECE_BYTES)
 
