@@ -40,7 +40,7 @@ def with_outliers(model: Decoder, seed: int = 0) -> Decoder:
     for joint in joints(model):
         scale = np.ones(joint.size, np.float32)
         picked = rng.choice(joint.size, max(1, round(SHARE * joint.size)), replace=False)
-        scale[picked] = 1 / np.exp(rng.uniform(*np.log(FACTORS), len(picked)))
+        scale[picked] = 1 / np.exp(rng.uniform(np.log(FACTORS[0]), np.log(FACTORS[1]), len(picked)))
         scaling.apply(joint, rounded(scale))
     return scaling.model
 

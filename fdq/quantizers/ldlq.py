@@ -58,14 +58,14 @@ class LDLQ(Quantizer):
         rows = _Rows(format, moment, factor)
         w = w[order] / size
         if "output_moment" in self.statistics:
-            size = TILE * max(1, -(-w.shape[1] // (TILE * COLUMN_BLOCKS)))
+            block = TILE * max(1, -(-w.shape[1] // (TILE * COLUMN_BLOCKS)))
 
             def encode(part: jax.Array, cost: jax.Array):
                 codes, scale, decoded = rows.encode(part, cost)
                 return (codes, scale), decoded
 
             outputs = statistics["output_moment"]
-            codes, scale = column_blocks.by_blocks(w, outputs, size, encode)
+            codes, scale = column_blocks.by_blocks(w, outputs, block, encode)
         else:
             codes, scale, _ = rows.encode(w)
         back = jnp.argsort(order)

@@ -1,5 +1,7 @@
 """SmoothQuant, AWQ and rotation: the same function, with weights and activations that quantize."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -168,10 +170,12 @@ def test_a_rotated_model_is_the_same_function(model, tokens):
 
 
 def test_what_cannot_be_scaled_or_turned(model, tokens):
+    nothing: Any = None
+    linear: Any = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="smoothed: expected an fdq.models.Decoder, found Linear"):
-        fdq.smoothed(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), None)
+        fdq.smoothed(linear, nothing)
     with pytest.raises(TypeError, match="activation_aware: expected what fdq.calibrate.*NoneType"):
-        fdq.activation_aware(model, None, "W4A16")
+        fdq.activation_aware(model, nothing, "W4A16")
     seen = fdq.Calibration(absmax={}, mean_square={}, cache=(), tokens=1)
     with pytest.raises(ValueError, match=r"qkv_proj.kernel, \[48\], found nothing: .*another"):
         fdq.smoothed(model, seen)
