@@ -1,6 +1,7 @@
 """attention over a cache, quantized or not, against one softmax over the decoded cache."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from fdq import ops
 from fdq.cache import CacheTensor, quantize_cache
 from fdq.schemes.scheme import CacheSpec
 from tests.closeness import error
+from tests.covering import covering
 
 B, H, KH, S, D = 3, 4, 2, 37, 16
 SPECS = {
@@ -72,9 +74,13 @@ def test_equals_the_reference(name, rng):
         assert error(y, reference) < 2e-6
 
 
-@pytest.mark.parametrize("width", [D, 20])
-@pytest.mark.parametrize("program", ["decoded", "parts", "lanes"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "program", "width"),
+    covering(
+        itertools.product(SPECS, ["decoded", "parts", "lanes"], [D, 20]),
+        lambda case: [case[:2], case[1:]],
+    ),
+)
 def test_every_program_means_the_same(name, program, width, rng):
     """Whichever the CPU is given: blocks of 16 and, where the cache is shorter, of 37 slots."""
     spec = SPECS[name]
@@ -91,8 +97,16 @@ def test_every_program_means_the_same(name, program, width, rng):
         assert error(y, reference) < 2e-6
 
 
-@pytest.mark.parametrize("lengths", [[48, 5, 20], [21, 5, 9], [0, 0, 1]])
-@pytest.mark.parametrize("name", ["C16", "bfloat16", "int8", "int4", "int8 channel"])
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    covering(
+        itertools.product(
+            ["int8", "bfloat16", "int4", "C16", "int8 channel"],
+            [[48, 5, 20], [21, 5, 9], [0, 0, 1]],
+        ),
+        lambda case: [case[0], str(case[1])],
+    ),
+)
 def test_a_cache_in_parts_is_read_whole_or_in_blocks(name, lengths, rng, monkeypatch):
     """As it is more than half full or less, in chunks of 8 slots, with and without a window."""
     monkeypatch.setattr("fdq.ops.attention.sides._CHUNK", 8)
