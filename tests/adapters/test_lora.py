@@ -89,7 +89,7 @@ def assert_as_decoded(function, model, *arguments):
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        ("llama", "W4A16-g32"),
+        slow("llama", "W4A16-g32"),
         longest("qwen3_moe", "W4A16-g16"),
         slow("llama", "WNF4A16-g32"),
         slow("llama", "W8A16"),

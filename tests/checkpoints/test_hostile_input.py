@@ -165,7 +165,7 @@ def config_width_zero(folder, tensors):
 
 
 def unknown_family(folder, tensors):
-    builders.edit_config(folder, model_type="mamba")
+    builders.edit_config(folder, model_type="never-heard-of")
 
 
 def quantized_config(folder, tensors):
@@ -325,7 +325,7 @@ DIRECTORIES = [
     (config_rope_list, "rope_parameters must be an object"),
     (config_no_heads, "num_attention_heads = 0 is not a whole number in 1…65536"),
     (config_width_zero, "config.json: "),
-    (unknown_family, "'mamba' is not supported; supported are ernie4_5"),
+    (unknown_family, "'never-heard-of' is not supported; supported are ernie4_5"),
     (quantized_config, "quantization_config (gptq)"),
     (quantized_modelopt, "quantized already"),
     (only_pickle, "only pickled weights (pytorch_model.bin)"),

@@ -113,6 +113,7 @@ def test_the_error_of_normal_weights(bits, rng):
         assert expected_distortion(spec(bits)).value == pytest.approx(error, rel=0.03)
 
 
+@pytest.mark.slow
 def test_odd_rows_shorter_tiles_and_columns_of_any_size(rng):
     size = np.exp2(rng.uniform(-20, 20, (1, 176))).astype(np.float32)
     w = rng.standard_normal((37, 176)).astype(np.float32) * size

@@ -12,7 +12,7 @@ from fdq.quantizers.gptq import rounded
 from fdq.quantizers.grid import Grid
 from fdq.quantizers.second_moment import feedback_factor
 from fdq.schemes.scheme import Scheme
-from tests.covering import longest, slow_but
+from tests.covering import longest, slow, slow_but
 
 NAMES = ("W4A16-g32", "W4A16-g32-asym", "W3A16-channel-affine", "W2A16-g32", "W2A16-g32-asym",
          "WNF4A16-g32", "WNVFP4A16", "WMXFP4A16", "Wfp8A16-channel", "W8A16")  # fmt: skip
@@ -122,7 +122,7 @@ def test_code_for_code(name, rng):
     assert np.trace((w - better).T @ h @ (w - better)) < np.trace((w - one).T @ h @ (w - one))
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptq2"])
+@pytest.mark.parametrize("method", [slow("gptq"), "gptq2"])
 @pytest.mark.parametrize(
     "name", ["W2A16-g32", *(longest(name) for name in NAMES if name != "W2A16-g32")]
 )

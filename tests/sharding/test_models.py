@@ -15,7 +15,7 @@ from tests.sharding.many_devices import PROMPTS, check_tokens, model_of, moved
 TENSOR, EXPERT, DATA = {"tensor": 8}, {"tensor": 4, "expert": 2}, {"tensor": 2, "data": 4}
 CASES = [
     ("llama", "W4A16C8", TENSOR),
-    ("ernie4_5_moe", "W8A8C8", EXPERT),
+    slow("ernie4_5_moe", "W8A8C8", EXPERT),
     longest("llama", "W8A8C8", DATA),
     slow("llama", "wint2", TENSOR),
     longest("qwen2", "block_wise_fp8", TENSOR),

@@ -8,13 +8,10 @@ batches (`ocp.partial`).
 
 import concurrent.futures
 import contextlib
-import gc
-import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
+from fdq_checkpoints.store.said_once import said_once
 
 # The cost of a partial save grows with the number of those before it, so there are at most 64
 # (and one remainder). A batch stays in memory until it is written, and the next beside it.
@@ -350,7 +348,7 @@ def _pieces(key: Any, value: Any) -> Any:
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
     try:
-        with _context(), _quiet():
+        with _context(), said_once():
             yield
     except _DAMAGE as error:
         raise CheckpointError(f"{path}: could not be written: {_reason(error)}.") from error
@@ -359,7 +357,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _reading(path: pathlib.Path) -> Iterator[None]:
     try:
-        with _context(), _quiet():
+        with _context(), said_once():
             yield
     except _DAMAGE as error:
         raise CheckpointError(
@@ -375,46 +373,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).splitlines()[0][:300].rstrip(".") if str(error) else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What is raised here is not printed as well, by each thread that it went through."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-
-    def nothing(record: logging.LogRecord) -> bool:
-        del record
-        return False
-
-    for logger in loggers:
-        logger.addFilter(nothing)
-    try:
-        yield
-    except BaseException:
-        _drop_late_callbacks()
-        gc.collect()  # tasks that failed unseen say so when they go
-        raise
-    finally:
-        for logger in loggers:
-            logger.removeFilter(nothing)
-
-
-def _drop_late_callbacks() -> None:
-    """When one of several writes or reads fails, Orbax closes its event loop under the others.
-
-    Each of those prints a traceback, at any time later (Orbax 0.12.8).
-    """
-    before = sys.unraisablehook
-    if getattr(before, "drops_late_callbacks", False):
-        return
-
-    def hook(raised: Any) -> None:
-        is_late = isinstance(raised.exc_value, RuntimeError)
-        if not (is_late and str(raised.exc_value) == "Event loop is closed"):
-            before(raised)
-
-    hook.drops_late_callbacks = True  # type: ignore[attr-defined]
-    sys.unraisablehook = hook
 
 
 def steps(path: pathlib.Path) -> list[str]:
