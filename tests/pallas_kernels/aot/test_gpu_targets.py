@@ -68,3 +68,7 @@ def test_the_target_config_names_the_gpu():
     assert "core_count: 132" in text
     assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in text
     assert "feature_extension: NONE" in GPUS["l4"].target_config()
+
+
+def test_every_gpu_has_a_name_in_tables():
+    assert set(gpu_targets.SHORT_NAMES) == set(gpu_targets.GPUS)
