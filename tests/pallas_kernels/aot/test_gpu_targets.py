@@ -1,6 +1,6 @@
 import pytest
 
-from pallas_kernels.aot.gpu_targets import ALL, GPUS, at_least, find, of_device
+from pallas_kernels.aot.gpu_targets import ALL, GPUS, SHORT_NAMES, at_least, find, of_device
 
 
 def test_names_and_architectures():
@@ -71,4 +71,4 @@ def test_the_target_config_names_the_gpu():
 
 
 def test_every_gpu_has_a_name_in_tables():
-    assert set(gpu_targets.SHORT_NAMES) == set(gpu_targets.GPUS)
+    assert set(SHORT_NAMES) == set(GPUS)
