@@ -13,17 +13,9 @@ from benchmarks import page
 from fdq.text_table import markdown
 from pallas_kernels.aot import report_files as files
 from pallas_kernels.aot.ahead_of_time import Report
+from pallas_kernels.aot.gpu_targets import SHORT_NAMES
 
 PART = "kernels"
-_HEADS = {
-    "t4": "T4",
-    "l4": "L4",
-    "a100": "A100",
-    "h100": "H100",
-    "h200": "H200",
-    "b200": "B200",
-    "rtx_pro_6000": "RTX PRO 6000",
-}
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -33,12 +25,12 @@ def table(reports: Sequence[Report]) -> str:
     element of the cache), ``yes`` where there is nothing to count, a dash where it does not run.
     """
     known = {report.gpu for report in reports}
-    gpus = [gpu for gpu in _HEADS if gpu in known]
+    gpus = [gpu for gpu in SHORT_NAMES if gpu in known]
     rows = [
         (kernel, *(cells.get(gpu, "–") for gpu in gpus))
         for kernel, cells in files.by_kernel(reports).items()
     ]
-    return markdown(["kernel", *(_HEADS[gpu] for gpu in gpus)], rows)
+    return markdown(["kernel", *(SHORT_NAMES[gpu] for gpu in gpus)], rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.page is None:
         print(made)
         return 0
-    page.fill(arguments.page, PART, made)
+    try:
+        page.fill(arguments.page, PART, made)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     return 0
 
 

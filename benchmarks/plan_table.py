@@ -9,41 +9,19 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import fdq
 from benchmarks import page
 from fdq.analysis.planner import Plan
+from fdq.schemes.fastdeploy_config import WINT2_MIX
 from fdq.text_table import markdown
-from pallas_kernels.aot.gpu_targets import GPUS
+from pallas_kernels.aot.gpu_targets import GPUS, SHORT_NAMES
 
 SIZES, CARDS = "plan", "cards"  # the parts of the page
 CONTEXT = 8192
 ROOM = 0.9
 """Of a card's memory, what weights and cache may take: programs and their temporaries need some."""
-
-FASTDEPLOY_WINT2: Mapping[str, Any] = {
-    "quantization": "wint2",
-    "dense_quant_type": "wint8",
-    "moe_quant_type": "w4w2",
-    "moe_quant_config": {
-        "moe_w4_quant_config": {
-            "quant_type": "wint4",
-            "quant_granularity": "per_channel",
-            "quant_start_layer": 0,
-            "quant_end_layer": 6,
-        },
-        "moe_w2_quant_config": {
-            "quant_type": "wint2",
-            "quant_granularity": "pp_acc",
-            "quant_group_size": 64,
-            "quant_start_layer": 7,
-            "quant_end_layer": 53,
-        },
-    },
-}
-"""FastDeploy's own mixture for ERNIE-4.5-300B-A47B (its docs/quantization/wint2.md)."""
 
 _SMALL, _LARGE = "ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b"
 _GROUPS = (
@@ -60,7 +38,7 @@ _METHODS: tuple[tuple[str, Any, str | None], ...] = (
     ("block_wise_fp8", "block_wise_fp8", None),
     ("WINT2 (all linear layers)", "WINT2", None),
     ("mix_quant", "mix_quant", None),
-    ("FastDeploy's WINT2 mix", FASTDEPLOY_WINT2, None),
+    ("FastDeploy's WINT2 mix", WINT2_MIX, None),
 )
 LADDER = ("W16A16C16", "W8A16C8", "W4A16C8", "WT3A16C8", "WT2A16C8")
 """From the best of quality to the least bytes."""
@@ -68,10 +46,6 @@ MODELS = (
     "qwen3-0.6b", "llama-3.2-1b", "gemma-3-4b", "llama-3.1-8b", "qwen3-8b", "ernie-4.5-21b-a3b",
     "gemma-3-27b", "qwen3-30b-a3b", "qwen3-32b", "ernie-4.5-300b-a47b",
 )  # fmt: skip
-_CARDS = {
-    "t4": "T4", "l4": "L4", "a100": "A100", "h100": "H100", "rtx_pro_6000": "RTX PRO 6000",
-    "h200": "H200", "b200": "B200",
-}  # fmt: skip
 
 
 def sizes() -> str:
@@ -112,8 +86,8 @@ def cell(model: str, memory: int) -> str:
 
 def cards() -> str:
     """Models by cards: the first scheme of the ladder that fits, and gigabytes with the cache."""
-    gpus = [GPUS[name] for name in _CARDS]
-    head = [f"{_CARDS[gpu.name]}, {gpu.memory_bytes / 1e9:.0f} GB" for gpu in gpus]
+    gpus = sorted(GPUS.values(), key=lambda gpu: gpu.memory_bytes)
+    head = [f"{SHORT_NAMES[gpu.name]}, {gpu.memory_bytes / 1e9:.0f} GB" for gpu in gpus]
     lines = [(model, *(cell(model, gpu.memory_bytes) for gpu in gpus)) for model in MODELS]
     return markdown(["model", *head], lines)
 

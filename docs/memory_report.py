@@ -10,40 +10,20 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+from benchmarks import page
 from fdq.analysis.device_plan import DevicePlan, Sharded, of_sharded
+from fdq.schemes.fastdeploy_config import WINT2_MIX
 from fdq.schemes.mesh_rules import abstract_mesh
 from fdq.text_table import markdown, size
 
 PAGE = pathlib.Path(__file__).with_name("several_devices.md")
 REPORT = pathlib.Path(__file__).with_name("several_devices.json")
-BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
-
-WINT2 = {
-    "quantization": "wint2",
-    "dense_quant_type": "wint8",
-    "moe_quant_type": "w4w2",
-    "moe_quant_config": {
-        "moe_w4_quant_config": {
-            "quant_type": "wint4",
-            "quant_granularity": "per_channel",
-            "quant_start_layer": 0,
-            "quant_end_layer": 6,
-        },
-        "moe_w2_quant_config": {
-            "quant_type": "wint2",
-            "quant_granularity": "pp_acc",
-            "quant_group_size": 64,
-            "quant_start_layer": 7,
-            "quant_end_layer": 53,
-        },
-    },
-}
-"""What FastDeploy publishes the model in: 8, 4 and 2 bits."""
+PART = "memory"
 
 CASES = (
     ("ernie-4.5-300b-a47b", "W4A8C8", "W4A8C8", {"tensor": 8}, "h100", 131072, 16),
     ("ernie-4.5-300b-a47b", "W4A8C8", "W4A8C8", {"tensor": 4}, "h200", 131072, 8),
-    ("ernie-4.5-300b-a47b", "WINT2", WINT2, {"tensor": 1}, "h200", 32768, 1),
+    ("ernie-4.5-300b-a47b", "WINT2", WINT2_MIX, {"tensor": 1}, "h200", 32768, 1),
     ("ernie-4.5-21b-a3b", "W4A16C8", "W4A16C8", {"tensor": 2}, "l4", 32768, 4),
 )
 """Model, what its scheme is called, the scheme, the mesh, the GPU, tokens and sequences."""
@@ -83,9 +63,7 @@ def table(plans: Sequence[DevicePlan]) -> str:
 def main() -> None:
     """Writes the page and, with every figure, the JSON beside it."""
     made = plans()
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(made)}\n{END}{after}", encoding="utf-8")
+    page.fill(PAGE, PART, table(made))
     REPORT.write_text(json.dumps([plan.to_dict() for plan in made], indent=1) + "\n", "utf-8")
 
 

@@ -110,15 +110,22 @@ def test_links_lead_somewhere(name):
             assert anchor in {slug(head) for head in heads}, target
 
 
-@pytest.mark.parametrize("name", [*PAGES, "../README.md"])
-def test_schemes_that_pages_name_are_schemes(name):
-    """Whole names in code, such as `W4A16C8-g64`."""
+def schemes_of(name):
+    """Whole names in code of a page, such as `W4A16C8-g64`."""
     text = (DOCS / name).read_text("utf-8")
-    found = re.findall(
+    return re.findall(
         r"[`\"](W(?:\d|NF|fp|MX|NV|CC|T\d)[\w.]*A\d+(?:C\w+)?(?:-[\w-]+)?)[`\"]", text
     )
-    for scheme in found:
+
+
+@pytest.mark.parametrize("name", [*PAGES, "../README.md"])
+def test_schemes_that_pages_name_are_schemes(name):
+    for scheme in schemes_of(name):
         Recipe.parse(scheme)
+
+
+def test_schemes_are_found_in_pages():
+    assert sum(len(schemes_of(name)) for name in PAGES) > 50
 
 
 def slug(head):

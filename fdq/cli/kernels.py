@@ -290,17 +290,17 @@ def _reason(row: Row, name: str) -> None:
 def _summary(reports: Sequence[Report], *, markdown: bool, json: bool) -> None:
     """The table kernel by GPU."""
     from pallas_kernels.aot import report_files as files
-    from pallas_kernels.aot.gpu_targets import GPUS
+    from pallas_kernels.aot.gpu_targets import SHORT_NAMES
 
     if json:
         console.print_json({"reports": [report.to_dict() for report in reports]})
         return
-    gpus = tuple(GPUS) if markdown else tuple(dict.fromkeys(report.gpu for report in reports))
+    known = tuple(dict.fromkeys(report.gpu for report in reports))
+    gpus = tuple(SHORT_NAMES) if markdown else known
     by_kernel = files.by_kernel(reports)
     body = [(name, *(cells.get(gpu, "–") for gpu in gpus)) for name, cells in by_kernel.items()]
     if markdown:
-        heads = [GPUS[gpu].device_kind.split(" Black")[0] for gpu in gpus]
-        typer.echo(text_table.markdown(["kernel", *heads], body))
+        typer.echo(text_table.markdown(["kernel", *SHORT_NAMES.values()], body))
         return
     title = f"Kernels by GPU: instructions per weight, or yes (jax {reports[0].jax})"
     console.out.print(console.table(title, ["kernel", *gpus], body))

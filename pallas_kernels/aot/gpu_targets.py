@@ -86,6 +86,17 @@ GPUS: dict[str, Gpu] = {
 ALL = tuple(GPUS)
 """Their names."""
 
+SHORT_NAMES = {
+    "t4": "T4",
+    "l4": "L4",
+    "a100": "A100",
+    "h100": "H100",
+    "h200": "H200",
+    "b200": "B200",
+    "rtx_pro_6000": "RTX PRO 6000",
+}
+"""What tables call them, in the order of columns: by age and size."""
+
 
 def find(name: str) -> Gpu:
     """The GPU of a name, in any case and with dashes or spaces for underscores; or ValueError."""

@@ -1,6 +1,6 @@
 import pytest
 
-from pallas_kernels.aot.gpu_targets import ALL, GPUS, at_least, find, of_device
+from pallas_kernels.aot.gpu_targets import ALL, GPUS, SHORT_NAMES, at_least, find, of_device
 
 
 def test_names_and_architectures():
@@ -68,3 +68,7 @@ def test_the_target_config_names_the_gpu():
     assert "core_count: 132" in text
     assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in text
     assert "feature_extension: NONE" in GPUS["l4"].target_config()
+
+
+def test_every_gpu_has_a_name_in_tables():
+    assert set(SHORT_NAMES) == set(GPUS)
