@@ -35,13 +35,14 @@ def test_rounds_leave_no_row_out(rng):
     size, y = decoded.share(100, EXPERTS), jnp.full((200, N), 7.0)
     assert size == 48 and counts.max() > 2 * size
     for own in (slice(0, 3), slice(3, 5)):
-        args = (counts[own], firsts[own], order, known - own.start, place)
+        args = (counts[own], firsts[own], order, index - own.start, place)
         args = [jnp.asarray(a, jnp.int32) for a in args]
         weights = jnp.asarray(values[own], jnp.float32)
         y = decoded._rounds(x, weights, None, *args, size, 2, y)
     mine = index < EXPERTS
     wanted = np.einsum("pk,pkn->pn", np.repeat(np.asarray(x, np.float64), 2, 0), values[known])
     assert error(y[mine], wanted[mine]) < 1e-6
+    assert (y[~mine] == 7).all()
 
 
 @pytest.mark.parametrize(
