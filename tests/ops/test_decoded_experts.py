@@ -69,6 +69,15 @@ def test_it_is_the_product(scheme, activation, most, rng, monkeypatch):
     assert error(y, wanted) < 2e-6
 
 
+def test_rows_of_other_devices_are_zeros(rng):
+    """Those of the index E, also where the last expert has no rows and so is not decoded."""
+    w, x = stack(rng), jnp.asarray(rng.standard_normal((20, K)), jnp.float32)
+    index = np.asarray(rng.choice([0, 1, 3, EXPERTS], (20, 2)))
+    arguments = GroupedProduct(x, w, index=jnp.asarray(index, jnp.int32), shard=True)
+    y = np.asarray(decoded.Decoded()(arguments)[0])
+    assert (y[index == EXPERTS] == 0).all() and (y[index < EXPERTS] != 0).all()
+
+
 def test_when_it_is_chosen(rng, monkeypatch):
     monkeypatch.setattr(self_check, "is_real", lambda device: False)
     one, w = decoded.Decoded(), stack(rng)
