@@ -8,6 +8,7 @@ import pytest
 import fdq
 from fdq import ops
 from fdq.ops import self_check
+from fdq.ops.choice import Target
 from fdq.ops.grouped_matmul import decoded
 from fdq.ops.grouped_matmul.product import GroupedProduct
 from tests.closeness import error
@@ -76,6 +77,19 @@ def test_rows_of_other_devices_are_zeros(rng):
     arguments = GroupedProduct(x, w, index=jnp.asarray(index, jnp.int32), shard=True)
     y = np.asarray(decoded.Decoded()(arguments)[0])
     assert (y[index == EXPERTS] == 0).all() and (y[index < EXPERTS] != 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.longest
+def test_outliers_fit_where_there_is_no_bfloat16(rng, monkeypatch):
+    """Values past 65504, of activations with scales per token and group, in float16."""
+    monkeypatch.setattr(decoded, "trace_target", lambda: Target("gpu", False))
+    monkeypatch.setattr(decoded, "traced_for", object)
+    w, x = stack(rng), jnp.asarray(rng.standard_normal((20, K)) * 1e6, jnp.bfloat16)
+    index = jnp.asarray(rng.choice([0, 1, 3, 4], (20, 2)), jnp.int32)
+    y = fdq.grouped_matmul(x, w, index, activation="fp8-x128", implementation="decoded")
+    wanted = fdq.grouped_matmul(x, w, index, activation="fp8-x128", implementation="xla")
+    assert error(y, np.asarray(wanted, np.float64)) < 0.01
 
 
 def test_when_it_is_chosen(rng, monkeypatch):

@@ -105,6 +105,25 @@ def test_kernels_on_two_devices_give_the_tokens_of_one(name, monkeypatch):
         np.testing.assert_array_equal(mine, tokens)
 
 
+@pytest.mark.slow
+@pytest.mark.longest
+def test_decoded_experts_on_two_devices_are_those_of_one(monkeypatch):
+    """A prompt of 70 tokens; the last layer's keys are of what all experts have added up to."""
+    one = small("qwen3_moe")
+    tokens = jnp.asarray(np.arange(70)[None] % 50, jnp.int32)
+    found = []
+    for model in (one, fdq.shard(one, make_mesh({"tensor": 2}))):
+        if model.placement is not None:
+            monkeypatch.setenv("FDQ_IMPLEMENTATION", "decoded")
+            prepare(model)
+        state = fdq.prefill(model, tokens, model.init_cache(1, 80, "C16"))
+        key = state.cache.layers[-1].k.codes[:, :, :70]
+        found.append((np.asarray(key, np.float32), np.asarray(state.tokens[0, 70])))
+    (wanted, token), (keys, mine) = found
+    np.testing.assert_allclose(keys, wanted, rtol=0, atol=1e-3)
+    assert token == mine
+
+
 def test_a_trace_is_for_the_devices_of_its_mesh():
     """Not for the default one, where a mesh is of another kind of devices."""
     cpu = jax.devices("cpu")[0]
