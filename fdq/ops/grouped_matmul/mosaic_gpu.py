@@ -64,11 +64,11 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
         index = a.index.reshape(-1)
-        if a.shard:  # what is computed of others' rows does not count
-            index = jnp.minimum(index, a.w.shape[0] - 1)
         if mosaic_mma.chosen(a):
             parts = mosaic_mma.gathered_sums(a.x, kernel_weight(a.w), index, a.tokens)
             return parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
+        if a.shard:  # what is computed of others' rows does not count
+            index = jnp.minimum(index, a.w.shape[0] - 1)
         parts, more = gathered_sums(a.x, kernel_weight(a.w), index, shared)
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         if b is None:
