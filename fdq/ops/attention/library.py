@@ -123,8 +123,8 @@ def _attend(implementation, sliding_window, scale, q, k, v, lengths, offset):
 def _(implementation, sliding_window, scale, primals, tangents):
     """XLA's: cuDNN's call has no forward derivative, and no reverse one for every mask."""
 
-    def plain(*arrays):
-        return Xla()(AttentionArguments(*arrays, sliding_window, scale))
+    def plain(q, k, v, lengths, offset):
+        return Xla()(AttentionArguments(q, k, v, lengths, offset, sliding_window, scale))
 
     _, tangent = jax.jvp(plain, primals, tangents)
     return _attend(implementation, sliding_window, scale, *primals), tangent
