@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
 
 from benchmarks.gpu_weights import weight_spec
 from fdq.models import CONFIGS, DecoderConfig
+from fdq.ops.matmul import check_cases
+from fdq.ops.prepared_weight import kernel_weight
+from pallas_kernels.matmul import mma
+
+if TYPE_CHECKING:
+    from pallas_kernels.weights.layout import WeightLayout
 
 MODELS = ("llama-3-8b", "qwen3-32b", "ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b")
 
@@ -146,6 +157,17 @@ def linear_layers(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     return layers
 
 
+def on_tensor_cores(format: str) -> bool:
+    """Whether the tensor cores' kernel takes a format on this device."""
+    return mma.unsupported(_layout(format), jnp.bfloat16) is None
+
+
+@functools.cache
+def _layout(format: str) -> WeightLayout:
+    spec = weight_spec(format)
+    return jax.eval_shape(lambda: kernel_weight(check_cases.sample(spec))).layout
+
+
 def matrix_cases() -> list[MatrixCase]:
     """Every product, by importance: a run that is short of time leaves out the last ones."""
     shapes = [
@@ -184,7 +206,7 @@ def matrix_cases() -> list[MatrixCase]:
             for layer in ("down", "gate_up"):
                 add(format, MODELS[0], layer, m)
     for m in CORE_ROWS:
-        for format in MAIN_FORMATS:
+        for format in filter(on_tensor_cores, MAIN_FORMATS):
             for layer in ("down", "gate_up"):
                 add(format, MODELS[0], layer, m)
     for format in OTHER_FORMATS:

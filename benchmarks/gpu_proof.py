@@ -69,8 +69,8 @@ def _sanitizer(check: str) -> Stage:
 
 _NCU = (
     "ncu",
-    *("--kernel-name", "regex:matrix_vector|mma_matmul|attention"),
-    *("--launch-count", "3", "--section", "SpeedOfLight", "--csv", "--log-file"),
+    *("--kernel-name", "regex:matrix_vector|mma|decode_|attention"),
+    *("--launch-count", "8", "--section", "SpeedOfLight", "--csv", "--log-file"),
 )
 
 STAGES = (

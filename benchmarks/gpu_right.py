@@ -90,10 +90,14 @@ def right_cases() -> list[RightCase]:
     attention = [case for case in gpu_cases.attention_cases() if case.model == llama]
     caches = {case.format: case for case in reversed(attention)}
     # First what no card has run yet.
-    cores = "tensor cores"
-    cases = [matrix(cores, format, "down", m) for m in (16, 64, 1) for format in _FORMATS[:2]]
+    cores, first = "tensor cores", _FORMATS[:2]
+    able = [format for format in _FORMATS if gpu_cases.on_tensor_cores(format)]
+    cases = [
+        matrix(cores, format, "down", m) for m in (16, 64, 1) for format in able if format in first
+    ]
     experts = [c for c in gpu_cases.expert_cases() if c.model == ernie and c.format == "W4"]
-    cases += [RightCase("experts", dataclasses.replace(experts[0], tokens=16))]
+    if experts[0].format in able:
+        cases += [RightCase("experts", dataclasses.replace(experts[0], tokens=16))]
     cases += [matrix("plain", format, "down", m) for m in (1, 8) for format in _FORMATS[:2]]
     cases += [RightCase("attention", caches[name]) for name in _CACHES]
     for format in _FORMATS[:2]:
@@ -101,7 +105,7 @@ def right_cases() -> list[RightCase]:
         cases += [matrix("gated", format, "down", m) for m in (1, 8)]
         cases += [matrix("plain", format, "down", m, "int8") for m in (1, 8)]
     cases += [RightCase("experts", case) for case in experts if case.tokens in (1, 4)]
-    cases += [matrix(cores, format, "down", 16) for format in _FORMATS[2:]]
+    cases += [matrix(cores, format, "down", 16) for format in able if format not in first]
     cases += [matrix("decoded", format, "down", _MANY) for format in _FORMATS]
     cases += [
         RightCase("decoded experts", dataclasses.replace(case, tokens=16))

@@ -5,7 +5,6 @@ A model in another format (other groups, other numbers of heads) runs its own wh
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -13,10 +12,11 @@ import jax.numpy as jnp
 
 from fdq.cache import CacheTensor, parse_format
 from fdq.cache.cache_tensor import sample_scales
+from fdq.ops.attention import library
 from fdq.ops.attention import mosaic_gpu as attention
-from fdq.ops.choice import trace_target
+from fdq.ops.choice import compute_capability, trace_target
 from fdq.ops.grouped_matmul import mosaic_mma as grouped_mma
-from fdq.ops.matmul import check_cases, mosaic_mma
+from fdq.ops.matmul import check_cases, decoded, mosaic_mma
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.prepared_weight import WordsWeight, kernel_weight
 from fdq.ops.rope_append.mosaic_gpu import Appending
@@ -55,6 +55,12 @@ def standard_checks() -> Iterator[Check]:
             yield Appending(spec, dtype, interleaved=True).self_check()
     for experts, top_k in ROUTERS:
         yield route.self_check_of(experts, top_k)
+    # What libraries multiply, where they do.
+    if compute_capability() >= 8.9:
+        yield decoded.float8_check("float8_e4m3")
+    if compute_capability() >= 8:
+        for group, d in HEADS:
+            yield library.self_check_of(group, d, jnp.dtype(dtype))
 
 
 def _of_products(scheme: str, dtype: str) -> Iterator[Check]:
@@ -71,7 +77,7 @@ def _of_products(scheme: str, dtype: str) -> Iterator[Check]:
         kernels.append("integer_matrix_vector")
     if mma.unsupported(words.layout, dtype) is None:
         kernels.append(mosaic_mma.KERNEL)
-        case = functools.partial(grouped_mma.case, spec)
-        yield matmul.self_check_of(grouped_mma.KERNEL, spec, case)
+        yield grouped_mma.self_check_of(spec)
     for kernel in kernels:
         yield matmul.self_check_of(kernel, spec)
+    yield decoded.self_check_of(spec)

@@ -61,7 +61,8 @@ def run(kernel: str | None, *, interpret: bool, timeout: float, as_json: bool) -
                 reason, seconds = worker.check(name, timeout)
                 outcomes.append(Outcome(name, kind, reason, seconds))
                 # At once: what has been found is not lost with what comes after it.
-                file = verdicts.save(hello["environment"], {name: reason})
+                found = {} if _is_short_of_memory(reason) else {name: reason}
+                file = verdicts.save(hello["environment"], found)
     failed = [one for one in outcomes if one.reason is not None]
     if as_json:
         checks = [dataclasses.asdict(one) | {"ok": one.reason is None} for one in outcomes]
@@ -71,6 +72,11 @@ def run(kernel: str | None, *, interpret: bool, timeout: float, as_json: bool) -
         _show(hello["environment"], outcomes, failed, file)
     if failed:
         raise typer.Exit(console.FAILED_CHECK)
+
+
+def _is_short_of_memory(reason: str | None) -> bool:
+    """Whether a check failed for want of memory, which says nothing about the kernel."""
+    return any(s in (reason or "") for s in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"))
 
 
 def _show(environment: dict[str, str], outcomes: Any, failed: list[Outcome], file: Any) -> None:
@@ -118,7 +124,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=self._environment,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # it ends with all that it has started
         )
         self._lines, self._said = queue.Queue(), ""
@@ -155,7 +162,7 @@ class _Worker:
         except queue.Empty:
             self._end()
             return f"it took longer than {timeout:g} seconds"
-        if line:
+        if line.endswith("\n"):  # not half of one, of a process that ended as it wrote
             return json.loads(line)
         status = self._process.wait()
         self._end()  # all that it said has been read then

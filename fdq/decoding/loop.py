@@ -90,7 +90,7 @@ def prefill(
     held = cache if state is None else state.cache
     assert held is not None
     prompts = _Prompts(tokens, lengths, held, model.config, state)
-    chunk = chunk or default_chunk(model.config, prompts.tokens.shape[0])
+    chunk = chunk or default_chunk(model.config, held.batch, held.max_length)
     template, params = current_split(model)
     if state is None:
         checks.empty(held)

@@ -15,6 +15,7 @@ from typing import Any
 from fdq.registry import Registry
 
 _LOGGER = logging.getLogger("fdq")
+_OPS: list[Op[Any]] = []
 
 
 class Implementation[A](abc.ABC):
@@ -47,15 +48,17 @@ class Op[A]:
         self.implementations: Registry[Implementation[A]] = Registry(f"{name} implementation")
         for one in implementations:
             self.implementations.register(one)
+        _OPS.append(self)
 
     def choose(self, arguments: A, implementation: str | None = None) -> Implementation[A]:
         """Which implementation computes this: one by name, or what suits the device.
 
         Where None is named FDQ_IMPLEMENTATION in the environment is read, while tracing. It stands
-        for a whole program: what its choice cannot do, another does. An unknown name is a
-        ValueError, a named one that cannot compute this a NotImplementedError with all reasons.
+        for a whole program: what its choice cannot do, another does, and a name that only other
+        ops know counts as none. An unknown name is a ValueError, a named one that cannot compute
+        this a NotImplementedError with all reasons.
         """
-        name = implementation or requested()
+        name = implementation or self._requested()
         known = tuple(self.implementations.values())
         if name is not None and name not in self.implementations:
             source = "implementation" if implementation else "FDQ_IMPLEMENTATION"
@@ -74,7 +77,7 @@ class Op[A]:
         if implementation is None:  # FDQ_IMPLEMENTATION names one that cannot
             for one in known:
                 fits = one.name not in reasons and one.skipped() is None
-                if fits and one.unsupported(arguments) is None:
+                if fits and (one.unsupported(arguments) or one.declined(arguments)) is None:
                     _log_once(self.name, one.name, "; ".join(reasons.values()))
                     return one
         others = [one for one in known if one.name != name]
@@ -85,6 +88,12 @@ class Op[A]:
             f"{self.name}[{name}]: {reasons[str(name)]}; use implementation=None"
             f"{' or ' + ' or '.join(able) if able else ''}. ({listed})"
         )
+
+    def _requested(self) -> str | None:
+        name = requested()
+        if name in self.implementations or not any(name in op.implementations for op in _OPS):
+            return name
+        return None
 
 
 def requested() -> str | None:

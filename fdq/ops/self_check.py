@@ -80,7 +80,10 @@ class Check:
                 known = verdicts.load(verdicts.environment_of(device))
                 reason = known[self.name] if self.name in known else self._timed(device)
                 if reason is not None:
-                    message = "%s[%s] is switched off on %s: %s; XLA takes its place"
+                    message = (
+                        "%s[%s] is switched off on %s: %s; another implementation takes its "
+                        "place (fdq kernels --check looks again)"
+                    )
                     _LOGGER.warning(message, *key, reason)
                 _RESULTS[key] = reason
             return _RESULTS[key]

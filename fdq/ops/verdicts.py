@@ -118,5 +118,6 @@ def _sources() -> str:
                 digest.update(f"{name} {len(data)}\n".encode() + data)
 
     add(resources.files("pallas_kernels"), "pallas_kernels")
-    add(resources.files("fdq.ops"), "fdq/ops")
+    for name in ("ops", "cache", "formats", "quantizers"):
+        add(resources.files(f"fdq.{name}"), f"fdq/{name}")
     return digest.hexdigest()[:16]

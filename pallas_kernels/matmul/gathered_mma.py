@@ -49,9 +49,9 @@ def gathered_mma(
     """Partial sums of `x[p // picks] @ w[index[p]]`: float32 `[split, P, N]`.
 
     Rows x are bf16 or f16 `[T, K]`, T a divisor of P, or `Gated` or `Normed`; w is `[E, K, N]`,
-    indices are 0 .. E - 1 and `tile_rows` (8, 16 or 32) rows of an expert share a program. The
-    meaning is that of `gathered_matrix_vector_reference`. There is no gradient. What does not fit
-    is a ValueError.
+    indices are 0 .. E - 1, or E of nobody, whose products are zeros and cost nothing, and
+    `tile_rows` (8, 16 or 32) rows of an expert share a program. The meaning is that of
+    `gathered_matrix_vector_reference`. There is no gradient. What does not fit is a ValueError.
     """
     t, k = rows_shape(x, "gathered_mma")
     picks = index.size
@@ -96,7 +96,10 @@ class Tiles:
 
 
 def deal(index: Int[Array, " p"], experts: int, rows: int) -> Tiles:
-    """Deals picks out to tiles of `rows` of one expert each, in the order of the experts."""
+    """Deals picks out to tiles of `rows` of one expert each, in the order of the experts.
+
+    Those of the index E are dealt to no tile: their place is past the last.
+    """
     picks = index.shape[0]
     count = min(picks, picks // rows + min(picks, experts))
     same = index[:, None] == index[None, :]
@@ -105,8 +108,10 @@ def deal(index: Int[Array, " p"], experts: int, rows: int) -> Tiles:
     counts = jnp.sum(index[:, None] == jnp.arange(experts)[None, :], axis=0, dtype=jnp.int32)
     tiles = (counts + (rows - 1)) // rows
     place = (jnp.cumsum(tiles, dtype=jnp.int32) - tiles)[index] * rows + rank
-    expert = jnp.full((count,), experts, jnp.int32).at[place // rows].set(index)
-    pick = jnp.zeros((count * rows,), jnp.int32).at[place].set(jnp.arange(picks, dtype=jnp.int32))
+    place = jnp.where(index < experts, place, count * rows)
+    expert = jnp.full((count,), experts, jnp.int32).at[place // rows].set(index, mode="drop")
+    pick = jnp.zeros((count * rows,), jnp.int32)
+    pick = pick.at[place].set(jnp.arange(picks, dtype=jnp.int32), mode="drop")
     return Tiles(expert, place, pick)
 
 
@@ -141,4 +146,5 @@ def _gathered_mma(x, w, index, *, config, tile_rows) -> jax.Array:
         grid=(layout.padded_n // block, split, tiles.expert.shape[0]),
         grid_names=("columns", "split", "tile"),
     )
-    return out[:, tiles.place, : layout.n]
+    out = jnp.take(out, tiles.place, axis=1, mode="clip")[..., : layout.n]
+    return jnp.where((index < experts)[None, :, None], out, jnp.float32(0))

@@ -28,6 +28,7 @@ def test_cases_are_unique_and_what_is_read_first_comes_first():
     kinds = {"tensor cores", "plain", "normed", "gated", "attention", "experts"}
     assert {case.rows for case in right} == {*kinds, "decoded", "decoded experts", "prompt"}
     assert right[0].rows == "tensor cores"
+    assert all(gpu_cases.on_tensor_cores(format) for format in gpu_right._FORMATS)
     steps = [
         case
         for part in ("decode", "graphs off", "prompts", "batches")

@@ -17,7 +17,7 @@ from fdq.ops.self_check import Check
 ENVIRONMENT = {"device": "NVIDIA Test", "driver": "1", "jax": "0", "jaxlib": "0", "kernels": "ab"}
 WORKER = """
     import json, os, signal, sys, time
-    names = ["right", "wrong", "crash", "hang", "after"]
+    names = ["right", "wrong", "crash", "hang", "half", "memory", "after"]
     hello = {"platform": PLATFORM, "environment": ENVIRONMENT}
     print(json.dumps(hello | {"checks": {name: "a kernel" for name in names}}), flush=True)
     for line in sys.stdin:
@@ -27,7 +27,10 @@ WORKER = """
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "hang":
             time.sleep(100)
-        reason = "it differs" if name == "wrong" else None
+        if name == "half":
+            print('{"reason": nu', end="", flush=True)
+            sys.exit(3)
+        reason = {"wrong": "it differs", "memory": "RESOURCE_EXHAUSTED: no memory"}.get(name)
         print(json.dumps({"reason": reason, "seconds": 0.5}), flush=True)
 """
 
@@ -48,7 +51,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def worker(monkeypatch):
-    """A worker that knows five checks; called with the platform of its device."""
+    """A worker that knows seven checks; called with the platform of its device."""
 
     def use(platform):
         text = textwrap.dedent(WORKER).replace("ENVIRONMENT", repr(ENVIRONMENT))
@@ -67,17 +70,21 @@ def test_what_ends_a_process_or_hangs_is_one_line(worker, cache):
         "wrong": "it differs",
         "crash": "the process ended with SIGKILL: CUDA_ERROR_ILLEGAL_ADDRESS",
         "hang": "it took longer than 1 seconds",
+        "half": "the process ended with status 3",
+        "memory": "RESOURCE_EXHAUSTED: no memory",
         "after": None,
     }
-    assert [one["ok"] for one in found["checks"]] == [True, False, False, False, True]
+    assert [one["ok"] for one in found["checks"]] == [True, *[False] * 5, True]
     (file,) = (cache / "kernels").iterdir()
     assert found["remembered_in"] == str(file)
-    assert verdicts.load(ENVIRONMENT) == {one["name"]: one["reason"] for one in found["checks"]}
+    # For want of memory once is not for ever.
+    reasons = {one["name"]: one["reason"] for one in found["checks"] if one["name"] != "memory"}
+    assert verdicts.load(ENVIRONMENT) == reasons
     assert verdicts.load(ENVIRONMENT | {"driver": "2"}) == {}
     # One more run changes what it has looked at.
     output = run("--kernel", "RIGHT").stdout
     assert "NVIDIA Test" in output and "models start without these checks" in output
-    assert len(verdicts.load(ENVIRONMENT)) == 5
+    assert len(verdicts.load(ENVIRONMENT)) == 6
 
 
 def test_a_machine_without_a_gpu_is_offered_the_interpreter(worker, cache):

@@ -1,5 +1,7 @@
 """Products of many rows: a decoded weight, and a library's dot. Kernels run in the interpreter."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,16 @@ def test_codes_of_float8_are_multiplied_as_they_are(rng):
     assert error(y, wanted) < 1e-6
 
 
+def test_the_wanted_dtype_is_the_results(rng):
+    """Rows of 16 bits, and logits of 32: no sum is rounded to 16 bits on the way."""
+    q = weight(rng, "W8A16")
+    x = jnp.asarray(rng.standard_normal((20, 128)), jnp.bfloat16)
+    y = fdq.matmul(x, q, out_dtype=jnp.float32, implementation="decoded")
+    wanted = np.asarray(x, np.float64) @ np.asarray(fdq.dequantize(q), np.float64)
+    assert error(y, wanted) < 0.004  # of rounded weights
+    assert (y != y.astype(jnp.bfloat16).astype(jnp.float32)).any()
+
+
 @pytest.mark.parametrize("transform", [slow("grad"), longest("vmap")])
 def test_transformations(transform, rng):
     q = weight(rng, "W4A16")
@@ -82,7 +94,18 @@ def test_when_it_is_chosen(rng, monkeypatch):
     assert one.declined(Product(many, q)) is None
     # What the environment asks for is for the whole program: what it cannot do, the device's does.
     monkeypatch.setenv("FDQ_IMPLEMENTATION", "mosaic_gpu")
-    assert fdq.ops.matmul.api.MATMUL.choose(Product(many, q)).name == "xla"
+    matmul = fdq.ops.matmul.api.MATMUL
+    assert matmul.choose(Product(many, q)).name == "xla"
+    # Of two that can, one that fails its self-check is passed over there too.
+    monkeypatch.setattr(decoded.Decoded, "skipped", lambda self: None)
+    assert matmul.choose(Product(many, q)).name == "decoded"
+    monkeypatch.setattr(decoded.Decoded, "declined", lambda self, arguments: "it is wrong here")
+    assert matmul.choose(Product(many, q)).name == "xla"
+    # Only attention knows cuDNN.
+    monkeypatch.setenv("FDQ_IMPLEMENTATION", "cudnn")
+    assert matmul.choose(Product(many, q)).name == "xla"
+    with pytest.raises(ValueError, match="unknown implementation 'cudnn'"):
+        matmul.choose(Product(many, q), "cudnn")
 
 
 @pytest.mark.slow
@@ -106,14 +129,26 @@ class Gpu:
 
 def test_the_chunk_of_prompts_is_chosen_from_memory(monkeypatch):
     config = CONFIGS["llama-3-8b"]
-    assert chunks.default_chunk(config, 1) == 512  # of a CPU
+    assert chunks.default_chunk(config, 1, 4096) == 512  # of a CPU
 
-    def chosen(batch, **stats):
+    def chosen(batch, slots=1024, config=config, **stats):
         monkeypatch.setattr(chunks, "default_device", lambda: Gpu(**stats))
-        return chunks.default_chunk(config, batch)
+        return chunks.default_chunk(config, batch, slots)
 
     assert chosen(1) == 2048
     assert chosen(1, bytes_limit=80 << 30, bytes_in_use=10 << 30) == 2048
     assert chosen(32, bytes_limit=80 << 30, bytes_in_use=10 << 30) == 1024
     assert chosen(64, bytes_limit=24 << 30, bytes_in_use=20 << 30) == 512
     assert chunks.token_bytes(CONFIGS["ernie-4.5-21b-a3b"]) > 14 * 6 * 1536
+    # What cuDNN has a mask for; or not for 512 either.
+    assert [chosen(8, slots) for slots in (1 << 14, 1 << 15, 1 << 16, 1 << 17)] == [
+        2048,
+        1024,
+        512,
+        2048,
+    ]
+    # A model of one's own; several processes, of which each knows its own memory.
+    assert chosen(9, config=object(), bytes_limit=1) == 2048
+    assert chosen(9, config=types.SimpleNamespace(hidden_size=64), bytes_limit=1) == 512
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert chosen(64, bytes_limit=24 << 30, bytes_in_use=20 << 30) == 2048

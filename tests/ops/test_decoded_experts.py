@@ -8,6 +8,7 @@ import pytest
 import fdq
 from fdq import ops
 from fdq.ops import self_check
+from fdq.ops.choice import Target
 from fdq.ops.grouped_matmul import decoded
 from fdq.ops.grouped_matmul.product import GroupedProduct
 from tests.closeness import error
@@ -35,13 +36,14 @@ def test_rounds_leave_no_row_out(rng):
     size, y = decoded.share(100, EXPERTS), jnp.full((200, N), 7.0)
     assert size == 48 and counts.max() > 2 * size
     for own in (slice(0, 3), slice(3, 5)):
-        args = (counts[own], firsts[own], order, known - own.start, place)
+        args = (counts[own], firsts[own], order, index - own.start, place)
         args = [jnp.asarray(a, jnp.int32) for a in args]
         weights = jnp.asarray(values[own], jnp.float32)
         y = decoded._rounds(x, weights, None, *args, size, 2, y)
     mine = index < EXPERTS
     wanted = np.einsum("pk,pkn->pn", np.repeat(np.asarray(x, np.float64), 2, 0), values[known])
     assert error(y[mine], wanted[mine]) < 1e-6
+    assert (y[~mine] == 7).all()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,28 @@ def test_it_is_the_product(scheme, activation, most, rng, monkeypatch):
     else:
         wanted = fdq.grouped_matmul(x, w, index, activation=activation, implementation="xla")
     assert error(y, wanted) < 2e-6
+
+
+def test_rows_of_other_devices_are_zeros(rng):
+    """Those of the index E, also where the last expert has no rows and so is not decoded."""
+    w, x = stack(rng), jnp.asarray(rng.standard_normal((20, K)), jnp.float32)
+    index = np.asarray(rng.choice([0, 1, 3, EXPERTS], (20, 2)))
+    arguments = GroupedProduct(x, w, index=jnp.asarray(index, jnp.int32), shard=True)
+    y = np.asarray(decoded.Decoded()(arguments)[0])
+    assert (y[index == EXPERTS] == 0).all() and (y[index < EXPERTS] != 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.longest
+def test_outliers_fit_where_there_is_no_bfloat16(rng, monkeypatch):
+    """Values past 65504, of activations with scales per token and group, in float16."""
+    monkeypatch.setattr(decoded, "trace_target", lambda: Target("gpu", False))
+    monkeypatch.setattr(decoded, "traced_for", object)
+    w, x = stack(rng), jnp.asarray(rng.standard_normal((20, K)) * 1e6, jnp.bfloat16)
+    index = jnp.asarray(rng.choice([0, 1, 3, 4], (20, 2)), jnp.int32)
+    y = fdq.grouped_matmul(x, w, index, activation="fp8-x128", implementation="decoded")
+    wanted = fdq.grouped_matmul(x, w, index, activation="fp8-x128", implementation="xla")
+    assert error(y, np.asarray(wanted, np.float64)) < 0.01
 
 
 def test_when_it_is_chosen(rng, monkeypatch):

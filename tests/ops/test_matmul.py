@@ -398,7 +398,7 @@ def test_wrong_shapes():
         fdq.matmul(jnp.ones((1, 256)), jax.tree.map(lambda a: a[None], q))
 
 
-def testcompute_dtype_of_old_gpus():
+def test_compute_dtype_of_old_gpus():
     old, new = Target("gpu", has_bfloat16=False), Target("gpu", has_bfloat16=True)
     assert compute_dtype(jnp.bfloat16, old) == jnp.float16
     assert compute_dtype(jnp.bfloat16, new) == jnp.bfloat16

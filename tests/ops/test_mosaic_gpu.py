@@ -17,7 +17,7 @@ from fdq.ops import implementation, self_check
 from fdq.ops.attention.mosaic_gpu import self_check_of as attention_check
 from fdq.ops.grouped_matmul import mosaic_mma as grouped_mma
 from fdq.ops.kernels import MOSAIC_GPU
-from fdq.ops.matmul import check_cases
+from fdq.ops.matmul import check_cases, decoded
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.preparation import prepare_in_place
 from fdq.ops.route import mosaic_gpu as route
@@ -265,11 +265,8 @@ CHECKS = {
     "matrix-vector": lambda: matmul.self_check_of("matrix_vector", weight("W4A16").spec),
     "experts": lambda: matmul.self_check_of("gathered_matrix_vector", weight("W4A16-g32").spec),
     "tensor cores": lambda: matmul.self_check_of("mma_matmul", weight("W4A16").spec),
-    "experts on tensor cores": lambda: matmul.self_check_of(
-        "gathered_mma",
-        weight("W4A16").spec,
-        functools.partial(grouped_mma.case, weight("W4A16").spec),
-    ),
+    "experts on tensor cores": lambda: grouped_mma.self_check_of(weight("W4A16").spec),
+    "decoding": lambda: decoded.self_check_of(weight("W4A16").spec),
     "attention": lambda: attention_check(cache("C8"), 4, jnp.dtype("bfloat16"), {}),
     "router": lambda: route.self_check_of(64, 6),
 }

@@ -1,5 +1,8 @@
 """Attention of prompts as GPUs compute it: by JAX's library call, and by dots of 16-bit floats."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +47,23 @@ def test_queries_that_see_nothing_get_zeros(rng):
     a = AttentionArguments(a.q, a.k, a.v, jnp.asarray([0, 9]), a.offset, None, 0.3)
     y = library.attend(a, "xla")
     assert not y[0].any() and np.isfinite(y).all() and y[1].any()
+
+
+def test_derivatives_are_those_of_xla(rng):
+    """Forward and reverse; cuDNN's call itself would have none of either for some masks."""
+    a = arguments(rng, "C16")
+
+    def run(program, q):
+        return (program(dataclasses.replace(a, q=q)) ** 2).sum()
+
+    def found(program):
+        f = functools.partial(run, program)
+        _, tangent = jax.jvp(f, (a.q,), (jnp.ones_like(a.q),))
+        return tangent, jax.jit(jax.grad(f))(a.q)
+
+    ours = found(lambda a: library.attend(a, "xla"))
+    for mine, wanted in zip(ours, found(xla.Xla()), strict=True):
+        assert error(mine, np.asarray(wanted, np.float64)) < 1e-5
 
 
 def test_what_cudnn_does_not_take(rng):

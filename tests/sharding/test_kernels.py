@@ -41,9 +41,9 @@ def launches(jaxpr, around=0):
     return found
 
 
-def small(name):
+def small(name, layers=1):
     """Four heads of 64 and 256 channels, which two devices divide: the interpreter is slow."""
-    sizes = {"num_heads": 4, "head_dim": 64, "intermediate_size": 256}
+    sizes = {"num_heads": 4, "head_dim": 64, "intermediate_size": 256, "num_layers": layers}
     config = config_of(name, **sizes)
     if config.moe is not None:
         moe = dataclasses.replace(config.moe, num_experts=4, intermediate_size=256)
@@ -103,6 +103,26 @@ def test_kernels_on_two_devices_give_the_tokens_of_one(name, monkeypatch):
     for (wanted, tokens), (logits, mine) in zip(found[:2], found[2:], strict=True):
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(mine, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.longest
+def test_decoded_experts_on_two_devices_are_those_of_one(monkeypatch):
+    """A prompt of one token 70 times, for which the same experts are picked and others have no
+    rows; the last layer's keys are of what they have added up to.
+    """
+    one = small("qwen3_moe", layers=2)  # the first has experts
+    tokens = jnp.full((1, 70), 3, jnp.int32)
+    found = []
+    for model in (one, fdq.shard(one, make_mesh({"expert": 2}))):
+        if model.placement is not None:
+            monkeypatch.setenv("FDQ_IMPLEMENTATION", "decoded")
+            prepare(model)
+        state = fdq.prefill(model, tokens, model.init_cache(1, 80, "C16"))
+        key = state.cache.layers[-1].k.codes[:, :, :70]
+        found.append(np.asarray(key, np.float32))
+    assert np.isfinite(found[1]).all()
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-3)
 
 
 def test_a_trace_is_for_the_devices_of_its_mesh():

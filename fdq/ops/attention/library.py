@@ -13,14 +13,15 @@ from fdq.cache.block_tensor import BlockTensor
 from fdq.cache.cache_tensor import CacheTensor
 from fdq.ops import self_check
 from fdq.ops.attention.joined import JoinedKeys
-from fdq.ops.attention.xla import AttentionArguments, attention_reference
+from fdq.ops.attention.xla import AttentionArguments, Xla, attention_reference
 from fdq.ops.choice import compute_capability
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import sharded
 from pallas_kernels.device import default_device
 
-# Of the mask, which the library reads as 16-bit numbers that are added: queries by slots.
-_MOST_MASKED = 2**28
+MOST_MASKED = 2**28
+"""Of the mask, which the library reads as 16-bit numbers that are added: queries by slots."""
+
 _TOLERANCE = 0.03  # of 16-bit results and probabilities
 
 
@@ -48,10 +49,7 @@ class Library(Implementation[AttentionArguments]):
             return "one query is no prompt"
         d, dtype = a.q.shape[3], a.q.dtype
         group = a.q.shape[2] // a.k.shape[1]
-        detail = f"{group} heads of {d}, {dtype.name}"
-        case = functools.partial(prompt_case, group, d, dtype, "cudnn")
-        device = default_device()
-        return self_check.failure("prompt_attention", detail, device, case, tolerance=_TOLERANCE)
+        return self_check_of(group, d, dtype).failure(default_device())
 
     def __call__(self, arguments: AttentionArguments) -> jax.Array:
         """`[B, T, H, D]`."""
@@ -73,7 +71,7 @@ def unsupported(a: AttentionArguments, capability: float) -> str | None:
     d, most = a.q.shape[3], 256 if capability >= 9 else 128
     if d % 8 or d > most:
         return f"cuDNN takes heads of 8, 16, ... {most}, found {d}"
-    if a.q.shape[0] * a.q.shape[1] * _span(a) > _MOST_MASKED:
+    if a.q.shape[0] * a.q.shape[1] * _span(a) > MOST_MASKED:
         return "the mask would be larger than 512 MB"
     return sharded(a.q, a.k, a.v)
 
@@ -87,6 +85,7 @@ def _span(a: AttentionArguments) -> int:
     return min(slots, -(-(a.q.shape[1] + a.sliding_window - 1) // 64) * 64)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _attend(implementation, sliding_window, scale, q, k, v, lengths, offset):
     """Traced once for all layers."""
@@ -120,9 +119,27 @@ def _attend(implementation, sliding_window, scale, q, k, v, lengths, offset):
     return jnp.where(seen, out, jnp.zeros_like(out))
 
 
+@_attend.defjvp
+def _(implementation, sliding_window, scale, primals, tangents):
+    """XLA's: cuDNN's call has no forward derivative, and no reverse one for every mask."""
+
+    def plain(q, k, v, lengths, offset):
+        return Xla()(AttentionArguments(q, k, v, lengths, offset, sliding_window, scale))
+
+    _, tangent = jax.jvp(plain, primals, tangents)
+    return _attend(implementation, sliding_window, scale, *primals), tangent
+
+
 def attend(a: AttentionArguments, implementation: Any) -> jax.Array:
     """Attention by JAX's own: `implementation` is cuDNN, or XLA's, which tests compare."""
     return _attend(implementation, a.sliding_window, a.scale, a.q, a.k, a.v, a.lengths, a.offset)
+
+
+def self_check_of(group: int, d: int, dtype: Any) -> self_check.Check:
+    """The self-check of cuDNN's attention, `group` query heads of `d` channels a KV head."""
+    detail = f"{group} heads of {d}, {jnp.dtype(dtype).name}"
+    case = functools.partial(prompt_case, group, d, dtype, "cudnn")
+    return self_check.Check("prompt_attention", detail, case, _TOLERANCE)
 
 
 def prompt_case(group: int, d: int, dtype: Any, implementation: str) -> tuple[Any, Any]:

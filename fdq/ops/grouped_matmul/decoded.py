@@ -20,7 +20,7 @@ from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import trace_target, traced_for
 from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
 from fdq.ops.kernels import Kernel
-from fdq.ops.matmul.decoded import KERNEL, decoded_operand, decoding_case
+from fdq.ops.matmul.decoded import KERNEL, decoded_operand, self_check_of
 from fdq.ops.matmul.mosaic_gpu import preferred, unprepared
 from fdq.ops.matmul.xla import compute_dtype
 from fdq.ops.placement import sharded
@@ -58,8 +58,7 @@ class Decoded(Kernel[GroupedProduct], GroupedImplementation):
         a = arguments
         if a.tokens <= MOST_ROWS:
             return f"{a.tokens} rows are few: XLA decodes as it multiplies"
-        case = functools.partial(decoding_case, a.w.spec)
-        return unprepared(a.w) or preferred(KERNEL, a.w, a.tokens, case)
+        return unprepared(a.w) or preferred(KERNEL, a.w, a.tokens, self_check_of(a.w.spec))
 
     def __call__(self, arguments: GroupedProduct) -> jax.Array:
         """One part, float32 `[1, *index.shape, N]`."""
@@ -69,7 +68,7 @@ class Decoded(Kernel[GroupedProduct], GroupedImplementation):
         if a.activation is not None:
             codes, scale = quantize_activation(rows, a.activation, a.activation_scale, path=a.path)
             if a.activation.granularity == "token_group":
-                rows = activation_values(codes, scale, a.activation.group_size, dtype)
+                rows = activation_values(codes, scale, a.activation.group_size, x.dtype)
                 scale = None
             else:
                 rows, scale = codes.astype(dtype), jnp.broadcast_to(scale, (codes.shape[0], 1))
@@ -112,10 +111,13 @@ def _by_expert(x: jax.Array, w: KernelWeight, index: jax.Array, picks: int, _: H
     y = jnp.zeros((p, layout.n), jnp.float32)
     for first, count in _cuts(experts, x.shape[-1] * layout.padded_n * dtype.itemsize):
         own = slice(first, first + count)
-        decoded, after = decoded_operand(w, dtype, x, counts=counts, experts=(first, count))
+        # After the cut before it, so that no two are in memory.
+        decoded, after = decoded_operand(
+            w, dtype, y if first else x, counts=counts, experts=(first, count)
+        )
         y = _rounds(
             x, decoded, after if after is None or after.shape[0] == 1 else after[own], counts[own],
-            firsts[own], order, known - first, place, size, picks, y,
+            firsts[own], order, index - first, place, size, picks, y,
         )  # fmt: skip
     if exponent is not None:
         y = jnp.ldexp(y, jnp.repeat(exponent, picks, axis=0, total_repeat_length=p))

@@ -1,4 +1,8 @@
-"""`grouped_matmul` by the gathering kernel: each pick reads its own expert only, in one launch."""
+"""`grouped_matmul` by the gathering kernels: only experts that were picked are read, in one launch.
+
+Up to 8 tokens each pick reads its own; from 9 to 64 on tensor cores, several picks of an expert
+read it together.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ _KERNEL = "gathered_matrix_vector"
 
 
 class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
-    """One launch for all picks, with the shared experts as more programs of its grid."""
+    """One launch for all picks; of few tokens with the shared experts as programs of its grid."""
 
     def unsupported(self, arguments: GroupedProduct) -> str | None:
         """Weights and numbers of rows that no kernel takes, and sharded arrays."""
@@ -41,10 +45,10 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         w = arguments.w
         if reason := matmul.unprepared(w):
             return reason
-        kernel, case = _KERNEL, None
+        kernel, check = _KERNEL, None
         if mosaic_mma.chosen(arguments):
-            kernel, case = mosaic_mma.KERNEL, functools.partial(mosaic_mma.case, w.spec)
-        return matmul.preferred(kernel, w, arguments.tokens, case)
+            kernel, check = mosaic_mma.KERNEL, mosaic_mma.self_check_of(w.spec)
+        return matmul.preferred(kernel, w, arguments.tokens, check)
 
     def joins(self, arguments: GroupedProduct) -> bool:
         """Where `beside` is a product that the launch could be of by itself."""
@@ -60,11 +64,11 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
         index = a.index.reshape(-1)
-        if a.shard:  # what is computed of others' rows does not count
-            index = jnp.minimum(index, a.w.shape[0] - 1)
         if mosaic_mma.chosen(a):
             parts = mosaic_mma.gathered_sums(a.x, kernel_weight(a.w), index, a.tokens)
             return parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
+        if a.shard:  # what is computed of others' rows does not count
+            index = jnp.minimum(index, a.w.shape[0] - 1)
         parts, more = gathered_sums(a.x, kernel_weight(a.w), index, shared)
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         if b is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from fdq.ops import self_check
 from fdq.ops.grouped_matmul.product import GroupedProduct
 from fdq.ops.kernels import MOSAIC_GPU, tuned
 from fdq.ops.matmul import check_cases, mosaic_mma
@@ -47,13 +49,29 @@ def gathered_sums(x: Rows, w: KernelWeight, index: jax.Array, tokens: int) -> ja
     return gathered_mma(matmul.staged(x), w, index, config=config)
 
 
-def case(spec: WeightSpec) -> tuple[jax.Array, jax.Array]:
-    """For the self-check: one expert has more than a tile of rows, one has none."""
+def self_check_of(spec: WeightSpec) -> self_check.Check:
+    """The self-check of the kernel, with experts of a spec."""
+    return matmul.self_check_of(KERNEL, spec, functools.partial(_case, spec))
+
+
+# Rows of a tile, columns of a program and slices of K, as programs of published models have them.
+_CUTS = ((8, 256, 1), (16, 256, 2), (32, 128, 1))
+
+
+def _case(spec: WeightSpec) -> tuple[list[jax.Array], list[jax.Array]]:
+    """One expert has more than a small tile of rows, one has none; the second cut's are float16."""
     from pallas_kernels.matmul.gathered import gathered_matrix_vector_reference
+    from pallas_kernels.matmul.gathered_mma import gathered_mma
+    from pallas_kernels.matmul.mma import MmaConfig
 
     q = check_cases.sample(spec)
     stack = kernel_weight(jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), q))
     index = jnp.asarray([2, 0, 0, 2, 2, 2, 1, 2, 2, 2, 2, 2, 2, 0, 2, 2, 2, 2], jnp.int32)
     x = jax.random.normal(jax.random.key(1), (9, q.shape[0]), jnp.float32).astype(jnp.bfloat16)
-    found = gathered_sums(x, stack, index, 9)
-    return found.sum(0), gathered_matrix_vector_reference(x, stack, index)[0]
+    results = []
+    for number, (tile_rows, columns, split) in enumerate(_CUTS):
+        rows = x.astype(jnp.float16) if number == 1 else x
+        config = MmaConfig(block_columns=columns, split=split)
+        found = gathered_mma(rows, stack, index, config=config, tile_rows=tile_rows)
+        results.append(found.sum(0))
+    return results, [gathered_matrix_vector_reference(x, stack, index)[0]] * len(results)

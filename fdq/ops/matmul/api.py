@@ -44,10 +44,11 @@ def matmul(
     """`x @ w` without decoding the whole weight to memory.
 
     Without `activation` it is `x @ dequantize(w)`. On CPU weights are decoded to float32 and
-    products summed in float32 whatever the dtype of x. On GPUs and TPUs a few rows of x (where
-    there are kernels up to 64) are treated the same way; for more rows the dot takes the dtype of x
-    (float16 on GPUs without bfloat16), rounds decoded weights to it (scales per channel are applied
-    to the float32 sum instead) and sums in float32.
+    products summed in float32 whatever the dtype of x. On GPUs and TPUs a few rows of x (up to 8;
+    up to 64 of 16 bits where tensor cores have a kernel, which multiplies codes and sums in
+    float32) are treated the same way; for more rows the dot takes the dtype of x (float16 on GPUs
+    without bfloat16), rounds decoded weights to it (scales per channel are applied to the float32
+    sum instead) and sums in float32.
 
     With `activation` the rows of x are quantized and the product is formed in that arithmetic:
 
@@ -58,6 +59,9 @@ def matmul(
     - float8 activations, or int8 with weights that are not integers: products of the code values
       are exact in float32 and summed in float32; scales per token and 128 channels are multiplied
       in per slice of K.
+    - more than 64 rows on GPUs: int8 by int8 and float8 by float8 with scales per channel are
+      multiplied as codes. Everything else is multiplied with weights, and with values that have
+      scales per token and group, rounded to the dtype of x.
 
     Derivatives, forward and reverse, are those of `x @ dequantize(w)`: straight through the
     rounding of activations; of a QTensor with respect to its scales (its integer codes have none).
@@ -107,7 +111,9 @@ def product(arguments: Product, implementation: str | None = None) -> Sums:
         arguments = dataclasses.replace(arguments, w=arguments.w.inner)
     arguments = in_order_of_codes(arguments)
     run, a = MATMUL.choose(arguments, implementation), arguments
-    call = functools.partial(_of_quantized if a.quantized else _parts, run, a.activation, a.path)
+    call = functools.partial(
+        _of_quantized if a.quantized else _parts, run, a.activation, a.dtype, a.path
+    )
 
     def axes() -> list[Any]:
         columns = -2 if isinstance(a.w, TransposedWeight) else -1
@@ -129,13 +135,13 @@ def in_order_of_codes(a: Product) -> Product:
     return dataclasses.replace(a, x=x, w=w)
 
 
-def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
+def _parts(run, activation, dtype, path, x, w, activation_scale) -> jax.Array:
     quantized, wide = isinstance(w, QuantizedWeight), x.dtype == jnp.float64
     if not quantized or not (wide or is_traced(x, w, activation_scale)):
-        return run(Product(x, w, activation, activation_scale, path=path))
+        return run(Product(x, w, activation, activation_scale, dtype=dtype, path=path))
 
     def program(x, w, scale):
-        return run(Product(x, w, activation, scale, path=path))
+        return run(Product(x, w, activation, scale, dtype=dtype, path=path))
 
     if wide:
         program = in_float32(program, activation)
@@ -143,13 +149,13 @@ def _parts(run, activation, path, x, w, activation_scale) -> jax.Array:
 
 
 # Derivatives of every implementation, where the weight is quantized; of arrays they are JAX's own.
-_of_quantized = jax.custom_jvp(_parts, nondiff_argnums=(0, 1, 2))
+_of_quantized = jax.custom_jvp(_parts, nondiff_argnums=(0, 1, 2, 3))
 
 
-def _tangent(run, activation, path, primals, tangents):
+def _tangent(run, activation, dtype, path, primals, tangents):
     x, w, scale = primals
     dx, dw, dscale = tangents
-    parts = _of_quantized(run, activation, path, x, w, scale)
+    parts = _of_quantized(run, activation, dtype, path, x, w, scale)
     moving = derivative.moving(dw)
     derivative.check(w, bool(moving), bool(derivative.moving(dscale)), path)
     terms = []

@@ -32,10 +32,10 @@ _GATHERED = "gathered_matrix_vector"
 _MANY = 28672  # columns of Llama-3-8B's gate and up
 
 
-def sample(spec: WeightSpec) -> QTensor:
-    """A small weight: 512 columns, whole groups of 512 rows or more, so four segments; seeded."""
+def sample(spec: WeightSpec, columns: int = 512) -> QTensor:
+    """A small weight: whole groups of 512 rows or more, so four segments; seeded."""
     rows = math.lcm(spec.group_size or 1, 128)
-    values = jax.random.normal(jax.random.key(0), (rows * -(-512 // rows), 512), jnp.float32)
+    values = jax.random.normal(jax.random.key(0), (rows * -(-512 // rows), columns), jnp.float32)
     quick = QUANTIZERS["absmax"].unsupported(spec, values.dtype) is None
     return quantize_array(values, spec, method="absmax" if quick else None)
 

@@ -21,13 +21,13 @@ from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import compute_capability, trace_target, traced_for
 from fdq.ops.dots import exact_dot
 from fdq.ops.kernels import Kernel
+from fdq.ops.matmul import check_cases, mosaic_gpu
 from fdq.ops.matmul.mosaic_gpu import preferred, unprepared
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.matmul.xla import compute_dtype
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import WordsWeight, kernel_weight
 from fdq.ops.rows import as_array, flattened
-from fdq.quantizers import quantize_array
 from fdq.schemes.scheme import WeightSpec
 from pallas_kernels.device import MOST_ROWS, default_device
 
@@ -59,10 +59,7 @@ class Decoded(Kernel[Product]):
         a = arguments
         if a.rows <= MOST_ROWS:
             return f"{a.rows} rows are few: XLA decodes as it multiplies"
-        spec = a.w.spec
-        return unprepared(a.w) or preferred(
-            KERNEL, a.w, a.rows, functools.partial(decoding_case, spec)
-        )
+        return unprepared(a.w) or preferred(KERNEL, a.w, a.rows, self_check_of(a.w.spec))
 
     def __call__(self, arguments: Product) -> jax.Array:
         """One part, `[1, ..., N]`, float32; of the wanted dtype where the library rounds to it."""
@@ -152,9 +149,7 @@ def _multiplies_codes(a: Product, rows_dtype: Any, w: KernelWeight) -> bool:
     # cuBLAS multiplies float8 from Ada on, in sixteens.
     if rows_dtype != jnp.float8_e4m3fn or compute_capability() < 8.9 or w.words.shape[-2] % 4:
         return False
-    device = default_device()
-    case = functools.partial(_float8_case, layout.format)
-    return self_check.failure("float8_product", layout.format, device, case) is None
+    return float8_check(layout.format).failure(default_device()) is None
 
 
 @jax.jit
@@ -182,28 +177,35 @@ def _codes_product(codes: jax.Array, w: KernelWeight) -> jax.Array:
     return (y.astype(jnp.float32) * w.column_scale)[:, : w.layout.n]
 
 
-@functools.cache
-def sample(spec: WeightSpec, columns: int) -> Any:
-    """A small weight of whole groups, seeded."""
-    rows = spec.group_size or 128
-    rows = rows * -(-256 // rows)
-    values = jax.random.normal(jax.random.key(0), (rows, columns), jnp.float32)
-    return quantize_array(values, spec, method=None)
+def self_check_of(spec: WeightSpec) -> self_check.Check:
+    """The self-check of the decoding kernel, with weights of a spec."""
+    return mosaic_gpu.self_check_of(
+        KERNEL, spec, functools.partial(_decoding_case, spec), _TOLERANCE
+    )
 
 
-def decoding_case(spec: WeightSpec) -> tuple[Any, Any]:
-    """For the self-check: both widths of blocks that weights are decoded in, and a stack."""
+def float8_check(format: str) -> self_check.Check:
+    """That the library's product of codes with such a float8 format's is right."""
+    return self_check.Check("float8_product", format, functools.partial(_float8_case, format))
+
+
+def _decoding_case(spec: WeightSpec) -> tuple[Any, Any]:
+    """Both widths of blocks that weights are decoded in, scaled float16, and of a stack a part."""
     from pallas_kernels.matmul.decode import decode_weight, decode_weight_reference
 
     dtype = compute_dtype(jnp.bfloat16, trace_target())
-    wide, narrow = (kernel_weight(sample(spec, columns)) for columns in (1024, 256))
+    wide, narrow = (kernel_weight(check_cases.sample(spec, columns)) for columns in (1024, 256))
     stack = jax.tree.map(lambda a: jnp.stack([a, a]), narrow)
     counts = jnp.asarray([0, 3], jnp.int32)
     k, n = narrow.shape
-    results = decode_weight(wide, dtype)[:k], decode_weight(narrow, dtype)[:k]
-    of_stack = decode_weight(stack, dtype, counts=counts)[1, :k, :n]
+    factor = jnp.linspace(0.01, 0.02, narrow.layout.padded_n, dtype=jnp.float32)[None]
+    results = [decode_weight(w, dtype)[:k] for w in (wide, narrow)]
+    results.append(decode_weight(narrow, jnp.float16, factor=factor)[:k])
+    results.append(decode_weight(stack, dtype, counts=counts)[1, :k, :n])
+    results.append(decode_weight(stack, dtype, counts=counts, experts=(1, 1))[0, :k, :n])
     wanted = [decode_weight_reference(w, dtype) for w in (wide, narrow)]
-    pairs = [*results, of_stack], [*wanted, wanted[1]]
+    wanted.append(decode_weight_reference(narrow, jnp.float16, factor=factor))
+    pairs = results, [*wanted, wanted[1], wanted[1]]
     return jax.tree.map(lambda a: a.astype(jnp.float32), pairs)
 
 
@@ -211,7 +213,7 @@ def _float8_case(format: str) -> tuple[Any, Any]:
     from pallas_kernels.weights.decoded_weight import decoded_weight
 
     spec = WeightSpec(format=format, granularity="channel")
-    w = kernel_weight(sample(spec, 256))
+    w = kernel_weight(check_cases.sample(spec, 256))
     rows = jax.random.normal(jax.random.key(1), (128, w.shape[0])).astype(jnp.float8_e4m3fn)
     wanted = exact_dot(rows.astype(jnp.float32), decoded_weight(w))
     return _codes_product(rows, w), wanted

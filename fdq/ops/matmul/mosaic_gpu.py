@@ -1,4 +1,7 @@
-"""`matmul` by the matrix-vector kernels of `pallas_kernels`: few rows, quantized weights."""
+"""`matmul` by the kernels of `pallas_kernels`: few rows, quantized weights.
+
+Matrix-vector kernels take up to 8 rows, the tensor cores' kernel up to 64 of 16 bits.
+"""
 
 from __future__ import annotations
 
@@ -77,10 +80,12 @@ def unprepared(w: QuantizedWeight) -> str | None:
     return None if isinstance(w, WordsWeight) else reason
 
 
-def preferred(kernel: str, w: QuantizedWeight, rows: int, case: Any = None) -> str | None:
+def preferred(
+    kernel: str, w: QuantizedWeight, rows: int, check: self_check.Check | None = None
+) -> str | None:
     """Why XLA is preferred to a kernel: it is faster, or the kernel is wrong."""
     reason = slower(kernel, w.spec.format, rows, math.prod(w.shape[-2:]))
-    return reason or self_check_of(kernel, w.spec, case).failure(default_device())
+    return reason or (check or self_check_of(kernel, w.spec)).failure(default_device())
 
 
 def staged(x: Rows) -> Any:
@@ -140,7 +145,9 @@ def _config(kernel: str, w: KernelWeight, rows: int) -> Any:
     return dataclasses.replace(config, **settings)
 
 
-def self_check_of(kernel: str, spec: WeightSpec, case: Any = None) -> self_check.Check:
+def self_check_of(
+    kernel: str, spec: WeightSpec, case: Any = None, tolerance: float = self_check.TOLERANCE
+) -> self_check.Check:
     """The self-check of a kernel of products, with weights of a spec; `case` is another's own."""
     scales = f"{spec.granularity} {spec.group_size or ''}".strip()
     detail = f"{spec.format}, {scales} scales of {spec.scale_dtype}, zero point {spec.zero_point}"
@@ -149,4 +156,4 @@ def self_check_of(kernel: str, spec: WeightSpec, case: Any = None) -> self_check
     if case is None and kernel == "gathered_matrix_vector":
         case = functools.partial(check_cases.gathered, spec)
     case = case or functools.partial(check_cases.product, kernel, spec)
-    return self_check.Check(kernel, detail, case)
+    return self_check.Check(kernel, detail, case, tolerance)

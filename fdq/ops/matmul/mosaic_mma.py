@@ -68,15 +68,17 @@ def partial_sums(x: Any, w: KernelWeight) -> jax.Array:
 
 
 def case(weight: KernelWeight) -> tuple[Any, Any]:
-    """For the self-check: results and references of both widths of a program."""
+    """For the self-check: results and references of both widths of a program, and of float16."""
     from pallas_kernels.matmul import mma
     from pallas_kernels.matmul.matrix_vector import matrix_vector_reference
 
     x = jax.random.normal(jax.random.key(1), (33, weight.layout.k), jnp.float32)
     rows = [x[:m].astype(jnp.bfloat16) for m in (9, 33)]
     wide = mma.mma_matmul(rows[0], weight, config=mma.MmaConfig(block_columns=256, split=2))
-    results = [wide.sum(0), partial_sums(rows[1], weight).sum(0)]
-    return results, [matrix_vector_reference(some, weight)[0] for some in rows]
+    wanted = [matrix_vector_reference(some, weight)[0] for some in rows]
+    of_float16 = partial_sums(rows[0].astype(jnp.float16), weight)
+    results = [wide.sum(0), partial_sums(rows[1], weight).sum(0), of_float16.sum(0)]
+    return results, [*wanted, wanted[0]]
 
 
 def _layout(w: QuantizedWeight) -> WeightLayout:

@@ -15,7 +15,7 @@ from fdq.ops.kernels import Kernel, cache_unsupported, kernel_arrays, kind_of, s
 from fdq.ops.placement import sharded
 from fdq.ops.rope_append.xla import RopeAppendArguments, Xla
 from fdq.ops.rows import Sums
-from pallas_kernels.device import MOST_ROWS, default_device
+from pallas_kernels.device import MOST_MMA_ROWS, default_device
 
 
 class MosaicGpu(Kernel[RopeAppendArguments]):
@@ -38,8 +38,10 @@ class MosaicGpu(Kernel[RopeAppendArguments]):
         """Batches whose products are no kernels either, the tuning table, the self-check."""
         a = arguments
         batch, _, width = a.qkv.shape
-        if batch > MOST_ROWS:
-            return f"the kernels of a decode step take 1 to {MOST_ROWS} sequences, found {batch}"
+        if batch > MOST_MMA_ROWS:
+            return (
+                f"the kernels of a decode step take up to {MOST_MMA_ROWS} sequences, found {batch}"
+            )
         name = jnp.dtype(a.qkv.dtype).name if a.k.spec is None else kind_of(a.k)
         reason = slower("append", name, batch, width)
         return reason or Appending.of(a).self_check().failure(default_device())

@@ -30,6 +30,17 @@ def test_every_pick_has_a_place_in_a_tile_of_its_expert(rng, picks, experts, row
     assert expert.size <= picks
 
 
+def test_picks_of_nobody_have_no_tile(rng):
+    index = rng.choice([0, 2, 3], 40)
+    expert, place, pick = vars(deal(jnp.asarray(index, jnp.int32), 3, 8)).values()
+    mine = index < 3
+    np.testing.assert_array_equal(expert[place[mine] // 8], index[mine])
+    np.testing.assert_array_equal(pick[place[mine]], np.arange(40)[mine])
+    assert (place[~mine] == pick.size).all()
+    used = sum(-(-count // 8) for count in np.bincount(index)[:3])
+    assert (expert < 3).sum() == used
+
+
 @pytest.mark.slow
 def test_an_expert_that_all_picked_has_tiles_enough():
     tiles = deal(jnp.zeros((64,), jnp.int32), 64, 8)
@@ -41,6 +52,7 @@ def test_products(gate):
     stack, values = random_weight(INT4, 256, 128, (3,))
     index = generator("index").integers(0, 3, 20)
     index[:12] = 2  # more than one tile
+    index[14] = 3  # of another device
     t = 20 if gate else 10
     if gate:
         partials = jnp.asarray(generator("gated").normal(size=(2, t, 512)), jnp.float32)
@@ -51,7 +63,10 @@ def test_products(gate):
         rows = np.asarray(x, np.float64)[np.arange(20) // 2]
     found = gathered_mma(x, stack, jnp.asarray(index))
     assert found.shape[1:] == (20, 128)
-    assert error(found.sum(0), np.einsum("pk,pkn->pn", rows, values[index])) < 5e-6
+    wanted = np.einsum("pk,pkn->pn", rows, values[index % 3])
+    wanted[14] = 0
+    assert error(found.sum(0), wanted) < 5e-6
+    assert not found[:, 14].any()
 
 
 def test_what_does_not_fit_says_so():
