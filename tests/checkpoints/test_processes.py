@@ -42,7 +42,7 @@ def test_two_processes_save_what_is_spread_over_both(tmp_path):
         assert process.returncode == 0, errors[-3000:]
     first, second = (output for output, _ in said)
     assert "saved\nFileExistsError: " in first and "loaded True" in first
-    assert "saved\nCheckpointError: save: process 0, which writes, could not" in second
+    assert "saved\nCheckpointError: " in second and "model.fdq-tmp: process 0 of 2 failed" in second
     assert "loaded True" in second
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     model = fdq.load(tmp_path / "model")
