@@ -6,7 +6,9 @@ from typing import Any
 
 from pallas_kernels.device import default_device
 
-_CHUNK = 512
+CHUNK = 512
+"""The least that is read at once, where a prompt has so many tokens."""
+
 _ON_GPUS = 2048
 # Of the memory that is free: the rest is for decoded weights, scores and what others hold.
 _SHARE = 4
@@ -20,13 +22,19 @@ def default_chunk(config: Any, batch: int) -> int:
     """
     device = default_device()
     if device.platform not in ("gpu", "cuda"):
-        return _CHUNK
+        return CHUNK
     stats = getattr(device, "memory_stats", lambda: None)() or {}
-    limit, chunk = stats.get("bytes_limit"), _ON_GPUS
-    if limit is None:
+    limit = stats.get("bytes_limit")
+    free = None if limit is None else limit - stats.get("bytes_in_use", 0)
+    return chunk_on_gpu(config, batch, free)
+
+
+def chunk_on_gpu(config: Any, batch: int, free: int | None) -> int:
+    """`default_chunk` on a GPU with so many bytes free; None where nobody knows."""
+    chunk = _ON_GPUS
+    if free is None:
         return chunk
-    free = (limit - stats.get("bytes_in_use", 0)) // _SHARE
-    while chunk > _CHUNK and chunk * batch * token_bytes(config) > free:
+    while chunk > CHUNK and chunk * batch * token_bytes(config) > free // _SHARE:
         chunk //= 2
     return chunk
 
