@@ -69,7 +69,7 @@ def agree_all(error: Exception | None, folder: pathlib.Path) -> None:
         raise error
     if any(failed):
         raise CheckpointError(
-            f"{folder}: process {failed.index(1)} of {len(failed)} failed; its own error says why."
+            f"{folder}: process {failed.index(True)} of {len(failed)} failed; its own error says why."
         )
 
 
