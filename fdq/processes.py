@@ -37,10 +37,11 @@ def onto(array: Any, sharding: NamedSharding) -> Any:
 
 def on_host(tree: Any) -> Any:
     """`jax.device_get`, also of arrays whose parts other processes have: all call it together."""
-    return jax.tree.map(_whole, tree)
+    return jax.tree.map(whole, tree)
 
 
-def _whole(array: Any) -> Any:
+def whole(array: Any) -> Any:
+    """`on_host` of one array."""
     if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         return array
     if array.is_fully_addressable or array.is_fully_replicated:

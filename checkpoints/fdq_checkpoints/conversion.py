@@ -27,7 +27,7 @@ from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.inspection import Inspection, inspect
 from fdq_checkpoints.readers.local_directory import tell_of_sentencepiece
 from fdq_checkpoints.sources import open_source
-from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, stopping
+from fdq_checkpoints.store import adapters, commit, manifest, orbax_store, processes, stopping
 from fdq_checkpoints.store import journal as journals
 from fdq_checkpoints.store.journal import Journal, Pieces
 from fdq_checkpoints.store.manifest import TensorEntry
@@ -58,29 +58,25 @@ def convert(
 ) -> Inspection:
     """What `fdq.convert` does and says."""
     stream.check_dtype(dtype)
-    if jax.process_count() > 1:
-        with open_source(src, dtype=dtype, config=config, subtree=subtree) as source:
-            given = {"method": method, "compat": compat, "calibration": calibration}
-            joint_conversion.convert(source, dst, scheme, overwrite, given, progress)
-        return inspect(dst)
     destination = pathlib.Path(dst).absolute()
-    commit.check_destination(destination, overwrite=overwrite, source=pathlib.Path(src))
-    with open_source(src, dtype=dtype, config=config, subtree=subtree) as source:
+    check, folder = commit.check_destination, pathlib.Path(src)
+    processes.checked(lambda: check(destination, overwrite=overwrite, source=folder), destination)
+    open_it = functools.partial(open_source, src, dtype=dtype, config=config, subtree=subtree)
+    given = {"method": method, "compat": compat, "calibration": calibration}
+    if jax.process_count() > 1:
+        how = {"verbose": verbose, "progress": progress}
+        joint_conversion.convert(open_it, destination, scheme, overwrite, given, **how)
+        return inspect(dst)
+    with open_it() as source:
         if source.config is not None:
             tell_of_sentencepiece(source.folder)
-        made = stream.Job.of(
-            source, scheme, method=method, compat=compat, calibration=calibration, progress=progress
-        )
+        made = stream.Job.of(source, scheme, **given, progress=progress)
         if made.assigned is not None:
             made.assigned.table.report(verbose=verbose)
         recipe = Recipe() if made.assigned is None else made.assigned.recipe
         seen = made.inputs.calibration
-        options = {
-            "scheme": None if scheme is None else str(scheme),
-            "method": method,
-            "compat": compat,
-            "calibration": None if seen is None else seen.digest,
-        }
+        options = {"scheme": None if scheme is None else str(scheme), **given}
+        options["calibration"] = None if seen is None else seen.digest
         tensors = tree_paths.flatten(made.tree)
         job = {"source": source.identity, **options, "versions": saving.versions()}
         key = _key(made, tensors, job | {"recipe": recipe.to_json()})
@@ -93,7 +89,7 @@ def convert(
                 overwrite=overwrite,
                 keep=work.is_of_use,
                 needed_bytes=work.nbytes,
-                notes=(journals.FILE_NAME,),
+                notes=journals.NOTES,
             ) as folder,
         ):
             written, resumed = work.write(overwrite, progress)
@@ -207,6 +203,7 @@ class _Work:
 
         writer = orbax_store.TreeWriter(weights, total_bytes=self.nbytes, on_batch=journal.add)
         pieces = Pieces(self._folder, journal, seconds=FLUSH_SECONDS, keep=keep)
+        self._pieces = pieces
 
         def make_room(tensor: Tensor) -> None:
             with stopping.whole():
@@ -234,6 +231,7 @@ class _Work:
                     contextlib.suppress(KeyboardInterrupt, CheckpointError, OSError),
                     stopping.whole(),
                 ):
+                    pieces.drop_done()  # makes room
                     writer.flush()
                     pieces.drop_done()
                     pieces.flush()
@@ -274,6 +272,7 @@ class _Work:
     def _begin(self, weights: pathlib.Path, overwrite: bool) -> Journal:
         """What there is of this job; of another, refused or dropped."""
         journal = self._journal = self._read(overwrite)
+        self._pieces = Pieces(self._folder, journal)
         states = self._made.source.states()
         if journal.is_of(self._key):
             changed = {name for name, state in journal.files.items() if states.get(name) != state}
@@ -281,7 +280,7 @@ class _Work:
             complete = weights.is_dir() and len(journal.done) == len(self._sizes)
             if complete and not journal.finished and not changed:
                 orbax_store.drop_batches(weights)
-                Pieces(self._folder, journal, seconds=0, keep=lambda: None).drop_done()
+                self._pieces.drop_done()
                 journal.finish()
             usable = journal.finished and weights.is_dir()
             if not changed and (
@@ -340,10 +339,12 @@ class _Work:
             names = {source.key_of(file) for file in source.files_of(path)}
             return not names.isdisjoint(changed)
 
-        before = len(journal.done)
-        if not journal.forget(is_stale) or not orbax_store.keep_only(weights, journal.batches):
+        before, there = len(journal.done), orbax_store.pending_directories(weights)
+        if not journal.forget(is_stale) or not set(journal.batches) <= set(there):
             return False
+        # Before what it named is dropped: a process that is killed here goes on all the same.
         journal.write_again(self._key, self._job, states)
+        orbax_store.keep_only(weights, journal.batches)
         _LOGGER.warning(
             "%s: %s of the source has changed; %d tensors made of it are made again.",
             self._destination,
@@ -356,7 +357,7 @@ class _Work:
         journal = self._journal
         assert journal is not None
         kept, part = self._finished(journal), ""
-        for path, stop in journal.columns().items():
+        for path, stop in self._pieces.columns().items():
             shape = self._tensors[path].shape
             if path in kept:
                 continue
@@ -372,7 +373,7 @@ class _Work:
 
     def _finished(self, journal: Journal) -> set[tree_paths.Path]:
         """Tensors that are whole on disk; of another job's those that batches have."""
-        pieces = journal.columns().items()
+        pieces = self._pieces.columns().items()
         sizes = {
             p: journals.columns_of(self._tensors[p].shape) for p, _ in pieces if p in self._tensors
         }

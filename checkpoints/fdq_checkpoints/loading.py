@@ -163,7 +163,8 @@ def _load_stored(
     place = None
     if placement is not None:
         place = functools.partial(distribution.put, placement)
-    if placement is not None and place is not None and jax.process_count() > 1:
+    by_parts = jax.process_count() > 1 and (stored.has_file_checksums or not verify)
+    if placement is not None and place is not None and by_parts:
         parts = functools.partial(distribution.parts, placement)
         values = stored.restore_parts(place, parts, verify=verify)
     else:

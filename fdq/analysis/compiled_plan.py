@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from fdq.analysis.device_plan import CHUNK, ONE_DEVICE, Sharded
+from fdq.analysis.device_plan import ONE_DEVICE, Sharded
 from fdq.analysis.planner import find_config
 from fdq.decoding import programs
+from fdq.decoding.chunks import CHUNK
 from fdq.decoding.state import DecodeState
 from fdq.models import DecoderConfig
 from fdq.nn.parameters import split
@@ -64,10 +65,12 @@ def compiled(
     compat: str | None = None,
     layers: int | None = None,
     prompts: bool = True,
+    chunk: int = CHUNK,
 ) -> Compiled:
     """Compiles the first `layers` of a model, by default one of each kind; a minute or two.
 
-    Arguments are those of `device_plan`; without `prompts` only the step is compiled.
+    Arguments are those of `device_plan`; without `prompts` only the step is compiled,
+    with them the reading of `chunk` tokens of each.
 
     Raises:
       RuntimeError: the process failed; its last words.
@@ -75,7 +78,7 @@ def compiled(
     """
     _, config = find_config(model)
     config = config.replace(num_layers=layers or layers_of_each_kind(config))
-    work = (config, scheme, mesh or ONE_DEVICE, context, batch, rules, compat, prompts)
+    work = (config, scheme, mesh or ONE_DEVICE, context, batch, rules, compat, prompts, chunk)
     environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
     process = subprocess.run(
         [sys.executable, "-m", __spec__.name],
@@ -91,7 +94,9 @@ def compiled(
     return Compiled(**json.loads(process.stdout.splitlines()[-1]))
 
 
-def compile_here(sharded: Sharded, context: int, batch: int, *, prompts: bool = True) -> Compiled:
+def compile_here(
+    sharded: Sharded, context: int, batch: int, *, prompts: bool = True, chunk: int = CHUNK
+) -> Compiled:
     """`compiled` in this process, of a model on a mesh of devices that are there."""
     template, params = split(sharded.model)
     placement, cache = sharded.model.placement, sharded.cache(batch, context)
@@ -113,7 +118,7 @@ def compile_here(sharded: Sharded, context: int, batch: int, *, prompts: bool = 
     memory: Any = step.memory_analysis()
     held = 0
     if prompts:
-        shapes = ((batch, min(CHUNK, context)), (), (batch,))
+        shapes = ((batch, min(chunk, context)), (), (batch,))
         tokens, first, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
         read = programs.extend.lower(template, params, tokens, state.cache, first, lengths)
         found: Any = read.compile().memory_analysis()
@@ -130,10 +135,10 @@ def compile_here(sharded: Sharded, context: int, batch: int, *, prompts: bool = 
 def main() -> None:
     """The process: what `compiled` pickled on standard input, one JSON object on the output."""
     work = pickle.load(sys.stdin.buffer)  # of our own parent
-    config, scheme, sizes, context, batch, rules, compat, prompts = work
+    config, scheme, sizes, context, batch, rules, compat, prompts, chunk = work
     jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
     sharded = Sharded.of(config, scheme, make_mesh(sizes), rules=rules, compat=compat)
-    found = compile_here(sharded, context, batch, prompts=prompts)
+    found = compile_here(sharded, context, batch, prompts=prompts, chunk=chunk)
     print(json.dumps(dataclasses.asdict(found)))
 
 

@@ -11,22 +11,28 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fdq.analysis.planner import WeightTable, cache_name, find_config, weight_table
-from fdq.analysis.roofline import LINKS, Step, StepTime, share_of_experts, step_time
+from fdq.analysis.roofline import (
+    LINKS,
+    Step,
+    StepTime,
+    attention_products,
+    share_of_experts,
+    step_time,
+)
+from fdq.analysis.sums_over_devices import sums_over_devices
 from fdq.cache import limits
 from fdq.cache.kv_cache import KVCache, abstract_scales
 from fdq.cache.stored import on_mesh
-from fdq.formats.qtensor import QuantizedWeight
+from fdq.decoding.chunks import CHUNK, chunk_on_gpu
 from fdq.models import DecoderConfig, abstract
 from fdq.models.decoder import Decoder
-from fdq.nn.parameters import split, value
+from fdq.nn.parameters import split
 from fdq.quantizers.quantization import match_table, quantize
 from fdq.schemes.mesh_rules import DEFAULT, Rules, abstract_mesh, shards
 from fdq.schemes.recipe import Recipe
-from fdq.sharding.cut import Axes
 from fdq.sharding.distribution import shard
 from fdq.text_table import aligned, folded
 from fdq.text_table import size as in_units
@@ -34,9 +40,6 @@ from pallas_kernels.aot.gpu_targets import Gpu, find
 
 USABLE = 0.92
 """Of a GPU's memory; the rest is the driver's, NCCL's and lost between allocations."""
-
-CHUNK = 512
-"""Tokens of each prompt that `fdq.prefill` reads at once, unless it is told otherwise."""
 
 ONE_DEVICE = {"tensor": 1}
 
@@ -120,6 +123,13 @@ class Sharded:
         specs = cache.partition(*sharding.spec)
         return jax.tree.map(_with(sharding.mesh), cache, specs)
 
+    def chunk(self, batch: int, context: int, usable: int | None) -> int:
+        """Tokens of each prompt that `fdq.prefill` reads at once: more on GPUs with room."""
+        if usable is None:
+            return CHUNK
+        room = usable - self.weights.bytes - self.cache_bytes(batch, context)
+        return chunk_on_gpu(self.config, batch, context, room)
+
     def temporary_bytes(self, batch: int, context: int, tokens: int = CHUNK) -> int:
         """What is held for a moment while `tokens` of each prompt are read; an estimate.
 
@@ -163,7 +173,9 @@ class Sharded:
             else:
                 read += held
                 multiplied += 2 * numbers * rows
-        sums = tuple(self._sums(rows))
+        heads = shards(self.model.placement.mesh, self.model.placement.cache_axes)
+        multiplied += rows * attention_products(self.config, context) / heads
+        sums = tuple(sums_over_devices(self.model, 4.0 * rows * self.config.hidden_size, rows))
         layers = self.config.num_layers
         return Step(read_bytes=read, multiplications=multiplied, sums=sums, layers=layers)
 
@@ -172,26 +184,6 @@ class Sharded:
         cuts = (c for path, c in placement.cuts if path.endswith("experts.down_proj.kernel"))
         axes = next((cut.axes[0] for cut in cuts if len(cut.axes) == 3), ())
         return shards(placement.mesh, axes)
-
-    def _sums(self, rows: int) -> Iterator[tuple[int, float]]:
-        """Devices and bytes of each sum over devices, as float32, in one step."""
-        placement = self.model.placement
-        width = 4.0 * rows * self.config.hidden_size
-        activations = _activations(self.model)
-        for path, cut in placement.cuts:
-            axes: Axes = tuple(name for one in cut.axes[:-1] for name in one)
-            if not axes or not path.endswith((".kernel", ".embedding")):
-                continue
-            experts = path.replace(".shared_experts.", ".experts.")
-            if experts != path and experts in placement.of:
-                continue  # in the sum of the others
-            if path.endswith("gate_up_proj.kernel"):
-                continue  # whole experts: the sum is after the second product
-            count = shards(placement.mesh, axes)
-            yield count, width
-            activation = activations.get(path.removesuffix(".kernel"))
-            if activation is not None and activation.granularity == "token" and len(cut.axes) == 2:
-                yield count, 4.0 * rows  # the largest number of each row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +226,7 @@ class DevicePlan:
     @property
     def usable_bytes(self) -> int | None:
         """Of the GPU's memory."""
-        return None if self.gpu is None else int(USABLE * self.gpu.memory_bytes)
+        return None if self.gpu is None else usable_bytes(self.gpu.name)
 
     @property
     def fits(self) -> bool | None:
@@ -330,7 +322,11 @@ def of_sharded(
         remarks += (limits.beyond_positions("context", context, most),)
     if sharded.devices > 8:
         remarks += ("More than 8 devices: links of one machine are counted, networks are slower.",)
-    held = sharded.temporary_bytes(batch, context) if temporary_bytes is None else temporary_bytes
+    target = None if gpu is None else find(gpu)
+    usable = None if target is None else usable_bytes(target.name)
+    chunk = sharded.chunk(batch, context, usable)
+    estimate = sharded.temporary_bytes(batch, context, chunk)
+    held = estimate if temporary_bytes is None else temporary_bytes
     plan = DevicePlan(
         model=sharded.name,
         scheme=sharded.scheme,
@@ -343,9 +339,8 @@ def of_sharded(
         temporary_bytes=held,
         remarks=remarks,
     )
-    if gpu is None:
+    if target is None or usable is None:
         return plan
-    target = find(gpu)
 
     def time(batch: int) -> StepTime:
         bandwidth = target.measured_bandwidth or target.bandwidth
@@ -353,13 +348,18 @@ def of_sharded(
         return step_time(step, bandwidth=bandwidth, link=LINKS[target.name])
 
     plan = dataclasses.replace(plan, gpu=target, time=time(batch))
-    most = _largest_batch(sharded, context, plan.usable_bytes or 0)
+    most = _largest_batch(sharded, context, usable - (held - estimate))
     best = time(most) if most else None
     return dataclasses.replace(plan, largest_batch=most, largest_batch_time=best)
 
 
+def usable_bytes(gpu: str) -> int:
+    """Of the memory of a GPU."""
+    return int(USABLE * find(gpu).memory_bytes)
+
+
 def _largest_batch(sharded: Sharded, context: int, usable: int) -> int:
-    """Cache and temporaries grow by as much with each sequence."""
+    """Cache and temporaries grow by as much with each sequence; with the last, chunks are least."""
     unit = sharded.rows_apart
 
     def needed(batch: int) -> int:
@@ -389,11 +389,3 @@ def _with(mesh: Any) -> Callable[[Any, PartitionSpec], Any]:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return place
-
-
-def _activations(model: Decoder) -> dict[str, Any]:
-    found = {}
-    for keys, module in nnx.iter_modules(model):
-        if isinstance(value(getattr(module, "kernel", None)), QuantizedWeight):
-            found[".".join(map(str, keys))] = getattr(module, "activation", None)
-    return found

@@ -10,6 +10,9 @@ import math
 
 import numpy as np
 
+from fdq.models import DecoderConfig
+from fdq.models.latent import Latent
+
 LAUNCH_SECONDS = 2e-6
 """Between the end of a kernel and the start of the next one; an estimate."""
 
@@ -98,6 +101,18 @@ def step_time(step: Step, *, bandwidth: float, link: Link) -> StepTime:
         links=len(step.sums) * link.latency + moved / link.bandwidth,
         launches=launches * LAUNCH_SECONDS,
     )
+
+
+def attention_products(config: DecoderConfig, context: int) -> float:
+    """Products and sums, each counted, of a token with `context` others in all layers and heads."""
+    part, total = config.attention, 0.0
+    widths = 2 * config.head_dim
+    if isinstance(part, Latent):
+        widths = (part.rank + part.rope_dim) + part.rank
+    for layer in range(config.num_layers):
+        seen = min(context, part.ring_window(config, layer) or context)
+        total += 2 * config.num_heads * widths * seen
+    return total
 
 
 def share_of_experts(experts: int, picked: int, tokens: int, groups: int = 1) -> float:

@@ -102,6 +102,8 @@ def _devices(
         if compiled:
             with console.err.status("Compiling a layer of each kind ..."):
                 settings = {"mesh": sizes, "context": context, "batch": batch, "compat": compat}
+                room = [None if gpu is None else device_plan.usable_bytes(gpu) for gpu in gpus]
+                settings["chunk"] = max(sharded.chunk(batch, context, most) for most in room)
                 found.append(compiled_plan.compiled(known, scheme, **settings))
                 held = max(found[-1].step_bytes, found[-1].prompt_bytes)
         for gpu in gpus:

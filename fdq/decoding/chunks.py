@@ -9,7 +9,9 @@ import jax
 from fdq.ops.attention.library import MOST_MASKED
 from pallas_kernels.device import default_device
 
-_CHUNK = 512
+CHUNK = 512
+"""The least that is read at once, where a prompt has so many tokens."""
+
 _ON_GPUS = 2048
 # Of the memory that is free: the rest is for decoded weights, scores and what others hold.
 _SHARE = 4
@@ -25,18 +27,25 @@ def default_chunk(config: Any, batch: int, slots: int) -> int:
     """
     device = default_device()
     if device.platform not in ("gpu", "cuda"):
-        return _CHUNK
-    chunk = _ON_GPUS
-    if _CHUNK * batch * slots <= MOST_MASKED:
-        while chunk * batch * slots > MOST_MASKED:
-            chunk //= 2
+        return CHUNK
     stats = getattr(device, "memory_stats", lambda: None)() or {}
     limit = stats.get("bytes_limit")
+    free = None if limit is None else limit - stats.get("bytes_in_use", 0)
     # A model of one's own may say nothing about its widths.
-    if limit is None or jax.process_count() > 1 or not hasattr(config, "hidden_size"):
+    if jax.process_count() > 1 or not hasattr(config, "hidden_size"):
+        free = None
+    return chunk_on_gpu(config, batch, slots, free)
+
+
+def chunk_on_gpu(config: Any, batch: int, slots: int, free: int | None) -> int:
+    """`default_chunk` on a GPU with so many bytes free; None where nobody knows."""
+    chunk = _ON_GPUS
+    if CHUNK * batch * slots <= MOST_MASKED:
+        while chunk * batch * slots > MOST_MASKED:
+            chunk //= 2
+    if free is None:
         return chunk
-    free = (limit - stats.get("bytes_in_use", 0)) // _SHARE
-    while chunk > _CHUNK and chunk * batch * token_bytes(config) > free:
+    while chunk > CHUNK and chunk * batch * token_bytes(config) > free // _SHARE:
         chunk //= 2
     return chunk
 

@@ -7,6 +7,8 @@ from fdq.models.rotary_reader import is_number, read_rotary
 from fdq.nn.rotary import RotaryConfig
 
 _REQUIRED = object()
+MOST_LAYERS = 1024
+"""The deepest that are published have 126."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 """What `layer_types` calls layers that see everything, and those with a window."""
 
@@ -276,12 +278,15 @@ class ConfigReader:
         self.must_be(*activation)
         heads = self.integer("num_attention_heads", least=1)
         hidden_size = self.integer("hidden_size", least=1)
+        layers = self.integer("num_hidden_layers", least=1)
+        if layers > MOST_LAYERS:  # before there is a list of them
+            raise self.wrong(("num_hidden_layers",), f"at most {MOST_LAYERS}", layers)
         return {
             "model_type": self.family,
             "vocab_size": self.integer("vocab_size", least=1),
             "hidden_size": hidden_size,
             "intermediate_size": self.integer("intermediate_size", least=1),
-            "num_layers": self.integer("num_hidden_layers", least=1),
+            "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": self.integer("num_key_value_heads", default=heads, least=1),
             "head_dim": self.integer("head_dim", default=hidden_size // heads, least=1),

@@ -33,14 +33,17 @@ class ScaledLayer(DecoderLayer):
         start: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """As `DecoderLayer`."""
-        scale = jnp.asarray(self.scale, x.dtype)
         with jax.named_scope("self_attn"):
             rows = normed(self.input_layernorm, x)
             y, cache = hand_on(self.self_attn, rows, angles, cache, start=start)
-            x = x + y * scale
+            x = x + self._scaled(y)
         with jax.named_scope("mlp"):
             y = hand_on(self.mlp, normed(self.post_attention_layernorm, x))
-            return x + y * scale, cache
+            return x + self._scaled(y), cache
+
+    def _scaled(self, y: jax.Array) -> jax.Array:
+        """In float32: 0.22 in 16 bits is another number."""
+        return (y.astype(jnp.float32) * self.scale).astype(y.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

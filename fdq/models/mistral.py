@@ -10,13 +10,15 @@ from fdq.models.config import DecoderConfig
 from fdq.models.config_reader import ConfigReader
 from fdq.models.family import Family
 
-# What a multimodal config says of images, and what of the whole holds for its text.
+# What a multimodal config says of images, and what of the whole holds for its text. Not whether
+# embeddings are tied: newer programs write true by default, of text with a head of its own.
 _OF_IMAGES = (
     "vision_config", "image_token_index", "image_token_id", "projector_hidden_act",
     "vision_feature_layer", "spatial_merge_size", "multimodal_projector_bias",
+    "tie_word_embeddings",
 )  # fmt: skip
 _OF_THE_WHOLE = (
-    "dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"
+    "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"
 )  # fmt: skip
 
 

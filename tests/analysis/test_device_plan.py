@@ -53,9 +53,9 @@ def test_the_time_of_a_step_by_hand():
     # Scales, norms and a head in 8 bits or 16 are what is left.
     read = plan.time.memory * 3352e9
     assert weights + head / 2 + cache < read < (weights + head + cache) * 1.03
-    assert plan.time.matrix == pytest.approx(
-        2 * 4 * (2 * matrices / 2 + hidden * vocabulary / 2) / 989e12, rel=0.01
-    )
+    attention = 2 * 1024 * heads * 2 * 128 / 2  # scores and sums of values, of two layers
+    products = 2 * matrices / 2 + attention + hidden * vocabulary / 2
+    assert plan.time.matrix == pytest.approx(2 * 4 * products / 989e12, rel=0.001)
     sums = 1 + 2 * 2
     moved = sums * 4 * 4 * hidden  # over two devices each sends what it has once
     assert plan.time.links == pytest.approx(sums * 8e-6 + moved / 450e9)
@@ -73,6 +73,32 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     curve = plan_plot.curve(sharded, of_sharded(sharded, gpu="l4", context=65536, batch=2))
     assert curve.batches[-1] == most and list(curve.batches) == sorted(curve.batches)
     assert list(curve.tokens_per_second) == sorted(curve.tokens_per_second)
+
+
+def test_what_was_compiled_is_counted_in_the_largest_batch():
+    config = CONFIGS["llama-3-8b"].replace(num_layers=2)
+    sharded = Sharded.of(config, "W4A16C8", abstract_mesh({"tensor": 2}))
+    plan = of_sharded(sharded, gpu="l4", context=65536, batch=8)
+    more = of_sharded(
+        sharded, gpu="l4", context=65536, batch=8, temporary_bytes=plan.temporary_bytes + 2 * 10**9
+    )
+    assert 8 <= more.largest_batch < plan.largest_batch
+    full = plan.total_bytes - plan.temporary_bytes
+    held = plan.usable_bytes - full
+    for bytes_held, fits in ((held, True), (held + 1, False)):
+        found = of_sharded(sharded, gpu="l4", context=65536, batch=8, temporary_bytes=bytes_held)
+        assert found.fits is fits
+
+
+def test_a_gpu_with_room_reads_longer_chunks():
+    """As `fdq.prefill` does, which halves them where memory is short."""
+    config = CONFIGS["llama-3-8b"].replace(num_layers=2)
+    sharded = Sharded.of(config, "W4A16C8", abstract_mesh({"tensor": 1}))
+    usable = device_plan.usable_bytes("l4")
+    assert sharded.chunk(1, 4096, None) == 512 < sharded.chunk(1, 4096, usable) == 2048
+    plan = of_sharded(sharded, gpu="l4", context=4096, batch=1)
+    assert plan.temporary_bytes == sharded.temporary_bytes(1, 4096, 2048)
+    assert sharded.chunk(plan.largest_batch, 4096, usable) == 512
 
 
 def test_experts_that_are_read():

@@ -7,9 +7,9 @@ import pathlib
 import numpy as np
 import pytest
 
+from fdq.models import config_reader
 from fdq_checkpoints import CheckpointError, load
 from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile
-from fdq_checkpoints.sources import float_model
 from tests.checkpoints import builders
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -388,6 +388,6 @@ def test_links_of_the_hub_cache_are_followed(tmp_path):
 
 def test_a_model_deeper_than_any_is_refused_before_it_is_made(tmp_path, monkeypatch):
     builders.model("llama", tmp_path / "model")
-    monkeypatch.setattr(float_model, "_MOST_LAYERS", 1)
-    with pytest.raises(CheckpointError, match="a model of 2 layers, more than the 1 that are read"):
+    monkeypatch.setattr(config_reader, "MOST_LAYERS", 1)
+    with pytest.raises(CheckpointError, match="num_hidden_layers must be at most 1, got 2"):
         load(tmp_path / "model")

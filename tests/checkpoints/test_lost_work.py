@@ -5,12 +5,13 @@ import os
 import resource
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
 
 from fdq_checkpoints import CheckpointError, conversion, convert, load, save
-from fdq_checkpoints.store import commit, orbax_store, stopping
+from fdq_checkpoints.store import commit, journal, orbax_store, stopping
 from tests.checkpoints import builders
 from tests.checkpoints.test_interrupts import SOURCE, TENSORS, interrupt_after
 from tests.checkpoints.test_stored_trees import assert_same
@@ -120,6 +121,82 @@ def test_only_batches_of_a_changed_shard_are_made_again(tmp_path, caplog, monkey
     assert 0 < resumed < 14
     assert f"{14 - resumed} tensors made of it are made again" in caplog.text
     assert_same(load(tmp_path / "model", "W8A16"), load(tmp_path / "out"))
+
+
+def test_pieces_of_a_shard_that_did_not_change_are_gone_on_with(tmp_path, caplog, monkeypatch):
+    """Every tensor is in pieces, none in a batch."""
+    tensors = builders.model("qwen3", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    parts = {
+        f"model-0000{i + 1}-of-00002.safetensors": {
+            key: value for key, value in tensors.items() if (".layers.1." in key) == bool(i)
+        }
+        for i in range(2)
+    }
+    builders.write_sharded(tmp_path / "model", parts)
+    progress, _ = interrupt_after(14)
+    with monkeypatch.context() as patched:
+        patched.setattr(orbax_store.TreeWriter, "cut", lambda writer: None)
+        patched.setattr(conversion, "FLUSH_SECONDS", 0.0)
+        patched.setattr(orbax_store.TreeWriter, "flush", lambda writer: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "model", tmp_path / "out", "W8A16", progress=progress)
+    lines = (tmp_path / "out.fdq-tmp" / "journal").read_text().splitlines()[1:]
+    assert lines and not any("batches" in line for line in lines)
+    last = "model-00002-of-00002.safetensors"
+    builders.write(tmp_path / "model" / last, {k: v * 2 for k, v in parts[last].items()})
+    made, done = [], conversion.stream.Job._done
+
+    def counted(job, tensor, part):
+        made.append(".".join(tensor.path))
+        return done(job, tensor, part)
+
+    monkeypatch.setattr(conversion.stream.Job, "_done", counted)
+    going_on(tmp_path / "out", caplog, source=tmp_path / "model")
+    assert f"{last} of the source has changed" in caplog.text
+    assert "layers.0.mlp.down_proj.kernel" not in made
+    assert "layers.1.self_attn.qkv_proj.kernel" in made
+    assert_same(load(tmp_path / "model", "W8A16"), load(tmp_path / "out"))
+
+
+def test_pieces_for_which_there_is_no_room_are_not_kept(tmp_path, caplog, monkeypatch):
+    """Once said, and the conversion goes on: batches take less."""
+    monkeypatch.setattr(conversion, "FLUSH_SECONDS", 0.0)
+
+    def full(array):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        journal, "np", types.SimpleNamespace(**vars(np) | {"ascontiguousarray": full})
+    )
+    convert(SOURCE, tmp_path / "out", "W8A16")
+    told = [one.message for one in caplog.records if "could not be written" in one.message]
+    assert len(told) == 1 and "out.fdq-tmp/pieces/0: could not be written: No space" in told[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
+
+
+def test_a_disk_without_hard_links(tmp_path, monkeypatch):
+    asked = []
+
+    def link(source, destination):
+        asked.append(source)
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(orbax_store.os, "link", link)
+    convert(SOURCE, tmp_path / "out", "W8A16")
+    assert asked
+    assert_same(load(SOURCE, "W8A16"), load(tmp_path / "out"))
+
+
+def test_what_counts_as_done_where_room_is_asked_for(tmp_path):
+    """Links once, pieces not at all: batches take their place."""
+    for name in ("pieces", "weights"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pieces" / "0").write_bytes(b"x" * 1000)
+    (tmp_path / "weights" / "a").write_bytes(b"x" * 100)
+    os.link(tmp_path / "weights" / "a", tmp_path / "weights" / "b")
+    assert commit._bytes_done(tmp_path) == 100
 
 
 def test_a_sync_that_fails_and_a_readme_that_came(tmp_path, monkeypatch, caplog):

@@ -11,7 +11,7 @@ from fdq_checkpoints.readers.safetensors_reader import SafetensorsFile
 from tests.checkpoints import builders
 from tests.models import oracles
 
-OWN_NAMES = ("gemma2", "gemma3", "glm4", "gpt_oss")
+OWN_NAMES = ("gemma2", "gemma3", "glm", "glm4", "gpt_oss")
 FAMILIES = sorted({path.name for path in builders.MODELS.iterdir()} - set(OWN_NAMES))
 
 

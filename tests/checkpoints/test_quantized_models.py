@@ -11,6 +11,7 @@ import pytest
 import fdq
 from fdq_checkpoints import CheckpointError, convert, inspect, load
 from fdq_checkpoints.readers.source_directory import SourceDirectory
+from fdq_checkpoints.sources import bitsandbytes
 from fdq_checkpoints.sources.codec import Section
 from fdq_checkpoints.sources.fastdeploy import FastDeploy
 from fdq_checkpoints.sources.quantized_model import CODECS
@@ -744,3 +745,10 @@ def test_every_owner_is_in_the_fixtures():
     others = {"bitsandbytes", "fbgemm_fp8", "auto-round", "nvfp4", "modelopt_fp4", "mxfp4"}
     elsewhere = {"mlx", "hqq", "torchao", "gemma"}  # test_quantized_layers.py, and whole models
     assert methods | others | elsewhere | of_fastdeploy == set(CODECS)
+
+
+def test_scales_of_blocks_of_any_size():
+    """A file may say 2**70: no more memory is taken than there are weights."""
+    scale = np.arange(3.0)
+    assert bitsandbytes._repeated(scale, 2, 5).tolist() == [0, 0, 1, 1, 2]
+    assert bitsandbytes._repeated(scale, 2**70, 3).tolist() == [0, 0, 0]

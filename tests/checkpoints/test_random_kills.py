@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fdq_checkpoints import CheckpointError, convert, inspect, load
-from fdq_checkpoints.store.journal import Journal
+from fdq_checkpoints.store.journal import Journal, Pieces
 from fdq_checkpoints.store.restore import StoredTensors
 from tests.checkpoints import builders
 
@@ -66,7 +66,8 @@ def test_what_is_older_than_ten_seconds_is_there_after_a_kill(tmp_path, rng, cap
         old = [line for line in lines if float(line[0]) < end - 10]
         made = {path: int(columns) for _, path, columns in old}
         journal = Journal(tmp_path / "out.fdq-tmp" / "journal")
-        kept = {".".join(path): columns for path, columns in journal.columns().items()}
+        pieces = Pieces(tmp_path / "out.fdq-tmp", journal)
+        kept = {".".join(path): columns for path, columns in pieces.columns().items()}
         kept |= {".".join(entry.path): 10**9 for entry in journal.done}
         assert made
         assert {path: n for path, n in made.items() if kept.get(path, 0) < n} == {}

@@ -1,5 +1,7 @@
 """Families whose layers have something that the others have not, and those that are refused."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from fdq.decoding.loop import prefill
 from fdq.models import config_writer
 from fdq.nn import attention
 from fdq.nn.parameters import split
+from tests.checkpoints import builders
 from tests.models import oracles
 
 MORE = ("glm4", "granite", "seed_oss", "smollm3")
@@ -56,6 +59,47 @@ def test_the_text_half_of_a_multimodal_mistral():
     whole["text_config"] = {"model_type": "ministral3"}
     with pytest.raises(ValueError, match="text_config must be that of a mistral model"):
         models.from_huggingface(whole)
+
+
+@pytest.mark.parametrize("root", ["language_model.model.", "model.language_model."])
+def test_the_tensors_of_a_multimodal_mistral(tmp_path, root):
+    """Under both names that programs gave them; those of images are left out."""
+    tensors = builders.model("llama", tmp_path / "text")
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert not config["tie_word_embeddings"] and "lm_head.weight" in tensors
+    head = "language_model.lm_head." if root.startswith("language_model") else "lm_head."
+    named = {name.replace("model.", root, 1): x for name, x in tensors.items()}
+    named[f"{head}weight"] = named.pop("lm_head.weight")
+    vision = "vision_tower.x.weight" if head != "lm_head." else "model.vision_tower.x.weight"
+    named[vision] = np.ones((2, 2), np.float32)
+    (tmp_path / "whole").mkdir()
+    builders.write(tmp_path / "whole" / "model.safetensors", named)
+    text = {k: v for k, v in config.items() if k not in ("mlp_bias", "attention_bias")}
+    text |= {"model_type": "mistral", "sliding_window": None}
+    # transformers writes true by default, of the whole.
+    whole = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": True}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    found, expected = (fdq.load(tmp_path / name) for name in ("whole", "text"))
+    assert found.config == expected.config.replace(model_type="mistral3")
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_list_is_made_of_more_layers_than_any_model_has():
+    for name in ("smollm3", "llama"):
+        config = oracles.read_config(name) | {"num_hidden_layers": 10**12}
+        for kind in (config["model_type"], "mistral"):
+            with pytest.raises(ValueError, match="num_hidden_layers must be at most 1024"):
+                models.from_huggingface(config | {"model_type": kind})
+
+
+def test_residuals_are_multiplied_in_float32():
+    """0.22 is no number of bfloat16: 3 * 0.22 rounded once is 0.66015625, twice 0.65625."""
+    config = oracles.oracle_config("granite").replace(dtype="bfloat16")
+    layer = models.abstract(config).layers[0]
+    layer.scale = 0.22
+    found = layer._scaled(jnp.full((4,), 3, jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16 and found.tolist() == [0.66015625] * 4
 
 
 @pytest.mark.parametrize(

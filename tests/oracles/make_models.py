@@ -135,6 +135,19 @@ MODELS = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "glm": transformers.GlmConfig(
+        **COMMON | {"hidden_size": 32},
+        vocab_size=96,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "glm4": transformers.Glm4Config(
         **COMMON | {"hidden_size": 32},
         vocab_size=96,

@@ -108,8 +108,10 @@ class BitsAndBytes(Codec):
             scale = self.scale_of(linear, "weight.absmax", signed=True)
         group = linear.spec.group_size
         assert group is not None
-        scale = np.repeat(scale, self._state(linear.module)[1]["blocksize"] // group)
-        scale = np.ascontiguousarray(scale[: n * k // group].reshape(n, -1).T)
+        scale = _repeated(
+            scale, self._state(linear.module)[1]["blocksize"] // group, n * k // group
+        )
+        scale = np.ascontiguousarray(scale.reshape(n, -1).T)
         return StoredWeight(linear.spec, k, np.ascontiguousarray(codes.T), {"scale": scale})
 
     def _nested(self, linear: Linear) -> np.ndarray:
@@ -122,7 +124,7 @@ class BitsAndBytes(Codec):
         fits = block > 0 and largest.size == -(-codes.size // max(block, 1))
         if not fits or not isinstance(offset, float):
             raise self.bad(linear, _STATE, "a description that its tensors do not fit")
-        scale = book[codes] * np.repeat(largest, block)[: codes.size] + np.float32(offset)
+        scale = book[codes] * _repeated(largest, block, codes.size) + np.float32(offset)
         if not np.isfinite(book).all() or not np.isfinite(scale).all() or (scale < 0).any():
             raise self.bad(linear, _NESTED[0], "a scale that is negative or not finite")
         return scale.astype(np.float32)
@@ -143,6 +145,11 @@ class BitsAndBytes(Codec):
 
     def _there(self, module: str, end: str) -> tuple[str, ...]:
         return (end,) if self.has(module, end) else ()
+
+
+def _repeated(array: np.ndarray, times: int, size: int) -> np.ndarray:
+    """`np.repeat` of each entry, of which `size` are wanted: `times` may be any number."""
+    return array[np.arange(size) // min(times, max(size, 1))]
 
 
 def _linear(module: str, shape: tuple[int, ...], spec: WeightSpec, ends: tuple[str, ...]) -> Linear:

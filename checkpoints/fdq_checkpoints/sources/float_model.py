@@ -26,8 +26,6 @@ from fdq_checkpoints.tree_paths import Path
 # What reading a config raises when it holds, say, a list in place of a number.
 _WRONG_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 
-
-_MOST_LAYERS = 1024  # the deepest that are published have 126
 _LOGGER = logging.getLogger("fdq")
 
 Parts = Mapping[Path, tensor_names.Source]
@@ -138,11 +136,6 @@ def parts_of(
         raise CheckpointError(
             f"{where}: a model of {config.num_layers} layers, but there are "
             f"{len(directory.tensors)} tensors. Download the whole model again."
-        )
-    if config.num_layers > _MOST_LAYERS:
-        raise CheckpointError(
-            f"{where}: a model of {config.num_layers} layers, more than the {_MOST_LAYERS} that "
-            "are read: check the config."
         )
     family = models.FAMILIES[config.model_type]
     if names is None:

@@ -54,7 +54,7 @@ def pending_directory(
         check_destination(_old(final), overwrite=True, replaces=replaces)
     final.parent.mkdir(parents=True, exist_ok=True)
     pending = pending_path(final)
-    needed_bytes -= bytes_in(pending) if keep is not None else 0
+    needed_bytes -= _bytes_done(pending) if keep is not None else 0
     free = shutil.disk_usage(final.parent).free
     if needed_bytes > 0 and needed_bytes + _SPARE_BYTES > free:
         raise CheckpointError(
@@ -179,6 +179,16 @@ def bytes_in(folder: pathlib.Path) -> int:
     if folder.is_file():
         return sum(path.stat().st_size for path in gguf_parts(folder))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _bytes_done(pending: pathlib.Path) -> int:
+    """Of a conversion that was stopped; once of links, none of pieces: batches take their place."""
+    files = {}
+    for path in pending.rglob("*"):
+        if path.is_file() and path.relative_to(pending).parts[0] != journals.PIECES:
+            found = path.stat()
+            files[found.st_dev, found.st_ino] = found.st_size
+    return sum(files.values())
 
 
 def _sync(folder: pathlib.Path) -> None:

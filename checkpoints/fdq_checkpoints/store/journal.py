@@ -1,7 +1,9 @@
 """What of an unfinished job is on disk: its journal, and pieces of what no batch has yet."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import pathlib
@@ -20,8 +22,12 @@ from fdq_checkpoints.store import manifest
 from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.tree_paths import Path, Tensor
 
-FILE_NAME = "journal"
-_PIECES = "pieces"
+FILE_NAME, PIECES = "journal", "pieces"
+_NEW = FILE_NAME + ".new"
+NOTES = (FILE_NAME, _NEW)
+"""Files beside the weights that are of use until the end."""
+
+_LOGGER = logging.getLogger("fdq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Journal:
         self._append({"key": key, "job": job, "files": self.files})
 
     def forget(self, is_stale: Callable[[Path], bool]) -> bool:
-        """Takes the batches with a stale tensor, and the pieces, out; False if none were left.
+        """Takes batches with a stale tensor out, and pieces of one; False if nothing was left.
 
         Nothing is written before `write_again`.
         """
@@ -108,6 +114,9 @@ class Journal:
             if not any(is_stale(tuple(entry["path"])) for entry in line["tensors"]):
                 batches = sorted([*batches, *new])
                 kept.append({"batches": batches, "tensors": line["tensors"]})
+        pieces = [piece for piece in self.pieces if not is_stale(piece.path)]
+        if pieces:
+            kept.append({"pieces": list(map(dataclasses.asdict, pieces))})
         if kept:
             self._lines[1:] = kept
             self._take(kept)
@@ -117,12 +126,16 @@ class Journal:
         """Writes anew what is left of it, whole or not at all."""
         self.files = dict(files)
         lines = [{"key": key, "job": job, "files": self.files}, *self._lines[1:]]
-        beside = self._path.with_name(self._path.name + ".new")
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._path)
+        beside = self._path.with_name(_NEW)
+        try:
+            with open(beside, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self._path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise _not_written(self._path, error) from error
 
     def add(self, batches: list[str], tensors: list[TensorEntry]) -> None:
         """A batch of tensors is on disk, in these directories together with all before."""
@@ -136,13 +149,7 @@ class Journal:
         """These are on disk."""
         with self._lock:
             self._append({"pieces": [dataclasses.asdict(piece) for piece in pieces]})
-            written = {entry.path for entry in self.done}  # meanwhile
-            self.pieces += [piece for piece in pieces if piece.path not in written]
-
-    def columns(self) -> dict[Path, int]:
-        """How many columns of tensors that no batch has are on disk."""
-        with self._lock:
-            return {piece.path: piece.stop for piece in self.pieces}
+            self.pieces += pieces
 
     def finish(self) -> None:
         """All is put together where it belongs."""
@@ -164,9 +171,7 @@ class Journal:
                 os.fsync(file.fileno())
             except OSError as error:
                 os.ftruncate(file.fileno(), size)  # no line begins in another's middle
-                raise CheckpointError(
-                    f"{self._path}: could not be written: {error.strerror}."
-                ) from error
+                raise _not_written(self._path, error) from error
 
     def _read(self) -> list[dict[str, Any]]:
         lines, good, data = [], 0, self._path.read_bytes()
@@ -193,12 +198,18 @@ class Pieces:
     """
 
     def __init__(
-        self, folder: pathlib.Path, journal: Journal, *, seconds: float, keep: Callable[[], None]
+        self,
+        folder: pathlib.Path,
+        journal: Journal,
+        *,
+        seconds: float = math.inf,
+        keep: Callable[[], None] = lambda: None,
     ):
-        self._folder, self._journal, self._keep = folder / _PIECES, journal, keep
+        self._folder, self._journal, self._keep = folder / PIECES, journal, keep
         self._seconds, self._took, self._last = seconds, 0.0, time.monotonic()
         self._written: dict[Path, int] = {}  # columns that are on disk
         self._sound: dict[Piece, bool] = {}
+        self._told = False  # that none can be kept
         self._made: tuple[Tensor, Mapping[str, np.ndarray], int] | None = None
 
     def start_of(self, tensor: Tensor) -> int:
@@ -206,6 +217,14 @@ class Pieces:
         found = self._chain(tensor)
         self._written[tensor.path] = found[-1].stop if found else 0
         return self._written[tensor.path]
+
+    def columns(self) -> dict[Path, int]:
+        """How many columns of tensors that no batch has are on disk, and sound."""
+        found: dict[Path, int] = {}
+        for piece in self._journal.pieces:
+            if piece.start == found.get(piece.path, 0) and self._is_sound(piece):
+                found[piece.path] = piece.stop
+        return found
 
     def _chain(self, tensor: Tensor) -> list[Piece]:
         """Its pieces from the first column on, as far as none is missing or damaged."""
@@ -263,39 +282,59 @@ class Pieces:
             todo.append((tensor.path, tuple(tensor.value.shape), arrays, stop))
         todo = [one for one in todo if one[3] > self._written.get(one[0], 0)]
         if todo:
-            self._folder.mkdir(exist_ok=True)
-            self._journal.add_pieces(self._write(todo))
-            self._written |= {path: stop for path, _, _, stop in todo}
+            try:
+                self._journal.add_pieces(self._write(todo))
+                self._written |= {path: stop for path, _, _, stop in todo}
+            except CheckpointError as error:  # no room beside the batches, say
+                if not self._told:
+                    _LOGGER.warning("%s A kill loses what is in no batch yet.", error)
+                self._told = True
         self._last = time.monotonic()
         self._took = self._last - begin
 
     def _write(
         self, todo: list[tuple[Path, tuple[int, ...], Mapping[str, np.ndarray], int]]
     ) -> list[Piece]:
-        number = max((int(name) for name in os.listdir(self._folder)), default=-1) + 1
-        pieces = []
-        with open(self._folder / str(number), "xb") as file:
-            for path, shape, arrays, stop in todo:
-                start, offset, crc = self._written.get(path, 0), file.tell(), 0
-                for part in _parts(arrays, shape, start, stop):
-                    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-                    crc = zlib.crc32(data, crc)
-                    file.write(data)
-                size = file.tell() - offset
-                pieces.append(Piece(path, str(number), offset, size, start, stop, crc))
-            file.flush()
-            os.fsync(file.fileno())
+        number = max(map(int, self._files()), default=-1) + 1
+        pieces, name = [], self._folder / str(number)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            with open(name, "xb") as file:
+                for path, shape, arrays, stop in todo:
+                    start, offset, crc = self._written.get(path, 0), file.tell(), 0
+                    for part in _parts(arrays, shape, start, stop):
+                        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+                        crc = zlib.crc32(data, crc)
+                        file.write(data)
+                    size = file.tell() - offset
+                    pieces.append(Piece(path, str(number), offset, size, start, stop, crc))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                name.unlink()
+            raise _not_written(name, error) from error
+        self._sound |= dict.fromkeys(pieces, True)
         return pieces
+
+    def _files(self) -> set[str]:
+        """Names of those that are there; what else somebody put there is left alone."""
+        there = os.listdir(self._folder) if self._folder.is_dir() else []
+        return {name for name in there if name.isascii() and name.isdecimal()}
 
     def drop_done(self) -> None:
         """Removes the files of what batches have."""
         if not self._folder.is_dir():
             return
         wanted = {piece.file for piece in self._journal.pieces}
-        for name in set(os.listdir(self._folder)) - wanted:
+        for name in self._files() - wanted:
             (self._folder / name).unlink()
         if not wanted:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _not_written(path: pathlib.Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: could not be written: {error.strerror}.")
 
 
 def _parts(

@@ -7,13 +7,15 @@ protocol of its own, in which all take part; what is written without it process 
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fdq.processes import whole
 from fdq_checkpoints import tree_paths
 from fdq_checkpoints.errors import CheckpointError
 from fdq_checkpoints.tree_paths import Tensor
@@ -35,65 +37,69 @@ def directory_of_first(
         with enter():
             yield folder
         return
-    stack, error = contextlib.ExitStack(), None
-    if is_first():
-        try:
-            stack.enter_context(enter())
-        except Exception as raised:
-            error = raised
-    agree(error)
+    stack = contextlib.ExitStack()
+    checked(lambda: stack.enter_context(enter()) if is_first() else None, folder)
+    checked(lambda: _check_seen(folder), folder)
+    error = None
+    try:
+        with stack:
+            yield folder
+    except Exception as raised:
+        error = raised
+    agree_all(error, folder)
+
+
+def _check_seen(folder: pathlib.Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: made by process 0, and not seen by process {jax.process_index()}. Save to "
             "a disk that all processes share."
         )
-    try:
-        with stack:
-            yield folder
-    except Exception as raised:
-        if not is_first():
-            raise
-        error = raised
-    agree(error)
 
 
-def agree(error: Exception | None = None) -> None:
-    """Waits for all processes; raises the error of process 0, elsewhere that there was one."""
-    if jax.process_count() == 1:
-        return
-    succeeded = bool(multihost_utils.broadcast_one_to_all(np.int32(error is None)))
+def agree_all(error: Exception | None, folder: pathlib.Path) -> None:
+    """Waits for all processes, and raises in all of them where one has an error; its own first.
+
+    `folder` is what the others say that it was about.
+    """
+    failed = [error is not None]
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.int32(failed[0])).tolist()
     if error is not None:
         raise error
-    if not succeeded:
-        raise CheckpointError("save: process 0, which writes, could not; its own error says why.")
+    if any(failed):
+        raise CheckpointError(
+            f"{folder}: process {failed.index(True)} of {len(failed)} failed; its own error says why."
+        )
 
 
-def agree_all(check: Callable[[], None]) -> None:
-    """Runs `check` in every process, and raises in all of them where it raised in one."""
-    error = None
+def checked[Made](make: Callable[[], Made], folder: pathlib.Path) -> Made:
+    """What `make` gives in this process; raises in all processes where it raised in one."""
+    made, error = None, None
     try:
-        check()
+        made = make()
     except Exception as raised:
         error = raised
-    failed = multihost_utils.process_allgather(np.int32(error is not None))
-    if error is not None:
-        raise error
-    if np.any(failed):
-        first = int(np.argmax(np.asarray(failed)))
-        raise CheckpointError(f"load: process {first} found a problem; its own error says which.")
+    agree_all(error, folder)
+    return cast(Made, made)
+
+
+def in_step[Item](items: Iterable[Item], folder: pathlib.Path) -> Iterator[Item]:
+    """Each item once all processes have made it; raises in all where one could not."""
+    iterator, end = iter(items), object()
+    while (item := checked(lambda: next(iterator, end), folder)) is not end:
+        yield cast(Item, item)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """A tensor of which this process may have a part only, whole."""
     if jax.process_count() == 1:
         return tensor
-    whole = tree_paths.map_arrays(lambda _, array: _whole(array), tensor)
-    return dataclasses.replace(tensor, value=whole)
+    value = tree_paths.map_arrays(lambda _, array: _whole(array), tensor)
+    return dataclasses.replace(tensor, value=value)
 
 
 def _whole(array: jax.Array) -> jax.Array | np.ndarray:
-    if not isinstance(array, jax.Array) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return array
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return array
-    return multihost_utils.process_allgather(array, tiled=True)
+    return whole(array)
