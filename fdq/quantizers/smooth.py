@@ -55,6 +55,11 @@ def smoothed(
         weights = [np.abs(scaling.parameter(path)) for path in joint.readers if _is_weight(path)]
         of_weights = [joint.largest(w.max(axis=(*range(w.ndim - 2), -1))) for w in weights]
         largest, of_weight = joint.largest(rows), np.max(of_weights, axis=0)
+        if not (np.isfinite(largest).all() and np.isfinite(of_weight).all()):
+            raise ValueError(
+                f"smoothed: weights or the absmax of {joint.readers[0]} are not finite; the model "
+                "overflows on the calibration text."
+            )
         good = (largest > 0) & (of_weight > 0)
         largest, of_weight = np.where(good, largest, 1), np.where(good, of_weight, 1)
         scale = largest**alpha / of_weight ** (1 - alpha)

@@ -11,7 +11,8 @@ import fdq
 from fdq import nn
 from fdq.models.config import DecoderConfig
 from fdq.models.decoder import Decoder
-from fdq.models.parts import MoEConfig, Sandwich
+from fdq.models.granite import ScaledResidual
+from fdq.models.parts import DecoderLayer, MoEConfig, Sandwich
 from fdq.quantizers.channel_scales import Scaling, joints
 from fdq.quantizers.preparation import check_preparations, prepared
 from fdq.quantizers.rotated import Rotation
@@ -44,6 +45,17 @@ EXPERTS = (
     ("shared_experts.gate_up_proj", 48),
     ("shared_experts.down_proj", 32),
 )
+
+
+HALVES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class Foreign(DecoderLayer):
+    """A layer of somebody else, which may do anything."""
+
+
+class OtherMLP(nn.MLP):
+    """Likewise."""
 
 
 def randomized(model, rng):
@@ -184,6 +196,21 @@ def test_what_cannot_be_scaled_or_turned(model, tokens):
     sandwich = Decoder(CONFIG.replace(block=Sandwich(), moe=None), rngs=nnx.Rngs(params=0))
     with pytest.raises(ValueError, match=r"layers.0: a SandwichLayer with Attention cannot be"):
         fdq.rotated(sandwich)
+    granite = Decoder(CONFIG.replace(block=ScaledResidual(scale=0.5)), rngs=nnx.Rngs(params=0))
+    with pytest.raises(ValueError, match=r"layers.0: a ScaledLayer with Attention cannot be"):
+        fdq.rotated(granite)
+    assert len(list(joints(granite))) == 9
+    foreign = nnx.clone(model)
+    foreign.layers[1] = Foreign(**{n: getattr(foreign.layers[1], n) for n in HALVES})
+    with pytest.raises(ValueError, match=r"layers.1: channels of a Foreign cannot be scaled"):
+        fdq.smoothed(foreign, fdq.Calibration(absmax={}, mean_square={}, cache=(), tokens=1))
+    foreign = nnx.clone(model)
+    mlp = foreign.layers[0].mlp
+    foreign.layers[0].mlp = OtherMLP.__new__(OtherMLP)
+    vars(foreign.layers[0].mlp).update(vars(mlp))
+    with pytest.raises(ValueError, match=r"layers.0.mlp: a OtherMLP cannot be rotated"):
+        fdq.rotated(foreign)
+    assert not any(".mlp" in path for j in joints(foreign) for path in j.readers if "rs.0" in path)
     with pytest.raises(ValueError, match="odd factor 1031 is above 512"):
         Rotation(2 * 1031)
     with pytest.raises(ValueError, match="no preparation 'turn'; use one of rotate, smooth, awq"):
@@ -201,3 +228,6 @@ def test_what_cannot_be_scaled_or_turned(model, tokens):
     seen = fdq.Calibration(absmax=known, mean_square=known, cache=(), tokens=1)
     with pytest.raises(ValueError, match="alpha from 0 to 1, found 2"):
         fdq.smoothed(model, seen, alpha=2)
+    known["layers.0.self_attn.qkv_proj.kernel"][3] = np.inf
+    with pytest.raises(ValueError, match=r"absmax of layers.0.self_attn.qkv_proj.kernel are not"):
+        fdq.smoothed(model, seen)
