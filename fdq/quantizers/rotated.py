@@ -130,7 +130,13 @@ def rotated(model: Decoder, *, seed: int = 0) -> Decoder:
         for writer in writers:
             _write(writer, turn)
     _read(result.norm, [result.lm_head], turn)
+    tell(result, "rotate")
     return result
+
+
+def tell(model: Decoder, name: str) -> None:
+    """Notes on the model that its weights are no longer those of the original."""
+    model.prepared = name if model.prepared is None else f"{model.prepared},{name}"
 
 
 def check_float(model: Any, what: str) -> None:

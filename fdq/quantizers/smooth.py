@@ -15,6 +15,7 @@ import numpy as np
 from fdq.calibration.statistics import Calibration
 from fdq.models.decoder import Decoder
 from fdq.quantizers import channel_scales
+from fdq.quantizers.rotated import tell
 
 ALPHA = 0.6
 """Between 0.5, as published, and what models of harder outliers take."""
@@ -67,6 +68,7 @@ def smoothed(
         scale = scale / np.exp(np.mean(np.log(scale[good]))) if good.any() else scale
         scale = np.where(good, scale, 1)
         scaling.apply(joint, channel_scales.rounded(scale) if exact else scale)
+    tell(scaling.model, "smooth")
     return scaling.model, scaling.calibration()
 
 
