@@ -8,14 +8,16 @@ import pytest
 from flax import nnx
 
 import fdq
+import fdq_checkpoints
 from fdq import nn
+from fdq.analysis.layer_errors import layer_errors
 from fdq.models.config import DecoderConfig
 from fdq.models.decoder import Decoder
 from fdq.models.granite import ScaledResidual
 from fdq.models.parts import DecoderLayer, MoEConfig, Sandwich
 from fdq.quantizers.channel_scales import Scaling, joints
 from fdq.quantizers.preparation import check_preparations, prepared
-from fdq.quantizers.rotated import Rotation
+from fdq.quantizers.rotated import Rotation, tell
 from tests.covering import longest
 
 CONFIG = DecoderConfig(
@@ -175,10 +177,30 @@ def test_a_rotated_model_is_the_same_function(model, tokens):
     turned = fdq.rotated(model)
     assert turned.lm_head is not None and not turned.config.tie_word_embeddings
     assert model.lm_head is None  # its own is as it was
+    assert (model.prepared, turned.prepared) == (None, "rotate")
     np.testing.assert_allclose(logits(turned, tokens), logits(model, tokens), atol=2e-4)
     kernel = turned.layers[0].self_attn.qkv_proj.kernel.get_value()
     assert not np.allclose(kernel, model.layers[0].self_attn.qkv_proj.kernel.get_value())
     assert (np.asarray(turned.norm.scale.get_value()) == 1).all()
+
+
+@pytest.mark.slow
+def test_what_was_done_before_goes_with_the_model_and_its_checkpoints(model, tokens, tmp_path):
+    turned = fdq.rotated(model)
+    tell(turned, "smooth")
+    assert fdq.quantize(turned, "W8A16").prepared == "rotate,smooth"
+    fdq.save(turned, tmp_path / "turned")
+    assert fdq.load(tmp_path / "turned", prepare=False).prepared == "rotate,smooth"
+    assert "rotate,smooth: weights were changed" in str(
+        fdq_checkpoints.inspect(tmp_path / "turned")
+    )
+    fdq.convert(tmp_path / "turned", tmp_path / "w8", "W8A16")
+    assert set(fdq_checkpoints.weight_errors(tmp_path / "w8", tmp_path / "turned"))
+    fdq.save(model, tmp_path / "original")
+    with pytest.raises(fdq_checkpoints.CheckpointError, match="changed before quantization .rotat"):
+        fdq_checkpoints.weight_errors(tmp_path / "w8", tmp_path / "original")
+    with pytest.raises(ValueError, match="layer_errors: the model's weights were changed before"):
+        layer_errors(turned, model, tokens)
 
 
 def test_what_cannot_be_scaled_or_turned(model, tokens):
