@@ -82,8 +82,9 @@ def missed_bars(rows: list[Row]) -> list[str]:
     missed = []
     for row in rows:
         bar, found = ROWS.get(row.name), row.report.kl_nats_per_token
-        if bar is not None and found is not None and found > bar:
-            missed.append(f"{row.name}: {found:.5f} nats per token, the bar is {bar}")
+        if bar is not None and (found is None or not found <= bar):  # which NaN is not, either
+            said = "no KL" if found is None else f"{found:.5f} nats per token"
+            missed.append(f"{row.name}: {said}, the bar is {bar}")
     return missed
 
 
@@ -126,6 +127,7 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     rows = [comparison.original()]
+    used = {}
     with tempfile.TemporaryDirectory(prefix="fdq-calibrated-") as folder:
         for index, name in enumerate(arguments.row or ROWS):
             scheme, _, method = name.removeprefix(ROTATED).partition(":")
@@ -144,10 +146,12 @@ def main() -> int:
                     decodes=False,
                 )
             )
+            if method:
+                used[name] = calibration.digest
             result = {
                 "text_sha256": comparison.text_sha256,
-                "calibration": calibration.digest,
-                "calibration_tokens": calibration.tokens,
+                "calibration": used,
+                "calibration_tokens": plain[1].tokens,
                 "missed_bars": missed_bars(rows),
                 "rows": [row.to_dict() for row in rows],
             }

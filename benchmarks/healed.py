@@ -89,8 +89,9 @@ def main() -> int:
         )
         result = healed.to_dict() | {"report": report.to_dict(), "unhealed": before.to_dict()}
         pathlib.Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        bar, kl = ROWS.get(name), report.kl_nats_per_token or 0.0
-        if bar is not None and kl > bar:
+        bar, kl = ROWS.get(name), report.kl_nats_per_token
+        assert kl is not None
+        if bar is not None and not kl <= bar:  # which NaN is not, either
             missed.append(f"{name}: {kl:.5f} nats per token, the bar is {bar}")
         shown = (f"{before.kl_nats_per_token:.5f}", f"{kl:.5f}", "—" if bar is None else f"{bar}")
         cells.append((scheme, method, codes, *shown, f"{report.top1_agreement:.2%}"))

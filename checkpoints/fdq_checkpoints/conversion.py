@@ -94,8 +94,8 @@ def convert(
         ):
             written, resumed = work.write(overwrite, progress)
             # A model keeps its own record, also of what was quantized before.
-            record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
-            origin = {"source": source.name, "recipe": record, **options, **saving.text_seen(seen)}
+            record = saving.history(made.tree, recipe.to_json())
+            origin = {"source": source.name, **record, **options, **saving.text_seen(seen)}
             saving.write_manifest(
                 folder,
                 [written[tensor.path] for tensor in tensors],

@@ -24,6 +24,7 @@ from fdq_checkpoints.store import adapters
 from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import bytes_in, unreplaced
 from fdq_checkpoints.store.restore import StoredTensors
+from fdq_checkpoints.store.stored_model import prepared_of
 from fdq_checkpoints.tree_paths import dotted
 
 
@@ -147,6 +148,8 @@ class Inspection:
 
 def _made_how(record: Mapping[str, Any]) -> dict[str, str]:
     made = {}
+    if record.get("prepared"):
+        made["prepared"] = f"{record['prepared']}: weights were changed before quantization"
     if record.get("method"):
         made["quantizer"] = str(record["method"])
     if record.get("calibration"):
@@ -158,7 +161,7 @@ def _made_how(record: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(healed, Mapping):
         before, after = healed.get("kl_before"), healed.get("kl_after")
         words = f"{healed.get('steps')} steps against {healed.get('teacher')}, codes "
-        words += f"{healed.get('codes')}, text sha256 {str(healed.get('text_sha256'))[:16]}"
+        words += f"{healed.get('codes')}, tokens sha256 {str(healed.get('tokens_sha256'))[:16]}"
         if isinstance(before, float) and isinstance(after, float):
             words += f", KL {before:.5f} -> {after:.5f} nats per token"
         made["healed"] = words
@@ -219,6 +222,13 @@ def weight_errors(
         raise CheckpointError(f"{folder}: no fdq.json; errors are those of an fdq checkpoint.")
     found = {}
     stored = StoredTensors(folder)
+    prepared = prepared_of(stored)
+    if prepared != _prepared(original):
+        raise CheckpointError(
+            f"{folder}: its weights were changed before quantization ({prepared or 'nothing'}), "
+            f"those of {original} otherwise ({_prepared(original) or 'nothing'}), so that they "
+            "cannot be compared one by one. fdq evaluate --against compares what models say."
+        )
     with open_source(original) as source:
         shapes = {t.path: tuple(t.value.shape) for t in tree_paths.flatten(source.tree)}
         for entry, arrays in stored.read(verify=False):
@@ -236,6 +246,14 @@ def weight_errors(
             norm = np.square(exact).sum(dtype=np.float64)
             found[dotted(entry.path)] = (float(squares), float(norm))
     return found
+
+
+def _prepared(path: str | os.PathLike[str]) -> str | None:
+    """What was done to the weights of a checkpoint before they were stored."""
+    folder = checkpoint_directory(path)
+    if not os.path.lexists(folder / manifests.FILE_NAME):
+        return None
+    return prepared_of(StoredTensors(folder))
 
 
 def _decoded(value: Any) -> np.ndarray:

@@ -60,14 +60,14 @@ def _write(
     with processes.directory_of_first(pending, commit.pending_path(dst)) as folder:
         seen = made.inputs.calibration
         named = {**named, "calibration": None if seen is None else seen.digest}
-        record = getattr(made.tree, "recipe_record", None) or recipe.to_json()
+        record = saving.history(made.tree, recipe.to_json())
         saving.write_manifest(
             folder,
             saving.write(folder, processes.in_step(made.tensors(progress=progress), dst), total),
             scheme=saving.scheme_name(made.tree) or (None if scheme is None else str(recipe)),
             config=source.config,
             files=source.companions(),
-            provenance={"source": source.name, "recipe": record, **named, **saving.text_seen(seen)},
+            provenance={"source": source.name, **record, **named, **saving.text_seen(seen)},
         )
         if source.adapters is not None and processes.is_first():
             shutil.copytree(source.adapters, folder / adapters.FOLDER, dirs_exist_ok=True)

@@ -36,7 +36,7 @@ from fdq_checkpoints.store import manifest as manifests
 from fdq_checkpoints.store.commit import unreplaced
 from fdq_checkpoints.store.manifest import TensorEntry
 from fdq_checkpoints.store.restore import Shardings, StoredTensors
-from fdq_checkpoints.store.stored_model import abstract_model
+from fdq_checkpoints.store.stored_model import abstract_model, prepared_of
 from fdq_checkpoints.tree_paths import array_path, dotted
 
 
@@ -177,6 +177,7 @@ def _load_stored(
         distribution.settle(model, placement)
     model.scheme = manifest.scheme
     model.recipe_record = manifest.provenance.get("recipe")
+    model.prepared = prepared_of(stored)
     _set_text(model, stored.folder, stops)
     adapters.tell(stored.folder)
     return model

@@ -72,7 +72,7 @@ def save(
             scheme=scheme_name(obj),
             config=obj.config if is_model else None,
             files=[*attached_files(obj), *files],
-            provenance={"recipe": getattr(obj, "recipe_record", None), **(provenance or {})},
+            provenance=history(obj, None) | dict(provenance or {}),
         )
 
 
@@ -93,6 +93,13 @@ def write(folder: pathlib.Path, tensors: Iterable[Tensor], total: int) -> list[T
         with stopping.whole():
             writer.close()
     return entries
+
+
+def history(obj: Any, recipe: str | None) -> dict[str, Any]:
+    """What a model knows of how it was made; `recipe` where it does not know that."""
+    prepared = getattr(obj, "prepared", None)
+    said = {"recipe": getattr(obj, "recipe_record", None) or recipe}
+    return said if prepared is None else {**said, "prepared": prepared}
 
 
 def text_seen(seen: Any) -> dict[str, Any]:

@@ -28,7 +28,14 @@ Points = Sequence[tuple[float, float]]
 
 
 def lines(series: Mapping[str, Points], *, x: str, y: str, log_y: bool = False) -> str:
-    """A line for each series, by name; `x` and `y` label the axes."""
+    """A line for each series, by name; `x` and `y` label the axes.
+
+    Points that are not finite are left out, here and below.
+    """
+    series = {
+        name: [point for point in points if all(map(math.isfinite, point))]
+        for name, points in series.items()
+    }
     whole = [point for points in series.values() for point in points]
     axes = _Axes(whole, x, y, log_y)
     body = axes.drawn()
@@ -52,6 +59,10 @@ def points(
     The first group is drawn on top. Beaten is a point where another has no larger x and a smaller
     y, in all groups.
     """
+    groups = {
+        name: [(label, a, b) for label, a, b in members if math.isfinite(a) and math.isfinite(b)]
+        for name, members in groups.items()
+    }
     whole = [(a, b) for members in groups.values() for _, a, b in members]
     axes = _Axes(whole, x, y, log_y)
     body = axes.drawn()
@@ -84,6 +95,7 @@ def pareto(found: Points) -> list[tuple[float, float]]:
 def bars(rows: Sequence[tuple[str, float, str]], *, x: str, kinds: Sequence[str] = ()) -> str:
     """A bar for each row `(label, length, kind)`; `kinds` in the order of their colors."""
     kinds = list(kinds) or list(dict.fromkeys(kind for _, _, kind in rows))
+    rows = [row for row in rows if math.isfinite(row[1])]
     left = 16 + 6.4 * max((len(label) for label, _, _ in rows), default=0)
     low = min(0.0, *(length for _, length, _ in rows)) if rows else 0.0
     high = max(0.0, *(length for _, length, _ in rows)) if rows else 1.0
@@ -112,8 +124,7 @@ class _Axes:
     """Where numbers are on the page, and the ticks."""
 
     def __init__(self, found: Points, x: str, y: str, log_y: bool):
-        finite = [(a, b) for a, b in found if math.isfinite(a) and math.isfinite(b)]
-        finite = [(a, b) for a, b in finite if b > 0] if log_y else finite
+        finite = [(a, b) for a, b in found if b > 0] if log_y else list(found)
         finite = finite or [(0.0, 1.0)]
         self.log = log_y
         self.labels = x, y

@@ -30,7 +30,7 @@ from fdq.analysis.windows import (
 )
 from fdq.cache import limits
 from fdq.cache.kv_cache import parse_format
-from fdq.decoding.state import log_probabilities
+from fdq.decoding.state import divergences, log_probabilities
 from fdq.models import Decoder
 from fdq.ops.placement import mesh_of
 from fdq.schemes.scheme import CacheSpec
@@ -263,9 +263,7 @@ def _sums(
     else:
         log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         log_p = jax.nn.log_softmax(reference.astype(jnp.float32), axis=-1)
-        # 0 * log 0 is 0: a reference may forbid a token with -inf.
-        term = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
-        kl = jnp.sum(term, axis=-1)
+        kl = divergences(log_p, log_q)
         others = -log_probabilities(reference, targets)
         agree = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
     return jnp.stack([jnp.sum(jnp.where(mask > 0, x, 0.0)) for x in (nats, kl, agree, others)])

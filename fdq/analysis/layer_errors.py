@@ -58,8 +58,18 @@ def layer_errors(model: nnx.Module, original: nnx.Module, tokens: Any) -> tuple[
       tokens: `[N, L]` rows of text, for the inputs of layers; a few are enough.
 
     Raises:
-      ValueError: a weight of another shape than the original's, or none there.
+      ValueError: a weight of another shape than the original's, or none there; a model on a mesh;
+        weights that were rotated or scaled before they were quantized.
     """
+    for one in (model, original):
+        if getattr(one, "placement", None) is not None:
+            raise ValueError("layer_errors: a model is on a mesh; fdq.unshard it first.")
+    mine, theirs = (getattr(one, "prepared", None) for one in (model, original))
+    if mine != theirs:
+        raise ValueError(
+            f"layer_errors: the model's weights were changed before quantization ({mine}), the "
+            f"original's otherwise ({theirs}). Compare with what was quantized."
+        )
     seen = calibrate(original, tokens, moments=True)
     theirs = _flat(split(unprepare(original))[1])
     found = []

@@ -23,6 +23,7 @@ import numpy as np
 
 HELDOUT_MODULUS = 20
 DEFAULT_HELDOUT_BYTES = 65_536
+_LONGEST_TOKEN = 16  # characters
 
 # sha256 of `heldout_text().text` with CPython 3.12.1.
 REFERENCE_SHA256 = "6fdfeb73e18f749f5a79ba467c905cf65af62c6dc541274ebfa332b5c303184c"
@@ -97,6 +98,39 @@ def calibration_rows(
             break
     whole = min(rows * length, len(ids) // length * length)
     return np.asarray(ids[:whole], np.int32).reshape(-1, length)
+
+
+def file_rows(
+    encode: Callable[[str], Sequence[int]],
+    path: pathlib.Path,
+    rows: int,
+    *,
+    length: int = 256,
+    least: int = 1,
+    purpose: str = "calibration",
+) -> np.ndarray:
+    """Tokens int32 `[rows, length]` of the beginning of a file in UTF-8.
+
+    Fewer rows where it ends, and one shorter row of a text that has not `length` tokens.
+
+    Raises:
+      ValueError: no UTF-8, nothing in it, or fewer than `least` tokens, for a `purpose` in words.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{path}: empty; {purpose} needs text.")
+    # A token is seldom longer; the rest of a long file need not be looked at.
+    ids = encode(text[: _LONGEST_TOKEN * rows * length])[: rows * length]
+    if len(ids) < least:
+        raise ValueError(
+            f"{path}: {len(ids)} tokens are too few for {purpose}; give at least {least}, better "
+            f"{rows * length}."
+        )
+    length = min(length, len(ids))
+    return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
 
 
 def heldout_text(

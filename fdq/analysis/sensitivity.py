@@ -23,6 +23,7 @@ from flax import nnx
 
 from fdq.analysis import chart
 from fdq.analysis.planner import weight_table
+from fdq.decoding.state import divergences
 from fdq.formats.qtensor import QuantizedWeight, dequantize
 from fdq.nn.embedding import check_vocabulary
 from fdq.nn.parameters import bind, split
@@ -33,6 +34,7 @@ from fdq.text_table import aligned
 CANDIDATES = ("W2A16", "W3A16", "W4A16", "W8A16")
 BUCKETS = 4096
 """Into how many steps the room for codes is cut, to fill it as well as can be."""
+_NUMBER = r"(?<=\.)\d+(?=\.|$)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class Sensitivity:
         """
         if (bits is None) == (nbytes is None):
             raise ValueError("recommend: give bits=, or nbytes= of all weights, not both.")
+        if bits is not None and not math.isfinite(bits):
+            raise ValueError(f"recommend: expected bits per weight, found {bits}.")
         weights = sum(unit.weights for unit in self.units)
         room = nbytes - self.rest if nbytes is not None else math.floor(bits * weights / 8)  # pyright: ignore[reportOptionalOperand]
         least = sum(min(unit.bytes) for unit in self.units)
@@ -78,7 +82,10 @@ class Sensitivity:
                 f"weights take at least {8 * least / weights:.3f} bits, the model "
                 f"{least + self.rest:,} bytes. Name smaller candidates."
             )
-        return _knapsack(self.units, room)
+        uniform = [(c,) * len(self.units) for c in range(len(self.candidates))]
+        fitting = [choice for choice in uniform if self._bytes(choice) <= room]
+        # The knapsack counts in buckets, so that at its very size one scheme for all may be better.
+        return min([_knapsack(self.units, room), *fitting], key=self.kl_of)
 
     def recipe(self, *, bits: float | None = None, nbytes: int | None = None) -> Recipe:
         """The recipe of `chosen`: most weights by default, the others by a rule each."""
@@ -99,8 +106,10 @@ class Sensitivity:
 
     def bits_of(self, chosen: Sequence[int]) -> float:
         """Bits by quantized weight, scales included."""
-        stored = sum(u.bytes[at] for u, at in zip(self.units, chosen, strict=True))
-        return 8 * stored / sum(unit.weights for unit in self.units)
+        return 8 * self._bytes(chosen) / sum(unit.weights for unit in self.units)
+
+    def _bytes(self, chosen: Sequence[int]) -> int:
+        return sum(u.bytes[at] for u, at in zip(self.units, chosen, strict=True))
 
     def kl_of(self, chosen: Sequence[int]) -> float:
         """The sum of what the units cost, nats per token: an estimate of the whole."""
@@ -227,10 +236,14 @@ def measure(
     totals = {name: sum(w.nbytes for w in one.values()) for name, one in made.items()}
     names = tuple(sorted(dict.fromkeys(candidates), key=totals.__getitem__))
     order = [row.path for row in match_table(model, names[0]).quantized]
+    # No asterisk, which spans dots.
+    every = f"{{0..{max([0, *(int(n) for path in paths for n in re.findall(_NUMBER, path))])}}}"
     groups: dict[str, list[str]] = {}
     for path in sorted(paths, key=lambda p: order.index(p) if p in order else len(order)):
         pattern = path.removesuffix(".kernel")
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", pattern) if by == "kind" else pattern
+        if any(other.startswith(f"{pattern}.") for other in paths if other != path):
+            pattern = path  # a pattern covers what is below
+        pattern = re.sub(_NUMBER, every, pattern) if by == "kind" else pattern
         groups.setdefault(pattern, []).append(path)
 
     @jax.jit
@@ -240,8 +253,7 @@ def measure(
     @jax.jit
     def divergence(params: Any, batch: jax.Array, log_p: jax.Array) -> jax.Array:
         log_q = jax.nn.log_softmax(bind(template, params)(batch).astype(jnp.float32))
-        terms = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
-        return jnp.mean(jnp.sum(terms, axis=-1))
+        return jnp.mean(divergences(log_p, log_q))
 
     original, leaves = logits(params, batch), _flat(params)
     passes, done, units = len(groups) * (len(names) if exact else 1), 0, []
@@ -253,8 +265,8 @@ def measure(
                 kl.append(kl[0] * error / errors[0] if errors[0] else 0.0)
                 continue
             changed = {p: dequantize(made[name][p], leaves[p].dtype) for p in members}
-            # Never below 0, which sums of rounded numbers can be.
-            kl.append(max(0.0, float(divergence(_with(params, changed), batch, original))))
+            # Never below 0, which sums of rounded numbers can be; in this order NaN stays NaN.
+            kl.append(max(float(divergence(_with(params, changed), batch, original)), 0.0))
             done += 1
             if progress is not None:
                 progress(done, passes, pattern)

@@ -331,6 +331,16 @@ def loading_scheme(text: str | None) -> Any:
     return recipe
 
 
+def writable(option: str, path: pathlib.Path | None, suffix: str = "") -> None:
+    """Wrong names and folders of what is going to be written are found before any work."""
+    if path is None:
+        return
+    if not path.name.lower().endswith(suffix):
+        raise ValueError(f"{option} {path}: expected a name that ends with {suffix}.")
+    if not (folder := path.absolute().parent).is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {folder}.")
+
+
 def check_cache(name: str | None, model: Any) -> None:
     """ValueError for a cache format with static scales, of a model that has none."""
     from fdq.cache.kv_cache import parse_format

@@ -11,7 +11,7 @@ import typer
 
 from fdq.calibration.statistics import Calibration
 from fdq.cli import console
-from fdq.cli.preparing import convert_prepared
+from fdq.cli.preparing import convert_prepared, say_of_experts
 from fdq.quantizers.layer_inputs import moments_for
 from fdq.schemes.recipe import Recipe
 
@@ -119,12 +119,7 @@ def run(
                 source, calibration_text, moments, config=config, subtree=subtree
             )
         if not json:
-            for path, few in calibration.rarely_picked.items():
-                seen = ", ".join(f"{expert} ({count})" for expert, count in few.items())
-                console.err.print(
-                    f"{path}: few tokens picked experts {seen}; they borrow from the others.",
-                    markup=False,
-                )
+            say_of_experts(calibration)
     before = inspect(source, subtree=subtree)
     if recipe is None and before.scheme is None:
         raise ValueError(
@@ -150,6 +145,7 @@ def run(
                 compat=compat,
                 dtype=dtype,
                 overwrite=overwrite,
+                quiet=json,
             )
     else:
         converting = console.progress("Converting", quiet=json, in_bytes=True)
@@ -269,23 +265,17 @@ def sample(
     moments: dict[str, Any] | None = None,
 ) -> Any:
     """Tokens `[rows, length]` to calibrate a model on."""
-    import numpy as np
-
     from fdq.analysis import sample_text
     from fdq.decoding.tokenizer import Tokenizer
 
     gathers = moments is not None and any(moments.values())
     rows = MOMENT_ROWS if gathers else ROWS
     tokenizer = Tokenizer.load(getattr(model, "tokenizer_path", None) or source)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, bos=True)
+
     if text_file is None:
-        return sample_text.calibration_rows(lambda text: tokenizer.encode(text, bos=True), rows)
-    ids = tokenizer.encode(text_file.read_text("utf-8"), bos=True)[: rows * ROW]
-    if not ids:
-        raise ValueError(f"{text_file}: empty; calibration needs text.")
-    if gathers and len(ids) < FEWEST_TOKENS:
-        raise ValueError(
-            f"{text_file}: {len(ids)} tokens are too few for second moments; give at least "
-            f"{FEWEST_TOKENS}, better {MOMENT_ROWS * ROW}."
-        )
-    length = min(ROW, len(ids))
-    return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+        return sample_text.calibration_rows(encode, rows)
+    least, purpose = (FEWEST_TOKENS, "second moments") if gathers else (1, "calibration")
+    return sample_text.file_rows(encode, text_file, rows, length=ROW, least=least, purpose=purpose)

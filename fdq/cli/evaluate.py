@@ -77,6 +77,7 @@ def run(
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, scheme=recipe, dtype=dtype, mesh=devices, progress=update)
         reference = None if against is None else load(against, dtype=dtype, progress=update)
+    html_page.check_original(page, other, reference)
     console.check_cache(cache, model)
     with console.progress("Evaluating", quiet=json) as update:
         report = evaluate(
@@ -91,6 +92,14 @@ def run(
             progress=update,
         )
     digest = hashlib.sha256(content.encode()).hexdigest()
+    if json:
+        extra = {"checkpoint": name, "against": other}
+        console.print_json(extra | {"text_sha256": digest} | report.to_dict())
+    else:
+        console.out.print(console.table(name, ["", "value"], report.rows()))
+    if text is None and not json:
+        console.out.print(f"Text: Python's standard library, sha256 {digest[:16]}", style="dim")
+    # After what was measured, which a page that fails does not take with it.
     if page is not None:
         origin = "Python's standard library" if text is None else text.name
         names = [scheme.strip() for scheme in beside.split(",") if scheme.strip()]
@@ -104,15 +113,8 @@ def run(
                 settings,
                 update,
             )
-        page.write_text(written, "utf-8")
+        page.write_text(written, "utf-8", errors="replace")
         console.say(f"Written: {page}")
-    if json:
-        extra = {"checkpoint": name, "against": other}
-        console.print_json(extra | {"text_sha256": digest} | report.to_dict())
-        return
-    console.out.print(console.table(name, ["", "value"], report.rows()))
-    if text is None:
-        console.out.print(f"Text: Python's standard library, sha256 {digest[:16]}", style="dim")
 
 
 def read_text(path: pathlib.Path | None, max_bytes: int | None) -> str:

@@ -61,7 +61,7 @@ def run(
     The same command goes on where a stopped one was, from the sibling DST.fdq-heal.
     """
     from fdq.decoding.tokenizer import Tokenizer
-    from fdq.healing.healing import heal
+    from fdq.healing.healing import heal, optimizers
     from fdq.storage import load, save
     from fdq_checkpoints import inspect
 
@@ -73,10 +73,12 @@ def run(
             f"{destination} exists. Choose another DST, or replace an fdq checkpoint with "
             "--overwrite."
         )
+    optimizers()
+    console.writable("--plot", plot, ".svg")
     if codes not in ("fixed", "free"):
         raise ValueError(f"--codes {codes}: expected fixed or free.")
     tokenizer = Tokenizer.load(console.text_directory(directory))
-    rows, digest = training_rows(tokenizer, text)
+    rows, digest = training_rows(tokenizer, text, ROWS, least=16 * ROW, purpose="healing")
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, prepare=False, progress=update)
         original = load(teacher, prepare=False, progress=update)
@@ -99,15 +101,15 @@ def run(
         "steps": steps,
         "codes": codes,
         "tuned": tune,
-        "text_sha256": digest,
+        "tokens_sha256": digest,
         "kl_before": healed.before,
         "kl_after": healed.after,
     }
     before = inspect(directory).provenance
     save(healed.model, destination, overwrite=overwrite, provenance={**before, "healed": record})
-    state.unlink(missing_ok=True)
     if plot is not None:
         healed.plot(plot)
+    state.unlink(missing_ok=True)
     if json:
         console.print_json({"checkpoint": given, "destination": str(destination)} | record)
         return
@@ -120,11 +122,14 @@ def run(
     console.out.print(console.table(str(destination), ["", ""], lines, left=True))
 
 
-def training_rows(tokenizer: Any, path: pathlib.Path | None, count: int = ROWS) -> tuple[Any, str]:
-    """Tokens int32 `[N, 256]` of a file, or of the library's training split; and their hash."""
-    import hashlib
+def training_rows(
+    tokenizer: Any, path: pathlib.Path | None, count: int, *, least: int, purpose: str
+) -> tuple[Any, str]:
+    """Tokens int32 `[N, 256]` of a file, or of the library's training split; and their hash.
 
-    import numpy as np
+    At most `count` rows; ValueError for a file of fewer than `least` tokens.
+    """
+    import hashlib
 
     from fdq.analysis import sample_text
 
@@ -134,12 +139,5 @@ def training_rows(tokenizer: Any, path: pathlib.Path | None, count: int = ROWS) 
     if path is None:
         rows = sample_text.calibration_rows(encode, count, length=ROW)
     else:
-        ids = encode(path.read_text("utf-8"))
-        rows = np.asarray(ids[: len(ids) // ROW * ROW], np.int32).reshape(-1, ROW)
-        least = min(16, count)
-        if len(rows) < least:
-            raise ValueError(
-                f"{path}: {len(ids)} tokens are too few; give at least {least * ROW}, better "
-                "100,000 to tune on."
-            )
+        rows = sample_text.file_rows(encode, path, count, length=ROW, least=least, purpose=purpose)
     return rows, hashlib.sha256(rows.tobytes()).hexdigest()

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fdq.cli import console
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -19,13 +21,19 @@ class Measured:
 
 def check(page: pathlib.Path, beside: str) -> None:
     """Wrong names and folders are found before anything is measured."""
-    from fdq.schemes.recipe import Recipe
-
-    if not page.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--html {page}: there is no folder {page.absolute().parent}.")
+    console.writable("--html", page)
     for name in beside.split(","):
         if name.strip():
-            Recipe.parse(name.strip())
+            console.loading_scheme(name.strip())
+
+
+def check_original(page: pathlib.Path | None, name: str | None, original: Any) -> None:
+    """ValueError for an original that is quantized, which --html cannot compare layers with."""
+    if page is not None and getattr(original, "scheme", None) is not None:
+        raise ValueError(
+            f"--html compares with an original in floats, and {name} is quantized "
+            f"({original.scheme}). Give that --against, or drop --html."
+        )
 
 
 def written(
@@ -54,8 +62,10 @@ def written(
         count = min(ROWS, len(tokens) // length)
         rows = np.asarray(tokens[: count * length], np.int32).reshape(count, length)
         update(0, steps, "layers")
-        if getattr(subject.model, "scheme", None) is not None:
-            layers = layer_errors(subject.model, subject.original, rows)
+        one, other = (getattr(m, "prepared", None) for m in (subject.model, subject.original))
+        # Weights that were rotated or scaled before are others than the original's.
+        if getattr(subject.model, "scheme", None) is not None and one == other:
+            layers = layer_errors(_on_one_device(subject.model), subject.original, rows)
         for done, scheme in enumerate(beside):
             update(done + 1, steps, scheme)
             others[scheme] = evaluate(
@@ -81,6 +91,12 @@ def written(
         layers=layers,
         beside=others,
     )
+
+
+def _on_one_device(model: Any) -> Any:
+    from fdq.sharding import unshard
+
+    return model if getattr(model, "placement", None) is None else unshard(model)
 
 
 def _made(model: Any) -> dict[str, Any]:

@@ -48,8 +48,7 @@ def run(
     """Tensors with their formats, shapes and true bytes; exit code 1 if a checksum differs."""
     from fdq_checkpoints import CheckpointError, inspect, weight_errors
 
-    if plot is not None and plot.suffix.lower() != ".svg":
-        raise ValueError(f"--plot {plot}: expected a name that ends with .svg.")
+    console.writable("--plot", plot, ".svg")
     directory = console.checkpoint_directory(directory)
     result = inspect(directory, subtree=subtree)
     if result.advice is not None:

@@ -15,6 +15,16 @@ from fdq.quantizers.quantization import quantize
 from fdq.schemes.recipe import Recipe
 
 
+def say_of_experts(calibration: Calibration) -> None:
+    """Names experts whose statistics are mostly those of the others."""
+    for path, few in calibration.rarely_picked.items():
+        seen = ", ".join(f"{expert} ({count})" for expert, count in few.items())
+        console.err.print(
+            f"{path}: few tokens picked experts {seen}; they borrow from the others.",
+            markup=False,
+        )
+
+
 def convert_prepared(
     source: pathlib.Path,
     destination: pathlib.Path,
@@ -27,15 +37,19 @@ def convert_prepared(
     compat: str | None,
     dtype: Any,
     overwrite: bool,
+    quiet: bool,
 ) -> Any:
     """Prepares, quantizes and saves; returns what `fdq_checkpoints.inspect` says of it.
 
     `tokens(model)` are those to calibrate on; `moments` are arguments of `calibrate`.
     """
     from fdq.storage import load, save
-    from fdq_checkpoints import inspect
+    from fdq_checkpoints import inspect, saving
+    from fdq_checkpoints.sources import open_source
 
     check_preparations(names)
+    with open_source(source) as opened:
+        name = opened.name
     model = load(source, dtype=dtype, prepare=False)
     if not isinstance(model, Decoder):
         raise ValueError(f"--prepare {names[0]}: {source} holds no model, whose layers it changes.")
@@ -43,7 +57,10 @@ def convert_prepared(
 
     def seen(model: Decoder) -> Calibration:
         with console.err.status("Calibrating ..."):
-            return calibrate(model, tokens(model), **moments)
+            calibration = calibrate(model, tokens(model), **moments)
+        if not quiet:
+            say_of_experts(calibration)
+        return calibration
 
     model, calibration = prepared(model, names, recipe, seen if needs else None)
     q = quantize(
@@ -55,6 +72,8 @@ def convert_prepared(
         donate=True,
         verbose=True,
     )
-    record = {"source": str(source), "prepared": ",".join(names), "method": method}
+    digest = None if calibration is None else calibration.digest
+    record = {"source": name, "method": method, "compat": compat, "calibration": digest}
+    record |= saving.text_seen(calibration)
     save(q, destination, overwrite=overwrite, provenance=record)
     return inspect(destination)

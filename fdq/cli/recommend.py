@@ -1,5 +1,6 @@
 """`fdq recommend`: how many bits each layer of a model should get, for a size of the whole."""
 
+import math
 import pathlib
 from typing import Annotated
 
@@ -59,16 +60,20 @@ def run(
         raise ValueError("--bits and --memory both give a size; drop one.")
     if by not in ("layer", "kind"):
         raise ValueError(f"--by {by}: expected layer or kind.")
-    if out is not None and out.suffix.lower() != ".json":
-        raise ValueError(f"--out {out}: expected a name that ends in .json, as --scheme reads it.")
+    console.writable("--out", out, ".json")
+    console.writable("--plot", plot, ".svg")
+    if bits is not None and not math.isfinite(bits):
+        raise ValueError(f"--bits {bits}: expected a number of bits.")
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory {memory}: expected a positive number of GB.")
     directory = console.decoder_directory(directory)
     tokenizer = Tokenizer.load(console.text_directory(directory))
-    rows, _ = training_rows(tokenizer, text, ROWS)
+    rows, _ = training_rows(tokenizer, text, ROWS, least=ROWS * ROW, purpose="measuring layers")
     with console.progress("Loading", quiet=json, in_bytes=True) as update:
         model = load(directory, prepare=False, progress=update)
     with console.progress("Measuring", quiet=json) as update:
         names = [name.strip() for name in candidates.split(",") if name.strip()]
-        found = measure(model, rows[:ROWS], candidates=names, by=by, progress=update)  # pyright: ignore[reportArgumentType] - checked above
+        found = measure(model, rows, candidates=names, by=by, progress=update)  # pyright: ignore[reportArgumentType] - checked above
     nbytes = None if memory is None else int(memory * 1e9)
     chosen = found.chosen(bits=3.0 if bits is None and memory is None else bits, nbytes=nbytes)
     recipe = found.recipe_of(chosen)

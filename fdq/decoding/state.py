@@ -250,6 +250,15 @@ def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return in_auto_axes(each, logits, tokens, result=lambda: spec_entries(logits)[:-1])
 
 
+def divergences(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p || q) in nats, `[..., V]` -> `[...]`; NaN where either has one.
+
+    0 * log 0 is 0: a model may forbid a token with -inf.
+    """
+    terms = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q))
+    return jnp.sum(terms, axis=-1)
+
+
 @jax.jit
 def _push(
     state: DecodeState,

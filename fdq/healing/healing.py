@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fdq.decoding.state import divergences
 from fdq.formats.qtensor import QuantizedWeight, boxed
 from fdq.healing import knobs, state_file
 from fdq.healing.knobs import Knobs
@@ -145,7 +146,7 @@ def heal(
       progress: called with (steps done, steps, KL of the last batches in words).
 
     Raises:
-      ImportError: no optax.
+      ModuleNotFoundError: no optax.
       ValueError: too few rows, tokens outside of the vocabulary, models of different vocabularies,
         nothing to tune, codes that cannot be free, a loss that is NaN, a state of another run.
 
@@ -153,11 +154,13 @@ def heal(
       >>> healed = fdq.heal(q, original, tokens, state="healing.npz")  # doctest: +SKIP
       >>> fdq.save(healed.model, "ernie-w2-healed")  # doctest: +SKIP
     """
-    optax = _optax()
+    optax = optimizers()
     start = time.perf_counter()
     rows, kept = _rows(tokens, held_out, batch_size, model)
     if steps < 1 or every < 1:
         raise ValueError(f"heal: expected positive steps and every, found {steps} and {every}.")
+    if not 0 < learning_rate < np.inf:
+        raise ValueError(f"heal: expected a positive learning_rate, found {learning_rate}.")
     if codes not in ("fixed", "free"):
         raise ValueError(f"heal: codes={codes!r}; expected 'fixed' or 'free'.")
     for one in (model, teacher):
@@ -177,42 +180,49 @@ def heal(
         "codes": codes,
         "every": every,
         "seed": seed,
-        "rows": _digest(rows, kept),
-        "start": _digest(*(taken.starts[n] for n in sorted(taken.starts))),
     }
-    step, measured = _programs(taken, unprepare(teacher), rule)
+    teacher = unprepare(teacher)
+    if state is not None:
+        settings |= {"rows": _digest((rows, kept)), "model": _digest(taken.leaves)}
+        settings["teacher"] = _digest(split(teacher)[1])
+    step, measured = _programs(taken, teacher, rule)
     offsets = taken.zeros()
     reached = _Reached(offsets, rule.init(offsets), offsets, [], [])
     if state is not None and pathlib.Path(state).exists():
         reached = _Reached.read(state, settings, reached)
 
-    def look() -> None:
+    def check(what: str, at: int, kl: float) -> None:
+        if not np.isfinite(kl):
+            raise ValueError(
+                f"heal: the {what} of step {at} is {kl}. Lower learning_rate "
+                f"(={learning_rate:g}), or check the models: fdq.evaluate(model, text, "
+                "reference=teacher)."
+            )
+
+    def looked(reached: _Reached) -> _Reached:
         at = len(reached.losses)
         if (at % every and at != steps) or any(p.step == at for p in reached.held_out):
-            return
+            return reached
         point = Point(step=at, kl=_mean(measured, reached.offsets, kept, batch_size))
-        if all(point.kl < earlier.kl for earlier in reached.held_out):
-            reached.best = reached.offsets
-        reached.held_out.append(point)
+        check("KL on held-out rows", at, point.kl)
+        is_best = all(point.kl < earlier.kl for earlier in reached.held_out)
+        best = reached.offsets if is_best else reached.best
+        return dataclasses.replace(reached, best=best, held_out=[*reached.held_out, point])
 
     saved = time.perf_counter()
     try:
-        look()
+        reached = looked(reached)
         for at in range(len(reached.losses), steps):
             batch = jnp.asarray(rows[_picked(len(rows), batch_size, at, seed)])
             loss, offsets, optimizer = step(reached.offsets, reached.optimizer, batch)
             loss = float(loss)
-            if not np.isfinite(loss):
-                raise ValueError(
-                    f"heal: the loss of step {at} is {loss}. Lower learning_rate "
-                    f"(={learning_rate:g}), or check the models: fdq.evaluate(model, text, "
-                    "reference=teacher)."
-                )
+            check("loss", at, loss)
             # All at once: an interrupt finds the one step or the other.
-            reached = dataclasses.replace(
-                reached, offsets=offsets, optimizer=optimizer, losses=[*reached.losses, loss]
+            reached = looked(
+                dataclasses.replace(
+                    reached, offsets=offsets, optimizer=optimizer, losses=[*reached.losses, loss]
+                )
             )
-            look()
             if progress is not None:
                 progress(at + 1, steps, f"KL {np.mean(reached.losses[-10:]):.4f}")
             if state is not None and time.perf_counter() - saved > save_seconds:
@@ -241,7 +251,9 @@ class _Reached:
     held_out: list[Point]
 
     def write(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        """All of it, to a file."""
+        """All of it, to a file; nothing where steps led to no numbers."""
+        if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(self.offsets)):
+            return
         arrays = jax.tree.leaves((self.offsets, self.optimizer, self.best))
         points = [dataclasses.asdict(point) for point in self.held_out]
         header = {"settings": settings, "losses": self.losses, "held_out": points}
@@ -255,8 +267,12 @@ class _Reached:
         wanted, structure = jax.tree.flatten((like.offsets, like.optimizer, like.best))
         header, arrays = state_file.read(path, wanted, settings)
         offsets, optimizer, best = jax.tree.unflatten(structure, list(map(jnp.asarray, arrays)))
-        points = [Point(**point) for point in header["held_out"]]
-        return cls(offsets, optimizer, best, header["losses"], points)
+        try:
+            points = [Point(step=int(p["step"]), kl=float(p["kl"])) for p in header["held_out"]]
+            losses = [float(loss) for loss in header["losses"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise state_file.damaged(path, error) from error
+        return cls(offsets, optimizer, best, losses, points)
 
 
 def _programs(taken: Knobs, teacher: nnx.Module, rule: Any) -> tuple[Any, Any]:
@@ -273,9 +289,7 @@ def _programs(taken: Knobs, teacher: nnx.Module, rule: Any) -> tuple[Any, Any]:
                 f"{list(theirs.shape)}; a teacher is the model that this one was made from."
             )
         log_p, log_q = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in (theirs, ours))
-        # 0 * log 0 is 0: a model may forbid a token with -inf.
-        terms = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
-        return jnp.mean(jnp.sum(terms, axis=-1), axis=-1)
+        return jnp.mean(divergences(log_p, log_q), axis=-1)
 
     @jax.jit
     def step(offsets, optimizer, arrays, weights, batch):
@@ -357,17 +371,22 @@ def _finished(taken: Knobs, offsets: Any) -> Any:
     return new
 
 
-def _digest(*arrays: Any) -> str:
+def _digest(tree: Any) -> str:
+    """Of all arrays of a tree."""
     found = hashlib.sha256()
-    for array in arrays:
-        held = np.asarray(array)
-        found.update(f"{held.dtype} {held.shape} ".encode() + held.tobytes())
+    for array in jax.tree.leaves(tree):
+        is_key = isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        held = np.asarray(jax.random.key_data(array) if is_key else array)
+        found.update(f"{held.dtype} {held.shape} ".encode())
+        found.update(held.tobytes())
     return found.hexdigest()
 
 
-def _optax() -> Any:
+def optimizers() -> Any:
+    """The module optax; ModuleNotFoundError that says how to get it."""
     try:
         import optax
     except ImportError as error:
-        raise ImportError("fdq.heal needs optax: pip install 'fdq-jax[train]'") from error
+        said = "fdq.heal needs optax: pip install 'fdq-jax[train]'"
+        raise ModuleNotFoundError(said, name="optax") from error
     return optax

@@ -35,6 +35,7 @@ CODE_UNIT = 5.0
 """Steps between levels for an offset of 1: codes move when a weight has gone half a step."""
 
 _WORDS = {"norm": "norms", "router": "routers", "embed": "embeddings", "lm_head": "head"}
+_STEPPED = ("code_scale", "code_offset")  # of WINT2: they act through floor, without a derivative
 _SMALLEST_UNIT = 1e-3  # of arrays that are zero, such as fresh biases
 
 Offsets = dict[str, jax.Array]
@@ -78,7 +79,7 @@ class Knobs:
                 continue
             if "scales" in tuned:
                 for name, array in leaf.arrays().items():
-                    if _is_wide_float(array):
+                    if _is_wide_float(array) and name not in _STEPPED:
                         starts[f"{path}.{name}"] = array
                         units[f"{path}.{name}"] = _unit(name, array, leaf)
             if free:

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 VERSION = 1
 _HEADER = "header"
 _MOST_HEADER = 100_000_000
+_DAMAGES = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError)
 _NPY_HEADER = 1024  # bytes before the data of an array, at most
 
 
@@ -56,20 +58,28 @@ def read(
         large = [name for name, size in sizes.items() if size > limits.get(name, 0)]
         with np.load(path, allow_pickle=False) as file:
             header = json.loads(bytes(file[_HEADER])) if not large else {}
+            if not isinstance(header, dict):
+                raise ValueError(f"a header of type {type(header).__name__}")
             if not large and header.get("settings") == dict(settings):
                 arrays = [file[name] for name in names]
                 if all(_alike(a, b) for a, b in zip(arrays, like, strict=True)):
                     return header, arrays
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path}: no state of fdq.heal, or damaged ({error}). Delete it to begin again."
-        ) from error
-    theirs = header.get("settings", {}) if isinstance(header, dict) else {}
+    except _DAMAGES as error:
+        raise damaged(path, error) from error
+    theirs = header.get("settings")
+    theirs = theirs if isinstance(theirs, dict) else {}
     differ = sorted(key for key in settings if theirs.get(key) != settings[key])
     what = ", ".join(f"{key}={theirs.get(key)} there, {settings[key]} here" for key in differ)
     raise ValueError(
         f"{path}: the state of another run of fdq.heal ({what or 'other sizes'}). Give the same "
         "arguments to go on with it, or delete it to begin again."
+    )
+
+
+def damaged(path: str | os.PathLike[str], why: BaseException) -> ValueError:
+    """What is said of a file that is no state, or no longer."""
+    return ValueError(
+        f"{path}: no state of fdq.heal, or damaged ({why}). Delete it to begin again."
     )
 
 

@@ -37,6 +37,7 @@ class Decoder(nnx.Module):
       config: sizes; `config.dtype` is the dtype of activations.
       scheme: name of the scheme that the weights are quantized in, None when they are not.
       recipe_record: how that was decided, as JSON.
+      prepared: what was done to the weights before, such as `"rotate,smooth"`; None for nothing.
       tokenizer_path: a tokenizer.json for text prompts, where the checkpoint has one.
       placement: how it lies on a mesh, see `fdq.sharding`; None on one device, and where arrays
         were put on devices by hand. Columns of its fused weights are in the order of devices.
@@ -44,6 +45,7 @@ class Decoder(nnx.Module):
     """
 
     placement: Any = None
+    prepared: str | None = None
     vocabulary_axes: tuple[str, ...] = ()
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = None, rngs: nnx.Rngs):

@@ -20,6 +20,7 @@ from fdq.models.decoder import Decoder
 from fdq.quantizers import channel_scales
 from fdq.quantizers.assigned import Assigned
 from fdq.quantizers.quantizer import QUANTIZERS, default_of
+from fdq.quantizers.rotated import tell
 from fdq.quantizers.weight import quantize_array
 from fdq.schemes.scheme import WeightSpec
 
@@ -69,6 +70,7 @@ def activation_aware(
         alpha = ALPHAS[int(np.argmin(errors))]
         if alpha:
             scaling.apply(joint, _scale(spread, alpha))
+    tell(scaling.model, "awq")
     return scaling.model, scaling.calibration()
 
 

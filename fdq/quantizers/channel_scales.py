@@ -20,6 +20,8 @@ from flax import nnx
 from fdq import nn
 from fdq.calibration.statistics import Calibration
 from fdq.models.decoder import Decoder
+from fdq.models.granite import ScaledLayer
+from fdq.models.parts import DecoderLayer, SandwichLayer
 from fdq.nn.parameters import value
 from fdq.ops.gates import geglu, swiglu
 from fdq.quantizers.rotated import check_float
@@ -67,6 +69,11 @@ def joints(model: Decoder, only: Any = None) -> Iterator[Joint]:
 
 
 def _of_layer(layer: Any, path: str) -> Iterator[Joint]:
+    if type(layer) not in (DecoderLayer, SandwichLayer, ScaledLayer):
+        raise ValueError(
+            f"{path}: channels of a {type(layer).__name__} cannot be scaled, as nothing is known "
+            "of what reads them; those of pre-norm and sandwich layers can."
+        )
     attention, mlp = layer.self_attn, layer.mlp
     if type(attention) is nn.Attention:
         own = f"{path}.self_attn"
@@ -84,10 +91,10 @@ def _of_layer(layer: Any, path: str) -> Iterator[Joint]:
     own = f"{path}.mlp"
     before = "pre_feedforward_layernorm"
     norm = before if hasattr(layer, before) else "post_attention_layernorm"
-    if isinstance(mlp, nn.MLP):
+    if type(mlp) is nn.MLP:
         yield _after_norm(layer, path, norm, [f"{own}.gate_up_proj.kernel"])
         yield from _gated(mlp, own)
-    elif isinstance(mlp, nn.MoE) and isinstance(mlp.router, nn.Router):
+    elif type(mlp) is nn.MoE and type(mlp.router) is nn.Router:
         readers = [f"{own}.experts.gate_up_proj.kernel"]
         if mlp.shared_experts is not None:
             readers.append(f"{own}.shared_experts.gate_up_proj.kernel")
@@ -144,15 +151,15 @@ class Scaling:
         rows = scale[joint.channel].astype(np.float32)
         for path in joint.readers:
             self._multiply(path, rows[:, None])
-            for name, power in (("absmax", -1.0), ("mean_square", -2.0)):
-                self._change(name, path, rows**power)
-            self._change("input_moment", path, 1.0 / np.outer(rows, rows))
+            self._change("absmax", path, 1.0 / rows)
+            self._change("mean_square", path, rows**-2.0)
+            self._change("input_moment", path, 1.0 / rows, is_moment=True)
         for path in joint.writers:
             width = self.parameter(path).shape[-1]
             columns = np.ones(width, np.float32)
             columns[joint.start :] = scale
             self._multiply(path, 1.0 / columns)
-            self._change("output_moment", path, np.outer(columns, columns))
+            self._change("output_moment", path, columns, is_moment=True)
         if joint.path.endswith(".self_attn.v"):
             self._scale_values(int(joint.path.split(".")[1]), scale)
 
@@ -167,10 +174,12 @@ class Scaling:
         # Another Variable: clones share theirs.
         setattr(owner, name, nnx.data(nnx.Param(jnp.asarray(new))))
 
-    def _change(self, name: str, path: str, factor: np.ndarray) -> None:
+    def _change(self, name: str, path: str, factor: np.ndarray, *, is_moment: bool = False) -> None:
+        """By channel; of a matrix of second moments rows and columns."""
         seen = self._statistics[name]
         if path in seen:
-            seen[path] = (seen[path] * factor).astype(np.float32)
+            whole = np.outer(factor, factor) if is_moment else factor
+            seen[path] = (seen[path] * whole).astype(np.float32)
 
     def _scale_values(self, layer: int, scale: np.ndarray) -> None:
         if layer < len(self._cache):

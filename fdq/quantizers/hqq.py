@@ -83,7 +83,7 @@ def best_offset(
             beta * jnp.float32(GROWTH),
             jnp.where(found < last, new, offset),
             last,
-            (found),
+            found,
         )
 
     error = jnp.mean(jnp.abs(left_of(offset)[1]))

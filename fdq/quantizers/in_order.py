@@ -102,7 +102,9 @@ def quantize_in_order(
     settings: dict[str, Any] = {"method": method, "compat": compat}
     for index in range(len(result.layers)):
         layer, prefix = result.layers[index], f"layers.{index}."
-        run = functools.partial(_run, config=model.config, index=index)
+        # By what it depends on, not by number: layers that are alike share a program.
+        rotary, head_dim = model.config.rotary_of(index), model.config.head_dim
+        run = functools.partial(_run, rotary=rotary, head_dim=head_dim)
         own = [row for row in table.quantized if row.path.startswith(prefix)]
         seen = calibrate(layer, states, forward=run, moments=needs["moments"])
         _tell_of_experts(prefix, seen)
@@ -116,7 +118,7 @@ def quantize_in_order(
                 _free(layer, made)
             result.layers[index] = layer = made
         template, params = split(layer)
-        states = [np.asarray(_step(template, params, x, model.config, index)) for x in states]
+        states = [np.asarray(_step(template, params, x, rotary, head_dim)) for x in states]
         if progress is not None:
             progress(index + 1, len(result.layers), "")
     rest = [row for row in table.quantized if not row.path.startswith("layers.")]
@@ -162,17 +164,17 @@ def _embedded(model: Decoder, tokens: jax.Array) -> jax.Array:
     return model(tokens, return_hidden_states=True)[1]["embed_tokens"]
 
 
-def _run(layer: Any, x: jax.Array, *, config: Any, index: int) -> jax.Array:
+def _run(layer: Any, x: jax.Array, *, rotary: Any, head_dim: int) -> jax.Array:
     """One layer over whole rows, without a cache."""
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     positions = jnp.broadcast_to(positions, x.shape[:2])
-    angles = nn.rotary_angles(positions, config.rotary_of(index), config.head_dim)
+    angles = nn.rotary_angles(positions, rotary, head_dim)
     return layer(x, angles)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _step(template: Template, params: Any, x: Any, config: Any, index: int) -> jax.Array:
-    return _run(bind(template, params), jnp.asarray(x), config=config, index=index)
+def _step(template: Template, params: Any, x: Any, rotary: Any, head_dim: int) -> jax.Array:
+    return _run(bind(template, params), jnp.asarray(x), rotary=rotary, head_dim=head_dim)
 
 
 def _of_head(model: Decoder, normed: Sequence[np.ndarray], moments: bool) -> Calibration:
@@ -180,7 +182,8 @@ def _of_head(model: Decoder, normed: Sequence[np.ndarray], moments: bool) -> Cal
     alone = nnx.List([model.lm_head])
     seen = calibrate(alone, normed, forward=lambda held, x: held[0](x), moments=moments)
     names = ("absmax", "mean_square", "counts", *(["input_moment"] if moments else []))
-    renamed = {name: dict.fromkeys([_HEAD], *getattr(seen, name).values()) for name in names}
+    # One layer, or none where it is no linear one.
+    renamed = {n: dict(zip([_HEAD], getattr(seen, n).values(), strict=False)) for n in names}
     return dataclasses.replace(seen, **renamed)
 
 

@@ -110,6 +110,7 @@ def rotated(model: Decoder, *, seed: int = 0) -> Decoder:
                 f"layers.{number}: a {type(layer).__name__} with {type(layer.self_attn).__name__} "
                 "cannot be rotated; pre-norm layers with fdq.nn.Attention can."
             )
+        _halves(layer.mlp, f"layers.{number}.mlp")
     turn = Rotation(model.config.hidden_size, seed)
     result = nnx.clone(model)
     if result.lm_head is None:
@@ -129,7 +130,13 @@ def rotated(model: Decoder, *, seed: int = 0) -> Decoder:
         for writer in writers:
             _write(writer, turn)
     _read(result.norm, [result.lm_head], turn)
+    tell(result, "rotate")
     return result
+
+
+def tell(model: Decoder, name: str) -> None:
+    """Notes on the model that its weights are no longer those of the original."""
+    model.prepared = name if model.prepared is None else f"{model.prepared},{name}"
 
 
 def check_float(model: Any, what: str) -> None:
@@ -142,12 +149,16 @@ def check_float(model: Any, what: str) -> None:
         raise ValueError(f"{what}: the model is on a mesh; fdq.unshard it first.")
 
 
-def _halves(mlp: Any) -> tuple[list[Any], list[Any]]:
+def _halves(mlp: Any, path: str = "mlp") -> tuple[list[Any], list[Any]]:
     """Of a feed-forward half what reads the residual stream, and what writes to it."""
-    if isinstance(mlp, nn.MLP):
+    if type(mlp) is nn.MLP:
         return [mlp.gate_up_proj], [mlp.down_proj]
-    if not isinstance(mlp, nn.MoE):
-        raise ValueError(f"a {type(mlp).__name__} cannot be rotated; fdq.nn.MLP and MoE can.")
+    if type(mlp) is not nn.MoE or type(mlp.router) is not nn.Router:
+        found = type(mlp).__name__
+        found += f" with {type(mlp.router).__name__}" if isinstance(mlp, nn.MoE) else ""
+        raise ValueError(
+            f"{path}: a {found} cannot be rotated; fdq.nn.MLP, and MoE with fdq.nn.Router, can."
+        )
     readers, writers = [mlp.router, mlp.experts.gate_up_proj], [mlp.experts.down_proj]
     if mlp.shared_experts is not None:
         readers.append(mlp.shared_experts.gate_up_proj)

@@ -15,6 +15,7 @@ import numpy as np
 from fdq.calibration.statistics import Calibration
 from fdq.models.decoder import Decoder
 from fdq.quantizers import channel_scales
+from fdq.quantizers.rotated import tell
 
 ALPHA = 0.6
 """Between 0.5, as published, and what models of harder outliers take."""
@@ -55,6 +56,11 @@ def smoothed(
         weights = [np.abs(scaling.parameter(path)) for path in joint.readers if _is_weight(path)]
         of_weights = [joint.largest(w.max(axis=(*range(w.ndim - 2), -1))) for w in weights]
         largest, of_weight = joint.largest(rows), np.max(of_weights, axis=0)
+        if not (np.isfinite(largest).all() and np.isfinite(of_weight).all()):
+            raise ValueError(
+                f"smoothed: weights or the absmax of {joint.readers[0]} are not finite; the model "
+                "overflows on the calibration text."
+            )
         good = (largest > 0) & (of_weight > 0)
         largest, of_weight = np.where(good, largest, 1), np.where(good, of_weight, 1)
         scale = largest**alpha / of_weight ** (1 - alpha)
@@ -62,6 +68,7 @@ def smoothed(
         scale = scale / np.exp(np.mean(np.log(scale[good]))) if good.any() else scale
         scale = np.where(good, scale, 1)
         scaling.apply(joint, channel_scales.rounded(scale) if exact else scale)
+    tell(scaling.model, "smooth")
     return scaling.model, scaling.calibration()
 
 

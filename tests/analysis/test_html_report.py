@@ -116,5 +116,13 @@ def test_charts_are_svg_with_every_point_in_view():
         assert 0 <= float(circle.get("cy")) <= chart.HEIGHT
     assert chart.pareto([(4.0, 0.01), (2.0, 0.5), (4.5, 0.02)]) == [(2.0, 0.5), (4.0, 0.01)]
     ElementTree.fromstring(chart.lines({"one": [(0, 0.0)], "two": [(0, 1.0)]}, x="", y="&"))
-    ElementTree.fromstring(chart.bars([("a", -1.0, "k"), ("b", math.nan, "l")][:1], x="dB"))
+    for odd in (math.nan, math.inf, -math.inf):
+        for picture in (
+            chart.bars([("a", -1.0, "k"), ("b", odd, "l")], x="dB"),
+            chart.lines({"one": [(0, 0.5), (1, odd), (2, 1.0)]}, x="", y=""),
+            chart.points({"a": [("here", 1.0, 2.0), ("gone", 2.0, odd)]}, x="", y=""),
+        ):
+            ElementTree.fromstring(picture)
+            assert not re.search(r'="[^"]*\b(nan|inf)', picture)
+            assert "gone" not in picture
     ElementTree.fromstring(chart.bars([], x="dB"))

@@ -135,3 +135,26 @@ def test_the_running_python_has_text():
 @pytest.mark.skipif(sys.version_info[:3] != (3, 12, 1), reason="figures are of CPython 3.12.1")
 def test_the_reference_hash_is_that_of_cpython_3_12_1():
     assert sample_text.heldout_text().sha256 == sample_text.REFERENCE_SHA256
+
+
+def test_rows_of_a_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghij" * 10, "utf-8")
+    seen = []
+
+    def encode(text):
+        seen.append(len(text))
+        return [7, *map(ord, text)]
+
+    rows = sample_text.file_rows(encode, path, 2, length=3)
+    assert rows.tolist() == [[7, 97, 98], [99, 100, 101]]
+    assert seen == [96]
+    assert sample_text.file_rows(encode, path, 9, length=200).shape == (1, 101)
+    for data, least, problem in (
+        (b"ab", 16, "text.txt: 3 tokens are too few for healing; give at least 16, better 64"),
+        (b" \n", 1, "text.txt: empty; healing needs text"),
+        (b"\xff\xfe", 1, "text.txt: not UTF-8 text"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=problem):
+            sample_text.file_rows(encode, path, 16, length=4, least=least, purpose="healing")

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ class Model(nnx.Module):
         return (0.01 * self.idle(x) + self.busy(x))[..., :VOCABULARY]
 
 
-def random_units(rng, count, candidates):
-    sizes = np.sort(rng.integers(100, 900, (count, candidates)), axis=1)
+def random_units(rng, count, candidates, factor=1):
+    sizes = factor * np.sort(rng.integers(100, 900, (count, candidates)), axis=1)
     kl = np.sort(rng.random((count, candidates)), axis=1)[:, ::-1]
     rows = zip(sizes.tolist(), kl.tolist(), strict=True)
     return tuple(
@@ -42,11 +43,12 @@ def random_units(rng, count, candidates):
 
 
 def test_no_other_choice_of_the_size_is_better(rng):
-    for _ in range(20):
-        units = random_units(rng, 5, 3)
+    for large in range(20):
+        # Of the large ones several bytes share a bucket.
+        units = random_units(rng, 5, 3, 10_000 if large % 2 else 1)
         found = Sensitivity(candidates=("W2", "W3", "W4"), units=units, rest=0)
         least = sum(unit.bytes[0] for unit in units)
-        room = int(rng.integers(least, least + 2000))
+        room = int(rng.integers(least, least + 2000 * (10_000 if large % 2 else 1)))
         chosen = found.chosen(nbytes=room)
 
         def size(choice, units=units):
@@ -55,6 +57,43 @@ def test_no_other_choice_of_the_size_is_better(rng):
         fitting = [c for c in itertools.product(range(3), repeat=5) if size(c) <= room]
         assert size(chosen) <= room
         assert found.kl_of(chosen) == pytest.approx(min(map(found.kl_of, fitting)))
+
+
+def test_it_never_loses_to_one_scheme_for_all_of_exactly_its_size(rng):
+    for _ in range(20):
+        sizes = rng.integers(10**6, 10**7, (40, 1)) + rng.integers(0, 999, (40, 3)).cumsum(axis=1)
+        kl = np.sort(rng.random((40, 3)), axis=1)[:, ::-1]
+        units = tuple(
+            Unit(pattern=f"w{i}", weights=10**7, bytes=tuple(size), kl=tuple(loss))
+            for i, (size, loss) in enumerate(zip(sizes.tolist(), kl.tolist(), strict=True))
+        )
+        found = Sensitivity(candidates=("W2", "W3", "W4"), units=units, rest=0)
+        for c in range(3):
+            uniform = (c,) * 40
+            room = sum(unit.bytes[c] for unit in units)
+            assert found.kl_of(found.chosen(nbytes=room)) <= found.kl_of(uniform)
+
+
+class Fragile(nnx.Module):
+    """Whose logits are NaN unless its weights are what they were, if `is_fragile`."""
+
+    def __init__(self):
+        self.up = nn.Linear(32, 32, rngs=nnx.Rngs(0))
+        self.layers = nnx.List([nn.Linear(32, 32, rngs=nnx.Rngs(i)) for i in (1, 2)])
+        self.first = nnx.Param(self.up.kernel[...])
+
+    def __call__(self, tokens):
+        changed = jnp.abs(self.up.kernel[...] - self.first[...]).max()
+        x = jax.nn.one_hot(tokens, 32)
+        for layer in self.layers:
+            x = layer(x)
+        return self.up(x) + jnp.where(changed > 0, jnp.nan, 0.0)
+
+
+def test_a_layer_that_quantizing_breaks_is_told_and_not_free(rng):
+    tokens = rng.integers(32, size=(1, 4))
+    with pytest.raises(ValueError, match=r"KL with up quantized is \[nan"):
+        sensitivity.measure(Fragile(), tokens, candidates=["W4A16-g32", "W8A16"])
 
 
 def test_bits_go_where_they_count(rng, tmp_path):
@@ -73,6 +112,8 @@ def test_bits_go_where_they_count(rng, tmp_path):
     for problem, arguments in {
         "are too few": {"bits": 2.0},
         "not both": {"bits": 3.0, "nbytes": 10_000},
+        "found nan": {"bits": float("nan")},
+        "found inf": {"bits": float("inf")},
         "the model .* bytes": {"nbytes": 10},
         "two candidates or more": {"candidates": ["W4A16"]},
     }.items():

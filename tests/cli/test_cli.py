@@ -516,6 +516,22 @@ WRONG = {
         "expected fixed or free",
     ),
     "report in no folder": (["evaluate", "{original}", "--html", "{new}/a.html"], "no folder"),
+    "report beside static scales": (
+        ["evaluate", "{original}", "--html", "{empty}/a.html", "--beside", "W8A8-static"],
+        "W8A8-static has static scales",
+    ),
+    "curve of another kind": (
+        ["heal", "{original}", "{new}", "--teacher", "{original}", "--plot", "{empty}/a.png"],
+        "--plot {empty}/a.png: expected a name that ends with .svg",
+    ),
+    "too little to heal on": (
+        ["heal", "{original}", "{new}", "--teacher", "{original}", "--text", "{blank}"],
+        "empty; healing needs text",
+    ),
+    "recipe in no folder": (["recommend", "{original}", "--out", "{new}/a.json"], "no folder"),
+    "bits that are no number": (["recommend", "{original}", "--bits", "inf"], "a number of bits"),
+    "memory that is no number": (["recommend", "{original}", "--memory", "nan"], "positive number"),
+    "no text to measure on": (["recommend", "{original}", "--text", "{binary}"], "not UTF-8 text"),
 }
 
 
@@ -536,7 +552,7 @@ def test_wrong_input_gets_one_clear_line_and_code_2(case, original, converted, s
         names[name].write_bytes(data)
     arguments, message = WRONG[case]
     result = run(*(a.format(**names) for a in arguments), code=2)
-    assert message in result.stderr
+    assert message.replace("{empty}", str(names["empty"])) in result.stderr
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.output

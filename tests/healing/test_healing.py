@@ -1,5 +1,7 @@
 """Healing: it comes nearer to the original, moves what it may, and goes on where it was stopped."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,9 @@ from flax import nnx
 import fdq
 from fdq import nn
 from fdq.formats.qtensor import QuantizedWeight, materialize
+from fdq.healing import state_file
+from fdq.healing.healing import _Reached
+from fdq.healing.knobs import Knobs
 from fdq.nn.parameters import split
 from tests.covering import longest, slow
 
@@ -108,6 +113,10 @@ def test_a_stopped_run_goes_on_to_the_same_result(tokens, tmp_path, codes):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     with pytest.raises(ValueError, match="another run of fdq.heal .seed=0 there, 1 here"):
         healed(tokens, "W2A16-g32", codes=codes, state=path, seed=1)
+    with pytest.raises(ValueError, match="another run of fdq.heal .teacher="):
+        model = fdq.quantize(Model(), "W2A16-g32")
+        settings = {"batch_size": 4, "every": 6, "steps": 12, "codes": codes, "state": path}
+        fdq.heal(model, Model(seed=1), tokens, **settings)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="no state of fdq.heal, or damaged"):
         healed(tokens, "W2A16-g32", codes=codes, state=path)
@@ -126,13 +135,55 @@ def test_what_cannot_be_healed_is_refused(tokens):
         healed(tokens * 1.0, "W2A16-g32")
 
 
-@pytest.mark.slow
-@pytest.mark.longest
-def test_a_teacher_that_says_nan_is_told(tokens):
-    teacher = Model()
-    teacher.up.bias.set_value(teacher.up.bias[...].at[0].set(jnp.nan))
-    with pytest.raises(ValueError, match="the loss of step 0 is nan"):
-        fdq.heal(fdq.quantize(Model(), "W2A16-g32"), teacher, tokens, batch_size=4)
+class Narrow(nnx.Module):
+    """One layer, of which little is to be compiled."""
+
+    def __init__(self):
+        self.up = nn.Linear(32, 32, rngs=nnx.Rngs(0))
+
+    def __call__(self, tokens):
+        return self.up(jax.nn.one_hot(tokens, 32))
+
+
+def test_a_teacher_that_says_nan_is_told(tokens, tmp_path, monkeypatch):
+    teacher, model = Narrow(), fdq.quantize(Narrow(), "W8A16")
+    teacher.up.kernel.set_value(teacher.up.kernel[...].at[0].set(jnp.nan))
+    state = tmp_path / "state.npz"
+    with pytest.raises(ValueError, match="the KL on held-out rows of step 0 is nan"):
+        fdq.heal(model, teacher, tokens, batch_size=4, state=state)
+    assert not state.exists()
+    for rate in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="expected a positive learning_rate"):
+            fdq.heal(model, Narrow(), tokens, batch_size=4, learning_rate=rate)
+    monkeypatch.setitem(sys.modules, "optax", None)
+    with pytest.raises(ModuleNotFoundError, match="needs optax: pip install") as caught:
+        fdq.heal(model, Narrow(), tokens)
+    assert caught.value.name == "optax"
+
+
+def test_damaged_states_are_named(tmp_path):
+    path, settings = tmp_path / "state.npz", {"seed": 0}
+    a = np.arange(4, dtype=np.float32)
+    state_file.write(path, {"settings": settings, "losses": [1.0]}, [a])
+    header, arrays = state_file.read(path, [a], settings)
+    assert header["losses"] == [1.0]
+    np.testing.assert_array_equal(arrays[0], a)
+    reached = _Reached({"x": a}, (), {}, [], [])
+    with pytest.raises(ValueError, match="state.npz: no state of fdq.heal, or damaged"):
+        _Reached.read(path, settings, reached)  # without held_out
+    for text in (b"[1]", b"7", b"{", b'"settings"'):
+        np.savez(path, header=np.frombuffer(text, np.uint8))
+        with pytest.raises(ValueError, match="state.npz: no state of fdq.heal, or damaged"):
+            state_file.read(path, [a], settings)
+    _Reached({"x": a + np.inf}, (), {}, [1.0], []).write(tmp_path / "none.npz", settings)
+    assert not (tmp_path / "none.npz").exists()
+
+
+def test_codes_of_wint2_that_have_no_derivative_stay():
+    knobs = Knobs.of(fdq.quantize(Model(), "WINT2"), free=False)
+    names = {name.rpartition(".")[2] for name in knobs.starts}
+    assert "super_scale" in names
+    assert not names & {"code_scale", "code_offset"}
 
 
 @pytest.mark.slow

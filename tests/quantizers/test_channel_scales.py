@@ -8,13 +8,16 @@ import pytest
 from flax import nnx
 
 import fdq
+import fdq_checkpoints
 from fdq import nn
+from fdq.analysis.layer_errors import layer_errors
 from fdq.models.config import DecoderConfig
 from fdq.models.decoder import Decoder
-from fdq.models.parts import MoEConfig, Sandwich
+from fdq.models.granite import ScaledResidual
+from fdq.models.parts import DecoderLayer, MoEConfig, Sandwich
 from fdq.quantizers.channel_scales import Scaling, joints
 from fdq.quantizers.preparation import check_preparations, prepared
-from fdq.quantizers.rotated import Rotation
+from fdq.quantizers.rotated import Rotation, tell
 from tests.covering import longest
 
 CONFIG = DecoderConfig(
@@ -44,6 +47,17 @@ EXPERTS = (
     ("shared_experts.gate_up_proj", 48),
     ("shared_experts.down_proj", 32),
 )
+
+
+HALVES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class Foreign(DecoderLayer):
+    """A layer of somebody else, which may do anything."""
+
+
+class OtherMLP(nn.MLP):
+    """Likewise."""
 
 
 def randomized(model, rng):
@@ -163,10 +177,30 @@ def test_a_rotated_model_is_the_same_function(model, tokens):
     turned = fdq.rotated(model)
     assert turned.lm_head is not None and not turned.config.tie_word_embeddings
     assert model.lm_head is None  # its own is as it was
+    assert (model.prepared, turned.prepared) == (None, "rotate")
     np.testing.assert_allclose(logits(turned, tokens), logits(model, tokens), atol=2e-4)
     kernel = turned.layers[0].self_attn.qkv_proj.kernel.get_value()
     assert not np.allclose(kernel, model.layers[0].self_attn.qkv_proj.kernel.get_value())
     assert (np.asarray(turned.norm.scale.get_value()) == 1).all()
+
+
+@pytest.mark.slow
+def test_what_was_done_before_goes_with_the_model_and_its_checkpoints(model, tokens, tmp_path):
+    turned = fdq.rotated(model)
+    tell(turned, "smooth")
+    assert fdq.quantize(turned, "W8A16").prepared == "rotate,smooth"
+    fdq.save(turned, tmp_path / "turned")
+    assert fdq.load(tmp_path / "turned", prepare=False).prepared == "rotate,smooth"
+    assert "rotate,smooth: weights were changed" in str(
+        fdq_checkpoints.inspect(tmp_path / "turned")
+    )
+    fdq.convert(tmp_path / "turned", tmp_path / "w8", "W8A16")
+    assert set(fdq_checkpoints.weight_errors(tmp_path / "w8", tmp_path / "turned"))
+    fdq.save(model, tmp_path / "original")
+    with pytest.raises(fdq_checkpoints.CheckpointError, match="changed before quantization .rotat"):
+        fdq_checkpoints.weight_errors(tmp_path / "w8", tmp_path / "original")
+    with pytest.raises(ValueError, match="layer_errors: the model's weights were changed before"):
+        layer_errors(turned, model, tokens)
 
 
 def test_what_cannot_be_scaled_or_turned(model, tokens):
@@ -184,6 +218,21 @@ def test_what_cannot_be_scaled_or_turned(model, tokens):
     sandwich = Decoder(CONFIG.replace(block=Sandwich(), moe=None), rngs=nnx.Rngs(params=0))
     with pytest.raises(ValueError, match=r"layers.0: a SandwichLayer with Attention cannot be"):
         fdq.rotated(sandwich)
+    granite = Decoder(CONFIG.replace(block=ScaledResidual(scale=0.5)), rngs=nnx.Rngs(params=0))
+    with pytest.raises(ValueError, match=r"layers.0: a ScaledLayer with Attention cannot be"):
+        fdq.rotated(granite)
+    assert len(list(joints(granite))) == 9
+    foreign = nnx.clone(model)
+    foreign.layers[1] = Foreign(**{n: getattr(foreign.layers[1], n) for n in HALVES})
+    with pytest.raises(ValueError, match=r"layers.1: channels of a Foreign cannot be scaled"):
+        fdq.smoothed(foreign, fdq.Calibration(absmax={}, mean_square={}, cache=(), tokens=1))
+    foreign = nnx.clone(model)
+    mlp = foreign.layers[0].mlp
+    foreign.layers[0].mlp = OtherMLP.__new__(OtherMLP)
+    vars(foreign.layers[0].mlp).update(vars(mlp))
+    with pytest.raises(ValueError, match=r"layers.0.mlp: a OtherMLP cannot be rotated"):
+        fdq.rotated(foreign)
+    assert not any(".mlp" in path for j in joints(foreign) for path in j.readers if "rs.0" in path)
     with pytest.raises(ValueError, match="odd factor 1031 is above 512"):
         Rotation(2 * 1031)
     with pytest.raises(ValueError, match="no preparation 'turn'; use one of rotate, smooth, awq"):
@@ -201,3 +250,6 @@ def test_what_cannot_be_scaled_or_turned(model, tokens):
     seen = fdq.Calibration(absmax=known, mean_square=known, cache=(), tokens=1)
     with pytest.raises(ValueError, match="alpha from 0 to 1, found 2"):
         fdq.smoothed(model, seen, alpha=2)
+    known["layers.0.self_attn.qkv_proj.kernel"][3] = np.inf
+    with pytest.raises(ValueError, match=r"absmax of layers.0.self_attn.qkv_proj.kernel are not"):
+        fdq.smoothed(model, seen)

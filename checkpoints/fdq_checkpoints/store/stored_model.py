@@ -21,4 +21,11 @@ def abstract_model(stored: StoredTensors, dtype: Any = None) -> models.Decoder:
     calibrated = ("_cache_scale", "_cache_mean")
     if any(str(entry.path[-1]).endswith(calibrated) for entry in manifest.tensors) and cache:
         model.set_cache_scales(abstract_scales(model.config, cache))
+    model.prepared = prepared_of(stored)
     return model
+
+
+def prepared_of(stored: StoredTensors) -> str | None:
+    """What was done to the weights before they were quantized or stored; None for nothing."""
+    found = stored.manifest.provenance.get("prepared")
+    return str(found) if found else None
