@@ -68,8 +68,8 @@ def agree_all(error: Exception | None, folder: pathlib.Path) -> None:
     if error is not None:
         raise error
     if any(failed):
-        one = f"process {failed.index(True)} of {len(failed)}"
-        raise CheckpointError(f"{folder}: {one} failed; its own error says why.")
+        which = f"process {failed.index(True)} of {len(failed)}"
+        raise CheckpointError(f"{folder}: {which} failed; its own error says why.")
 
 
 def checked[Made](make: Callable[[], Made], folder: pathlib.Path) -> Made:
