@@ -45,7 +45,6 @@ class Decoder(nnx.Module):
     """
 
     placement: Any = None
-    prepared: str | None = None
     vocabulary_axes: tuple[str, ...] = ()
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -60,6 +59,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.scheme: str | None = None
         self.recipe_record: str | None = None
+        self.prepared: str | None = None
         self.tokenizer_path: str | None = None
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, dtype=kind, rngs=rngs

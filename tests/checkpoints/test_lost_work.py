@@ -137,7 +137,7 @@ def test_pieces_of_a_shard_that_did_not_change_are_gone_on_with(tmp_path, caplog
     progress, _ = interrupt_after(14)
     with monkeypatch.context() as patched:
         patched.setattr(orbax_store.TreeWriter, "cut", lambda writer: None)
-        patched.setattr(conversion, "FLUSH_SECONDS", 0.0)
+        patched.setattr(journal.Pieces, "tick", lambda pieces: pieces._keep())
         patched.setattr(orbax_store.TreeWriter, "flush", lambda writer: None)
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "model", tmp_path / "out", "W8A16", progress=progress)
