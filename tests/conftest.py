@@ -25,7 +25,12 @@ def pytest_addoption(parser):
 
 
 # Minutes each: whoever is handed one of these files last works on while the others are done.
-LONGEST = ("tests/test_notebooks.py", "tests/benchmarks/", "tests/pallas_kernels/aot/")
+LONGEST = (
+    "tests/test_docs.py",
+    "tests/test_notebooks.py",
+    "tests/benchmarks/",
+    "tests/pallas_kernels/aot/",
+)
 
 
 def pytest_collection_finish():

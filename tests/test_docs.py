@@ -18,7 +18,7 @@ from tests.covering import slow_but
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 # What a page takes is compilation; the slow ones show models that others do not compile.
-BY_DEFAULT = ("own_tree.md", "schemes.md")
+BY_DEFAULT = ("schemes.md",)
 
 # In one process for several pages, since what one compiles serves the next.
 DRIVER = """

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import fdq
-from tests.covering import slow, slow_but
+from tests.covering import longest, slow, slow_but
 from tests.models import oracles
 
 FLAGS = {
@@ -34,9 +34,10 @@ def weight(k=128, n=16):
 @pytest.mark.parametrize(
     ("name", "flag"),
     [
-        *((name, flag) for name in ("W4A16", "WNVFP4") for flag in FLAGS),
+        *(("W4A16", flag) for flag in FLAGS),
+        *(slow("WNVFP4", flag) for flag in FLAGS),
         *(
-            slow(name, flag)
+            longest(name, flag)
             for name in (*NAMES, "WCC2", "Wfp8")
             if name not in ("W4A16", "WNVFP4")
             for flag in ("x64", "disable_jit", "debug_infs")
@@ -104,7 +105,8 @@ def test_transformations(flag):
 @pytest.mark.parametrize(
     ("cache", "flag"),
     [
-        *(slow("C8", flag) for flag in ("x64", "debug_nans", "debug_infs", "highest", "bfloat16")),
+        *(slow("C8", flag) for flag in ("x64", "debug_nans", "bfloat16")),
+        *(longest("C8", flag) for flag in ("debug_infs", "highest")),
     ],
 )
 def test_generating(cache, flag):
@@ -141,7 +143,11 @@ def small():
 
 @pytest.mark.parametrize(
     "flag",
-    ["transfer_guard", "debug_nans", *map(slow, ("debug_infs", "x64", "highest", "disable_jit"))],
+    [
+        "transfer_guard",
+        *map(slow, ("debug_nans", "x64", "disable_jit")),
+        *map(longest, ("debug_infs", "highest")),
+    ],
 )
 def test_a_decode_step(small, flag):
     _, begin, step, expected = small

@@ -80,7 +80,7 @@ def test_a_notebook_looks_at_its_environment_and_shows_a_plot(path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [longest(path) if path.stem == "qlora" else path for path in NOTEBOOKS],
+    [path if path.stem == "quickstart" else longest(path) for path in NOTEBOOKS],
     ids=lambda p: p.stem,
 )
 # The kernel's messages, of 2026-11: its zmq connection is to this machine only.

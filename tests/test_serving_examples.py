@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from examples import serve_queue, speculative
-from tests.covering import longest
 from tests.models import oracles
 
 
@@ -45,7 +44,8 @@ def test_a_queue_on_a_mesh(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [None, longest("tensor=2")])
+@pytest.mark.longest
+@pytest.mark.parametrize("mesh", [None, "tensor=2"])
 def test_a_draft_changes_nothing_but_the_time(mesh, capsys):
     """The example asserts that the text is the target's own; W2 is often wrong, itself never."""
     devices = [] if mesh is None else [f"--mesh={mesh}"]

@@ -91,8 +91,8 @@ def assert_as_decoded(function, model, *arguments):
     [
         slow("llama", "W4A16-g32"),
         longest("qwen3_moe", "W4A16-g16"),
-        slow("llama", "WNF4A16-g32"),
-        slow("llama", "W8A16"),
+        longest("llama", "WNF4A16-g32"),
+        longest("llama", "W8A16"),
         longest("deepseek_v3", "W4A16-g8"),
     ],
 )
@@ -125,7 +125,7 @@ def own():
     return Own(nnx.Rngs(3))
 
 
-@pytest.mark.parametrize("scheme", ["W4A16-g32", slow(None), slow("W8A16"), slow("WNF4A16-g32")])
+@pytest.mark.parametrize("scheme", ["W4A16-g32", longest(None), longest("W8A16"), "WNF4A16-g32"])
 @pytest.mark.slow
 def test_layers_of_flax(own, scheme, rng):
     base = own if scheme is None else fdq.quantize(own, scheme)
@@ -173,7 +173,7 @@ def test_a_stack_of_layers(rng):
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("llama", ("v_proj", "down_proj")), slow("qwen3_moe", None), longest("deepseek_v3", None)],
+    [("llama", ("v_proj", "down_proj")), longest("qwen3_moe", None), longest("deepseek_v3", None)],
 )
 def test_a_model_is_decoded_with_its_adapters(name, targets):
     tuned = tuned_model(name, "W4A16-g8", targets=targets)

@@ -43,7 +43,7 @@ from fdq.quantizers import quantize_array
 from pallas_kernels.aot import report_files as reports
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.tuning import choices
-from tests.covering import slow
+from tests.covering import longest, slow
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -83,8 +83,9 @@ def test_layer_shapes():
     assert ernie["shared gate_up"] == (2560, 6144)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["W4", "W8", "WCC2", "WNVFP4", "Wfp8", "W4-asym"])
+@pytest.mark.parametrize(
+    "name", [*map(slow, ("W4", "WCC2")), *map(longest, ("W8", "WNVFP4", "Wfp8", "W4-asym"))]
+)
 def test_random_weights_are_as_quantized_ones(name):
     spec = weight_spec(name)
     made = random_weight(jax.random.key(3), (256, 1280), spec)
@@ -216,6 +217,7 @@ def test_a_product_is_cut_as_the_tuning_table_says(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_experts_are_cut_as_the_tuning_table_says(monkeypatch):
     row = {"kernel": "gathered_matrix_vector", "formats": ["int4"], "use": "mosaic_gpu"}
     table_with(monkeypatch, {**row, "config": {"split": 2}})
@@ -226,6 +228,7 @@ def test_experts_are_cut_as_the_tuning_table_says(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_attention_is_cut_as_the_tuning_table_says(monkeypatch):
     row = {"kernel": "decode_attention", "formats": ["int8"], "use": "mosaic_gpu"}
     table_with(monkeypatch, {**row, "config": {"parts": 2}})
@@ -405,6 +408,7 @@ def test_help_has_an_example(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_whole_benchmark_runs_without_a_gpu(tmp_path, capsys):
     assert gpu.main(["--smoke", "--output", str(tmp_path), "--budget-minutes", "60"]) == 0
     assert "no figure above counts" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import gpu_cases, gpu_proof, gpu_right, gpu_steps
 from benchmarks.gpu_child import Settings
-from tests.covering import slow
+from tests.covering import longest, slow
 
 SMOKE = Settings(smoke=True, seconds=600.0)
 
@@ -119,7 +119,9 @@ def test_a_tool_that_ran_nothing_found_nothing(tmp_path, monkeypatch, capsys, ev
     assert "1 of 1 kernels to their end" in capsys.readouterr().out or event != "difference"
 
 
-@pytest.mark.parametrize("only", [slow(["decode"]), slow(["right", "products"]), slow(["prompts"])])
+@pytest.mark.parametrize(
+    "only", [longest(["decode"]), slow(["right", "products"]), longest(["prompts"])]
+)
 def test_a_smoke_run(tmp_path, capsys, only):
     assert gpu_proof.main(["--smoke", "--only", *only, "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("cpu-proof-*.json")

@@ -12,7 +12,7 @@ import pytest
 import fdq
 from fdq.cache import BlockTensor, KVCache, LayerCache
 from fdq.ops.rope_append.xla import write_slots
-from tests.covering import slow
+from tests.covering import longest, slow
 
 KH, G, D, SLOTS = 2, 2, 8, 75
 CONFIG = types.SimpleNamespace(num_layers=1, num_kv_heads=KH, head_dim=D, dtype="float32")
@@ -106,7 +106,7 @@ def feed(cache, sequences, new, counts=None, **options):
     return cache
 
 
-@pytest.mark.parametrize("name", [*map(slow, ("C2-kvblock", "C3-kvblock", "C8-kvblock"))])
+@pytest.mark.parametrize("name", [longest("C2-kvblock"), slow("C3-kvblock"), longest("C8-kvblock")])
 def test_every_token_attends_as_if_it_were_stored_alone(name, rng):
     """Ragged, in chunks that end on blocks' borders and not, with tokens taken back."""
     cache = KVCache.init(CONFIG, 2, SLOTS, name)
@@ -146,6 +146,7 @@ def test_blocks_of_one_cache_shorter_than_a_block(rng):
     feed(cache, sequences, tokens(rng, 1, 1))
 
 
+@pytest.mark.slow
 def test_sinks_caps_and_what_it_decodes_to(rng):
     """Against the reference, which decodes the whole cache: for the newest token that is exact."""
     x = [jnp.asarray(a.swapaxes(1, 2)) for a in tokens(rng, 2, 70)]

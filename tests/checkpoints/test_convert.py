@@ -16,7 +16,7 @@ from fdq_checkpoints import CheckpointError, convert, inspect, load, save
 from fdq_checkpoints.store import orbax_store
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
-from tests.covering import slow
+from tests.covering import longest, slow
 
 SOURCE = builders.MODELS / "ernie4_5_moe"
 
@@ -37,7 +37,7 @@ def test_converting_loading_and_quantizing_agree(tmp_path, scheme):
 
 
 @pytest.mark.parametrize(
-    "point", [slow("tensor:1"), "tensor:9", slow("unrecorded"), slow("finalized")]
+    "point", [longest("tensor:1"), slow("tensor:9"), longest("unrecorded"), slow("finalized")]
 )
 def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(tmp_path, point, monkeypatch):
     root = pathlib.Path(__file__).parents[2]

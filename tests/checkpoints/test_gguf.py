@@ -22,7 +22,7 @@ from fdq_checkpoints import CheckpointError, convert, inspect, load
 from fdq_checkpoints.readers.gguf_reader import TYPES, GgufFile
 from fdq_checkpoints.sources import ggml_blocks, gguf_tokenizer
 from tests.checkpoints import builders, gguf_files
-from tests.covering import slow_but
+from tests.covering import longest, slow, slow_but
 
 ORACLES = builders.MODELS.parent / "gguf"
 
@@ -69,7 +69,7 @@ def test_the_narrowest_format_of_a_joined_layer(kinds):
     assert str(ggml_blocks.spec_of(kinds)) == SPECS[kinds]
 
 
-@pytest.mark.parametrize("name", slow_but({"llama_k"}, ["llama_k", "qwen3_blocks"]))
+@pytest.mark.parametrize("name", [slow("llama_k"), longest("qwen3_blocks")])
 def test_models_compute_what_transformers_does(name, caplog):
     with caplog.at_level(logging.WARNING, "fdq"):
         model = load(ORACLES / f"{name}.gguf", dtype="float32")

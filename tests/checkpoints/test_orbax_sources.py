@@ -162,6 +162,7 @@ def test_the_arrays_of_an_fdq_checkpoint_are_no_tree_of_their_own(tmp_path):
             use(tmp_path / "out" / "weights")
 
 
+@pytest.mark.slow
 def test_a_decoder_trained_in_jax_becomes_a_model(tmp_path):
     family = builders.MODELS / "qwen3"
     model, expected = load(family), load(family, "W8A16")

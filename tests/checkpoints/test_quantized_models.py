@@ -30,8 +30,8 @@ def float_twin(decoded, folder, base):
 
 
 DEFAULT = {
-    *("gptq", "gptq, desc_act", "awq", "packed, asymmetric", "packed, 6 bits, actorder"),
-    *("float8, blocks", "nf4", "mlx"),
+    *("gptq, desc_act", "awq", "packed, asymmetric"),
+    *("float8, blocks", "nf4"),
 }
 
 

@@ -170,6 +170,7 @@ def test_inspect_finds_a_flipped_byte(original, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_generate_streams_the_text_that_json_holds(converted):
     arguments = ("generate", converted, "--prompt", "def main(", "--max-new-tokens", 24)
     content = json.loads(run(*arguments, "--json").stdout)
@@ -423,6 +424,7 @@ def test_plan_remarks_on_more_tokens_than_the_model_has_positions():
     assert remark in result.stderr
 
 
+@pytest.mark.slow
 def test_plan_of_devices_that_are_not_there(tmp_path):
     """A row for each scheme and GPU; half of the weights, and a picture where it is asked for."""
     arguments = ("plan", "ernie-4.5-0.3b", "-s", "W4A16C8", "--mesh", "tensor=2")
@@ -629,6 +631,7 @@ def test_sizes_have_three_digits(count, text):
 
 
 @pytest.mark.slow
+@pytest.mark.longest  # `.ci/run` runs the demo, too
 def test_demo_converts_decodes_and_compares(tmp_path):
     out = tmp_path / "kept"
     arguments = ("demo", "-s", "W8A16C8", "--text-bytes", 2048, "--out", out, "--json")

@@ -207,6 +207,7 @@ def test_a_decode_step(small_model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @needs_compiler
 def test_a_decode_step_of_two_gpus(small_model):
     """Kernels inside of the one `shard_map`, each GPU with half of the cache, two sums a layer."""

@@ -28,6 +28,7 @@ def start(model, prompts, format, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_ragged_prompts_in_chunks_are_as_each_alone(model, prompts):
     """With tokens from the end of a block on; calls of the loop that end on its borders or not."""
     format = "C4-kvblock"

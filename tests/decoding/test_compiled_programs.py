@@ -17,7 +17,7 @@ from fdq.decoding.programs import decode as _decode
 from fdq.decoding.programs import extend as _extend
 from fdq.decoding.state import DecodeState
 from fdq.nn import split
-from tests.covering import slow
+from tests.covering import longest, slow
 from tests.models import oracles
 
 ORACLE = "qwen3"
@@ -73,7 +73,7 @@ def cpu(request, monkeypatch):
 @pytest.mark.parametrize("cpu", ["avx2", "amx"], indirect=True)
 @pytest.mark.parametrize(
     ("format", "batch", "inner"),
-    [slow("C16", 1, False), ("C8", 3, False), slow("C8", 3, True), slow("C4", 1, False)],
+    [longest("C16", 1, False), ("C8", 3, False), slow("C8", 3, True), longest("C4", 1, False)],
 )
 def test_the_loop_works_in_the_donated_cache(format, batch, inner, cpu):
     """Nothing as large as the cache is copied; the cache comes back where it was.

@@ -10,7 +10,7 @@ from fdq.cache.kv_cache import KVCache
 from fdq.decoding.functional import functional
 from fdq.decoding.loop import prefill
 from fdq.nn.parameters import bind, split
-from tests.covering import slow
+from tests.covering import longest, slow
 from tests.models import oracles
 
 
@@ -27,7 +27,7 @@ def of_any_batch(state):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "format"), [slow("W4A16-g32", "C8"), slow("W8A8", "C8-kvchannel")]
+    ("scheme", "format"), [slow("W4A16-g32", "C8"), longest("W8A8", "C8-kvchannel")]
 )
 def test_a_step_is_exported_for_any_batch(scheme, format):
     model = oracles.oracle("qwen3")[0]
@@ -56,7 +56,7 @@ def test_a_step_is_exported_for_any_batch(scheme, format):
         assert (state.tokens == like.tokens).all()
 
 
-@pytest.mark.parametrize("scheme", [None, slow("W4A16-g32")])
+@pytest.mark.parametrize("scheme", [slow(None), longest("W4A16-g32")])
 def test_a_forward_pass_is_exported_for_any_batch_and_length(scheme):
     model = oracles.oracle("llama")[0]
     model = model if scheme is None else fdq.quantize(model, scheme)

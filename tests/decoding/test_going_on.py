@@ -8,7 +8,7 @@ import pytest
 
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.loop import decode, prefill
-from tests.covering import slow
+from tests.covering import longest, slow
 from tests.models import oracles
 
 SLOTS = 20
@@ -80,11 +80,11 @@ def test_a_row_that_takes_nothing_stays_as_it_is(model, prompts, format):
 @pytest.mark.parametrize(
     ("known", "taken", "format"),
     [
-        slow([6, 6], [13, 13], "C8"),
+        longest([6, 6], [13, 13], "C8"),
         slow([13, 4], [0, 15], "C8"),
-        slow([14, 3], [5, 16], "C8"),
+        longest([14, 3], [5, 16], "C8"),
         slow([13, 4], [0, 15], "C4"),
-        slow([13, 4], [7, 16], "C16"),
+        longest([13, 4], [7, 16], "C16"),
     ],
 )
 def test_several_chunks_up_to_the_last_slots_of_the_cache(model, prompts, known, taken, format):

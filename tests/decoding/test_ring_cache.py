@@ -38,8 +38,7 @@ def prompts(rng, model, *lengths):
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        slow("qwen2_window", "C8"),
-        *(longest("qwen2_window", one) for one in ("C16", "Cfp8", "C4")),
+        *(longest("qwen2_window", one) for one in ("C8", "C16", "Cfp8", "C4")),
         *(slow(*one) for one in (("gemma3", "C16"), ("gpt_oss", "C8"))),
     ],
 )
@@ -61,6 +60,7 @@ def test_ragged_prompts_in_chunks_go_on_and_are_decoded(rng, name, format):
     assert len({token for row in tokens_of[0][0] for token in row}) > 3
 
 
+@pytest.mark.slow
 def test_what_a_ring_no_longer_holds_is_refused(rng):
     model = model_of("qwen2_window")
     fns = functional(model)
@@ -86,6 +86,7 @@ def test_what_a_ring_no_longer_holds_is_refused(rng):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_rows_are_taken_and_put_into_rings(rng):
     """A short prompt, whose cache has no ring, and a long one, whose cache has."""
     model = model_of("qwen2_window")

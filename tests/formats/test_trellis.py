@@ -14,10 +14,12 @@ from fdq.formats import FORMATS, trellis_tables, viterbi
 from fdq.formats.qtensor import dequantize
 from fdq.quantizers import expected_distortion, quantize_array
 from fdq.schemes.scheme import Scheme, WeightSpec
-from tests.covering import slow, slow_but
+from tests.covering import longest, slow, slow_but
 from tests.formats.cases import TRELLISES, defined_value
 
-every_width = pytest.mark.parametrize("bits", slow_but(("2",), TRELLISES))
+every_width = pytest.mark.parametrize(
+    "bits", ["2", *map(slow, ("3.5", "4")), *map(longest, ("1.5", "2.5", "3"))]
+)
 
 
 def spec(bits: str) -> WeightSpec:

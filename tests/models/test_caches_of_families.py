@@ -9,7 +9,7 @@ import pytest
 
 import fdq
 from fdq.cache.kv_cache import KVCache
-from tests.covering import slow
+from tests.covering import longest, slow
 from tests.models import oracles
 
 # What a cache may change in logits, root mean square, by their spread: other experts included.
@@ -24,8 +24,9 @@ def quantized(name):
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
-        *(slow("gpt_oss", cache) for cache in ("C16", "C8", "Cfp8", "C4")),
-        *(slow(name, "C8") for name in ("gemma2", "gemma3")),
+        *(longest("gpt_oss", cache) for cache in ("C16", "Cfp8", "C4")),
+        *(slow(name, "C8") for name in ("gpt_oss", "gemma3")),
+        longest("gemma2", "C8"),
     ],
 )
 def test_what_a_cache_changes_is_its_rounding(name, cache):
@@ -50,8 +51,7 @@ def test_what_a_cache_changes_is_its_rounding(name, cache):
     assert cache == "C16" or change > 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", [longest("gemma3"), slow("gpt_oss")])
 def test_static_caches_are_calibrated_and_recipes_match(name):
     """Fused layers by their paths; keys and values as the layers make them."""
     model, expected = oracles.oracle(name)

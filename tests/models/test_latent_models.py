@@ -41,6 +41,7 @@ def test_pure_functions_go_on_and_back_over_a_cache_of_latents():
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_quantized_decoding_is_close_to_the_same_weights_without_a_cache():
     """A chunk multiplies latents by a decoded kernel, the pass without a cache has its product."""
     model, expected = oracles.oracle("deepseek_v3_plain")

@@ -8,8 +8,10 @@ import pytest
 import fdq.models
 from fdq.cache.kv_cache import KVCache
 from fdq.decoding.loop import decode, prefill
-from tests.covering import covering, slow_but
+from tests.covering import covering, longest, slow
 from tests.models import oracles
+
+VARIANTS = ("_bias", "_nonorm", "_plain", "_untied")
 
 one_of_each_family = pytest.mark.parametrize(
     "name",
@@ -35,7 +37,10 @@ def test_logits(name):
 
 @pytest.mark.parametrize(
     "name",
-    slow_but(("qwen2_window",), oracles.NAMES),
+    [
+        name if name == "qwen2_window" else (longest if name.endswith(VARIANTS) else slow)(name)
+        for name in oracles.NAMES
+    ],
 )
 def test_greedy_tokens_through_the_cache(name):
     """Four prompts of three lengths in one batch, each as transformers continues it alone."""

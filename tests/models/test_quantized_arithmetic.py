@@ -13,6 +13,7 @@ import fdq
 from fdq.decoding.functional import functional
 from fdq.decoding.loop import prefill
 from tests.closeness import assert_close
+from tests.covering import longest, slow
 from tests.models import oracles
 from tests.models.emulation import emulated
 
@@ -38,8 +39,7 @@ def test_the_emulation_is_the_model():
     assert_close(emulated(model, expected["input_ids"]), expected["logits"], of_largest=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["W4A8-g16", "Wfp8Afp8"])
+@pytest.mark.parametrize("scheme", [longest("W4A8-g16"), slow("Wfp8Afp8")])
 def test_a_model_is_its_definition(scheme):
     """All positions at once, and the last ones a token at a time through the cache."""
     model, expected = oracles.oracle("ernie4_5_moe")

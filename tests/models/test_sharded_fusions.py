@@ -12,7 +12,7 @@ import fdq
 import fdq.models
 from fdq.ops.interleaved_weight import InterleavedWeight
 from fdq.ops.rows import Order
-from tests.covering import slow
+from tests.covering import longest, slow
 from tests.models import oracles
 
 COLUMNS = re.compile(r"(qkv_proj|gate_up_proj)\.kernel\.(codes|scale|zero)$")
@@ -39,8 +39,8 @@ def test_an_order_is_undone():
     ("name", "scheme", "axis_type"),
     [
         slow("llama", "W4A16-g32", AxisType.Auto),
-        slow("llama", "W8A8", AxisType.Explicit),
-        slow("qwen2", "W4A16-asym-g32", AxisType.Auto),
+        longest("llama", "W8A8", AxisType.Explicit),
+        longest("qwen2", "W4A16-asym-g32", AxisType.Auto),
         slow("qwen3", "WNF4A16-g32", AxisType.Auto),
     ],
     ids=str,

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fdq
+from tests.covering import longest
 from tests.models import oracles
 
 
@@ -16,8 +17,8 @@ from tests.models import oracles
     ("name", "axis_type", "is_set"),
     [
         ("ernie4_5_moe", AxisType.Explicit, False),
-        ("ernie4_5_moe", AxisType.Auto, True),
-        ("deepseek_v3", AxisType.Explicit, False),
+        longest("ernie4_5_moe", AxisType.Auto, True),
+        longest("deepseek_v3", AxisType.Explicit, False),
         ("gpt_oss", AxisType.Explicit, False),
     ],
     ids=str,

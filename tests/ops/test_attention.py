@@ -78,7 +78,7 @@ def test_equals_the_reference(name, rng):
     ("name", "program", "width"),
     covering(
         itertools.product(SPECS, ["decoded", "parts", "lanes"], [D, 20]),
-        lambda case: [case[:2], case[1:]],
+        lambda case: [case[0], case[1:]],
     ),
 )
 def test_every_program_means_the_same(name, program, width, rng):
@@ -104,7 +104,7 @@ def test_every_program_means_the_same(name, program, width, rng):
             ["int8", "bfloat16", "int4", "C16", "int8 channel"],
             [[48, 5, 20], [21, 5, 9], [0, 0, 1]],
         ),
-        lambda case: [case[0], str(case[1])],
+        lambda case: [case[0][:4], str(case[1])],
     ),
 )
 def test_a_cache_in_parts_is_read_whole_or_in_blocks(name, lengths, rng, monkeypatch):

@@ -11,7 +11,7 @@ import fdq
 from fdq.formats.qtensor import dequantize
 from fdq.ops.prepared_weight import TransposedWeight
 from tests.closeness import error
-from tests.covering import slow, slow_but
+from tests.covering import longest, slow, slow_but
 from tests.formats.cases import quantized
 from tests.ops.test_matmul import decoded, rows
 
@@ -31,7 +31,7 @@ varied = pytest.mark.parametrize("name", slow_but(("int8", "int4-g64", "cc2"), S
 
 
 @varied
-@pytest.mark.parametrize("m", [3, slow(1)])
+@pytest.mark.parametrize("m", [3, longest(1)])
 def test_the_gradient_by_scales_is_that_through_the_decoded_weight(name, m, rng):
     q = quantized(name)
     x, g = rows(rng, m), rows(rng, m, 512)
@@ -57,7 +57,7 @@ def test_the_gradient_by_scales_under_quantized_rows_is_that_of_their_values(rng
     assert error(by(q.scale), np.asarray(plain(q.scale), np.float64)) < 1e-5
 
 
-@pytest.mark.parametrize(("t", "picks"), [(3, 1), slow(40, 2)])
+@pytest.mark.parametrize(("t", "picks"), [slow(3, 1), longest(40, 2)])
 def test_the_gradient_by_scales_of_experts(t, picks, rng):
     q = jax.tree.map(lambda a: jnp.stack([a, a[:, ::-1]]), quantized("int4-g64"))
     x = rows(rng, t)

@@ -10,6 +10,7 @@ import fdq
 from fdq.models import Decoder, DecoderConfig
 from fdq.nn import RotaryConfig
 from fdq.ops.indices import as_indices
+from tests.covering import longest, slow
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "uint64")
 
@@ -45,7 +46,7 @@ def test_what_is_beyond_32_bits_stays_beyond_under_x64():
     assert found.tolist() == [2**31 - 1, 7, -(2**31)]
 
 
-@pytest.mark.parametrize("dtype", ["uint8", pytest.param("uint16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [slow("uint8"), longest("uint16")])
 def test_quantized_embeddings_of_narrow_tokens(dtype):
     config = DecoderConfig(
         model_type="llama", vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1,

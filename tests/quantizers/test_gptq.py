@@ -122,7 +122,7 @@ def test_code_for_code(name, rng):
     assert np.trace((w - better).T @ h @ (w - better)) < np.trace((w - one).T @ h @ (w - one))
 
 
-@pytest.mark.parametrize("method", [slow("gptq"), "gptq2"])
+@pytest.mark.parametrize("method", [slow("gptq"), slow("gptq2")])
 @pytest.mark.parametrize(
     "name", ["W2A16-g32", *(longest(name) for name in NAMES if name != "W2A16-g32")]
 )
@@ -148,6 +148,7 @@ def test_less_error_than_rounding(name, method, rng):
     assert loss(q) < 0.85 * loss(plain)
 
 
+@pytest.mark.slow
 def test_whole_model_and_what_is_refused(rng):
     class Two(nnx.Module):
         def __init__(self, rngs):

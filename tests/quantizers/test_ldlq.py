@@ -50,6 +50,7 @@ def test_feedback_makes_the_output_better_and_the_weight_worse(layer):
     assert two < 0.95 * one
 
 
+@pytest.mark.slow
 def test_what_is_left_is_spread_over_the_rows_to_come(layer):
     """The codes are those of targets that an independent recursion computes from decoded rows.
 

@@ -8,7 +8,7 @@ from flax import nnx
 import fdq
 from fdq.sharding import make_mesh
 from fdq_checkpoints import CheckpointError
-from tests.covering import slow
+from tests.covering import longest, slow
 from tests.sharding.many_devices import model_of
 
 
@@ -22,7 +22,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [("llama", "block_wise_fp8"), slow("gpt_oss", "W4A16C8")]
+    ("name", "scheme"), [slow("llama", "block_wise_fp8"), longest("gpt_oss", "W4A16C8")]
 )
 def test_saved_on_eight_devices(name, scheme, tmp_path):
     one = model_of(name, scheme)
