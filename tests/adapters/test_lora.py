@@ -173,7 +173,11 @@ def test_a_stack_of_layers(rng):
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("llama", ("v_proj", "down_proj")), longest("qwen3_moe", None), longest("deepseek_v3", None)],
+    [
+        slow("llama", ("v_proj", "down_proj")),
+        longest("qwen3_moe", None),
+        longest("deepseek_v3", None),
+    ],
 )
 def test_a_model_is_decoded_with_its_adapters(name, targets):
     tuned = tuned_model(name, "W4A16-g8", targets=targets)

@@ -101,6 +101,7 @@ def test_mix_quant_gives_each_kind_its_own():
     assert result.cache == "C8"
 
 
+@pytest.mark.slow
 def test_planned_bytes_are_those_of_arrays():
     config = CONFIGS["ernie-4.5-21b-a3b"]
     assert config.moe is not None

@@ -12,7 +12,8 @@ import fdq
 from fdq import ops
 from fdq.formats.qtensor import dequantize
 from tests.closeness import error
-from tests.formats.cases import PRODUCTS, quantized
+from tests.covering import slow_but
+from tests.formats.cases import PRODUCTS, VARIED, quantized
 
 WIDE = ("float32", "bfloat16", "float16")
 COUNTED = ("int8", "uint8", "int32", "bool", "float8_e4m3fn", "float8_e5m2")
@@ -34,7 +35,7 @@ def products():
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("name", [*PRODUCTS, "array"])
+@pytest.mark.parametrize("name", slow_but((*VARIED, "array"), [*PRODUCTS, "array"]))
 def test_every_dtype_of_rows(name, rng):
     q = dequantize(quantized("int8")) if name == "array" else quantized(name)
     w = np.asarray(q if name == "array" else dequantize(q), np.float64)

@@ -281,7 +281,7 @@ ODD_DTYPES = ["int8", "uint8", "int32", "bool", "float8_e4m3fn", "float8_e5m2"]
 
 
 @pytest.mark.parametrize("dtype", ODD_DTYPES)
-@pytest.mark.parametrize("kind", ["int4-g64", "fp8-block", "array"])
+@pytest.mark.parametrize("kind", ["int4-g64", slow("fp8-block"), "array"])
 def test_rows_that_are_no_wide_floats_count_as_float32(kind, dtype, rng):
     w = rows(rng, 256, 24) if kind == "array" else quantized(kind)
     x = jnp.asarray(rng.integers(-3, 4, (2, 256)), jnp.float32).astype(dtype)

@@ -98,6 +98,7 @@ def logits(model, tokens):
     return np.asarray(nnx.jit(lambda m, t: m(t))(model, tokens))
 
 
+@pytest.mark.slow
 def test_scaled_channels_are_the_same_function(model, tokens, rng):
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     nothing = fdq.Calibration(absmax={}, mean_square={}, cache=(), tokens=1)

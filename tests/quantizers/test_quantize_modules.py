@@ -118,6 +118,7 @@ def test_outputs_are_those_of_the_decoded_weights(scheme, error):
     assert 1e-4 < relative_error(y, output(model())) < error
 
 
+@pytest.mark.slow
 def test_activations_are_quantized_too():
     q = quantize(model(), "W8A8")
     assert q.first.activation == q.attention.out.activation == q.blocks.up.activation

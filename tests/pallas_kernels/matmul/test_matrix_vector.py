@@ -91,7 +91,7 @@ def test_odd_shapes(case, k, n, m):
     assert error(found.sum(axis=0), product(x, values)) < BOUND
 
 
-@pytest.mark.parametrize("block_columns", [128, 512])
+@pytest.mark.parametrize("block_columns", [slow(128), 512])
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_settings_change_no_result(block_columns, prefetch):
     w, values = random_weight(INT4, 512, 512)
