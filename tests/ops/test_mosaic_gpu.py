@@ -91,15 +91,21 @@ def test_more_rows_are_the_tensor_cores(m, activation, rng, kernels):
         fdq.matmul(x.astype(jnp.float32), q, implementation="mosaic_gpu")
 
 
-@pytest.mark.slow
-def test_experts_of_more_tokens_are_the_tensor_cores(rng, kernels):
+@pytest.mark.parametrize("activation", [slow(None), slow("int8"), longest("fp8")])
+def test_experts_of_more_tokens_are_the_tensor_cores(activation, rng, kernels):
     values = jnp.asarray(rng.standard_normal((3, 128, 128)) * 0.05, jnp.float32)
     stack = ops.prepare(fdq.quantize(values, "W4A16"))
     x = jnp.asarray(rng.standard_normal((9, 128)), jnp.bfloat16)
     index = jnp.asarray(rng.integers(0, 3, (9, 2)), jnp.int32)
-    y = fdq.grouped_matmul(x, stack, index, out_dtype=jnp.float32)
+    run = functools.partial(fdq.grouped_matmul, activation=activation, out_dtype=jnp.float32)
+    y = run(x, stack, index, implementation="mosaic_gpu")
+    rows = np.asarray(x, np.float64)
+    if activation is not None:
+        codes, scale = ops.quantize_activation(x, ops.parse_activation(activation))
+        rows = np.asarray(codes, np.float64) * np.asarray(scale, np.float64)
     decoded = np.asarray(fdq.dequantize(stack), np.float64)[np.asarray(index)]
-    assert error(y, np.einsum("tk,tpkn->tpn", np.asarray(x, np.float64), decoded)) < TOLERANCE
+    assert error(y, np.einsum("tk,tpkn->tpn", rows, decoded)) < TOLERANCE
+    assert (run(x, stack, index) == y).all()  # what is chosen
 
 
 def test_gradient_and_vmap(rng, kernels):
@@ -194,8 +200,7 @@ def test_a_kernel_that_disagrees_is_switched_off_once(monkeypatch, caplog):
     assert nothing is not None  # zeros prove nothing
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("activation", [slow(None), "int8", longest("fp8"), slow("fp8-x128")])
 def test_experts_in_the_kernels_layout(activation, rng, kernels):
     """Up to 8 rows are gathered by the kernel; XLA takes one expert at a time out of the layout."""
     stack = fdq.quantize(jnp.asarray(rng.standard_normal((4, 256, 128)), jnp.float32), "W4A16")
@@ -206,7 +211,7 @@ def test_experts_in_the_kernels_layout(activation, rng, kernels):
         index = jnp.asarray(rng.integers(0, 4, rows), jnp.int32)
         y = fdq.grouped_matmul(x, prepared, index, activation=activation)
         wanted = np.einsum("tk,tkn->tn", np.asarray(x, np.float64), decoded[index])
-        assert error(y, wanted) < (0.02 if activation else TOLERANCE)
+        assert error(y, wanted) < (0.05 if activation else TOLERANCE)
         xla = fdq.grouped_matmul(x, stack, index, activation=activation, implementation="xla")
         assert error(y, np.asarray(xla, np.float64)) < TOLERANCE
     run = functools.partial(fdq.grouped_matmul, implementation="xla")
@@ -222,8 +227,11 @@ def test_what_no_kernel_does_is_refused_where_it_is_asked_for(rng):
     stack = ops.prepare(fdq.quantize(jnp.ones((3, 256, 128)), "W4A16"), "gpu")
     with pytest.raises(NotImplementedError, match=r"matmul\[mosaic_gpu\]: the weight is an array"):
         fdq.matmul(x, jnp.ones((256, 128)), implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="no kernel gathers experts for quantized"):
-        fdq.grouped_matmul(x, stack, index, activation="int8", implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="activations have one scale for all experts"):
+        fdq.grouped_matmul(
+            x, stack, index, activation="int8-static", activation_scale=jnp.ones(3),
+            implementation="mosaic_gpu",
+        )  # fmt: skip
     with pytest.raises(NotImplementedError, match="the kernels take 1 to 64 rows of x, found 65"):
         fdq.grouped_matmul(
             jnp.ones((65, 256)), stack, jnp.zeros((65,), jnp.int32), implementation="mosaic_gpu"

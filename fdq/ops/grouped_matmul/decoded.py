@@ -88,7 +88,7 @@ def share(picks: int, experts: int) -> int:
 def _by_expert(x: jax.Array, w: KernelWeight, index: jax.Array, picks: int, _: Hashable):
     """Rows `[P / picks, K]` times the experts `[P]` of their picks -> float32 `[P, N]`."""
     layout, experts, p = w.layout, w.words.shape[0], index.shape[0]
-    dtype, exponent = compute_dtype(x.dtype, trace_target()), None
+    dtype, exponent = jnp.dtype(compute_dtype(x.dtype, trace_target())), None
     if dtype == jnp.float16 and x.dtype != jnp.float16:  # as in a dense product
         x = x.astype(jnp.float32)
         exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1, keepdims=True))[1]

@@ -28,7 +28,9 @@ KERNEL = "gathered_mma"
 
 def unsupported(a: GroupedProduct) -> str | None:
     """Why tensor cores do not take a product."""
-    return mosaic_mma.unsupported_weight(a.w, a.tokens, a.x.dtype)
+    return mosaic_mma.unsupported_activation(a) or mosaic_mma.unsupported_weight(
+        a.w, a.tokens, a.x.dtype if a.activation is None else jnp.bfloat16
+    )
 
 
 def chosen(a: GroupedProduct) -> bool:

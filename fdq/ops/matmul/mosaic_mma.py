@@ -24,10 +24,15 @@ KERNEL = "mma_matmul"
 
 def unsupported(a: Product) -> str | None:
     """Why tensor cores do not take a product."""
+    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
+    return unsupported_activation(a) or unsupported_weight(a.w, a.rows, dtype)
+
+
+def unsupported_activation(a: Product) -> str | None:
+    """Why they do not multiply rows that are quantized so."""
     if a.activation is not None and a.activation.granularity == "token_group":
         return "tensor cores take no activations with scales per token and group"
-    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
-    return unsupported_weight(a.w, a.rows, dtype)
+    return None
 
 
 def unsupported_weight(w: Any, rows: int, dtype: Any) -> str | None:
