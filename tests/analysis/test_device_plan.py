@@ -170,3 +170,21 @@ def test_the_report_is_what_the_plans_are():
     assert all(plan.fits for plan in plans)
     stored = json.loads(memory_report.REPORT.read_text("utf-8"))
     assert stored == json.loads(json.dumps([plan.to_dict() for plan in plans]))
+    steps = json.loads(memory_report.COMPILED.read_text("utf-8"))
+    assert memory_report.compiled_table(steps, plans) in memory_report.PAGE.read_text("utf-8")
+
+
+def test_compiled_steps_of_large_models_hold_what_is_planned():
+    """What the compiler said of each, as it stands beside the page: no weight is made anew."""
+    plans, steps = (
+        json.loads(file.read_text("utf-8"))
+        for file in (memory_report.REPORT, memory_report.COMPILED)
+    )
+    assert len(plans) == len(steps) == len(memory_report.CASES)
+    for plan, step in zip(plans, steps, strict=True):
+        assert (plan["model"], plan["context"], plan["batch"], plan["gpu"]) == (
+            step["model"], step["context"], step["batch"], step["gpu"],
+        )  # fmt: skip
+        planned = plan["weight_bytes"] + plan["cache_bytes"]
+        assert abs(step["argument_bytes"] + step["temp_bytes"] - planned) < 0.05 * planned
+        assert step["weight_copies"] == step["unknown_loops"] == 0

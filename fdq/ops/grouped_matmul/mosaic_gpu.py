@@ -65,9 +65,9 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
         index = a.index.reshape(-1)
-        x, scale = _rows(a)
+        (x, scale), more = _rows(a), None
         if mosaic_mma.chosen(a):
-            parts, more = mosaic_mma.gathered_sums(x, kernel_weight(a.w), index, a.tokens), None
+            parts = mosaic_mma.gathered_sums(x, kernel_weight(a.w), index, a.tokens)
         else:
             if a.shard:  # what is computed of others' rows does not count
                 index = jnp.minimum(index, a.w.shape[0] - 1)
@@ -75,7 +75,7 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         if scale is not None:
             parts = parts * scale[None]
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
-        if b is None:
+        if b is None or more is None:
             return parts
         return parts, more.reshape(more.shape[0], *b.x.shape[:-1], more.shape[-1])
 
