@@ -28,7 +28,8 @@ def config_of(name, **changes):
             experts["router"] = dataclasses.replace(router, groups=1, top_groups=1)
         sizes["moe"] = dataclasses.replace(config.moe, **experts)
     if hasattr(config.attention, "rank"):
-        sizes["attention"] = dataclasses.replace(config.attention, value_dim=128)
+        ranks = {"rank": 128, "query_rank": config.attention.query_rank and 128}
+        sizes["attention"] = dataclasses.replace(config.attention, value_dim=128, **ranks)
         sizes |= {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     return config.replace(**(sizes | changes))
 

@@ -1,5 +1,7 @@
 """Models over eight devices: the tokens of one, two sums a layer, no weight that moves."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from fdq.decoding import programs
 from fdq.nn.parameters import split
 from fdq.sharding import Rules, make_mesh
 from tests.covering import longest, slow
+from tests.models import oracles
 from tests.sharding.many_devices import PROMPTS, check_tokens, model_of, moved
 
 TENSOR, EXPERT, DATA = {"tensor": 8}, {"tensor": 4, "expert": 2}, {"tensor": 2, "data": 4}
@@ -30,6 +33,16 @@ CASES = [
     slow("gemma3", "W4A16C8", DATA),
     longest("ernie4_5", None, TENSOR),
 ]
+# Every family in every kind of scheme on every kind of mesh.
+FAMILIES = {oracles.read_config(name)["model_type"]: name for name in reversed(oracles.NAMES)}
+SCHEMES = ("W4A16C8", "W8A8C8", "block_wise_fp8", "wint2")
+
+
+def every_case():
+    """`CASES`, and with `--longest` the whole table."""
+    known = [getattr(case, "values", case) for case in CASES]
+    table = itertools.product(sorted(FAMILIES.values()), SCHEMES, (TENSOR, EXPERT, DATA))
+    return [*CASES, *(longest(*case) for case in table if case not in known)]
 
 
 def prompts_for(sizes):
@@ -37,7 +50,7 @@ def prompts_for(sizes):
     return PROMPTS * (sizes.get("data", 2) // 2)
 
 
-@pytest.mark.parametrize(("name", "scheme", "sizes"), CASES, ids=str)
+@pytest.mark.parametrize(("name", "scheme", "sizes"), every_case(), ids=str)
 def test_the_tokens_of_one_device(name, scheme, sizes):
     one = model_of(name, scheme)
     many = fdq.shard(one, make_mesh(sizes))
