@@ -188,8 +188,14 @@ def _run(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
+        late = threading.Event()  # the timer's thread may live on while the pipe is closed already
+
+        def end_late() -> None:
+            late.set()
+            end()
+
         grace = _GRACE if not settings.smoke else 600.0
-        timer = threading.Timer(settings.seconds + grace, end)
+        timer = threading.Timer(settings.seconds + grace, end_late)
         timer.start()
         try:
             assert process.stdout is not None
@@ -199,14 +205,13 @@ def _run(
                         emit(json.loads(line.removeprefix(_MARK)))
             code = process.wait()
         finally:
-            late = not timer.is_alive()
             timer.cancel()
             if process.poll() is None:
                 end()
                 process.wait()
         if code == 0:
             return None
-        if late:
+        if late.is_set():
             return f"ended after {settings.seconds + grace:.0f} s"
         errors.seek(0)
         lines = [line.strip() for line in errors if line.strip()]
