@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fdq.cache import CacheTensor, parse_format
 from fdq.cache.cache_tensor import sample_scales
-from fdq.ops.attention import library
+from fdq.ops.attention import cudnn
 from fdq.ops.attention import mosaic_gpu as attention
 from fdq.ops.choice import compute_capability, trace_target
 from fdq.ops.grouped_matmul import mosaic_mma as grouped_mma
@@ -60,7 +60,7 @@ def standard_checks() -> Iterator[Check]:
         yield decoded.float8_check("float8_e4m3")
     if compute_capability() >= 8:
         for group, d in HEADS:
-            yield library.self_check_of(group, d, jnp.dtype(dtype))
+            yield cudnn.self_check_of(group, d, jnp.dtype(dtype))
 
 
 def _of_products(scheme: str, dtype: str) -> Iterator[Check]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fdq.ops.attention.library import MOST_MASKED
+from fdq.ops.attention.cudnn import MOST_MASKED
 from pallas_kernels.device import default_device
 
 CHUNK = 512

@@ -7,7 +7,7 @@ import pytest
 
 import fdq
 from fdq.analysis import standard_checks
-from fdq.ops.attention import library
+from fdq.ops.attention import cudnn
 
 ROOT = pathlib.Path(fdq.__file__).parent / "ops"
 
@@ -32,7 +32,7 @@ def test_every_kernel_has_checks(checks):
 def test_libraries_are_checked_where_they_multiply(checks, monkeypatch):
     prompts = [one for one in checks if one.kernel == "prompt_attention"]
     assert len(prompts) == len(standard_checks.HEADS)
-    assert {one.tolerance for one in prompts} == {library._TOLERANCE}
+    assert {one.tolerance for one in prompts} == {cudnn._TOLERANCE}
     monkeypatch.setattr(standard_checks, "compute_capability", lambda: 7.5)
     others = {one.kernel for one in standard_checks.standard_checks()}
     assert {one.kernel for one in checks} - others == {"float8_product", "prompt_attention"}

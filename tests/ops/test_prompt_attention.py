@@ -11,7 +11,7 @@ import pytest
 import fdq
 from fdq.cache import parse_format, quantize_cache
 from fdq.cache.cache_tensor import CacheTensor, sample_scales
-from fdq.ops.attention import library, xla
+from fdq.ops.attention import cudnn, xla
 from fdq.ops.attention.xla import AttentionArguments, attention_reference
 from fdq.ops.choice import Target
 from tests.closeness import error
@@ -38,14 +38,14 @@ def reference(a):
 )
 def test_the_library_call_is_attention(format, window, rng):
     a = arguments(rng, format, window=window)
-    assert library._span(a) == (80 if window != 9 else 64)
-    assert error(library.attend(a, "xla"), reference(a)) < 2e-6
+    assert cudnn._span(a) == (80 if window != 9 else 64)
+    assert error(cudnn.attend(a, "xla"), reference(a)) < 2e-6
 
 
 def test_queries_that_see_nothing_get_zeros(rng):
     a = arguments(rng)
     a = AttentionArguments(a.q, a.k, a.v, jnp.asarray([0, 9]), a.offset, None, 0.3)
-    y = library.attend(a, "xla")
+    y = cudnn.attend(a, "xla")
     assert not y[0].any() and np.isfinite(y).all() and y[1].any()
 
 
@@ -61,30 +61,30 @@ def test_derivatives_are_those_of_xla(rng):
         _, tangent = jax.jvp(f, (a.q,), (jnp.ones_like(a.q),))
         return tangent, jax.jit(jax.grad(f))(a.q)
 
-    ours = found(lambda a: library.attend(a, "xla"))
+    ours = found(lambda a: cudnn.attend(a, "xla"))
     for mine, wanted in zip(ours, found(xla.Xla()), strict=True):
         assert error(mine, np.asarray(wanted, np.float64)) < 1e-5
 
 
 def test_what_cudnn_does_not_take(rng):
     a = arguments(rng, dtype=jnp.bfloat16)
-    assert library.unsupported(a, 9.0) is None
-    assert "16-bit" in str(library.unsupported(a, 7.5))
-    assert "16-bit" in str(library.unsupported(arguments(rng), 9.0))
+    assert cudnn.unsupported(a, 9.0) is None
+    assert "16-bit" in str(cudnn.unsupported(a, 7.5))
+    assert "16-bit" in str(cudnn.unsupported(arguments(rng), 9.0))
     capped = AttentionArguments(a.q, a.k, a.v, a.lengths, a.offset, None, 0.3, softcap=30.0)
-    assert "caps" in str(library.unsupported(capped, 9.0))
+    assert "caps" in str(cudnn.unsupported(capped, 9.0))
     wide = CacheTensor(jnp.zeros((1, 1, 8, 192), jnp.bfloat16))
     q = jnp.zeros((1, 2, 1, 192), jnp.bfloat16)
     wide = AttentionArguments(q, wide, wide, a.lengths[:1], a.offset[:1], None, 0.3)
-    assert "heads of" in str(library.unsupported(wide, 8.0))
-    assert library.unsupported(wide, 9.0) is None
+    assert "heads of" in str(cudnn.unsupported(wide, 8.0))
+    assert cudnn.unsupported(wide, 9.0) is None
     with pytest.raises(NotImplementedError, match="there is no cuDNN for this device here"):
         fdq.attention(a.q, a.k, a.v, lengths=a.lengths, implementation="cudnn")
 
 
 @pytest.mark.slow
 def test_the_self_checks_case(rng):
-    for result, wanted in zip(*library.prompt_case(2, 16, jnp.float32, "xla"), strict=True):
+    for result, wanted in zip(*cudnn.prompt_case(2, 16, jnp.float32, "xla"), strict=True):
         assert error(result, np.asarray(wanted, np.float64)) < 2e-6
 
 

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from fdq.cache.cache_tensor import CacheTensor
+from fdq.ops.attention.cudnn import Cudnn
 from fdq.ops.attention.joined import JoinedKeys
-from fdq.ops.attention.library import Library
 from fdq.ops.attention.mosaic_gpu import MosaicGpu
 from fdq.ops.attention.xla import AttentionArguments, Xla
 from fdq.ops.implementation import Op
 from pallas_kernels.typing import Array, Float, Int
 
-ATTENTION: Op[AttentionArguments] = Op("attention", MosaicGpu(), Library(), Xla())
+ATTENTION: Op[AttentionArguments] = Op("attention", MosaicGpu(), Cudnn(), Xla())
 
 
 def attention(

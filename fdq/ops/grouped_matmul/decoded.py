@@ -16,16 +16,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight
-from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import trace_target, traced_for
-from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
+from fdq.ops.grouped_matmul.product import (
+    GroupedImplementation,
+    GroupedProduct,
+    quantized_rows,
+    scale_each,
+)
 from fdq.ops.kernels import Kernel
 from fdq.ops.matmul.decoded import KERNEL, decoded_operand, self_check_of
 from fdq.ops.matmul.mosaic_gpu import preferred, unprepared
 from fdq.ops.matmul.xla import compute_dtype
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import WordsWeight, kernel_weight
-from fdq.ops.rows import as_array
+from fdq.ops.rows import as_array, flattened
 from pallas_kernels.device import MOST_ROWS
 
 if TYPE_CHECKING:
@@ -49,8 +53,8 @@ class Decoded(Kernel[GroupedProduct], GroupedImplementation):
             return "the weight is an array: there is nothing to decode"
         if not isinstance(a.index.size, int) or not a.index.size:
             return f"a known number of rows is decoded for, found {a.index.size}"
-        if a.activation_scale is not None and a.activation_scale.size != 1:
-            return "activations have one scale for all experts"
+        if reason := scale_each(a):
+            return reason
         return WordsWeight.unsupported(a.w) or sharded(a.x, a.w)
 
     def declined(self, arguments: GroupedProduct) -> str | None:
@@ -62,19 +66,13 @@ class Decoded(Kernel[GroupedProduct], GroupedImplementation):
 
     def __call__(self, arguments: GroupedProduct) -> jax.Array:
         """One part, float32 `[1, *index.shape, N]`."""
-        a, x = arguments, as_array(arguments.x)
-        rows, index, scale = x.reshape(-1, x.shape[-1]), a.index.reshape(-1), None
-        dtype = compute_dtype(x.dtype, trace_target())
-        if a.activation is not None:
-            codes, scale = quantize_activation(rows, a.activation, a.activation_scale, path=a.path)
-            if a.activation.granularity == "token_group":
-                rows = activation_values(codes, scale, a.activation.group_size, x.dtype)
-                scale = None
-            else:
-                rows, scale = codes.astype(dtype), jnp.broadcast_to(scale, (codes.shape[0], 1))
+        a, index, scale = arguments, arguments.index.reshape(-1), None
+        if a.activation is None:
+            rows = flattened(as_array(a.x))
+        else:
+            rows, scale = quantized_rows(a, compute_dtype(a.x.dtype, trace_target()), a.x.dtype)
         y = _by_expert(rows, kernel_weight(a.w), index, a.picks, traced_for())
-        if scale is not None:
-            y = y * jnp.repeat(scale, a.picks, axis=0, total_repeat_length=index.shape[0])
+        y = y if scale is None else y * scale
         return y.reshape(1, *a.index.shape, y.shape[-1])
 
 

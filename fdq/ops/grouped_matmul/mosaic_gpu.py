@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.grouped_matmul import mosaic_mma
-from fdq.ops.grouped_matmul.product import GroupedImplementation, GroupedProduct
+from fdq.ops.grouped_matmul.product import (
+    GroupedImplementation,
+    GroupedProduct,
+    quantized_rows,
+    scale_each,
+)
 from fdq.ops.kernels import Kernel, tuned
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import kernel_weight
-from fdq.ops.rows import Rows, Sums, as_array, flattened
+from fdq.ops.rows import Rows, Sums
 from pallas_kernels.device import MOST_ROWS
 
 if TYPE_CHECKING:
@@ -35,8 +39,8 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
     def unsupported(self, arguments: GroupedProduct) -> str | None:
         """Weights, scales and numbers of rows that no kernel takes, and sharded arrays."""
         a = arguments
-        if a.activation_scale is not None and a.activation_scale.size != 1:
-            return "activations have one scale for all experts"
+        if reason := scale_each(a):
+            return reason
         many = a.tokens > MOST_ROWS
         reason = mosaic_mma.unsupported(a) if many else matmul.unsupported_weight(a.w, a.tokens)
         return reason or sharded(a.x, a.w)
@@ -65,7 +69,10 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
         index = a.index.reshape(-1)
-        (x, scale), more = _rows(a), None
+        x, scale, more = a.x, None, None
+        if a.activation is not None:
+            codes = jnp.bfloat16 if mosaic_mma.chosen(a) else jnp.float32
+            x, scale = quantized_rows(a, codes, jnp.float32)
         if mosaic_mma.chosen(a):
             parts = mosaic_mma.gathered_sums(x, kernel_weight(a.w), index, a.tokens)
         else:
@@ -84,22 +91,6 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         total = dataclasses.replace(sums, dtype=jnp.float32).value()
         terms = [total[..., p, :] * weights[..., p, None] for p in range(weights.shape[-1])]
         return functools.reduce(jnp.add, terms).astype(sums.dtype)
-
-
-def _rows(a: GroupedProduct) -> tuple[Rows, jax.Array | None]:
-    """Rows for the kernels, and what the product of each pick is to be multiplied by, `[P, 1]`.
-
-    Codes of quantized activations are floats, which hold 8 bits exactly.
-    """
-    if a.activation is None:
-        return a.x, None
-    x = flattened(as_array(a.x))
-    codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
-    if a.activation.granularity == "token_group":
-        return activation_values(codes, scale, a.activation.group_size, jnp.float32), None
-    scale = jnp.broadcast_to(scale, (codes.shape[0], 1))
-    scale = jnp.repeat(scale, a.picks, axis=0, total_repeat_length=a.index.size)
-    return codes.astype(jnp.bfloat16 if mosaic_mma.chosen(a) else jnp.float32), scale
 
 
 def gathered_sums(

@@ -25,7 +25,7 @@ MOST_MASKED = 2**28
 _TOLERANCE = 0.03  # of 16-bit results and probabilities
 
 
-class Library(Implementation[AttentionArguments]):
+class Cudnn(Implementation[AttentionArguments]):
     """`jax.nn.dot_product_attention`, where cuDNN takes dtype, shape and mask."""
 
     name = "cudnn"
