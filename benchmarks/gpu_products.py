@@ -102,7 +102,6 @@ def matrix_kernel(
         from pallas_kernels.matmul import matrix_vector as matmul
 
         if x.shape[0] > MOST_ROWS:
-            x = x if activation is None else x.astype(jnp.bfloat16)
             return mosaic_mma.partial_sums(x, w)
         own = matmul.choose_config(w.layout, x.shape[0], matmul.multiprocessors())
         config = dataclasses.replace(own, **(settings or {}))

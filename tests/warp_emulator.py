@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from ptx_machine import add_downwards
 
-from pallas_kernels.matmul import mma_products
+from pallas_kernels.matmul import mma_integers, mma_products
 from pallas_kernels.mosaic import (
     lane_instructions,
     mma_fragments,
@@ -43,6 +43,7 @@ class Fragments:
 
     registers: np.ndarray
     layout: object = None
+    is_signed: bool | None = None
 
 
 def _tile(array: np.ndarray, tiles) -> np.ndarray:
@@ -92,16 +93,19 @@ def _deal(array, layout) -> Fragments:
     return Fragments(registers)
 
 
-def _collect(fragments: Fragments, layout, shape):
+def _collect(fragments: Fragments, layout, shape, dtype):
     elements = _elements(layout, shape)
-    out = np.full(np.prod(shape), np.nan, np.float32)
+    out = np.full(np.prod(shape), np.nan)  # holds int32 and float32 exactly
     registers = fragments.registers.reshape(elements.shape[:-2])
     for index in np.ndindex(registers.shape):
-        out[elements[index]] = registers[index].data
+        data = registers[index].data
+        out[elements[index]] = data.view(np.int32) if dtype == np.int32 else data
     # Threads that hold copies must agree.
     for index in np.ndindex(registers.shape):
-        np.testing.assert_array_equal(out[elements[index]], registers[index].data)
-    return jnp.asarray(out.reshape(shape))
+        data = registers[index].data
+        data = data.view(np.int32) if dtype == np.int32 else data
+        np.testing.assert_array_equal(out[elements[index]], data)
+    return jnp.asarray(out.reshape(shape), dtype)
 
 
 def _inline_mgpu(arg_types, return_type):
@@ -109,7 +113,8 @@ def _inline_mgpu(arg_types, return_type):
         def run(*arrays):
             given = [_deal(a, t.to_mgpu()) for a, t in zip(arrays, arg_types, strict=True)]
             layout = return_type.layout.to_mgpu()
-            return _collect(function(None, *given), layout, return_type.shape)
+            found = function(None, *given)
+            return _collect(found, layout, return_type.shape, return_type.dtype)
 
         return run
 
@@ -151,6 +156,28 @@ def _mma(kind, operands) -> list[Value]:
     return [Value("f32", d[WARP, ROW + 8 * (i // 2), 2 * COLUMN + i % 2]) for i in range(4)]
 
 
+def _mma_integers(operands) -> list[Value]:
+    """m16n8k32 of signed bytes, or m16n8k16: half of its columns of K."""
+    half = len(operands) == 7
+    a, b = np.zeros((4, 16, 32), np.int64), np.zeros((4, 32, 8), np.int64)
+    c = np.zeros((4, 16, 8), np.int64)
+    left, right, sums = (2, 1, 4) if half else (4, 2, 4)
+    assert len(operands) == left + right + sums
+    for i in range(4 * left):
+        row, k = ROW + 8 * (i // 4 % 2), 4 * COLUMN + i % 4 + 16 * (i // 8)
+        a[WARP, row, k] = _bytes_of(operands[i // 4])[:, i % 4].view(np.int8)
+    for i in range(4 * right):
+        k = 4 * COLUMN + i % 4 + 16 * (i // 4)
+        b[WARP, k, ROW] = _bytes_of(operands[left + i // 4])[:, i % 4].view(np.int8)
+    for i in range(4):
+        own = operands[left + right + i].data.view(np.int32)
+        c[WARP, ROW + 8 * (i // 2), 2 * COLUMN + i % 2] = own
+    d = a @ b + c
+    assert np.abs(d).max() < 2**31
+    found = [d[WARP, ROW + 8 * (i // 2), 2 * COLUMN + i % 2] for i in range(4)]
+    return [Value("i32", x.astype(np.int32).view(np.uint32)) for x in found]
+
+
 def _inline_asm(kind, operands, text, constraints, **_):
     assert len(constraints.split(",")) == len(re.findall(r"\$\d+", text))
     name = text.split()[0]
@@ -160,6 +187,12 @@ def _inline_asm(kind, operands, text, constraints, **_):
     if name.startswith("mma.sync.aligned.m16n8k16.row.col.f32."):
         assert name.split(".")[7] == name.split(".")[8]
         return _mma(name.split(".")[7], operands)
+    if name.startswith("mma.sync.aligned.m16n8k"):
+        size = {"m16n8k32": 10, "m16n8k16": 7}[name.split(".")[3]]
+        assert name.endswith(".row.col.s32.s8.s8.s32") and len(operands) == size
+        groups = [group.count("$") for group in re.findall(r"{(.*?)}", text)]
+        assert groups == ([4, 4, 2, 4] if size == 10 else [4, 2, 1, 4])
+        return _mma_integers(operands)
     if name == "movmatrix.sync.aligned.m8n8.trans.b16":
         matrix = np.zeros((4, 8, 8), np.uint16)
         halves = _bytes_of(operands[0]).view(np.uint16)
@@ -233,6 +266,7 @@ _ARITH = types.SimpleNamespace(
     cmpi=lambda predicate, x, y: Value("i1", predicate(x.data, y.data)),
     select=lambda which, x, y: Value(x.type, np.where(which.data, x.data, y.data)),
     CmpIPredicate=types.SimpleNamespace(ne=np.not_equal),
+    sitofp=lambda kind, x: Value(kind, x.data.view(np.int32).astype(_NUMPY[kind])),
     truncf=lambda kind, x: Value(kind, x.data.astype(_NUMPY[kind])),
 )
 _NVVM = types.SimpleNamespace(
@@ -257,7 +291,9 @@ _VECTOR = types.SimpleNamespace(
 
 @contextlib.contextmanager
 def emulated_gpu(monkeypatch):
-    """Inside, tiles of `mma_fragments` and `mma_products` take their path for GPUs, on arrays."""
+    """Inside, tiles of `mma_fragments`, `mma_products` and `mma_integers` take their path for GPUs,
+    on arrays.
+    """
     real = mma_fragments.mg
     names = {n: getattr(real, n) for n in ("Layout", "Tiling", "Replicated", "ShapeDtypeStruct")}
     mosaic = types.SimpleNamespace(inline_mgpu=_inline_mgpu, **names)
@@ -278,6 +314,7 @@ def emulated_gpu(monkeypatch):
             patch.setattr(mma_fragments, name, value)
             if name != "arith":
                 patch.setattr(mma_products, name, value)
+        patch.setattr(mma_integers, "runs_interpreted", lambda: False)
         for name, value in {
             "ir": _IR,
             "arith": _ARITH,

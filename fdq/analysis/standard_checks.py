@@ -77,7 +77,10 @@ def _of_products(scheme: str, dtype: str) -> Iterator[Check]:
         kernels.append("integer_matrix_vector")
     if mma.unsupported(words.layout, dtype) is None:
         kernels.append(mosaic_mma.KERNEL)
-        yield grouped_mma.self_check_of(spec)
+        yield grouped_mma.self_check_of(grouped_mma.KERNEL, spec)
+    if mma.unsupported(words.layout, "int8") is None:
+        kernels.append(mosaic_mma.INTEGERS)
+        yield grouped_mma.self_check_of(grouped_mma.INTEGERS, spec)
     for kernel in kernels:
         yield matmul.self_check_of(kernel, spec)
     yield decoded.self_check_of(spec)

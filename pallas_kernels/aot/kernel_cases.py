@@ -78,11 +78,12 @@ def dot_weights(rows: int, loop: Loop) -> float:
     return 4 * loop.opcodes.get("IDP", 0) / rows
 
 
-def mma_weights(rows: int, terms: int, loop: Loop) -> float:
-    """Counts weights by the loop's tensor-core products (m16n8k16): one for eight weights of a
-    thread, for each eight `rows` (M) and each of the `terms` that add up to a weight.
+def mma_weights(rows: int, each: float, loop: Loop) -> float:
+    """Counts weights by the loop's tensor-core products: `each` of a thread (8 of m16n8k16, 16 of
+    m16n8k32) for each eight `rows` (M).
     """
-    return 8 * loop.opcodes.get("HMMA", 0) / (-(-rows // 8) * terms)
+    products = loop.opcodes.get("HMMA", 0) + loop.opcodes.get("IMMA", 0)
+    return each * products / -(-rows // 8)
 
 
 def loaded_weights(bytes_per_weight: float, loop: Loop) -> float:

@@ -79,7 +79,8 @@ def attend(
     heads = heads_per_program(group, d)
     subgroups = -(-group // heads)
     if parts is None:
-        parts = choose_parts(subgroups * b * kv_heads, slots)
+        resident = 4 if heads == 1 else 2  # programs that registers allow on a multiprocessor
+        parts = choose_parts(subgroups * b * kv_heads, slots, resident)
     shape = _Shape(kv_heads, slots, group, parts, side, sliding_window, scale, q.dtype, heads)
     operands, static = cache_operands(side, k, v)
     return launch_parts(

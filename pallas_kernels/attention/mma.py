@@ -115,9 +115,9 @@ def attend(
     b, h, d = q.shape
     kv_heads, slots = k.codes.shape[1:3]
     group = h // kv_heads
-    if parts is None:
-        parts = choose_parts(b * kv_heads, slots)
     codes = CODES[_kind(side)](d)
+    if parts is None:
+        parts = choose_parts(b * kv_heads, slots, resident(codes, group))
     width = None if k.scale is None else k.scale.shape[-1]
     shape = _Shape(
         kv_heads, slots, group, parts, side, sliding_window, scale, q.dtype, codes, width
@@ -142,6 +142,11 @@ def attend(
             mg.SMEM((columns,), jnp.int32),
         ),
     )
+
+
+def resident(codes: Codes, group: int) -> int:
+    """Programs that registers allow on a multiprocessor, with `group` query heads a KV head."""
+    return 2 if group > 8 or codes.per_word == 8 else 3
 
 
 def _words(array: jax.Array, codes: Codes) -> jax.Array:

@@ -26,15 +26,20 @@ _SMALLEST_PART = 256  # slots; shorter parts do not pay for the second pass
 _MOST_PARTS = 128
 
 
-def choose_parts(programs: int, slots: int) -> int:
-    """How many programs share a sequence, so that every multiprocessor has three of them.
+def choose_parts(programs: int, slots: int, resident: int) -> int:
+    """How many programs share a sequence: as many as run at the same time, so that none waits for
+    a second turn; or four turns of them, where one would leave more than a quarter of the places
+    free.
 
-    The multiprocessors are those of the device that the trace is for; in the interpreter 4, so
-    that it shares as well. Without sharing there are `programs`.
+    Registers allow `resident` programs on a multiprocessor. The multiprocessors are those of the
+    device that the trace is for; in the interpreter 4, so that it shares as well. Without sharing
+    there are `programs`.
     """
-    multiprocessors = getattr(default_device(), "core_count", None) or 4
-    wanted = -(-3 * multiprocessors // programs)
-    return max(1, min(wanted, slots // _SMALLEST_PART, _MOST_PARTS))
+    places = resident * (getattr(default_device(), "core_count", None) or 4)
+    parts = places // programs
+    if parts * programs < 0.75 * places:
+        parts = 4 * places // programs
+    return max(1, min(parts, slots // _SMALLEST_PART, _MOST_PARTS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,24 +164,30 @@ def _mma_cases() -> list[KernelCase]:
     often = {"int4 groups of 128": (8, 16, 32, 64), "int8 per channel": (8, 64)}
     others = [name for name, weight in _weights().items() if _has_mma(weight)]
     others = [name for name in others if name not in often]
+    k, n = _REPRESENTATIVE
+    size, experts = f"{k} x {n}", "experts, 6 of 64"
 
     def case(kernel: str, name: str, rows: int, build: Any, detail: str, first: bool) -> KernelCase:
         weight = _weights()[name]
+        integer = build in (_mma_integers, _experts_mma_integers)
+        counted = functools.partial(
+            mma_weights,
+            8 if detail == experts else rows,
+            16 if integer and weight.format.bits < 8 else 8 / weight.format.terms,
+        )
+        if integer and weight.storage.zero_point != "none":
+            counted = None  # sums of rows are products too
         return KernelCase(
-            name=f"{rows} rows x {name}, {detail}",
+            name=f"{rows}{' int8' if integer else ''} rows x {name}, {detail}",
             kernel=kernel,
             build=functools.partial(build, weight, rows),
             gpus=gpus,
             representative=first,
-            weights_per_iteration=functools.partial(
-                mma_weights, 8 if build is _experts_mma else rows, weight.format.terms
-            ),
+            weights_per_iteration=counted,
             bytes_per_weight=weight.bytes_per_weight(),
             report="mma",
         )
 
-    k, n = _REPRESENTATIVE
-    size, experts = f"{k} x {n}", "experts, 6 of 64"
     return [
         *(
             case(f"{rows} rows x {name}", name, rows, _mma, size, True)
@@ -196,6 +202,18 @@ def _mma_cases() -> list[KernelCase]:
             case("16 rows x experts", name, 16, _experts_mma, experts, name in often and i == 0)
             for i, name in enumerate((*often, "WINT2's code"))
         ),
+        *(
+            case(f"{rows} int8 rows x {name}", name, rows, _mma_integers, size, True)
+            for name in often
+            for rows in (16, 64)
+        ),
+        *(
+            case("16 int8 rows x other formats", name, 16, _mma_integers, size, i == 0)
+            for i, name in enumerate(("int2 groups of 128", "int4 groups of 128, zero points"))
+        ),
+        case(
+            "16 int8 rows x experts", "int4 groups of 128", 16, _experts_mma_integers, experts, True
+        ),
     ]
 
 
@@ -205,16 +223,20 @@ def _has_mma(weight: _Weight) -> bool:
     return words.paired_rows is not None and whole
 
 
-def _mma(weight: _Weight, rows: int) -> Program:
+def _mma(weight: _Weight, rows: int, dtype: str = "bfloat16") -> Program:
     k, n = _REPRESENTATIVE
-    arguments = (abstract((rows, k), "bfloat16"), weight.kernel_weight(k, n))
+    arguments = (abstract((rows, k), dtype), weight.kernel_weight(k, n))
     return Program(function=mma_matmul, arguments=arguments)
 
 
-def _experts_mma(weight: _Weight, tokens: int) -> Program:
+def _experts_mma(weight: _Weight, tokens: int, dtype: str = "bfloat16") -> Program:
     experts, picks, hidden, inner = 64, 6, 2560, 1536
-    index, x = abstract((tokens * picks,), "int32"), abstract((tokens, hidden), "bfloat16")
+    index, x = abstract((tokens * picks,), "int32"), abstract((tokens, hidden), dtype)
     return Program(gathered_mma, (x, weight.kernel_weight(hidden, 2 * inner, experts), index))
+
+
+_mma_integers = functools.partial(_mma, dtype="int8")
+_experts_mma_integers = functools.partial(_experts_mma, dtype="int8")
 
 
 def _mlp_cases() -> list[KernelCase]:

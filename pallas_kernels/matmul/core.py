@@ -4,7 +4,7 @@ A program is a warp group. It stages its slice of x in shared memory, each row o
 of two that its format wants, and the sum of every segment of x beside it; then its threads, which
 own one, two or four columns each, walk down the words of their columns. Timeline of a program::
 
-    stage   x, sums -> shared memory | barrier
+    stage   first words from memory | x, sums -> shared memory | barrier
     steps   next words from memory | decode, multiply, add: one mask and M multiply-adds a weight
             end of a segment: bias or zero point times the sum of x, scale, into the total
     end     total * 2^exponent * scale of the column -> its own row of partial sums
@@ -192,12 +192,39 @@ def _sum_alone(tile: Tile, factor: jax.Array, x_ref: Any, sums_ref: Any) -> None
     lax.fori_loop(0, tile.segments, one_segment, ())
 
 
+def first_words(
+    tile: Tile, refs: WeightRefs, first_column: Any, first_segment: Any
+) -> list[jax.Array]:
+    """Those of the first step, for `accumulate`: asked for before `stage`, they are there after it.
+
+    `refs` are of one weight, without leading axes.
+    """
+    if not tile.prefetch:
+        return []
+    return _words(tile, refs, first_column, first_segment * tile.layout.segment_units)
+
+
+def _words(tile: Tile, refs: WeightRefs, first_column: Any, unit: Any) -> list[jax.Array]:
+    several = int(tile.step > 1)
+    rows = pl.ds(unit, tile.step) if several else unit
+    columns, fields = pl.ds(first_column, tile.columns), tile.products.reduce(several)
+    count = tile.layout.words.words
+    return [load(refs.words.at[rows, i, columns], fields) for i in range(count)]
+
+
 def accumulate(
-    tile: Tile, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any, sums_ref: Any
+    tile: Tile,
+    refs: WeightRefs,
+    first_column: Any,
+    first_segment: Any,
+    x_ref: Any,
+    sums_ref: Any,
+    fetched: list[jax.Array],
 ) -> jax.Array:
     """Partial sums of the block: float32 `[M, columns]`, scales applied.
 
-    `refs` are of one weight, without leading axes; `x_ref` and `sums_ref` as `stage` left them.
+    `refs` are of one weight, without leading axes; `x_ref` and `sums_ref` as `stage` left them;
+    `fetched` of `first_words`.
     """
     layout, words = tile.layout, tile.layout.words
     interpreted = runs_interpreted()
@@ -228,8 +255,7 @@ def accumulate(
         return pl.ds(unit, step) if several else unit
 
     def fetch(unit):
-        rows = units_from(unit)
-        return [load(refs.words.at[rows, i, columns], fields) for i in range(words.words)]
+        return _words(tile, refs, first_column, unit)
 
     def one_step(segment, unit, parts, fetched):
         start = first_unit + segment * units + unit
@@ -244,18 +270,22 @@ def accumulate(
             parts = parts + value * lax.broadcast_in_dim(x, shape, axes[:-1])
         return parts, following
 
-    def finish_segment(segment, parts, totals):
+    def scale_of(segment):
+        if layout.group is None:
+            return None
+        return read_scale(layout, refs.scale, group_of(layout, first_segment + segment), of_column)
+
+    def finish_segment(segment, parts, totals, scale):
         total = jnp.sum(parts, axis=0) if several else parts
-        group = group_of(layout, first_segment + segment)
         if tile.has_sums:
             sums = load(sums_ref.at[segment], row)
             sums = lax.broadcast_in_dim(sums, total.shape, (0,))
             if layout.zero_point == "integer":
+                group = group_of(layout, first_segment + segment)
                 zero = packed_bytes(refs.zero, group, of_column).astype(jnp.float32)
                 sums = sums * lax.broadcast_in_dim(zero, total.shape, (1,))
             total = total + sums
-        if layout.group is not None:
-            scale = read_scale(layout, refs.scale, group, of_column)
+        if scale is not None:
             total = total * lax.broadcast_in_dim(scale, total.shape, (1,))
         return totals + total
 
@@ -267,6 +297,7 @@ def accumulate(
         totals, fetched = carry
         for s in range(together):
             segment = i * together + s
+            scale = scale_of(segment)  # on its way while words are decoded
             if units == step:
                 parts, fetched = one_step(segment, 0, zero_parts, fetched)
             else:
@@ -276,11 +307,10 @@ def accumulate(
                     lambda t, c, segment=segment: one_step(segment, t * step, *c),
                     (zero_parts, fetched),
                 )
-            totals = finish_segment(segment, parts, totals)
+            totals = finish_segment(segment, parts, totals, scale)
         return totals, fetched
 
-    start = fetch(first_unit) if tile.prefetch else []
-    totals, _ = lax.fori_loop(0, tile.segments // together, body, (zero_totals, start))
+    totals, _ = lax.fori_loop(0, tile.segments // together, body, (zero_totals, fetched))
     totals = totals * jnp.float32(math.ldexp(1.0, words.exponent(interpreted)))
     if refs.column_scale is not None:
         scale = of_column(refs.column_scale, 0)

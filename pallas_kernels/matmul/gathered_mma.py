@@ -48,12 +48,12 @@ def gathered_mma(
 ) -> Float[Array, "split p n"]:
     """Partial sums of `x[p // picks] @ w[index[p]]`: float32 `[split, P, N]`.
 
-    Rows x are bf16 or f16 `[T, K]`, T a divisor of P, or `Gated` or `Normed`; w is `[E, K, N]`,
-    indices are 0 .. E - 1, or E of nobody, whose products are zeros and cost nothing, and
-    `tile_rows` (8, 16 or 32) rows of an expert share a program. The meaning is that of
+    Rows x are those of `mma_matmul`, `[T, K]`, T a divisor of P; w is `[E, K, N]`, indices are
+    0 .. E - 1, or E of nobody, whose products are zeros and cost nothing, and `tile_rows` (8, 16 or
+    32) rows of an expert share a program. The meaning is that of
     `gathered_matrix_vector_reference`. There is no gradient. What does not fit is a ValueError.
     """
-    t, k = rows_shape(x, "gathered_mma")
+    t, k = rows_shape(x, "gathered_mma", int8=True)
     picks = index.size
     if w.words.ndim != 3 or k != w.layout.k or index.ndim != 1 or not picks or picks % t:
         raise ValueError(

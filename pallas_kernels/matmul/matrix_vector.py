@@ -23,6 +23,7 @@ from pallas_kernels.matmul.core import (
     Tile,
     WeightRefs,
     accumulate,
+    first_words,
     kernel_operands,
     stage,
     staging_factors,
@@ -126,30 +127,37 @@ def rows_of_a_batch(kernel: Any, config: MatrixVectorConfig):
 def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixVectorConfig:
     """The default for a device that nobody tuned for.
 
-    Wide blocks need the fewest instructions (x is read from shared memory once for the columns of a
-    thread), many programs hide memory's latency, and partial sums are traffic too, which a consumer
-    may read more than once: K is rather split eight ways at most, and blocks are narrower where few
-    rows (`m`) allow it.
+    What memory needs is bytes on their way: a program has 8 KiB, and an H100 was at 57 to 65 % of
+    its bandwidth with two programs a multiprocessor, at 81 % with three. So few rows (`m`) take
+    blocks of 256 columns, whose registers allow six of them (blocks of 512, which need the fewest
+    instructions, allow two), or of 128. Partial sums are traffic too, which a consumer may read
+    more than once: K is rather split eight ways at most.
     """
     columns = layout.padded_n
-    wanted = (4 if m <= 2 else 2) * multiprocessors
+    wanted, enough_of_them = (4, 0.65) if m <= 2 else (2, 0.45)
+    wanted = wanted * multiprocessors
     in_flight = {1: 16, 2: 16, 3: 8, 4: 8}.get(m, 4)  # words of a thread
     blocks = [block for block in (512, 256, 128) if columns % block == 0]
     if m <= 2:
-        ways = [(block, most) for most in (8, 16) for block in blocks if block > 128]
-        ways += [(block, most) for most in (8, 16) for block in blocks if block == 128]
+        ways = [(block, most) for most in (8, 16) for block in blocks if block < 512]
     else:  # a thread with one column waits for shared memory four times as long as it multiplies
         blocks = [block for block in blocks if block > 128] or blocks
         ways = [(block, most) for block in blocks for most in (8, 16)]
     cuts = [
-        (block, whole_split(layout.segments, min(-(-wanted * block // columns), most)))
+        (block, _split(layout.segments, most, 0.8 * wanted * block / columns))
         for block, most in ways
     ]
-    enough = (cut for cut in cuts if columns // cut[0] * cut[1] >= 0.45 * wanted)
+    enough = (cut for cut in cuts if columns // cut[0] * cut[1] >= enough_of_them * wanted)
     block, split = next(enough, cuts[-1])
     units = max(1, in_flight * 128 // (block * layout.words.words))
     units = 1 << (units.bit_length() - 1)
     return MatrixVectorConfig(block_columns=block, split=split, step_rows=units * layout.words.rows)
+
+
+def _split(segments: int, most: int, wanted: float) -> int:
+    """The smallest divisor of `segments` that is `wanted` or more, or the largest up to `most`."""
+    whole = [d for d in range(1, min(segments, most) + 1) if segments % d == 0]
+    return next((d for d in whole if d >= wanted), whole[-1])
 
 
 def whole_split(segments: int, split: int) -> int:
@@ -232,10 +240,12 @@ class Product:
             weight_refs = weight_refs.expert(expert)
         first_column = pl.multiple_of(block * tile.columns, tile.columns)
         first_segment = part * tile.segments
+        where = tile, weight_refs, first_column, first_segment
+        fetched = first_words(*where)  # before norms, which read all of x
         read_x = row_reader(self.x, x_refs, layout, row, tile.rows, first_segment, norms_ref)
         stage(tile, read_x, factors_ref, staged_ref, sums_ref)
         synchronize()
-        totals = accumulate(tile, weight_refs, first_column, first_segment, staged_ref, sums_ref)
+        totals = accumulate(*where, staged_ref, sums_ref, fetched)
         rows = pl.ds(out_row, tile.rows)
         store(out_ref.at[part, rows, pl.ds(first_column, tile.columns)], totals)
 

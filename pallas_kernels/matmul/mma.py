@@ -4,7 +4,8 @@
 
 It reads the words that `matrix_vector` reads. A weight is decoded once for all rows, to exact
 16-bit floats of its code minus zero point; products and sums are float32 (the tensor cores'), the
-scale of a group multiplies its sum. Eight more rows cost a fifth of an instruction a weight.
+scale of a group multiplies its sum. Eight more rows cost a fifth of an instruction a weight. Rows
+of int8 multiply integers without floats (`mma_integers`), and their sums are exact.
 
 Instructions of the hot loop a weight (4096 x 6144 on an H100, from machine code): int4 in groups of
 128 1.8, 2.1, 2.5 and 3.3 at 8, 16, 32 and 64 rows; at 16 rows int8 2.3, int3 2.1, int2 1.8, fp8
@@ -31,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.device import MOST_MMA_ROWS, default_device
+from pallas_kernels.matmul import mma_integers as integers
 from pallas_kernels.matmul import mma_products as mma
 from pallas_kernels.matmul.core import (
     WeightRefs,
@@ -78,8 +80,11 @@ def unsupported(layout: WeightLayout, dtype: Any) -> str | None:
             f"scales of {layout.segment} rows of {layout.format} are of "
             f"{layout.segment_units} units, and tensor cores take {mma.UNITS} at a time"
         )
+    if jnp.dtype(dtype) == jnp.int8 and layout.words.byte_rows is not None:
+        return None
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"tensor cores take rows of bfloat16 or float16, found {jnp.dtype(dtype).name}"
+        more = ", or int8" if layout.words.byte_rows is not None else ""
+        return f"tensor cores take rows of bfloat16 or float16{more}, found {jnp.dtype(dtype).name}"
     return None
 
 
@@ -88,11 +93,11 @@ def mma_matmul(
 ) -> Float[Array, "split m n"]:
     """Partial sums of `x @ w`, to be added up over the first axis: float32 `[split, M, N]`.
 
-    x is bf16 or f16 `[M, K]`, M at most 64; or `Gated` or `Normed`. The meaning is that of
-    `matrix_vector_reference`. There is a gradient with respect to x, not to w. What does not fit is
-    a ValueError.
+    x is bf16 or f16 `[M, K]`, M at most 64; or `Gated` or `Normed`; or int8, for weights whose
+    codes fill bytes. The meaning is that of `matrix_vector_reference`. There is a gradient with
+    respect to x of floats, not to w. What does not fit is a ValueError.
     """
-    m, k = rows_shape(x, "mma_matmul")
+    m, k = rows_shape(x, "mma_matmul", int8=True)
     if w.words.ndim != 2 or k != w.layout.k:
         raise ValueError(f"mma_matmul: x {(m, k)} needs a weight [K={k}, N], found {w.shape}.")
     if not 1 <= m <= MOST_MMA_ROWS:
@@ -147,7 +152,7 @@ class MmaTile:
     rows: int  # M, whole eights
     chunks: int  # of 128 columns
     segments: int  # of K in the slice, as they are taken here (see `units`)
-    dtype: Any
+    dtype: Any  # of x
 
     @property
     def units(self) -> int:
@@ -209,9 +214,10 @@ def _mma_matmul(x, w, *, config) -> jax.Array:
 
 
 def arranged(x: jax.Array, layout: WeightLayout) -> jax.Array:
-    """Rows `[M, K]` as `mma_products.paired` words, zeros beyond K."""
+    """Rows `[M, K]` as `mma_products.paired` or `mma_integers.byte_words`, zeros beyond K."""
     missing = layout.segments * layout.segment - x.shape[1]
-    return mma.paired(jnp.pad(x, [(0, 0), (0, missing)]) if missing else x, layout.words)
+    x = jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
+    return (integers.byte_words if x.dtype == jnp.int8 else mma.paired)(x, layout.words)
 
 
 def store_totals(out_ref: Any, totals: list[jax.Array], first_column: Any) -> None:
@@ -232,10 +238,16 @@ def accumulate(
     units = tile.units
     scaled = words.scaled_fragments  # scales are part of the weights, not of sums
     grouped = layout.group is not None and not scaled
+    integer = tile.dtype == jnp.int8
+    # What is subtracted from codes is part of floats; of integers it is added to their sums.
+    corrected = integer and layout.zero_point != "none"
+    by_segment = grouped or corrected
+    # Fragments are powers of two of codes.
+    factor = 2.0 ** (words.bits - 8 if integer else -words.fragment_exponent(tile.dtype))
     first_unit = first_segment * units
     last_unit = first_unit + tile.segments * units - mma.UNITS
     columns = [pl.ds(first_column + c * mma.COLUMNS, mma.COLUMNS) for c in range(tile.chunks)]
-    zero_layout, rows_layout = mma.column_layout(), mma.row_layout(len(words.paired_rows or ()))
+    zero_layout, rows_layout = mma.column_layout(), mma.row_layout(x_ref.shape[-1])
 
     def reader(chunk):
         def of_column(ref, index):
@@ -253,45 +265,73 @@ def accumulate(
             for c in columns
         ]
 
-    def zeros():
-        nothing = jnp.zeros((mma.COLUMNS, tile.rows), jnp.float32)
-        return mg.layout_cast(nothing, mma.sum_layout())
+    def zeros(dtype=jnp.int32 if integer else jnp.float32):
+        return mg.layout_cast(jnp.zeros((mma.COLUMNS, tile.rows), dtype), mma.sum_layout())
+
+    def of_columns(value):
+        return mg.layout_cast(jnp.full((mma.COLUMNS,), value, jnp.float32), zero_layout)
+
+    def zero_of(read, group):
+        """What is subtracted from codes; of integers, what is added to fragments."""
+        zero = None
+        if layout.zero_point == "integer":
+            zero = packed_bytes(refs.zero, group, read).astype(jnp.float32)
+        if not corrected:
+            return zero
+        if zero is None:
+            return of_columns(0.5 / factor)
+        return (jnp.float32(2.0 ** (words.bits - 1)) - zero) * jnp.float32(1 / factor)
+
+    def multiply(c, sums, fetched, x, zero, scales):
+        if integer:
+            return integers.multiply_bytes(sums, words.signed_planes(fetched[0]), x)
+        return mma.multiply(
+            sums,
+            fetched,
+            x,
+            words,
+            tile.dtype,
+            columns=constants[c],
+            middle=layout.bias,
+            zero=zero,
+            scales=scales,
+        )
+
+    def end_segment(total, sums, scale, zero, row_sums):
+        if not integer:
+            return mma.add_scaled(total, sums, scale)
+        scale = of_columns(factor) if scale is None else scale * jnp.float32(factor)
+        return integers.add_scaled_integers(total, sums, scale, zero, row_sums)
 
     def one_segment(segment, totals, fetched):
         start = first_unit + segment * units
         group = group_of(layout, first_segment + segment)
         words_of_scales = (first_segment + segment) * (_SCALED_SEGMENTS // 4)
         scales: list[Any] = [None] * tile.chunks
-        points: list[Any] = [None] * tile.chunks
         if grouped:
             scales = [read_scale(layout, refs.scale, group, read) for read in readers]
-        if layout.zero_point == "integer":
-            points = [packed_bytes(refs.zero, group, read).astype(jnp.float32) for read in readers]
-        sums = [zeros() for _ in totals] if grouped else totals
+        points = [zero_of(read, group) for read in readers]
+        sums = [zeros() for _ in totals] if by_segment else totals
+        row_sums = zeros() if corrected else None
         for step in range(tile.steps):
             unit = start + step * mma.UNITS
             following = fetch(unit + tile.ahead * mma.UNITS)
             x = load(x_ref.at[pl.ds(unit, mma.UNITS)], rows_layout)
+            own: list[Any] = [None] * tile.chunks
+            if scaled:
+                own = [
+                    (read(refs.scale, words_of_scales + step // 2), step % 2) for read in readers
+                ]
+            if row_sums is not None:
+                row_sums = integers.add_row_sums(row_sums, x)
             sums = [
-                mma.multiply(
-                    sums[c],
-                    fetched[0][c],
-                    x,
-                    words,
-                    tile.dtype,
-                    columns=constants[c],
-                    middle=layout.bias,
-                    zero=points[c],
-                    scales=(readers[c](refs.scale, words_of_scales + step // 2), step % 2)
-                    if scaled
-                    else None,
-                )
+                multiply(c, sums[c], fetched[0][c], x, points[c], own[c])
                 for c in range(tile.chunks)
             ]
             fetched = [*fetched[1:], following]
-        if grouped:
-            parts = zip(totals, sums, scales, strict=True)
-            sums = [mma.add_scaled(*part) for part in parts]
+        if by_segment:
+            parts = zip(totals, sums, scales, points, strict=True)
+            sums = [end_segment(*part, row_sums) for part in parts]
         return sums, fetched
 
     def body(i, carry):
@@ -301,13 +341,16 @@ def accumulate(
         return totals, fetched
 
     start = [fetch(first_unit + i * mma.UNITS) for i in range(tile.ahead)]
-    carry = [zeros() for _ in range(tile.chunks)], start
+    nothing = zeros(jnp.float32) if by_segment else zeros()
+    carry = [nothing for _ in range(tile.chunks)], start
     totals, _ = lax.fori_loop(0, tile.segments // tile.together, body, carry)
-    factor = jnp.float32(2.0 ** -words.fragment_exponent(tile.dtype))
+    finished_integers = integer and not by_segment
+    rest = 1.0 if integer and by_segment else factor
     results = []
     for read, total in zip(readers, totals, strict=True):
-        scale = mg.layout_cast(jnp.full((mma.COLUMNS,), factor, jnp.float32), zero_layout)
+        scale = of_columns(rest)
         if refs.column_scale is not None:
-            scale = read(refs.column_scale, 0) * factor
-        results.append(mma.add_scaled(zeros(), total, scale))
+            scale = read(refs.column_scale, 0) * jnp.float32(rest)
+        add = integers.add_scaled_integers if finished_integers else mma.add_scaled
+        results.append(add(zeros(jnp.float32), total, scale))
     return results

@@ -119,7 +119,7 @@ def multiply(
         offsets = _emit_offsets(numbers[len(columns) :], exponent, dtype, middle, half)
         return _emit_product(sums, x, first, numbers[: len(columns)], offsets, format, dtype)
 
-    return _inline(emit, layouts, sums.shape, sum_layout())(*arrays)
+    return inline(emit, layouts, sums.shape, sum_layout())(*arrays)
 
 
 def add_scaled(totals: jax.Array, sums: jax.Array, scale: jax.Array) -> jax.Array:
@@ -134,10 +134,10 @@ def add_scaled(totals: jax.Array, sums: jax.Array, scale: jax.Array) -> jax.Arra
         for n, i in np.ndindex(old.shape):
             pairs = zip(ptx.lanes(new[n, i]), ptx.lanes(old[n, i]), strict=True)
             out[n, i] = ptx.vector([ptx.fma_f32(x, factors[i], y) for x, y in pairs])
-        return _array(out, totals)
+        return array(out, totals)
 
     layouts = [sum_layout(), sum_layout(), column_layout()]
-    return _inline(emit, layouts, totals.shape, sum_layout())(totals, sums, scale)
+    return inline(emit, layouts, totals.shape, sum_layout())(totals, sums, scale)
 
 
 def turned(totals: jax.Array) -> jax.Array:
@@ -155,7 +155,7 @@ def turned(totals: jax.Array) -> jax.Array:
         registers = out.reshape(layout.to_mgpu().registers_shape((rows, columns)))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
 
-    return _inline(emit, [sum_layout()], (rows, columns), layout)(totals)
+    return inline(emit, [sum_layout()], (rows, columns), layout)(totals)
 
 
 # -- the same in jax.numpy, for the interpreter
@@ -194,9 +194,11 @@ def _rows_reference(x: jax.Array, format: WordFormat, dtype: Any) -> jax.Array:
 # -- what is emitted for the GPU
 
 
-def _inline(emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any) -> Any:
-    """A function of arrays in `layouts` whose registers `emit` makes; float32 `shape`."""
-    result = mg.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout)
+def inline(
+    emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any, dtype: Any = jnp.float32
+) -> Any:
+    """A function of arrays in `layouts` whose registers `emit` makes: `shape`, of `dtype`."""
+    result = mg.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
     decorate: Any = mg.inline_mgpu(arg_types=tuple(layouts), return_type=result)
     return decorate(lambda _context, *arrays: emit(*arrays))
 
@@ -230,10 +232,12 @@ def _emit_product(sums, x, words, constants, offsets, format, dtype):
     out = np.empty((len(acc), 4), dtype=object)
     for n, i in np.ndindex(out.shape):
         out[n, i] = ptx.vector(acc[n][i])
-    return _array(out, sums)
+    return array(out, sums)
 
 
-def _array(registers, like):
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=None
-    )
+def array(registers: Any, like: Any) -> Any:
+    """Registers `[M / 8, 4]` as an array in the layout of another."""
+    out = np.empty(like.registers.size, dtype=object)
+    out[:] = [reg for four in registers for reg in four]
+    out = out.reshape(like.registers.shape)
+    return mgpu.FragmentedArray(_registers=out, _layout=like.layout, _is_signed=like.is_signed)

@@ -89,8 +89,8 @@ def finished(x: Rows) -> jax.Array:
     return x.value() if isinstance(x, (Gated, Normed)) else x
 
 
-def rows_shape(x: Rows, caller: str) -> tuple[int, int]:
-    """`(M, K)` of the rows that `caller` was given; or ValueError."""
+def rows_shape(x: Rows, caller: str, *, int8: bool = False) -> tuple[int, int]:
+    """`(M, K)` of the rows that `caller` was given, floats or, if so, `int8`; or ValueError."""
     if isinstance(x, Gated):
         if x.partials.ndim != 3 or x.partials.shape[-1] % 2:
             raise ValueError(
@@ -99,7 +99,7 @@ def rows_shape(x: Rows, caller: str) -> tuple[int, int]:
         return x.shape
     if len(x.shape) != 2 or not all(x.shape):
         raise ValueError(f"{caller}: expected rows x [M, K], found {tuple(x.shape)}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or (int8 and x.dtype == jnp.int8)):
         raise ValueError(f"{caller}: expected float rows, found {x.dtype} {tuple(x.shape)}.")
     if isinstance(x, Normed) and x.scale.shape != x.shape[1:]:
         raise ValueError(

@@ -146,6 +146,11 @@ def multiply_add(x, y, z, dtype: Any):
     return _asm(f"fma.rn.{kind}x2 $0, $1, $2, $3;", "=r,r,r,r", x, y, z)
 
 
+def as_float(x):
+    """The float32 of a signed i32, rounded."""
+    return arith.sitofp(ir.F32Type.get(), x)
+
+
 def scaled(x, factor: float):
     """A float32 times a constant."""
     return arith.mulf(x, arith.constant(ir.F32Type.get(), factor))
@@ -171,6 +176,22 @@ def mma(acc, a, b, dtype: Any):
         has_side_effects=False,
     )
     return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+
+
+def mma_integers(acc, a, b):
+    """`acc + a @ b` of signed bytes and int32: four registers of sums; 4 and 2, or 2 and 1."""
+    i32 = ir.IntegerType.get_signless(32)
+    names = iter(f"${i}" for i in range(4, 8 + len(a) + len(b)))
+    left, right, sums = (", ".join(next(names) for _ in operands) for operands in (a, b, acc))
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 4),
+        [*a, *b, *acc],
+        f"mma.sync.aligned.m16n8k{16 * len(b)}.row.col.s32.s8.s8.s32 "
+        f"{{$0,$1,$2,$3}}, {{{left}}}, {{{right}}}, {{{sums}}};",
+        ",".join(["=r"] * 4 + ["r"] * (len(a) + len(b) + 4)),
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(i32, out, [i]) for i in range(4)]
 
 
 def transpose(word):

@@ -22,7 +22,7 @@ def test_every_kernel_has_checks(checks):
     """As the sources of ops name them: in a `Check`, or as what the tuning table calls them."""
     sources = "\n".join(path.read_text("utf-8") for path in sorted(ROOT.rglob("*.py")))
     named = set(re.findall(r'\bCheck\(\s*"(\w+)"', sources))
-    named |= set(re.findall(r'^_?(?:KERNEL|GATHERED) = "(\w+)"', sources, re.MULTILINE))
+    named |= set(re.findall(r'^_?(?:KERNEL|INTEGERS|GATHERED) = "(\w+)"', sources, re.MULTILINE))
     assert {"append", "float8_product", "decode_weight", "gathered_mma"} < named
     assert named | {"matrix_vector", "integer_matrix_vector"} == {one.kernel for one in checks}
     names = [one.name for one in checks]

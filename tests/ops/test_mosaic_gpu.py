@@ -87,7 +87,7 @@ def test_more_rows_are_the_tensor_cores(m, activation, rng, kernels):
             x, q, activation=activation, out_dtype=jnp.float32, implementation="xla"
         )
     assert error(y, wanted) < TOLERANCE
-    with pytest.raises(NotImplementedError, match="rows of bfloat16 or float16, found float32"):
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16, or int8, found float32"):
         fdq.matmul(x.astype(jnp.float32), q, implementation="mosaic_gpu")
 
 
@@ -273,7 +273,13 @@ CHECKS = {
     "matrix-vector": lambda: matmul.self_check_of("matrix_vector", weight("W4A16").spec),
     "experts": lambda: matmul.self_check_of("gathered_matrix_vector", weight("W4A16-g32").spec),
     "tensor cores": lambda: matmul.self_check_of("mma_matmul", weight("W4A16").spec),
-    "experts on tensor cores": lambda: grouped_mma.self_check_of(weight("W4A16").spec),
+    "experts on tensor cores": lambda: grouped_mma.self_check_of(
+        "gathered_mma", weight("W4A16").spec
+    ),
+    "integers on tensor cores": lambda: matmul.self_check_of("integer_mma", weight("W4A16").spec),
+    "experts' integers on tensor cores": lambda: grouped_mma.self_check_of(
+        "gathered_integer_mma", weight("W4A16").spec
+    ),
     "decoding": lambda: decoded.self_check_of(weight("W4A16").spec),
     "attention": lambda: attention_check(cache("C8"), 4, jnp.dtype("bfloat16"), {}),
     "router": lambda: route.self_check_of(64, 6),
@@ -303,10 +309,10 @@ def test_a_self_check_sees_what_programs_of_published_models_are(rng):
     """Both widths, four segments of a program of all of K, steps as the device chooses them."""
     layout = matmul.kernel_weight(ops.prepare(weight("W4A16", k=512, n=512), "gpu")).layout
     assert layout.segments == 4
-    for rows in (1, 8):
+    for rows, columns in ((1, 256), (8, 512)):
         wide, narrow = check_cases.configs("matrix_vector", layout, rows)
-        assert (wide.block_columns, wide.split) == (512, 1)
-        assert (narrow.block_columns, narrow.split) == (256, 2)
+        assert (wide.block_columns, wide.split) == (columns, 1)
+        assert (narrow.block_columns, narrow.split) == (columns // 2, 2)
         published = dataclasses.replace(layout, k=4096, n=28672)
         assert wide.step_rows == choose_config(published, rows, 4).step_rows
 

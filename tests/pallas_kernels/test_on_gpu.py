@@ -65,6 +65,17 @@ def test_integer_products(case):
     assert error(y.sum(axis=0), x.astype(np.float64) @ values) < BOUND
 
 
+@pytest.mark.parametrize("m", [1, 9, 64])
+@pytest.mark.parametrize("case", [c for c in CASES if WORD_FORMATS[c.format].byte_rows], ids=str)
+def test_integer_products_on_tensor_cores(case, m):
+    w, values = random_weight(case, 1024, 640)
+    if reason := unsupported(w.layout, jnp.int8):
+        pytest.skip(reason)
+    x = generator("gpu integers", m).integers(-128, 128, (m, 1024))
+    y = mma_matmul(jnp.asarray(x, jnp.int8), w)
+    assert error(y.sum(axis=0), x.astype(np.float64) @ values) < BOUND
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_experts(case):
     w, values = random_weight(case, 512, 384, (3,))

@@ -22,6 +22,7 @@ from fdq.ops.grouped_matmul.product import (
 )
 from fdq.ops.kernels import Kernel, tuned
 from fdq.ops.matmul import mosaic_gpu as matmul
+from fdq.ops.matmul import mosaic_mma as dense_mma
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import kernel_weight
 from fdq.ops.rows import Rows, Sums
@@ -52,7 +53,8 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
             return reason
         kernel, check = _KERNEL, None
         if mosaic_mma.chosen(arguments):
-            kernel, check = mosaic_mma.KERNEL, mosaic_mma.self_check_of(w.spec)
+            kernel = mosaic_mma.kernel_of(arguments)
+            check = mosaic_mma.self_check_of(kernel, w.spec)
         return matmul.preferred(kernel, w, arguments.tokens, check)
 
     def joins(self, arguments: GroupedProduct) -> bool:
@@ -71,7 +73,7 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         index = a.index.reshape(-1)
         x, scale, more = a.x, None, None
         if a.activation is not None:
-            codes = jnp.bfloat16 if mosaic_mma.chosen(a) else jnp.float32
+            codes = dense_mma.rows_dtype(a) if mosaic_mma.chosen(a) else jnp.float32
             x, scale = quantized_rows(a, codes, jnp.float32)
         if mosaic_mma.chosen(a):
             parts = mosaic_mma.gathered_sums(x, kernel_weight(a.w), index, a.tokens)

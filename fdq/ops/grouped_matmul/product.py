@@ -75,7 +75,7 @@ def quantized_rows(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Quantized rows `[T, K]`, and what the product of each pick is to be multiplied by, `[P, 1]`.
 
-    They are codes, as floats that hold 8 bits exactly; with scales of groups, which no product can
+    They are codes, which `codes_dtype` holds exactly; with scales of groups, which no product can
     be multiplied by, they are values, and the second is None.
     """
     assert a.activation is not None

@@ -24,10 +24,10 @@ from fdq.schemes.scheme import WeightSpec
 from pallas_kernels.device import default_device
 from pallas_kernels.tuning import choices
 
-WIDTHS = (512, 256)
-"""Columns of the programs that layers of published models are cut into."""
+WIDTHS = {1: (256, 128), 8: (512, 256)}
+"""Of one and of many rows, columns of the programs that layers of published models are cut into."""
 
-ROWS = (1, 8)
+ROWS = tuple(WIDTHS)
 _GATHERED = "gathered_matrix_vector"
 _MANY = 28672  # columns of Llama-3-8B's gate and up
 
@@ -41,7 +41,7 @@ def sample(spec: WeightSpec, columns: int = 512) -> QTensor:
 
 
 def configs(kernel: str, layout: Any, rows: int, picks: int | None = None) -> list[Any]:
-    """How the device cuts products of `rows` rows: for each of `WIDTHS`, and as its table says.
+    """How the device cuts products of `rows` rows: for both of `WIDTHS`, and as its table says.
 
     Widest programs have all of K, the others share it.
     """
@@ -51,16 +51,17 @@ def configs(kernel: str, layout: Any, rows: int, picks: int | None = None) -> li
     found = []
     kind = default_device().device_kind
     for settings in choices.settings(kind, kernel, layout.format, rows=rows):
-        for width in WIDTHS:
+        widest = max(WIDTHS[rows])
+        for width in WIDTHS[rows]:
             # Of so many columns that this width, and the steps that go with it, are chosen.
-            n = _MANY if width == max(WIDTHS) else 17 * width
+            n = _MANY if width == widest else 17 * width
             wide = dataclasses.replace(layout, k=4096, n=n)
             if picks is None:
                 chosen = choose_config(wide, rows, multiprocessors())
             else:
                 chosen = gathered_config(wide, picks)
             chosen = dataclasses.replace(chosen, **({"block_columns": width} | settings))
-            split = 1 if width == max(WIDTHS) else 2
+            split = 1 if width == widest else 2
             found.append(dataclasses.replace(chosen, split=settings.get("split", split)))
     return list(dict.fromkeys(found))
 
@@ -69,8 +70,9 @@ def product(kernel: str, spec: WeightSpec) -> tuple[list[Any], list[Any]]:
     """Results and references of a kernel for dense weights."""
     weight = kernel_weight(sample(spec))
     if kernel == mosaic_mma.KERNEL:
-        results, wanted = mosaic_mma.case(weight)
-        return list(results), list(wanted)
+        return mosaic_mma.case(weight)
+    if kernel == mosaic_mma.INTEGERS:
+        return mosaic_mma.integer_case(weight)
     if kernel == "integer_matrix_vector":
         return _of_integers(kernel, weight)
     from pallas_kernels.matmul.matrix_vector import matrix_vector, matrix_vector_reference

@@ -48,7 +48,7 @@ class MosaicGpu(Kernel[Product]):
     def __call__(self, arguments: Product) -> jax.Array:
         """Float32 parts `[split, ..., N]`."""
         a, weight = arguments, kernel_weight(arguments.w)
-        if _kernel_of(a, weight) == mosaic_mma.KERNEL:
+        if mosaic_mma.chosen(a):
             parts = _of_tensor_cores(a, weight)
         elif a.activation is None:
             parts = partial_sums(a.x, weight)
@@ -114,7 +114,7 @@ def _of_tensor_cores(a: Product, weight: KernelWeight) -> jax.Array:
         return mosaic_mma.partial_sums(staged(a.x), weight)
     x = flattened(as_array(a.x))
     codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
-    return mosaic_mma.partial_sums(codes.astype(jnp.bfloat16), weight) * scale[None]
+    return mosaic_mma.partial_sums(codes.astype(mosaic_mma.rows_dtype(a)), weight) * scale[None]
 
 
 def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
@@ -128,7 +128,7 @@ def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
 def _kernel_of(arguments: Product, weight: KernelWeight) -> str:
     """The kernel's name in the tuning table."""
     if mosaic_mma.chosen(arguments):
-        return mosaic_mma.KERNEL
+        return mosaic_mma.kernel_of(arguments)
     from pallas_kernels.matmul.integer import has_kernel
 
     if takes_integers(arguments.w, arguments.activation) and has_kernel(weight):

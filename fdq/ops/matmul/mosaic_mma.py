@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fdq.formats.qtensor import QuantizedWeight, materialize
 from fdq.ops.kernels import MOSAIC_GPU, tuned
-from fdq.ops.matmul.product import Product
+from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.prepared_weight import WordsWeight
 from pallas_kernels.device import MOST_MMA_ROWS, MOST_ROWS
 
@@ -21,11 +21,30 @@ if TYPE_CHECKING:
 KERNEL = "mma_matmul"
 """Its name in the tuning table, where `xla` for 8 rows or fewer leaves them to other kernels."""
 
+INTEGERS = "integer_mma"
+"""Its name there for rows of int8 codes."""
+
 
 def unsupported(a: Product) -> str | None:
     """Why tensor cores do not take a product."""
-    dtype = a.x.dtype if a.activation is None else jnp.bfloat16
-    return unsupported_activation(a) or unsupported_weight(a.w, a.rows, dtype)
+    return unsupported_activation(a) or unsupported_weight(a.w, a.rows, rows_dtype(a))
+
+
+def rows_dtype(a: Product) -> Any:
+    """Of the rows that tensor cores multiply: codes are int8, or bfloat16, which holds 8 bits."""
+    if a.activation is None:
+        return a.x.dtype
+    if not takes_integers(a.w, a.activation):
+        return jnp.bfloat16
+    from pallas_kernels.weights.formats import WORD_FORMATS
+
+    words = WORD_FORMATS.get(a.w.spec.format)
+    return jnp.int8 if words is not None and words.byte_rows else jnp.bfloat16
+
+
+def kernel_of(a: Product) -> str:
+    """The name of the tensor cores' kernel for it."""
+    return INTEGERS if rows_dtype(a) == jnp.int8 else KERNEL
 
 
 def unsupported_activation(a: Product) -> str | None:
@@ -54,20 +73,18 @@ def chosen(a: Product) -> bool:
     if a.rows > MOST_ROWS:
         return True
     *_, k, n = a.w.shape
-    choice = tuned(KERNEL, a.w.spec.format, a.rows, k * n)
+    choice = tuned(kernel_of(a), a.w.spec.format, a.rows, k * n)
     return choice.use == MOSAIC_GPU and unsupported(a) is None
 
 
 def partial_sums(x: Any, w: KernelWeight) -> jax.Array:
-    """Rows (of `row_sources`) times a weight -> float32 `[split, M, N]`.
-
-    Codes of quantized activations are rows of bfloat16, which hold 8 bits exactly.
-    """
+    """Rows (of `row_sources`, or int8 codes) times a weight -> float32 `[split, M, N]`."""
     from pallas_kernels.matmul import mma
     from pallas_kernels.matmul.matrix_vector import multiprocessors
 
     rows = x.shape[0]
-    settings = tuned(KERNEL, w.layout.format, rows, w.layout.k * w.layout.n).config
+    kernel = INTEGERS if x.dtype == jnp.int8 else KERNEL
+    settings = tuned(kernel, w.layout.format, rows, w.layout.k * w.layout.n).config
     config = mma.choose_mma_config(w.layout, rows, multiprocessors())
     return mma.mma_matmul(x, w, config=dataclasses.replace(config, **settings))
 
@@ -84,6 +101,18 @@ def case(weight: KernelWeight) -> tuple[Any, Any]:
     of_float16 = partial_sums(rows[0].astype(jnp.float16), weight)
     results = [wide.sum(0), partial_sums(rows[1], weight).sum(0), of_float16.sum(0)]
     return results, [*wanted, wanted[0]]
+
+
+def integer_case(weight: KernelWeight) -> tuple[Any, Any]:
+    """The same of int8 rows."""
+    from pallas_kernels.matmul import mma
+    from pallas_kernels.matmul.integer import integer_matrix_vector_reference
+
+    shape = (33, weight.layout.k)
+    x = jax.random.randint(jax.random.key(1), shape, -127, 128).astype(jnp.int8)
+    wide = mma.mma_matmul(x[:9], weight, config=mma.MmaConfig(block_columns=256, split=2))
+    results = [wide.sum(0), partial_sums(x, weight).sum(0)]
+    return results, [integer_matrix_vector_reference(some, weight)[0] for some in (x[:9], x)]
 
 
 def _layout(w: QuantizedWeight) -> WeightLayout:

@@ -275,9 +275,12 @@ def test_what_is_refused(rng):
 def test_how_a_sequence_is_shared():
     assert [heads_per_program(g, 128) for g in (1, 4, 5, 7, 8, 12, 16)] == [1, 4, 3, 4, 4, 4, 4]
     assert heads_per_program(5, 256) == 2
-    assert choose_parts(1, 100) == 1
-    assert choose_parts(1, 1024) == 4  # no part below 256 slots
-    assert choose_parts(12, 8192) == 1  # the interpreter has 4 multiprocessors
+    assert choose_parts(1, 100, 3) == 1
+    assert choose_parts(1, 1024, 3) == 4  # no part below 256 slots
+    assert choose_parts(12, 8192, 3) == 1  # the interpreter has 4 multiprocessors
+    assert choose_parts(5, 8192, 3) == 2  # 10 of 12 places, and none of a second turn
+    assert choose_parts(7, 8192, 3) == 6  # 42 of 48 places in four turns; 7 of 12 in one
+    assert choose_parts(100, 8192, 2) == 1
 
 
 def test_exponents_are_whole(rng):

@@ -104,7 +104,7 @@ def test_what_does_not_fit_says_so():
     for x, message in (
         (rows(65, 256), "65 rows, expected 1 .. 64"),
         (rows(9, 128), "needs a weight .K=128"),
-        (rows(9, 256, jnp.float32), "bfloat16 or float16, found float32"),
+        (rows(9, 256, jnp.float32), "bfloat16 or float16, or int8, found float32"),
     ):
         with pytest.raises(ValueError, match=message):
             mma_matmul(x, w)
