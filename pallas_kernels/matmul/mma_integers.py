@@ -2,7 +2,7 @@
 
 A fragment of `mma.sync.m16n8k32` for 8-bit integers holds four bytes of K in a register where that
 of floats holds two halves, and `WordFormat.signed_planes` are such bytes: a shift, a mask and a
-flip for four codes of int4, a flip alone for int8. Sums are int32, exact over a segment or a column.
+flip for four codes of int4, a flip alone for int8. Sums are int32, exact over a segment or column.
 Which row of K a byte stands for is free as before, so x comes as words of four rows in the order of
 the format's `byte_rows`.
 """
