@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -100,3 +101,11 @@ def edit_config(folder: pathlib.Path, **changes: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: v for key, v in config.items() if v is not ...}))
+
+
+def change_tensors(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    """Those of the one file of weights, by `change` of their dict."""
+    path = folder / "model.safetensors"
+    tensors = {name: np.array(a) for name, a in tensors_of(path).items()}
+    change(tensors)
+    write(path, tensors)

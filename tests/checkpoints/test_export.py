@@ -3,85 +3,24 @@
 What those programs make of them `tests/oracles/check_exports.py` says, which needs their code.
 """
 
-import dataclasses
 import json
 from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import fdq
-from fdq import models
-from fdq.models.config_writer import to_huggingface
 from fdq.models.family import Layout, Rule
-from fdq.models.latent import Latent
-from fdq.nn.rotary import RotaryConfig
 from fdq_checkpoints import CheckpointError, convert, load, tree_paths
-from fdq_checkpoints.export import EXPORTERS, Plan
 from fdq_checkpoints.exporting import export
 from fdq_checkpoints.sources import tensor_names
-from fdq_checkpoints.tree_paths import dotted
 from tests.checkpoints import builders, foreign
-from tests.cli.test_cli import run
+from tests.checkpoints.exports import NARROW, WIDE, config_of, differences, model_of, stored
 from tests.covering import slow, slow_but
 from tests.models.test_gemma3 import multimodal
 
 OWNED = builders.MODELS.parent / "quantized"
-WIDE = models.DecoderConfig(
-    model_type="llama",
-    vocab_size=32,
-    hidden_size=128,
-    intermediate_size=256,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=32,
-    rms_norm_epsilon=1e-5,
-    rotary=RotaryConfig(),
-    dtype="float32",
-)
-NARROW = WIDE.replace(
-    hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=2, head_dim=16
-)
-
-
-def model_of(config=NARROW, scheme=None, seed=0, **options):
-    """A random model; codes by the rule that compiles soonest where there is one."""
-    floats = models.Decoder(config, rngs=nnx.Rngs(seed))
-    return floats if scheme is None else fdq.quantize(floats, scheme, **options)
-
-
-def stored(folder):
-    """All tensors of a directory, by name."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= builders.tensors_of(file)
-    return found
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def differences(one, other):
-    """Paths of tensors that are not the same, array by array, and in what."""
-    mine, theirs = ({t.path: t for t in tree_paths.flatten(m)} for m in (one, other))
-    assert mine.keys() == theirs.keys()
-    found = {}
-    for path, tensor in mine.items():
-        a, b = tensor.value, theirs[path].value
-        if tensor.activation != theirs[path].activation:
-            found[dotted(path)] = "activation"
-        if getattr(a, "spec", None) != getattr(b, "spec", None):
-            found[dotted(path)] = "spec"
-            continue
-        for name, array in tree_paths.arrays_of(a).items():
-            x, y = np.asarray(array), np.asarray(tree_paths.arrays_of(b)[name])
-            if (x.dtype, x.shape, x.tobytes()) != (y.dtype, y.shape, y.tobytes()):
-                found[dotted(path)] = name
-    return found
 
 
 # By kind of foreign model, the exporters that hold what fdq makes of it.
@@ -104,11 +43,6 @@ ROUND_TRIPS = {
     "nf4": ("bitsandbytes",),
     "nf4, twice": ("bitsandbytes",),
     "llm.int8": ("compressed-tensors",),
-}
-REFUSED_BY_AWQ = {  # scheme: why
-    "W8A16-f16": "4 bits alone",
-    "W4A8-g16-f16": "no word for quantized inputs",
-    "W4A16-g16": "scales in bfloat16",
 }
 PAIRS = [(kind, to) for kind, targets in ROUND_TRIPS.items() for to in targets]
 QUICK = {
@@ -318,62 +252,6 @@ def test_static_scales_of_a_float8_cache_go_along(tmp_path):
     np.testing.assert_array_equal(stored(tmp_path / "out")[name][..., 0], wanted)
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
-def test_a_config_is_written_as_it_is_read(name):
-    config = models.CONFIGS[name]
-    assert models.from_huggingface(to_huggingface(config)) == config
-
-
-YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 32}
-LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
-NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-RARE = [
-    # oracle, changes of its config.json
-    ("deepseek_v2", {"q_lora_rank": None, "attention_bias": True, "moe_layer_freq": 2}),
-    ("deepseek_v2", {"topk_method": "greedy", "routed_scaling_factor": 16.0}),
-    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}),
-    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.3}}),
-    ("deepseek_v3", {"rope_parameters": YARN | {"mscale_all_dim": 1.0}}),
-    ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.3}, "norm_topk_prob": False}),
-    ("deepseek_v3", {"rope_interleave": False, "n_group": 1, "topk_group": 1}),
-    ("deepseek_v3", {"first_k_dense_replace": 3, "n_shared_experts": 0}),
-    ("glm4_moe", {"use_qk_norm": True, "attention_bias": False, "rope_parameters": {}}),
-    ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 5e5}}),
-    ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense", "sparse"], "num_hidden_layers": 3}),
-    ("gemma2", {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, **NO_TOKENS}),
-    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
-    ("gemma3", {"rope_parameters": {"sliding_attention": LINEAR, "full_attention": YARN}}),
-    ("gemma3", {"final_logit_softcapping": 30.0, "eos_token_id": [1, 106]}),
-    ("gpt_oss", {"rope_parameters": {"rope_type": "default"}, "attention_bias": False}),
-    ("gpt_oss", {"swiglu_limit": 5.0, "swiglu_alpha": 1.5, "layer_types": ["full_attention"] * 2}),
-]
-
-
-@pytest.mark.parametrize(("name", "changes"), RARE, ids=str)
-def test_a_rare_config_is_written_as_it_is_read(name, changes):
-    known = json.loads((builders.MODELS / name / "config.json").read_text())
-    if "mlp_layer_types" in changes:
-        known.pop("first_k_dense_replace", None)
-    config, usual = models.from_huggingface(known | changes), models.from_huggingface(known)
-    assert config != usual
-    assert models.from_huggingface(to_huggingface(config)) == config
-
-
-def test_a_config_that_no_file_can_say_is_refused():
-    config = NARROW.replace(qk_norm=True)
-    with pytest.raises(ValueError, match="no config.json of llama says qk_norm=True"):
-        to_huggingface(config)
-    config = models.CONFIGS["deepseek-v3"]
-    with pytest.raises(ValueError, match=r"says moe.router=SoftmaxRouter.* part of kind 'scored'"):
-        to_huggingface(config.replace(moe=models.CONFIGS["qwen3-30b-a3b"].moe))
-    assert isinstance(config.attention, Latent)
-    odd = dataclasses.replace(config.attention, scale=0.5)
-    with pytest.raises(ValueError, match=r"no config.json of deepseek_v3 says attention=Latent"):
-        to_huggingface(config.replace(attention=odd, rotary=RotaryConfig(interleaved=True)))
-    with pytest.raises(ValueError, match="no config.json of gpt_oss says moe=None"):
-        to_huggingface(models.CONFIGS["gpt-oss-20b"].replace(moe=None))
-
-
 @pytest.mark.parametrize("layout", get_args(Layout))
 def test_a_tensor_is_stored_in_the_layout_that_it_is_read_from(layout, rng):
     stored_as = rng.standard_normal((1, 6)).astype(np.float32)
@@ -465,142 +343,6 @@ def test_text_files_are_copied_and_the_config_is_the_models_own(tmp_path):
         export(tmp_path / "kept", tmp_path / "again", to="compressed-tensors")
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return model_of(NARROW, "W8A16", method="absmax")
-
-
-REFUSED = [
-    # scheme, exporter, what is said
-    ("W8A16", "gptq", r"W8A16\) \(and 3 more\): scales in float32.*16 bits; --to compressed-tens"),
-    ("W8A8-f16", "gptq", "no word for quantized inputs; --to compressed-tensors"),
-    ("W8A16", "fp8", "is no float8.*Quantize it so first.*compressed-tensors"),
-    ("W8A16", "mxfp4", "is not in mxfp4"),
-    ("W8A16", "bitsandbytes", "has NF4 alone; --to compressed-tensors"),
-    ("Wfp8e5m2A16", "compressed-tensors", "no such weights; --to dense decodes it"),
-    (None, "compressed-tensors", "nothing in it is quantized.*--to dense"),
-    ("W8A16", "gguff", "Unknown exporter 'gguff'.*Known: compressed-tensors, gptq"),
-]
-
-
-@pytest.mark.parametrize(("scheme", "to", "said"), REFUSED, ids=lambda x: str(x)[:20])
-def test_what_a_layout_cannot_hold_is_refused_by_name(scheme, to, said, tmp_path):
-    model = model_of(NARROW, scheme, method="absmax")
-    with pytest.raises(ValueError, match=said):
-        export(model, tmp_path / "out", to=to)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_zero_point_of_zero_is_for_the_second_version(tmp_path):
-    model = model_of(NARROW, "W4A16-g32-asym-f16", method="absmax")
-    zero = model.layers[0].mlp.down_proj.kernel.zero
-    zero.set_value(zero.get_value().at[0, 0].set(0))
-    with pytest.raises(CheckpointError, match="a zero point of 0.*--to gptq_v2 holds it"):
-        export(model, tmp_path / "out", to="gptq")
-    assert not list(tmp_path.iterdir())  # found while it was written
-
-
-def test_a_destination_is_whole_or_not_there(plain, tmp_path):
-    fdq.save(plain, tmp_path / "saved")
-    with pytest.raises(CheckpointError, match="written into .*saved, or over it"):
-        export(tmp_path / "saved", tmp_path / "saved/out", to="dense")
-    export(tmp_path / "saved", tmp_path / "out", to="dense")
-    with pytest.raises(FileExistsError, match="pass overwrite=True to replace an export to dense"):
-        export(plain, tmp_path / "out", to="dense")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export(plain, tmp_path / "other", to="dense", progress=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        export(plain, tmp_path / "out", to="dense", overwrite=True, progress=interrupt)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "saved"]
-    export(plain, tmp_path / "out", to="compressed-tensors", overwrite=True)
-    assert "quantization_config" in config_of(tmp_path / "out")
-    (tmp_path / "out/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not an export to dense; not overwritten"):
-        export(plain, tmp_path / "out", to="dense", overwrite=True)
-    with pytest.raises(FileExistsError, match="not an export"):
-        export(plain, tmp_path / "saved", to="dense", overwrite=True)
-
-
-def test_damage_is_found_and_nothing_is_left(plain, tmp_path):
-    fdq.save(plain, tmp_path / "saved")
-    data = max((p for p in (tmp_path / "saved/weights").rglob("*") if p.is_file()),
-               key=lambda p: p.stat().st_size)  # fmt: skip
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
-    with pytest.raises(CheckpointError):
-        export(tmp_path / "saved", tmp_path / "out", to="dense")
-    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
-
-
-class Counted(Plan):
-    def __init__(self, origin):
-        self.nbytes, self.formats = 10, {"counted": len(origin.tensors)}
-
-    def write(self, folder, progress):
-        (folder / "count.txt").write_text(str(self.formats["counted"]))
-
-
-class Count:
-    """An exporter that writes how many tensors there are."""
-
-    name = "count"
-
-    def plan(self, origin, options):
-        return Counted(origin)
-
-    def wrote(self, file):
-        return file.name == "count.txt"
-
-
-def test_an_exporter_of_ones_own(plain, tmp_path):
-    with EXPORTERS.registered(Count()):
-        for _ in range(2):
-            export(plain, tmp_path / "out", to="count", overwrite=True)
-    assert int((tmp_path / "out/count.txt").read_text()) == len(tree_paths.flatten(plain))
-
-
-def test_the_command(plain, tmp_path):
-    fdq.save(plain, tmp_path / "saved")
-    out = tmp_path / "out"
-    told = run("export", tmp_path / "saved", out, "--to", "compressed-tensors").stdout
-    assert "pack-quantized (W8A16)" in told and "No tokenizer" in told
-    again = ["export", tmp_path / "saved", out, "--to", "compressed-tensors"]
-    assert "replace an earlier export with --overwrite" in run(*again, code=2).stderr
-    found = json.loads(run(*again, "--overwrite", "--json").stdout)
-    assert found["formats"]["pack-quantized (W8A16)"] == 7 and found["bytes"] > 1000
-    wrong = run("export", tmp_path / "saved", tmp_path / "no", "--to", "gtpq", code=2).stderr
-    assert "Did you mean 'gptq'?" in wrong
-    wrong = run("export", tmp_path / "saved", tmp_path / "no", "--to", "gptq", code=2).stderr
-    assert "--to compressed-tensors holds it" in " ".join(wrong.split())
-    run("export", tmp_path / "saved", tmp_path / "no", "--to", "dense", "--shard-size", "0", code=2)
-    assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize(
-    ("kind", "to", "reason"),
-    [
-        ("mlx", "compressed-tensors", "codes with offsets"),
-        ("mlx", "gptq", "codes with offsets"),
-        ("hqq", "awq", "scales in float32"),
-        ("gptq, desc_act", "awq", "rows in an order"),
-        ("gptq, desc_act", "compressed-tensors", "rows in an order of their own"),
-        ("gptq, desc_act", "gguf", "dense"),
-    ],
-)
-def test_what_no_layout_holds_is_refused_before_anything_is_written(
-    kind, to, reason, tmp_path, rng
-):
-    foreign.model(kind, tmp_path / "model", rng)
-    with pytest.raises(CheckpointError, match=reason):
-        fdq.export(tmp_path / "model", tmp_path / "out", to=to)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 def test_offsets_that_are_zero_points_go_out_as_such(tmp_path, rng):
     """HQQ rounds them so in 4 bits; offsets of other numbers are refused."""
     foreign.model("hqq", tmp_path / "model", rng)
@@ -618,9 +360,3 @@ def test_offsets_that_are_zero_points_go_out_as_such(tmp_path, rng):
     again = model_of(NARROW, "W4A16-g16-affine-f16")
     with pytest.raises(CheckpointError, match=r"down_proj.*no whole multiples .* with -asym"):
         export(again, tmp_path / "no", to="gptq_v2")
-
-
-@pytest.mark.parametrize("scheme", REFUSED_BY_AWQ)
-def test_what_awq_has_not_is_refused(scheme, tmp_path):
-    with pytest.raises(CheckpointError, match=REFUSED_BY_AWQ[scheme]):
-        export(model_of(NARROW, scheme, method="absmax"), tmp_path / "out", to="awq")
