@@ -27,11 +27,12 @@ from pallas_kernels.matmul.mma import (
     arranged,
     check_mma_config,
     choose_mma_config,
+    finished_codes,
     store_totals,
     tile_of,
     unsupported,
 )
-from pallas_kernels.matmul.row_sources import Rows, finished, rows_shape
+from pallas_kernels.matmul.row_sources import Rows, Scaled, rows_shape
 from pallas_kernels.mosaic.launch import launch
 from pallas_kernels.transformations import batchable
 from pallas_kernels.typing import Array, Float, Int
@@ -39,7 +40,7 @@ from pallas_kernels.weights.kernel_weight import KernelWeight
 
 
 def gathered_mma(
-    x: Rows,
+    x: Rows | Scaled,
     w: KernelWeight,
     index: Int[Array, " p"],
     *,
@@ -118,15 +119,16 @@ def deal(index: Int[Array, " p"], experts: int, rows: int) -> Tiles:
 @functools.partial(jax.jit, static_argnames=("config", "tile_rows"))
 def _gathered_mma(x, w, index, *, config, tile_rows) -> jax.Array:
     layout, experts = w.layout, w.words.shape[0]
-    x = finished(x)
+    x, scale = finished_codes(x)
     tiles = deal(index, experts, tile_rows)
-    rows = x[tiles.pick // (index.shape[0] // x.shape[0])]
+    of_tiles = tiles.pick // (index.shape[0] // x.shape[0])
+    rows, scales = x[of_tiles], [] if scale is None else [scale[of_tiles]]
     tile, split = tile_of(layout, tile_rows, x.dtype, config)
     operands, name_refs = kernel_operands(w)
     block = tile.chunks * mma.COLUMNS
 
     def body(expert_ref, x_ref, *refs):
-        *weight_refs, out_ref = refs
+        *weight_refs, out_ref = refs[len(scales) :]
         part, number = lax.axis_index("split"), lax.axis_index("tile")
         first = pl.multiple_of(lax.axis_index("columns") * block, block)
         expert = expert_ref[number]
@@ -136,12 +138,13 @@ def _gathered_mma(x, w, index, *, config, tile_rows) -> jax.Array:
             own = name_refs(weight_refs).expert(expert)
             some = pl.ds(number * tile.rows, tile.rows)
             totals = accumulate(tile, own, x_ref.at[:, some], first, part * tile.segments)
-            store_totals(out_ref.at[part, some], totals, first)
+            scale_ref = refs[0].at[some] if scales else None
+            store_totals(out_ref.at[part, some], totals, first, scale_ref)
 
     body.__name__ = kernel_name("gathered_mma", layout, tile_rows)
     out = launch(
         body,
-        (tiles.expert, arranged(rows, layout), *operands),
+        (tiles.expert, arranged(rows, layout), *scales, *operands),
         out_type=jax.ShapeDtypeStruct((split, rows.shape[0], layout.padded_n), jnp.float32),
         grid=(layout.padded_n // block, split, tiles.expert.shape[0]),
         grid_names=("columns", "split", "tile"),

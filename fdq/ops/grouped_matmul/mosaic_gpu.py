@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.grouped_matmul import mosaic_mma
 from fdq.ops.grouped_matmul.product import (
     GroupedImplementation,
     GroupedProduct,
-    quantized_rows,
     scale_each,
 )
 from fdq.ops.kernels import Kernel, tuned
@@ -25,7 +25,7 @@ from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.matmul import mosaic_mma as dense_mma
 from fdq.ops.placement import sharded
 from fdq.ops.prepared_weight import kernel_weight
-from fdq.ops.rows import Rows, Sums
+from fdq.ops.rows import Rows, Sums, as_array, flattened
 from pallas_kernels.device import MOST_ROWS
 
 if TYPE_CHECKING:
@@ -71,18 +71,13 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
         index = a.index.reshape(-1)
-        x, scale, more = a.x, None, None
-        if a.activation is not None:
-            codes = dense_mma.rows_dtype(a) if mosaic_mma.chosen(a) else jnp.float32
-            x, scale = quantized_rows(a, codes, jnp.float32)
+        x, more = _rows(a), None
         if mosaic_mma.chosen(a):
             parts = mosaic_mma.gathered_sums(x, kernel_weight(a.w), index, a.tokens)
         else:
             if a.shard:  # what is computed of others' rows does not count
                 index = jnp.minimum(index, a.w.shape[0] - 1)
             parts, more = gathered_sums(x, kernel_weight(a.w), index, shared)
-        if scale is not None:
-            parts = parts * scale[None]
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         if b is None or more is None:
             return parts
@@ -93,6 +88,17 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         total = dataclasses.replace(sums, dtype=jnp.float32).value()
         terms = [total[..., p, :] * weights[..., p, None] for p in range(weights.shape[-1])]
         return functools.reduce(jnp.add, terms).astype(sums.dtype)
+
+
+def _rows(a: GroupedProduct) -> Any:
+    """Rows as the kernels take them; quantized ones as codes and scales, or as their values."""
+    if a.activation is None:
+        return a.x
+    x = flattened(as_array(a.x))
+    codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
+    if mosaic_mma.chosen(a):
+        return matmul.scaled_rows(codes.astype(dense_mma.rows_dtype(a)), scale)
+    return activation_values(codes, scale, a.activation.group_size, jnp.float32)
 
 
 def gathered_sums(
