@@ -12,6 +12,7 @@ import pytest
 
 import fdq
 from docs.import_graph import ROOT
+from fdq.analysis.svg import STYLE
 from fdq.schemes.recipe import Recipe
 from tests.covering import slow_but
 
@@ -108,6 +109,20 @@ def test_links_lead_somewhere(name):
         if anchor:
             heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), flags=re.MULTILINE)
             assert anchor in {slug(head) for head in heads}, target
+
+
+def test_pictures_follow_light_and_dark():
+    """All of them are SVG that fdq.analysis.svg made."""
+    shown = {
+        target
+        for name in PAGES
+        for target in re.findall(r"!\[[^]]+\]\(([^)\s]+)\)", (DOCS / name).read_text("utf-8"))
+    }
+    assert shown == {path.name for path in DOCS.iterdir() if path.suffix in (".svg", ".png")}
+    for name in shown:
+        assert f"<style>{STYLE}</style>" in (DOCS / name).read_text("utf-8"), (
+            f"{name}: draw it anew"
+        )
 
 
 def schemes_of(name):

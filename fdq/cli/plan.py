@@ -44,13 +44,16 @@ def run(
     ] = False,
     plot: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Draw tokens/s against the batch, as far as it fits; a PNG or SVG."),
+        typer.Option(
+            metavar="FILE.svg", help="Draw tokens/s against the batch, as far as it fits."
+        ),
     ] = None,
     compat: console.Compat = None,
     json: console.Json = False,
     debug: console.Debug = False,
 ) -> None:
     """Bytes by kind of layer and of the cache, or of each device, from shapes alone."""
+    console.writable("--plot", plot, ".svg")
     known = pathlib.Path(model) if pathlib.Path(model).is_dir() else model
     schemes = [console.read_scheme(name) for name in scheme]
     if mesh is None and not gpu and not compiled and plot is None and len(schemes) == 1:
@@ -112,7 +115,7 @@ def _devices(
             if plot is not None:
                 curves.append(plan_plot.curve(sharded, plans[-1]))
     if plot is not None:
-        plan_plot.draw(curves, plot)
+        plot.write_text(plan_plot.draw(curves), "utf-8")
     if json:
         console.print_json({"plans": [one.to_dict() for one in plans],
                             "compiled": [vars(one) for one in found]})  # fmt: skip

@@ -436,7 +436,7 @@ def test_plan_of_devices_that_are_not_there(tmp_path):
     text = run(*more, "--plot", tmp_path / "plan.svg").stdout
     rows = [line.split()[:2] for line in text.splitlines() if "A" in line and "C8" in line]
     assert rows == [[gpu, s] for s in ("W4A16C8", "W8A8C8") for gpu in ("l4", "h200")]
-    assert (tmp_path / "plan.svg").read_text("utf-8").lstrip().startswith("<?xml")
+    assert (tmp_path / "plan.svg").read_text("utf-8").count("<polyline") == 4
     assert "the longest: " in run(*arguments, "--gpu", "l4").stdout
 
 
