@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fdq.cli import console, html_page
+from fdq.cli.decoding_options import check_cache
 
 NAME = "evaluate"
 EXAMPLE = "Example:  fdq evaluate ernie-w4a16c8 --text book.txt --against ERNIE-4.5-0.3B-PT"
@@ -78,7 +79,7 @@ def run(
         model = load(directory, scheme=recipe, dtype=dtype, mesh=devices, progress=update)
         reference = None if against is None else load(against, dtype=dtype, progress=update)
     html_page.check_original(page, other, reference)
-    console.check_cache(cache, model)
+    check_cache(cache, model)
     with console.progress("Evaluating", quiet=json) as update:
         report = evaluate(
             model,

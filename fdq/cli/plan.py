@@ -53,7 +53,6 @@ def run(
     debug: console.Debug = False,
 ) -> None:
     """Bytes by kind of layer and of the cache, or of each device, from shapes alone."""
-    console.writable("--plot", plot, ".svg")
     known = pathlib.Path(model) if pathlib.Path(model).is_dir() else model
     schemes = [console.read_scheme(name) for name in scheme]
     if mesh is None and not gpu and not compiled and plot is None and len(schemes) == 1:
@@ -61,6 +60,7 @@ def run(
         return
     if plot is not None and not gpu:
         raise ValueError("--plot draws the speed of a GPU: name one, as in --gpu h100.")
+    console.writable("--plot", plot, ".svg")
     _devices(known, schemes, context, batch, mesh, gpu or [None], compiled, plot, compat, json)
 
 

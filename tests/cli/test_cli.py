@@ -502,6 +502,8 @@ WRONG = {
         "--max-new-tokens 8",
     ),
     "empty standard input": (["generate", "{original}", "-p", "-"], "which is empty: pipe a text"),
+    "no model to chat with": (["chat", "{empty}"], "no config.json (nor fdq.json)"),
+    "no model to evaluate": (["evaluate", "{empty}"], "no config.json (nor fdq.json)"),
     "no prompt at all": (["generate", "{original}"], "or give --prompt TEXT"),
     "another tokenizer": (
         ["evaluate", "{original}", "--text", "{text}", "--against", "{stranger}"],
