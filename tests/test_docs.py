@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import fdq
 from docs.import_graph import ROOT
 from fdq.analysis.svg import STYLE
 from fdq.schemes.recipe import Recipe
+from tests.cli.test_cli import run as command
 from tests.covering import slow_but
 
 DOCS = ROOT / "docs"
@@ -88,6 +90,35 @@ def test_the_code_of_a_page_runs(name, run):
     outcome = run(group)[name.removesuffix(".md")]
     assert outcome["error"] is None, outcome["error"]
     assert " nan" not in outcome["said"]
+
+
+def test_what_is_only_read_compiles_and_names_what_there_is():
+    """One block, which is for several hosts; tests/sharding has programs for several processes."""
+    found = [
+        code
+        for name in PAGES
+        for code in re.findall(
+            r"```python notest\n(.*?)```", (DOCS / name).read_text("utf-8"), re.DOTALL
+        )
+    ]
+    assert len(found) == 1
+    for code in found:
+        compile(code, "a page", "exec")
+        assert all(hasattr(fdq, attribute) for attribute in re.findall(r"\bfdq\.(\w+)", code))
+
+
+@pytest.mark.slow
+def test_the_picture_of_a_checkpoint_is_what_its_commands_draw(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(
+        r"```bash\n(.*?)```", (DOCS / "checkpoints.md").read_text("utf-8"), re.DOTALL
+    )
+    for line in commands[0].splitlines():
+        assert line.startswith("fdq ")
+        command(*shlex.split(line)[1:])
+    drawn = (tmp_path / "layers.svg").read_text("utf-8")
+    assert drawn == (DOCS / "layers.svg").read_text("utf-8"), "draw it anew, by those commands"
 
 
 def test_pages_of_the_navigation_are_those_there_are():
