@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks.schemes import MEASURED
-from fdq.analysis.svg import COLORS, Picture
+from fdq.analysis.svg import Picture
 
 PICTURE = pathlib.Path(__file__).parent.parent / "docs" / "schemes.svg"
 _ROW, _TOP, _LEFT, _WIDE = 17, 46, 250, 500
@@ -32,16 +32,16 @@ def drawing(rows: list[dict[str, Any]]) -> str:
     for power in range(round(math.log10(_FROM)), round(math.log10(_TO)) + 1):
         x = _place(10.0**power)
         picture.line(x, _TOP - 4, x, bottom)
-        picture.text(x, _TOP - 9, f"{10.0**power:g}", anchor="middle")
+        picture.text(x, _TOP - 9, f"{10.0**power:g}", anchor="middle", dim=True)
     for index, row in enumerate(rows):
         base = _TOP + _ROW * index + 12
         bits, kl = row["quantized_bits_per_weight"], row["kl_nats_per_token"]
         picture.text(10, base, row["scheme"])
-        picture.text(_LEFT - 14, base, f"{bits or 16:.2f} bits", anchor="end")
+        picture.text(_LEFT - 14, base, f"{bits or 16:.2f} bits", anchor="end", dim=True)
         x = _place(kl)
         picture.line(_LEFT, base - 4, x, base - 4)
-        picture.dot(x, base - 4, 4.5, _color(bits), f"{row['scheme']}: {kl:.5f} nats per token")
-        picture.text(x + 9, base, f"{kl:.4f}")
+        picture.mark(x, base - 4, _series(bits), f"{row['scheme']}: {kl:.5f} nats per token")
+        picture.text(x + 9, base, f"{kl:.4f}", dim=True, halo=True)
     return picture.svg(bottom + 8, "KL to the original by scheme")
 
 
@@ -50,17 +50,9 @@ def _place(kl: float) -> float:
     return _LEFT + _WIDE * min(share, 1.0)
 
 
-def _color(bits: float | None) -> str:
+def _series(bits: float | None) -> int:
     """By bits a weight: 16, 8, 4 and fewer."""
-    return (
-        COLORS[0]
-        if bits is None
-        else COLORS[2]
-        if bits > 6
-        else COLORS[1]
-        if bits > 4
-        else COLORS[4]
-    )
+    return 0 if bits is None else 1 if bits > 6 else 2 if bits > 4 else 3
 
 
 def main(arguments: list[str]) -> None:

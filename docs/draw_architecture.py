@@ -17,9 +17,9 @@ import pathlib
 import statistics
 import sys
 import textwrap
-from html import escape
 
 from docs import import_graph
+from fdq.analysis.svg import Picture
 
 PICTURE = pathlib.Path(__file__).with_name("architecture.svg")
 
@@ -57,9 +57,9 @@ COLUMNS = (
     "fdq",
     "pallas_kernels",
 )  # from left to right, where all else is equal
-FILLS = {"fdq_checkpoints": "#fff1c2", "fdq": "#d8ecff", "pallas_kernels": "#dcf5d9"}
+TINTS = {"fdq": 0, "fdq_checkpoints": 1, "pallas_kernels": 2}
 
-BOX_WIDTH, LINE, GAP, BEND_WIDTH, ROW_GAP, MARGIN = 206, 14, 16, 8, 38, 14
+BOX_WIDTH, LINE, GAP, BEND_WIDTH, ROW_GAP, MARGIN = 222, 14, 14, 8, 38, 14
 TEXT_WIDTH = 33  # characters of a sentence that fit into a box
 
 Edge = tuple[str, str]
@@ -200,7 +200,8 @@ def drawing() -> str:
             height = heights.setdefault(point, tallest)
             y[point] = top + (tallest - height) // 2
         top += tallest + ROW_GAP
-    parts = []
+    wide = max(x[box] + BOX_WIDTH / 2 for box in boxes()) + MARGIN
+    picture = Picture(round(wide))
     for path in paths.values():
         line = f"M{x[path[0]]:.0f},{y[path[0]] + heights[path[0]]:.0f}"
         for a, b in itertools.pairwise(path):
@@ -209,35 +210,15 @@ def drawing() -> str:
             line += f" C{x[a]:.0f},{half:.0f} {x[b]:.0f},{half:.0f} {x[b]:.0f},{end:.0f}"
             if b != path[-1]:
                 line += f" V{end + heights[b]:.0f}"
-        parts.append(f'<path class="arrow" d="{line}"/>')
+        picture.arrow(line)
     for box in boxes():
-        left, up = x[box] - BOX_WIDTH / 2, y[box]
-        fill = FILLS[box.split(".")[0]]
-        parts.append(
-            f'<rect class="box" x="{left:.0f}" y="{up:.0f}" width="{BOX_WIDTH}"'
-            f' height="{heights[box]:.0f}" rx="7" fill="{fill}"/>'
-        )
+        middle, up = x[box], y[box]
+        picture.box(middle - BOX_WIDTH / 2, up, BOX_WIDTH, heights[box], TINTS[box.split(".")[0]])
         name = box.removesuffix(".__init__")
-        parts.append(f'<text class="name" x="{x[box]:.0f}" y="{up + 18:.0f}">{name}</text>')
+        picture.text(middle, up + 18, name, anchor="middle", size=11, bold=True, mono=True)
         for index, text in enumerate(sentence(box)):
-            place = f'x="{x[box]:.0f}" y="{up + 33 + LINE * index:.0f}"'
-            parts.append(f'<text class="says" {place}>{escape(text)}</text>')
-    wide = max(x[box] + BOX_WIDTH / 2 for box in boxes()) + MARGIN
-    # Boxes are light and their text is dark, arrows are of a grey that both backgrounds show.
-    return f"""\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {top - ROW_GAP + MARGIN:.0f}" \
-font-family="Helvetica, Arial, sans-serif" text-anchor="middle">
-<style>
-.box {{ stroke: #57606a; stroke-width: 1.2; }}
-.name {{ fill: #1f2328; font: bold 12px Menlo, Consolas, monospace; }}
-.says {{ fill: #3d444d; font-size: 11px; }}
-.arrow {{ stroke: #848d97; stroke-width: 1.4; fill: none; marker-end: url(#head); }}
-</style>
-<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" \
-orient="auto"><path d="M0,0 L10,5 L0,10 z" fill="#848d97"/></marker></defs>
-{"\n".join(parts)}
-</svg>
-"""
+            picture.text(middle, up + 33 + LINE * index, text, anchor="middle", size=11, dim=True)
+    return picture.svg(top - ROW_GAP + MARGIN, "Rooms of the three packages and their imports")
 
 
 def main(arguments: list[str]) -> None:

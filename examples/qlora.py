@@ -3,13 +3,14 @@
     python examples/qlora.py                              # fifteen minutes on two busy cores
     python examples/qlora.py --steps 20 --out /tmp/trial  # a quick trial
     python examples/qlora.py --loss text                  # learn from text, not from the original
+    python examples/qlora.py --draw docs/qlora.json       # only draws figures that are there
 
 With weights of 2 bits the shipped model needs a fifth more bits for a byte of text. The weights
 stay as they are; adapters beside them learn to say what the original says: the loss is the
 divergence of the next token's distribution from the original's (distillation), or plain
 cross-entropy. Text is Python's own standard library, of which 1 file in 20 is held out.
 
-Needs `pip install 'fdq-jax[cli,plots,train]'`. Writes OUT.json, OUT.png and the adapters in PEFT's
+Needs `pip install 'fdq-jax[cli,train]'`. Writes OUT.json, OUT.svg and the adapters in PEFT's
 format, OUT-adapters.
 """
 
@@ -26,7 +27,7 @@ import optax
 from flax import nnx
 
 import fdq
-from fdq.analysis import sample_text
+from fdq.analysis import chart, sample_text
 from fdq.analysis.shipped_model import shipped_model_path
 from fdq.decoding.tokenizer import Tokenizer
 
@@ -129,36 +130,20 @@ def train(options: argparse.Namespace) -> tuple[dict, nnx.Module]:
     return result, model
 
 
-def plot(result: dict, path: pathlib.Path) -> None:
-    """The curve between the original and the quantized model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    steps, values = zip(*result["curve"], strict=True)
-    name, last = result["scheme"], steps[-1]
-    levels = (
-        (result["quantized_bits_per_byte"], "tab:red", f"{name}, as it was quantized"),
-        (result["original_bits_per_byte"], "black", "the original, 16 bits"),
+def drawing(result: dict) -> str:
+    """The curve between the original and the quantized model, as SVG."""
+    last, tuned = result["curve"][-1]
+    before, best = result["quantized_bits_per_byte"], result["original_bits_per_byte"]
+    return chart.lines(
+        {
+            f"with adapters of rank {result['rank']}: {tuned:.3f}": result["curve"],
+            f"{result['scheme']}, as it was quantized: {before:.3f}": [(0, before), (last, before)],
+            f"the original, 16 bits: {best:.3f}": [(0, best), (last, best)],
+        },
+        x=f"steps of {result['batch']} x {result['length']} tokens",
+        y="held-out bits per byte",
+        from_zero=False,
     )
-    for level, colour, label in levels:
-        axes.axhline(level, color=colour, linestyle="--", linewidth=1)
-        axes.annotate(
-            f"{label}: {level:.3f}", (last, level), xytext=(0, 4), color=colour,
-            textcoords="offset points", ha="right", fontsize=9,
-        )  # fmt: skip
-    axes.plot(steps, values, color="tab:blue", marker="o", markersize=3)
-    axes.annotate(
-        f"with adapters of rank {result['rank']}: {values[-1]:.3f}", (last, values[-1]),
-        xytext=(0, 8), textcoords="offset points", ha="right", color="tab:blue", fontsize=9,
-    )  # fmt: skip
-    axes.set_xlabel(f"steps of {result['batch']} x {result['length']} tokens")
-    axes.set_ylabel("held-out bits per byte")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -177,17 +162,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heldout-bytes", type=int, default=16_384)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("qlora"))
+    parser.add_argument("--draw", type=pathlib.Path, help="figures of a run: draws them anew")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
+    if options.draw:
+        result = json.loads(options.draw.read_text("utf-8"))
+        options.draw.with_suffix(".svg").write_text(drawing(result), "utf-8")
+        return result
     result, model = train(options)
     name = str(options.out)
     pathlib.Path(f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    plot(result, pathlib.Path(f"{name}.png"))
+    pathlib.Path(f"{name}.svg").write_text(drawing(result), "utf-8")
     fdq.save_lora(model, f"{name}-adapters", base="tiny_ernie", overwrite=True)
-    print(f"wrote {name}.json, {name}.png and {name}-adapters")
+    print(f"wrote {name}.json, {name}.svg and {name}-adapters")
     return result
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ import pytest
 
 import fdq
 from docs.import_graph import ROOT
+from fdq.analysis.svg import STYLE
 from fdq.schemes.recipe import Recipe
+from tests.cli.test_cli import run as command
 from tests.covering import slow_but
 
 DOCS = ROOT / "docs"
@@ -89,6 +92,35 @@ def test_the_code_of_a_page_runs(name, run):
     assert " nan" not in outcome["said"]
 
 
+def test_what_is_only_read_compiles_and_names_what_there_is():
+    """One block, which is for several hosts; tests/sharding has programs for several processes."""
+    found = [
+        code
+        for name in PAGES
+        for code in re.findall(
+            r"```python notest\n(.*?)```", (DOCS / name).read_text("utf-8"), re.DOTALL
+        )
+    ]
+    assert len(found) == 1
+    for code in found:
+        compile(code, "a page", "exec")
+        assert all(hasattr(fdq, attribute) for attribute in re.findall(r"\bfdq\.(\w+)", code))
+
+
+@pytest.mark.slow
+def test_the_picture_of_a_checkpoint_is_what_its_commands_draw(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(
+        r"```bash\n(.*?)```", (DOCS / "checkpoints.md").read_text("utf-8"), re.DOTALL
+    )
+    for line in commands[0].splitlines():
+        assert line.startswith("fdq ")
+        command(*shlex.split(line)[1:])
+    drawn = (tmp_path / "layers.svg").read_text("utf-8")
+    assert drawn == (DOCS / "layers.svg").read_text("utf-8"), "draw it anew, by those commands"
+
+
 def test_pages_of_the_navigation_are_those_there_are():
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
     assert sorted(re.findall(r"[\w-]+\.md", text[text.index("\nnav:") :])) == PAGES
@@ -108,6 +140,20 @@ def test_links_lead_somewhere(name):
         if anchor:
             heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), flags=re.MULTILINE)
             assert anchor in {slug(head) for head in heads}, target
+
+
+def test_pictures_follow_light_and_dark():
+    """All of them are SVG that fdq.analysis.svg made."""
+    shown = {
+        target
+        for name in PAGES
+        for target in re.findall(r"!\[[^]]+\]\(([^)\s]+)\)", (DOCS / name).read_text("utf-8"))
+    }
+    assert shown == {path.name for path in DOCS.iterdir() if path.suffix in (".svg", ".png")}
+    for name in shown:
+        assert f"<style>{STYLE}</style>" in (DOCS / name).read_text("utf-8"), (
+            f"{name}: draw it anew"
+        )
 
 
 def schemes_of(name):

@@ -16,6 +16,8 @@ from tests.covering import longest
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# The others take minutes; what they show is also in tests of benchmarks and of examples/qlora.py.
+IN_CI = ("quickstart", "own_model", "which_scheme")
 OURS = {"fdq", "fdq_checkpoints", "pallas_kernels", "benchmarks"}
 
 
@@ -80,7 +82,7 @@ def test_a_notebook_looks_at_its_environment_and_shows_a_plot(path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [path if path.stem == "quickstart" else longest(path) for path in NOTEBOOKS],
+    [path if path.stem in IN_CI else longest(path) for path in NOTEBOOKS],
     ids=lambda p: p.stem,
 )
 # The kernel's messages, of 2026-11: its zmq connection is to this machine only.

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from fdq.analysis.planner import KINDS, kind_of
-from fdq.analysis.svg import COLORS, Picture
+from fdq.analysis.svg import GREY, Picture
 from fdq.text_table import size
 
 _ROW, _BAR, _TOP = 17, 11, 64
 _BYTES, _BITS, _ERROR = (170, 300), (560, 90), (740, 90)  # left edge and width of each column
-_COLOR: dict[str, str] = dict(zip(KINDS, (*COLORS, COLORS[-1]), strict=True))
+_COLOR = {kind: min(index, GREY) for index, kind in enumerate(KINDS)}
 MOST_LAYERS = 1000
 
 
@@ -71,11 +71,11 @@ def layer_chart(
     ]
     picture = Picture(_ERROR[0] + _ERROR[1] + 70 if errors else _BITS[0] + _BITS[1] + 60)
     picture.text(10, 20, title, bold=True)
-    _legend(picture, known)
+    picture.legend(known, 15, 41, bars=[_COLOR[kind] for kind in known])
     for (left, _), head in ((_BYTES, "bytes"), (_BITS, "bits per weight"), (_ERROR, "error")):
         if head != "error" or errors:
             said = "relative error (RMS)" if head == "error" else head
-            picture.text(left, _TOP - 4, said)
+            picture.text(left, _TOP - 4, said, dim=True)
     most_bytes, most_bits = max(held.values()), max(bits.values())
     most_wrong = max((e for e in wrong.values() if e is not None), default=0.0)
     for index, (name, group) in enumerate(layers.items()):
@@ -89,7 +89,7 @@ def layer_chart(
             if part:
                 picture.bar(at, top, wide, _BAR, _COLOR[kind], f"{name}, {kind}: {part:,} bytes")
             at += wide
-        picture.text(at + 5, base, size(held[name]))
+        picture.text(at + 5, base, size(held[name]), dim=True)
         _figure(picture, _BITS, top, bits[name], most_bits, f"{bits[name]:.2f}")
         error = wrong[name]
         if error is not None:
@@ -97,20 +97,12 @@ def layer_chart(
     return picture.svg(_TOP + 10 + len(layers) * _ROW, f"{title}: bytes and bits by layer")
 
 
-def _legend(picture: Picture, kinds: list[str]) -> None:
-    at = 10.0
-    for kind in kinds:
-        picture.bar(at, 32, 10, 10, _COLOR[kind])
-        picture.text(at + 14, 41, kind)
-        at += 30 + 7.2 * len(kind)
-
-
 def _figure(
     picture: Picture, column: tuple[int, int], top: float, value: float, most: float, said: str
 ) -> None:
     wide = column[1] * value / most if most else 0.0
-    picture.bar(column[0], top, wide, _BAR, COLORS[-1])
-    picture.text(column[0] + wide + 5, top + _BAR - 1, said)
+    picture.bar(column[0], top, wide, _BAR, GREY)
+    picture.text(column[0] + wide + 5, top + _BAR - 1, said, dim=True)
 
 
 def _error(group: list[Tensor], errors: Mapping[str, tuple[float, float]]) -> float | None:

@@ -1,9 +1,9 @@
 """Tokens a second against the batch, as far as it fits: a picture of plans."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
+from fdq.analysis import chart
 from fdq.analysis.device_plan import DevicePlan, Sharded
 from fdq.analysis.roofline import LINKS, step_time
 
@@ -33,28 +33,13 @@ def curve(sharded: Sharded, plan: DevicePlan) -> Curve:
     return Curve(f"{plan.gpu.name}, {plan.scheme}", tuple(batches), tuple(speeds))
 
 
-def draw(curves: Sequence[Curve], path: str | os.PathLike[str]) -> None:
-    """A picture in the format of the path's ending.
-
-    Raises:
-      ModuleNotFoundError: without the package `matplotlib`.
-      ValueError: an ending that is of no picture.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "A picture needs the package `matplotlib`: pip install matplotlib.", name=error.name
-        ) from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for one in curves:
-        label = one.name if one.batches else f"{one.name}: does not fit"
-        axes.plot(one.batches, one.tokens_per_second, "o-", markersize=4, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("sequences")
-    axes.set_ylabel("tokens/s at the roofline")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
+def draw(curves: Sequence[Curve]) -> str:
+    """The picture as SVG, both axes logarithmic."""
+    series = {
+        one.name if one.batches else f"{one.name}: does not fit": list(
+            zip(one.batches, one.tokens_per_second, strict=True)
+        )
+        for one in curves
+    }
+    label = "tokens/s at the roofline"
+    return chart.lines(series, x="sequences", y=label, log_x=True, log_y=True)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import rich.text
 import typer
@@ -106,9 +106,10 @@ def is_terminal() -> bool:
 
 def _turns() -> Iterator[str]:
     """What is typed, or the lines of standard input; empty ones are skipped."""
+    stream = typer.get_text_stream("stdin")  # once: another would miss what this one has read ahead
     while True:
         try:
-            line = _read_line()
+            line = _read_line(stream)
         except KeyboardInterrupt:
             if not is_terminal():
                 raise
@@ -120,7 +121,7 @@ def _turns() -> Iterator[str]:
             yield line.strip()
 
 
-def _read_line() -> str | None:
+def _read_line(stream: TextIO) -> str | None:
     if is_terminal():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrows and history
@@ -133,7 +134,7 @@ def _read_line() -> str | None:
         except UnicodeDecodeError as error:
             raise ValueError(f"no text in UTF-8: {error.reason}.") from error
     try:
-        line = typer.get_text_stream("stdin").readline()
+        line = stream.readline()
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input: no text in UTF-8: {error.reason}.") from error
     return line or None

@@ -35,6 +35,10 @@ class _Console(rich.console.Console):
             return super().size
         return rich.console.ConsoleDimensions(_PIPED_COLUMNS, 25)
 
+    def on_broken_pipe(self) -> None:
+        """Whoever read has left: `command` ends as it does for what is not a table."""
+        raise BrokenPipeError
+
 
 _PIPED_COLUMNS = 200
 out = _Console(highlight=False)
@@ -341,19 +345,6 @@ def writable(option: str, path: pathlib.Path | None, suffix: str = "") -> None:
         raise FileNotFoundError(f"{option} {path}: there is no folder {folder}.")
 
 
-def check_cache(name: str | None, model: Any) -> None:
-    """ValueError for a cache format with static scales, of a model that has none."""
-    from fdq.cache.kv_cache import parse_format
-
-    spec = None if name is None else parse_format(name)
-    if spec is not None and spec.calibrated and model.cache_scales is None:
-        what = "means of keys" if spec.dynamic else "static scales"
-        raise ValueError(
-            f"--cache {name} has {what}, which this checkpoint lacks: convert the original "
-            f"to a scheme with that cache, such as W8A16{spec}, with --calibration-text FILE."
-        )
-
-
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:
     """The checkpoint at `path`, of a run its last; else an error that says what a checkpoint is."""
     from fdq_checkpoints.sources import runs
@@ -375,6 +366,7 @@ def text_directory(path: pathlib.Path) -> pathlib.Path:
 
 def decoder_directory(path: pathlib.Path) -> pathlib.Path:
     """`path`, if it is the directory of a model that decodes, and not one of a tree of arrays."""
+    from fdq_checkpoints.sources import open_source
     from fdq_checkpoints.store import manifest, orbax_store
     from fdq_checkpoints.store.restore import StoredTensors
 
@@ -388,6 +380,9 @@ def decoder_directory(path: pathlib.Path) -> pathlib.Path:
             f"{folder}: a tree of arrays, not a model that decodes. If it is that of one, convert "
             "it with its config: fdq convert SRC DST --config config.json."
         )
+    files = (manifest.FILE_NAME, "config.json")
+    if folder.is_dir() and not any((folder / name).exists() for name in files):
+        open_source(folder).close()  # it says what is missing, before a tokenizer is missed
     return folder
 
 

@@ -125,5 +125,18 @@ def text_model(
             f"{directory}: {what}, which a prompt needs. Put that of the original model into the "
             "directory of a model in safetensors or of fdq's."
         )
-    console.check_cache(cache, model)
+    check_cache(cache, model)
     return model if lora is None else load_lora(model, lora)
+
+
+def check_cache(name: str | None, model: Any) -> None:
+    """ValueError for a cache format with static scales, of a model that has none."""
+    from fdq.cache.kv_cache import parse_format
+
+    spec = None if name is None else parse_format(name)
+    if spec is not None and spec.calibrated and model.cache_scales is None:
+        what = "means of keys" if spec.dynamic else "static scales"
+        raise ValueError(
+            f"--cache {name} has {what}, which this checkpoint lacks: convert the original "
+            f"to a scheme with that cache, such as W8A16{spec}, with --calibration-text FILE."
+        )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
+import rich.rule
 import typer
 
 from fdq.cli import console
@@ -96,7 +97,8 @@ def run(
     )
     for row in rows:
         if row.text is not None:
-            console.out.rule(row.name, align="left", style="dim")
+            rule = rich.rule.Rule(row.name, align="left", style="dim")
+            console.out.print(rule, width=min(80, console.out.width))
             console.out.print(prompt + row.text, markup=False)
     console.out.print()
     if not comparison.is_reference_text:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fdq.cli import console, html_page
+from fdq.cli.decoding_options import check_cache
 
 NAME = "evaluate"
 EXAMPLE = "Example:  fdq evaluate ernie-w4a16c8 --text book.txt --against ERNIE-4.5-0.3B-PT"
@@ -48,9 +49,12 @@ def run(
         ),
     ] = None,
     beside: Annotated[
-        str,
-        typer.Option(help="Schemes of the original to compare with in --html, with commas, or ''."),
-    ] = "W8A16,W4A16,W3A16,W2A16",
+        list[str] | None,
+        typer.Option(
+            help="Schemes of the original to compare with in --html: several, or with commas, or "
+            "''. Default: " + ",".join(html_page.BESIDE) + "."
+        ),
+    ] = None,
     json: console.Json = False,
     debug: console.Debug = False,
 ) -> None:
@@ -67,7 +71,7 @@ def run(
         against = console.checkpoint_directory(against)
     content = read_text(text, max_bytes)
     if page is not None:
-        html_page.check(page, beside)
+        html_page.check(page, html_page.schemes(beside))
     recipe = console.loading_scheme(scheme)
     devices = None if mesh is None else parse_mesh(mesh)
     tokenizer = Tokenizer.load(console.text_directory(directory))
@@ -78,7 +82,7 @@ def run(
         model = load(directory, scheme=recipe, dtype=dtype, mesh=devices, progress=update)
         reference = None if against is None else load(against, dtype=dtype, progress=update)
     html_page.check_original(page, other, reference)
-    console.check_cache(cache, model)
+    check_cache(cache, model)
     with console.progress("Evaluating", quiet=json) as update:
         report = evaluate(
             model,
@@ -102,7 +106,7 @@ def run(
     # After what was measured, which a page that fails does not take with it.
     if page is not None:
         origin = "Python's standard library" if text is None else text.name
-        names = [scheme.strip() for scheme in beside.split(",") if scheme.strip()]
+        names = html_page.schemes(beside)
         with console.progress("Reporting", quiet=json) as update:
             settings = {"text_bytes": len(scored.encode()), "window": window, "stride": stride}
             written = html_page.written(

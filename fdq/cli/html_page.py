@@ -7,6 +7,8 @@ from typing import Any
 
 from fdq.cli import console
 
+BESIDE = ("W8A16", "W4A16", "W3A16", "W2A16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -19,12 +21,18 @@ class Measured:
     original: Any
 
 
-def check(page: pathlib.Path, beside: str) -> None:
+def schemes(beside: Sequence[str] | None) -> list[str]:
+    """Names of schemes, of options that may have several each; `BESIDE` of none."""
+    if beside is None:
+        return list(BESIDE)
+    return [name.strip() for one in beside for name in one.split(",") if name.strip()]
+
+
+def check(page: pathlib.Path, beside: Sequence[str]) -> None:
     """Wrong names and folders are found before anything is measured."""
     console.writable("--html", page)
-    for name in beside.split(","):
-        if name.strip():
-            console.loading_scheme(name.strip())
+    for name in beside:
+        console.loading_scheme(name)
 
 
 def check_original(page: pathlib.Path | None, name: str | None, original: Any) -> None:

@@ -44,7 +44,9 @@ def run(
     ] = False,
     plot: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Draw tokens/s against the batch, as far as it fits; a PNG or SVG."),
+        typer.Option(
+            metavar="FILE.svg", help="Draw tokens/s against the batch, as far as it fits."
+        ),
     ] = None,
     compat: console.Compat = None,
     json: console.Json = False,
@@ -58,6 +60,7 @@ def run(
         return
     if plot is not None and not gpu:
         raise ValueError("--plot draws the speed of a GPU: name one, as in --gpu h100.")
+    console.writable("--plot", plot, ".svg")
     _devices(known, schemes, context, batch, mesh, gpu or [None], compiled, plot, compat, json)
 
 
@@ -112,7 +115,7 @@ def _devices(
             if plot is not None:
                 curves.append(plan_plot.curve(sharded, plans[-1]))
     if plot is not None:
-        plan_plot.draw(curves, plot)
+        plot.write_text(plan_plot.draw(curves), "utf-8")
     if json:
         console.print_json({"plans": [one.to_dict() for one in plans],
                             "compiled": [vars(one) for one in found]})  # fmt: skip

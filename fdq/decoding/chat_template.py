@@ -72,8 +72,8 @@ class ChatTemplate:
         if found is None:
             raise ValueError(
                 f"{folder}: no chat template ({FILE_NAME}, or chat_template in "
-                "tokenizer_config.json): it is no chat model, or the file was left out. Give the "
-                "prompt as text instead."
+                "tokenizer_config.json): it is no chat model, or the file was left out. Give "
+                "another (--chat-template FILE), or the prompt as text (fdq generate --prompt)."
             )
         return found
 

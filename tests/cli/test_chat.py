@@ -149,6 +149,37 @@ def test_wrong_input_is_said_in_a_line(folder, tmp_path, case):
     assert said.split(": ")[-1] in json.loads(with_json.stdout)["error"]
 
 
+def test_every_line_of_a_pipe_is_a_turn(monkeypatch):
+    """A real one, whose reader reads ahead."""
+    reading, writing = os.pipe()
+    os.write(writing, "é\n\nsecond\nthird".encode())
+    os.close(writing)
+    with open(reading, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert list(chat_command._turns()) == ["é", "second", "third"]
+
+
+@pytest.mark.slow
+def test_the_shipped_model_keeps_its_cache(tmp_path):
+    """In a process of its own, with lines of a pipe."""
+    template = tmp_path / "comments.jinja"
+    template.write_text(
+        "<s>{% for m in messages %}{% if m.role == 'user' %}# {{ m.content }}\n"
+        "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    command = [sys.executable, "-m", "fdq.cli", "chat", str(ROOT / "examples" / "tiny_ernie")]
+    command += ["--chat-template", str(template), *map(str, GREEDY), "--max-new-tokens", "8"]
+    said = subprocess.run(
+        [*command, "--json"], input="Reads lines.\nWrites lines.\n", cwd=ROOT,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}, text=True, capture_output=True,
+    )  # fmt: skip
+    turns = objects(said.stdout)
+    assert [turn["kept"] > 0 for turn in turns] == [False, True], said.stderr
+    first, second = turns
+    assert second["kept"] == first["read"] + first["tokens"]
+    assert second["read"] <= len("\n# Writes lines.\n")
+
+
 @pytest.mark.slow
 def test_a_model_without_a_template_says_so(tmp_path):
     made = shutil.copytree(LLAMA, tmp_path / "llama")

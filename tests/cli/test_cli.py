@@ -19,6 +19,7 @@ import fdq.cli
 import fdq_checkpoints
 from fdq.analysis.shipped_model import shipped_model_path
 from fdq.cache import CACHE_FORMATS
+from fdq.cli import html_page
 from fdq.cli.app import app
 from fdq.cli.console import size
 from fdq.models import CONFIGS, FAMILIES, Decoder
@@ -436,8 +437,13 @@ def test_plan_of_devices_that_are_not_there(tmp_path):
     text = run(*more, "--plot", tmp_path / "plan.svg").stdout
     rows = [line.split()[:2] for line in text.splitlines() if "A" in line and "C8" in line]
     assert rows == [[gpu, s] for s in ("W4A16C8", "W8A8C8") for gpu in ("l4", "h200")]
-    assert (tmp_path / "plan.svg").read_text("utf-8").lstrip().startswith("<?xml")
+    assert (tmp_path / "plan.svg").read_text("utf-8").count("<polyline") == 4
     assert "the longest: " in run(*arguments, "--gpu", "l4").stdout
+
+
+def test_schemes_beside_may_be_repeated():
+    assert html_page.schemes(["W4A16, W2A16", "W8A16"]) == ["W4A16", "W2A16", "W8A16"]
+    assert html_page.schemes(None) == list(html_page.BESIDE) and html_page.schemes([""]) == []
 
 
 _BOTH = ("--calibration", "{text}", "--calibration-text", "{text}")
@@ -502,6 +508,8 @@ WRONG = {
         "--max-new-tokens 8",
     ),
     "empty standard input": (["generate", "{original}", "-p", "-"], "which is empty: pipe a text"),
+    "no model to chat with": (["chat", "{empty}"], "no config.json (nor fdq.json)"),
+    "no model to evaluate": (["evaluate", "{empty}"], "no config.json (nor fdq.json)"),
     "no prompt at all": (["generate", "{original}"], "or give --prompt TEXT"),
     "another tokenizer": (
         ["evaluate", "{original}", "--text", "{text}", "--against", "{stranger}"],

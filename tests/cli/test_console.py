@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import rich.console
+import typer
 
 from fdq.analysis.conversion_cost import Cost
 from fdq.cli import console, convert
@@ -58,6 +59,20 @@ def test_a_line_of_a_table_stays_one_in_a_pipe(capsys, monkeypatch):
         text = capsys.readouterr().out
         assert "\x1b" not in text
         assert len([line for line in text.splitlines() if "y" in line]) == lines
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch):
+    """`fdq schemes | head -1`, where a table is what is printed."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(console.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(console, "out", type(console.out)(file=Closed()))
+    with pytest.raises(typer.Exit) as ended:
+        console.command(lambda debug: console.out.print("a table"))(debug=False)
+    assert ended.value.exit_code == console.OK
 
 
 def test_a_warning_is_one_line_without_the_place_in_the_sources(capsys):
