@@ -41,3 +41,9 @@ def difference(actual, expected) -> float:
     norm = x @ x + y @ y
     assert norm > 0, "both arrays are zero: comparing them proves nothing"
     return float(1 - 2 * (x @ y) / norm)
+
+
+def relative_error(actual, expected) -> float:
+    """|actual - expected| / |expected|, of Euclidean norms; the reference must not be small."""
+    assert np.linalg.norm(expected) > 1
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as Type
 
 from tests.checkpoints import builders
 
+ORACLES = builders.MODELS.parent / "gguf"
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -180,3 +181,23 @@ def oracle_model(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     folder = builders.MODELS / name
     config = json.loads((folder / "config.json").read_text())
     return config, builders.tensors_of(folder / "model.safetensors")
+
+
+def rewritten(source, path, values, *, drop=(), types=None):
+    """A copy with other values of metadata, without some tensors, with others' types."""
+    reader = gguf.GGUFReader(source)
+    fields = {
+        name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."
+    }
+    fields |= values
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture"))
+    for name, value in fields.items():
+        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    for tensor in reader.tensors:
+        kind = (types or {}).get(tensor.name, tensor.tensor_type)
+        if tensor.name not in drop:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
