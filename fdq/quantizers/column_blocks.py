@@ -20,7 +20,8 @@ DAMPING = 0.01
 """Of the mean square of gradients."""
 
 Encode = Callable[[jax.Array, jax.Array], tuple[tuple[jax.Array, ...], jax.Array]]
-"""`[K, n]` and what an error of each column costs, `[1, n]` -> arrays and what they decode to."""
+"""`[K, n]` and a root C `[n, n]`, upper triangular, of what its errors E cost, the squares of `E C`
+-> arrays and what they decode to."""
 
 
 def by_blocks(w: jax.Array, outputs: jax.Array, size: int, encode: Encode) -> tuple[jax.Array, ...]:
@@ -35,13 +36,12 @@ def by_blocks(w: jax.Array, outputs: jax.Array, size: int, encode: Encode) -> tu
     def block(w: jax.Array, start: Any, size: int):
         rows = lax.dynamic_slice_in_dim(factor, start, size)  # [size, N]
         inner = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-        # What an error of each column costs, once those to come have made up for it.
-        inverse = jax.scipy.linalg.solve_triangular(
+        # What errors cost, once the columns to come have made up for them.
+        root = jax.scipy.linalg.solve_triangular(
             inner, jnp.eye(size, dtype=jnp.float32), lower=False
         )
-        cost = jnp.sum(jnp.square(inverse), axis=1)[None]
         part = lax.dynamic_slice_in_dim(w, start, size, axis=1)
-        arrays, decoded = encode(part, cost)
+        arrays, decoded = encode(part, root)
         left = part - decoded
         errors = jax.scipy.linalg.solve_triangular(inner.T, left.T, lower=True).T
         return w - second_moment.product(errors, rows), arrays
