@@ -143,8 +143,8 @@ def test_survivors_are_led_on_by_their_own_errors(bits, values, window, rng):
     for lane in range(lanes):
         stream = [code >> bit & 1 for code in found[:, lane] for bit in range(bits)]
         seam = sum(bit << i for i, bit in enumerate(stream[: window - bits]))
-        wide = [a.astype(np.float64) for a in (x[..., lane], weights[..., lane], feedback[lane])]
-        kept = survivor(wide[0], levels.astype(np.float64), bits, *wide[1:], part, seam)
+        own = [a.astype(np.float64) for a in (x[..., lane], weights[..., lane], feedback[lane])]
+        kept = survivor(own[0], levels.astype(np.float64), bits, own[1], own[2], part, seam)
         np.testing.assert_array_equal(found[:, lane], kept)
 
 
