@@ -9,7 +9,7 @@ import fdq
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import dequantize
 from fdq.formats.trellis import Trellis
-from fdq.quantizers import ldlq, quantize_array
+from fdq.quantizers import column_blocks, ldlq, quantize_array
 from fdq.schemes.scheme import WeightSpec
 
 K, N = 72, 256
@@ -129,6 +129,26 @@ def test_errors_in_a_row_are_made_up_for_in_later_parts(rng):
         np.testing.assert_allclose(feedback[before, own], best, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(weights[own], np.diag(left), rtol=1e-3)
         assert not feedback[start:, own].any()
+
+
+def test_blocks_of_large_gradients_come_first_and_stay_in_place(rng):
+    """Only the block that comes last hears of the other; a shorter one is the last of all."""
+    w = rng.standard_normal((32, 10)).astype(np.float32)
+    g = np.diag(np.repeat([1.0, 4.0, 9.0], [4, 4, 2])).astype(np.float32)
+    g[0, 4] = g[4, 0] = 1.8
+
+    def encode(part, root):
+        del root
+        return (jnp.round(part),), jnp.round(part)
+
+    run = jax.jit(lambda w, g: column_blocks.by_blocks(w, g, 4, encode)[0])
+    found = np.asarray(run(w, g))
+    expected = np.round(w)
+    left = (w - expected)[:, 4]
+    mean = np.mean(np.diag(g))
+    expected[:, 0] = np.round(w[:, 0] + left * g[0, 4] / (g[0, 0] + column_blocks.DAMPING * mean))
+    np.testing.assert_array_equal(found, expected)
+    assert (expected != np.round(w)).any()
 
 
 def test_scales_are_the_best_of_their_levels(layer, rng):
