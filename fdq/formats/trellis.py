@@ -21,7 +21,8 @@ blocks; a smaller window makes a table that a core's cache holds.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,13 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from fdq.formats import grouping, trellis_tables, viterbi
+from fdq.formats import grouping, survivors, trellis_tables, viterbi
 from fdq.formats.format import Arrays, Format
 from fdq.formats.trellis_tables import WINDOW
 from fdq.schemes.scheme import WeightSpec
 
 TILE = 128  # columns
 UNIT_STEPS = 8  # of which the bits are whole bytes
+PART = 8  # columns of a tile between which there is feedback, where it is wanted
 LANES = 16  # sequences of a step of the search, which a CPU's vectors hold
 ROUNDS = 1  # of fitting scales to codes, before those that are kept
 
@@ -177,18 +179,29 @@ class Trellis(Format):
         return jnp.where(above > 0, above / below, scale)
 
     def nearest(
-        self, w: jax.Array, scale: jax.Array, weights: jax.Array | None = None
+        self,
+        w: jax.Array,
+        scale: jax.Array,
+        weights: jax.Array | None = None,
+        feedback: Sequence[jax.Array] = (),
     ) -> jax.Array:
         """The stored codes of the streams nearest to `w / scale`, float32 `[K, N]` and `[1, N]`.
 
         `weights` `[1, N]` are those of the squared errors of `w / scale`; by default all are alike.
+        `feedback` is what these errors add to later columns of a tile, in parts of `part(tile)` of
+        them: for each of `tiles(N)`, `[count, tile, tile]` (`survivors.tail_biting_path`).
         """
         k, u = w.shape[0], w / jnp.where(scale > 0, scale, jnp.float32(1.0))
         wanted = (u,) if weights is None else (u, jnp.broadcast_to(weights, u.shape))
         parts = []
-        for start, stop, tile in self._tiles(u.shape[1]):
+        for kind, (start, stop, tile) in enumerate(self.tiles(u.shape[1])):
             steps = tile // self.values
             batches = [self._batches(a[:, start:stop], steps) for a in wanted]
+            if feedback:
+                count, lanes = batches[0].shape[0], batches[0].shape[-1]
+                each = jnp.tile(feedback[kind], (k, 1, 1))
+                each = jnp.pad(each, ((0, count * lanes - each.shape[0]), (0, 0), (0, 0)))
+                batches.append(each.reshape(count, lanes, tile, tile))
             out = jax.lax.map(lambda x: self.paths(*x), tuple(batches))  # [batches, steps, lanes]
             out = jnp.moveaxis(out, -1, 1).reshape(-1, steps)[: k * (stop - start) // tile]
             parts.append(self.pack(out).reshape(k, -1))
@@ -201,7 +214,7 @@ class Trellis(Format):
         x = jnp.pad(x, [(0, -x.shape[0] % lanes), (0, 0), (0, 0)])
         return jnp.moveaxis(x.reshape(-1, lanes, steps, self.values), 1, -1)
 
-    def _tiles(self, n: int) -> Iterator[tuple[int, int, int]]:
+    def tiles(self, n: int) -> Iterator[tuple[int, int, int]]:
         """Columns from, to, and of each tile: of whole tiles, and of the one that is shorter."""
         whole = n // TILE * TILE
         if whole:
@@ -209,9 +222,21 @@ class Trellis(Format):
         if n > whole:
             yield whole, n, n - whole
 
-    def paths(self, x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    def part(self, tile: int) -> int:
+        """Columns of a tile between which there is feedback, a whole number of steps."""
+        return math.gcd(tile, PART)
+
+    def paths(
+        self,
+        x: jax.Array,
+        weights: jax.Array | None = None,
+        feedback: jax.Array | None = None,
+    ) -> jax.Array:
         """The best streams of `[steps, values, B]`, by steps: int32 `[steps, B]`."""
-        return viterbi.tail_biting_path(x, self.table, self.step_bits, weights)
+        if weights is None or feedback is None:
+            return viterbi.tail_biting_path(x, self.table, self.step_bits, weights)
+        part = self.part(x.shape[0] * self.values) // self.values
+        return survivors.tail_biting_path(x, self.table, self.step_bits, weights, feedback, part)
 
     def pack(self, codes: jax.Array) -> jax.Array:
         """The bits of each step, int32 `[..., steps]` -> bytes, uint8."""

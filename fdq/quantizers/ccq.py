@@ -109,8 +109,8 @@ class Ccq(Quantizer):
             columns = second_moment.act_order(outputs)
             back = jnp.argsort(columns)
 
-            def encode(part: jax.Array, cost: jax.Array):
-                del cost  # columns have codes and scales of their own
+            def encode(part: jax.Array, root: jax.Array):
+                del root  # columns have codes and scales of their own
                 return rows.encoded(part)
 
             block = max(SMALLEST_BLOCK, -(-n // COLUMN_BLOCKS))

@@ -7,11 +7,14 @@ over the rows to come as H says (QuIP, arXiv 2307.13304; the same as GPTQ's feed
 
 With the second moment G of the loss's gradient at the output, it is `tr(G Dᵀ H D)` that counts
 (YAQA, arXiv 2505.22988): blocks of columns are taken one after the other, and what is left of one
-is also spread over the columns to come.
+is also spread over the columns to come; within a tile, whose columns are one stream, the search
+spreads the errors of each of its paths (`fdq.formats.survivors`).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,12 +28,16 @@ from fdq.quantizers.quantizer import Quantizer, Statistics, format_of
 from fdq.schemes.scheme import WeightSpec
 
 BLOCK = 64  # rows between which feedback goes by a matrix product
-COLUMN_BLOCKS = 8  # at most, of columns that hear of each other; of whole tiles
+COLUMN_BLOCKS = 8  # at most, of whole tiles; tiles of a block do not hear of each other
+RIDGE = 1e-5  # of the diagonal, for scales that are fitted together
 SMALL = 1e-4  # of the mean weight of a column, for columns of no weight
+
+Search = Callable[[jax.Array], jax.Array]
+"""Stored codes of rows `[k, n]`."""
 
 
 class LDLQ(Quantizer):
-    """`ldlq`, with feedback along the inputs; `ldlq2`, between blocks of outputs as well."""
+    """`ldlq`, with feedback along the inputs; `ldlq2`, between and within blocks of outputs too."""
 
     one_at_a_time = True
 
@@ -60,8 +67,8 @@ class LDLQ(Quantizer):
         if "output_moment" in self.statistics:
             block = TILE * max(1, -(-w.shape[1] // (TILE * COLUMN_BLOCKS)))
 
-            def encode(part: jax.Array, cost: jax.Array):
-                codes, scale, decoded = rows.encode(part, cost)
+            def encode(part: jax.Array, root: jax.Array):
+                codes, scale, decoded = rows.encode(part, root)
                 return (codes, scale), decoded
 
             outputs = statistics["output_moment"]
@@ -84,27 +91,62 @@ class _Rows:
         self.factor = padded + jnp.diag(unused.astype(jnp.float32))
 
     def encode(
-        self, w: jax.Array, outputs: jax.Array | None = None
+        self, w: jax.Array, root: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`[K, n]` -> stored codes, scale float32 `[1, n]`, and what these decode to.
 
-        The scale is that of the spread of the columns, fitted once to the codes.
+        The scale is that of the spread of the columns, fitted once to the codes. With the `root` C
+        of what errors E cost, the squares of `E C`, errors in a row are made up for in its tile.
         """
         format, h = self.format, jnp.diagonal(self.moment)[:, None]
         scale = _rounded(format.first_scale(w, h))
-        weights = jnp.square(scale) if outputs is None else jnp.square(scale) * outputs
-        mean = jnp.mean(weights)
-        weights = weights / jnp.where(mean > 0, mean, jnp.float32(1.0)) + jnp.float32(SMALL)
-        levels, codes = self._feed(w, scale, weights)
+        cost = None if root is None else second_moment.product(root, root.T)
+        search = self._search(scale, cost)
+        levels, codes = self._feed(w, scale, search)
+        scale = self._fitted(w, levels, scale, cost)
+        return codes, scale, levels * scale
+
+    def _search(self, scale: jax.Array, cost: jax.Array | None) -> Search:
+        """Of rows, by what errors of `w / scale` cost."""
+        if cost is None:
+            weights = jnp.square(scale)
+            weights = weights / _or_one(jnp.mean(weights)) + jnp.float32(SMALL)
+            return lambda row: self.format.nearest(row, scale, weights)
+        cost = scale.T * cost * scale
+        cost = cost / _or_one(jnp.mean(jnp.diagonal(cost)))
+        found = []
+        for start, stop, tile in self.format.tiles(cost.shape[0]):
+            own = jnp.stack([cost[i : i + tile, i : i + tile] for i in range(start, stop, tile)])
+            found.append(jax.vmap(functools.partial(_in_parts, part=self.format.part(tile)))(own))
+        weights = jnp.concatenate([weights.reshape(1, -1) for weights, _ in found], axis=1)
+        feedback = [each for _, each in found]
+        return lambda row: self.format.nearest(row, scale, weights, feedback)
+
+    def _fitted(
+        self, w: jax.Array, levels: jax.Array, scale: jax.Array, cost: jax.Array | None
+    ) -> jax.Array:
+        """The scale of least cost for given levels, or of least error of each column."""
         weighted = second_moment.product(self.moment, levels)
         above = jnp.sum(weighted * w, axis=0, keepdims=True)
         below = jnp.sum(weighted * levels, axis=0, keepdims=True)
-        scale = _rounded(jnp.where(above > 0, above / below, scale))
-        return codes, scale, levels * scale
+        apart = _rounded(jnp.where(above > 0, above / below, scale))
+        if cost is None:
+            return apart
+        # Of the cost `s A s - 2 b s` of scales s; columns of unit diagonal.
+        curved = cost * second_moment.product(weighted.T, levels)
+        slope = jnp.sum(cost * second_moment.product(weighted.T, w), axis=1)
+        diagonal = jnp.diagonal(curved)
+        unit = jnp.where(diagonal > 0, lax.rsqrt(diagonal), 0.0)
+        scaled = unit[:, None] * curved * unit[None] + RIDGE * jnp.eye(unit.size, dtype=jnp.float32)
+        together = unit * jax.scipy.linalg.solve(scaled, unit * slope, assume_a="pos")
+        together = _rounded(jnp.where(together > 0, together, apart[0]))[None]
 
-    def _feed(
-        self, w: jax.Array, scale: jax.Array, weights: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        def total(s: jax.Array) -> jax.Array:
+            return jnp.vdot(s, second_moment.product(s, curved) - 2.0 * slope[None])
+
+        return jnp.where(total(together) < total(apart), together, apart)
+
+    def _feed(self, w: jax.Array, scale: jax.Array, search: Search) -> tuple[jax.Array, jax.Array]:
         """Levels `[K, n]` and stored codes of rows rounded in turn."""
         k, n = w.shape
         total = k + self.missing
@@ -116,7 +158,7 @@ class _Rows:
 
             def row(rows: jax.Array, i: jax.Array):
                 target = rows[i]
-                codes = self.format.nearest(target[None], scale, weights)
+                codes = search(target[None])
                 levels = self.format.levels(codes)[0]
                 error = (target - levels * scale[0]) / inner[i, i]
                 after = jnp.where(jnp.arange(BLOCK) > i, inner[i], 0.0)
@@ -128,6 +170,27 @@ class _Rows:
 
         _, (levels, codes) = lax.scan(block, w, jnp.arange(0, total, BLOCK))
         return levels.reshape(total, n)[:k], codes.reshape(total, -1)[:k]
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, jnp.float32(1.0))
+
+
+def _in_parts(cost: jax.Array, part: int) -> tuple[jax.Array, jax.Array]:
+    """What errors `[n]` in a part cost by column `[n]`, and what they add to later parts `[n, n]`.
+
+    With `cost = C Cᵀ`, C upper triangular, that of an error e is the squares of `e C`. Its columns
+    of a part, divided by their own rows D, say what is best there; `D Dᵀ` is what is left of cost.
+    """
+    n = cost.shape[0]
+    identity = jnp.eye(n, dtype=jnp.float32)
+    inverse = second_moment.feedback_factor(cost + SMALL * identity)
+    root = jax.scipy.linalg.solve_triangular(inverse, identity, lower=False)
+    at = jnp.arange(n) // part
+    own = at[:, None] == at[None]
+    weights = jnp.sum(jnp.where(own, jnp.square(root), 0.0), axis=1)
+    feedback = second_moment.product(root, jnp.where(own, inverse, 0.0))
+    return weights, jnp.where(at[:, None] < at[None], feedback, 0.0)
 
 
 def _rounded(scale: jax.Array) -> jax.Array:

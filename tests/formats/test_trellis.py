@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fdq
-from fdq.formats import FORMATS, trellis_tables, viterbi
+from fdq.formats import FORMATS, survivors, trellis_tables, viterbi
 from fdq.formats.qtensor import dequantize
 from fdq.quantizers import expected_distortion, quantize_array
 from fdq.schemes.scheme import Scheme, WeightSpec
@@ -98,6 +98,54 @@ def test_the_path_is_the_best_of_all_of_its_overlap(bits, values, window, rng):
         np.testing.assert_allclose(chosen[lane], every[same, lane].min(), rtol=1e-5)
         bests[lane] = np.mean([every[overlaps == o, lane].min() for o in np.unique(overlaps)])
     assert chosen.mean() < bests.mean()
+
+
+def survivor(x, levels, bits, weights, feedback, part, seam):
+    """Of one sequence `[steps, V]`, overlap by overlap in float64: the bits of the path kept."""
+    steps, values = x.shape
+    window = len(levels).bit_length() - 1
+    kept = {seam: (0.0, [], [])}  # by overlap: cost, errors, bits
+    for step in range(steps):
+        before = step // part * part * values
+        reached = {}
+        for state, level in enumerate(levels):
+            overlap = state & ((1 << (window - bits)) - 1)
+            if overlap not in kept:
+                continue
+            cost, errors, path = kept[overlap]
+            own = slice(step * values, (step + 1) * values)
+            wanted = x[step] + np.asarray(errors[:before]) @ feedback[:before, own]
+            cost = cost + np.sum(weights[step] * (wanted - level) ** 2)
+            if state >> bits not in reached or cost < reached[state >> bits][0]:
+                path = [*path, state & ((1 << bits) - 1)]
+                reached[state >> bits] = cost, [*errors, *(x[step] - level)], path
+        kept = reached
+    return kept[seam][2]
+
+
+@pytest.mark.parametrize(("bits", "values", "window"), [(1, 2, 4), slow(2, 1, 5), slow(3, 1, 4)])
+def test_survivors_are_led_on_by_their_own_errors(bits, values, window, rng):
+    """Against a search that keeps lists; and without feedback it is the search without."""
+    steps, part, lanes = 12, 3, 5
+    levels = rng.standard_normal((1 << window, values))
+    x = rng.standard_normal((steps, values, lanes))
+    weights = rng.uniform(0.5, 2, x.shape)
+    feedback = 0.4 * rng.standard_normal((lanes, steps * values, steps * values))
+    size = np.arange(steps * values) // (part * values)
+    feedback = np.where(size[:, None] < size, feedback, 0)
+    x, levels, weights, feedback = (a.astype(np.float32) for a in (x, levels, weights, feedback))
+    run = jax.jit(survivors.tail_biting_path, static_argnames=("bits", "part"))
+    plain = jax.jit(viterbi.tail_biting_path, static_argnums=2)(x, levels, bits, weights)
+    found = run(x, levels, bits, weights, 0 * feedback, part)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(plain))
+    found = np.asarray(run(x, levels, bits, weights, feedback, part))
+    assert (found != np.asarray(plain)).any()
+    for lane in range(lanes):
+        stream = [code >> bit & 1 for code in found[:, lane] for bit in range(bits)]
+        seam = sum(bit << i for i, bit in enumerate(stream[: window - bits]))
+        own = [a.astype(np.float64) for a in (x[..., lane], weights[..., lane], feedback[lane])]
+        kept = survivor(own[0], levels.astype(np.float64), bits, own[1], own[2], part, seam)
+        np.testing.assert_array_equal(found[:, lane], kept)
 
 
 LANES = 40

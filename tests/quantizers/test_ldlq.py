@@ -9,7 +9,7 @@ import fdq
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import dequantize
 from fdq.formats.trellis import Trellis
-from fdq.quantizers import quantize_array
+from fdq.quantizers import column_blocks, ldlq, quantize_array
 from fdq.schemes.scheme import WeightSpec
 
 K, N = 72, 256
@@ -110,6 +110,71 @@ def test_stacks_are_their_matrices(layer, rng):
             difference = np.asarray(dequantize(q)) - w[i]
             errors.append(np.trace(difference.T @ h[i] @ difference @ g[i]))
         assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_errors_in_a_row_are_made_up_for_in_later_parts(rng):
+    """Against the best errors of all columns to come, by least squares in float64."""
+    n, part = 24, 8
+    cost = moment(rng, n)
+    cost /= np.mean(np.diag(cost))
+    weights, feedback = (
+        np.asarray(a) for a in jax.jit(ldlq._in_parts, static_argnums=1)(cost, part)
+    )
+    cost = cost.astype(np.float64) + ldlq.SMALL * np.eye(n)
+    for start in range(0, n, part):
+        before, own = slice(0, start), slice(start, start + part)
+        # With all from here on free, and what an error here costs that those after make up for.
+        best = np.linalg.solve(cost[start:, start:], cost[start:, before])[:part].T
+        left = np.linalg.inv(np.linalg.inv(cost[start:, start:])[:part, :part])
+        np.testing.assert_allclose(feedback[before, own], best, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(weights[own], np.diag(left), rtol=1e-3)
+        assert not feedback[start:, own].any()
+
+
+def test_blocks_of_large_gradients_come_first_and_stay_in_place(rng):
+    """Only the block that comes last hears of the other; a shorter one is the last of all."""
+    w = rng.standard_normal((32, 10)).astype(np.float32)
+    g = np.diag(np.repeat([1.0, 4.0, 9.0], [4, 4, 2])).astype(np.float32)
+    g[0, 4] = g[4, 0] = 1.8
+
+    def encode(part, root):
+        del root
+        return (jnp.round(part),), jnp.round(part)
+
+    run = jax.jit(lambda w, g: column_blocks.by_blocks(w, g, 4, encode)[0])
+    found = np.asarray(run(w, g))
+    expected = np.round(w)
+    left = (w - expected)[:, 4]
+    mean = np.mean(np.diag(g))
+    expected[:, 0] = np.round(w[:, 0] + left * g[0, 4] / (g[0, 0] + column_blocks.DAMPING * mean))
+    np.testing.assert_array_equal(found, expected)
+    assert (expected != np.round(w)).any()
+
+
+def test_scales_are_the_best_of_their_levels(layer, rng):
+    """Of `tr(G Dᵀ H D)` in float64: no worse than the best of each column, nor than any near."""
+    w, h, g = layer
+    columns = 32
+    w, g = w[:, :columns], g[:columns, :columns]
+    levels = w / 0.1 + 0.3 * rng.standard_normal(w.shape).astype(np.float32)
+    format = FORMATS[T2.format]
+    assert isinstance(format, Trellis)
+    rows = ldlq._Rows(format, jnp.asarray(h), jnp.eye(K))
+    start = jnp.full((1, columns), 0.1)
+    apart, together = (
+        np.asarray(jax.jit(rows._fitted)(w, levels, start, cost), np.float64) for cost in (None, g)
+    )
+
+    def loss(scale):
+        difference = levels * scale - w.astype(np.float64)
+        return np.trace(difference.T @ h @ difference @ g)
+
+    assert loss(together) < 0.999 * loss(apart)
+    for column in range(0, columns, 5):
+        for factor in (0.98, 1.02):
+            other = together.copy()
+            other[0, column] *= factor
+            assert loss(together) < loss(other)
 
 
 def test_moments_that_are_missing_or_of_another_format(layer):
