@@ -114,7 +114,8 @@ def _dynamic_scale(
 ) -> jax.Array:
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     if over:
-        largest = lax.pmax(largest, over)
+        # Gathered: one number a row, in half the steps that a sum over the devices takes.
+        largest = jnp.max(lax.all_gather(largest, over), axis=0)
     return quotient(jnp.maximum(largest, jnp.float32(_SMALLEST_MAXIMUM)), bound)
 
 
