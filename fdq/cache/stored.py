@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fdq.schemes.mesh_rules import Rules, repeats, shards
+from fdq.schemes.mesh_rules import Rules, as_set, repeats, shards
 
 type Stored = tuple[tuple[int, int], tuple[int, int]]
 """Heads and channels of what a layer stores of a token, for the one half and the other."""
@@ -33,7 +33,7 @@ def on_mesh(config: Any, batch: int, mesh: Any, rules: Rules) -> tuple[NamedShar
     usual = (config.num_kv_heads, config.head_dim)
     has_heads = any(layer == (usual, usual) for layer in stored_by(config))
     often = repeats(config.num_kv_heads, shards(mesh, heads)) if has_heads else 1
-    return NamedSharding(mesh, PartitionSpec(rows or None, heads or None)), often
+    return NamedSharding(as_set(mesh), PartitionSpec(rows or None, heads or None)), often
 
 
 def repeated_heads(stored: list[Stored], scales: Any, often: int) -> tuple[list[Stored], Any]:

@@ -104,6 +104,26 @@ class Rules:
         return Mesh(mesh.devices, mesh.axis_names, auto)
 
 
+def as_set(mesh: Any) -> Any:
+    """The mesh that `jax.set_mesh` made the current one, if it is `mesh` with Explicit axes.
+
+    What is made then lies on that one: JAX refuses arrays of two kinds of axes in one operation.
+    Else, and while tracing, `mesh`.
+    """
+    try:
+        current = jax.sharding.get_mesh()
+    except ValueError:  # while tracing nobody may ask
+        return mesh
+    twin = explicit_twin(current.abstract_mesh, mesh)
+    return current if twin and current.devices.tolist() == mesh.devices.tolist() else mesh
+
+
+def explicit_twin(current: AbstractMesh, mesh: Any) -> bool:
+    """Whether a mesh has the axes of `mesh`, all of them Explicit."""
+    same = not current.empty and current.shape_tuple == mesh.shape_tuple
+    return same and set(current.axis_types) == {AxisType.Explicit}
+
+
 KINDS = ("heads", "channels", "experts", "vocabulary", "batch")
 """Fields of `Rules` that name axes."""
 
