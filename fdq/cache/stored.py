@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -26,9 +27,11 @@ def on_mesh(config: Any, batch: int, mesh: Any, rules: Rules) -> tuple[NamedShar
     mesh = rules.check(mesh)
     rows, heads = rules.axes("batch", mesh), rules.axes("heads", mesh)
     if batch % shards(mesh, rows):
+        count = shards(mesh, rows)
         raise ValueError(
-            f"KV cache: {batch} sequences over {', '.join(rows)}={shards(mesh, rows)} devices "
-            "does not divide. Add sequences, or use fdq.sharding.Rules(batch=None)."
+            f"KV cache: {batch} sequences over {', '.join(rows)}={count} devices does not divide. "
+            f"Decode {-(-batch // count) * count} at once, or give that axis "
+            f"{math.gcd(batch, count)} devices and the others to another."
         )
     usual = (config.num_kv_heads, config.head_dim)
     has_heads = any(layer == (usual, usual) for layer in stored_by(config))

@@ -51,6 +51,8 @@ def shard(model: Decoder, mesh: Any, rules: Rules | None = None) -> Decoder:
 
 def unshard(model: Decoder) -> Decoder:
     """A copy of a sharded model as it was before; its arrays stay on the mesh."""
+    if not isinstance(model, Decoder):
+        raise TypeError(f"unshard: expected a fdq.models.Decoder, found a {type(model).__name__}.")
     placement = model.placement
     if placement is None:
         return model
@@ -92,6 +94,8 @@ def plan(model: Decoder, mesh: Any, rules: Rules | None = None) -> Placement:
     if model.placement is not None:
         raise ValueError("shard: the model is on a mesh already; fdq.sharding.unshard it first.")
     rules = DEFAULT if rules is None else rules
+    if not isinstance(rules, Rules):
+        raise TypeError(f"rules: expected fdq.sharding.Rules(...), found {rules!r:.100}.")
     mesh = rules.check(mesh)
     if isinstance(mesh, Mesh) and jax.process_count() > 1 and not mesh.local_devices:
         raise ValueError(

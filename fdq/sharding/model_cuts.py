@@ -243,12 +243,15 @@ def _divides(cuts: Cuts, path: str, what: str, size: int, axes: Axes, kind: str)
     n = cuts.count(axes)
     if size % n:
         raise ValueError(
-            f"{path}: {size} {what} over {cuts.over(axes)} does not divide. Use {math.gcd(size, n)}"
-            f" devices there, or fdq.sharding.Rules({kind}=None), which leaves them whole."
+            f"{path}: {size} {what} over {cuts.over(axes)} does not divide. Use an axis of "
+            f"{math.gcd(size, n)}, or fdq.sharding.Rules({kind}=None), which leaves them whole."
         )
 
 
 def _advice(path: str, problem: str, kind: str) -> str:
+    whole = f"fdq.sharding.Rules({kind}=None), which leaves it whole"
+    if "multiples of" not in problem:
+        return f"{path}: {problem}. Use another number of devices on this axis, or {whole}."
     return (
         f"{path}: {problem}. Use fewer devices on this axis, smaller groups, "
         f"fdq.sharding.Rules(align=...) below 128, or {kind}=None, which leaves it whole."
