@@ -30,8 +30,8 @@ def on_mesh(config: Any, batch: int, mesh: Any, rules: Rules) -> tuple[NamedShar
         count = shards(mesh, rows)
         raise ValueError(
             f"KV cache: {batch} sequences over {', '.join(rows)}={count} devices does not divide. "
-            f"Decode {-(-batch // count) * count} at once, or give that axis "
-            f"{math.gcd(batch, count)} devices and the others to another."
+            f"Decode {-(-batch // count) * count} at once, or use {math.gcd(batch, count)} there "
+            "and the other devices for another axis."
         )
     usual = (config.num_kv_heads, config.head_dim)
     has_heads = any(layer == (usual, usual) for layer in stored_by(config))

@@ -105,6 +105,13 @@ def cuts_of(model: Decoder, mesh: Mesh, rules: Rules) -> Cuts:
                 _check_layout(path, module)
                 cut(cuts, path, module)
     _vocabulary(cuts, model)
+    used = {name for cut in cuts.found.values() for axes in cut.axes for name in axes}
+    used |= set(rules.axes("batch", mesh))
+    for name, size in mesh.shape.items():
+        if size > 1 and name not in used:
+            cuts.notes.append(
+                f"axis {name}: nothing in this model is cut over it, its {size} devices do the same"
+            )
     return cuts
 
 

@@ -23,6 +23,13 @@ def mesh(**sizes):
     return make_mesh(sizes)
 
 
+def test_an_axis_that_cuts_nothing_of_a_model_is_noted():
+    notes = fdq.shard(tiny(), mesh(tensor=2, expert=2)).placement.notes
+    assert notes == (
+        "axis expert: nothing in this model is cut over it, its 2 devices do the same",
+    )
+
+
 def test_meshes_of_explicit_axes_count_as_auto():
     explicit = jax.make_mesh((2,), ("tensor",))
     assert explicit.axis_types == (AxisType.Explicit,)
