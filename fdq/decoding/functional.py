@@ -230,7 +230,7 @@ def taken(state: DecodeState, tokens: jax.Array, count: jax.Array | None = None)
 
     Its cache is as it was; finished sequences take nothing.
     """
-    count = jnp.full(tokens.shape[:1], tokens.shape[1]) if count is None else count
+    count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if count is None else count
     small = dataclasses.replace(state, cache=None)  # pyright: ignore[reportArgumentType]
     small = laid_out_like(small, _taken, small, tokens, count)
     return dataclasses.replace(small, cache=state.cache)
@@ -238,10 +238,10 @@ def taken(state: DecodeState, tokens: jax.Array, count: jax.Array | None = None)
 
 def _taken(state: DecodeState, tokens: jax.Array, count: jax.Array) -> DecodeState:
     b, t = tokens.shape
-    new = jnp.arange(t)[None]
+    new = jnp.arange(t, dtype=jnp.int32)[None]
     at = state.length[:, None] + new
     goes_in = (new < count[:, None]) & ~state.finished[:, None] & (at < state.capacity)
-    rows = jnp.arange(b)[:, None]
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
     # What does not go in is written beyond the end, where it is dropped.
     at = jnp.where(goes_in, at, state.capacity)
     length = state.length + goes_in.sum(axis=1, dtype=jnp.int32)
@@ -262,9 +262,9 @@ def with_logprobs(
 
     def written(old: jax.Array, each: jax.Array, known: jax.Array, length: jax.Array) -> jax.Array:
         b, t = each.shape
-        at = known[:, None] + jnp.arange(t)[None]
+        at = known[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
         at = jnp.where(at < length[:, None], at, capacity)
-        return old.at[jnp.arange(b)[:, None], at].set(each, mode="drop")
+        return old.at[jnp.arange(b, dtype=jnp.int32)[:, None], at].set(each, mode="drop")
 
     arrays = old, log_probabilities(logits, tokens), known, state.length
     return dataclasses.replace(state, logprobs=laid_out_like(old, written, *arrays))
@@ -293,7 +293,7 @@ def feed(
     """
 
     def cut(tokens: jax.Array, start: jax.Array) -> jax.Array:
-        at = start[:, None] + jnp.arange(count)[None]
+        at = start[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
         return jnp.take_along_axis(tokens, at, axis=1)
 
     fed = in_auto_axes(cut, tokens, start, result=lambda: spec_entries(tokens))

@@ -165,7 +165,8 @@ class DecodeState:
         new = jnp.clip(jnp.asarray(length, jnp.int32), 1, self.length)
         logprobs = self.logprobs
         if logprobs is not None:
-            logprobs = jnp.where(jnp.arange(self.capacity)[None] < new[:, None], logprobs, 0.0)
+            at = jnp.arange(self.capacity, dtype=jnp.int32)[None]
+            logprobs = jnp.where(at < new[:, None], logprobs, 0.0)
         return dataclasses.replace(
             self,
             length=new,

@@ -170,6 +170,17 @@ def test_what_does_not_divide_is_named():
         fdq.KVCache.init(llama.config, 3, 16, mesh=make_mesh({"tensor": 2, "data": 2}))
 
 
+def test_what_is_of_one_device_is_refused_or_noted():
+    one, mesh = model_of("llama", "W4A16C8"), make_mesh({"tensor": 2})
+    many = fdq.shard(one, mesh)
+    for call in (fdq.calibrate, fdq.lora, fdq.prepare, fdq.unprepare):
+        arguments = (np.ones((1, 4), np.int32),) if call is fdq.calibrate else ()
+        with pytest.raises(ValueError, match=r"on a mesh"):
+            call(many, *arguments)
+    notes = fdq.shard(fdq.lora(one, rank=1, targets=("v_proj",)), mesh).placement.notes
+    assert notes == ("layers.0.self_attn: whole on every device, qkv_proj is a LoRA",)
+
+
 def test_the_table_of_a_placement():
     many = fdq.shard(model_of("ernie4_5_moe", "W8A8C8"), make_mesh(EXPERT))
     lines = str(many.placement).splitlines()
