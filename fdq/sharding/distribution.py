@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,7 +69,8 @@ def unshard(model: Decoder) -> Decoder:
     def cut_of(path: str, held: Any) -> Cut:
         return placement.of.get(path) or Cut("whole", ((),) * held.ndim)
 
-    _replace(copy, undo)
+    with _current(placement.mesh):
+        _replace(copy, undo)
     return copy
 
 
@@ -86,7 +88,17 @@ def prepare(model: Decoder) -> None:
         cut = placement.of.get(path) or Cut("whole", ((),) * held.ndim)
         return layout.prepared(held, cut, placement.mesh, platform)
 
-    _replace(model, change)
+    with _current(placement.mesh):
+        _replace(model, change)
+
+
+@contextlib.contextmanager
+def _current(mesh: Any) -> Iterator[None]:
+    """Inside, `mesh` is the current one where `jax.set_mesh` made another one current."""
+    found = jax.sharding.get_abstract_mesh()
+    other = isinstance(mesh, Mesh) and not found.empty and found != mesh.abstract_mesh
+    with jax.set_mesh(mesh) if other else contextlib.nullcontext():
+        yield
 
 
 def plan(model: Decoder, mesh: Any, rules: Rules | None = None) -> Placement:

@@ -26,6 +26,9 @@ def test_a_state_lies_on_the_current_mesh():
         cache = many.init_cache(2, 16)
         state = fdq.prefill(many, TOKENS, cache)
         assert state.cache.layers[0].k.codes.sharding.mesh == mesh
+        whole = fdq.unshard(many)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True):
+            np.testing.assert_array_equal(a, b)
         swapped = state.take([1, 0])
         assert swapped.tokens[:, :4].tolist() == TOKENS[::-1].tolist()
     where = swapped.cache.layers[0].k.codes.sharding
