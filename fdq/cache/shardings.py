@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fdq.cache.cache_tensor import CacheTensor
@@ -76,7 +77,7 @@ def _explicit_mesh(array: Any) -> Any:
     mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return None
-    return mesh if isinstance(array, jax.core.Tracer) else array.sharding.mesh
+    return mesh if isinstance(array, Tracer) else array.sharding.mesh
 
 
 def _bare(array: Any) -> jax.ShapeDtypeStruct:

@@ -46,7 +46,8 @@ class Rules:
             raise ValueError(f"Rules(align={self.align!r}): expected a whole number of 1 or more.")
         for kind in KINDS:
             axes: Any = getattr(self, kind)
-            names = _named(axes) if isinstance(axes, str | Sequence | None) else (axes,)
+            listed: Any = axes if isinstance(axes, str | Sequence | None) else (axes,)
+            names = _named(listed)
             if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"Rules({kind}={axes!r}): expected names of different axes.")
 
