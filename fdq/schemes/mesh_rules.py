@@ -114,7 +114,7 @@ def as_set(mesh: Any) -> Any:
         current = jax.sharding.get_mesh()
     except ValueError:  # while tracing nobody may ask
         return mesh
-    twin = explicit_twin(current.abstract_mesh, mesh)
+    twin = isinstance(mesh, Mesh) and explicit_twin(current.abstract_mesh, mesh)
     return current if twin and current.devices.tolist() == mesh.devices.tolist() else mesh
 
 
