@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import fdq
+from fdq.decoding.repetition import repetition_penalty
 from tests.covering import longest, slow, slow_but
 from tests.models import oracles
 
@@ -173,3 +174,26 @@ def test_decoding_moves_nothing_unasked(small):
         found = fdq.decode(model, states[0], 3)
         fdq.decode(model, states[1], 1, sampling=warm, stop_tokens=[1])
         assert found.generated() == expected
+
+
+@pytest.mark.slow
+def test_what_a_loop_of_ones_own_does(small):
+    """`extend`, `push`, `rollback` and a penalty, with integers of 64 bits."""
+    model, *_ = small
+    fns, tokens, found = fdq.functional(model), np.array([[1, 2, 3]]), []
+    penalty = repetition_penalty(1.5)
+
+    def loop(params, state):
+        _, state = fns.extend(params, tokens[:, :2], state)
+        logits, state = fns.step(params, state.rollback(4))
+        return state.push(penalty(logits, state).argmax(-1), logits=logits)
+
+    for flag in (contextlib.nullcontext, FLAGS["x64"]):
+        with flag():
+            cache = fdq.KVCache.init(model.config, 1, 8, "C8")
+            state = fdq.prefill(model, tokens, cache, return_logprobs=True)
+            state = jax.jit(loop)(fns.params, state)
+            found.append([np.asarray(a) for a in (state.tokens, state.length, state.logprobs)])
+    for plain, wide in zip(*found, strict=True):
+        assert plain.dtype == wide.dtype
+        np.testing.assert_allclose(wide, plain, atol=1e-5)

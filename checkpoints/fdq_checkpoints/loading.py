@@ -68,6 +68,8 @@ def _load(
         raise ValueError(
             "load: mesh= puts a model of fdq on devices; leave out sharding, template."
         )
+    if mesh is None and mesh_rules is not None:
+        raise ValueError("load: mesh_rules= say what a mesh cuts; give the mesh= too.")
     folder = checkpoint_directory(path)
     options: dict[str, Any] = {"method": method, "compat": compat, "calibration": calibration}
     is_stored = os.path.lexists(folder / manifests.FILE_NAME)

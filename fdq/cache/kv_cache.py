@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fdq.cache import limits, ring, shardings
-from fdq.cache.batch_rows import batch_rows
+from fdq.cache.batch_rows import batch_rows, inserted, taken
 from fdq.cache.cache_tensor import OTHER_TENSORS, CacheTensor, in_other_tensor
 from fdq.cache.format import SCALE_DTYPE, ZERO_DTYPE
 from fdq.cache.held_scale import held_scale, what_is_calibrated
@@ -240,9 +240,7 @@ class KVCache:
           ValueError: a row outside 0 ... B - 1, as far as values are known.
         """
         rows = batch_rows(rows, self.batch, ndim=1)
-        layers = tuple(LayerCache(*(t.take(rows) for t in layer)) for layer in self.layers)
-        reach = None if self.reach is None else self.reach[rows]
-        return KVCache(layers, self.length[rows], reach, self.positions)
+        return shardings.laid_out_like(self, taken, self, rows)
 
     def repeat(self, count: int) -> KVCache:
         """Each sequence `count` times, side by side: rows 0, 0, 1, 1 for a count of 2."""
@@ -272,14 +270,7 @@ class KVCache:
                 f"insert: expected a cache of {self.num_layers} layers and at most "
                 f"{self.max_length} slots, found {other.num_layers} layers, {other.max_length}."
             )
-        layers = tuple(
-            LayerCache(*(a.insert(rows, b) for a, b in zip(mine, theirs, strict=True)))
-            for mine, theirs in zip(self.layers, other.layers, strict=True)
-        )
-        reach = self.reach
-        if reach is not None:
-            reach = reach.at[rows].set(other.length if other.reach is None else other.reach)
-        return KVCache(layers, self.length.at[rows].set(other.length), reach, self.positions)
+        return shardings.laid_out_like(self, inserted, self, rows, other)
 
     def rollback(self, length: Any) -> KVCache:
         """The cache when it held `length` tokens, an int for all or [B]; nothing is copied.

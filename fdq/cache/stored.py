@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fdq.schemes.mesh_rules import Rules, repeats, shards
+from fdq.schemes.mesh_rules import Rules, as_set, repeats, shards
 
 type Stored = tuple[tuple[int, int], tuple[int, int]]
 """Heads and channels of what a layer stores of a token, for the one half and the other."""
@@ -26,14 +27,16 @@ def on_mesh(config: Any, batch: int, mesh: Any, rules: Rules) -> tuple[NamedShar
     mesh = rules.check(mesh)
     rows, heads = rules.axes("batch", mesh), rules.axes("heads", mesh)
     if batch % shards(mesh, rows):
+        count = shards(mesh, rows)
         raise ValueError(
-            f"KV cache: {batch} sequences over {', '.join(rows)}={shards(mesh, rows)} devices "
-            "does not divide. Add sequences, or use fdq.sharding.Rules(batch=None)."
+            f"KV cache: {batch} sequences over {', '.join(rows)}={count} devices does not divide. "
+            f"Decode {-(-batch // count) * count} at once, or use {math.gcd(batch, count)} there "
+            "and the other devices for another axis."
         )
     usual = (config.num_kv_heads, config.head_dim)
     has_heads = any(layer == (usual, usual) for layer in stored_by(config))
     often = repeats(config.num_kv_heads, shards(mesh, heads)) if has_heads else 1
-    return NamedSharding(mesh, PartitionSpec(rows or None, heads or None)), often
+    return NamedSharding(as_set(mesh), PartitionSpec(rows or None, heads or None)), often
 
 
 def repeated_heads(stored: list[Stored], scales: Any, often: int) -> tuple[list[Stored], Any]:

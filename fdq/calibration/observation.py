@@ -79,6 +79,10 @@ def calibrate(
             f"calibrate: expected a Flax NNX module, found a {type(model).__name__}. Trees of "
             "parameters have no layers to watch."
         )
+    if getattr(model, "placement", None) is not None:
+        raise ValueError(
+            "calibrate: the model is on a mesh: calibrate it before, or fdq.unshard it."
+        )
     run = forward or (lambda module, batch: module(batch))  # pyright: ignore[reportCallIssue]
     clone = nnx.clone(model)
     inputs = moments or output_moments

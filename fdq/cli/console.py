@@ -390,4 +390,5 @@ def _one_line(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}."
-    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
+    notes = [n for n in getattr(error, "__notes__", ()) if "JAX has removed" not in n]
+    return " ".join(" ".join([text, *notes]).split())

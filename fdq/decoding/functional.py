@@ -11,11 +11,12 @@ import numpy as np
 from jax.core import Tracer
 
 from fdq.cache.kv_cache import KVCache
+from fdq.cache.shardings import laid_out_like
 from fdq.decoding import checks
 from fdq.decoding.state import DecodeState, log_probabilities
 from fdq.nn.embedding import check_vocabulary
 from fdq.nn.parameters import Template, bind, split
-from fdq.ops.placement import mesh_of, on_current_mesh
+from fdq.ops.placement import in_auto_axes, mesh_of, on_current_mesh, spec_entries
 from fdq.ops.transposing import is_traced
 
 
@@ -163,7 +164,9 @@ def _extend(model: Any, tokens: jax.Array, state: DecodeState) -> tuple[jax.Arra
     hidden, cache = feed(model, state.tokens, cache, first, t, by_token, state.length)
     # The window begins earlier than the first token where it would reach beyond the cache.
     inside = jnp.minimum(known[:, None] - 1 - first[:, None] + each, t - 1)[..., None]
-    logits = model.head(jnp.take_along_axis(hidden, inside, axis=1))
+    along = functools.partial(jnp.take_along_axis, axis=1)
+    hidden = in_auto_axes(along, hidden, inside, result=lambda: spec_entries(hidden))
+    logits = model.head(hidden)
     follows = known[:, None] + each <= state.length[:, None]
     logits = jnp.where(follows[..., None], logits, jnp.nan)
     cache = dataclasses.replace(cache.ending(None), length=state.length - 1)
@@ -227,12 +230,18 @@ def taken(state: DecodeState, tokens: jax.Array, count: jax.Array | None = None)
 
     Its cache is as it was; finished sequences take nothing.
     """
+    count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if count is None else count
+    small = dataclasses.replace(state, cache=None)  # pyright: ignore[reportArgumentType]
+    small = laid_out_like(small, _taken, small, tokens, count)
+    return dataclasses.replace(small, cache=state.cache)
+
+
+def _taken(state: DecodeState, tokens: jax.Array, count: jax.Array) -> DecodeState:
     b, t = tokens.shape
-    new = jnp.arange(t)[None]
-    count = jnp.full((b,), t) if count is None else count
+    new = jnp.arange(t, dtype=jnp.int32)[None]
     at = state.length[:, None] + new
     goes_in = (new < count[:, None]) & ~state.finished[:, None] & (at < state.capacity)
-    rows = jnp.arange(b)[:, None]
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
     # What does not go in is written beyond the end, where it is dropped.
     at = jnp.where(goes_in, at, state.capacity)
     length = state.length + goes_in.sum(axis=1, dtype=jnp.int32)
@@ -248,13 +257,17 @@ def with_logprobs(
     state: DecodeState, tokens: jax.Array, logits: jax.Array, known: jax.Array
 ) -> DecodeState:
     """The state with the log-probabilities of `tokens [B, T]`, which follow the `known [B]`."""
-    b, t = tokens.shape
-    each = log_probabilities(logits, tokens)
-    at = known[:, None] + jnp.arange(t)[None]
-    at = jnp.where(at < state.length[:, None], at, state.capacity)
-    assert state.logprobs is not None
-    written = state.logprobs.at[jnp.arange(b)[:, None], at].set(each, mode="drop")
-    return dataclasses.replace(state, logprobs=written)
+    old, capacity = state.logprobs, state.capacity
+    assert old is not None
+
+    def written(old: jax.Array, each: jax.Array, known: jax.Array, length: jax.Array) -> jax.Array:
+        b, t = each.shape
+        at = known[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        at = jnp.where(at < length[:, None], at, capacity)
+        return old.at[jnp.arange(b, dtype=jnp.int32)[:, None], at].set(each, mode="drop")
+
+    arrays = old, log_probabilities(logits, tokens), known, state.length
+    return dataclasses.replace(state, logprobs=laid_out_like(old, written, *arrays))
 
 
 def window_start(first: jax.Array, count: int, capacity: int) -> jax.Array:
@@ -278,8 +291,12 @@ def feed(
     depend on lengths); what is not known yet is written and overwritten later, before anybody
     reads it.
     """
-    at = start[:, None] + jnp.arange(count)[None]
-    fed = jnp.take_along_axis(tokens, at, axis=1)
+
+    def cut(tokens: jax.Array, start: jax.Array) -> jax.Array:
+        at = start[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        return jnp.take_along_axis(tokens, at, axis=1)
+
+    fed = in_auto_axes(cut, tokens, start, result=lambda: spec_entries(tokens))
     return model.extend(fed, cache, start, **by_length(model, lengths), **by_ring(cache, ends))
 
 

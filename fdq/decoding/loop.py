@@ -22,6 +22,7 @@ from jax.core import Tracer
 
 from fdq import processes
 from fdq.cache.kv_cache import KVCache
+from fdq.cache.shardings import laid_out_like
 from fdq.decoding import checks, programs
 from fdq.decoding.chunks import default_chunk
 from fdq.decoding.functional import placement_of, taken
@@ -150,9 +151,10 @@ def _go_on(
             template, params, state.tokens, cache, first, padded, state.length
         )
         start += count
+    old = state.prompt_length
     return dataclasses.replace(
         state,
-        prompt_length=jnp.where(more, state.length, state.prompt_length),
+        prompt_length=laid_out_like(old, jnp.where, more, state.length, old),
         cache=dataclasses.replace(cache, length=state.length - 1),
     )
 

@@ -24,7 +24,7 @@ def penalized(
 ) -> Float[Array, "b vocab"]:
     """Logits of tokens that `state` knows, changed by `penalty`, a float32 scalar."""
     b, vocabulary = logits.shape
-    known = jnp.arange(state.capacity)[None] < state.length[:, None]
+    known = jnp.arange(state.capacity, dtype=jnp.int32)[None] < state.length[:, None]
     # What is not known yet is written beyond the end, where it is dropped.
     at = jnp.where(known, state.tokens, vocabulary)
     seen = jnp.zeros((b, vocabulary), bool).at[jnp.arange(b)[:, None], at].set(True, mode="drop")

@@ -6,10 +6,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from fdq import processes
 from fdq.cache.batch_rows import batch_rows
 from fdq.cache.kv_cache import KVCache
+from fdq.cache.shardings import laid_out_like
 from fdq.decoding import checks
 from fdq.ops.placement import in_auto_axes, spec_entries
 
@@ -91,7 +94,13 @@ class DecodeState:
 
     def last_tokens(self) -> jax.Array:
         """[B, 1] int32, the last known token of each sequence."""
-        return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)
+
+        def last(tokens: jax.Array, length: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
+
+        return in_auto_axes(
+            last, self.tokens, self.length, result=lambda: spec_entries(self.tokens)
+        )
 
     def keys(self) -> jax.Array:
         """[B] PRNG keys for the next token of each sequence."""
@@ -102,7 +111,10 @@ class DecodeState:
 
         After a `take` that repeats rows: copies of a sequence draw what it draws.
         """
-        return dataclasses.replace(self, key=_sequence_keys(key, self.batch))
+        keys, where = _sequence_keys(key, self.batch), getattr(self.key, "sharding", None)
+        if not isinstance(self.key, Tracer) and isinstance(where, NamedSharding):
+            keys = processes.onto(keys, where)
+        return dataclasses.replace(self, key=keys)
 
     def push(
         self,
@@ -132,7 +144,8 @@ class DecodeState:
             logits = None
         # The cache does not pass through the call: it has an array a layer and more.
         small = dataclasses.replace(self, cache=None)  # pyright: ignore[reportArgumentType]
-        return dataclasses.replace(_push(small, next_token, stop_tokens, logits), cache=self.cache)
+        pushed = laid_out_like(small, _push, small, next_token, stop_tokens, logits)
+        return dataclasses.replace(pushed, cache=self.cache)
 
     def rollback(self, length: Any) -> Self:
         """The state when it had `length` tokens: what came later is forgotten.
@@ -152,7 +165,8 @@ class DecodeState:
         new = jnp.clip(jnp.asarray(length, jnp.int32), 1, self.length)
         logprobs = self.logprobs
         if logprobs is not None:
-            logprobs = jnp.where(jnp.arange(self.capacity)[None] < new[:, None], logprobs, 0.0)
+            at = jnp.arange(self.capacity, dtype=jnp.int32)[None]
+            logprobs = jnp.where(at < new[:, None], logprobs, 0.0)
         return dataclasses.replace(
             self,
             length=new,
@@ -173,7 +187,7 @@ class DecodeState:
         """
         rows = batch_rows(rows, self.batch, ndim=1)
         small = dataclasses.replace(self, cache=None)  # pyright: ignore[reportArgumentType]
-        taken = jax.tree.map(lambda array: array[rows], small)
+        taken = laid_out_like(small, _rows, small, rows)
         return dataclasses.replace(taken, cache=self.cache.take(rows))
 
     def repeat(self, count: int) -> Self:
@@ -190,7 +204,8 @@ class DecodeState:
             # First what no position is: `keys` folds those into the same key.
             return jax.random.fold_in(jax.random.fold_in(key, _COPIES), copy)
 
-        return dataclasses.replace(repeated, key=jax.vmap(of_copy)(repeated.key, copies))
+        keys = laid_out_like(repeated.key, jax.vmap(of_copy), repeated.key, copies)
+        return dataclasses.replace(repeated, key=keys)
 
     def insert(self, row: Any, other: Self) -> Self:
         """The state with the sequences of `other` in place of those at `row`.
@@ -210,13 +225,10 @@ class DecodeState:
             raise ValueError("insert: one of the two states keeps no log-probabilities")
         cache = self.cache.insert(rows, other.cache)  # checks the sizes
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            if new.ndim > 1 and new.shape[1] < old.shape[1]:
-                new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
-            return old.at[rows].set(new)
-
         small, others = (dataclasses.replace(s, cache=None) for s in (self, other))  # pyright: ignore[reportArgumentType]
-        return dataclasses.replace(jax.tree.map(put, small, others), cache=cache)
+        return dataclasses.replace(
+            laid_out_like(small, _inserted, small, rows, others), cache=cache
+        )
 
     def generated(self) -> list[list[int]]:
         """The generated tokens of each sequence, on the host; a stop token is the last of its."""
@@ -257,6 +269,19 @@ def divergences(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """
     terms = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q))
     return jnp.sum(terms, axis=-1)
+
+
+def _rows[State](state: State, rows: jax.Array) -> State:
+    return jax.tree.map(lambda array: array[rows], state)
+
+
+def _inserted[State](state: State, rows: jax.Array, other: State) -> State:
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        if new.ndim > 1 and new.shape[1] < old.shape[1]:
+            new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
+        return old.at[rows].set(new)
+
+    return jax.tree.map(put, state, other)
 
 
 @jax.jit

@@ -80,10 +80,13 @@ def in_auto_axes(
 ) -> jax.Array:
     """`function(*arguments)`, traced with Auto axes where the current mesh has Explicit ones.
 
-    Then `result` gives the mesh axes of each axis; one that comes twice is kept where it is first.
+    Where none is current that of the arguments counts. `result` gives the mesh axes of each axis;
+    one that comes twice is kept where it is first.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+    if mesh.empty:
+        mesh = _traced_mesh(arguments)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return function(*arguments)
     seen: set[str] = set()
     entries: list[Any] = []

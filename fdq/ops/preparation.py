@@ -68,6 +68,11 @@ def prepare_in_place(module: nnx.Module) -> None:
 
 def unprepare(tree: Any) -> Any:
     """The inverse of `prepare`: every QTensor in the canonical layout of checkpoints."""
+    if getattr(tree, "placement", None) is not None:
+        raise ValueError(
+            "unprepare: the model is on a mesh, where each device has parts of weights. "
+            "fdq.unshard(model) has them whole, as checkpoints do."
+        )
     return _map_weights(tree, lambda q: _changed(q, None))
 
 

@@ -98,6 +98,8 @@ def quantize(
     if isinstance(target, (nnx.Variable, QuantizedWeight)):
         kind = type(target).__name__
         raise TypeError(f"Cannot quantize a {kind}; pass the array, or the module that holds it.")
+    if mesh is None and mesh_rules is not None:
+        raise ValueError("quantize: mesh_rules= say what a mesh cuts; give the mesh= too.")
     if mesh is not None and not isinstance(target, Decoder):
         raise TypeError(
             f"mesh= is for a fdq.models.Decoder, found a {type(target).__name__}; put its arrays "

@@ -31,7 +31,7 @@ class Rules:
       align: rows of a quantized weight that stay together, beside its packed units and groups.
 
     Raises:
-      ValueError: an axis named twice in a field, or `align` below 1.
+      ValueError: an axis named twice in a field, what is no name, or `align` below 1.
     """
 
     heads: Axes = "tensor"
@@ -45,11 +45,11 @@ class Rules:
         if type(self.align) is not int or self.align < 1:
             raise ValueError(f"Rules(align={self.align!r}): expected a whole number of 1 or more.")
         for kind in KINDS:
-            axes = _named(getattr(self, kind))
-            if len(set(axes)) < len(axes) or not all(isinstance(name, str) for name in axes):
-                raise ValueError(
-                    f"Rules({kind}={getattr(self, kind)!r}): expected names of different axes."
-                )
+            axes: Any = getattr(self, kind)
+            listed: Any = axes if isinstance(axes, str | Sequence | None) else (axes,)
+            names = _named(listed)
+            if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"Rules({kind}={axes!r}): expected names of different axes.")
 
     def axes(self, kind: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
         """The axes of `mesh` that a kind (the name of a field) is cut over; of size 1 none."""
@@ -104,6 +104,26 @@ class Rules:
         return Mesh(mesh.devices, mesh.axis_names, auto)
 
 
+def as_set(mesh: Any) -> Any:
+    """The mesh that `jax.set_mesh` made the current one, if it is `mesh` with Explicit axes.
+
+    What is made then lies on that one: JAX refuses arrays of two kinds of axes in one operation.
+    Else, and while tracing, `mesh`.
+    """
+    try:
+        current = jax.sharding.get_mesh()
+    except ValueError:  # while tracing nobody may ask
+        return mesh
+    twin = isinstance(mesh, Mesh) and explicit_twin(current.abstract_mesh, mesh)
+    return current if twin and current.devices.tolist() == mesh.devices.tolist() else mesh
+
+
+def explicit_twin(current: AbstractMesh, mesh: Any) -> bool:
+    """Whether a mesh has the axes of `mesh`, all of them Explicit."""
+    same = not current.empty and current.shape_tuple == mesh.shape_tuple
+    return same and set(current.axis_types) == {AxisType.Explicit}
+
+
 KINDS = ("heads", "channels", "experts", "vocabulary", "batch")
 """Fields of `Rules` that name axes."""
 
@@ -143,13 +163,17 @@ def parse_sizes(text: str) -> dict[str, int]:
     Raises:
       ValueError: another text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"mesh: expected a text such as 'tensor=4,expert=2', found {text!r:.100}.")
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if not name.isidentifier() or not size.isdecimal() or not int(size) or name in sizes:
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        known = name.isidentifier() and size.isascii() and size.isdecimal() and len(size) < 10
+        if not known or not int(size) or name in sizes:
+            why = " (named twice)" if name in sizes else ""
             raise ValueError(
-                f"mesh {text!r}: expected axes and sizes, such as tensor=4,expert=2; could not "
-                f"read {part.strip()!r}."
+                f"mesh {text!r}: expected names of axes and sizes of 1 or more, such as "
+                f"tensor=4,expert=2; could not read {part.strip()!r}{why}."
             )
         sizes[name] = int(size)
     return sizes
@@ -171,16 +195,35 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the first of `devices`, by default of all; ValueError where they are fewer."""
+    """A mesh over the first of `devices`, by default of all.
+
+    Raises:
+      TypeError: no sizes by name.
+      ValueError: a size below 1, or fewer devices.
+    """
+    if not isinstance(sizes, dict):
+        raise TypeError(
+            f"make_mesh: expected sizes by name, such as {{'tensor': 8}}, found {sizes!r:.100}."
+        )
+    for name, size in sizes.items():
+        if not isinstance(name, str) or type(size) is not int or size < 1:
+            raise ValueError(
+                f"mesh: expected names of axes and sizes of 1 or more, found {name!r}: {size!r}."
+            )
     devices = jax.devices() if devices is None else devices
     count, found = math.prod(sizes.values()), len(devices)
     if count > found:
         shape = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"mesh {shape}: it has {count} devices, and there are {found} "
-            f"({devices[0].device_kind}). Use a smaller one."
+            f"({devices[0].device_kind}). Use a smaller one{_more_of(devices[0], count)}."
         )
     auto = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count]
     )
+
+
+def _more_of(device: Any, count: int) -> str:
+    flag = "XLA_FLAGS=--xla_force_host_platform_device_count"
+    return f", or set {flag}={count}" if device.platform == "cpu" and count <= 64 else ""

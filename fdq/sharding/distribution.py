@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -51,6 +52,8 @@ def shard(model: Decoder, mesh: Any, rules: Rules | None = None) -> Decoder:
 
 def unshard(model: Decoder) -> Decoder:
     """A copy of a sharded model as it was before; its arrays stay on the mesh."""
+    if not isinstance(model, Decoder):
+        raise TypeError(f"unshard: expected a fdq.models.Decoder, found a {type(model).__name__}.")
     placement = model.placement
     if placement is None:
         return model
@@ -66,7 +69,8 @@ def unshard(model: Decoder) -> Decoder:
     def cut_of(path: str, held: Any) -> Cut:
         return placement.of.get(path) or Cut("whole", ((),) * held.ndim)
 
-    _replace(copy, undo)
+    with _current(placement.mesh):
+        _replace(copy, undo)
     return copy
 
 
@@ -84,7 +88,17 @@ def prepare(model: Decoder) -> None:
         cut = placement.of.get(path) or Cut("whole", ((),) * held.ndim)
         return layout.prepared(held, cut, placement.mesh, platform)
 
-    _replace(model, change)
+    with _current(placement.mesh):
+        _replace(model, change)
+
+
+@contextlib.contextmanager
+def _current(mesh: Any) -> Iterator[None]:
+    """Inside, `mesh` is the current one where `jax.set_mesh` made another one current."""
+    found = jax.sharding.get_abstract_mesh()
+    other = isinstance(mesh, Mesh) and not found.empty and found != mesh.abstract_mesh
+    with jax.set_mesh(mesh) if other else contextlib.nullcontext():
+        yield
 
 
 def plan(model: Decoder, mesh: Any, rules: Rules | None = None) -> Placement:
@@ -92,6 +106,8 @@ def plan(model: Decoder, mesh: Any, rules: Rules | None = None) -> Placement:
     if model.placement is not None:
         raise ValueError("shard: the model is on a mesh already; fdq.sharding.unshard it first.")
     rules = DEFAULT if rules is None else rules
+    if not isinstance(rules, Rules):
+        raise TypeError(f"rules: expected fdq.sharding.Rules(...), found {rules!r:.100}.")
     mesh = rules.check(mesh)
     if isinstance(mesh, Mesh) and jax.process_count() > 1 and not mesh.local_devices:
         raise ValueError(

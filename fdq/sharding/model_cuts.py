@@ -105,6 +105,13 @@ def cuts_of(model: Decoder, mesh: Mesh, rules: Rules) -> Cuts:
                 _check_layout(path, module)
                 cut(cuts, path, module)
     _vocabulary(cuts, model)
+    used = {name for cut in cuts.found.values() for axes in cut.axes for name in axes}
+    used |= set(rules.axes("batch", mesh))
+    for name, size in mesh.shape.items():
+        if size > 1 and name not in used:
+            cuts.notes.append(
+                f"axis {name}: nothing in this model is cut over it, its {size} devices do the same"
+            )
     return cuts
 
 
@@ -118,15 +125,19 @@ def _check_layout(path: str, module: Any) -> None:
             )
 
 
-def _plain(module: Any, *names: str) -> bool:
-    """Whether these layers are fdq's own: what a user put in place of one stays whole."""
-    kinds = (nn.Linear, nn.ExpertLinear)
-    return all(type(getattr(module, name)) in kinds for name in names)
+def _plain(cuts: Cuts, path: str, module: Any, *names: str) -> bool:
+    """Whether these layers are fdq's own: where one has another in its place all stay whole."""
+    for name in names:
+        kind = type(getattr(module, name))
+        if kind not in (nn.Linear, nn.ExpertLinear):
+            cuts.notes.append(f"{path}: whole on every device, {name} is a {kind.__name__}")
+            return False
+    return True
 
 
 def _attention(cuts: Cuts, path: str, module: nn.Attention) -> None:
     axes = cuts.rules.axes("heads", cuts.mesh)
-    if not axes or not _plain(module, "qkv_proj", "o_proj"):
+    if not axes or not _plain(cuts, path, module, "qkv_proj", "o_proj"):
         return
     heads, kv_heads, d, n = module.num_heads, module.num_kv_heads, module.head_dim, cuts.count(axes)
     _divides(cuts, path, "query heads", heads, axes, "heads")
@@ -151,7 +162,7 @@ def _attention(cuts: Cuts, path: str, module: nn.Attention) -> None:
 def _latent_attention(cuts: Cuts, path: str, module: nn.LatentAttention) -> None:
     axes = cuts.rules.axes("heads", cuts.mesh)
     query = "q_proj" if module.q_proj is not None else "q_b_proj"
-    if not axes or not _plain(module, query, "kv_b_proj", "o_proj"):
+    if not axes or not _plain(cuts, path, module, query, "kv_b_proj", "o_proj"):
         return
     heads, n = module.num_heads, cuts.count(axes)
     _divides(cuts, path, "query heads", heads, axes, "heads")
@@ -166,7 +177,7 @@ def _latent_attention(cuts: Cuts, path: str, module: nn.LatentAttention) -> None
 
 def _mlp(cuts: Cuts, path: str, module: nn.MLP) -> None:
     axes = cuts.rules.axes("channels", cuts.mesh)
-    if not axes or not _plain(module, "gate_up_proj", "down_proj"):
+    if not axes or not _plain(cuts, path, module, "gate_up_proj", "down_proj"):
         return
     width, n = module.intermediate_size, cuts.count(axes)
     if problem := cuts.row_problem(value(module.down_proj.kernel), axes):
@@ -182,7 +193,7 @@ def _mlp(cuts: Cuts, path: str, module: nn.MLP) -> None:
 def _experts(cuts: Cuts, path: str, module: nn.Experts) -> None:
     lead, inner = (cuts.rules.axes(kind, cuts.mesh) for kind in ("experts", "channels"))
     inner = tuple(name for name in inner if name not in lead)
-    if not (lead or inner) or not _plain(module, "gate_up_proj", "down_proj"):
+    if not (lead or inner) or not _plain(cuts, path, module, "gate_up_proj", "down_proj"):
         return
     down = value(module.down_proj.kernel)
     count, width = down.shape[0], down.shape[-2]
@@ -243,12 +254,15 @@ def _divides(cuts: Cuts, path: str, what: str, size: int, axes: Axes, kind: str)
     n = cuts.count(axes)
     if size % n:
         raise ValueError(
-            f"{path}: {size} {what} over {cuts.over(axes)} does not divide. Use {math.gcd(size, n)}"
-            f" devices there, or fdq.sharding.Rules({kind}=None), which leaves them whole."
+            f"{path}: {size} {what} over {cuts.over(axes)} does not divide. Use an axis of "
+            f"{math.gcd(size, n)}, or fdq.sharding.Rules({kind}=None), which leaves them whole."
         )
 
 
 def _advice(path: str, problem: str, kind: str) -> str:
+    whole = f"fdq.sharding.Rules({kind}=None), which leaves it whole"
+    if "multiples of" not in problem:
+        return f"{path}: {problem}. Use another number of devices on this axis, or {whole}."
     return (
         f"{path}: {problem}. Use fewer devices on this axis, smaller groups, "
         f"fdq.sharding.Rules(align=...) below 128, or {kind}=None, which leaves it whole."

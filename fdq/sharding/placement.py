@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fdq import nn, processes
 from fdq.cache.kv_cache import KVCache
@@ -24,7 +24,7 @@ from fdq.formats.qtensor import QTensor, QuantizedWeight
 from fdq.nn.experts import ExpertShard
 from fdq.nn.parameters import Template, bind, current_split, value
 from fdq.ops.activation import ShardedRows
-from fdq.schemes.mesh_rules import Rules, shards
+from fdq.schemes.mesh_rules import Rules, as_set, explicit_twin, shards
 from fdq.sharding import layout
 from fdq.sharding.cut import Axes, Cut, partition
 from fdq.text_table import aligned, folded
@@ -195,8 +195,10 @@ class Placement:
                     "model.init_cache(...), or fdq.KVCache.init(..., mesh=mesh)."
                 )
 
+        mesh = as_set(self.mesh)
+
         def put(array: Any, spec: PartitionSpec) -> Any:
-            where = NamedSharding(self.mesh, spec)
+            where = NamedSharding(mesh, spec)
             if isinstance(array, jax.ShapeDtypeStruct):
                 return array.update(sharding=where)
             return processes.onto(array, where)
@@ -272,16 +274,34 @@ def _run(
         out_specs=outs if len(outs) > 1 else outs[0],
         check_vma=False,
     )
-    current = jax.sharding.get_abstract_mesh()
-    if current.empty or current == placement.mesh.abstract_mesh:
-        return run(params, rows, whole)
+    current, own = jax.sharding.get_abstract_mesh(), placement.mesh.abstract_mesh
+    arguments = params, rows, whole
+    if current == own or (current.empty and not any(map(_is_explicit, jax.tree.leaves(arguments)))):
+        return run(*arguments)
     # The user's own mesh, which `jax.set_mesh` made the current one, has Explicit axes.
-    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
-        return run(params, rows, whole)
+    with jax.sharding.use_abstract_mesh(own):
+        made = run(*jax.tree.map(_on_auto_axes, arguments))
+    if not explicit_twin(current, own):
+        return made
+
+    def seen(spec: PartitionSpec, tree: Any) -> Any:
+        where = NamedSharding(current, spec)
+        return jax.tree.map(lambda array: jax.sharding.reshard(array, where), tree)
+
+    return jax.tree.map(seen, outs if len(outs) > 1 else outs[0], made)
 
 
 def _entry(axes: Axes) -> Any:
     return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def _on_auto_axes(array: jax.Array) -> jax.Array:
+    """An array whose type says how it lies, as one that may be moved to where it belongs."""
+    return jax.sharding.reshard(array, PartitionSpec()) if _is_explicit(array) else array
+
+
+def _is_explicit(array: jax.Array) -> bool:
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
 
 
 def _batch(rows: Any) -> int:

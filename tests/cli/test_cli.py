@@ -455,6 +455,10 @@ WRONG = {
         "over tensor=3 does not divide",
     ),
     "a mesh that is none": (["plan", "ernie-4.5-0.3b", "-s", "W4", "--mesh", "8"], "tensor=4"),
+    "sequences that a mesh does not divide": (
+        ["plan", "ernie-4.5-0.3b", "-s", "W4", "--mesh", "data=3", "--batch", "4", "--gpu", "l4"],
+        "Decode 6 at once, or use 1 there and the other devices for another axis.\n",
+    ),
     "an axis without rules": (
         ["plan", "ernie-4.5-0.3b", "-s", "W4", "--mesh", "tp=2"],
         "no rule uses the axis 'tp'",

@@ -152,7 +152,7 @@ def test_static_scales_of_a_cache_follow_their_heads():
 def test_what_does_not_divide_is_named():
     llama, moe = model_of("llama", "W4A16C8"), model_of("ernie4_5_moe", "W8A8C8")
     for model, sizes, said in (
-        (llama, {"tensor": 3}, r"K=1024 over tensor=3 does not divide\. Use fewer devices"),
+        (llama, {"tensor": 3}, r"K=1024 over tensor=3 does not divide\. Use another"),
         (moe, {"tensor": 2, "expert": 3}, r"8 experts over expert=3 does not divide\. Use an axis"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -166,8 +166,19 @@ def test_what_does_not_divide_is_named():
         fdq.quantize(many, "W4A16")
     with pytest.raises(ValueError, match=r"2 heads for 8 devices.*mesh=mesh"):
         fdq.prefill(many, [[1, 2]], fdq.KVCache.init(llama.config, 1, 16))
-    with pytest.raises(ValueError, match="3 sequences over data=2 devices does not divide"):
+    with pytest.raises(ValueError, match="3 sequences over data=2 devices.* Decode 4 at once"):
         fdq.KVCache.init(llama.config, 3, 16, mesh=make_mesh({"tensor": 2, "data": 2}))
+
+
+def test_what_is_of_one_device_is_refused_or_noted():
+    one, mesh = model_of("llama", "W4A16C8"), make_mesh({"tensor": 2})
+    many = fdq.shard(one, mesh)
+    for call in (fdq.calibrate, fdq.lora, fdq.prepare, fdq.unprepare):
+        arguments = (np.ones((1, 4), np.int32),) if call is fdq.calibrate else ()
+        with pytest.raises(ValueError, match=r"on a mesh"):
+            call(many, *arguments)
+    notes = fdq.shard(fdq.lora(one, rank=1, targets=("v_proj",)), mesh).placement.notes
+    assert notes == ("layers.0.self_attn: whole on every device, qkv_proj is a LoRA",)
 
 
 def test_the_table_of_a_placement():

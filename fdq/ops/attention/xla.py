@@ -95,8 +95,8 @@ def attention_reference(
     )
     keys, values = (jnp.repeat(a, h // a.shape[1], axis=1) for a in (keys, values))
     offset = lengths - t if offset is None else offset
-    position = (offset[:, None] + jnp.arange(t)[None, :])[:, None, :, None]
-    slot = jnp.arange(keys.shape[2])[None, None, None, :]
+    position = (offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :])[:, None, :, None]
+    slot = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, None, None, :]
     if isinstance(k, CacheTensor) and k.window is not None:
         slot = position - (position - slot) % keys.shape[2]  # the position that it holds
     visible = (slot >= 0) & (slot <= position) & (slot < lengths[:, None, None, None])

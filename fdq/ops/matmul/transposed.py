@@ -7,6 +7,7 @@ the output head is tied, the product with the transpose.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -62,7 +63,12 @@ def take(
             "(q[i]), or map over them with jax.vmap."
         )
     if not isinstance(w, QuantizedWeight):
-        return jnp.take(as_weight(w, "take"), ids, axis=0, mode=mode)
+        table = as_weight(w, "take")
+        pick = functools.partial(jnp.take, axis=0, mode=mode)
+        with mesh_of(table, ids):
+            return in_auto_axes(
+                pick, table, ids, result=lambda: [*spec_entries(ids), spec_entry(table, -1)]
+            )
     w, (k, n) = materialize(w), w.shape
 
     def rows(ids: jax.Array, w: QuantizedWeight) -> jax.Array:

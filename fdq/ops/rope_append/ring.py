@@ -34,11 +34,14 @@ def unrolled(
     old = (begin[:, None] + at) % slots
     later = jnp.clip(at - before[:, None], 0, t - 1)
 
-    def joined(stored: jax.Array, new: jax.Array) -> jax.Array:
-        is_new = _along(at >= before[:, None], stored)
-        return jnp.where(is_new, _slots(new, later), _slots(stored, old))
+    is_new = at >= before[:, None]
 
-    arrays = {name: _placed(joined, *pair) for name, *pair in _of_tokens(ring, new)}
+    def joined(stored: jax.Array, new: jax.Array, *index: jax.Array) -> jax.Array:
+        is_new, later, old = index
+        return jnp.where(_along(is_new, stored), _slots(new, later), _slots(stored, old))
+
+    index = is_new, later, old
+    arrays = {name: _placed(joined, *pair, *index) for name, *pair in _of_tokens(ring, new)}
     return ring.replace(**arrays, window=None), before
 
 
@@ -53,10 +56,10 @@ def write_ring(ring: CacheTensor, new: CacheTensor, first: jax.Array, ends: Any)
     holds = last[:, None] - (last[:, None] - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
     index = holds - first[:, None]
 
-    def written(stored: jax.Array, new: jax.Array) -> jax.Array:
+    def written(stored: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
         return jnp.where(_along(index >= 0, stored), _slots(new, jnp.clip(index, 0, t - 1)), stored)
 
-    arrays = {name: _placed(written, *pair) for name, *pair in _of_tokens(ring, new)}
+    arrays = {name: _placed(written, *pair, index) for name, *pair in _of_tokens(ring, new)}
     return ring.replace(**arrays)
 
 
@@ -67,8 +70,8 @@ def _of_tokens(ring: CacheTensor, new: CacheTensor) -> Iterator[tuple[str, jax.A
             yield name, stored, getattr(new, name)
 
 
-def _placed(function: Any, stored: jax.Array, new: jax.Array) -> jax.Array:
-    return in_auto_axes(function, stored, new, result=lambda: spec_entries(stored))
+def _placed(function: Any, stored: jax.Array, *others: jax.Array) -> jax.Array:
+    return in_auto_axes(function, stored, *others, result=lambda: spec_entries(stored))
 
 
 def _slots(a: jax.Array, index: jax.Array) -> jax.Array:

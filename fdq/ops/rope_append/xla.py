@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fdq.cache.block_tensor import BlockTensor
 from fdq.cache.cache_tensor import CacheTensor
+from fdq.cache.shardings import laid_out_like
 from fdq.ops.implementation import Implementation
 from fdq.ops.placement import in_auto_axes, spec_entries
 from fdq.ops.rows import Normed, Rows, Sums, as_array
@@ -114,7 +115,8 @@ def rotated_heads(
 def write_slots(tensor: CacheTensor, x: jax.Array, start: jax.Array) -> CacheTensor:
     """`tensor [B, KH, S, D]` with the new tokens `x [B, T, KH, D]`; `start` as in `rope_append`."""
     if isinstance(tensor, BlockTensor):
-        return tensor.write(x, start)
+        written = tensor.replace(recent=tensor.open, first=tensor.block)
+        return laid_out_like(written, BlockTensor.write, tensor, x, start)
     new = tensor.encode(x.swapaxes(1, 2))
     if not tensor.dynamic:
         return tensor.replace(codes=_write(tensor.codes, new.codes, start))

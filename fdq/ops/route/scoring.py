@@ -73,7 +73,8 @@ class Scoring:
         grouped = scores.reshape(rows, self.groups, -1)
         best = lax.top_k(grouped, min(self.best_of_group, grouped.shape[-1]))[0].sum(axis=-1)
         kept = lax.top_k(best, self.top_groups)[1]
-        is_kept = (kept[:, :, None] == jnp.arange(self.groups)[None, None, :]).any(axis=1)
+        groups = jnp.arange(self.groups, dtype=kept.dtype)
+        is_kept = (kept[:, :, None] == groups[None, None, :]).any(axis=1)
         return jnp.where(is_kept[:, :, None], grouped, jnp.float32(_EXCLUDED)).reshape(scores.shape)
 
 
