@@ -15,7 +15,7 @@ import fdq
 from docs.import_graph import ROOT
 from fdq.analysis.svg import STYLE
 from fdq.schemes.recipe import Recipe
-from tests.cli.test_cli import run as command
+from tests.cli.command import run as command
 from tests.covering import slow_but
 
 DOCS = ROOT / "docs"

@@ -10,7 +10,7 @@ from fdq_checkpoints.export import EXPORTERS, Plan
 from fdq_checkpoints.exporting import export
 from tests.checkpoints import foreign
 from tests.checkpoints.exports import NARROW, config_of, model_of
-from tests.cli.test_cli import run
+from tests.cli.command import run
 
 REFUSED_BY_AWQ = {  # scheme: why
     "W8A16-f16": "4 bits alone",

@@ -15,7 +15,7 @@ from fdq_checkpoints.readers.hub import Address
 from fdq_checkpoints.readers.local_directory import local_directory
 from tests.checkpoints import builders, hub_server
 from tests.checkpoints.test_names import leaves
-from tests.cli.test_cli import run
+from tests.cli.command import run
 
 constants = pytest.importorskip("huggingface_hub.constants")
 ADDRESS = "hf://owner/name"

@@ -10,7 +10,7 @@ import fdq
 from fdq_checkpoints import CheckpointError, convert, inspect, load
 from tests.checkpoints import builders
 from tests.checkpoints.test_names import leaves
-from tests.cli.test_cli import run
+from tests.cli.command import run
 
 HF = r"give hf://baidu/ERNIE-4\.5-0\.3B-PT"
 NAMES = {

@@ -9,7 +9,7 @@ import pytest
 from fdq.schemes.scheme import Scheme
 from fdq_checkpoints import CheckpointError, convert, inspect, load
 from tests.checkpoints import builders
-from tests.cli.test_cli import run
+from tests.cli.command import run
 
 WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 FLOATS = WEIGHTS | {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}

@@ -16,7 +16,7 @@ import pytest
 
 from fdq.cli import chat as chat_command
 from fdq.decoding.conversation import Conversation
-from tests.cli.test_cli import ROOT, run
+from tests.cli.command import ROOT, run
 
 LLAMA = pathlib.Path(__file__).parent.parent / "oracles" / "chat" / "tiny_llama"
 TALK = json.loads((LLAMA / "talk.json").read_text("utf-8"))

@@ -10,7 +10,7 @@ from fdq.quantizers.quantization import quantize
 from fdq_checkpoints import load
 from tests.checkpoints import builders
 from tests.checkpoints.test_stored_trees import assert_same
-from tests.cli.test_cli import run
+from tests.cli.command import run
 
 
 def test_a_runs_root_with_its_subtree_and_config(tmp_path):
