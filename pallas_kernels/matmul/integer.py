@@ -44,6 +44,7 @@ from pallas_kernels.transformations import batchable
 from pallas_kernels.typing import Array, Float, Int
 from pallas_kernels.weights.decoded_weight import decoded_weight
 from pallas_kernels.weights.kernel_weight import KernelWeight
+from pallas_kernels.weights.word_format import rows_together
 
 
 def integer_matrix_vector_reference(x: Int[Array, "m k"], w: KernelWeight) -> Float[Array, "1 m n"]:
@@ -91,9 +92,8 @@ def x_words(x: Int[Array, "m k"], w: KernelWeight) -> Int[Array, "units planes m
     assert order is not None
     missing = layout.segments * layout.segment - x.shape[1]
     x = jnp.pad(x, [(0, 0), (0, missing)]) if missing else x
-    x = x.reshape(x.shape[0], -1, layout.words.rows)
-    planes = jnp.stack([jnp.stack([x[..., r] for r in rows], axis=-1) for rows in order], axis=-2)
-    return jnp.moveaxis(lax.bitcast_convert_type(planes, jnp.int32), 0, -1)
+    x = rows_together(x.reshape(x.shape[0], -1, layout.words.rows), order)
+    return lax.bitcast_convert_type(jnp.moveaxis(x, 0, 2), jnp.int32)
 
 
 def dot4(a: jax.Array, b: jax.Array, c: jax.Array, layout: Any) -> jax.Array:

@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.matmul.mma_products import (
-    ROWS,
     array,
+    by_units,
     column_layout,
     inline,
     row_layout,
@@ -28,7 +28,7 @@ from pallas_kernels.matmul.mma_products import (
 )
 from pallas_kernels.mosaic import mma_instructions as ptx
 from pallas_kernels.mosaic.launch import runs_interpreted
-from pallas_kernels.weights.word_format import WordFormat
+from pallas_kernels.weights.word_format import WordFormat, rows_together
 
 _ONES = 0x01010101
 
@@ -37,11 +37,8 @@ def byte_words(x: jax.Array, words: WordFormat) -> jax.Array:
     """int8 `[M, K]` (K of whole units) -> int32 `[units, M', planes]`, M' whole eights."""
     order = words.byte_rows
     assert order is not None
-    x = jnp.pad(x, [(0, -x.shape[0] % ROWS), (0, 0)])
-    x = x.reshape(x.shape[0], -1, words.rows)
-    planes = [jnp.stack([x[..., row] for row in rows], axis=-1) for rows in order]
-    found = lax.bitcast_convert_type(jnp.stack(planes, axis=-2), jnp.int32)
-    return jnp.swapaxes(found, 0, 1)
+    x = by_units(x, words)
+    return lax.bitcast_convert_type(rows_together(x, order), jnp.int32)
 
 
 def multiply_bytes(sums: jax.Array, planes: Sequence[jax.Array], x: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 from pallas_kernels.mosaic import mma_instructions as ptx
 from pallas_kernels.mosaic.launch import runs_interpreted
 from pallas_kernels.weights.scales import PACKED_SCALES
-from pallas_kernels.weights.word_format import WordFormat
+from pallas_kernels.weights.word_format import WordFormat, rows_together
 
 COLUMNS = 128
 """Of a tile of a weight: four warps of 32."""
@@ -68,11 +68,14 @@ def paired(x: jax.Array, words: WordFormat) -> jax.Array:
     """16-bit floats `[M, K]` (K of whole units) -> int32 `[units, M', pairs]`, M' whole eights."""
     pairs = words.paired_rows
     assert pairs is not None
+    x = by_units(x, words)
+    return lax.bitcast_convert_type(rows_together(x, pairs), jnp.int32)
+
+
+def by_units(x: jax.Array, words: WordFormat) -> jax.Array:
+    """`[M, K]` -> `[units, M', rows of a unit]`, M' whole eights."""
     x = jnp.pad(x, [(0, -x.shape[0] % ROWS), (0, 0)])
-    x = x.reshape(x.shape[0], -1, words.rows)
-    halves = [jnp.stack([x[..., row] for row in rows], axis=-1) for rows in pairs]
-    found = lax.bitcast_convert_type(jnp.stack(halves, axis=-2), jnp.int32)
-    return jnp.swapaxes(found, 0, 1)
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, words.rows), 0, 1)
 
 
 def multiply(

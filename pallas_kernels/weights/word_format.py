@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Arrays = Sequence[jax.Array]
@@ -228,6 +229,19 @@ def words_to_bytes(words: jax.Array) -> jax.Array:
     word = lax.bitcast_convert_type(words, jnp.uint32)
     parts = [(word >> jnp.uint32(8 * i)).astype(jnp.uint8) for i in range(4)]
     return jnp.stack(parts, axis=-2).reshape(*lead, 4 * rows, n)
+
+
+def rows_together(x: jax.Array, order: Sequence[Sequence[int]]) -> jax.Array:
+    """Rows of units `[..., rows]` -> `[..., words, rows of a word]`, word i of the rows `order[i]`.
+
+    Rows at equal distances, as most formats have them, are a transpose: XLA quantizes, turns and
+    puts them together in one launch.
+    """
+    rows = np.asarray(order)
+    if np.array_equal(rows.T.ravel(), np.arange(rows.size)):
+        return jnp.swapaxes(x.reshape(*x.shape[:-1], *rows.T.shape), -1, -2)
+    words = [jnp.stack([x[..., row] for row in some], axis=-1) for some in order]
+    return jnp.stack(words, axis=-2)
 
 
 def shift_right(word: jax.Array, bits: int) -> jax.Array:
