@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import fdq
@@ -17,6 +18,7 @@ from fdq.analysis.svg import STYLE
 from fdq.schemes.recipe import Recipe
 from tests.cli.command import run as command
 from tests.covering import slow_but
+from tests.sharding.many_devices import model_of
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
@@ -92,8 +94,11 @@ def test_the_code_of_a_page_runs(name, run):
     assert " nan" not in outcome["said"]
 
 
-def test_what_is_only_read_compiles_and_names_what_there_is():
-    """One block, which is for several hosts; tests/sharding has programs for several processes."""
+def test_what_needs_several_hosts_runs_on_one(tmp_path, monkeypatch, capsys):
+    """The one block that is not for every reader, with two devices and a model of this test's.
+
+    tests/sharding has programs for several processes.
+    """
     found = [
         code
         for name in PAGES
@@ -102,9 +107,16 @@ def test_what_is_only_read_compiles_and_names_what_there_is():
         )
     ]
     assert len(found) == 1
-    for code in found:
-        compile(code, "a page", "exec")
-        assert all(hasattr(fdq, attribute) for attribute in re.findall(r"\bfdq\.(\w+)", code))
+    model, prompts, code = model_of("llama", "W4A16C8"), [[3, 1, 4]], found[0]
+    fdq.save(model, tmp_path / "model")
+    for said, here in (("(16,)", "(2,)"), ("/shared/model", str(tmp_path / "model"))):
+        assert said in code
+        code = code.replace(said, here)
+    others = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: others.append("others"))
+    exec(compile(code, "several_devices.md", "exec"), {"prompts": prompts})
+    assert others == ["others"]
+    assert capsys.readouterr().out == f"{fdq.generate(model, prompts, 64)}\n"
 
 
 @pytest.mark.slow
