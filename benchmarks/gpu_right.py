@@ -95,6 +95,8 @@ def right_cases() -> list[RightCase]:
     cases = [
         matrix(cores, format, "down", m) for m in (16, 64, 1) for format in able if format in first
     ]
+    if able:
+        cases += [matrix(cores, format, "down", m, "int8") for m in (16, 64) for format in first]
     experts = [c for c in gpu_cases.expert_cases() if c.model == ernie and c.format == "W4"]
     if experts[0].format in able:
         cases += [RightCase("experts", dataclasses.replace(experts[0], tokens=16))]
@@ -171,6 +173,7 @@ def _product(right: RightCase, settings: Settings) -> Made:
     w = prepare(q)
     x = random_array(jax.random.key(1), (case.m, case.k), dtype)
     if right.rows == "tensor cores":
+        x = x if case.activation is None else quantized_rows(x)[0]
         step = jax.jit(lambda x, w: mosaic_mma.partial_sums(x, w).sum(axis=0))
         wanted = np.asarray(x, np.float64) @ _floats(q, columns)
         return lambda: step(x, w.data)[:, columns], wanted, _TENSOR_CORES

@@ -103,16 +103,16 @@ def case(weight: KernelWeight) -> tuple[Any, Any]:
     return results, [*wanted, wanted[0]]
 
 
-def integer_case(weight: KernelWeight) -> tuple[Any, Any]:
-    """The same of int8 rows."""
+def integer_case(weight: KernelWeight, rows: Any) -> tuple[Any, Any]:
+    """The same of int8 `rows [33, K]`, codes and scales."""
     from pallas_kernels.matmul import mma
     from pallas_kernels.matmul.integer import integer_matrix_vector_reference
 
-    shape = (33, weight.layout.k)
-    x = jax.random.randint(jax.random.key(1), shape, -127, 128).astype(jnp.int8)
-    wide = mma.mma_matmul(x[:9], weight, config=mma.MmaConfig(block_columns=256, split=2))
-    results = [wide.sum(0), partial_sums(x, weight).sum(0)]
-    return results, [integer_matrix_vector_reference(some, weight)[0] for some in (x[:9], x)]
+    few = jax.tree.map(lambda a: a[:9], rows)
+    wide = mma.mma_matmul(few, weight, config=mma.MmaConfig(block_columns=256, split=2))
+    results = [wide.sum(0), partial_sums(rows, weight).sum(0)]
+    wanted = [integer_matrix_vector_reference(x.codes, weight)[0] * x.scale for x in (few, rows)]
+    return results, wanted
 
 
 def _layout(w: QuantizedWeight) -> WeightLayout:
