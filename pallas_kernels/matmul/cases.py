@@ -30,7 +30,7 @@ from pallas_kernels.matmul.integer import integer_matrix_vector
 from pallas_kernels.matmul.matrix_vector import matrix_vector
 from pallas_kernels.matmul.mma import mma_matmul
 from pallas_kernels.matmul.mma_products import UNITS
-from pallas_kernels.matmul.row_sources import Gated, Normed, Scaled
+from pallas_kernels.matmul.row_sources import Gated, Normed
 from pallas_kernels.weights.formats import WORD_FORMATS
 from pallas_kernels.weights.kernel_weight import to_kernel
 from pallas_kernels.weights.layout import WeightLayout
@@ -151,14 +151,8 @@ def _integer_cases() -> list[KernelCase]:
 
 
 def _integer(weight: _Weight, rows: int, k: int, n: int) -> Program:
-    arguments = (_rows(rows, k, "int8"), weight.kernel_weight(k, n))
+    arguments = (abstract((rows, k), "int8"), weight.kernel_weight(k, n))
     return Program(function=integer_matrix_vector, arguments=arguments)
-
-
-def _rows(rows: int, k: int, dtype: str) -> Any:
-    """Floats, or int8 codes with their scales."""
-    x = abstract((rows, k), dtype)
-    return Scaled(x, abstract((rows, 1), "float32")) if dtype == "int8" else x
 
 
 def _mma_cases() -> list[KernelCase]:
@@ -231,13 +225,13 @@ def _has_mma(weight: _Weight) -> bool:
 
 def _mma(weight: _Weight, rows: int, dtype: str = "bfloat16") -> Program:
     k, n = _REPRESENTATIVE
-    arguments = (_rows(rows, k, dtype), weight.kernel_weight(k, n))
+    arguments = (abstract((rows, k), dtype), weight.kernel_weight(k, n))
     return Program(function=mma_matmul, arguments=arguments)
 
 
 def _experts_mma(weight: _Weight, tokens: int, dtype: str = "bfloat16") -> Program:
     experts, picks, hidden, inner = 64, 6, 2560, 1536
-    index, x = abstract((tokens * picks,), "int32"), _rows(tokens, hidden, dtype)
+    index, x = abstract((tokens * picks,), "int32"), abstract((tokens, hidden), dtype)
     return Program(gathered_mma, (x, weight.kernel_weight(hidden, 2 * inner, experts), index))
 
 

@@ -27,12 +27,11 @@ from pallas_kernels.matmul.mma import (
     arranged,
     check_mma_config,
     choose_mma_config,
-    finished_codes,
     store_totals,
     tile_of,
     unsupported,
 )
-from pallas_kernels.matmul.row_sources import Rows, Scaled, rows_shape
+from pallas_kernels.matmul.row_sources import Rows, finished, rows_shape
 from pallas_kernels.mosaic.launch import launch
 from pallas_kernels.transformations import batchable
 from pallas_kernels.typing import Array, Float, Int
@@ -40,7 +39,7 @@ from pallas_kernels.weights.kernel_weight import KernelWeight
 
 
 def gathered_mma(
-    x: Rows | Scaled,
+    x: Rows,
     w: KernelWeight,
     index: Int[Array, " p"],
     *,
@@ -119,16 +118,15 @@ def deal(index: Int[Array, " p"], experts: int, rows: int) -> Tiles:
 @functools.partial(jax.jit, static_argnames=("config", "tile_rows"))
 def _gathered_mma(x, w, index, *, config, tile_rows) -> jax.Array:
     layout, experts = w.layout, w.words.shape[0]
-    x, scale = finished_codes(x)
+    x = finished(x)
     tiles = deal(index, experts, tile_rows)
-    of_tiles = tiles.pick // (index.shape[0] // x.shape[0])
-    rows, scales = x[of_tiles], [] if scale is None else [scale[of_tiles]]
+    rows = x[tiles.pick // (index.shape[0] // x.shape[0])]
     tile, split = tile_of(layout, tile_rows, x.dtype, config)
     operands, name_refs = kernel_operands(w)
     block = tile.chunks * mma.COLUMNS
 
     def body(expert_ref, x_ref, *refs):
-        *weight_refs, out_ref = refs[len(scales) :]
+        *weight_refs, out_ref = refs
         part, number = lax.axis_index("split"), lax.axis_index("tile")
         first = pl.multiple_of(lax.axis_index("columns") * block, block)
         expert = expert_ref[number]
@@ -138,13 +136,12 @@ def _gathered_mma(x, w, index, *, config, tile_rows) -> jax.Array:
             own = name_refs(weight_refs).expert(expert)
             some = pl.ds(number * tile.rows, tile.rows)
             totals = accumulate(tile, own, x_ref.at[:, some], first, part * tile.segments)
-            scale_ref = refs[0].at[some] if scales else None
-            store_totals(out_ref.at[part, some], totals, first, scale_ref)
+            store_totals(out_ref.at[part, some], totals, first)
 
     body.__name__ = kernel_name("gathered_mma", layout, tile_rows)
     out = launch(
         body,
-        (tiles.expert, arranged(rows, layout), *scales, *operands),
+        (tiles.expert, arranged(rows, layout), *operands),
         out_type=jax.ShapeDtypeStruct((split, rows.shape[0], layout.padded_n), jnp.float32),
         grid=(layout.padded_n // block, split, tiles.expert.shape[0]),
         grid_names=("columns", "split", "tile"),

@@ -37,7 +37,6 @@ from pallas_kernels.matmul.matrix_vector import (
     rows_of_a_batch,
     tile_of,
 )
-from pallas_kernels.matmul.row_sources import Scaled, codes_and_scale, rows_shape
 from pallas_kernels.mosaic.lane_instructions import apply, assembly_bits
 from pallas_kernels.mosaic.launch import THREADS, launch, load, runs_interpreted, store
 from pallas_kernels.transformations import batchable
@@ -53,19 +52,19 @@ def integer_matrix_vector_reference(x: Int[Array, "m k"], w: KernelWeight) -> Fl
 
 
 def integer_matrix_vector(
-    x: jax.Array | Scaled, w: KernelWeight, *, config: MatrixVectorConfig | None = None
+    x: jax.Array, w: KernelWeight, *, config: MatrixVectorConfig | None = None
 ) -> Float[Array, "split m n"]:
     """Partial sums of int8 rows times an integer weight that `has_kernel`, as `matrix_vector`'s.
 
-    Scales of rows are applied where they are `Scaled`. Shapes, dtypes and formats that do not fit
-    are a ValueError.
+    The rows' own scales are not applied. Shapes, dtypes and formats that do not fit are a
+    ValueError.
     """
-    if len(x.shape) != 2 or x.dtype != jnp.int8 or not 1 <= x.shape[0] <= MOST_ROWS:
+    if x.ndim != 2 or x.dtype != jnp.int8 or not 1 <= x.shape[0] <= MOST_ROWS:
         raise ValueError(
             f"integer_matrix_vector: expected int8 x [M, K] of 1 .. {MOST_ROWS} rows, found "
             f"{x.dtype.name} {x.shape}; use XLA for more rows."
         )
-    m, k = rows_shape(x, "integer_matrix_vector", int8=True)
+    m, k = x.shape
     if not has_kernel(w) or w.words.ndim != 2 or k != w.layout.k:
         raise ValueError(
             f"integer_matrix_vector: x {x.shape} needs a weight [K={k}, N] whose codes fill "
@@ -120,23 +119,19 @@ def _integer_matrix_vector(x, w, *, config) -> jax.Array:
     m = x.shape[0]
     tile, split = tile_of(layout, m, config)
     operands, name_refs = kernel_operands(w)
-    codes, scale = codes_and_scale(x)
-    scales = () if scale is None else (scale,)
 
     def body(x_ref, *refs):
-        scale_ref = refs[0] if scales else None
-        *weight_refs, out_ref = refs[len(scales) :]
+        *weight_refs, out_ref = refs
         first_segment = lax.axis_index("split") * tile.segments
         first_column = pl.multiple_of(lax.axis_index("columns") * tile.columns, tile.columns)
-        place = first_column, first_segment
-        totals = _accumulate(tile, name_refs(weight_refs), *place, x_ref, scale_ref)
+        totals = _accumulate(tile, name_refs(weight_refs), first_column, first_segment, x_ref)
         columns = pl.ds(first_column, tile.columns)
         store(out_ref.at[lax.axis_index("split"), :, columns], totals)
 
     body.__name__ = kernel_name("integer_matrix_vector", layout, m)
     out = launch(
         body,
-        (x_words(codes, w), *scales, *operands),
+        (x_words(x, w), *operands),
         out_type=jax.ShapeDtypeStruct((split, m, layout.padded_n), jnp.float32),
         grid=(layout.padded_n // tile.columns, split),
         grid_names=("columns", "split"),
@@ -145,11 +140,9 @@ def _integer_matrix_vector(x, w, *, config) -> jax.Array:
 
 
 def _accumulate(
-    tile: Tile, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any, scale_ref: Any
+    tile: Tile, refs: WeightRefs, first_column: Any, first_segment: Any, x_ref: Any
 ) -> jax.Array:
-    """Partial sums of the block: float32 `[M, columns]`, scales applied, `scale_ref`'s (of rows) if
-    there is one.
-    """
+    """Partial sums of the block: float32 `[M, columns]`, scales applied."""
     layout = tile.layout
     bits = layout.words.bits
     units = layout.segment_units
@@ -161,7 +154,7 @@ def _accumulate(
     products = mg.Layout.TILED(tiling, (-3,), (-2,), -1)
     fields, staged = products.reduce(1), products.reduce(2)  # [U, columns], [U, M]
     totals_layout = products.reduce(0)  # [M, columns]
-    column, row = totals_layout.reduce(0), totals_layout.reduce(1)
+    column = totals_layout.reduce(0)
     factor = jnp.float32(2.0 ** (bits - 8))
     with_sums = layout.zero_point != "none"
 
@@ -237,6 +230,4 @@ def _accumulate(
     if refs.column_scale is not None:
         scale = of_column(refs.column_scale, 0)
         totals = totals * lax.broadcast_in_dim(scale, totals.shape, (1,))
-    if scale_ref is not None:
-        totals = totals * lax.broadcast_in_dim(load(scale_ref, row), totals.shape, (0,))
     return totals

@@ -30,7 +30,6 @@ from pallas_kernels.matmul.core import (
 )
 from pallas_kernels.matmul.row_sources import (
     Rows,
-    Scaled,
     finished,
     readable,
     row_operands,
@@ -111,8 +110,7 @@ def rows_of_a_batch(kernel: Any, config: MatrixVectorConfig):
     """
 
     def fold(axis_size, batched, x, w):
-        whole = isinstance(x, (jax.Array, Scaled)) and all(jax.tree.leaves(batched[0]))
-        if not whole or any(jax.tree.leaves(batched[1])):
+        if not isinstance(x, jax.Array) or any(jax.tree.leaves(batched[1])):
             return None
         m, k = x.shape[1:]
         if axis_size * m > MOST_ROWS:

@@ -42,14 +42,7 @@ from pallas_kernels.matmul.core import (
     read_scale,
 )
 from pallas_kernels.matmul.matrix_vector import kernel_name, multiprocessors, whole_split
-from pallas_kernels.matmul.row_sources import (
-    Rows,
-    Scaled,
-    codes_and_scale,
-    finished,
-    rows_cotangent,
-    rows_shape,
-)
+from pallas_kernels.matmul.row_sources import Rows, finished, rows_cotangent, rows_shape
 from pallas_kernels.mosaic.launch import launch, load, store
 from pallas_kernels.transformations import batchable, differentiable
 from pallas_kernels.typing import Array, Float
@@ -96,14 +89,13 @@ def unsupported(layout: WeightLayout, dtype: Any) -> str | None:
 
 
 def mma_matmul(
-    x: Rows | Scaled, w: KernelWeight, *, config: MmaConfig | None = None
+    x: Rows, w: KernelWeight, *, config: MmaConfig | None = None
 ) -> Float[Array, "split m n"]:
     """Partial sums of `x @ w`, to be added up over the first axis: float32 `[split, M, N]`.
 
     x is bf16 or f16 `[M, K]`, M at most 64; or `Gated` or `Normed`; or int8, for weights whose
-    codes fill bytes; or `Scaled` codes of these dtypes. The meaning is that of
-    `matrix_vector_reference`. There is a gradient with respect to x of floats, not to w. What does
-    not fit is a ValueError.
+    codes fill bytes. The meaning is that of `matrix_vector_reference`. There is a gradient with
+    respect to x of floats, not to w. What does not fit is a ValueError.
     """
     m, k = rows_shape(x, "mma_matmul", int8=True)
     if w.words.ndim != 2 or k != w.layout.k:
@@ -118,8 +110,7 @@ def mma_matmul(
     kernel = functools.partial(_mma_matmul, config=config)
 
     def fold(axis_size, batched, x, w):
-        whole = isinstance(x, (jax.Array, Scaled)) and all(jax.tree.leaves(batched[0]))
-        if not whole or any(jax.tree.leaves(batched[1])):
+        if not isinstance(x, jax.Array) or any(jax.tree.leaves(batched[1])):
             return None
         m, k = x.shape[1:]
         if axis_size * m > MOST_MMA_ROWS:
@@ -199,24 +190,22 @@ def tile_of(layout: WeightLayout, m: int, dtype: Any, config: MmaConfig) -> tupl
 @functools.partial(jax.jit, static_argnames=("config",))
 def _mma_matmul(x, w, *, config) -> jax.Array:
     layout, m = w.layout, x.shape[0]
-    rows, scale = finished_codes(x)
+    rows = finished(x)
     tile, split = tile_of(layout, m, rows.dtype, config)
     operands, name_refs = kernel_operands(w)
     block = tile.chunks * mma.COLUMNS
-    scales = [] if scale is None else [jnp.pad(scale, (0, tile.rows - m))]
 
     def body(x_ref, *refs):
-        scale_ref = refs[0] if scales else None
-        *weight_refs, out_ref = refs[len(scales) :]
+        *weight_refs, out_ref = refs
         part = lax.axis_index("split")
         first = pl.multiple_of(lax.axis_index("columns") * block, block)
         totals = accumulate(tile, name_refs(weight_refs), x_ref, first, part * tile.segments)
-        store_totals(out_ref.at[part], totals, first, scale_ref)
+        store_totals(out_ref.at[part], totals, first)
 
     body.__name__ = kernel_name("mma_matmul", layout, m)
     out = launch(
         body,
-        (arranged(rows, layout), *scales, *operands),
+        (arranged(rows, layout), *operands),
         out_type=jax.ShapeDtypeStruct((split, tile.rows, layout.padded_n), jnp.float32),
         grid=(layout.padded_n // block, split),
         grid_names=("columns", "split"),
@@ -231,20 +220,11 @@ def arranged(x: jax.Array, layout: WeightLayout) -> jax.Array:
     return (integers.byte_words if x.dtype == jnp.int8 else mma.paired)(x, layout.words)
 
 
-def finished_codes(x: Rows | Scaled) -> tuple[jax.Array, jax.Array | None]:
-    """Rows `[M, K]`, and float32 `[M]` that their products are multiplied by."""
-    return codes_and_scale(x if isinstance(x, Scaled) else finished(x))
-
-
-def store_totals(out_ref: Any, totals: list[jax.Array], first_column: Any, scale_ref: Any) -> None:
-    """What `accumulate` returns to `[M, N']`, times the rows' own scales if there are any."""
+def store_totals(out_ref: Any, totals: list[jax.Array], first_column: Any) -> None:
+    """What `accumulate` returns to `[M, N']`."""
     for c, total in enumerate(totals):
         columns = pl.ds(first_column + c * mma.COLUMNS, mma.COLUMNS)
-        result = mma.turned(total)
-        if scale_ref is not None:
-            scale = load(scale_ref, mma.result_layout().reduce(1))
-            result = result * lax.broadcast_in_dim(scale, result.shape, (0,))
-        store(out_ref.at[:, columns], result)
+        store(out_ref.at[:, columns], mma.turned(total))
 
 
 def accumulate(

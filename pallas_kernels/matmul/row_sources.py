@@ -81,35 +81,7 @@ def gated(gate: jax.Array, up: jax.Array, dtype: Any) -> jax.Array:
     return rounded(gate / (1.0 + jnp.exp(-gate)) * rounded(up))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """Codes of quantized rows, whose products are multiplied by their scales as they end."""
-
-    codes: Any  # [M, K], int8, or floats that hold them exactly
-    scale: Any  # float32 [M, 1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the codes."""
-        return tuple(self.codes.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Of the codes."""
-        return self.codes.dtype
-
-    def reshape(self, rows: int, k: int) -> Scaled:
-        """As so many rows."""
-        return Scaled(self.codes.reshape(rows, k), self.scale.reshape(rows, 1))
-
-
 Rows = jax.Array | Gated | Normed
-
-
-def codes_and_scale(x: jax.Array | Scaled) -> tuple[jax.Array, jax.Array | None]:
-    """Rows `[M, K]`, and float32 `[M]` that their products are multiplied by."""
-    return (x.codes, x.scale[:, 0]) if isinstance(x, Scaled) else (x, None)
 
 
 def finished(x: Rows) -> jax.Array:
@@ -117,7 +89,7 @@ def finished(x: Rows) -> jax.Array:
     return x.value() if isinstance(x, (Gated, Normed)) else x
 
 
-def rows_shape(x: Rows | Scaled, caller: str, *, int8: bool = False) -> tuple[int, int]:
+def rows_shape(x: Rows, caller: str, *, int8: bool = False) -> tuple[int, int]:
     """`(M, K)` of the rows that `caller` was given, floats or, if so, `int8`; or ValueError."""
     if isinstance(x, Gated):
         if x.partials.ndim != 3 or x.partials.shape[-1] % 2:
@@ -129,10 +101,6 @@ def rows_shape(x: Rows | Scaled, caller: str, *, int8: bool = False) -> tuple[in
         raise ValueError(f"{caller}: expected rows x [M, K], found {tuple(x.shape)}.")
     if not (jnp.issubdtype(x.dtype, jnp.floating) or (int8 and x.dtype == jnp.int8)):
         raise ValueError(f"{caller}: expected float rows, found {x.dtype} {tuple(x.shape)}.")
-    if isinstance(x, Scaled) and x.scale.shape != (x.shape[0], 1):
-        raise ValueError(
-            f"{caller}: codes {x.shape} need scales [{x.shape[0]}, 1], found {x.scale.shape}."
-        )
     if isinstance(x, Normed) and x.scale.shape != x.shape[1:]:
         raise ValueError(
             f"{caller}: Normed rows {x.shape} need a scale [{x.shape[1]}], found {x.scale.shape}."

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdq.formats.qtensor import QuantizedWeight
-from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import trace_target, traced_for
 from fdq.ops.grouped_matmul.product import (
     GroupedImplementation,
     GroupedProduct,
+    quantized_rows,
     scale_each,
 )
 from fdq.ops.kernels import Kernel
@@ -70,26 +70,10 @@ class Decoded(Kernel[GroupedProduct], GroupedImplementation):
         if a.activation is None:
             rows = flattened(as_array(a.x))
         else:
-            rows, scale = _quantized_rows(a)
+            rows, scale = quantized_rows(a, compute_dtype(a.x.dtype, trace_target()))
         y = _by_expert(rows, kernel_weight(a.w), index, a.picks, traced_for())
         y = y if scale is None else y * scale
         return y.reshape(1, *a.index.shape, y.shape[-1])
-
-
-def _quantized_rows(a: GroupedProduct) -> tuple[jax.Array, jax.Array | None]:
-    """Quantized rows `[T, K]`, and what the product of each pick is to be multiplied by, `[P, 1]`.
-
-    They are codes, which 16-bit floats hold exactly; with scales of groups, which no product can be
-    multiplied by, they are values, and the second is None.
-    """
-    assert a.activation is not None
-    x = flattened(as_array(a.x))
-    codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
-    if a.activation.granularity == "token_group":
-        return activation_values(codes, scale, a.activation.group_size, a.x.dtype), None
-    scale = jnp.broadcast_to(scale, (codes.shape[0], 1))
-    scale = jnp.repeat(scale, a.picks, axis=0, total_repeat_length=a.index.size)
-    return codes.astype(compute_dtype(a.x.dtype, trace_target())), scale
 
 
 def share(picks: int, experts: int) -> int:

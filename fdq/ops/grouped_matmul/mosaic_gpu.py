@@ -18,6 +18,7 @@ from fdq.ops.grouped_matmul import mosaic_mma
 from fdq.ops.grouped_matmul.product import (
     GroupedImplementation,
     GroupedProduct,
+    quantized_rows,
     scale_each,
 )
 from fdq.ops.kernels import Kernel, tuned
@@ -71,13 +72,15 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
         index = a.index.reshape(-1)
-        x, more = _rows(a), None
+        (x, scale), more = _rows(a), None
         if mosaic_mma.chosen(a):
             parts = mosaic_mma.gathered_sums(x, kernel_weight(a.w), index, a.tokens)
         else:
             if a.shard:  # what is computed of others' rows does not count
                 index = jnp.minimum(index, a.w.shape[0] - 1)
             parts, more = gathered_sums(x, kernel_weight(a.w), index, shared)
+        if scale is not None:
+            parts = parts * scale[None]
         parts = parts.reshape(parts.shape[0], *a.index.shape, parts.shape[-1])
         if b is None or more is None:
             return parts
@@ -90,15 +93,18 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         return functools.reduce(jnp.add, terms).astype(sums.dtype)
 
 
-def _rows(a: GroupedProduct) -> Any:
-    """Rows as the kernels take them; quantized ones as codes and scales, or as their values."""
+def _rows(a: GroupedProduct) -> tuple[Rows, jax.Array | None]:
+    """Rows as the kernels take them, and what the product of each pick is to be multiplied by.
+
+    Quantized rows are codes for tensor cores, else values.
+    """
     if a.activation is None:
-        return a.x
+        return a.x, None
+    if mosaic_mma.chosen(a):
+        return quantized_rows(a, dense_mma.rows_dtype(a))
     x = flattened(as_array(a.x))
     codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
-    if mosaic_mma.chosen(a):
-        return matmul.scaled_rows(codes.astype(dense_mma.rows_dtype(a)), scale)
-    return activation_values(codes, scale, a.activation.group_size, jnp.float32)
+    return activation_values(codes, scale, a.activation.group_size, jnp.float32), None
 
 
 def gathered_sums(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -80,14 +80,13 @@ def _case(kernel: str, spec: WeightSpec) -> tuple[list[jax.Array], list[jax.Arra
     q = check_cases.sample(spec)
     stack = kernel_weight(jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a), a]), q))
     index = jnp.asarray([2, 0, 0, 2, 2, 2, 1, 2, 2, 2, 2, 2, 2, 0, 2, 2, 2, 2], jnp.int32)
-    x: Any = jax.random.normal(jax.random.key(1), (9, q.shape[0]), jnp.float32)
-    x = check_cases.quantized_rows(*x.shape) if kernel == INTEGERS else x.astype(jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (9, q.shape[0]), jnp.float32)
+    x = check_cases.codes(*x.shape) if kernel == INTEGERS else x.astype(jnp.bfloat16)
     results = []
     for number, (tile_rows, columns, split) in enumerate(_CUTS):
         rows = x.astype(jnp.float16) if number == 1 and kernel == KERNEL else x
         config = MmaConfig(block_columns=columns, split=split)
         found = gathered_mma(rows, stack, index, config=config, tile_rows=tile_rows)
         results.append(found.sum(0))
-    if kernel == INTEGERS:
-        x = x.codes.astype(jnp.float32) * x.scale
+    x = x.astype(jnp.float32)
     return results, [gathered_matrix_vector_reference(x, stack, index)[0]] * len(results)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.implementation import Implementation
 from fdq.ops.indices import as_indices
 from fdq.ops.matmul.product import Product
-from fdq.ops.rows import Sums
+from fdq.ops.rows import Sums, as_array, flattened
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,6 +68,22 @@ def scale_each(a: GroupedProduct) -> str | None:
     if a.activation_scale is not None and a.activation_scale.size != 1:
         return "activations have one scale for all experts"
     return None
+
+
+def quantized_rows(a: GroupedProduct, codes_dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Quantized rows `[T, K]`, and what the product of each pick is to be multiplied by, `[P, 1]`.
+
+    They are codes, which `codes_dtype` holds exactly; with scales of groups, which no product can
+    be multiplied by, they are values in the dtype of x, and the second is None.
+    """
+    assert a.activation is not None
+    x = flattened(as_array(a.x))
+    codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
+    if a.activation.granularity == "token_group":
+        return activation_values(codes, scale, a.activation.group_size, a.x.dtype), None
+    scale = jnp.broadcast_to(scale, (codes.shape[0], 1))
+    scale = jnp.repeat(scale, a.picks, axis=0, total_repeat_length=a.index.size)
+    return codes.astype(codes_dtype), scale
 
 
 class GroupedImplementation(Implementation[GroupedProduct]):

@@ -72,7 +72,7 @@ def product(kernel: str, spec: WeightSpec) -> tuple[list[Any], list[Any]]:
     if kernel == mosaic_mma.KERNEL:
         return mosaic_mma.case(weight)
     if kernel == mosaic_mma.INTEGERS:
-        return mosaic_mma.integer_case(weight, quantized_rows(33, weight.layout.k))
+        return mosaic_mma.integer_case(weight, codes(33, weight.layout.k))
     if kernel == "integer_matrix_vector":
         return _of_integers(kernel, weight)
     from pallas_kernels.matmul.matrix_vector import matrix_vector, matrix_vector_reference
@@ -105,15 +105,9 @@ def sources(k: int, rows: int) -> tuple[Any, Any]:
     return x.astype(dtype), Gated(parts, jnp.float32)
 
 
-def quantized_rows(rows: int, k: int) -> Any:
-    """int8 codes `[rows, k]` and their scales."""
-    from pallas_kernels.matmul.row_sources import Scaled
-
-    codes, scale = jax.random.split(jax.random.key(rows))
-    return Scaled(
-        jax.random.randint(codes, (rows, k), -127, 128).astype(jnp.int8),
-        jax.random.uniform(scale, (rows, 1), jnp.float32, 0.5, 2.0),
-    )
+def codes(rows: int, k: int) -> jax.Array:
+    """int8 rows `[rows, k]`."""
+    return jax.random.randint(jax.random.key(rows), (rows, k), -127, 128).astype(jnp.int8)
 
 
 def _of_integers(kernel: str, weight: Any) -> tuple[list[Any], list[Any]]:
@@ -124,8 +118,8 @@ def _of_integers(kernel: str, weight: Any) -> tuple[list[Any], list[Any]]:
 
     results, wanted = [], []
     for rows in ROWS:
-        x = quantized_rows(rows, weight.layout.k)
-        reference = integer_matrix_vector_reference(x.codes, weight)[0] * x.scale
+        x = codes(rows, weight.layout.k)
+        reference = integer_matrix_vector_reference(x, weight)[0]
         for config in configs(kernel, weight.layout, rows):
             results.append(integer_matrix_vector(x, weight, config=config).sum(0))
             wanted.append(reference)

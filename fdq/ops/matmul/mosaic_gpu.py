@@ -56,7 +56,7 @@ class MosaicGpu(Kernel[Product]):
             x = flattened(as_array(a.x))
             codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
             if _kernel_of(a, weight) == "integer_matrix_vector":
-                parts = integer_sums(scaled_rows(codes, scale), weight)
+                parts = integer_sums(codes, weight) * scale[None]
             else:
                 values = activation_values(codes, scale, a.activation.group_size, jnp.float32)
                 parts = partial_sums(values, weight)
@@ -90,8 +90,6 @@ def staged(x: Rows) -> Any:
     """Rows as the kernels take them, `[M, K]`; what they cannot finish is finished here."""
     from pallas_kernels.matmul import row_sources
 
-    if isinstance(x, row_sources.Scaled):
-        return x
     x = flattened(x)
     if isinstance(x, Normed):
         return row_sources.Normed(x.x.reshape(x.shape), x.scale, x.epsilon)
@@ -109,24 +107,19 @@ def partial_sums(x: Rows, w: KernelWeight) -> jax.Array:
 
 
 def _of_tensor_cores(a: Product, weight: KernelWeight) -> jax.Array:
-    """Float32 parts; quantized rows as their codes and scales."""
+    """Float32 parts; quantized rows as their codes, times their scales.
+
+    Not by the kernel, which would want the scales as an array: a launch more.
+    """
     if a.activation is None:
         return mosaic_mma.partial_sums(staged(a.x), weight)
     x = flattened(as_array(a.x))
     codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
-    rows = scaled_rows(codes.astype(mosaic_mma.rows_dtype(a)), scale)
-    return mosaic_mma.partial_sums(rows, weight)
+    return mosaic_mma.partial_sums(codes.astype(mosaic_mma.rows_dtype(a)), weight) * scale[None]
 
 
-def scaled_rows(codes: jax.Array, scale: jax.Array) -> Any:
-    """Codes `[M, K]` whose products a kernel multiplies by scales, `[M, 1]` or one for all."""
-    from pallas_kernels.matmul.row_sources import Scaled
-
-    return Scaled(codes, jnp.broadcast_to(scale, (codes.shape[0], 1)))
-
-
-def integer_sums(codes: Any, w: KernelWeight) -> jax.Array:
-    """int8 rows `[M, K]`, `Scaled` or not, times integer codes -> float32 `[split, M, N]`."""
+def integer_sums(codes: jax.Array, w: KernelWeight) -> jax.Array:
+    """int8 rows `[M, K]` times integer codes -> float32 `[split, M, N]` before the x scale."""
     from pallas_kernels.matmul.integer import integer_matrix_vector
 
     name = "integer_matrix_vector"

@@ -11,7 +11,6 @@ from warp_emulator import emulated_gpu
 from pallas_kernels.matmul import mma_integers as integers
 from pallas_kernels.matmul.gathered_mma import gathered_mma
 from pallas_kernels.matmul.mma import mma_matmul
-from pallas_kernels.matmul.row_sources import Scaled
 from pallas_kernels.weights.decoded_weight import decoded_weight
 
 BOUND = 5e-6
@@ -79,11 +78,10 @@ def test_a_tile(rng, monkeypatch, format, m):
 def test_products(case, m, k, n):
     w, values = random_weight(case, k, n)
     x = codes(m, k)
-    scale = jnp.asarray(generator("scale", m).uniform(0.5, 2, (m, 1)), jnp.float32)
-    found = mma_matmul(Scaled(x, scale), w)
+    found = mma_matmul(x, w)
     assert found.dtype == jnp.float32
     assert found.shape[1:] == (m, n)
-    assert error(found.sum(axis=0), exact(x, values) * np.asarray(scale)) < BOUND
+    assert error(found.sum(axis=0), exact(x, values)) < BOUND
 
 
 @pytest.mark.slow
@@ -91,19 +89,14 @@ def test_experts():
     stack, values = random_weight(Case("int4", "group", 128), 256, 128, (3,))
     index = np.asarray([2] * 12 + [0, 1, 3, 0], np.int32)  # 3: of another device
     x = codes(16, 256)
-    scale = jnp.asarray(generator("scale").uniform(0.5, 2, (16, 1)), jnp.float32)
-    found = gathered_mma(Scaled(x, scale), stack, jnp.asarray(index)).sum(axis=0)
+    found = gathered_mma(x, stack, jnp.asarray(index)).sum(axis=0)
     wanted = np.stack(
         [exact(x[i], values[e]) if e < 3 else 0 * found[i] for i, e in enumerate(index)]
     )
-    assert error(found, wanted * np.asarray(scale)) < BOUND
-    plain = gathered_mma(x, stack, jnp.asarray(index)).sum(axis=0)
-    assert error(plain, wanted) < BOUND
+    assert error(found, wanted) < BOUND
 
 
 def test_codes_that_fill_no_bytes_say_so():
     w, _ = random_weight(Case("int3", **CHANNEL), 128, 128)
-    with pytest.raises(ValueError, match=r"codes \(9, 128\) need scales \[9, 1\], found \(9,\)"):
-        mma_matmul(Scaled(codes(9, 128), jnp.ones(9)), w)
     with pytest.raises(ValueError, match="rows of bfloat16 or float16, found int8"):
         mma_matmul(codes(9, 128), w)
