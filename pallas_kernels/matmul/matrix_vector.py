@@ -130,8 +130,8 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     What memory needs is bytes on their way: a program has 8 KiB, and an H100 was at 57 to 65 % of
     its bandwidth with two programs a multiprocessor, at 81 % with three. So few rows (`m`) take
     blocks of 256 columns, whose registers allow six of them (blocks of 512, which need the fewest
-    instructions, allow two), or of 128. Partial sums are traffic too, which a consumer may read
-    more than once: K is rather split eight ways at most.
+    instructions, allow two), or, where these are too few, of 128. Partial sums are traffic too,
+    which a consumer may read more than once: K is rather split eight ways than 16.
     """
     columns = layout.padded_n
     wanted, enough_of_them = (4, 0.65) if m <= 2 else (2, 0.45)
@@ -139,7 +139,7 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
     in_flight = {1: 16, 2: 16, 3: 8, 4: 8}.get(m, 4)  # words of a thread
     blocks = [block for block in (512, 256, 128) if columns % block == 0]
     if m <= 2:
-        ways = [(block, most) for most in (8, 16) for block in blocks if block < 512]
+        ways = [(block, most) for block in blocks if block < 512 for most in (8, 16)]
     else:  # a thread with one column waits for shared memory four times as long as it multiplies
         blocks = [block for block in blocks if block > 128] or blocks
         ways = [(block, most) for block in blocks for most in (8, 16)]
