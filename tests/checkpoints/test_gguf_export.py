@@ -12,7 +12,7 @@ from fdq_checkpoints import CheckpointError, convert, load
 from fdq_checkpoints.readers.gguf_reader import GgufFile
 from fdq_checkpoints.sources import gguf_tokenizer
 from tests.checkpoints import builders, gguf_files
-from tests.checkpoints.test_gguf import ORACLES, same
+from tests.checkpoints.test_gguf import same
 from tests.covering import slow_but
 
 
@@ -117,7 +117,7 @@ def test_what_gguf_cannot_hold_is_refused(case, tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer_qwen2", "tokenizer_llama-bpe", "tokenizer_llama"])
 def test_tokenizers_come_back(name, tmp_path):
-    path = ORACLES / f"{name}.gguf"
+    path = gguf_files.ORACLES / f"{name}.gguf"
     with GgufFile(path) as file:
         folder = gguf_tokenizer.companions(path, file.metadata, {})[0].parent
         metadata = file.metadata
@@ -149,7 +149,7 @@ def test_tokenizers_come_back(name, tmp_path):
             found = found[: len(value)]
         assert found == (value.tolist() if isinstance(value, np.ndarray) else value), key
     one, other = (Tokenizer.load(load(x).tokenizer_path) for x in (source, tmp_path / "out"))
-    for text in json.loads((ORACLES / "tokenizers.json").read_text())[name]["texts"]:
+    for text in json.loads((gguf_files.ORACLES / "tokenizers.json").read_text())[name]["texts"]:
         assert one.encode(text, bos=True) == other.encode(text, bos=True)
     assert one.stop_token_ids == other.stop_token_ids
 
