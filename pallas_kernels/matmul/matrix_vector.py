@@ -156,8 +156,8 @@ def choose_config(layout: WeightLayout, m: int, multiprocessors: int) -> MatrixV
 
 def _split(segments: int, most: int, wanted: float) -> int:
     """The smallest divisor of `segments` that is `wanted` or more, or the largest up to `most`."""
-    whole = [d for d in range(1, min(segments, most) + 1) if segments % d == 0]
-    return next((d for d in whole if d >= wanted), whole[-1])
+    most = whole_split(segments, most)
+    return next(d for d in range(1, most + 1) if segments % d == 0 and (d >= wanted or d == most))
 
 
 def whole_split(segments: int, split: int) -> int:

@@ -21,13 +21,13 @@ from pallas_kernels.matmul.mma_products import (
     array,
     by_units,
     column_layout,
-    inline,
     row_layout,
     sum_layout,
     word_layout,
 )
 from pallas_kernels.mosaic import mma_instructions as ptx
 from pallas_kernels.mosaic.launch import runs_interpreted
+from pallas_kernels.mosaic.mma_fragments import inline
 from pallas_kernels.weights.word_format import WordFormat, rows_together
 
 _ONES = 0x01010101

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.mosaic import mma_instructions as ptx
 from pallas_kernels.mosaic.launch import runs_interpreted
+from pallas_kernels.mosaic.mma_fragments import inline
 from pallas_kernels.weights.scales import PACKED_SCALES
 from pallas_kernels.weights.word_format import WordFormat, rows_together
 
@@ -195,15 +196,6 @@ def _rows_reference(x: jax.Array, format: WordFormat, dtype: Any) -> jax.Array:
 
 
 # -- what is emitted for the GPU
-
-
-def inline(
-    emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any, dtype: Any = jnp.float32
-) -> Any:
-    """A function of arrays in `layouts` whose registers `emit` makes: `shape`, of `dtype`."""
-    result = mg.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
-    decorate: Any = mg.inline_mgpu(arg_types=tuple(layouts), return_type=result)
-    return decorate(lambda _context, *arrays: emit(*arrays))
 
 
 def _emit_offsets(own, exponent: int, dtype, middle: float, half):

@@ -103,7 +103,7 @@ def tile_scores(
     def multiply(words, *rest):
         return _emit_scores(words, rest[: len(queries)], rest[len(queries) :], codes, heads)
 
-    return _inline(multiply, layouts, (SLOTS, heads), score_layout())(*arrays)
+    return inline(multiply, layouts, (SLOTS, heads), score_layout())(*arrays)
 
 
 def warp_maximum(x: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def warp_maximum(x: jax.Array) -> jax.Array:
             out[n, :] = ptx.vector(parts)
         return _array(out, x)
 
-    return _inline(maximum, [score_layout()], x.shape, score_layout())(x)
+    return inline(maximum, [score_layout()], x.shape, score_layout())(x)
 
 
 def add_values(
@@ -169,7 +169,7 @@ def add_values(
             _emit_sums(regs, rest[i], rest[i + 1 : i + 1 + terms], offset, codes, heads)
         return _array(_vectors(regs), sums)
 
-    return _inline(accumulate, layouts, sums.shape, sum_layout(codes))(*arrays)
+    return inline(accumulate, layouts, sums.shape, sum_layout(codes))(*arrays)
 
 
 def scale_sums(sums: jax.Array, factor: jax.Array, codes: Codes) -> jax.Array:
@@ -199,9 +199,11 @@ def _decode_reference(words: jax.Array, codes: Codes, offset: jax.Array | None) 
 # -- what is emitted for the GPU
 
 
-def _inline(emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any) -> Any:
-    """A function of arrays in `layouts` whose registers `emit` makes; float32 `shape`."""
-    result = mg.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout)
+def inline(
+    emit: Any, layouts: Sequence[Any], shape: tuple[int, ...], layout: Any, dtype: Any = jnp.float32
+) -> Any:
+    """A function of arrays in `layouts` whose registers `emit` makes: `shape`, of `dtype`."""
+    result = mg.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
     decorate: Any = mg.inline_mgpu(arg_types=tuple(layouts), return_type=result)
     return decorate(lambda _context, *arrays: emit(*arrays))
 

@@ -72,8 +72,9 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         a, b = arguments, arguments.beside
         shared = None if b is None else (b.x, kernel_weight(b.w))
         index = a.index.reshape(-1)
-        (x, scale), more = _rows(a), None
-        if mosaic_mma.chosen(a):
+        on_tensor_cores = mosaic_mma.chosen(a)
+        (x, scale), more = _rows(a, on_tensor_cores), None
+        if on_tensor_cores:
             parts = mosaic_mma.gathered_sums(x, kernel_weight(a.w), index, a.tokens)
         else:
             if a.shard:  # what is computed of others' rows does not count
@@ -93,14 +94,14 @@ class MosaicGpu(Kernel[GroupedProduct], GroupedImplementation):
         return functools.reduce(jnp.add, terms).astype(sums.dtype)
 
 
-def _rows(a: GroupedProduct) -> tuple[Rows, jax.Array | None]:
+def _rows(a: GroupedProduct, on_tensor_cores: bool) -> tuple[Rows, jax.Array | None]:
     """Rows as the kernels take them, and what the product of each pick is to be multiplied by.
 
     Quantized rows are codes for tensor cores, else values.
     """
     if a.activation is None:
         return a.x, None
-    if mosaic_mma.chosen(a):
+    if on_tensor_cores:
         return quantized_rows(a, dense_mma.rows_dtype(a))
     x = flattened(as_array(a.x))
     codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)

@@ -48,14 +48,15 @@ class MosaicGpu(Kernel[Product]):
     def __call__(self, arguments: Product) -> jax.Array:
         """Float32 parts `[split, ..., N]`."""
         a, weight = arguments, kernel_weight(arguments.w)
-        if mosaic_mma.chosen(a):
+        kernel = _kernel_of(a, weight)
+        if kernel in (mosaic_mma.KERNEL, mosaic_mma.INTEGERS):
             parts = _of_tensor_cores(a, weight)
         elif a.activation is None:
             parts = partial_sums(a.x, weight)
         else:
             x = flattened(as_array(a.x))
             codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
-            if _kernel_of(a, weight) == "integer_matrix_vector":
+            if kernel == "integer_matrix_vector":
                 parts = integer_sums(codes, weight) * scale[None]
             else:
                 values = activation_values(codes, scale, a.activation.group_size, jnp.float32)
