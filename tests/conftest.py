@@ -65,6 +65,7 @@ OPTIMIZED = (
     "ops/test_activation.py",
     "ops/test_attention.py",
     "ops/test_matmul.py",
+    "ops/test_matmul_dtypes.py",
     "ops/test_rope_append.py",
     "pallas_kernels/aot",
     "pallas_kernels/append",

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tokenizers
 from flax import nnx
 
 import fdq_checkpoints
 from fdq.models import CONFIGS, Decoder
+from tests.byte_tokenizer import save_byte_tokenizer
 from tests.cli.command import TEXT, run
 
 
@@ -19,17 +19,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def original(folder):
     """A random float model with a byte-level tokenizer, as an fdq checkpoint."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=288,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    backend.save(str(folder / "tokenizer.json"))
+    save_byte_tokenizer(folder / "tokenizer.json", [TEXT], 288)
     config = CONFIGS["ernie-4.5-0.3b"].replace(
         vocab_size=288,
         hidden_size=128,

@@ -7,6 +7,7 @@ import pytest
 
 from fdq.analysis.shipped_model import shipped_model_path
 from fdq.decoding.tokenizer import Tokenizer
+from tests.byte_tokenizer import save_byte_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -15,17 +16,7 @@ tokenizers = pytest.importorskip("tokenizers")
 def folder(tmp_path_factory):
     """A byte-level BPE of bytes and a few merges, with tokens that begin and end a text."""
     path = tmp_path_factory.mktemp("tokenizer")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["def main(argv):\n    return argv\n"] * 3, trainer)
-    backend.save(str(path / "tokenizer.json"))
+    save_byte_tokenizer(path / "tokenizer.json", ["def main(argv):\n    return argv\n"] * 3, 300)
     settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
