@@ -19,7 +19,7 @@ from fdq.text_table import markdown
 
 PART = "cpu"
 RESULTS = pathlib.Path(__file__).parent / "results"
-COMMITTED = ("cpu-2026-11-28.json", "cpu-amx-2026-11-28.json")
+COMMITTED = ("cpu-2026-11-28.json", "cpu-avx512-2026-11-29.json", "cpu-amx-2026-11-28.json")
 """Of `RESULTS`, what docs/cpu.md shows."""
 
 _DENSE = "float32 dense"
