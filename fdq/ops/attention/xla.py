@@ -29,7 +29,7 @@ from pallas_kernels.typing import Array, Float, Int
 _BLOCK = 256
 # Of a cache that is read whole: no more than 32 MB of temporary memory.
 _MOST_SCORES = 2**20
-_MOST_GPU_SCORES = 2**26
+_MOST_GPU_SCORES = 2**24
 _MASKED = -1e30  # finite: a block with no visible slot must not make NaN of inf - inf
 
 
@@ -63,7 +63,7 @@ class AttentionArguments:
         return dataclasses.replace(chosen, size=self.block_size or chosen.size)
 
     def _block(self) -> int:
-        """Slots at a time on GPUs: as many as keep the scores in 256 MB."""
+        """Slots at a time on GPUs: as many as keep the scores in 64 MB."""
         b, t, h, _ = (n if isinstance(n, int) else 1 for n in self.q.shape)
         return max(_BLOCK, 1 << max(0, (_MOST_GPU_SCORES // (b * t * h)).bit_length() - 1))
 
@@ -235,7 +235,11 @@ def _attend(settings, q, k, v, lengths, offset, sinks, *, decoded: bool = False)
         return new_largest, total, out
 
     rows = (b, kh, t * group)
-    nothing = [jnp.zeros((*rows, width // value.planes), jnp.float32) for _ in range(value.planes)]
+    zero = jnp.float32(0)
+    if trace_target().platform == "gpu":
+        # Zeros that depend on nothing are written for all layers at once, and held till theirs.
+        zero, query_rows = lax.optimization_barrier((zero, query_rows))
+    nothing = [jnp.full((*rows, width // value.planes), zero) for _ in range(value.planes)]
     if sinks is None:
         sink = jnp.full((*rows, 1), _MASKED, jnp.float32)
         start_state = sink, jnp.zeros((*rows, 1), jnp.float32), nothing
