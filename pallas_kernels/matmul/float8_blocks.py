@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from pallas_kernels.device import default_device
-from pallas_kernels.mosaic.launch import GROUP, launch, load
+from pallas_kernels.mosaic.launch import GROUP, keep_rows_in_order, launch, load, runs_interpreted
 from pallas_kernels.transformations import batchable
 from pallas_kernels.typing import Array, Float
 from pallas_kernels.weights.decoded_weight import decoded_weight
@@ -153,6 +153,8 @@ def _program(
     def step(indices, x, w, x_scale, total):
         """One group of K. `total` is what the groups before came to."""
         of_block = w_scale_ref[block, indices[0]]
+        if not runs_interpreted():
+            keep_rows_in_order([x_scale])
 
         def multiply(sums):
             mg.wgmma(sums, x.at[own], w.T)

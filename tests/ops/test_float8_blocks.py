@@ -165,6 +165,12 @@ def test_the_self_check_allows_for_the_sums_of_hopper(checked):
 
 @pytest.mark.slow
 @pytest.mark.longest
+def test_the_self_check_passes_in_the_interpreter():
+    assert float8_blocks.check().run(jax.devices("cpu")[0]) is None
+
+
+@pytest.mark.slow
+@pytest.mark.longest
 def test_a_wrong_kernel_is_switched_off(rng, monkeypatch, caplog):
     monkeypatch.setattr(self_check, "is_real", lambda device: True)
     monkeypatch.setattr(self_check, "_RESULTS", {})
