@@ -1,7 +1,7 @@
 """Compiles a product for a GPU and prints what Mosaic infers of its shared memory.
 
-`python shared_memory_program.py GPU DIRECTORY KERNEL`, a key of `PRODUCTS`: in a process of its own, for the directory that
-Mosaic dumps into is read once.
+`python shared_memory_program.py GPU DIRECTORY KERNEL`, a key of `PRODUCTS`: in a process of its
+own, for the directory that Mosaic dumps into is read once.
 """
 
 import functools
