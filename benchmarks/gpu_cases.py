@@ -13,7 +13,7 @@ from benchmarks.gpu_weights import weight_spec
 from fdq.models import CONFIGS, DecoderConfig
 from fdq.ops.matmul import check_cases
 from fdq.ops.prepared_weight import kernel_weight
-from pallas_kernels.matmul import mma
+from pallas_kernels.matmul import float8_blocks, mma
 
 if TYPE_CHECKING:
     from pallas_kernels.weights.layout import WeightLayout
@@ -160,6 +160,11 @@ def linear_layers(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 def on_tensor_cores(format: str) -> bool:
     """Whether the tensor cores' kernel takes a format on this device."""
     return mma.unsupported(_layout(format), jnp.bfloat16) is None
+
+
+def multiplies_float8(format: str) -> bool:
+    """Whether the kernel for many rows of float8 takes a format on this device."""
+    return float8_blocks.unsupported(_layout(format)) is None
 
 
 @functools.cache

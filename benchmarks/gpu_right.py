@@ -36,8 +36,11 @@ from benchmarks.gpu_weights import random_array, random_cache, weight_spec
 from fdq.cache import LayerCache, parse_format
 from fdq.formats.qtensor import dequantize
 from fdq.models import CONFIGS
+from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.kernels import kernel_arrays
 from fdq.ops.matmul import mosaic_mma
+from fdq.schemes.scheme import ActivationSpec
+from pallas_kernels.matmul.float8_blocks import float8_blocks
 
 _COLUMNS = 256
 # Of the largest value: float32 sums; 16-bit rows whose rounding may fall on either side, and a
@@ -48,10 +51,15 @@ _TENSOR_CORES = 3e-5
 # Around the borders of blocks and of parts.
 _LENGTHS = (129, 1024, 2049, 4095)
 
-# Rows of a decoded product, and queries of a prompt.
-_MANY = 72
+# Hopper cuts its sums of float8 to 14 bits.
+_FLOAT8 = 2e-3
+
+# Rows of a decoded product, and queries of a prompt; of float8 rows two programs' and a part.
+_MANY, _FLOAT8_ROWS = 72, 300
 
 _FORMATS = ("W4", "W8", "W2", "W3", "WNF4", "Wfp8", "WMXFP4", "WNVFP4", "WCC2", "W4-asym")
+_BLOCKS = "Wfp8-b128"
+_GROUPS = ActivationSpec(format="float8_e4m3", granularity="token_group", group_size=128)
 _CACHES = ("C16", "C8", "C4", "Cfp8")
 
 Made = tuple[Callable[[], Any], np.ndarray, float]
@@ -64,8 +72,8 @@ class RightCase:
 
     Attributes:
       rows: of a product: ``plain`` (partial sums), ``normed``, ``gated``, ``tensor cores`` (partial
-        sums by the kernel that is theirs, for any number of rows), ``decoded`` (many rows); of
-        others their kind.
+        sums by the kernel that is theirs, for any number of rows), ``float8`` (in blocks, by
+        float8), ``decoded`` (many rows); of others their kind.
       case: the shapes and the format.
     """
 
@@ -97,6 +105,8 @@ def right_cases() -> list[RightCase]:
     ]
     if able:
         cases += [matrix(cores, format, "down", m, "int8") for m in (16, 64) for format in first]
+    if gpu_cases.multiplies_float8(_BLOCKS):
+        cases += [matrix("float8", _BLOCKS, layer, _FLOAT8_ROWS) for layer in ("down", "qkv")]
     experts = [c for c in gpu_cases.expert_cases() if c.model == ernie and c.format == "W4"]
     if experts[0].format in able:
         cases += [RightCase("experts", dataclasses.replace(experts[0], tokens=16))]
@@ -177,6 +187,14 @@ def _product(right: RightCase, settings: Settings) -> Made:
         step = jax.jit(lambda x, w: mosaic_mma.partial_sums(x, w).sum(axis=0))
         wanted = np.asarray(x, np.float64) @ _floats(q, columns)
         return lambda: step(x, w.data)[:, columns], wanted, _TENSOR_CORES
+    if right.rows == "float8":
+        codes, scale = quantize_activation(x, _GROUPS)
+        run = functools.partial(float8_blocks, dtype=jnp.float32)
+        rows = np.asarray(
+            activation_values(codes, scale, _GROUPS.group_size, jnp.float32), np.float64
+        )
+        step = jax.jit(lambda x, scale, w: run(x, scale, w)[:, columns])
+        return lambda: step(codes, scale, w.data), rows @ _floats(q, columns), _FLOAT8
     if right.rows == "plain":
         rows = x if case.activation is None else quantized_rows(x)[0]
         name = "matrix_vector" if case.activation is None else "integer_matrix_vector"

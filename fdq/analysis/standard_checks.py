@@ -16,7 +16,7 @@ from fdq.ops.attention import cudnn
 from fdq.ops.attention import mosaic_gpu as attention
 from fdq.ops.choice import compute_capability, trace_target
 from fdq.ops.grouped_matmul import mosaic_mma as grouped_mma
-from fdq.ops.matmul import check_cases, decoded, mosaic_mma
+from fdq.ops.matmul import check_cases, decoded, float8_blocks, mosaic_mma
 from fdq.ops.matmul import mosaic_gpu as matmul
 from fdq.ops.prepared_weight import WordsWeight, kernel_weight
 from fdq.ops.rope_append.mosaic_gpu import Appending
@@ -64,6 +64,7 @@ def standard_checks() -> Iterator[Check]:
 
 
 def _of_products(scheme: str, dtype: str) -> Iterator[Check]:
+    from pallas_kernels.matmul import float8_blocks as blocks
     from pallas_kernels.matmul import mma
     from pallas_kernels.matmul.integer import has_kernel
 
@@ -84,3 +85,5 @@ def _of_products(scheme: str, dtype: str) -> Iterator[Check]:
     for kernel in kernels:
         yield matmul.self_check_of(kernel, spec)
     yield decoded.self_check_of(spec)
+    if blocks.unsupported(words.layout) is None:
+        yield float8_blocks.check()

@@ -24,6 +24,7 @@ from pallas_kernels.aot.kernel_cases import (
     mma_weights,
 )
 from pallas_kernels.matmul.decode import decode_weight
+from pallas_kernels.matmul.float8_blocks import BLOCK, float8_blocks
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
 from pallas_kernels.matmul.gathered_mma import gathered_mma
 from pallas_kernels.matmul.integer import integer_matrix_vector
@@ -98,7 +99,7 @@ def _weights() -> dict[str, _Weight]:
 def kernel_cases() -> list[KernelCase]:
     """Dense products, of int8 activations too, an MLP, experts, and decoded weights."""
     dense = [*_matrix_vector_cases(), *_integer_cases(), *_mma_cases(), *_mlp_cases()]
-    return [*dense, *_experts_cases(), *_decode_cases()]
+    return [*dense, *_experts_cases(), *_decode_cases(), *_float8_cases()]
 
 
 def _matrix_vector_cases() -> list[KernelCase]:
@@ -283,6 +284,33 @@ def _decode_cases() -> list[KernelCase]:
 def _decode(weight: _Weight, k: int, n: int) -> Program:
     function = functools.partial(decode_weight, dtype=activation_dtype())
     return Program(function, (weight.kernel_weight(k, n),))
+
+
+def _float8_cases() -> list[KernelCase]:
+    """float8 by float8 with scales of both, on Hopper; of bfloat16, and of float32 for meshes."""
+
+    def case(rows: int, dtype: str, *, label: str = "", size: tuple[int, int]) -> KernelCase:
+        k, n = size
+        return KernelCase(
+            name=f"float8 rows x fp8 blocks of 128, {rows} x {k} x {n}, {dtype}{label}",
+            kernel="float8 rows x fp8 blocks of 128",
+            build=functools.partial(_float8, rows, k, n, dtype),
+            gpus=("h100", "h200"),
+            representative=dtype == "bfloat16" and not label,
+        )
+
+    layer = "Llama-3-8B down"
+    return [
+        case(2048, "bfloat16", size=_REPRESENTATIVE),
+        case(100, "float32", size=_REPRESENTATIVE),
+        case(2048, "bfloat16", label=f" ({layer})", size=_LAYERS[layer]),
+    ]
+
+
+def _float8(rows: int, k: int, n: int, dtype: str) -> Program:
+    weight = _weights()["fp8 blocks of 128"].kernel_weight(k, n)
+    x, scale = abstract((rows, k), "float8_e4m3fn"), abstract((rows, -(-k // BLOCK)), "float32")
+    return Program(functools.partial(float8_blocks, dtype=dtype), (x, scale, weight))
 
 
 def _experts_cases() -> list[KernelCase]:

@@ -15,6 +15,9 @@ from pallas_kernels.device import default_device
 THREADS = 128
 """CUDA threads of a warp group, the unit that Mosaic's array programs run on."""
 
+GROUP = "group"
+"""The axis of warp groups of a program, where it has several."""
+
 
 def runs_interpreted() -> bool:
     """True where kernels run in the interpreter: the default device is not a GPU.
@@ -68,6 +71,7 @@ def launch(
     grid: tuple[int, ...],
     grid_names: tuple[str, ...],
     scratch_types: Any = (),
+    groups: int = 1,
 ) -> Any:
     """Runs `body(*input_refs, *output_refs, *scratch_refs)` once for each point of `grid`.
 
@@ -75,8 +79,11 @@ def launch(
     threads (Mosaic's Warpgroup semantics, which is also what the interpreter runs).
     Its place is `lax.axis_index(name)`, for the names of the grid's axes, of which the first varies
     fastest on the GPU. Returns arrays of `out_type`: a `jax.ShapeDtypeStruct` or a tuple of them.
+    With several `groups` as many warp groups run the body at each point and share its memory; which
+    one it is says `lax.axis_index(GROUP)`.
     """
     scratch_types = tuple(scratch_types)
+    several: Any = {"num_threads": groups, "thread_name": GROUP} if groups > 1 else {}
 
     @functools.wraps(body)
     def program(*refs):
@@ -90,6 +97,7 @@ def launch(
         grid=grid,
         grid_names=grid_names,
         scratch_types=scratch_types,
+        **several,
         interpret=mg.InterpretGPUParams() if runs_interpreted() else None,
         compiler_params=mg.CompilerParams(lowering_semantics=mg.LoweringSemantics.Warpgroup),
     )(*operands)

@@ -20,7 +20,8 @@ from typing import Any
 
 _PRODUCTS = ("matrix_vector", "integer_matrix_vector", "gathered_matrix_vector")
 _TENSOR_CORES = ("mma_matmul", "integer_mma", "gathered_mma", "gathered_integer_mma")
-KERNELS = (*_PRODUCTS, *_TENSOR_CORES, "decode_weight", "decode_attention", "append", "router")
+_OTHERS = ("decode_weight", "float8_blocks", "decode_attention", "append", "router")
+KERNELS = (*_PRODUCTS, *_TENSOR_CORES, *_OTHERS)
 """Names that rows may use; of attention and append the format is that of the cache. A kernel
 of the tensor cores that is not used for 8 rows or fewer leaves them to the others, not to XLA.
 """

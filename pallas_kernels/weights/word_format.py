@@ -231,6 +231,14 @@ def words_to_bytes(words: jax.Array) -> jax.Array:
     return jnp.stack(parts, axis=-2).reshape(*lead, 4 * rows, n)
 
 
+def turned_bytes(words: jax.Array, dtype: Any) -> jax.Array:
+    """int32 words `[R, N]` -> their bytes, K innermost: `[N, 4 * R]` of a dtype of one byte.
+
+    In one pass, which writes a copy: how tensor cores and libraries want bytes.
+    """
+    return lax.bitcast_convert_type(words.T, jnp.dtype(dtype)).reshape(words.shape[1], -1)
+
+
 def rows_together(x: jax.Array, order: Sequence[Sequence[int]]) -> jax.Array:
     """Rows of units `[..., rows]` -> `[..., words, rows of a word]`, word i of the rows `order[i]`.
 

@@ -25,7 +25,7 @@ def test_stages_fit_in_six_minutes_and_have_modules():
 
 def test_cases_are_unique_and_what_is_read_first_comes_first():
     right = gpu_right.right_cases()
-    kinds = {"tensor cores", "plain", "normed", "gated", "attention", "experts"}
+    kinds = {"tensor cores", "float8", "plain", "normed", "gated", "attention", "experts"}
     assert {case.rows for case in right} == {*kinds, "decoded", "decoded experts", "prompt"}
     assert right[0].rows == "tensor cores"
     assert all(gpu_cases.on_tensor_cores(format) for format in gpu_right._FORMATS)

@@ -16,6 +16,7 @@ from fdq.nn.rotary import RotaryConfig
 from fdq.ops import self_check
 from fdq.ops.kernels import kernel_arrays
 from pallas_kernels.append.cache_update import append, append_reference
+from pallas_kernels.matmul import float8_blocks
 from pallas_kernels.matmul.gathered import gathered_matrix_vector
 from pallas_kernels.matmul.gathered_mma import gathered_mma
 from pallas_kernels.matmul.integer import integer_matrix_vector
@@ -74,6 +75,21 @@ def test_integer_products_on_tensor_cores(case, m):
     x = generator("gpu integers", m).integers(-128, 128, (m, 1024))
     y = mma_matmul(jnp.asarray(x, jnp.int8), w)
     assert error(y.sum(axis=0), x.astype(np.float64) @ values) < BOUND
+
+
+@pytest.mark.parametrize(("m", "k"), [(65, 1000), (400, 4096)])
+def test_float8_in_blocks(m, k):
+    w, values = random_weight(next(c for c in CASES if c.block_size == (128, 128)), k, 640)
+    if reason := float8_blocks.unsupported(w.layout):
+        pytest.skip(reason)
+    rng = generator("gpu float8", m)
+    x = jnp.asarray(rng.normal(size=(m, k)) * 20, jnp.float8_e4m3fn)
+    scale = jnp.asarray(rng.uniform(0.01, 0.1, (m, -(-k // 128))), jnp.float32)
+    wanted = np.asarray(x, np.float64) * np.repeat(np.asarray(scale), 128, axis=1)[:, :k] @ values
+    for dtype, bound in ((jnp.float32, 2e-3), (jnp.bfloat16, 5e-3)):  # sums of 14 bits
+        y = float8_blocks.float8_blocks(x, scale, w, dtype)
+        assert error(y, wanted) < bound
+        np.testing.assert_array_equal(y, float8_blocks.float8_blocks(x, scale, w, dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

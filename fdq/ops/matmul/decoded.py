@@ -2,7 +2,7 @@
 
 Nothing decoded stays: each weight is written when its rows are there, into the memory that the one
 before it had, and read by one product. Where both sides are float8, or int8 with scales per
-channel, the library multiplies the codes.
+channel, the library multiplies the codes; float8 in blocks is multiplied by a kernel on Hopper.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fdq.ops.activation import activation_values, quantize_activation
 from fdq.ops.choice import compute_capability, trace_target, traced_for
 from fdq.ops.dots import exact_dot
 from fdq.ops.kernels import Kernel
-from fdq.ops.matmul import check_cases, mosaic_gpu
+from fdq.ops.matmul import check_cases, float8_blocks, mosaic_gpu
 from fdq.ops.matmul.mosaic_gpu import preferred, unprepared
 from fdq.ops.matmul.product import Product, takes_integers
 from fdq.ops.matmul.xla import compute_dtype
@@ -71,7 +71,9 @@ class Decoded(Kernel[Product]):
             y = decoded_product(x, weight, out)
         else:
             codes, scale = quantize_activation(x, a.activation, a.activation_scale, path=a.path)
-            if a.activation.granularity == "token_group":
+            if float8_blocks.unsupported(a, weight) is None:
+                y = float8_blocks.product(codes, scale, weight, out)
+            elif a.activation.granularity == "token_group":
                 values = activation_values(codes, scale, a.activation.group_size, x.dtype)
                 y = decoded_product(values, weight, out)
             elif _multiplies_codes(a, codes.dtype, weight):
@@ -154,18 +156,16 @@ def _multiplies_codes(a: Product, rows_dtype: Any, w: KernelWeight) -> bool:
 
 @jax.jit
 def _codes_product(codes: jax.Array, w: KernelWeight) -> jax.Array:
-    """Codes `[M, K]` times the codes of a weight, float32 `[M, N]` with the scale of columns.
+    """Codes `[M, K]` times the codes of a weight, float32 `[M, N]` with the scale of columns."""
+    from pallas_kernels.weights.word_format import turned_bytes
 
-    The transposed words are the codes `[N, K]`, K innermost, which is how libraries want bytes.
-    """
     codes = _padded_rows(codes, w)
     codes, words = lax.optimization_barrier((codes, w.words))  # as in `_quantized_product`
     dtype = _CODES[w.layout.format]
     integers = dtype == jnp.int8
-    right = lax.bitcast_convert_type(words.T, dtype)
+    right = turned_bytes(words, dtype)
     if integers:  # offset binary; bytes, as XLA makes two passes of one over words and their turn
         right = right ^ jnp.int8(-128)
-    right = right.reshape(words.shape[1], -1)
     y = lax.dot_general(
         codes,
         right,

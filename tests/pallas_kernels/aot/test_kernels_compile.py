@@ -33,6 +33,7 @@ ON_TENSOR_CORES = (
     ("8 rows x int8 per channel", "a100"),
     ("64 int8 rows x int4 groups of 128", "h100"),
     ("16 int8 rows x int8 per channel", "a100"),
+    ("float8 rows x fp8 blocks of 128", "h100"),
 )
 ON_EVERY_GENERATION = ("matrix-vector int4 groups of 128", "attention C8", "append C8")
 EXPERTS = tuple(
