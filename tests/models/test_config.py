@@ -263,6 +263,19 @@ def test_what_real_configs_carry_besides_is_let_through(name):
         "gradient_checkpointing": True,
         "pruned_heads": {},
         "pad_token_id": -1,
+        # The rest of what transformers' GenerationConfig and older configs have.
+        "stop_strings": ["User:"],
+        "max_time": 3.0,
+        "num_assistant_tokens": 5,
+        "sequence_bias": [[[1], 2.0]],
+        "watermarking_config": {"bias": 2.0},
+        "router_jitter_noise": 0.1,
+        "router_z_loss_coef": 0.1,
+        "resid_dropout": 0.1,
+        "embedding_dropout": 0.1,
+        "loss_type": "ForCausalLMLoss",
+        "sep_token": "<sep>",
+        "_experts_implementation": "eager",
     }
     assert read({**config, **more}) == read({**config, "pad_token_id": None})
     rope = config["rope_parameters"]
