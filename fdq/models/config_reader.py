@@ -111,7 +111,12 @@ class ConfigReader:
         return float(number)
 
     def flag(self, *keys: str, default: Any = _REQUIRED) -> bool:
-        """As `get`, for true or false."""
+        """As `get`, for true or false.
+
+        Null is false, as in transformers, whatever is meant where the key is lacking.
+        """
+        if any(key in self.config for key in keys):
+            default = False
         found = self.get(*keys, default=default)
         if not isinstance(found, bool):
             raise self.wrong(keys, "true or false", found)

@@ -304,6 +304,20 @@ def test_what_is_meant_where_a_config_is_silent():
     assert read({**config, "sliding_window": None}).sliding_windows == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "found"),
+    [
+        ("deepseek_v3", "norm_topk_prob", lambda config: config.moe.normalize),
+        ("deepseek_v3", "rope_interleave", lambda config: config.rotary.interleaved),
+        ("seed_oss", "attention_bias", lambda config: config.qkv_bias),
+    ],
+)
+def test_null_is_false_whatever_a_lacking_key_means(name, key, found):
+    read, config = models.from_huggingface, oracles.read_config(name)
+    assert found(read({other: value for other, value in config.items() if other != key})) is True
+    assert found(read({**config, key: None})) is False  # as in transformers
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
