@@ -343,6 +343,8 @@ def writable(option: str, path: pathlib.Path | None, suffix: str = "") -> None:
         raise ValueError(f"{option} {path}: expected a name that ends with {suffix}.")
     if not (folder := path.absolute().parent).is_dir():
         raise FileNotFoundError(f"{option} {path}: there is no folder {folder}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path}: is a directory; give the name of a file.")
 
 
 def checkpoint_directory(path: pathlib.Path) -> pathlib.Path:

@@ -21,32 +21,39 @@ _SILU = ("hidden_act", "silu", "swish")
 # max_window_layers: mean nothing unless use_sliding_window is true.
 _NEUTRAL = (
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
-    "_commit_hash", "_flash_attn_2_enabled", "_name_or_path", "architectures",
-    "attention_dropout", "attention_implementation", "attention_probs_dropout_prob",
-    "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token",
-    "cache_implementation",
-    "chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "compression_config",
-    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
-    "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token", "eot_token_id",
-    "epsilon_cutoff", "eta_cutoff", "guidance_scale",
-    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
-    "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id", "language",
-    "length_penalty", "license", "mask_token_id", "max_length", "max_new_tokens",
-    "max_sequence_length", "max_window_layers", "min_length", "min_new_tokens", "min_p",
-    "model_max_length", "model_type", "name_or_path",
-    "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
-    "num_nextn_predict_layers", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_past", "output_router_logits", "output_scores", "pad_token",
-    "penalty_alpha", "prefix", "pretraining_tp",
-    "problem_type", "quantization_config", "remove_invalid_values", "renormalize_logits",
-    "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
-    "router_aux_loss_coef", "sep_token_id", "seq_length", "sliding_window", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "trust_remote_code", "typical_p", "unk_token", "unk_token_id",
-    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
-    "use_flash_attention_2", "use_flash_attn",
+    "_commit_hash", "_experts_implementation", "_experts_implementation_internal",
+    "_flash_attn_2_enabled", "_from_model_config", "_name_or_path", "_output_attentions",
+    "add_bos_token", "add_eos_token", "architectures", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_lookbehind", "attention_dropout", "attention_implementation",
+    "attention_probs_dropout_prob", "attn_dropout", "attn_implementation", "auto_map",
+    "bad_words_ids", "base_model_name_or_path", "begin_suppress_tokens", "bos_token",
+    "cache_config", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout",
+    "cls_token", "cls_token_id", "compile_config", "compression_config", "constraints",
+    "decoder_start_token_id", "disable_compile", "diversity_penalty", "do_sample", "dola_layers",
+    "dtype", "early_stopping", "embd_pdrop", "embedding_dropout", "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty", "eos_token", "eot_token_id", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "finetuning_task", "force_words_ids", "forced_bos_token_id",
+    "forced_eos_token_id", "gradient_checkpointing", "guidance_scale", "hidden_dropout",
+    "hidden_dropout_prob", "id2label", "initializer_range", "is_assistant", "is_decoder",
+    "is_llama_config", "label2id", "language", "length_penalty", "license", "logits_to_keep",
+    "loss_type", "low_memory", "mask_token", "mask_token_id", "max_length",
+    "max_matching_ngram_size", "max_new_tokens", "max_sequence_length", "max_time",
+    "max_window_layers", "min_length", "min_new_tokens", "min_p", "model_max_length", "model_type",
+    "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "num_beam_groups", "num_beams", "num_labels",
+    "num_nextn_predict_layers", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_logits", "output_past", "output_router_logits", "output_scores", "pad_token",
+    "padding_side", "penalty_alpha", "prefill_chunk_size", "prefix", "pretraining_tp",
+    "problem_type", "prompt_lookup_num_tokens", "quantization_config", "remove_invalid_values",
+    "renormalize_logits", "repetition_penalty", "resid_dropout", "resid_pdrop", "residual_dropout",
+    "return_dict", "return_dict_in_generate", "return_legacy_cache", "router_aux_loss_coef",
+    "router_jitter_noise", "router_z_loss_coef", "sep_token", "sep_token_id", "seq_length",
+    "sequence_bias", "sliding_window", "stop_strings", "suppress_tokens", "target_lookbehind",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "token_healing",
+    "tokenizer_class", "tokenizer_name", "top_h", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "trust_remote_code", "typical_p", "unk_token",
+    "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "use_flash_attention_2", "use_flash_attn", "watermarking_config",
 )  # fmt: skip
 
 
@@ -104,7 +111,12 @@ class ConfigReader:
         return float(number)
 
     def flag(self, *keys: str, default: Any = _REQUIRED) -> bool:
-        """As `get`, for true or false."""
+        """As `get`, for true or false.
+
+        Null is false, as in transformers, whatever is meant where the key is lacking.
+        """
+        if any(key in self.config for key in keys):
+            default = False
         found = self.get(*keys, default=default)
         if not isinstance(found, bool):
             raise self.wrong(keys, "true or false", found)

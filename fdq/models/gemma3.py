@@ -3,6 +3,7 @@
 Of a multimodal one its text half.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from fdq.models import config_writer
@@ -54,12 +55,29 @@ def _rotary(reader: ConfigReader, kind: str, key: str, theta: float) -> RotaryCo
         )
     own = dict(ConfigReader({**of_kinds, "model_type": reader.family}).mapping(kind))
     scaling = reader.mapping("rope_scaling")
-    if kind == FULL and scaling:
-        own = {"rope_theta": own.get("rope_theta"), **scaling}
+    if kind == FULL:
+        own = _stretched(reader, own, scaling)
     beside = reader.number(key, default=theta)
     longest = {"max_position_embeddings": reader.config.get("max_position_embeddings", 131072)}
     one = ConfigReader({"model_type": reader.family, "rope_parameters": own, **longest})
     return one.rotary(theta=beside)
+
+
+def _stretched(
+    reader: ConfigReader, own: dict[str, Any], scaling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`own` parameters with those of `rope_scaling`, each in place of its namesake.
+
+    transformers gives them a `rope_type` first, so that an older `type` of a scaling is not heard.
+    """
+    named = {"rope_type": own.get("type", "default"), **own, **scaling}
+    if scaling.get("type", named["rope_type"]) != named["rope_type"]:
+        raise ValueError(
+            f"{reader.family} config: rope_scaling says type={scaling['type']!r:.200}, which "
+            "transformers does not read in this family: it would rotate by "
+            f"rope_type={named['rope_type']!r:.200}. Write rope_type in its place"
+        )
+    return named
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

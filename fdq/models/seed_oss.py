@@ -10,7 +10,6 @@ from fdq.models.family import Family
 def _read(reader: ConfigReader) -> DecoderConfig:
     reader.usual(num_key_value_heads=8, max_position_embeddings=524288, head_dim=128)
     reader.usual(pad_token_id=1, bos_token_id=0, eos_token_id=2)
-    reader.neutral("residual_dropout")
     fields = reader.base(epsilon=1e-6, tie=False)
     fields["qkv_bias"] = reader.flag("attention_bias", default=True)
     fields["output_bias"] = reader.flag("attention_out_bias", default=False)

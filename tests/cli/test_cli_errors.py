@@ -157,6 +157,7 @@ WRONG = {
         "expected fixed or free",
     ),
     "report in no folder": (["evaluate", "{original}", "--html", "{new}/a.html"], "no folder"),
+    "a report that is a folder": (["evaluate", "{original}", "--html", "{empty}"], "a directory"),
     "report beside static scales": (
         ["evaluate", "{original}", "--html", "{empty}/a.html", "--beside", "W8A8-static"],
         "W8A8-static has static scales",

@@ -263,6 +263,19 @@ def test_what_real_configs_carry_besides_is_let_through(name):
         "gradient_checkpointing": True,
         "pruned_heads": {},
         "pad_token_id": -1,
+        # The rest of what transformers' GenerationConfig and older configs have.
+        "stop_strings": ["User:"],
+        "max_time": 3.0,
+        "num_assistant_tokens": 5,
+        "sequence_bias": [[[1], 2.0]],
+        "watermarking_config": {"bias": 2.0},
+        "router_jitter_noise": 0.1,
+        "router_z_loss_coef": 0.1,
+        "resid_dropout": 0.1,
+        "embedding_dropout": 0.1,
+        "loss_type": "ForCausalLMLoss",
+        "sep_token": "<sep>",
+        "_experts_implementation": "eager",
     }
     assert read({**config, **more}) == read({**config, "pad_token_id": None})
     rope = config["rope_parameters"]
@@ -289,6 +302,20 @@ def test_what_is_meant_where_a_config_is_silent():
     config = oracles.read_config("qwen2_window")
     del config["layer_types"]
     assert read({**config, "sliding_window": None}).sliding_windows == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "found"),
+    [
+        ("deepseek_v3", "norm_topk_prob", lambda config: config.moe.normalize),
+        ("deepseek_v3", "rope_interleave", lambda config: config.rotary.interleaved),
+        ("seed_oss", "attention_bias", lambda config: config.qkv_bias),
+    ],
+)
+def test_null_is_false_whatever_a_lacking_key_means(name, key, found):
+    read, config = models.from_huggingface, oracles.read_config(name)
+    assert found(read({other: value for other, value in config.items() if other != key})) is True
+    assert found(read({**config, key: None})) is False  # as in transformers
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -40,6 +40,15 @@ def test_the_older_spelling_stretches_layers_that_see_everything():
     assert config.local_rotary == RotaryConfig(theta=5e3)
 
 
+def test_a_scaling_is_laid_over_the_parameters_of_layers_that_see_everything():
+    """As in transformers: what it does not say stays, the type included."""
+    config = read({**CONFIG, "rope_scaling": {"factor": 2.0, "type": "linear"}})
+    assert config.rotary == RotaryConfig(theta=1e6, rope_type="linear", factor=2.0)
+    assert config.local_rotary == read(CONFIG).local_rotary
+    with pytest.raises(ValueError, match="rope_scaling says type='linear'"):
+        read(silent(rope_scaling={"factor": 2.0, "type": "linear"}))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -52,6 +61,10 @@ def test_the_older_spelling_stretches_layers_that_see_everything():
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "dynamic", "factor": 2.0}}},
             "local_rotary: rope_type 'dynamic' depends on the length",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "type='yarn', which transformers does not read in this family: .* rope_type='linear'",
         ),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be an integer of at least 1"),
     ],
