@@ -68,7 +68,11 @@ def main() -> int:
     )
     outliers = with_outliers(original)
     seen = fdq.calibrate(outliers, rows, moments=moments)
-    models = {"outliers": (outliers, seen), "smoothed": fdq.smoothed(outliers, seen)}
+    models = {"outliers": (outliers, seen)}
+    changed = {
+        "smoothed": lambda scheme: fdq.smoothed(outliers, seen, scheme),
+        "awq": lambda scheme: fdq.activation_aware(outliers, seen, scheme),
+    }
     wanted = arguments.model or ["original", "outliers", "smoothed", "awq"]
     if "original" in wanted:
         models["original"] = (original, fdq.calibrate(original, rows, moments=moments))
@@ -76,9 +80,7 @@ def main() -> int:
     for name in wanted:
         for scheme in schemes:
             bare, _, method = scheme.partition(":")
-            model, known = (
-                models[name] if name != "awq" else fdq.activation_aware(outliers, seen, bare)
-            )
+            model, known = changed[name](bare) if name in changed else models[name]
             q = fdq.quantize(model, bare, method=method or None, calibration=known)
             report = evaluate(q, comparison.tokens, reference=recorded, window=WINDOW)
             kl, bar = report.kl_nats_per_token, BARS.get((name, scheme))

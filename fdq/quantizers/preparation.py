@@ -53,7 +53,7 @@ def prepared(
         if seen is None:
             raise ValueError(f"Preparation {name!r} needs calibration.")
         if name == "smooth":
-            model, seen = smoothed(model, seen)
+            model, seen = smoothed(model, seen, scheme)
         else:
             model, seen = activation_aware(model, seen, scheme)
     return model, seen

@@ -94,6 +94,18 @@ def planted(model, rng, calibration):
     return scaling.model, scaling.calibration()
 
 
+def statistics_of_ones():
+    sizes = {f"layers.{i}.self_attn.{name}": size for i in (0, 1) for name, size in ATTENTION}
+    sizes |= {
+        f"layers.0.mlp.{name}": size for name, size in (("gate_up_proj", 48), ("down_proj", 40))
+    }
+    sizes |= {f"layers.1.mlp.{name}": size for name, size in EXPERTS}
+    absmax, mean_square = (
+        {f"{path}.kernel": np.ones(size, np.float32) for path, size in sizes.items()} for _ in "12"
+    )
+    return fdq.Calibration(absmax=absmax, mean_square=mean_square, cache=(), tokens=1)
+
+
 def logits(model, tokens):
     return np.asarray(nnx.jit(lambda m, t: m(t))(model, tokens))
 
@@ -149,8 +161,8 @@ def error(model, other, tokens):
 @pytest.mark.longest
 def test_smoothed_and_aware_models_quantize_with_less_error(model, tokens, rng):
     other, seen = planted(model, rng, fdq.calibrate(model, tokens, moments=True))
-    smooth, of_smooth = fdq.smoothed(other, seen)
     for scheme, factor in (("W8A8", 0.25), ("W8A8-static", 0.1)):
+        smooth, of_smooth = fdq.smoothed(other, seen, scheme)
         worse = error(model, fdq.quantize(other, scheme, calibration=seen), tokens)
         better = error(model, fdq.quantize(smooth, scheme, calibration=of_smooth), tokens)
         assert better < factor * worse
@@ -160,6 +172,22 @@ def test_smoothed_and_aware_models_quantize_with_less_error(model, tokens, rng):
     worse = error(model, fdq.quantize(other, scheme), tokens)
     better = error(model, fdq.quantize(aware, scheme, calibration=of_aware), tokens)
     assert better < 0.7 * worse
+
+
+def test_dynamic_rows_are_smoothed_by_their_usual_size_static_ones_by_their_largest(model):
+    path, part = "layers.0.self_attn.qkv_proj.kernel", "layers.0.self_attn.qkv_proj.*"
+    w = np.asarray(model.layers[0].self_attn.qkv_proj.kernel.get_value())
+    seen = statistics_of_ones()
+    largest, usual = np.random.default_rng(0).uniform(1, 2, (2, 48)).astype(np.float32)
+    seen.absmax[path][:], seen.mean_square[path][:] = largest, np.square(usual)
+    by_usual = np.sqrt(usual / np.sqrt(np.square(w).mean(axis=1)))
+    by_largest = largest**0.6 / np.abs(w).max(axis=1) ** 0.4
+    mixed = fdq.Recipe([("*.down_proj", "W8A8-static"), ("*", "W8A8")])
+    cases = ((None, by_usual), ("W8A8", by_usual), ("W8A8-static", by_largest), (mixed, by_usual))
+    for scheme, expected in cases:
+        smooth, _ = fdq.smoothed(model, seen, scheme, only=part)
+        found = np.asarray(smooth.layers[0].self_attn.qkv_proj.kernel.get_value())[:, 0] / w[:, 0]
+        np.testing.assert_allclose(found, expected / np.exp(np.log(expected).mean()), rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [48, longest(64), longest(7)])
@@ -242,15 +270,9 @@ def test_what_cannot_be_scaled_or_turned(model, tokens):
         check_preparations(["smooth", "rotate"])
     with pytest.raises(ValueError, match="'smooth' needs calibration"):
         prepared(model, ["smooth"], "W8A8", None)
-    sizes = {f"layers.{i}.self_attn.{name}": size for i in (0, 1) for name, size in ATTENTION}
-    sizes |= {
-        f"layers.0.mlp.{name}": size for name, size in (("gate_up_proj", 48), ("down_proj", 40))
-    }
-    sizes |= {f"layers.1.mlp.{name}": size for name, size in EXPERTS}
-    known = {f"{path}.kernel": np.ones(size, np.float32) for path, size in sizes.items()}
-    seen = fdq.Calibration(absmax=known, mean_square=known, cache=(), tokens=1)
+    seen = statistics_of_ones()
     with pytest.raises(ValueError, match="alpha from 0 to 1, found 2"):
         fdq.smoothed(model, seen, alpha=2)
-    known["layers.0.self_attn.qkv_proj.kernel"][3] = np.inf
-    with pytest.raises(ValueError, match=r"absmax of layers.0.self_attn.qkv_proj.kernel are not"):
+    seen.mean_square["layers.0.self_attn.qkv_proj.kernel"][3] = np.inf
+    with pytest.raises(ValueError, match=r"statistics of layers.0.self_attn.qkv_proj.kernel are"):
         fdq.smoothed(model, seen)
