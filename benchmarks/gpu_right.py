@@ -146,7 +146,8 @@ def _small(case: RightCase) -> Any:
         return small_experts(case.case)
     if case.rows in ("attention", "prompt"):
         return small_attention(case.case)
-    return cut(case.case)
+    small = cut(case.case)
+    return dataclasses.replace(small, m=_MANY) if case.rows == "float8" else small
 
 
 def measure(case: RightCase, settings: Settings) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """Where block-wise float8 is multiplied in float8, and that its self-check sees what is wrong."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from fdq.ops.matmul import float8_blocks
 from fdq.ops.matmul.product import Product, parse_activation
 from fdq.ops.prepared_weight import kernel_weight
 from fdq.schemes.scheme import ActivationSpec
+from pallas_kernels.aot.ahead_of_time import unavailable
 from pallas_kernels.matmul import float8_blocks as kernels
 from pallas_kernels.weights.word_format import turned_bytes
 from tests.closeness import error
@@ -179,3 +184,30 @@ def test_a_wrong_kernel_is_switched_off(rng, monkeypatch, caplog):
     monkeypatch.setattr(kernels, "float8_blocks", stand_in(WRONG["one group left out"]))
     assert "it differs from its reference" in reason(product(weight(rng)))
     assert "float8_blocks[float8_e4m3, blocks of 128 x 128] is switched off" in caplog.text
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.parametrize(
+    ("gpu", "scheme", "activation", "called"),
+    [
+        longest("h100", "Wfp8A16", "fp8", ["__cublas$lt$matmul$f8"]),
+        longest("l4", "Wfp8A16", "fp8", ["__cublas$lt$matmul$f8"]),
+        longest("h100", "block_wise_fp8", "fp8-x128", ["mosaic_gpu_v2"]),
+        # Decoded, and multiplied in bfloat16.
+        longest("l4", "block_wise_fp8", "fp8-x128", ["mosaic_gpu_v2", "__cublas$lt$matmul"]),
+    ],
+)
+def test_what_multiplies_rows_of_float8(gpu, scheme, activation, called):
+    root = pathlib.Path(__file__).parents[2]
+    dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {k: v for k, v in os.environ.items() if k not in dropped}
+    environment |= {
+        "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
+    program = str(root / "tests" / "float8_program.py")
+    command = [sys.executable, program, gpu, scheme, activation]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == called
