@@ -213,7 +213,13 @@ def test_addresses():
     assert found == Address("o.x/n-1", "v1.0", "sub/m-Q4.gguf")
     assert str(found) == "hf://o.x/n-1@v1.0/sub/m-Q4.gguf"
     assert Address.parse("owner/name") is None
-    for text in ("hf://owner", "hf://owner/name/config.json", "hf://../name", "hf://a/b/../c.gguf"):
+    for text in (
+        "hf:",
+        "hf://owner",
+        "hf://owner/name/config.json",
+        "hf://../name",
+        "hf://a/b/../c.gguf",
+    ):
         with pytest.raises(CheckpointError, match="expected hf://owner/name"):
             Address.parse(text)
 

@@ -28,6 +28,14 @@ def _set(end, value):
     return change
 
 
+def _zeros(end):
+    def change(tensors):
+        name = next(n for n in tensors if n.endswith(end))
+        tensors[name] = np.zeros_like(tensors[name])
+
+    return change
+
+
 def _remove(end):
     return lambda tensors: tensors.pop(next(n for n in tensors if n.endswith(end)))
 
@@ -76,6 +84,10 @@ def of_bits(format, bits, type):
     [
         ("gptq", _set(".scales", np.nan), {}, "scales' holds a scale that is not finite"),
         ("gptq v2, 4 bits", _set(".scales", -1), {}, "negative"),
+        ("gptq", _zeros(".scales"), {}, "all scales of 'model.layers.* are 0, its codes are not"),
+        ("int8", _zeros("weight_scale"), {}, "are 0, its codes are not"),
+        ("nvfp4", _zeros("weight_scale"), {}, "are 0, its codes are not"),
+        ("nf4", _zeros(".absmax"), {}, "are 0, its codes are not"),
         ("gptq", _remove(".qzeros"), {}, "qzeros' is missing beside the codes"),
         ("gptq", _set(".qzeros", 0), {}, "other zero points than 8"),
         ("gptq", _nothing, {"bits": 5}, "bits = 5, expected 2 or 3 or 4 or 8"),

@@ -46,12 +46,12 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Self | None:
         """None for what does not begin with `hf:`; CheckpointError for what begins so alone."""
-        if not re.match(r"hf:/", text):
+        if not re.match(r"hf:(/|$)", text):  # pathlib leaves `hf:` of a lone `hf://`
             return None
         match = _ADDRESS.fullmatch(text)
         file = match and match[3]
         if match is None or (file and not file.lower().endswith(".gguf")) or ".." in text:
-            given = re.sub("^hf:/+", "hf://", text)
+            given = re.sub("^hf:/*", "hf://", text)
             raise CheckpointError(
                 f"{shown(given)}: expected hf://owner/name, hf://owner/name@revision or "
                 "hf://owner/name/file.gguf."

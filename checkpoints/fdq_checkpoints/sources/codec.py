@@ -137,6 +137,23 @@ class Codec(abc.ABC):
     def read(self, linear: Linear) -> StoredWeight:
         """Its weight; of a stack that of its `expert`."""
 
+    def stored(self, linear: Linear) -> StoredWeight:
+        """As `read`; CheckpointError where all scales are 0 and the codes are not those of zeros.
+
+        A single scale of 0 may be that of a group too small for its dtype.
+        """
+        weight = self.read(linear)
+        scale, codes = weight.arrays.get("scale"), weight.codes
+        if scale is None or weight.spec.zero_point == "offset":
+            return weight
+        if not scale.astype(np.float32).any() and (codes != codes.flat[0]).any():
+            raise CheckpointError(
+                f"{self.directory.file_name(linear.names[0])}: all scales of "
+                f"{shown(linear.module)} are 0, its codes are not. Download it again, or take the "
+                "float original."
+            )
+        return weight
+
     def linears(self) -> dict[str, Linear]:
         """All quantized modules by name, stacks by the name of their weight in floats."""
         found = {}

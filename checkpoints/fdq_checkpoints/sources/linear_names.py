@@ -54,7 +54,7 @@ class LinearNames:
 
     def weight(self, linear: Linear) -> StoredWeight:
         """The codes of a layer."""
-        return self.codec.read(linear)
+        return self.codec.stored(linear)
 
     def input_scale(self, linear: Linear) -> np.float32:
         """The static scale of a layer's input."""
@@ -84,7 +84,7 @@ class LinearNames:
             return self.directory.read(name)
         if linear.experts is not None:
             return self.read_rows(name, 0, linear.experts)
-        floats = np.asarray(dequantize(self.codec.read(linear).qtensor()))
+        floats = np.asarray(dequantize(self.codec.stored(linear).qtensor()))
         if linear.input_factor is not None:
             floats = floats * self.codec.factor_of(linear)[:, None]
         floats = floats.T if self.codec.out_first else floats
@@ -107,5 +107,5 @@ class LinearNames:
             return self.read(name)[start:stop]
         result = np.empty((stop - start, *linear.float_shape[1:]), self.tensors[name].dtype)
         for row, expert in zip(result, linear.each()[start:stop], strict=True):
-            row[:] = dequantize(self.codec.read(expert).qtensor())
+            row[:] = dequantize(self.codec.stored(expert).qtensor())
         return result
