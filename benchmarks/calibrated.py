@@ -53,7 +53,7 @@ ROWS = {
 ROTATED = "rotate+"
 
 MOMENT_ROWS = 384
-"""Of 256 tokens: what a third of them say of gradients costs 2-bit trellis codes a twelfth more."""
+"""Of 256 tokens: with a third of them 2-bit trellis codes cost a twentieth more."""
 
 
 def markdown(rows: list[Row]) -> str:
