@@ -1,6 +1,6 @@
 """What healing makes of the shipped model: `python -m benchmarks.healed`.
 
-Each row quantizes with second moments of 32,768 tokens, heals on the training split of the sample
+Each row quantizes with second moments of 98,304 tokens, heals on the training split of the sample
 text, and predicts held-out text through the cache, as `benchmarks.calibrated`. Prints a table and
 exits with 1 if a bar is missed. A stopped run goes on from the states in --folder.
 
@@ -15,6 +15,7 @@ import pathlib
 import sys
 
 import fdq
+from benchmarks.calibrated import MOMENT_ROWS
 from fdq import text_table
 from fdq.analysis import sample_text
 from fdq.analysis.comparison import Comparison
@@ -53,7 +54,7 @@ def main() -> int:
     if arguments.calibration is not None and arguments.calibration.exists():
         calibration = Calibration.load(arguments.calibration)
     else:
-        calibration = comparison.calibration(moments=True, output_moments=True)
+        calibration = comparison.calibration(moments=True, output_moments=True, rows=MOMENT_ROWS)
         if arguments.calibration is not None:
             calibration.save(arguments.calibration)
     original = fdq.load(comparison.source, prepare=False)

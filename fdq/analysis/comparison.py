@@ -144,12 +144,18 @@ class Comparison:
         name = name or str(scheme)
         return self._row(name, model, inspection.disk_bytes, seconds, rest, decodes=decodes)
 
-    def calibration(self, *, moments: bool = False, output_moments: bool = False) -> Calibration:
-        """Statistics over text that is not evaluated on: 8192 tokens, for moments 32768."""
+    def calibration(
+        self, *, moments: bool = False, output_moments: bool = False, rows: int | None = None
+    ) -> Calibration:
+        """Statistics over text that is not evaluated on: 8192 tokens, for moments 32768.
+
+        `rows` of 256 tokens, where others are wanted.
+        """
         from fdq.analysis import sample_text
         from fdq.storage import load
 
-        rows = MOMENT_ROWS if moments or output_moments else 32
+        if rows is None:
+            rows = MOMENT_ROWS if moments or output_moments else 32
         tokens = sample_text.calibration_rows(
             lambda text: self.tokenizer.encode(text, bos=True), rows, length=WINDOW
         )

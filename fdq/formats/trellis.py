@@ -37,7 +37,7 @@ from fdq.schemes.scheme import WeightSpec
 
 TILE = 128  # columns
 UNIT_STEPS = 8  # of which the bits are whole bytes
-PART = 8  # columns of a tile between which there is feedback, where it is wanted
+PART = 4  # columns of a tile between which there is feedback, where it is wanted
 LANES = 16  # sequences of a step of the search, which a CPU's vectors hold
 ROUNDS = 1  # of fitting scales to codes, before those that are kept
 

@@ -1,10 +1,10 @@
 """GPTQ: rows are rounded one after the other, and those to come make up for the errors so far.
 
 Minimizes `tr(Dᵀ H D)`, D the change of a weight `[K, N]`, H the second moment of its input
-(arXiv 2210.17323). Rows are taken in the order of their mean squares, while groups stay those of
-the stored order, with scales of least error weighted by mean squares: what is stored is decoded as
-ever. Then rows are gone over again, each set to the best level beside all others (coordinate
-descent), and scales are refitted to their codes.
+(arXiv 2210.17323). Rows are taken in the order of `second_moment.pivot_order`, while groups stay
+those of the stored order, with scales of least error weighted by mean squares: what is stored is
+decoded as ever. Then rows are gone over again, each set to the best level beside all others
+(coordinate descent), and scales are refitted to their codes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Gptq(Quantizer):
         # As stored: XLA may leave out a rounding that is followed by a conversion back.
         parameters = lax.optimization_barrier(parameters)
         grid = Grid.of(parameters, spec, w.shape)
-        order = second_moment.act_order(moment)
+        order = second_moment.pivot_order(moment)
         factor = second_moment.feedback_factor(second_moment.in_order(moment, order))
         in_order, its_grid = jax.tree.map(lambda a: a[order], (w, grid))
         levels = rounded(in_order, its_grid, factor, spec)[jnp.argsort(order)]
@@ -108,13 +108,13 @@ class TwoSidedGptq(Gptq):
     required = ("input_moment", "output_moment")
 
     def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
-        """As `gptq`, with rows and columns in the order of their mean squares."""
+        """As `gptq`, with rows and columns in such an order."""
         w = w.astype(jnp.float32)
         moment = second_moment.damped(statistics["input_moment"])
         outputs = second_moment.damped(statistics["output_moment"], OUTPUT_DAMPING)
         parameters = fitted(w, spec, jnp.diagonal(moment))
         parameters = lax.optimization_barrier(parameters)
-        rows, columns = second_moment.act_order(moment), second_moment.act_order(outputs)
+        rows, columns = second_moment.pivot_order(moment), second_moment.pivot_order(outputs)
         in_order = second_moment.in_order(moment, rows)
         factor = second_moment.feedback_factor(second_moment.in_order(outputs, columns))
 

@@ -51,7 +51,7 @@ class LDLQ(Quantizer):
         return None if isinstance(format_of(spec), Trellis) else "is for trellis codes"
 
     def matrix(self, w: jax.Array, spec: WeightSpec, statistics: Statistics) -> Arrays:
-        """Chooses the streams of all rows, in the order of their mean squares."""
+        """Chooses the streams of all rows, in the order in which errors are made up for best."""
         format = format_of(spec)
         assert isinstance(format, Trellis)
         w = w.astype(jnp.float32)
@@ -59,7 +59,7 @@ class LDLQ(Quantizer):
         # A power of two, by which a scale that was rounded is multiplied exactly.
         size = jnp.ldexp(jnp.float32(1.0), jnp.frexp(jnp.where(size > 0, size, 1.0))[1])
         moment = second_moment.damped(statistics["input_moment"])
-        order = second_moment.act_order(moment)
+        order = second_moment.pivot_order(moment)
         moment = second_moment.in_order(moment, order)
         factor = second_moment.feedback_factor(moment)
         rows = _Rows(format, moment, factor)

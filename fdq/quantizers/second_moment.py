@@ -16,6 +16,8 @@ DAMPING = 0.01
 
 _TIMES = 10.0  # more damping where the factor does not exist
 _TRIES = 6
+_PIVOTS = 64  # between which the rest of a moment is brought up to date by a product
+_LEAST_PIVOT = 1e-12
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -66,6 +68,42 @@ def feedback_factor(moment: jax.Array) -> jax.Array:
 def act_order(moment: jax.Array) -> jax.Array:
     """Channels, int32 `[K]`, of the largest mean square first: rounded while all can make up."""
     return jnp.argsort(-jnp.diagonal(moment), stable=True).astype(jnp.int32)
+
+
+def pivot_order(moment: jax.Array) -> jax.Array:
+    """Channels of a damped moment, int32 `[K]`, so ordered that errors are made up for best.
+
+    What is left of the error of a row once those after it have made up for it, `1 / U[j, j]^2`, is
+    its pivot in a Cholesky factorization from the last row to the first. Their product does not
+    depend on the order, so that their sum is the smaller the more alike they are: the last row is
+    the one of the least pivot, and so on to the first (min-pivot order, arXiv 2507.18553).
+    """
+    k = moment.shape[0]
+
+    def block(b: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+        left, taken, order = state  # what the columns of the factor so far leave of the moment
+
+        def one(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
+            columns, diagonal, taken, order = state
+            pivot = jnp.argmin(jnp.where(taken, jnp.inf, diagonal)).astype(jnp.int32)
+            column = left[:, pivot] - product(columns, columns[pivot])
+            column = column * lax.rsqrt(jnp.maximum(diagonal[pivot], jnp.float32(_LEAST_PIVOT)))
+            column = jnp.where(taken, jnp.float32(0.0), column)
+            return (
+                columns.at[:, i].set(column),
+                diagonal - jnp.square(column),
+                taken.at[pivot].set(True),
+                order.at[k - 1 - b * _PIVOTS - i].set(pivot),
+            )
+
+        columns = jnp.zeros((k, _PIVOTS), jnp.float32)
+        start = (columns, jnp.diagonal(left), taken, order)
+        count = jnp.minimum(_PIVOTS, k - b * _PIVOTS)
+        columns, _, taken, order = lax.fori_loop(0, count, one, start)
+        return left - product(columns, columns.T), taken, order
+
+    start = (moment, jnp.zeros(k, bool), jnp.zeros(k, jnp.int32))
+    return lax.fori_loop(0, -(-k // _PIVOTS), block, start)[2]
 
 
 def in_order(moment: jax.Array, order: jax.Array) -> jax.Array:

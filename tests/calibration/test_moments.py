@@ -134,3 +134,25 @@ def test_factor(rng):
     assert jnp.isfinite(FACTOR(bad)).all()
     order = np.asarray(second_moment.act_order(jnp.asarray(moment)))
     assert (np.diff(np.diagonal(moment)[order]) <= 0).all()
+
+
+def test_the_order_of_least_pivots_leaves_less_error(rng):
+    """As a factorization that takes the least pivot each time says, in float64; past one block."""
+    k = 70
+    mixed = rng.standard_normal((4 * k, k)) @ (rng.standard_normal((k, k)) * np.arange(1, k + 1))
+    moment = np.asarray(second_moment.damped(jnp.asarray((mixed.T @ mixed).astype(np.float32))))
+    order = np.asarray(jax.jit(second_moment.pivot_order)(jnp.asarray(moment)))
+    left, expected = moment.astype(np.float64), []
+    for _ in range(k):
+        alive = [i for i in range(k) if i not in expected]
+        pivot = min(alive, key=lambda i: left[i, i])
+        left = left - np.outer(left[:, pivot], left[pivot]) / left[pivot, pivot]
+        expected.append(pivot)
+    np.testing.assert_array_equal(order, expected[::-1])
+
+    def left_over(order: np.ndarray) -> float:
+        factor = np.asarray(FACTOR(jnp.asarray(moment[order][:, order])))
+        return float(np.sum(1 / np.square(np.diagonal(factor))))
+
+    by_size = np.argsort(-np.diagonal(moment))
+    assert left_over(order) < 0.99 * left_over(by_size)

@@ -9,7 +9,7 @@ import fdq
 from fdq.formats import FORMATS
 from fdq.formats.qtensor import dequantize
 from fdq.formats.trellis import Trellis
-from fdq.quantizers import column_blocks, ldlq, quantize_array
+from fdq.quantizers import column_blocks, ldlq, quantize_array, second_moment
 from fdq.schemes.scheme import WeightSpec
 
 K, N = 72, 256
@@ -61,7 +61,7 @@ def test_what_is_left_is_spread_over_the_rows_to_come(layer):
     w, h, _ = layer
     q = quantize_array(w, T2, method="ldlq", statistics={"input_moment": h})
     # Undo the fit of the scale, which comes after: targets are in units of the scale before.
-    order = np.argsort(-np.diag(h), kind="stable")
+    order = np.asarray(second_moment.pivot_order(second_moment.damped(jnp.asarray(h))))
     h = h.astype(np.float64)[order][:, order] / np.mean(np.diag(h)) + 0.01 * np.eye(K)
     w = w.astype(np.float64)[order]
     spread = np.sqrt(np.sum(np.diag(h)[:, None] * w**2, axis=0) / np.trace(h))
