@@ -39,7 +39,7 @@ TILE = 128  # columns
 UNIT_STEPS = 8  # of which the bits are whole bytes
 PART = 4  # columns of a tile between which there is feedback, where it is wanted
 LANES = 16  # sequences of a step of the search, which a CPU's vectors hold
-ROUNDS = 1  # of fitting scales to codes, before those that are kept
+ROUNDS = 3  # of fitting scales to codes, before those that are kept
 
 
 class Trellis(Format):
