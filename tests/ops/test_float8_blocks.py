@@ -1,10 +1,6 @@
 """Where block-wise float8 is multiplied in float8, and that its self-check sees what is wrong."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +19,7 @@ from pallas_kernels.aot.ahead_of_time import unavailable
 from pallas_kernels.matmul import float8_blocks as kernels
 from pallas_kernels.weights.word_format import turned_bytes
 from tests.closeness import error
+from tests.compiling_program import printed
 from tests.covering import longest
 
 
@@ -198,16 +195,4 @@ def test_a_wrong_kernel_is_switched_off(rng, monkeypatch, caplog):
     ],
 )
 def test_what_multiplies_rows_of_float8(gpu, scheme, activation, called):
-    root = pathlib.Path(__file__).parents[2]
-    dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {k: v for k, v in os.environ.items() if k not in dropped}
-    environment |= {
-        "PYTHONPATH": str(root),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    }
-    program = str(root / "tests" / "float8_program.py")
-    command = [sys.executable, program, gpu, scheme, activation]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == called
+    assert printed("float8_program.py", gpu, scheme, activation).split() == called

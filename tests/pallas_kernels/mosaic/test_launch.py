@@ -1,32 +1,16 @@
 """What a launch asks of the compiler."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from pallas_kernels.aot.ahead_of_time import unavailable
+from tests.compiling_program import printed
 
 needs_compiler = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
 def shared_memory(kernel, directory):
     """What Mosaic infers of the buffers of a product, a line each."""
-    root = pathlib.Path(__file__).parents[3]
-    dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {k: v for k, v in os.environ.items() if k not in dropped}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    }
-    program = str(root / "tests" / "shared_memory_program.py")
-    command = [sys.executable, program, "h100", str(directory), kernel]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
+    return printed("shared_memory_program.py", "h100", directory, kernel).splitlines()
 
 
 @needs_compiler

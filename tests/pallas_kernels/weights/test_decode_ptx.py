@@ -1,15 +1,12 @@
 """The instructions that decode on a GPU, compiled and then run in NumPy."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import decode_programs
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling_program import printed
 from covering import slow
 from jax import lax
 from ptx_machine import Machine
@@ -28,18 +25,7 @@ COLUMNS = decode_programs.COLUMNS
 def ptx(request, tmp_path_factory) -> dict[str, str]:
     """PTX of the decoding kernel of each format."""
     directory = tmp_path_factory.mktemp(request.param)
-    root = pathlib.Path(__file__).parents[3]
-    dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {k: v for k, v in os.environ.items() if k not in dropped}
-    environment |= {
-        "PYTHONPATH": str(root),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    }
-    script = str(root / "tests" / "decode_programs.py")
-    command = [sys.executable, script, request.param, str(directory), *WORD_FORMATS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed("decode_programs.py", request.param, directory, *WORD_FORMATS)
     return {name: (directory / f"{name}.ptx").read_text() for name in WORD_FORMATS}
 
 
